@@ -1,0 +1,186 @@
+"""Who gets a prior, from where, and through what: a table of a network's Kalman layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kalmannorm.convert import KalmanLayer, kalman_layers
+from kalmannorm.gaussian import Unknown
+from kalmannorm.modules import GroupKalmanNorm
+from kalmannorm.propagation import Step, drawn, exact, function_name, is_open, paused, step_of
+
+__all__ = ["Description", "Row", "describe", "first_nonfinite"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One Kalman layer."""
+
+    name: str
+    """Its qualified name in the model."""
+    kind: str
+    """Its class."""
+    gain: float
+    """The gain it used: how far it trusts the batch, in (0, 1]."""
+    prior_from: tuple[str, ...]
+    """The layers below (or ``"input"``) that its prior comes from; empty where there is none."""
+    through: tuple[str, ...]
+    """The functions that the prior crossed, in the order they were called."""
+    reason: str
+    """Why there is no prior; empty where there is one."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """What :func:`describe` found. ``str()`` gives a table."""
+
+    rows: list[Row]
+
+    @property
+    def with_prior(self) -> int:
+        """How many layers have a prior."""
+        return sum(not row.reason for row in self.rows)
+
+    def __str__(self) -> str:
+        head = ("layer", "kind", "gain", "prior from", "through")
+        lines = [head]
+        for row in self.rows:
+            if row.reason:
+                lines.append((row.name, row.kind, "1", "-", f"no prior: {row.reason}"))
+            else:
+                short = [name.removeprefix("torch.").removeprefix("nn.functional.") for name in row.through]
+                lines.append((row.name, row.kind, f"{row.gain:.3g}", ", ".join(row.prior_from), " > ".join(short)))
+        widths = [max(len(line[i]) for line in lines) for i in range(len(head) - 1)]
+        text = ["  ".join([*(cell.ljust(w) for cell, w in zip(line, widths, strict=False)), line[-1]]) for line in lines]
+        return "\n".join([*text, f"{self.with_prior} of {len(self.rows)} layers have a prior"])
+
+
+def describe(model: nn.Module, *inputs: Any, **kwargs: Any) -> Description:
+    """Run a network once, in training mode, and see how beliefs travel through it.
+
+    Parameters, buffers, training flags and the random state are left as they were.
+
+    Args:
+        model: a converted or connected network.
+        inputs: what to call it with.
+        kwargs: keyword arguments of the call.
+
+    Returns:
+        A row for each Kalman layer, in the order in which the layers are called; one that is called
+        more than once is described by its first call, one that is never called comes last.
+
+    Raises:
+        ValueError: where the model has no Kalman layer.
+    """
+    layers = dict(kalman_layers(model))
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no Kalman layer to describe: kalmannorm.convert(model) first")
+    names = {layer: name for name, layer in layers.items()}
+    rows: dict[str, Row] = {}
+
+    def look(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        assert isinstance(layer, KalmanLayer)
+        if names[layer] not in rows:
+            with paused():
+                rows[names[layer]] = _row(names[layer], layer, args[0])
+
+    handles = [layer.register_forward_pre_hook(look) for layer in layers.values()]
+    training = {module: module.training for module in model.modules()}
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            model.train()
+            model(*inputs, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, flag in training.items():
+            module.training = flag
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(buffers[name])
+    for name, layer in layers.items():
+        if name not in rows:
+            rows[name] = Row(name, type(layer).__name__, 1.0, (), (), "the layer was not called")
+    return Description(list(rows.values()))
+
+
+def _row(name: str, layer: KalmanLayer, x: Tensor) -> Row:
+    kind = type(layer).__name__
+    step = step_of(x)
+    reason = ""
+    if not is_open():
+        reason = "no module above it is connected"
+    elif layer.gain == 1.0:
+        reason = "its gain is 1"
+    elif step is None:
+        reason = "its input does not depend on the network's input"
+    else:
+        with torch.autocast(x.device.type, enabled=False):
+            value = exact(step) if layer.estimator == "exact" else drawn(step, _groups(layer, x))
+        reason = value.reason if isinstance(value, Unknown) else ""
+    if reason or step is None:
+        return Row(name, kind, 1.0, (), (), reason)
+    sources: list[str] = []
+    through: list[str] = []
+    for each in _ancestors(step):
+        if each.function is None:
+            sources.append(each.source)
+        else:
+            through.append(function_name(each.function))
+    return Row(name, kind, _gain(layer, x), tuple(dict.fromkeys(sources)), tuple(through), "")
+
+
+def _ancestors(step: Step) -> Iterator[Step]:
+    """The steps that lead to this one, itself included, in the order of the calls."""
+    seen: set[int] = set()
+
+    def walk(current: Step) -> Iterator[Step]:
+        if id(current) in seen:
+            return
+        seen.add(id(current))
+        for parent in current.parents():
+            yield from walk(parent)
+        yield current
+
+    return walk(step)
+
+
+def _groups(layer: KalmanLayer, x: Tensor) -> int:
+    return x.shape[0] if isinstance(layer, GroupKalmanNorm) else layer._groups(x.shape[0])
+
+
+def _gain(layer: KalmanLayer, x: Tensor) -> float:
+    if isinstance(layer, GroupKalmanNorm):
+        return float(layer.kalman_gain(layer.num_channels // layer.num_groups))
+    return float(layer.kalman_gain(x.shape[0] // _groups(layer, x)))
+
+
+def first_nonfinite(model: nn.Module) -> str | None:
+    """The name of the first Kalman layer that saw a NaN or an infinity in training; None if none did.
+
+    Each layer counts the batches whose statistics were not finite (its running statistics keep their
+    last value then). Of the layers that saw the most, the first of the model is where it began: once
+    the weights themselves are lost, all layers count alike.
+
+    Args:
+        model: a network with :class:`KalmanNorm` layers that track running statistics.
+
+    Raises:
+        ValueError: where it has none.
+    """
+    counts = {}
+    for name, layer in kalman_layers(model):
+        counter = getattr(layer, "nonfinite_batches", None)
+        if counter is not None:
+            counts[name] = int(counter)
+    if not counts:
+        raise ValueError(f"{type(model).__name__} has no KalmanNorm layer that tracks running statistics")
+    most = max(counts.values())
+    return next(name for name, count in counts.items() if count == most) if most else None

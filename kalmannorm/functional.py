@@ -1,0 +1,242 @@
+"""The mathematics of the filter, as pure functions.
+
+Notation of the paper (Wang et al., *Kalman Normalization*, NeurIPS 2018): ``q`` is the gain, ``S``
+the number of statistic groups, ``C`` of channels. A group's samples are normalized together.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.nn.functional import all_reduce as differentiable_all_reduce
+
+from kalmannorm.gaussian import Gaussian
+from kalmannorm.kernels import moments
+
+__all__ = [
+    "KalmanNormOutput", "group_kalman_norm", "kalman_norm", "kalman_update", "normalize", "observe", "synchronize",
+    "trusted_gain",
+]  # fmt: skip
+
+
+class KalmanNormOutput(NamedTuple):
+    """What :func:`kalman_norm` returns."""
+
+    output: Tensor
+    """The normalized activation, shaped and typed as the input."""
+    posterior: Gaussian
+    """The statistics it was normalized by, ``(S, C)``."""
+    observation: Gaussian
+    """The batch's own statistics, ``(S, C)``."""
+    gain: Tensor | float
+    """The gain that fused them: 1 where there was no prior, or none to be trusted."""
+
+
+def observe(x: Tensor, groups: int = 1) -> Gaussian:
+    """Mean and biased variance of each group and channel (Eq. 1 and 8).
+
+    Args:
+        x: ``(N, C, *)``; ``N`` is a multiple of ``groups``.
+        groups: ``S``, consecutive blocks of ``N / S`` samples.
+
+    Returns:
+        Moments ``(S, C)``, float32 for inputs of lower precision.
+    """
+    x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    if groups == 1:
+        mean, var = moments(x)
+        return Gaussian(mean[None], var[None])
+    # Each sample as channels of its own, then a group's samples together.
+    samples, channels = x.shape[:2]
+    mean, var = moments(x.reshape(1, samples * channels, -1))
+    each = Gaussian(*(t.view(groups, samples // groups, channels) for t in (mean, var)))
+    return each.pool([1]).map(lambda t: t.squeeze(1))
+
+
+def kalman_update(prior: Gaussian | None, observation: Gaussian, gain: Tensor | float, *,
+                  process_noise: Tensor | None = None, spread: bool = True,
+                  guard: float | None = None) -> Gaussian:  # fmt: skip
+    """Fuse what the layers below predict with what the batch shows (Eq. 6 and 7).
+
+    ``m = (1 - q) m_prior + q x_bar`` and
+    ``v = (1 - q) (v_prior + R) + q S + spread q (1 - q) (x_bar - m_prior)^2``.
+
+    Args:
+        prior: the predicted moments, ``(S, C)``, or None: the observation is then returned as it is.
+        observation: the batch's moments, ``(S, C)``.
+        gain: ``q`` in (0, 1], a number or a tensor of one element.
+        process_noise: ``R``, ``(C,)``, not negative.
+        spread: add the variance between the two means, which makes ``v`` the variance of the mixture
+            of prior and observation (the authors' code); without it, Eq. 7 as printed.
+        guard: see :func:`trusted_gain`.
+
+    Returns:
+        The posterior moments, ``(S, C)``.
+    """
+    if prior is None:
+        return observation
+    prior = add_process_noise(prior, process_noise)
+    gain = trusted_gain(prior, observation, gain, guard)
+    innovation = observation.mean - prior.mean
+    mean = torch.lerp(prior.mean, observation.mean, gain)
+    var = torch.lerp(prior.var, observation.var, gain)
+    if spread:
+        var = torch.addcmul(var, gain * (1 - gain) * innovation, innovation)
+    return Gaussian(mean, var)
+
+
+def add_process_noise(prior: Gaussian, process_noise: Tensor | None) -> Gaussian:
+    """``v_prior + R``: what the path from the layer below adds to the uncertainty (Eq. 4)."""
+    return prior if process_noise is None else Gaussian(prior.mean, prior.var + process_noise)
+
+
+def trusted_gain(prior: Gaussian, observation: Gaussian, gain: Tensor | float, guard: float | None) -> Tensor | float:
+    """The gain, or 1 (the prior ignored) where the prior is implausibly wide.
+
+    Args:
+        prior: predicted moments, ``(S, C)``.
+        observation: the batch's moments, ``(S, C)``.
+        gain: ``q``.
+        guard: a prior is ignored whose variance is, in the mean over channels, at least this many
+            times the observed one (the authors' code: 100); None trusts every prior.
+
+    Returns:
+        ``q`` as given, or ``(S, 1)``.
+    """
+    if guard is None:
+        return gain
+    smallest = torch.finfo(observation.var.dtype).tiny
+    ratio = (prior.var / observation.var.clamp_min(smallest)).mean(-1, keepdim=True)
+    return torch.where(ratio < guard, gain, 1.0)
+
+
+def normalize(x: Tensor, statistics: Gaussian, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """``y = gamma (x - m) / sqrt(v + eps) + beta``, in one pass over ``x``.
+
+    Args:
+        x: ``(N, C, *)``.
+        statistics: ``(S, C)``.
+        weight: ``gamma``, ``(C,)``, or None for ones.
+        bias: ``beta``, ``(C,)``, or None for zeros.
+        eps: added to the variance.
+    """
+    # Stock batch normalization with fixed statistics is the fastest pass there is, but has no gradient
+    # for them. So they enter its weight and bias too, as factors of one and terms of zero: no number
+    # changes, and their gradients are right.
+    fixed = statistics.detach()
+    scale = torch.rsqrt(statistics.var + eps)
+    unit = scale * torch.sqrt(fixed.var + eps)
+    zero = (fixed.mean - statistics.mean) * scale
+    gamma = unit if weight is None else unit * weight
+    beta = zero if weight is None else zero * weight
+    beta = beta if bias is None else beta + bias
+    if x.shape[1] == gamma.numel():
+        vectors = (fixed.mean, fixed.var, gamma, beta)
+        mean, var, gamma, beta = (t.view(-1) for t in vectors)
+        return F.batch_norm(x, mean, var, gamma, beta, False, 0.0, eps)
+    samples, channels = x.shape[:2]
+    each = samples // gamma.shape[0]
+    mean, var, gamma, beta = (t.repeat_interleave(each, 0).view(-1) for t in (fixed.mean, fixed.var, gamma, beta))
+    y = F.batch_norm(x.reshape(1, samples * channels, -1), mean, var, gamma, beta, False, 0.0, eps)
+    return y.view(x.shape)
+
+
+def kalman_norm(x: Tensor, prior: Gaussian | None, weight: Tensor | None = None, bias: Tensor | None = None, *,
+                gain: Tensor | float = 1.0, process_noise: Tensor | None = None, spread: bool = True,
+                guard: float | None = None, groups: int = 1, eps: float = 1e-5,
+                process_group: dist.ProcessGroup | None = None) -> KalmanNormOutput:  # fmt: skip
+    """Normalize by batch statistics fused with a prior (batch Kalman normalization).
+
+    Args:
+        x: ``(N, C, *)``.
+        prior: predicted moments ``(S, C)``, or None: then this is batch normalization.
+        weight: ``(C,)`` or None.
+        bias: ``(C,)`` or None.
+        gain: see :func:`kalman_update`, as are ``process_noise``, ``spread`` and ``guard``.
+        process_noise: ``(C,)`` or None.
+        spread: see :func:`kalman_update`.
+        guard: see :func:`kalman_update`.
+        groups: ``S``; ``N`` is a multiple of it.
+        eps: added to the variance.
+        process_group: observe the samples of all its processes together.
+    """
+    observation = observe(x, groups)
+    if process_group is not None:
+        observation = synchronize(observation, x.numel() // x.shape[1], process_group)
+    gain, posterior = _fuse(prior, observation, gain, process_noise, spread, guard)
+    return KalmanNormOutput(normalize(x, posterior, weight, bias, eps), posterior, observation, gain)
+
+
+def _fuse(prior: Gaussian | None, observation: Gaussian, gain: Tensor | float, process_noise: Tensor | None,
+          spread: bool, guard: float | None) -> tuple[Tensor | float, Gaussian]:  # fmt: skip
+    if prior is None:
+        return 1.0, observation
+    prior = add_process_noise(prior, process_noise)
+    gain = trusted_gain(prior, observation, gain, guard)
+    return gain, kalman_update(prior, observation, gain, spread=spread)
+
+
+def synchronize(observation: Gaussian, count: int, process_group: dist.ProcessGroup) -> Gaussian:
+    """The moments of all processes' elements together, by the law of total variance.
+
+    Every process of the group must call it; their counts may differ, and be zero. Gradients flow
+    between processes.
+
+    Args:
+        observation: this process's moments, ``(1, C)``.
+        count: this process's elements a channel, ``N`` times pixels.
+        process_group: who takes part.
+    """
+    mean, var = (torch.zeros_like(t) if count == 0 else t for t in (observation.mean, observation.var))
+    mine = torch.cat([mean.new_full((1, 1), float(count)), mean, var], 1)
+    rank, size = dist.get_rank(process_group), dist.get_world_size(process_group)
+    rows = F.pad(mine, (0, 0, rank, size - rank - 1))
+    rows = differentiable_all_reduce(rows, group=process_group)
+    counts, means, variances = rows.split([1, mean.shape[1], mean.shape[1]], 1)
+    share = counts / counts.sum().clamp_min(1)
+    mean = (share * means).sum(0, keepdim=True)
+    var = (share * (variances + (means - mean).square())).sum(0, keepdim=True)
+    return Gaussian(mean, var)
+
+
+def group_kalman_norm(x: Tensor, prior: Gaussian | None, num_groups: int, weight: Tensor | None = None,
+                      bias: Tensor | None = None, *, gain: Tensor | float = 1.0,
+                      process_noise: Tensor | None = None, spread: bool = True, guard: float | None = None,
+                      eps: float = 1e-5) -> KalmanNormOutput:  # fmt: skip
+    """Normalize each sample's channel groups by their statistics fused with a prior (GKN, section 3.3).
+
+    A channel group's prior is the mixture of its channels' priors.
+
+    Args:
+        x: ``(N, C, *)``.
+        prior: predicted moments ``(N, C)``, or None: then this is group normalization.
+        num_groups: ``G``, divides ``C``.
+        weight: ``(C,)`` or None.
+        bias: ``(C,)`` or None.
+        gain: see :func:`kalman_update`, as are ``process_noise``, ``spread`` and ``guard``.
+        process_noise: ``(C,)`` or None.
+        spread: see :func:`kalman_update`.
+        guard: see :func:`kalman_update`.
+        eps: added to the variance.
+
+    Returns:
+        The output, and statistics of shape ``(N, C)``: each channel has its group's.
+    """
+    samples, channels = x.shape[:2]
+    blocks = x.reshape(samples, num_groups, -1)
+    blocks = blocks.float() if x.dtype in (torch.float16, torch.bfloat16) else blocks
+    mean, var = moments(blocks.reshape(1, samples * num_groups, -1))
+    observation = Gaussian(*(t.view(samples, num_groups) for t in (mean, var)))
+    if prior is not None:
+        split = add_process_noise(prior, process_noise).map(lambda t: t.unflatten(1, (num_groups, -1)))
+        prior = split.pool([2]).map(lambda t: t.squeeze(2))
+    gain, posterior = _fuse(prior, observation, gain, None, spread, guard)
+    each_channel = channels // num_groups
+    posterior, observation = (
+        b.map(lambda t: t.repeat_interleave(each_channel, 1)) for b in (posterior, observation)
+    )
+    return KalmanNormOutput(normalize(x, posterior, weight, bias, eps), posterior, observation, gain)

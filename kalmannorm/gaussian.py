@@ -1,0 +1,127 @@
+"""A belief about an activation: independent Gaussians, one per statistic group and channel."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Gaussian", "Unknown"]
+
+
+class Unknown(NamedTuple):
+    """No belief, and why: what a rule returns where it cannot follow."""
+
+    reason: str
+
+
+class Gaussian:
+    """The believed mean and variance of an activation, far smaller than the activation itself.
+
+    Both tensors have the activation's rank. An axis has size 1 where the belief does not depend on
+    it; the first has size ``S``, the number of statistic groups (consecutive blocks of samples), so
+    an image's ``(N, C, H, W)`` is described by ``(S, C, 1, 1)``, a vector's ``(N, C)`` by ``(S, C)``.
+
+    Args:
+        mean: ``(S, C, ...)``.
+        var: ``(S, C, ...)``, not negative.
+        shape: shape of the activation described, for rules that count its elements. Defaults to the
+            shape of ``mean``.
+    """
+
+    __slots__ = ("mean", "shape", "var")
+
+    def __init__(self, mean: Tensor, var: Tensor, shape: Sequence[int] | None = None) -> None:
+        self.mean = mean
+        self.var = var
+        self.shape = tuple(mean.shape) if shape is None else tuple(shape)
+
+    def __repr__(self) -> str:
+        return f"Gaussian(mean={self.mean!r}, var={self.var!r}, shape={self.shape})"
+
+    @property
+    def ndim(self) -> int:
+        """Rank of the activation, and of ``mean`` and ``var``."""
+        return self.mean.ndim
+
+    @property
+    def std(self) -> Tensor:
+        """Standard deviation, kept above zero so that its gradient stays finite: ``(S, C, ...)``."""
+        return self.var.clamp_min(torch.finfo(self.var.dtype).tiny ** 0.5).sqrt()
+
+    def map(self, move: Callable[[Tensor], Tensor]) -> Gaussian:
+        """Apply one function that only moves elements to the mean and to the variance alike."""
+        return Gaussian(move(self.mean), move(self.var))
+
+    def detach(self) -> Gaussian:
+        """The same belief, cut from the autograd graph."""
+        return Gaussian(self.mean.detach(), self.var.detach(), self.shape)
+
+    def full(self, dims: Sequence[int]) -> Gaussian:
+        """The same belief, written out along ``dims`` to the size that the activation has there."""
+        for d in dims:
+            if self.mean.shape[d] != self.shape[d] or self.var.shape[d] != self.shape[d]:
+                self = Gaussian(*(_repeat(t, d, self.shape[d]) for t in (self.mean, self.var)), self.shape)
+        return self
+
+    def pool(self, dims: Sequence[int]) -> Gaussian:
+        """Forget ``dims`` (kept with size 1): mean and variance of the mixture along them.
+
+        The law of total variance: the mean of the variances plus the variance of the means.
+        """
+        dims = [d for d in dims if self.mean.shape[d] > 1 or self.var.shape[d] > 1]
+        if not dims:
+            return self
+        mean, var = torch.broadcast_tensors(self.mean, self.var)
+        pooled = mean.mean(dims, keepdim=True)
+        return Gaussian(pooled, (var + (mean - pooled).square()).mean(dims, keepdim=True))
+
+    def regroup(self, groups: int) -> Gaussian:
+        """The same belief for ``groups`` statistic groups, by repeating blocks or pooling them."""
+        have = self.mean.shape[0]
+        if have == groups or have == 1:
+            return self.map(lambda t: t.expand(groups, *t.shape[1:]))
+        if groups % have == 0:
+            return self.map(lambda t: t.repeat_interleave(groups // have, 0))
+        if have % groups == 0:
+            blocks = self.map(lambda t: t.unflatten(0, (groups, have // groups)))
+            return blocks.pool([1]).map(lambda t: t.squeeze(1))
+        return self.pool([0]).regroup(groups)
+
+    def per_channel(self, groups: int) -> Gaussian:
+        """What a normalization layer needs: mean and variance a group and channel, ``(S, C)``.
+
+        Args:
+            groups: the layer's number of statistic groups ``S``.
+        """
+        channels = self.shape[1]
+        flat = self.pool(range(2, self.ndim)).regroup(groups)
+        return flat.map(lambda t: t.flatten(1).expand(groups, channels))
+
+    def draw(self, shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
+        """Independent draws: one value for each element of ``shape``, whose blocks along the first
+        axis follow the statistic groups.
+        """
+        noise = torch.randn(
+            tuple(shape), generator=generator, device=self.mean.device, dtype=self.mean.dtype
+        )
+        each = self.regroup(shape[0])
+        return torch.addcmul(each.mean, each.std, noise)
+
+    @staticmethod
+    def of_draws(draws: Tensor, groups: int) -> Gaussian:
+        """Mean and biased variance of draws ``(S * n, C, *)``, a group and channel: ``(S, C)``."""
+        blocks = draws.reshape(groups, -1, draws.shape[1], math.prod(draws.shape[2:]))
+        var, mean = torch.var_mean(blocks, (1, 3), correction=0)
+        return Gaussian(mean, var)
+
+
+def _repeat(t: Tensor, dim: int, size: int) -> Tensor:
+    """Lengthen an axis to ``size`` by repeating each of its elements (consecutive blocks)."""
+    have = t.shape[dim]
+    if have == 1:
+        return t.expand(*t.shape[:dim], size, *t.shape[dim + 1 :])
+    return t if have == size else t.repeat_interleave(size // have, dim)

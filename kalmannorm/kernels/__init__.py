@@ -1,0 +1,8 @@
+"""Hand-written forward and backward passes. Each computes what a plain expression of torch functions
+does, which its tests compare it with; nothing here knows of layers or beliefs.
+"""
+
+from kalmannorm.kernels.contract import contract
+from kalmannorm.kernels.moments import moments
+
+__all__ = ["contract", "moments"]

@@ -1,0 +1,1 @@
+"""What Kalman Normalization is compared with, each as a replacement of BatchNorm layers."""

@@ -1,0 +1,1 @@
+"""Networks, built with stock BatchNorm layers that a recipe replaces from outside."""

@@ -1,0 +1,46 @@
+"""The demo's network: small enough that a training step on two images takes milliseconds on one core."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# (channels, stride) of each 3x3 convolution. 32x32 images shrink to 2x2 features: as in networks made for
+# large photographs, the last layers have few pixels an image to take statistics from.
+LAYERS = ((16, 2), (32, 2), (32, 1), (64, 2), (64, 1), (64, 2))
+
+
+class SmallConvNet(nn.Module):
+    """Convolution, norm and ReLU, as often as ``layers`` says, then the mean over space and a classifier.
+
+    It is built with stock ``nn.BatchNorm2d``; who wants another normalization replaces these from outside, so
+    every method starts from the same weights.
+
+    Args:
+        layers: Channels and stride of each 3x3 convolution.
+        num_classes: Number of logits.
+        in_channels: Channels of the images.
+    """
+
+    def __init__(
+        self, layers: tuple[tuple[int, int], ...] = LAYERS, num_classes: int = 10, in_channels: int = 1
+    ) -> None:
+        super().__init__()
+        widths = [in_channels, *(channels for channels, _ in layers)]
+        convs = [
+            nn.Conv2d(before, channels, 3, stride, 1, bias=False)
+            for before, (channels, stride) in zip(widths, layers, strict=False)
+        ]
+        for conv in convs:
+            nn.init.kaiming_normal_(conv.weight)
+        self.convs = nn.ModuleList(convs)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(channels) for channels, _ in layers)
+        self.classifier = nn.Linear(widths[-1], num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images ``(N, in_channels, H, W)`` to logits ``(N, num_classes)``."""
+        x = images
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = F.relu(norm(conv(x)))
+        logits: Tensor = self.classifier(x.mean((2, 3)))
+        return logits

@@ -1,0 +1,449 @@
+"""The layers: drop-in for torch.nn's BatchNorm and GroupNorm."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from kalmannorm.functional import KalmanNormOutput, group_kalman_norm, kalman_norm
+from kalmannorm.gaussian import Gaussian, Unknown
+from kalmannorm.propagation import Estimator, attach, is_open, paused, prior_of
+
+__all__ = ["PRESETS", "GroupKalmanNorm", "KalmanNorm", "KalmanNorm1d", "KalmanNorm2d", "KalmanNorm3d", "preset"]
+
+Gain = float | Literal["prior-strength", "learned"]
+Carry = Literal["output", "posterior"]
+
+# The released code's gain at 2 samples a group is 0.1: a prior worth 18 samples.
+_INITIAL_STRENGTH = 18.0
+_INITIAL_GAIN = 0.1
+_INITIAL_NOISE = 0.01
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"gain": "learned", "process_noise": True, "spread": False, "carry": "posterior",
+              "estimator": "monte_carlo", "guard": None},
+    "released": {"gain": 0.1, "process_noise": False, "spread": True, "carry": "posterior",
+                 "estimator": "monte_carlo", "guard": 100.0},
+}  # fmt: skip
+
+
+def preset(name: str) -> dict[str, Any]:
+    """Keyword options that reproduce a published variant.
+
+    ``"paper"`` is Eq. 7: gain and process noise learned, the posterior handed on, Monte-Carlo draws.
+    ``"released"`` is the authors' TensorFlow code: gain fixed at its value for 2 samples a group (it
+    has 0.95 for 128: ``{**kn.preset("released"), "gain": 0.95}``), no process noise, the mixture's
+    variance, a guard at 100.
+
+    Raises:
+        ValueError: for another name.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}, expected one of {sorted(PRESETS)}")
+    return dict(PRESETS[name])
+
+
+class _Filter(nn.Module):
+    """What the layers share: the options of the filter, its parameters, and how a belief is handed on."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    layer_name: str
+
+    def _init_filter(self, channels: int, gain: Gain, process_noise: bool, spread: bool, carry: Carry,
+                     estimator: Estimator, guard: float | None, device: Any, dtype: Any) -> None:  # fmt: skip
+        self.layer_name = ""
+        self.spread = bool(spread)
+        self.carry = self._one_of("carry", carry, ("output", "posterior"))
+        self.estimator: Estimator = self._one_of("estimator", estimator, ("exact", "monte_carlo"))
+        if guard is not None and not guard > 0:
+            raise ValueError(f"{self} got guard={guard!r}, expected None or a number above 0")
+        self.guard = guard
+        self._warned = False
+        if isinstance(gain, str):
+            self.gain_rule: str = self._one_of("gain", gain, ("prior-strength", "learned"))
+            # One dimension, as FSDP shards along it. Zero is the initial gain, so weight decay draws
+            # the gain to where it began and not to an end of its range.
+            self.gain: Tensor | float = nn.Parameter(torch.zeros(1, device=device, dtype=dtype))
+        elif isinstance(gain, int | float) and not isinstance(gain, bool) and 0 < gain <= 1:
+            self.gain_rule = "fixed"
+            self.gain = float(gain)
+        else:
+            raise ValueError(
+                f"{self} got gain={gain!r}, expected 'prior-strength', 'learned' or a number in (0, 1]"
+            )
+        noise = nn.Parameter(torch.zeros(channels, device=device, dtype=dtype)) if process_noise else None
+        self.register_parameter("process_noise", noise)
+
+    def _one_of(self, option: str, value: Any, allowed: tuple[str, ...]) -> Any:
+        if value not in allowed:
+            raise ValueError(f"{self} got {option}={value!r}, expected one of {list(allowed)}")
+        return value
+
+    def __str__(self) -> str:
+        kind = type(self).__name__
+        name = self.__dict__.get("layer_name", "")
+        return f"{kind} {name!r}" if name else kind
+
+    def kalman_gain(self, samples: int) -> Tensor | float:
+        """The gain ``q`` in (0, 1] that fuses an observation of ``samples`` feature maps.
+
+        ``"prior-strength"``: ``q = n / (n + kappa)`` with ``kappa = 18 exp(gain)``.
+        ``"learned"``: ``q = sigmoid(gain + logit(0.1))``. A fixed gain is itself.
+        """
+        if not isinstance(self.gain, Tensor):
+            return self.gain
+        parameter = self.gain.to(self._statistics_dtype())
+        if self.gain_rule == "learned":
+            return torch.sigmoid(parameter + math.log(_INITIAL_GAIN / (1 - _INITIAL_GAIN)))
+        return samples / (samples + _INITIAL_STRENGTH * parameter.exp())
+
+    def process_variance(self) -> Tensor | None:
+        """``R``, ``(C,)``: what the path from the layer below adds to the prior's variance."""
+        if self.process_noise is None:
+            return None
+        return _INITIAL_NOISE * self.process_noise.to(self._statistics_dtype()).exp()
+
+    def _statistics_dtype(self) -> torch.dtype:
+        for tensor in (self.gain, self.weight, self.process_noise):
+            if isinstance(tensor, Tensor) and tensor.dtype == torch.float64:
+                return torch.float64
+        return torch.float32
+
+    def _prior(self, x: Tensor, groups: int) -> Gaussian | None:
+        """The prior of the input; None where it is unknown, or the gain leaves it no say."""
+        if self.gain == 1.0 and self.gain_rule == "fixed":
+            return None
+        if self.training and not is_open():
+            self._warn_once()
+        prior = prior_of(x, groups, self.estimator)
+        if isinstance(prior, Unknown):
+            return None
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        return prior.map(lambda t: t.to(dtype))
+
+    def _warn_once(self) -> None:
+        if self._warned or torch.compiler.is_compiling():
+            return
+        self._warned = True
+        warnings.warn(
+            f"{self} sees no propagation and acts as {self._stock_name()}: no module above it was connected. "
+            "Build the model with kalmannorm.convert(model), or call kalmannorm.connect(model) once.",
+            stacklevel=3,
+        )
+
+    def _stock_name(self) -> str:
+        return "BatchNorm"
+
+    def _hand_on(self, y: Tensor, statistics: Gaussian) -> None:
+        """Attach to the output what is believed of it.
+
+        ``carry="output"``: ``(beta, gamma^2 v / (v + eps))``, of what really leaves the layer.
+        ``carry="posterior"``: ``(m, v)`` of its input, as the paper and the released code do.
+        """
+        if not is_open():
+            return
+        belief = statistics
+        if self.carry == "output":
+            scale = statistics.var / (statistics.var + self.eps)
+            if self.weight is not None:
+                scale = scale * self.weight.to(scale.dtype).square()
+            bias = self.bias
+            mean = torch.zeros_like(scale) if bias is None else bias.to(scale.dtype).expand_as(scale)
+            belief = Gaussian(mean, scale)
+        pixels = [1] * (y.ndim - 2)
+        attach(y, belief.map(lambda t: t.reshape(*t.shape, *pixels)), self.layer_name or type(self).__name__)
+
+    def _check_input(self, x: Tensor, channels: int, ranks: tuple[int, ...]) -> None:
+        if x.ndim not in ranks or x.shape[1] != channels:
+            shapes = " or ".join(f"(N, {channels}{', *' * (rank - 2)})" for rank in ranks)
+            raise ValueError(f"{self} got an input of shape {tuple(x.shape)}, expected {shapes}")
+        if not x.is_floating_point():
+            raise TypeError(f"{self} got an input of type {x.dtype}, expected a floating-point type")
+
+    def _idle(self, bias: Tensor | None, channels: int) -> Tensor | None:
+        """The bias, unchanged, but with a gradient of zero for the parameters that a layer without a
+        prior does not use: DistributedDataParallel expects one for every parameter.
+        """
+        for parameter in (self.gain, self.process_noise):
+            if isinstance(parameter, Tensor) and parameter.requires_grad and torch.is_grad_enabled():
+                nothing = 0 * parameter.sum()
+                bias = nothing.expand(channels) if bias is None else bias + nothing
+        return bias
+
+    def _normalize_nothing(self, x: Tensor) -> Tensor:
+        """An empty batch: an empty output, from which every parameter gets a zero gradient."""
+        y = x
+        for parameter in self.parameters(recurse=False):
+            y = y + 0 * parameter.sum().to(x.dtype)
+        return y
+
+    def _options_repr(self) -> str:
+        gain = self.gain if self.gain_rule == "fixed" else repr(self.gain_rule)
+        text = f"gain={gain}, process_noise={self.process_noise is not None}, spread={self.spread}, "
+        text += f"carry={self.carry!r}, estimator={self.estimator!r}"
+        return text + (f", guard={self.guard}" if self.guard is not None else "")
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any],
+                              strict: bool, missing_keys: list[str], unexpected_keys: list[str],
+                              error_msgs: list[str]) -> None:  # fmt: skip
+        """A checkpoint of the stock layer has no ``gain`` and no ``process_noise``: ours stay."""
+        missing: list[str] = []
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
+        )
+        optional = {prefix + "gain", prefix + "process_noise"}
+        missing_keys.extend(key for key in missing if key not in optional)
+
+
+class KalmanNorm(_Filter, _NormBase):
+    """Kalman normalization of 2-d to 5-d inputs; :class:`KalmanNorm2d` and the like check the rank.
+
+    In training, each channel is normalized by the batch's statistics fused with what the layers below
+    predict of them (Eq. 7 of the paper). In ``eval()``, by moving averages of the fused statistics, as
+    BatchNorm: the layer then costs what BatchNorm costs. With ``gain=1.0``, or where there is no prior,
+    it is BatchNorm in every number.
+
+    Args:
+        num_features: channels ``C`` of an input ``(N, C, *)``.
+        eps: added to the variance.
+        momentum: weight of the newest batch in the running statistics; None for their plain mean.
+        affine: learn ``weight`` and ``bias``, each ``(C,)``.
+        track_running_stats: keep running statistics; without them, ``eval()`` fuses too.
+        gain: how far to trust the batch: a number ``q`` in (0, 1]; ``"learned"``, one scalar;
+            ``"prior-strength"``, ``q = n / (n + kappa)`` at ``n`` samples a group, with one learned
+            ``kappa``, the number of samples that the prior is worth.
+        process_noise: learn ``R``, ``(C,)``, added to the prior's variance.
+        spread: count the distance of the two means into the fused variance.
+        carry: hand on the belief of the layer's ``"output"``, or the ``"posterior"`` of its input.
+        estimator: move beliefs by ``"exact"`` rules, or by ``"monte_carlo"`` draws, as the paper.
+        stats_batch_size: normalize groups of so many consecutive samples; None for the whole batch.
+        guard: see :func:`kalmannorm.functional.trusted_gain`.
+        process_group: share statistics between its processes, as ``SyncBatchNorm``.
+        device: where parameters and buffers live.
+        dtype: their type.
+
+    Shape:
+        ``(N, C)`` to ``(N, C, D, H, W)``, and the same out.
+
+    Raises:
+        ValueError: for an option or an input shape that is not one of these.
+        TypeError: for an input that is not floating-point.
+    """
+
+    _ranks: tuple[int, ...] = (2, 3, 4, 5)
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+    nonfinite_batches: Tensor | None
+
+    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True,
+                 track_running_stats: bool = True, *, gain: Gain = "prior-strength", process_noise: bool = True,
+                 spread: bool = True, carry: Carry = "output", estimator: Estimator = "exact",
+                 stats_batch_size: int | None = None, guard: float | None = None,
+                 process_group: dist.ProcessGroup | None = None, device: Any = None,
+                 dtype: Any = None) -> None:  # fmt: skip
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        self._init_filter(num_features, gain, process_noise, spread, carry, estimator, guard, device, dtype)
+        if stats_batch_size is not None and (type(stats_batch_size) is not int or stats_batch_size < 1):
+            raise ValueError(f"{self} got stats_batch_size={stats_batch_size!r}, expected None or an integer above 0")
+        if stats_batch_size is not None and process_group is not None:
+            raise ValueError(
+                f"{self} got stats_batch_size={stats_batch_size} and a process_group, expected one of them: "
+                "groups smaller than the batch, or larger"
+            )
+        self.stats_batch_size = stats_batch_size
+        self.process_group = process_group
+        self.online = False
+        counter = torch.zeros((), dtype=torch.long, device=device) if track_running_stats else None
+        self.register_buffer("nonfinite_batches", counter, persistent=False)
+
+    @property
+    def is_fusing(self) -> bool:
+        """Whether the next call normalizes by fused batch statistics, not by running ones."""
+        return self.training or self.online or self.running_mean is None
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        """Normalize ``(N, C, *)``."""
+        with paused():
+            self._check_input(input, self.num_features, self._ranks)
+            if not self.is_fusing:
+                return self._by_running_statistics(input)
+            if input.numel() == 0 and self.process_group is None:
+                return self._normalize_nothing(input)
+            groups = self._groups(input.shape[0])
+            prior = self._prior(input, groups)
+            out = kalman_norm(
+                input, prior, self.weight, self.bias if prior is not None else self._idle(self.bias, self.num_features),
+                gain=self.kalman_gain(input.shape[0] // groups * self._world_size()),
+                process_noise=self.process_variance(), spread=self.spread, guard=self.guard, groups=groups,
+                eps=self.eps, process_group=self.process_group,
+            )  # fmt: skip
+            if self.training:
+                self._remember(out, input.numel() // (groups * self.num_features))
+            self._hand_on(out.output, out.posterior)
+            return out.output
+
+    def _groups(self, samples: int) -> int:
+        size = self.stats_batch_size
+        if size is None:
+            return 1
+        if samples % size:
+            raise ValueError(
+                f"{self} got a batch of {samples}, expected a multiple of stats_batch_size={size}"
+            )
+        return samples // size
+
+    def _world_size(self) -> int:
+        return 1 if self.process_group is None else dist.get_world_size(self.process_group)
+
+    def _by_running_statistics(self, x: Tensor) -> Tensor:
+        y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        if is_open():  # a frozen layer among training ones
+            assert self.running_mean is not None
+            assert self.running_var is not None
+            dtype = torch.promote_types(self.running_var.dtype, torch.float32)
+            self._hand_on(y, Gaussian(self.running_mean[None].to(dtype), self.running_var[None].to(dtype)))
+        return y
+
+    @torch.no_grad()
+    def _remember(self, out: KalmanNormOutput, count: int) -> None:
+        """Move the running averages, of the fused mean and (unbiased, as BatchNorm's) variance.
+
+        Channels whose statistics are not finite keep their last value.
+        """
+        if self.running_mean is None or self.running_var is None or _is_recomputing():
+            return
+        assert self.num_batches_tracked is not None
+        assert self.nonfinite_batches is not None
+        self.num_batches_tracked.add_(1)
+        share = self.momentum if self.momentum is not None else self.num_batches_tracked.double().reciprocal()
+        mean, var = out.posterior.mean, out.posterior.var
+        if count > 1:
+            var = var + out.gain * out.observation.var / (count - 1)
+        mean, var = (t[0] if t.shape[0] == 1 else t.mean(0) for t in (mean, var))
+        finite = (mean + var).isfinite()
+        self.nonfinite_batches.add_(finite.all().logical_not())
+        for running, newest in ((self.running_mean, mean), (self.running_var, var)):
+            weight = share.to(running.dtype) if isinstance(share, Tensor) else share
+            running.lerp_(torch.where(finite, newest.to(running.dtype), running), weight)
+
+    def extra_repr(self) -> str:
+        """The options, in the order of the constructor."""
+        text = f"{_NormBase.extra_repr(self)}, {self._options_repr()}"
+        return text + (f", stats_batch_size={self.stats_batch_size}" if self.stats_batch_size is not None else "")
+
+
+def _is_recomputing() -> bool:
+    """Whether a checkpoint is running the forward pass again, inside of a backward pass."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+class KalmanNorm1d(KalmanNorm):
+    """:class:`KalmanNorm` for ``(N, C)`` and ``(N, C, L)``: stands in for ``torch.nn.BatchNorm1d``."""
+
+    _ranks = (2, 3)
+
+
+class KalmanNorm2d(KalmanNorm):
+    """:class:`KalmanNorm` for ``(N, C, H, W)``: stands in for ``torch.nn.BatchNorm2d``."""
+
+    _ranks = (4,)
+
+
+class KalmanNorm3d(KalmanNorm):
+    """:class:`KalmanNorm` for ``(N, C, D, H, W)``: stands in for ``torch.nn.BatchNorm3d``."""
+
+    _ranks = (5,)
+
+
+class GroupKalmanNorm(_Filter):
+    """Group Kalman normalization (section 3.3 of the paper): stands in for ``torch.nn.GroupNorm``.
+
+    Each sample's channel groups are normalized by their own statistics, fused with what the layers
+    below predict. There are no running statistics, so it fuses in ``eval()`` too. With ``gain=1.0``, or
+    where there is no prior, it is GroupNorm in every number.
+
+    Args:
+        num_groups: ``G``; ``C`` groups make it instance normalization.
+        num_channels: ``C``, a multiple of ``G``.
+        eps: added to the variance.
+        affine: learn ``weight`` and ``bias``, each ``(C,)``.
+        gain: as :class:`KalmanNorm`'s; the ``n`` of ``"prior-strength"`` is the ``C / G`` feature
+            maps that a group observes.
+        process_noise: as :class:`KalmanNorm`'s, as are ``spread``, ``carry``, ``estimator``, ``guard``.
+        spread: see ``process_noise``.
+        carry: see ``process_noise``.
+        estimator: see ``process_noise``.
+        stats_batch_size: only None: a group never has more than one sample.
+        guard: see ``process_noise``.
+        process_group: only None, likewise.
+        device: where parameters live.
+        dtype: their type.
+
+    Shape:
+        ``(N, C, *)``, and the same out.
+
+    Raises:
+        ValueError: for an option or an input shape that is not one of these.
+        TypeError: for an input that is not floating-point.
+    """
+
+    def __init__(self, num_groups: int, num_channels: int, eps: float = 1e-5, affine: bool = True, *,
+                 gain: Gain = "prior-strength", process_noise: bool = True, spread: bool = True,
+                 carry: Carry = "output", estimator: Estimator = "exact", stats_batch_size: int | None = None,
+                 guard: float | None = None, process_group: dist.ProcessGroup | None = None, device: Any = None,
+                 dtype: Any = None) -> None:  # fmt: skip
+        super().__init__()
+        if num_channels % num_groups:
+            raise ValueError(f"{self} got {num_channels} channels, expected a multiple of num_groups={num_groups}")
+        if stats_batch_size is not None or process_group is not None:
+            raise ValueError(
+                f"{self} got stats_batch_size={stats_batch_size!r} and process_group={process_group!r}, "
+                "expected None: its statistics are of one sample"
+            )
+        self.num_groups = num_groups
+        self.num_channels = num_channels
+        self.eps = eps
+        self.affine = affine
+        for name, value in (("weight", 1.0), ("bias", 0.0)):
+            filled = torch.full((num_channels,), value, device=device, dtype=dtype)
+            self.register_parameter(name, nn.Parameter(filled) if affine else None)
+        self._init_filter(num_channels, gain, process_noise, spread, carry, estimator, guard, device, dtype)
+
+    @property
+    def is_fusing(self) -> bool:
+        """Always: there are no running statistics."""
+        return True
+
+    def _stock_name(self) -> str:
+        return "GroupNorm"
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        """Normalize ``(N, C, *)``."""
+        with paused():
+            self._check_input(input, self.num_channels, (2, 3, 4, 5))
+            if input.numel() == 0:
+                return self._normalize_nothing(input)
+            prior = self._prior(input, input.shape[0])
+            out = group_kalman_norm(
+                input, prior, self.num_groups, self.weight,
+                self.bias if prior is not None else self._idle(self.bias, self.num_channels),
+                gain=self.kalman_gain(self.num_channels // self.num_groups),
+                process_noise=self.process_variance(), spread=self.spread, guard=self.guard, eps=self.eps,
+            )  # fmt: skip
+            self._hand_on(out.output, out.posterior)
+            return out.output
+
+    def extra_repr(self) -> str:
+        """The options, in the order of the constructor."""
+        text = f"{self.num_groups}, {self.num_channels}, eps={self.eps}, affine={self.affine}"
+        return f"{text}, {self._options_repr()}"

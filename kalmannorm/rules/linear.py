@@ -1,0 +1,137 @@
+"""Convolutions and linear maps: both moments in closed form.
+
+Every rule here assumes that the elements an output is summed from are independent, as the paper's
+draws do. Border padding is ignored: the belief is that of an output whose whole window lies inside.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kalmannorm.gaussian import Gaussian, Unknown
+from kalmannorm.kernels import contract
+from kalmannorm.rules.table import Belief, aliases, rule
+
+_ACTIVATION_AS_WEIGHT = Unknown("the weight is computed from the input")
+
+
+def _convolve(x: Gaussian, weight: Tensor, bias: Tensor | None, groups: int, spatial: int) -> Belief:
+    if isinstance(weight, Gaussian) or isinstance(bias, Gaussian):
+        return _ACTIVATION_AS_WEIGHT
+    if x.ndim == spatial + 1 and len(x.shape) == spatial + 1 and spatial > 1:
+        return Unknown("a convolution without a batch axis")
+    x = x.pool(range(2, x.ndim))
+    weight = weight.to(x.mean.dtype)
+    taps = weight.flatten(2)
+    if groups == 1:
+        # Every tap of a channel meets the same moments: no need to sum over taps first.
+        mean, var = contract(_at_every_tap(x.mean, taps), _at_every_tap(x.var, taps), weight)
+    else:
+        mean = _by_blocks(x.mean.flatten(1), taps.sum(-1), groups)
+        var = _by_blocks(x.var.flatten(1), taps.square().sum(-1), groups)
+    if bias is not None:
+        mean = mean + bias
+    return Gaussian(mean, var).map(lambda t: t.reshape(*t.shape, *[1] * (x.ndim - 2)))
+
+
+def _at_every_tap(moment: Tensor, taps: Tensor) -> Tensor:
+    """``(S, C_in, ...)`` to ``(S, C_in * k)`` for ``taps`` of ``(C_out, C_in, k)``."""
+    _, channels, count = taps.shape
+    moment = moment.flatten(1).expand(-1, channels)
+    return moment if count == 1 else moment.repeat_interleave(count, 1)
+
+
+def _by_blocks(moment: Tensor, matrix: Tensor, groups: int) -> Tensor:
+    """``(S, C_in)`` through a block-diagonal ``(C_out, C_in / groups)``: ``(S, C_out)``."""
+    moment = moment.expand(-1, matrix.shape[1] * groups)
+    blocks = moment.unflatten(1, (groups, 1, -1)) * matrix.unflatten(0, (groups, -1))
+    return blocks.sum(-1).flatten(1)
+
+
+@rule(*aliases("conv1d"))
+def conv1d(x: Gaussian, weight: Tensor, bias: Tensor | None = None, stride: object = 1,
+           padding: object = 0, dilation: object = 1, groups: int = 1) -> Belief:  # fmt: skip
+    """``m' = sum_k W m + b`` and ``v' = sum_k W^2 v`` for ``x`` of ``(S, C, 1)``."""
+    return _convolve(x, weight, bias, groups, 1)
+
+
+@rule(*aliases("conv2d"))
+def conv2d(x: Gaussian, weight: Tensor, bias: Tensor | None = None, stride: object = 1,
+           padding: object = 0, dilation: object = 1, groups: int = 1) -> Belief:  # fmt: skip
+    """``m' = sum_hw W m + b`` and ``v' = sum_hw W^2 v`` for ``x`` of ``(S, C, 1, 1)``."""
+    return _convolve(x, weight, bias, groups, 2)
+
+
+@rule(*aliases("conv3d"))
+def conv3d(x: Gaussian, weight: Tensor, bias: Tensor | None = None, stride: object = 1,
+           padding: object = 0, dilation: object = 1, groups: int = 1) -> Belief:  # fmt: skip
+    """``m' = sum_dhw W m + b`` and ``v' = sum_dhw W^2 v`` for ``x`` of ``(S, C, 1, 1, 1)``."""
+    return _convolve(x, weight, bias, groups, 3)
+
+
+@rule(*aliases("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"))
+def conv_transpose(x: Gaussian, weight: Tensor, bias: Tensor | None = None, stride: int | Sequence[int] = 1,
+                   padding: object = 0, output_padding: object = 0, groups: int = 1,
+                   dilation: int | Sequence[int] = 1) -> Belief:  # fmt: skip
+    """A transposed convolution: the mixture over its phases.
+
+    With stride ``s``, an output pixel meets only the taps ``k`` with ``k * dilation = phase`` modulo
+    ``s``. The moments of each phase are those of a convolution by these taps; all phases are equally
+    frequent, so the belief is their mixture.
+    """
+    if isinstance(weight, Gaussian) or isinstance(bias, Gaussian):
+        return _ACTIVATION_AS_WEIGHT
+    spatial = weight.ndim - 2
+    x = x.pool(range(2, x.ndim))
+    weight = weight.to(x.mean.dtype)
+    strides = [stride] * spatial if isinstance(stride, int) else list(stride)
+    dilations = [dilation] * spatial if isinstance(dilation, int) else list(dilation)
+    taps, squares = weight, weight.square()
+    for axis, (s, d) in enumerate(zip(strides * (spatial // len(strides)), dilations * (spatial // len(dilations)), strict=True)):  # noqa: E501
+        phase_of_tap = (torch.arange(weight.shape[2 + axis], device=weight.device) * d) % s
+        to_phase = F.one_hot(phase_of_tap, s).to(weight.dtype)
+        taps, squares = (torch.tensordot(t, to_phase, dims=([2], [0])) for t in (taps, squares))
+    phases = math.prod(taps.shape[2:])
+    out_channels = weight.shape[1]
+
+    def mix(moment: Tensor, kernel: Tensor) -> Tensor:
+        """``(S, C_in)`` through ``(C_in, C_out / groups, *phases)``: ``(phases, S, C_out)``."""
+        kernel = kernel.reshape(groups, -1, out_channels, phases)
+        moment = moment.flatten(1).expand(-1, weight.shape[0]).unflatten(1, (groups, -1))
+        return torch.einsum("sgi,giop->psgo", moment, kernel).flatten(2)
+
+    each_phase = Gaussian(mix(x.mean, taps), mix(x.var, squares))
+    out = each_phase.pool([0]).map(lambda t: t.squeeze(0))
+    mean = out.mean if bias is None else out.mean + bias
+    return Gaussian(mean, out.var).map(lambda t: t.reshape(*t.shape, *[1] * (x.ndim - 2)))
+
+
+@rule(*aliases("linear"))
+def linear(x: Gaussian, weight: Tensor, bias: Tensor | None = None) -> Belief:
+    """``m' = W m + b`` and ``v' = W^2 v`` along the last axis, whatever stands before it."""
+    if isinstance(weight, Gaussian) or isinstance(bias, Gaussian):
+        return _ACTIVATION_AS_WEIGHT
+    weight = weight.to(x.mean.dtype)
+    if weight.ndim == 1:  # one output feature, whose axis is dropped
+        return linear(x, weight[None], bias).map(lambda t: t.squeeze(-1))  # type: ignore[union-attr]
+    x = x.map(lambda t: t.expand(*t.shape[:-1], weight.shape[1]))
+    before = torch.broadcast_shapes(x.mean.shape, x.var.shape)[:-1]
+    mean, var = contract(*(t.expand(*before, -1).flatten(0, -2) for t in (x.mean, x.var)), weight)
+    if bias is not None:
+        mean = mean + bias
+    return Gaussian(mean, var).map(lambda t: t.unflatten(0, before))
+
+
+@rule(*aliases("matmul", "__matmul__", "mm", "bmm"))
+def matmul(x: Gaussian | Tensor, other: Gaussian | Tensor) -> Belief:
+    """A product with a known matrix on the right: ``m W`` and ``v W^2``."""
+    if isinstance(other, Gaussian) or not isinstance(x, Gaussian):
+        return Unknown("a matrix product of two activations")
+    if other.ndim != 2:
+        return Unknown(f"a matrix product with a {other.ndim}-d tensor")
+    return linear(x, other.T)

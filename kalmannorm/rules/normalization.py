@@ -1,0 +1,59 @@
+"""Stock normalization layers that stay in a network: frozen ones are affine, the others reset."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kalmannorm.gaussian import Gaussian
+from kalmannorm.rules.arithmetic import add, mul
+from kalmannorm.rules.shape import summarize
+from kalmannorm.rules.table import Belief, aliases, rule
+
+
+def _along_channels(vector: Tensor | None, x: Gaussian, default: float) -> Tensor | float:
+    return default if vector is None else vector.reshape(-1, *[1] * (x.ndim - 2))
+
+
+def _standardized(weight: Tensor | float, bias: Tensor | float, x: Gaussian) -> Belief:
+    """Zero mean and unit variance, then the affine map: ``beta`` and ``gamma^2``."""
+    unit = Gaussian(torch.zeros_like(x.mean), torch.ones_like(x.var))
+    return add(mul(unit, summarize(weight, x)), summarize(bias, x))
+
+
+@rule(*aliases("batch_norm"))
+def batch_norm(x: Gaussian, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None = None,
+               bias: Tensor | None = None, training: bool = False, momentum: float = 0.1,
+               eps: float = 1e-5, *args: Any) -> Belief:  # fmt: skip
+    """With running statistics an affine map; with batch statistics the output is standardized."""
+    scale, shift = _along_channels(weight, x, 1.0), _along_channels(bias, x, 0.0)
+    if training or running_mean is None or running_var is None:
+        return _standardized(scale, shift, x)
+    scale = scale * _along_channels((running_var.to(x.var.dtype) + eps).rsqrt(), x, 1.0)
+    shift = shift - _along_channels(running_mean, x, 0.0) * scale
+    return add(mul(x, summarize(scale, x)), summarize(shift, x))
+
+
+@rule(*aliases("group_norm"))
+def group_norm(x: Gaussian, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None,
+               *args: Any, **kwargs: Any) -> Belief:  # fmt: skip
+    """Each channel is taken as standardized: ``beta`` and ``gamma^2``."""
+    return _standardized(_along_channels(weight, x, 1.0), _along_channels(bias, x, 0.0), x)
+
+
+@rule(*aliases("instance_norm"))
+def instance_norm(x: Gaussian, running_mean: Tensor | None = None, running_var: Tensor | None = None,
+                  weight: Tensor | None = None, bias: Tensor | None = None, use_input_stats: bool = True,
+                  momentum: float = 0.1, eps: float = 1e-5, *args: Any) -> Belief:  # fmt: skip
+    """As :func:`batch_norm`, whose groups are then single samples."""
+    return batch_norm(x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+
+
+@rule(*aliases("layer_norm"))
+def layer_norm(x: Gaussian, normalized_shape: Sequence[int], weight: Tensor | None = None,
+               bias: Tensor | None = None, eps: float = 1e-5) -> Belief:  # fmt: skip
+    """Each feature is taken as standardized: ``beta`` and ``gamma^2``."""
+    return _standardized(1.0 if weight is None else weight, 0.0 if bias is None else bias, x)

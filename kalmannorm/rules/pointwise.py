@@ -1,0 +1,271 @@
+"""Activations: the ReLU family in closed form, smooth functions by quadrature.
+
+Each output element depends on one input element, so nothing is assumed here but that it is Gaussian.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kalmannorm.gaussian import Gaussian, Unknown
+from kalmannorm.rules.table import Belief, aliases, rule
+
+__all__ = ["piecewise", "quadrature", "rectify"]
+
+# The standard normal is integrated by the trapezoid rule on [-8, 8]. For smooth integrands it
+# converges as fast as Gauss-Hermite quadrature (its error is exp(-2 pi^2 / step^2)), for kinked ones
+# (ELU, CELU) faster, as its nodes lie closer, and the nodes are made on the device without a copy.
+_REACH = 8.0
+_NODES = 129
+
+
+def _phi(z: Tensor) -> Tensor:
+    """Density of the standard normal."""
+    return torch.exp(-0.5 * z.square()) * (1 / math.sqrt(2 * math.pi))
+
+
+def quadrature(x: Gaussian, function: Callable[[Tensor], Tensor]) -> Gaussian:
+    """Mean and variance of ``function(x)``, element by element, by numerical integration."""
+    z = torch.linspace(-_REACH, _REACH, _NODES, device=x.mean.device, dtype=x.mean.dtype)
+    weights = _phi(z) * (2 * _REACH / (_NODES - 1))
+    values = function(x.mean.unsqueeze(-1) + x.std.unsqueeze(-1) * z)
+    mean = (values * weights).sum(-1)
+    var = ((values - mean.unsqueeze(-1)).square() * weights).sum(-1)
+    return Gaussian(mean, var)
+
+
+def rectify(x: Gaussian) -> tuple[Gaussian, Tensor]:
+    """ReLU of a Gaussian, and the probability of a positive input.
+
+    With ``a = m / s``, ``g = a Phi(a) + phi(a)`` and ``h = phi(a) - a Phi(-a)`` (the expected
+    positive and negative parts), ``E = s g`` and ``var = v (Phi(a) - g h)``. This is the textbook
+    ``E[y^2] - E[y]^2`` without its cancellation.
+    """
+    a = (x.mean / x.std).clamp(-1e3, 1e3)
+    density = _phi(a)
+    above, below = torch.special.ndtr(a), torch.special.ndtr(-a)
+    positive = a * above + density
+    negative = density - a * below
+    # Where the input is surely positive, `mean` itself carries no rounding of the quotient.
+    mean = torch.where(a > 30, x.mean, x.std * positive)
+    return Gaussian(mean, x.var * (above - positive * negative).clamp_min(0)), above
+
+
+def piecewise(x: Gaussian, breaks: Sequence[float], pieces: Sequence[Sequence[float]]) -> Gaussian:
+    """A function that is a quadratic polynomial between breakpoints, in closed form.
+
+    Args:
+        x: the belief.
+        breaks: ``b_1 < ... < b_k``.
+        pieces: ``k + 1`` polynomials ``(c_0, c_1, c_2)``, for ``c_0 + c_1 x + c_2 x^2``, each from one
+            breakpoint to the next.
+    """
+    m, s = x.mean, x.std
+    edges = [torch.full_like(m, -math.inf), *((b - m) / s for b in breaks), torch.full_like(m, math.inf)]
+    # Every moment is taken about one value of the function, which leaves nothing large to cancel.
+    # In the tails the density is zero and the edge infinite: z * phi(z) is then zero.
+    centre = _polynomial_at(m, breaks, pieces)
+    finite = [torch.where(e.isfinite(), e, 0.0) for e in edges]
+    density = [torch.where(e.isfinite(), _phi(f), 0.0) for e, f in zip(edges, finite, strict=True)]
+    first = torch.zeros_like(m)
+    second = torch.zeros_like(m)
+    for i, (c0, c1, c2) in enumerate(pieces):
+        # A difference of two upper or of two lower tail probabilities, whichever is the smaller.
+        lower, upper = edges[i], edges[i + 1]
+        flip = lower > 0
+        p = torch.special.ndtr(torch.where(flip, -lower, upper))
+        p = p - torch.special.ndtr(torch.where(flip, -upper, lower))
+        moments = [p, density[i] - density[i + 1]]
+        for k in (2, 3, 4):
+            edge = finite[i] ** (k - 1) * density[i] - finite[i + 1] ** (k - 1) * density[i + 1]
+            moments.append((k - 1) * moments[k - 2] + edge)
+        a = c0 + c1 * m + c2 * m.square() - centre
+        b = (c1 + 2 * c2 * m) * s
+        c = c2 * s.square()
+        first = first + a * moments[0] + b * moments[1] + c * moments[2]
+        second = second + (
+            a.square() * moments[0]
+            + 2 * a * b * moments[1]
+            + (b.square() + 2 * a * c) * moments[2]
+            + 2 * b * c * moments[3]
+            + c.square() * moments[4]
+        )
+    return Gaussian(centre + first, (second - first.square()).clamp_min(0))
+
+
+def _polynomial_at(m: Tensor, breaks: Sequence[float], pieces: Sequence[Sequence[float]]) -> Tensor:
+    value = torch.zeros_like(m)
+    for i, (c0, c1, c2) in enumerate(pieces):
+        inside = torch.ones_like(m, dtype=torch.bool)
+        if i > 0:
+            inside = inside & (m > breaks[i - 1])
+        if i < len(breaks):
+            inside = inside & (m <= breaks[i])
+        value = torch.where(inside, c0 + c1 * m + c2 * m.square(), value)
+    return value
+
+
+@rule(*aliases("relu", "relu_"))
+def relu(x: Gaussian, inplace: bool = False) -> Gaussian:
+    """``E = m Phi(a) + s phi(a)`` with ``a = m / s``; see :func:`rectify`."""
+    return rectify(x)[0]
+
+
+def _two_slopes(x: Gaussian, slope: Tensor | float, slope_var: float = 0.0) -> Gaussian:
+    """``k x`` below zero, ``x`` above: ``y = k x + (1 - k) relu(x)``, and Stein's lemma for the
+    covariance of its two terms, ``v Phi(a)``. ``k`` itself may be random, with ``slope_var``.
+    """
+    up, above = rectify(x)
+    mean = slope * x.mean + (1 - slope) * up.mean
+    var = slope**2 * x.var + (1 - slope) ** 2 * up.var + 2 * slope * (1 - slope) * x.var * above
+    if slope_var:
+        down = rectify(Gaussian(-x.mean, x.var))[0]
+        var = var + slope_var * (down.var + down.mean.square())
+    return Gaussian(mean, var.clamp_min(0))
+
+
+@rule(*aliases("leaky_relu", "leaky_relu_"))
+def leaky_relu(x: Gaussian, negative_slope: float = 0.01, inplace: bool = False) -> Gaussian:
+    """``y = k x + (1 - k) relu(x)``, in closed form."""
+    return _two_slopes(x, negative_slope)
+
+
+@rule(*aliases("prelu"))
+def prelu(x: Gaussian, weight: Tensor) -> Belief:
+    """Leaky ReLU with a learned slope, one or one a channel."""
+    if isinstance(weight, Gaussian):
+        return Unknown("the slope is computed from the input")
+    slope = weight.to(x.mean.dtype)
+    return _two_slopes(x, slope.view(-1, *[1] * (x.ndim - 2)) if x.ndim > 1 else slope)
+
+
+@rule(*aliases("rrelu", "rrelu_"))
+def rrelu(x: Gaussian, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False,
+          inplace: bool = False, generator: object = None) -> Gaussian:  # fmt: skip
+    """Leaky ReLU whose slope is uniform on ``[lower, upper]`` in training, its mean otherwise."""
+    return _two_slopes(x, (lower + upper) / 2, (upper - lower) ** 2 / 12 if training else 0.0)
+
+
+@rule(*aliases("hardtanh", "hardtanh_"))
+def hardtanh(x: Gaussian, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Gaussian:
+    """``clamp(x, min_val, max_val)``, in closed form; ReLU6 arrives as this."""
+    return piecewise(x, [min_val, max_val], [(min_val, 0, 0), (0, 1, 0), (max_val, 0, 0)])
+
+
+@rule(*aliases("relu6"))
+def relu6(x: Gaussian, inplace: bool = False) -> Gaussian:
+    """``clamp(x, 0, 6)``, in closed form."""
+    return hardtanh(x, 0.0, 6.0)
+
+
+@rule(*aliases("clamp", "clamp_", "clip", "clip_"))
+def clamp(x: Gaussian, min: object = None, max: object = None) -> Belief:  # noqa: A002
+    """``clamp(x, min, max)`` with numbers for bounds, in closed form."""
+    if isinstance(min, Tensor | Gaussian) or isinstance(max, Tensor | Gaussian):
+        return Unknown("clamp between tensors")
+    low: Any = min
+    high: Any = max
+    if low is not None and high is not None:
+        return hardtanh(x, float(low), float(high))
+    if low is not None:
+        return piecewise(x, [float(low)], [(float(low), 0, 0), (0, 1, 0)])
+    return piecewise(x, [float(high)], [(0, 1, 0), (float(high), 0, 0)])
+
+
+@rule(*aliases("clamp_min", "clamp_min_"))
+def clamp_min(x: Gaussian, min: object) -> Belief:  # noqa: A002
+    """``max(x, min)`` with a number, in closed form."""
+    return clamp(x, min, None)
+
+
+@rule(*aliases("clamp_max", "clamp_max_"))
+def clamp_max(x: Gaussian, max: object) -> Belief:  # noqa: A002
+    """``min(x, max)`` with a number, in closed form."""
+    return clamp(x, None, max)
+
+
+@rule(*aliases("hardsigmoid"))
+def hardsigmoid(x: Gaussian, inplace: bool = False) -> Gaussian:
+    """``clamp(x / 6 + 1 / 2, 0, 1)``, in closed form."""
+    return piecewise(x, [-3.0, 3.0], [(0, 0, 0), (1 / 2, 1 / 6, 0), (1, 0, 0)])
+
+
+@rule(*aliases("hardswish"))
+def hardswish(x: Gaussian, inplace: bool = False) -> Gaussian:
+    """``x clamp(x / 6 + 1 / 2, 0, 1)``, in closed form."""
+    return piecewise(x, [-3.0, 3.0], [(0, 0, 0), (0, 1 / 2, 1 / 6), (0, 1, 0)])
+
+
+@rule(*aliases("hardshrink"))
+def hardshrink(x: Gaussian, lambd: float = 0.5) -> Gaussian:
+    """``x`` outside ``[-lambd, lambd]``, zero inside, in closed form."""
+    return piecewise(x, [-lambd, lambd], [(0, 1, 0), (0, 0, 0), (0, 1, 0)])
+
+
+@rule(*aliases("softshrink"))
+def softshrink(x: Gaussian, lambd: float = 0.5) -> Gaussian:
+    """``x`` moved towards zero by ``lambd``, in closed form."""
+    return piecewise(x, [-lambd, lambd], [(lambd, 1, 0), (0, 0, 0), (-lambd, 1, 0)])
+
+
+@rule(*aliases("threshold", "threshold_"))
+def threshold(x: Gaussian, threshold: float, value: float, inplace: bool = False) -> Gaussian:
+    """``x`` above the threshold, ``value`` below, in closed form."""
+    return piecewise(x, [threshold], [(value, 0, 0), (0, 1, 0)])
+
+
+@rule(*aliases("gelu"))
+def gelu(x: Gaussian, approximate: str = "none") -> Gaussian:
+    """By quadrature."""
+    return quadrature(x, lambda t: F.gelu(t, approximate=approximate))
+
+
+@rule(*aliases("elu", "elu_"))
+def elu(x: Gaussian, alpha: float = 1.0, inplace: bool = False) -> Gaussian:
+    """By quadrature."""
+    return quadrature(x, lambda t: F.elu(t, alpha))
+
+
+@rule(*aliases("celu", "celu_"))
+def celu(x: Gaussian, alpha: float = 1.0, inplace: bool = False) -> Gaussian:
+    """By quadrature."""
+    return quadrature(x, lambda t: F.celu(t, alpha))
+
+
+@rule(*aliases("softplus"))
+def softplus(x: Gaussian, beta: float = 1.0, threshold: float = 20.0) -> Gaussian:
+    """By quadrature."""
+    return quadrature(x, lambda t: F.softplus(t, beta, threshold))
+
+
+@rule(*aliases("pow", "pow_", "__pow__", "float_power"))
+def power(x: Gaussian, exponent: object) -> Belief:
+    """A whole, non-negative power, by quadrature; others are not defined for negative inputs."""
+    if not isinstance(exponent, int | float) or exponent < 0 or exponent != int(exponent):
+        return Unknown(f"power {exponent}")
+    whole = int(exponent)
+    return quadrature(x, lambda t: t**whole)
+
+
+def _by_quadrature(function: Callable[[Tensor], Tensor]) -> Callable[..., Gaussian]:
+    def smooth(x: Gaussian, inplace: bool = False) -> Gaussian:
+        return quadrature(x, function)
+
+    smooth.__name__ = function.__name__
+    smooth.__doc__ = f"``{function.__name__}`` by quadrature."
+    return smooth
+
+
+for _name, _function in {
+    "silu": F.silu, "mish": F.mish, "selu": F.selu, "sigmoid": torch.sigmoid, "tanh": torch.tanh,
+    "logsigmoid": F.logsigmoid, "softsign": F.softsign, "tanhshrink": F.tanhshrink, "abs": torch.abs,
+    "square": torch.square, "exp": torch.exp, "sin": torch.sin, "cos": torch.cos, "erf": torch.erf,
+    "atan": torch.atan, "asinh": torch.asinh, "expm1": torch.expm1,
+}.items():  # fmt: skip
+    rule(*aliases(_name, _name + "_"))(_by_quadrature(_function))

@@ -1,0 +1,127 @@
+"""Pooling: averages and maxima of independent elements with one common belief.
+
+Neighbouring pixels are taken as independent, which real feature maps are not: an average over a
+window is believed to vary less, a maximum to lie higher, than they do. Border padding is ignored.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+from kalmannorm.gaussian import Gaussian
+from kalmannorm.rules.table import aliases, rule
+
+__all__ = ["extreme_moments", "largest_of"]
+
+_Size = int | None | Sequence[int | None]
+
+
+def _window(kernel_size: int | Sequence[int], spatial: int) -> int:
+    """Number of elements in a pooling window."""
+    sizes = [kernel_size] if isinstance(kernel_size, int) else list(kernel_size)
+    return math.prod(sizes * spatial if len(sizes) == 1 else sizes)
+
+
+def _average(x: Gaussian, count: float) -> Gaussian:
+    """The mean of ``count`` independent elements: ``m`` and ``v / count``."""
+    x = x.pool(range(2, x.ndim))
+    return Gaussian(x.mean, x.var / count)
+
+
+@functools.cache
+def extreme_moments(count: int) -> tuple[float, float]:
+    """Mean and variance of the largest of ``count`` independent standard normals.
+
+    Integrates its density, ``count * phi(z) * Phi(z)^(count - 1)``, by the trapezoid rule.
+    """
+    step = 1 / 256
+    total = first = second = 0.0
+    for i in range(-10 * 256, 10 * 256 + 1):
+        z = i * step
+        density = math.exp(-0.5 * z * z) * (0.5 * math.erfc(-z / math.sqrt(2))) ** (count - 1)
+        total += density
+        first += density * z
+        second += density * z * z
+    mean = first / total
+    return mean, second / total - mean * mean
+
+
+def _maximum(x: Gaussian, windows: Counter[int]) -> Gaussian:
+    """The largest of ``k`` independent elements: ``m + s M_k`` and ``v V_k``, with the moments of
+    the largest of ``k`` standard normals; the mixture where windows of several ``k`` are counted.
+    """
+    x = x.pool(range(2, x.ndim))
+    total = windows.total()
+    moments = [(n / total, *extreme_moments(k)) for k, n in windows.items()]
+    shift = sum(share * mean for share, mean, _ in moments)
+    scale = sum(share * (var + (mean - shift) ** 2) for share, mean, var in moments)
+    return Gaussian(x.mean + shift * x.std, x.var * scale)
+
+
+def largest_of(x: Gaussian, count: int) -> Gaussian:
+    """The largest of ``count`` independent elements."""
+    return _maximum(x, Counter({count: 1}))
+
+
+def _products(left: Counter[int], right: Counter[int]) -> Counter[int]:
+    """How often each product of a left and a right length occurs."""
+    products: Counter[int] = Counter()
+    for (a, n), (b, m) in itertools.product(left.items(), right.items()):
+        products[a * b] += n * m
+    return products
+
+
+def _adaptive_counts(x: Gaussian, output_size: _Size, spatial: int) -> list[list[int]]:
+    """Window lengths of adaptive pooling along each spatial axis, one for each output position."""
+    inputs = x.shape[len(x.shape) - spatial :]
+    wanted = [output_size] * spatial if output_size is None or isinstance(output_size, int) else list(output_size)
+    lengths = []
+    for size, out in zip(inputs, wanted * (spatial // len(wanted)), strict=True):
+        out = size if out is None else out
+        lengths.append([-(-(i + 1) * size // out) - i * size // out for i in range(out)])
+    return lengths
+
+
+
+
+def _define(spatial: int) -> None:
+    """The pooling functions of one dimensionality."""
+
+    @rule(*aliases(f"avg_pool{spatial}d"))
+    def avg_pool(x: Gaussian, kernel_size: int | Sequence[int], stride: object = None, padding: object = 0,
+                 ceil_mode: bool = False, count_include_pad: bool = True,
+                 divisor_override: int | None = None) -> Gaussian:  # fmt: skip
+        """``m`` and ``v / k`` for a window of ``k`` elements."""
+        count = _window(kernel_size, spatial)
+        pooled = _average(x, count)
+        if divisor_override is None:
+            return pooled
+        factor = count / divisor_override
+        return Gaussian(pooled.mean * factor, pooled.var * factor**2)
+
+    @rule(*aliases(f"max_pool{spatial}d", f"max_pool{spatial}d_with_indices"))
+    def max_pool(x: Gaussian, kernel_size: int | Sequence[int], *args: object, **kwargs: object) -> Gaussian:
+        """``m + s M_k`` and ``v V_k`` for a window of ``k`` elements."""
+        return largest_of(x, _window(kernel_size, spatial))
+
+    @rule(*aliases(f"adaptive_avg_pool{spatial}d"))
+    def adaptive_avg_pool(x: Gaussian, output_size: _Size) -> Gaussian:
+        """``m``, and ``v`` times the mean of ``1 / k`` over windows of ``k`` elements."""
+        counts = _adaptive_counts(x, output_size, spatial)
+        return _average(x, 1 / math.prod(sum(1 / k for k in axis) / len(axis) for axis in counts))
+
+    @rule(*aliases(f"adaptive_max_pool{spatial}d", f"adaptive_max_pool{spatial}d_with_indices"))
+    def adaptive_max_pool(x: Gaussian, output_size: _Size, return_indices: bool = False) -> Gaussian:
+        """``m + s M_k`` and ``v V_k``, the mixture over windows of ``k`` elements."""
+        windows = Counter({1: 1})
+        for axis in _adaptive_counts(x, output_size, spatial):
+            windows = _products(windows, Counter(axis))
+        return _maximum(x, windows)
+
+
+for _dimensions in (1, 2, 3):
+    _define(_dimensions)

@@ -1,0 +1,397 @@
+"""Functions that move, cut, join or resize: the same move, made on the small tensors.
+
+A belief has its activation's rank, so most of these call the torch function itself on the mean and
+on the variance, after writing out the axes it touches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kalmannorm.gaussian import Gaussian, Unknown
+from kalmannorm.rules.table import Belief, aliases, rule
+
+__all__ = ["align", "summarize"]
+
+
+def summarize(constant: Tensor | float, like: Gaussian) -> Gaussian:
+    """The belief of a known tensor that meets ``like``: its values, without variance.
+
+    A vector (one axis longer than 1) keeps its values. A map is summarized, along the axes where
+    ``like`` does not vary, by its mean and variance there.
+    """
+    values = torch.as_tensor(constant, dtype=like.mean.dtype, device=like.mean.device)
+    values = values.reshape(*[1] * (like.ndim - values.ndim), *values.shape)
+    known = Gaussian(values, torch.zeros_like(values))
+    long = [d for d in range(values.ndim) if values.shape[d] > 1]
+    if len(long) <= 1:
+        return known
+    return known.pool([d for d in long if like.mean.shape[d] == 1])
+
+
+def align(beliefs: Sequence[Gaussian], skip: int | None = None) -> list[Gaussian]:
+    """Bring beliefs of one rank to one size along each axis but ``skip``."""
+    beliefs = list(beliefs)
+    for d in range(beliefs[0].ndim):
+        sizes = {b.mean.shape[d] for b in beliefs} | {b.var.shape[d] for b in beliefs}
+        if d == skip or len(sizes - {1}) <= 1:
+            continue
+        if any(max(sizes) % s for s in sizes):
+            beliefs = [b.full([d]) for b in beliefs]
+        else:
+            beliefs = [
+                Gaussian(*(t.repeat_interleave(max(sizes) // t.shape[d], d) for t in (b.mean, b.var)), b.shape)
+                for b in beliefs
+            ]
+    return beliefs
+
+
+def _axis(x: Gaussian, dim: int) -> int:
+    return dim % x.ndim
+
+
+def _ints(sizes: Sequence[Any]) -> list[Any]:
+    """``f(1, 2)`` and ``f((1, 2))`` alike."""
+    return list(sizes[0]) if len(sizes) == 1 and not isinstance(sizes[0], int | torch.SymInt) else list(sizes)
+
+
+# -- the belief as it is ---------------------------------------------------------------------------
+
+
+@rule(*aliases("contiguous", "clone", "alias", "requires_grad_", "float", "double", "half", "bfloat16",
+               "type", "type_as", "retain_grad"))  # fmt: skip
+def same(x: Gaussian, *args: object, **kwargs: object) -> Gaussian:
+    """Copies and casts: the belief keeps its own precision."""
+    return x
+
+
+@rule(*aliases("to", "cuda", "cpu"))
+def to(x: Gaussian, *args: Any, **kwargs: Any) -> Gaussian:
+    """To another device, memory format or type: the belief follows to the device."""
+    device = kwargs.get("device", args[0] if args else None)
+    if isinstance(device, Gaussian):
+        device = device.mean.device
+    elif isinstance(device, Tensor):
+        device = device.device
+    return x.map(lambda t: t.to(device)) if isinstance(device, str | int | torch.device) else x
+
+
+@rule(*aliases("detach", "detach_"), torch.Tensor.data.__get__)  # type: ignore[attr-defined]
+def detach(x: Gaussian) -> Gaussian:
+    """Cut from the graph, as the activation is."""
+    return x.detach()
+
+
+# -- axes ------------------------------------------------------------------------------------------
+
+
+def _move_axes(function: Callable[..., Any]) -> Callable[..., Gaussian]:
+    """Reorder axes: the belief has the same ones."""
+    return lambda x, *args, **kwargs: x.map(lambda t: function(t, *args, **kwargs))
+
+
+for _function in aliases("permute", "transpose", "transpose_", "swapaxes", "swapdims", "movedim", "moveaxis",
+                         "unsqueeze", "unsqueeze_", "t"):  # fmt: skip
+    rule(_function)(_move_axes(_function))
+rule(torch.Tensor.mT.__get__)(_move_axes(lambda t: t.mT))  # type: ignore[attr-defined]
+rule(torch.Tensor.T.__get__)(_move_axes(lambda t: t.permute(*range(t.ndim - 1, -1, -1))))  # type: ignore[attr-defined]
+
+
+@rule(*aliases("squeeze", "squeeze_"))
+def squeeze(x: Gaussian, dim: Any = None) -> Gaussian:
+    """Drop the axes that have size 1 in the activation."""
+    wanted = range(x.ndim) if dim is None else ([dim] if isinstance(dim, int) else dim)
+    drop = {_axis(x, d) for d in wanted if x.shape[d] == 1}
+    return x.map(lambda t: t.reshape([n for d, n in enumerate(t.shape) if d not in drop]))
+
+
+@rule(*aliases("expand"))
+def expand(x: Gaussian, *sizes: Any) -> Gaussian:
+    """Repeat without a copy: an axis of size 1 stays one."""
+    new = len(_ints(sizes)) - x.ndim
+    return x.map(lambda t: t.reshape(*[1] * new, *t.shape))
+
+
+@rule(*aliases("expand_as"))
+def expand_as(x: Gaussian, other: Tensor | Gaussian) -> Gaussian:
+    """Repeat to another tensor's shape."""
+    return expand(x, *other.shape)
+
+
+@rule(*aliases("repeat"))
+def repeat(x: Gaussian, *sizes: Any) -> Gaussian:
+    """Tile: axes that vary are written out first."""
+    times = _ints(sizes)
+    x = expand(x, *times)
+    shape = (1,) * (x.ndim - len(x.shape)) + tuple(x.shape)
+    x = Gaussian(x.mean, x.var, shape)
+    varies = [d for d in range(x.ndim) if times[d] > 1 and x.mean.shape[d] > 1]
+    return x.full(varies).map(lambda t: t.repeat(*(n if d in varies else 1 for d, n in enumerate(times))))
+
+
+@rule(*aliases("flip", "roll"))
+def flip(x: Gaussian, *args: Any, **kwargs: Any) -> Belief:
+    """Reorder along spatial axes, where the belief is constant."""
+    if any(n > 1 for n in (*x.mean.shape[2:], *x.mean.shape[:1])):
+        return Unknown("elements reordered along an axis where the belief varies")
+    dims = args[-1] if args else kwargs.get("dims")
+    dims = dims if isinstance(dims, list | tuple) else (dims,)
+    if any(d is None or x.mean.shape[d] > 1 for d in dims):
+        return Unknown("channels reordered")
+    return x
+
+
+# -- reshaping -------------------------------------------------------------------------------------
+
+
+def reshape_to(x: Gaussian, shape: Sequence[int]) -> Gaussian:
+    """The belief of the activation reshaped to ``shape``.
+
+    Matches up the shortest runs of old and new axes with equal products. A run along which the
+    belief is constant stays constant; one that is only split or merged with constant axes keeps its
+    blocks; any other is written out.
+    """
+    known = math.prod(n for n in shape if n != -1)
+    shape = [math.prod(x.shape) // max(known, 1) if n == -1 else n for n in shape]
+    mean, var = torch.broadcast_tensors(x.mean, x.var)
+    x = Gaussian(mean, var, x.shape)
+    sizes: list[int] = []
+    for old, new in _matching_runs(x.shape, shape):
+        belief = [x.mean.shape[d] for d in old]
+        if all(n == 1 for n in belief):
+            sizes += [1] * len(new)
+        elif len(old) == len(new) == 1:
+            sizes += belief
+        elif all(n == 1 for n in belief[1:]) and shape[new[0]] % belief[0] == 0:
+            sizes += [belief[0], *[1] * (len(new) - 1)]
+        else:
+            x = x.full(old)
+            sizes += [shape[d] for d in new]
+    return x.map(lambda t: t.reshape(sizes))
+
+
+def _matching_runs(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """Split the axes of two shapes with the same number of elements into runs with equal products."""
+    runs: list[tuple[list[int], list[int]]] = []
+    i = j = 0
+    while i < len(old) or j < len(new):
+        run: tuple[list[int], list[int]] = ([], [])
+        left = right = 1
+        while True:
+            if i < len(old) and (not run[0] or left < right):
+                run[0].append(i)
+                left *= old[i]
+                i += 1
+            elif j < len(new) and (not run[1] or right < left):
+                run[1].append(j)
+                right *= new[j]
+                j += 1
+            else:
+                break
+        runs.append(run)
+    return [r for r in runs if r[0] or r[1]]
+
+
+@rule(*aliases("reshape", "view"))
+def reshape(x: Gaussian, *shape: Any, **kwargs: Any) -> Belief:
+    """Reshape; see :func:`reshape_to`."""
+    sizes = _ints(shape) if shape else list(kwargs.get("shape", kwargs.get("size", [])))
+    if shape and isinstance(shape[0], torch.dtype):
+        return Unknown("view as another type")
+    return reshape_to(x, sizes)
+
+
+@rule(*aliases("reshape_as", "view_as"))
+def reshape_as(x: Gaussian, other: Tensor | Gaussian) -> Gaussian:
+    """Reshape to another tensor's shape."""
+    return reshape_to(x, other.shape)
+
+
+@rule(*aliases("flatten", "ravel"))
+def flatten(x: Gaussian, start_dim: int = 0, end_dim: int = -1) -> Gaussian:
+    """Merge neighbouring axes: a channel's belief is repeated for each of its pixels."""
+    start, end = _axis(x, start_dim), _axis(x, end_dim)
+    return reshape_to(x, [*x.shape[:start], math.prod(x.shape[start : end + 1]), *x.shape[end + 1 :]])
+
+
+@rule(*aliases("unflatten"))
+def unflatten(x: Gaussian, dim: int, sizes: Sequence[int]) -> Gaussian:
+    """Split an axis."""
+    dim = _axis(x, dim)
+    return reshape_to(x, [*x.shape[:dim], *_resolve(sizes, x.shape[dim]), *x.shape[dim + 1 :]])
+
+
+def _resolve(sizes: Sequence[int], total: int) -> list[int]:
+    known = math.prod(n for n in sizes if n != -1)
+    return [total // known if n == -1 else n for n in sizes]
+
+
+# -- cutting ---------------------------------------------------------------------------------------
+
+
+@rule(*aliases("__getitem__"))
+def getitem(x: Gaussian, index: Any) -> Belief:
+    """Indexing: slices along constant axes leave the belief as it is."""
+    parts = list(index) if isinstance(index, tuple) else [index]
+    if any(isinstance(p, Gaussian) for p in parts):
+        return Unknown("an index computed from the input")
+    if any(isinstance(p, Tensor) and p.dtype == torch.bool and p.ndim > 1 for p in parts):
+        return Unknown("a mask over several axes")
+    rest = x.ndim - sum(p is not None and p is not Ellipsis for p in parts)
+    if Ellipsis not in [p for p in parts if not isinstance(p, Tensor)]:
+        parts.append(Ellipsis)
+    axis = 0
+    for i, part in enumerate(parts):
+        if part is Ellipsis:
+            axis += rest
+        elif part is not None:
+            if isinstance(part, slice) and x.mean.shape[axis] == 1:
+                parts[i] = slice(None)
+            elif not isinstance(part, slice) or part != slice(None):
+                x = x.full([axis])
+            axis += 1
+    return x.map(lambda t: t[tuple(parts)])
+
+
+def _cut(function: Callable[..., Any], dim_position: int, default: int | None) -> Callable[..., Any]:
+    """Functions that cut along one axis: write it out, and cut the belief there."""
+
+    def cut(x: Gaussian, *args: Any, **kwargs: Any) -> Any:
+        dim = args[dim_position] if len(args) > dim_position else kwargs.get("dim", default)
+        x = x.full([_axis(x, dim)])
+        means, variances = (function(t, *args, **kwargs) for t in torch.broadcast_tensors(x.mean, x.var))
+        if isinstance(means, Tensor):
+            return Gaussian(means, variances)
+        return tuple(Gaussian(m, v) for m, v in zip(means, variances, strict=True))
+
+    return cut
+
+
+for _name, _position, _default in [("chunk", 1, 0), ("split", 1, 0), ("tensor_split", 1, 0), ("unbind", 0, 0),
+                                   ("narrow", 0, None), ("select", 0, None), ("index_select", 0, None)]:  # fmt: skip
+    for _function in aliases(_name):
+        rule(_function)(_cut(_function, _position, _default))
+
+
+# -- joining ---------------------------------------------------------------------------------------
+
+
+@rule(*aliases("cat", "concat", "concatenate"))
+def cat(tensors: Sequence[Gaussian | Tensor], dim: int = 0, **kwargs: Any) -> Belief:
+    """Join along an axis: each part keeps its belief."""
+    first = next(t for t in tensors if isinstance(t, Gaussian))
+    dim = _axis(first, kwargs.get("axis", dim))
+    parts = []
+    for t in tensors:
+        if isinstance(t, Gaussian):
+            parts.append(t)
+        elif t.ndim == first.ndim:
+            other = [d for d in range(t.ndim) if d != dim and first.mean.shape[d] == 1]
+            t = t.to(first.mean.dtype)
+            parts.append(Gaussian(t, torch.zeros_like(t)).pool(other))
+            parts[-1].shape = tuple(t.shape)
+    parts = align([p.full([dim]) for p in parts], skip=dim)
+    sizes = [max(p.mean.shape[d] for p in parts) for d in range(first.ndim)]
+
+    def join(moments: list[Tensor]) -> Tensor:
+        return torch.cat([m.expand(*sizes[:dim], -1, *sizes[dim + 1 :]) for m in moments], dim)
+
+    return Gaussian(join([p.mean for p in parts]), join([p.var for p in parts]))
+
+
+@rule(*aliases("stack"))
+def stack(tensors: Sequence[Gaussian | Tensor], dim: int = 0) -> Belief:
+    """Join along a new axis."""
+    first = next(t for t in tensors if isinstance(t, Gaussian))
+    dim = dim % (first.ndim + 1)
+    raised = []
+    for t in tensors:
+        lifted = t.map(lambda u: u.unsqueeze(dim)) if isinstance(t, Gaussian) else t.unsqueeze(dim)
+        if isinstance(lifted, Gaussian):
+            lifted.shape = (*first.shape[:dim], 1, *first.shape[dim:])
+        raised.append(lifted)
+    return cat(raised, dim)
+
+
+@rule(*aliases("pad", "constant_pad_nd"))
+def pad(x: Gaussian, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Belief:
+    """Padding: extra channels get the constant; a border around constant pixels is ignored."""
+    amounts = list(pad)
+    for k in range(len(amounts) // 2):
+        d = x.ndim - 1 - k
+        touched = amounts[2 * k] != 0 or amounts[2 * k + 1] != 0
+        if touched and d == 0:
+            return Unknown("padding along the batch")
+        if d == 1 and touched:
+            x = x.full([1])
+        elif x.mean.shape[d] == 1:
+            amounts[2 * k] = amounts[2 * k + 1] = 0
+    if not any(amounts):
+        return Gaussian(x.mean, x.var)
+    if mode != "constant":
+        return Unknown(f"{mode} padding along an axis where the belief varies")
+    mean, var = torch.broadcast_tensors(x.mean, x.var)
+    return Gaussian(F.pad(mean, amounts, value=value or 0.0), F.pad(var, amounts))
+
+
+# -- resizing --------------------------------------------------------------------------------------
+
+
+@rule(*aliases("interpolate", "upsample"))
+def interpolate(x: Gaussian, size: Any = None, scale_factor: Any = None, mode: str = "nearest",
+                align_corners: bool | None = None, recompute_scale_factor: bool | None = None,
+                antialias: bool = False) -> Gaussian:  # fmt: skip
+    """Resizing: nearest neighbours keep the belief; weights ``w`` scale ``v`` by ``sum w^2``.
+
+    That sum is taken axis by axis and averaged over output positions. Pixels are independent, so a
+    blend of two varies less than either.
+    """
+    spatial = x.ndim - 2
+    inputs = x.shape[2:]
+    x = x.pool(range(2, x.ndim))
+    if mode in ("nearest", "nearest-exact"):
+        return Gaussian(x.mean, x.var)
+    var = x.var
+    for axis, length in enumerate(inputs):
+        out = None if size is None else (size if isinstance(size, int) else size[axis])
+        scale = scale_factor[axis] if isinstance(scale_factor, list | tuple) else scale_factor
+        each_pixel = torch.eye(length, dtype=var.dtype, device=var.device).view(length, 1, length, 1)
+        weights = F.interpolate(
+            each_pixel,
+            size=None if out is None else (out, 1),
+            scale_factor=None if scale is None else (float(scale), 1.0),
+            mode={"linear": "bilinear", "trilinear": "bilinear"}.get(mode, mode),
+            align_corners=align_corners,
+            recompute_scale_factor=recompute_scale_factor,
+            antialias=antialias,
+        )
+        var = var * weights.square().sum(0).mean()
+    assert spatial == len(inputs)
+    return Gaussian(x.mean, var)
+
+
+@rule(*aliases("pixel_shuffle"))
+def pixel_shuffle(x: Gaussian, upscale_factor: int) -> Gaussian:
+    """Each output channel is the mixture of ``r^2`` input channels, one for each position."""
+    blocks = x.full([1]).pool(range(2, x.ndim)).map(lambda t: t.unflatten(1, (-1, upscale_factor**2)))
+    return blocks.pool([2]).map(lambda t: t.squeeze(2))
+
+
+@rule(*aliases("pixel_unshuffle"))
+def pixel_unshuffle(x: Gaussian, downscale_factor: int) -> Gaussian:
+    """Each channel becomes ``r^2`` channels with its belief."""
+    x = x.full([1]).pool(range(2, x.ndim))
+    return x.map(lambda t: t.repeat_interleave(downscale_factor**2, 1))
+
+
+@rule(*aliases("channel_shuffle"))
+def channel_shuffle(x: Gaussian, groups: int) -> Gaussian:
+    """Reorder the channels."""
+    x = x.full([1])
+    return x.map(lambda t: t.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2))

@@ -1,0 +1,71 @@
+"""The command line: bad input gives one clear line and exit code 2, and touches nothing."""
+
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+
+from kalmannorm.lab.cli import main
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["demo", "--methods", "bn,batch"], ["--methods", "'batch'", "kn-paper"]),
+        (["demo", "--methods", ""], ["--methods", "''"]),
+        (["demo", "--seeds", "0"], ["--seeds", "at least 1", "got 0"]),
+        (["demo", "--steps", "-5"], ["--steps", "got -5"]),
+        (["demo", "--steps", "many"], ["--steps: expected int; got many"]),
+        (["demo", "--workers", "two"], ["--workers: expected int; got two"]),
+        (["demo", "--workers", "0"], ["--workers", "got 0"]),
+        (["demo", "--data_seed", "-1"], ["--data_seed", "got -1"]),
+        (["demo", "--rate", "0"], ["--rate", "got 0"]),
+        (["demo", "--rate", "nan"], ["--rate: expected float; got nan"]),
+        (["demo", "--speed", "9"], ["speed"]),
+        (["dance"], ["dance"]),
+        ([], ["command"]),
+    ],
+)
+def test_bad_input(arguments, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith("kalmannorm: ")
+    for word in words:
+        assert word in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_folder_that_cannot_be_made(tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    assert main(["demo", "--output", str(tmp_path / "file" / "out")]) == 2
+    assert "--output" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_a_missing_extra_is_one_line_that_says_what_to_install(monkeypatch, capsys):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "lightning" else found(name)
+    )
+    assert main(["demo"]) == 1
+    err = capsys.readouterr().err
+    assert "lightning" in err
+    assert "pip install kalmannorm[lab]" in err
+    assert err.count("\n") == 1
+
+
+def test_importing_the_command_needs_nothing_of_the_extra():
+    code = "import sys, kalmannorm.lab.cli as cli;print([name for name in cli.NEEDED if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_help_lists_the_demo(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    assert "Compare normalizations at two images a step" in capsys.readouterr().out
