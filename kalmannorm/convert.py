@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -120,9 +121,22 @@ def _kalman_layer(layer: nn.Module, name: str, kinds: Sequence[str], options: di
         channels = layer.num_features
         new = GroupKalmanNorm(channels, channels, layer.eps, layer.affine, **_on(layer, options))
         _adopt(new, layer)
+    elif _is_kin(layer, kinds):
+        stock = next(kind for kind in type(layer).__mro__ if kind.__module__.startswith("torch.nn"))
+        warnings.warn(
+            f"{type(layer).__name__} {name!r} is a kind of {stock.__name__} with a forward of its own: "
+            "kalmannorm.convert leaves it as it is",
+            stacklevel=3,
+        )
     if new is not None:
         new.train(layer.training)
     return new
+
+
+def _is_kin(layer: nn.Module, kinds: Sequence[str]) -> bool:
+    """Whether a layer descends from one that would be replaced."""
+    families: dict[str, Any] = {"batch": tuple(_BATCH), "group": nn.GroupNorm, "instance": _INSTANCE}
+    return any(isinstance(layer, families[kind]) for kind in kinds)
 
 
 def _on(layer: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
@@ -249,7 +263,7 @@ def to_batchnorm(model: _M) -> _M:
     replaced: dict[nn.Module, nn.Module] = {}
     for name, layer in kalman_layers(model):
         if isinstance(layer, GroupKalmanNorm):
-            if layer.gain != 1.0:
+            if layer.gain_rule != "fixed" or layer.gain != 1.0:
                 raise ValueError(
                     f"GroupKalmanNorm {name!r} fuses its input with a prior in eval() too, expected gain=1.0: "
                     "no stock layer computes the same"

@@ -12,14 +12,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.nn.functional import all_reduce as differentiable_all_reduce
 
 from kalmannorm.gaussian import Gaussian
-from kalmannorm.kernels import moments
+from kalmannorm.kernels import all_reduce, moments
 
 __all__ = [
-    "KalmanNormOutput", "group_kalman_norm", "kalman_norm", "kalman_update", "normalize", "observe", "synchronize",
-    "trusted_gain",
+    "KalmanNormOutput", "group_kalman_norm", "kalman_norm", "kalman_update", "normalize", "observe",
+    "synchronize", "trusted_gain",
 ]  # fmt: skip
 
 
@@ -46,7 +45,7 @@ def observe(x: Tensor, groups: int = 1) -> Gaussian:
     Returns:
         Moments ``(S, C)``, float32 for inputs of lower precision.
     """
-    x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    x = x.to(_wide(x.dtype))
     if groups == 1:
         mean, var = moments(x)
         return Gaussian(mean[None], var[None])
@@ -111,7 +110,7 @@ def trusted_gain(prior: Gaussian, observation: Gaussian, gain: Tensor | float, g
         return gain
     smallest = torch.finfo(observation.var.dtype).tiny
     ratio = (prior.var / observation.var.clamp_min(smallest)).mean(-1, keepdim=True)
-    return torch.where(ratio < guard, gain, 1.0)
+    return torch.where(ratio < guard, gain, torch.ones_like(ratio))
 
 
 def normalize(x: Tensor, statistics: Gaussian, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -148,7 +147,7 @@ def normalize(x: Tensor, statistics: Gaussian, weight: Tensor | None, bias: Tens
 def kalman_norm(x: Tensor, prior: Gaussian | None, weight: Tensor | None = None, bias: Tensor | None = None, *,
                 gain: Tensor | float = 1.0, process_noise: Tensor | None = None, spread: bool = True,
                 guard: float | None = None, groups: int = 1, eps: float = 1e-5,
-                process_group: dist.ProcessGroup | None = None) -> KalmanNormOutput:  # fmt: skip
+                observation: Gaussian | None = None) -> KalmanNormOutput:  # fmt: skip
     """Normalize by batch statistics fused with a prior (batch Kalman normalization).
 
     Args:
@@ -162,11 +161,11 @@ def kalman_norm(x: Tensor, prior: Gaussian | None, weight: Tensor | None = None,
         guard: see :func:`kalman_update`.
         groups: ``S``; ``N`` is a multiple of it.
         eps: added to the variance.
-        process_group: observe the samples of all its processes together.
+        observation: the moments to fuse with the prior, where they are not just those of ``x``:
+            see :func:`synchronize`.
     """
-    observation = observe(x, groups)
-    if process_group is not None:
-        observation = synchronize(observation, x.numel() // x.shape[1], process_group)
+    if observation is None:
+        observation = observe(x, groups)
     gain, posterior = _fuse(prior, observation, gain, process_noise, spread, guard)
     return KalmanNormOutput(normalize(x, posterior, weight, bias, eps), posterior, observation, gain)
 
@@ -180,27 +179,49 @@ def _fuse(prior: Gaussian | None, observation: Gaussian, gain: Tensor | float, p
     return gain, kalman_update(prior, observation, gain, spread=spread)
 
 
-def synchronize(observation: Gaussian, count: int, process_group: dist.ProcessGroup) -> Gaussian:
+class SharedObservation(NamedTuple):
+    """What :func:`synchronize` returns."""
+
+    observation: Gaussian
+    """The moments of all processes' elements, ``(1, C)``."""
+    samples: Tensor
+    """How many samples these are, a scalar."""
+    count: Tensor
+    """How many elements a channel, a scalar."""
+
+
+def synchronize(x: Tensor, process_group: dist.ProcessGroup) -> SharedObservation:
     """The moments of all processes' elements together, by the law of total variance.
 
-    Every process of the group must call it; their counts may differ, and be zero. Gradients flow
-    between processes.
+    Every process of the group must call it; their batches may differ in size, and be empty. Gradients
+    flow between processes.
 
     Args:
-        observation: this process's moments, ``(1, C)``.
-        count: this process's elements a channel, ``N`` times pixels.
+        x: this process's ``(N, C, *)``.
         process_group: who takes part.
     """
-    mean, var = (torch.zeros_like(t) if count == 0 else t for t in (observation.mean, observation.var))
-    mine = torch.cat([mean.new_full((1, 1), float(count)), mean, var], 1)
-    rank, size = dist.get_rank(process_group), dist.get_world_size(process_group)
-    rows = F.pad(mine, (0, 0, rank, size - rank - 1))
-    rows = differentiable_all_reduce(rows, group=process_group)
-    counts, means, variances = rows.split([1, mean.shape[1], mean.shape[1]], 1)
+    channels = x.shape[1]
+    if x.numel() == 0:
+        # Zero, but a function of x: the backward pass too must call the others.
+        nothing = x.to(_wide(x.dtype)).sum().expand(1, channels)
+        observation = Gaussian(nothing, nothing)
+    else:
+        observation = observe(x)
+    sizes = observation.mean.new_tensor([[float(x.shape[0]), float(x.numel() // channels)]])
+    mine = torch.cat([sizes, observation.mean, observation.var], 1)
+    rank, world_size = dist.get_rank(process_group), dist.get_world_size(process_group)
+    rows = F.pad(mine, (0, 0, rank, world_size - rank - 1))
+    rows = all_reduce(rows, process_group)
+    samples, counts, means, variances = rows.split([1, 1, channels, channels], 1)
     share = counts / counts.sum().clamp_min(1)
     mean = (share * means).sum(0, keepdim=True)
     var = (share * (variances + (means - mean).square())).sum(0, keepdim=True)
-    return Gaussian(mean, var)
+    return SharedObservation(Gaussian(mean, var), samples.sum().detach(), counts.sum().detach())
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The type that statistics have: at least float32."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def group_kalman_norm(x: Tensor, prior: Gaussian | None, num_groups: int, weight: Tensor | None = None,
@@ -227,9 +248,7 @@ def group_kalman_norm(x: Tensor, prior: Gaussian | None, num_groups: int, weight
         The output, and statistics of shape ``(N, C)``: each channel has its group's.
     """
     samples, channels = x.shape[:2]
-    blocks = x.reshape(samples, num_groups, -1)
-    blocks = blocks.float() if x.dtype in (torch.float16, torch.bfloat16) else blocks
-    mean, var = moments(blocks.reshape(1, samples * num_groups, -1))
+    mean, var = moments(x.to(_wide(x.dtype)).reshape(1, samples * num_groups, -1))
     observation = Gaussian(*(t.view(samples, num_groups) for t in (mean, var)))
     if prior is not None:
         split = add_process_noise(prior, process_noise).map(lambda t: t.unflatten(1, (num_groups, -1)))

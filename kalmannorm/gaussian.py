@@ -97,9 +97,7 @@ class Gaussian:
         Args:
             groups: the layer's number of statistic groups ``S``.
         """
-        channels = self.shape[1]
-        flat = self.pool(range(2, self.ndim)).regroup(groups)
-        return flat.map(lambda t: t.flatten(1).expand(groups, channels))
+        return self.full([1]).pool(range(2, self.ndim)).regroup(groups).map(lambda t: t.flatten(1))
 
     def draw(self, shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
         """Independent draws: one value for each element of ``shape``, whose blocks along the first
@@ -108,7 +106,8 @@ class Gaussian:
         noise = torch.randn(
             tuple(shape), generator=generator, device=self.mean.device, dtype=self.mean.dtype
         )
-        each = self.regroup(shape[0])
+        blocks = self.regroup(shape[0])
+        each = Gaussian(blocks.mean, blocks.var, shape).full(range(len(shape)))
         return torch.addcmul(each.mean, each.std, noise)
 
     @staticmethod

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from kalmannorm.functional import KalmanNormOutput, group_kalman_norm, kalman_norm
+from kalmannorm.functional import KalmanNormOutput, group_kalman_norm, kalman_norm, synchronize
 from kalmannorm.gaussian import Gaussian, Unknown
 from kalmannorm.propagation import Estimator, attach, is_open, paused, prior_of
 
@@ -93,7 +93,7 @@ class _Filter(nn.Module):
         name = self.__dict__.get("layer_name", "")
         return f"{kind} {name!r}" if name else kind
 
-    def kalman_gain(self, samples: int) -> Tensor | float:
+    def kalman_gain(self, samples: int | Tensor) -> Tensor | float:
         """The gain ``q`` in (0, 1] that fuses an observation of ``samples`` feature maps.
 
         ``"prior-strength"``: ``q = n / (n + kappa)`` with ``kappa = 18 exp(gain)``.
@@ -120,7 +120,7 @@ class _Filter(nn.Module):
 
     def _prior(self, x: Tensor, groups: int) -> Gaussian | None:
         """The prior of the input; None where it is unknown, or the gain leaves it no say."""
-        if self.gain == 1.0 and self.gain_rule == "fixed":
+        if self.gain_rule == "fixed" and self.gain == 1.0:
             return None
         if self.training and not is_open():
             self._warn_once()
@@ -230,6 +230,7 @@ class KalmanNorm(_Filter, _NormBase):
         process_group: share statistics between its processes, as ``SyncBatchNorm``.
         device: where parameters and buffers live.
         dtype: their type.
+        bias: with ``affine``, learn a ``bias`` too.
 
     Shape:
         ``(N, C)`` to ``(N, C, D, H, W)``, and the same out.
@@ -249,9 +250,11 @@ class KalmanNorm(_Filter, _NormBase):
                  track_running_stats: bool = True, *, gain: Gain = "prior-strength", process_noise: bool = True,
                  spread: bool = True, carry: Carry = "output", estimator: Estimator = "exact",
                  stats_batch_size: int | None = None, guard: float | None = None,
-                 process_group: dist.ProcessGroup | None = None, device: Any = None,
-                 dtype: Any = None) -> None:  # fmt: skip
+                 process_group: dist.ProcessGroup | None = None, device: Any = None, dtype: Any = None,
+                 bias: bool = True) -> None:  # fmt: skip
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        if not bias:
+            self.register_parameter("bias", None)
         self._init_filter(num_features, gain, process_noise, spread, carry, estimator, guard, device, dtype)
         if stats_batch_size is not None and (type(stats_batch_size) is not int or stats_batch_size < 1):
             raise ValueError(f"{self} got stats_batch_size={stats_batch_size!r}, expected None or an integer above 0")
@@ -280,15 +283,20 @@ class KalmanNorm(_Filter, _NormBase):
             if input.numel() == 0 and self.process_group is None:
                 return self._normalize_nothing(input)
             groups = self._groups(input.shape[0])
+            samples: int | Tensor = input.shape[0] // groups
+            count: int | Tensor = input.numel() // (groups * self.num_features)
+            observation = None
+            if self.process_group is not None:
+                observation, samples, count = synchronize(input, self.process_group)
             prior = self._prior(input, groups)
+            bias = self.bias if prior is not None else self._idle(self.bias, self.num_features)
             out = kalman_norm(
-                input, prior, self.weight, self.bias if prior is not None else self._idle(self.bias, self.num_features),
-                gain=self.kalman_gain(input.shape[0] // groups * self._world_size()),
-                process_noise=self.process_variance(), spread=self.spread, guard=self.guard, groups=groups,
-                eps=self.eps, process_group=self.process_group,
+                input, prior, self.weight, bias, gain=self.kalman_gain(samples), spread=self.spread,
+                process_noise=self.process_variance(), guard=self.guard, groups=groups, eps=self.eps,
+                observation=observation,
             )  # fmt: skip
             if self.training:
-                self._remember(out, input.numel() // (groups * self.num_features))
+                self._remember(out, count)
             self._hand_on(out.output, out.posterior)
             return out.output
 
@@ -302,9 +310,6 @@ class KalmanNorm(_Filter, _NormBase):
             )
         return samples // size
 
-    def _world_size(self) -> int:
-        return 1 if self.process_group is None else dist.get_world_size(self.process_group)
-
     def _by_running_statistics(self, x: Tensor) -> Tensor:
         y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
         if is_open():  # a frozen layer among training ones
@@ -315,7 +320,7 @@ class KalmanNorm(_Filter, _NormBase):
         return y
 
     @torch.no_grad()
-    def _remember(self, out: KalmanNormOutput, count: int) -> None:
+    def _remember(self, out: KalmanNormOutput, count: int | Tensor) -> None:
         """Move the running averages, of the fused mean and (unbiased, as BatchNorm's) variance.
 
         Channels whose statistics are not finite keep their last value.
@@ -326,9 +331,8 @@ class KalmanNorm(_Filter, _NormBase):
         assert self.nonfinite_batches is not None
         self.num_batches_tracked.add_(1)
         share = self.momentum if self.momentum is not None else self.num_batches_tracked.double().reciprocal()
-        mean, var = out.posterior.mean, out.posterior.var
-        if count > 1:
-            var = var + out.gain * out.observation.var / (count - 1)
+        others = (count - 1).clamp_min(1) if isinstance(count, Tensor) else max(count - 1, 1)
+        mean, var = out.posterior.mean, out.posterior.var + out.gain * out.observation.var / others
         mean, var = (t[0] if t.shape[0] == 1 else t.mean(0) for t in (mean, var))
         finite = (mean + var).isfinite()
         self.nonfinite_batches.add_(finite.all().logical_not())
@@ -388,6 +392,7 @@ class GroupKalmanNorm(_Filter):
         process_group: only None, likewise.
         device: where parameters live.
         dtype: their type.
+        bias: with ``affine``, learn a ``bias`` too.
 
     Shape:
         ``(N, C, *)``, and the same out.
@@ -401,7 +406,7 @@ class GroupKalmanNorm(_Filter):
                  gain: Gain = "prior-strength", process_noise: bool = True, spread: bool = True,
                  carry: Carry = "output", estimator: Estimator = "exact", stats_batch_size: int | None = None,
                  guard: float | None = None, process_group: dist.ProcessGroup | None = None, device: Any = None,
-                 dtype: Any = None) -> None:  # fmt: skip
+                 dtype: Any = None, bias: bool = True) -> None:  # fmt: skip
         super().__init__()
         if num_channels % num_groups:
             raise ValueError(f"{self} got {num_channels} channels, expected a multiple of num_groups={num_groups}")
@@ -416,7 +421,8 @@ class GroupKalmanNorm(_Filter):
         self.affine = affine
         for name, value in (("weight", 1.0), ("bias", 0.0)):
             filled = torch.full((num_channels,), value, device=device, dtype=dtype)
-            self.register_parameter(name, nn.Parameter(filled) if affine else None)
+            wanted = affine and (bias or name == "weight")
+            self.register_parameter(name, nn.Parameter(filled) if wanted else None)
         self._init_filter(num_channels, gain, process_noise, spread, carry, estimator, guard, device, dtype)
 
     @property
@@ -434,9 +440,9 @@ class GroupKalmanNorm(_Filter):
             if input.numel() == 0:
                 return self._normalize_nothing(input)
             prior = self._prior(input, input.shape[0])
+            bias = self.bias if prior is not None else self._idle(self.bias, self.num_channels)
             out = group_kalman_norm(
-                input, prior, self.num_groups, self.weight,
-                self.bias if prior is not None else self._idle(self.bias, self.num_channels),
+                input, prior, self.num_groups, self.weight, bias,
                 gain=self.kalman_gain(self.num_channels // self.num_groups),
                 process_noise=self.process_variance(), spread=self.spread, guard=self.guard, eps=self.eps,
             )  # fmt: skip

@@ -13,6 +13,7 @@ without (parameters, constants), which a rule takes as they are.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -49,7 +50,10 @@ class Step:
         belief: the belief that starts there, known at once.
     """
 
-    __slots__ = ("args", "belief", "depth", "draws", "function", "grad", "hooks", "index", "kwargs", "shape", "source")
+    __slots__ = (
+        "args", "belief", "belief_in", "depth", "draws", "draws_in", "function", "grad", "hooks", "index", "kwargs",
+        "shape", "source",
+    )  # fmt: skip
 
     def __init__(self, function: Callable[..., Any] | None, args: tuple[Any, ...], kwargs: dict[str, Any],
                  shape: tuple[int, ...], index: int | None = None, source: str = "",
@@ -63,8 +67,10 @@ class Step:
         self.belief = belief
         self.draws: Tensor | Unknown | None = None
         self.grad = torch.is_grad_enabled()
-        self.hooks = _saved_tensor_hooks()
-        self.depth = 1 + max((parent.depth for parent in self.parents()), default=-1)
+        self.hooks = self.belief_in = self.draws_in = _saved_tensor_hooks()
+        self.depth = 0
+        for parent in self.parents():
+            self.depth = max(self.depth, parent.depth + 1)
 
     def parents(self) -> Iterator[Step]:
         """The steps that this one was computed from."""
@@ -72,26 +78,26 @@ class Step:
 
     # A tensor may be saved or copied. What is believed of it is of this run alone, and stays behind.
     def __reduce__(self) -> tuple[Any, ...]:
-        return dict, ()
+        return OrderedDict, ()  # which torch.load(weights_only=True) knows
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Step:
         return self
 
 
 def _saved_tensor_hooks() -> Any:
-    """Which checkpointed region, if any, is being run. See :func:`_remembers`."""
+    """Which checkpointed region, if any, is being run. See :func:`_may_use`."""
     if torch.compiler.is_compiling():
         return None
     return torch._C._autograd._top_saved_tensors_default_hooks(False)
 
 
-def _remembers(step: Step) -> bool:
-    """Whether a step may keep its value for the next to ask.
+def _may_use(kept: Any, computed_in: Any, step: Step) -> bool:
+    """Whether a value that a step keeps may be used where it is asked for.
 
-    Not where a checkpointed region asks for a belief from outside it: the region will run again, and
-    must then compute the same things again.
+    Not where a checkpointed region asks for the belief of something outside it, unless the region
+    itself computed it: the region will run again, and must then compute the same things again.
     """
-    return step.hooks == _saved_tensor_hooks()
+    return kept is not None and (computed_in == step.hooks or computed_in == _saved_tensor_hooks())
 
 
 def _steps_in(values: Any) -> Iterator[Step]:
@@ -283,15 +289,14 @@ def prior_of(tensor: Tensor, groups: int, estimator: Estimator = "exact") -> Bel
 
 def exact(step: Step) -> Belief:
     """Evaluate a step by the rules."""
-    if step.belief is not None:
+    if _may_use(step.belief, step.belief_in, step):
+        assert step.belief is not None
         return step.belief
     belief = _by_rule(step, *_operands(step, exact))
     if isinstance(belief, Gaussian):
         belief = Gaussian(belief.mean, belief.var, step.shape)
         belief = belief if step.grad else belief.detach()
-    if _remembers(step):
-        step.belief = belief
-        step.depth = 0
+    step.belief, step.belief_in, step.depth = belief, _saved_tensor_hooks(), 0
     return belief
 
 
@@ -314,21 +319,23 @@ def _by_rule(step: Step, args: Any, kwargs: dict[str, Any]) -> Belief:
     unknown = _unknown_in((*args, *kwargs.values()))
     if unknown is not None:
         return unknown
-    name = function_name(step.function)
     rule = RULES.get(step.function)  # type: ignore[arg-type]
     if rule is None:
-        return Unknown(f"no rule for {name}")
+        return Unknown(f"no rule for {function_name(step.function)}")
     belief = rule(*args, **kwargs)
     if type(belief) is tuple:
         belief = belief[step.index or 0]
     elif step.index:  # the indices of a pooling, say
-        return Unknown(f"output {step.index} of {name}")
+        return Unknown(f"output {step.index} of {function_name(step.function)}")
     if not isinstance(belief, Gaussian | Unknown):
-        raise TypeError(f"the rule for {name} returned {type(belief).__name__}, expected Gaussian or Unknown")
+        raise TypeError(
+            f"the rule for {function_name(step.function)} returned {type(belief).__name__}, "
+            "expected Gaussian or Unknown"
+        )
     if isinstance(belief, Gaussian) and belief.ndim != len(step.shape):
         raise ValueError(
-            f"the rule for {name} returned a belief of shape {tuple(belief.mean.shape)} for an output of shape "
-            f"{step.shape}, expected the same rank: size 1 along the axes where it does not vary"
+            f"the rule for {function_name(step.function)} returned a belief of shape {tuple(belief.mean.shape)} for "
+            f"an output of shape {step.shape}, expected the same rank: size 1 along the axes where it does not vary"
         )
     return belief
 
@@ -337,15 +344,14 @@ def drawn(step: Step, groups: int) -> Tensor | Unknown:
     """Evaluate a step by draws of one feature map a group, ``(S, C, *)``; of one for each sample where
     there are no pixels to take moments over.
     """
-    if step.draws is not None:
+    if _may_use(step.draws, step.draws_in, step):
+        assert step.draws is not None
         return step.draws
     if step.function is None:
         draws = _draw(step, groups)
     else:
         draws = _by_call(step, *_operands(step, lambda parent: drawn(parent, groups)))
-    if _remembers(step):
-        step.draws = draws
-        step.depth = 0
+    step.draws, step.draws_in, step.depth = draws, _saved_tensor_hooks(), 0
     return draws
 
 
@@ -361,21 +367,24 @@ def _by_call(step: Step, args: Any, kwargs: dict[str, Any]) -> Tensor | Unknown:
     unknown = _unknown_in((*args, *kwargs.values()))
     if unknown is not None:
         return unknown
-    name = function_name(step.function)
+    name = step.function.__name__  # type: ignore[union-attr]
     if kwargs.get("training") and "norm" in name:
-        return Unknown(f"{name} changes buffers, so it is not put to draws")
-    assert step.function is not None
+        return Unknown(f"{function_name(step.function)} changes buffers, so it is not put to draws")
     # The function may work in place, and other steps still need these draws.
-    args = _replace(args, Tensor, Tensor.clone) if name.endswith("_") or kwargs.get("inplace") else args
+    if name.endswith("_") or kwargs.get("inplace"):
+        args = _replace(args, Tensor, Tensor.clone)
     try:
         with torch.set_grad_enabled(step.grad and torch.is_grad_enabled()):
-            output = step.function(*args, **kwargs)
+            output = step.function(*args, **kwargs)  # type: ignore[misc]
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        return Unknown(f"{name} fails on draws: {str(error).splitlines()[0]}")
+        return Unknown(f"{function_name(step.function)} fails on draws: {str(error).splitlines()[0]}")
     output = output if step.index is None else output[step.index]
-    return output if output.is_floating_point() else Unknown(f"{name} is not continuous")
+    if not output.is_floating_point():
+        return Unknown(f"{function_name(step.function)} is not continuous")
+    return output  # type: ignore[no-any-return]
 
 
 def function_name(function: Any) -> str:
     """``torch.nn.functional.relu`` and the like."""
-    return resolve_name(function) or getattr(function, "__name__", repr(function))
+    name = None if torch.compiler.is_compiling() else resolve_name(function)
+    return name or getattr(function, "__name__", repr(function))

@@ -2,7 +2,8 @@
 does, which its tests compare it with; nothing here knows of layers or beliefs.
 """
 
+from kalmannorm.kernels.all_reduce import all_reduce
 from kalmannorm.kernels.contract import contract
 from kalmannorm.kernels.moments import moments
 
-__all__ = ["contract", "moments"]
+__all__ = ["all_reduce", "contract", "moments"]

@@ -10,6 +10,7 @@ On a CPU both passes go over the matrix block by block, so that ``W^2`` never le
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -61,6 +62,10 @@ class _Contract(torch.autograd.Function):
             d_prior_var.addmm_(dv.mT, w.square())
             torch.mm(dv, var, out=d_w).mul_(w).addmm_(dm, mean, beta=2)
         return d_mean @ matrix, d_prior_var, d_weight
+
+
+# Function.apply asks for this signature at every call; working it out anew takes longer than the rest.
+_Contract.forward.__signature__ = inspect.signature(_Contract.forward)  # type: ignore[attr-defined]
 
 
 def contract(mean: Tensor, var: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ statistics kernel of BatchNorm, which is used here, and its backward pass comput
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -39,6 +40,10 @@ class _Moments(torch.autograd.Function):
         offset = d_mean / count - slope * mean
         shape = (1, -1, *[1] * (x.ndim - 2))
         return torch.addcmul(offset.view(shape), x, slope.view(shape))
+
+
+# Function.apply asks for this signature at every call; working it out anew takes longer than the rest.
+_Moments.forward.__signature__ = inspect.signature(_Moments.forward)  # type: ignore[attr-defined]
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:

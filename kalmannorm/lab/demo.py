@@ -229,8 +229,9 @@ def write_page(path: Path, results: Sequence[Result], environment: dict[str, str
     blocks = [
         report.paragraph(
             f"The same small convolutional network learns to read a digit among clutter, {job.batch} images "
-            f"a step, with one normalization after the other. Mean ± standard deviation over {_seeds(results)}; "
-            "a seed fixes the initial weights and the order of the images, alike for all methods."
+            f"a step, with one normalization after the other. Mean ± standard deviation over "
+            f"{_seeds(results)}; a seed fixes the initial weights and the order of the images, alike for all "
+            "methods."
         ),
         report.table(HEADER, summarize(results)),
         report.paragraph(
@@ -252,9 +253,10 @@ def write_page(path: Path, results: Sequence[Result], environment: dict[str, str
         ),
         report.heading("How it was made"),
         report.paragraph(
-            f"{job.steps} steps of SGD with momentum 0.9, {job.schedule} schedule, weight decay 0.0001 on "
-            f"weights alone. Learning rates: {rates}; those not set by hand are each method's best of one "
-            "grid on validation images."
+            f"{job.steps} steps of SGD with momentum 0.9, weight decay 0.0001 on weights alone, and a rate "
+            "that rises over the first tenth and falls to 0 along a cosine. Highest rates: "
+            f"{rates}; those not set by hand are each method's best of one grid on validation images "
+            "(docs/results/demo-search.md)."
         ),
         report.command(environment["command"]),
         report.paragraph(

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import kalmannorm
 from kalmannorm.lab.baselines.group import to_groupnorm
 from kalmannorm.lab.data.digits import Split, cluttered_digits
-from kalmannorm.lab.models.small import LAYERS, SmallConvNet
+from kalmannorm.lab.models.small import SmallConvNet
 
 TRAIN_IMAGES, SCORED_IMAGES = 8000, 2000
 
@@ -58,7 +58,7 @@ def _kalman_paper(model: nn.Module) -> nn.Module:
 # The rates are each method's best of one grid on validation images: docs/results/demo-search.md.
 METHODS = {
     "bn": Method("BatchNorm", _keep, 0.03, "#c44e52"),
-    "gn": Method("GroupNorm", to_groupnorm, 0.003, "#8c8c8c"),
+    "gn": Method("GroupNorm", to_groupnorm, 0.01, "#8c8c8c"),
     "kn-paper": Method("KalmanNorm (paper)", _kalman_paper, 0.003, "#dd8452"),
     "kn": Method("KalmanNorm (default)", kalmannorm.convert, 0.01, "#4c72b0"),
 }
@@ -75,7 +75,6 @@ class Job:
         rate: Learning rate of the first step.
         batch: Images a step, and images a group when they are scored with online statistics.
         schedule: How the rate falls, see `kalmannorm.lab.training.Classifier`.
-        width: Multiplies the network's channels.
         data_seed: Fixes the images.
         split: The split that the network is scored on.
     """
@@ -85,8 +84,7 @@ class Job:
     steps: int
     rate: float
     batch: int = 2
-    schedule: str = "cosine"
-    width: float = 1.0
+    schedule: str = "warmup"
     data_seed: int = 0
     split: Split = "test"
 
@@ -128,9 +126,8 @@ def run(job: Job, tell: Callable[[int], None] = lambda step: None) -> Result:
     from kalmannorm.lab.training import Classifier, Recorder, loader, quiet_trainer  # noqa: PLC0415
 
     torch.manual_seed(job.seed)
-    layers = tuple((int(channels * job.width), stride) for channels, stride in LAYERS)
     classifier = Classifier(
-        METHODS[job.method].replace(SmallConvNet(layers)),
+        METHODS[job.method].replace(SmallConvNet()),
         num_classes=10,
         rate=job.rate,
         steps=job.steps,

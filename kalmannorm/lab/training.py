@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -46,7 +47,7 @@ def _own_statistics(model: nn.Module) -> AbstractContextManager[None]:
 
 
 class Classifier(lightning.LightningModule):
-    """Trains a network on cross entropy by SGD with momentum, its rate falling along a cosine or in steps.
+    """Trains a network on cross entropy by SGD with momentum, its rate falling along a cosine.
 
     Scoring gives both of the paper's options in one pass: ``accuracy_running`` (A: plain ``eval``) and
     ``accuracy_online`` (B: ``eval``, but each ``statistics_batch`` images normalize themselves).
@@ -56,7 +57,8 @@ class Classifier(lightning.LightningModule):
         num_classes: Number of classes.
         rate: Learning rate of the first step.
         steps: Optimizer steps the schedule is laid out for.
-        schedule: ``"cosine"`` to 0, or ``"step"``: a tenth after 60 %, a hundredth after 85 % of the steps.
+        schedule: ``"cosine"``, to 0, or ``"warmup"``, the same but rising to it over the first tenth of the
+            steps.
         momentum: SGD's.
         weight_decay: On weights alone, see `parameter_groups`.
         statistics_batch: Images a group in option B.
@@ -79,6 +81,8 @@ class Classifier(lightning.LightningModule):
         self.rate, self.steps, self.schedule = rate, steps, schedule
         self.momentum, self.weight_decay = momentum, weight_decay
         self.statistics_batch = statistics_batch
+        if schedule not in ("cosine", "warmup"):
+            raise ValueError(f"schedule must be 'cosine' or 'warmup'; got {schedule!r}")
         self.running_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.online_accuracy = MulticlassAccuracy(num_classes, average="micro")
 
@@ -86,13 +90,13 @@ class Classifier(lightning.LightningModule):
         """SGD, with a schedule that moves every step."""
         groups = parameter_groups(self.model, self.weight_decay)
         optimizer = torch.optim.SGD(groups, lr=self.rate, momentum=self.momentum)
-        scheduler: torch.optim.lr_scheduler.LRScheduler
-        if self.schedule == "cosine":
-            scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
-        else:
-            drops = [int(self.steps * share) for share in (0.6, 0.85)]
-            scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, drops, gamma=0.1)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._share_of_rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _share_of_rate(self, step: int) -> float:
+        done = step / self.steps
+        rise = min(1.0, 10 * done + 1 / self.steps) if self.schedule == "warmup" else 1.0
+        return rise * (1 + math.cos(math.pi * done)) / 2
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The mean cross entropy of a batch."""

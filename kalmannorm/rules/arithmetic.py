@@ -115,9 +115,9 @@ def sum_(x: Gaussian, dim: Any = None, keepdim: bool = False, *, dtype: object =
 
 @rule(*aliases("amax"))
 def amax(x: Gaussian, dim: Any = (), keepdim: bool = False) -> Belief:
-    """The largest of independent elements with one belief, over space."""
+    """The largest of independent elements with one belief."""
     dims = _reduced(x, dim)
-    if any(x.mean.shape[d] > 1 for d in dims):
+    if any(x.mean.shape[d] > 1 or x.var.shape[d] > 1 for d in dims):
         return Unknown("a maximum along an axis where the belief varies")
     return _drop(largest_of(x, math.prod(x.shape[d] for d in dims)), dims, keepdim)
 

@@ -18,14 +18,15 @@ from kalmannorm.kernels import contract
 from kalmannorm.rules.table import Belief, aliases, rule
 
 _ACTIVATION_AS_WEIGHT = Unknown("the weight is computed from the input")
+_NO_BATCH = Unknown("a convolution without a batch axis")
 
 
 def _convolve(x: Gaussian, weight: Tensor, bias: Tensor | None, groups: int, spatial: int) -> Belief:
     if isinstance(weight, Gaussian) or isinstance(bias, Gaussian):
         return _ACTIVATION_AS_WEIGHT
-    if x.ndim == spatial + 1 and len(x.shape) == spatial + 1 and spatial > 1:
-        return Unknown("a convolution without a batch axis")
-    x = x.pool(range(2, x.ndim))
+    if x.ndim == spatial + 1:
+        return _NO_BATCH
+    x = x.full([1]).pool(range(2, x.ndim))
     weight = weight.to(x.mean.dtype)
     taps = weight.flatten(2)
     if groups == 1:
@@ -41,14 +42,13 @@ def _convolve(x: Gaussian, weight: Tensor, bias: Tensor | None, groups: int, spa
 
 def _at_every_tap(moment: Tensor, taps: Tensor) -> Tensor:
     """``(S, C_in, ...)`` to ``(S, C_in * k)`` for ``taps`` of ``(C_out, C_in, k)``."""
-    _, channels, count = taps.shape
-    moment = moment.flatten(1).expand(-1, channels)
+    count = taps.shape[2]
+    moment = moment.flatten(1)
     return moment if count == 1 else moment.repeat_interleave(count, 1)
 
 
 def _by_blocks(moment: Tensor, matrix: Tensor, groups: int) -> Tensor:
     """``(S, C_in)`` through a block-diagonal ``(C_out, C_in / groups)``: ``(S, C_out)``."""
-    moment = moment.expand(-1, matrix.shape[1] * groups)
     blocks = moment.unflatten(1, (groups, 1, -1)) * matrix.unflatten(0, (groups, -1))
     return blocks.sum(-1).flatten(1)
 
@@ -87,7 +87,9 @@ def conv_transpose(x: Gaussian, weight: Tensor, bias: Tensor | None = None, stri
     if isinstance(weight, Gaussian) or isinstance(bias, Gaussian):
         return _ACTIVATION_AS_WEIGHT
     spatial = weight.ndim - 2
-    x = x.pool(range(2, x.ndim))
+    if x.ndim == spatial + 1:
+        return _NO_BATCH
+    x = x.full([1]).pool(range(2, x.ndim))
     weight = weight.to(x.mean.dtype)
     strides = [stride] * spatial if isinstance(stride, int) else list(stride)
     dilations = [dilation] * spatial if isinstance(dilation, int) else list(dilation)
@@ -102,7 +104,7 @@ def conv_transpose(x: Gaussian, weight: Tensor, bias: Tensor | None = None, stri
     def mix(moment: Tensor, kernel: Tensor) -> Tensor:
         """``(S, C_in)`` through ``(C_in, C_out / groups, *phases)``: ``(phases, S, C_out)``."""
         kernel = kernel.reshape(groups, -1, out_channels, phases)
-        moment = moment.flatten(1).expand(-1, weight.shape[0]).unflatten(1, (groups, -1))
+        moment = moment.flatten(1).unflatten(1, (groups, -1))
         return torch.einsum("sgi,giop->psgo", moment, kernel).flatten(2)
 
     each_phase = Gaussian(mix(x.mean, taps), mix(x.var, squares))
@@ -119,7 +121,7 @@ def linear(x: Gaussian, weight: Tensor, bias: Tensor | None = None) -> Belief:
     weight = weight.to(x.mean.dtype)
     if weight.ndim == 1:  # one output feature, whose axis is dropped
         return linear(x, weight[None], bias).map(lambda t: t.squeeze(-1))  # type: ignore[union-attr]
-    x = x.map(lambda t: t.expand(*t.shape[:-1], weight.shape[1]))
+    x = x.full([x.ndim - 1])
     before = torch.broadcast_shapes(x.mean.shape, x.var.shape)[:-1]
     mean, var = contract(*(t.expand(*before, -1).flatten(0, -2) for t in (x.mean, x.var)), weight)
     if bias is not None:

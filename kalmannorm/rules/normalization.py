@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kalmannorm.gaussian import Gaussian
@@ -24,7 +25,7 @@ def _standardized(weight: Tensor | float, bias: Tensor | float, x: Gaussian) -> 
     return add(mul(unit, summarize(weight, x)), summarize(bias, x))
 
 
-@rule(*aliases("batch_norm"))
+@rule(F.batch_norm)  # torch.batch_norm takes its arguments in another order
 def batch_norm(x: Gaussian, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None = None,
                bias: Tensor | None = None, training: bool = False, momentum: float = 0.1,
                eps: float = 1e-5, *args: Any) -> Belief:  # fmt: skip
@@ -44,7 +45,7 @@ def group_norm(x: Gaussian, num_groups: int, weight: Tensor | None = None, bias:
     return _standardized(_along_channels(weight, x, 1.0), _along_channels(bias, x, 0.0), x)
 
 
-@rule(*aliases("instance_norm"))
+@rule(F.instance_norm)  # here too
 def instance_norm(x: Gaussian, running_mean: Tensor | None = None, running_var: Tensor | None = None,
                   weight: Tensor | None = None, bias: Tensor | None = None, use_input_stats: bool = True,
                   momentum: float = 0.1, eps: float = 1e-5, *args: Any) -> Belief:  # fmt: skip
@@ -54,6 +55,6 @@ def instance_norm(x: Gaussian, running_mean: Tensor | None = None, running_var: 
 
 @rule(*aliases("layer_norm"))
 def layer_norm(x: Gaussian, normalized_shape: Sequence[int], weight: Tensor | None = None,
-               bias: Tensor | None = None, eps: float = 1e-5) -> Belief:  # fmt: skip
+               bias: Tensor | None = None, eps: float = 1e-5, *args: Any) -> Belief:  # fmt: skip
     """Each feature is taken as standardized: ``beta`` and ``gamma^2``."""
     return _standardized(1.0 if weight is None else weight, 0.0 if bias is None else bias, x)

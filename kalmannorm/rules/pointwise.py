@@ -69,10 +69,12 @@ def piecewise(x: Gaussian, breaks: Sequence[float], pieces: Sequence[Sequence[fl
     m, s = x.mean, x.std
     edges = [torch.full_like(m, -math.inf), *((b - m) / s for b in breaks), torch.full_like(m, math.inf)]
     # Every moment is taken about one value of the function, which leaves nothing large to cancel.
-    # In the tails the density is zero and the edge infinite: z * phi(z) is then zero.
+    # Far in the tails the density is zero, while the edge or its powers are infinite: their product,
+    # z^k * phi(z), is then zero.
     centre = _polynomial_at(m, breaks, pieces)
-    finite = [torch.where(e.isfinite(), e, 0.0) for e in edges]
-    density = [torch.where(e.isfinite(), _phi(f), 0.0) for e, f in zip(edges, finite, strict=True)]
+    near = [e.abs() < 40 for e in edges]
+    finite = [torch.where(n, e, 0.0) for n, e in zip(near, edges, strict=True)]
+    density = [torch.where(n, _phi(f), 0.0) for n, f in zip(near, finite, strict=True)]
     first = torch.zeros_like(m)
     second = torch.zeros_like(m)
     for i, (c0, c1, c2) in enumerate(pieces):
@@ -142,7 +144,9 @@ def prelu(x: Gaussian, weight: Tensor) -> Belief:
     if isinstance(weight, Gaussian):
         return Unknown("the slope is computed from the input")
     slope = weight.to(x.mean.dtype)
-    return _two_slopes(x, slope.view(-1, *[1] * (x.ndim - 2)) if x.ndim > 1 else slope)
+    if x.ndim > 1 and slope.numel() > 1:
+        x, slope = x.full([1]), slope.view(-1, *[1] * (x.ndim - 2))
+    return _two_slopes(x, slope)
 
 
 @rule(*aliases("rrelu", "rrelu_"))

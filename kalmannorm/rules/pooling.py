@@ -12,6 +12,8 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
+import torch
+
 from kalmannorm.gaussian import Gaussian
 from kalmannorm.rules.table import aliases, rule
 
@@ -32,12 +34,15 @@ def _average(x: Gaussian, count: float) -> Gaussian:
     return Gaussian(x.mean, x.var / count)
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def extreme_moments(count: int) -> tuple[float, float]:
-    """Mean and variance of the largest of ``count`` independent standard normals.
+    """Mean and variance of the largest of ``count`` independent standard normals."""
+    return _extreme_moments(count)
 
-    Integrates its density, ``count * phi(z) * Phi(z)^(count - 1)``, by the trapezoid rule.
-    """
+
+@functools.cache
+def _extreme_moments(count: int) -> tuple[float, float]:
+    """Integrates the density, ``count * phi(z) * Phi(z)^(count - 1)``, by the trapezoid rule."""
     step = 1 / 256
     total = first = second = 0.0
     for i in range(-10 * 256, 10 * 256 + 1):
@@ -54,7 +59,6 @@ def _maximum(x: Gaussian, windows: Counter[int]) -> Gaussian:
     """The largest of ``k`` independent elements: ``m + s M_k`` and ``v V_k``, with the moments of
     the largest of ``k`` standard normals; the mixture where windows of several ``k`` are counted.
     """
-    x = x.pool(range(2, x.ndim))
     total = windows.total()
     moments = [(n / total, *extreme_moments(k)) for k, n in windows.items()]
     shift = sum(share * mean for share, mean, _ in moments)
@@ -106,7 +110,7 @@ def _define(spatial: int) -> None:
     @rule(*aliases(f"max_pool{spatial}d", f"max_pool{spatial}d_with_indices"))
     def max_pool(x: Gaussian, kernel_size: int | Sequence[int], *args: object, **kwargs: object) -> Gaussian:
         """``m + s M_k`` and ``v V_k`` for a window of ``k`` elements."""
-        return largest_of(x, _window(kernel_size, spatial))
+        return largest_of(x.pool(range(2, x.ndim)), _window(kernel_size, spatial))
 
     @rule(*aliases(f"adaptive_avg_pool{spatial}d"))
     def adaptive_avg_pool(x: Gaussian, output_size: _Size) -> Gaussian:
@@ -120,7 +124,7 @@ def _define(spatial: int) -> None:
         windows = Counter({1: 1})
         for axis in _adaptive_counts(x, output_size, spatial):
             windows = _products(windows, Counter(axis))
-        return _maximum(x, windows)
+        return _maximum(x.pool(range(2, x.ndim)), windows)
 
 
 for _dimensions in (1, 2, 3):

@@ -42,16 +42,27 @@ def test_loader_repeats_its_order_by_seed_and_sees_every_image_once():
 
 
 def test_training_moves_the_rate_along_its_schedule_and_records_every_step():
-    for schedule, last in (("cosine", 0.0), ("step", 1e-4)):
+    rates = {}
+    for schedule in ("cosine", "warmup"):
         told = []
         recorder = Recorder(told.append, every=3)
         classifier = _classifier(SmallConvNet(), schedule=schedule)
         trainer = quiet_trainer(8, recorder)
         trainer.fit(classifier, loader(*_data(), 2, 0))
-        assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(last, abs=1e-9)
+        assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-9)
+        rates[schedule] = [classifier._share_of_rate(step) for step in range(8)]
         assert len(recorder.losses) == len(recorder.seconds) == 8
         assert told == [3, 6]
         assert min(recorder.seconds) > 0
+    assert rates["cosine"] == sorted(rates["cosine"], reverse=True)
+    assert rates["cosine"][0] == 1
+    assert rates["warmup"][0] == 1 / 8
+    assert rates["warmup"][1:] == rates["cosine"][1:]
+
+
+def test_an_unknown_schedule_is_refused():
+    with pytest.raises(ValueError, match="got 'steps'"):
+        _classifier(SmallConvNet(), schedule="steps")
 
 
 def test_one_batch_can_be_learned_by_heart():

@@ -1,0 +1,24 @@
+"""What all tests share."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+# `import drawing` works from every test file, whichever way pytest imports them.
+sys.path.insert(0, str(Path(__file__).parent))
+pytest.register_assert_rewrite("drawing")
+
+# A draw of a million is one core's work; the other cores have other tests.
+torch.set_num_threads(1)
+
+# The same examples in every run: what passes here passes on the next machine.
+settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=8, database=None)
+settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed():
+    torch.manual_seed(0)

@@ -1,0 +1,246 @@
+"""Sums, products, means and dropout against draws."""
+
+import operator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from drawing import believe, check_alias, check_draws, check_unknown, covers, values
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
+
+from kalmannorm.gaussian import Gaussian
+from kalmannorm.rules import RULES, aliases
+
+SHAPE = (2**13, 3, 16, 8)
+ADDS = aliases("add", "add_", "__add__", "__radd__", "__iadd__")
+SUBS = aliases("sub", "sub_", "subtract", "subtract_", "__sub__", "__isub__")
+RSUBS = aliases("rsub", "__rsub__")
+MULS = aliases("mul", "mul_", "multiply", "multiply_", "__mul__", "__rmul__", "__imul__")
+DIVS = aliases("div", "div_", "divide", "divide_", "true_divide", "__truediv__", "__itruediv__")
+
+# What may stand on the other side; each is known, or a belief of its own.
+OPERANDS = {
+    "number": lambda seed: -1.7,
+    "whole number": lambda seed: 2,
+    "0-d": lambda seed: values(seed=seed),
+    "one element": lambda seed: values(1, seed=seed),
+    "channels": lambda seed: values(3, 1, 1, seed=seed),
+    "channels of a batch": lambda seed: values(1, 3, 1, 1, seed=seed),
+    "pixels": lambda seed: values(16, 8, seed=seed),
+    "map": lambda seed: values(1, 3, 16, 8, seed=seed),
+    "activation": lambda seed: believe(SHAPE, seed + 1),
+    "activation in groups": lambda seed: believe(SHAPE, seed + 1, groups=2),
+    "activation in four groups": lambda seed: believe(SHAPE, seed + 1, groups=4),
+    "alike in all channels": lambda seed: believe(SHAPE, seed + 1, axes=()),
+}
+_KNOWN = [name for name in OPERANDS if "activation" not in name and "alike" not in name]
+
+_operands = st.sampled_from(sorted(OPERANDS))
+_seeds = st.integers(0, 1000)
+
+
+def _is_map(kind):
+    """Whether it is summarized: its values are no draws, and repeat for each sample."""
+    return kind in ("pixels", "map")
+
+
+@covers(torch.add, torch.sub, torch.mul)
+@given(kind=_operands, seed=_seeds, groups=st.integers(1, 2))
+def test_two_operands(function, kind, seed, groups):
+    x, y = believe(SHAPE, seed, groups), OPERANDS[kind](seed)
+    check_draws(function, x, y, groups=2)
+    if isinstance(y, torch.Tensor | Gaussian):
+        check_draws(function, y, x, groups=2)
+
+
+@covers(torch.add, torch.sub, torch.rsub)
+@given(kind=_operands, seed=_seeds, alpha=st.floats(-2, 2))
+def test_alpha(function, kind, seed, alpha):
+    check_draws(function, believe(SHAPE, seed), OPERANDS[kind](seed), alpha=alpha)
+
+
+@pytest.mark.parametrize("kind", _KNOWN)
+@covers(torch.div)
+def test_division_by_what_is_known(function, kind):
+    y = OPERANDS[kind](5)
+    y = y.abs() + 0.5 if isinstance(y, torch.Tensor) else y
+    check_draws(function, believe(SHAPE, 1, 2), y, groups=2)
+
+
+@pytest.mark.parametrize("axes", [(), (1,), (2,), (1, 2), (1, 2, 3)])
+def test_gates(axes):
+    """One value for each sample and channel, for each channel, for each pixel."""
+    x = believe(SHAPE, 1, 2)
+    gate = believe(tuple(n if d == 0 or d in axes else 1 for d, n in enumerate(SHAPE)), 2, 2, axes)
+    # A gate that meets many pixels is drawn once for all of them.
+    share = 1 if len(axes) == 3 else 1 / (16 * 8) if 2 not in axes else 1 / 8
+    share = share if 1 in axes or not axes else share / 3
+    for function in (torch.mul, torch.add):
+        check_draws(function, x, gate, groups=2, effective=share)
+
+
+def test_ranks_broadcast():
+    x, bias = believe((2**16, 5, 3), axes=(1, 2)), values(3)
+    for function in (torch.add, torch.mul, torch.sub):
+        check_draws(function, x, bias, channel=-1)
+        check_draws(function, bias, x, channel=-1)
+    check_draws(torch.add, believe((2**16, 5), axes=()), believe((2, 2**16, 5), axes=()), effective=0.25, channel=2)
+
+
+@covers(*ADDS, *SUBS, *RSUBS, *MULS, *DIVS)
+def test_aliases(function):
+    main = next(
+        main
+        for main, group in [(torch.add, ADDS), (torch.sub, SUBS), (torch.rsub, RSUBS), (torch.mul, MULS), (torch.div, DIVS)]
+        if function in group
+    )
+    x = believe((40, 3, 4, 2))
+    for other in (1.5, values(3, 1, 1)):
+        check_alias(function, main, x, other)
+    if function not in DIVS:
+        check_alias(function, main, x, believe((40, 3, 4, 2), 7))
+
+
+def test_aliases_take_alpha():
+    x, y = believe((40, 3)), believe((40, 3), 7)
+    for function, main in ((torch.Tensor.add_, torch.add), (torch.Tensor.sub_, torch.sub)):
+        check_alias(function, main, x, y, alpha=0.3)
+
+
+class _Recorder(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.called = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.called.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("operation", [
+    operator.add, operator.sub, operator.mul, operator.truediv, operator.iadd, operator.isub, operator.imul,
+    operator.itruediv, operator.pow, lambda x, y: y + x, lambda x, y: y - x, lambda x, y: y * x,
+    lambda x, y: -x, lambda x, y: abs(x), lambda x, y: x @ torch.ones(3, 3), lambda x, y: x[:, :2],
+    lambda x, y: x.T, lambda x, y: x.mT, lambda x, y: x.data,
+])  # fmt: skip
+def test_operators_are_in_the_table(operation):
+    """What the propagation sees when a network is written with operators."""
+    with _Recorder() as recorder:
+        operation(torch.ones(3, 3), 2)
+    calls = [f for f in recorder.called if f is not torch.ones]
+    assert calls
+    assert all(f in RULES for f in calls), calls
+
+
+@pytest.mark.parametrize("function", [torch.add, torch.sub, torch.rsub, torch.mul])
+def test_one_and_the_same_activation_on_both_sides(function):
+    x = believe((2**18, 3), 3)
+    check_draws(function, x, x)
+    if function is not torch.mul:
+        check_draws(function, x, x, alpha=0.6)
+
+
+@covers(*aliases("neg", "neg_", "negative", "__neg__"))
+def test_negative(function):
+    check_draws(function, believe((2**16, 3), groups=2), groups=2)
+
+
+def test_what_has_no_rule():
+    x, y = believe((4, 3)), believe((4, 3), 1)
+    for first, second in ((x, y), (x, x), (values(3), x), (2.0, x)):
+        check_unknown("division by an activation", torch.div, first, second)
+    check_unknown("rounds", torch.div, x, 2.0, rounding_mode="floor")
+
+
+# -- reductions --------------------------------------------------------------------------------------
+
+_dims = st.sampled_from([2, 3, -1, (2, 3), [-2, -1], (1,), (1, 2), (0,), (0, 2, 3), (-3, -1)])
+
+
+@covers(torch.mean, torch.sum)
+@given(dim=_dims, keepdim=st.booleans(), seed=_seeds, axes=st.sampled_from([(), (1,), (1, 2), (2, 3), (1, 2, 3)]))
+def test_reductions(function, dim, keepdim, seed, axes):
+    """Over a small axis: enough outputs are left to compare with. Over the batch, it is cut into many."""
+    dims = {d % 4 for d in ([dim] if isinstance(dim, int) else dim)}
+    groups = 1 if 0 in dims else 2
+    shape = (4, 40, 90, 70) if 0 in dims else (2**14, 3, 8, 4)
+    x = believe(shape, seed, groups, () if 0 in dims else axes)
+    if dims == {0, 2, 3}:
+        got = RULES[function](x, dim, keepdim)
+        count = 4 * 90 * 70 if function is torch.sum else 1
+        assert got.mean.ndim == (4 if keepdim else 1)
+        torch.testing.assert_close(got.mean.flatten()[0], count * x.mean.flatten()[0])
+        torch.testing.assert_close(got.var.flatten()[0], count**2 * x.var.flatten()[0] / (4 * 90 * 70))
+    else:
+        check_draws(function, x, dim, keepdim, groups=groups)
+
+
+@covers(torch.Tensor.mean, torch.Tensor.sum)
+@pytest.mark.parametrize("args", [(), (1,), ((2, 3),), ((2, 3), True), ([],)])
+def test_reduction_methods(function, args):
+    main = torch.mean if function is torch.Tensor.mean else torch.sum
+    x = believe((6, 3, 4, 2), groups=2)
+    first, second = RULES[function](x, *args), RULES[main](x, *args)
+    assert torch.equal(first.var, second.var)
+    assert first.ndim == function(torch.zeros(6, 3, 4, 2), *args).ndim
+
+
+def test_reduction_of_everything():
+    x = believe((6, 3, 4, 2), axes=(1, 2, 3), groups=2)
+    mean, var = (t.mean() for t in (x.mean, x.var))
+    got = RULES[torch.mean](x)
+    torch.testing.assert_close((got.mean, got.var), (mean, var / 144))
+    got = RULES[torch.sum](x, dtype=torch.float64)
+    torch.testing.assert_close((got.mean, got.var), (mean * 144, var * 144))
+
+
+def test_axis_is_another_name_for_dim():
+    x = believe((6, 3, 4, 2))
+    for function in (torch.mean, torch.sum):
+        assert torch.equal(RULES[function](x, axis=1).var, RULES[function](x, 1).var)
+
+
+@covers(*aliases("amax"))
+@given(dim=st.sampled_from([2, (2, 3), [-1], (-2, -1)]), keepdim=st.booleans(), seed=_seeds)
+def test_largest(function, dim, keepdim, seed):
+    check_draws(function, believe((2**14, 3, 4, 6), seed, 2), dim, keepdim, groups=2)
+
+
+def test_largest_where_the_belief_varies():
+    for function in aliases("amax"):
+        check_unknown("belief varies", function, believe((4, 3, 5), axes=(1,)), 1)
+        check_unknown("belief varies", function, believe((4, 3, 5), axes=(1, 2)), (-1,))
+    check_draws(torch.amax, believe((2**17, 3, 5), axes=(2,)), 1, channel=-1)
+
+
+# -- dropout -----------------------------------------------------------------------------------------
+
+_CHANNEL_WISE = [f for n in ("dropout1d", "dropout2d", "dropout3d", "feature_dropout") for f in aliases(n)]
+
+
+@covers(*(f for f in aliases("dropout", "dropout_")))
+@given(p=st.floats(0, 0.9), seed=_seeds)
+def test_dropout(function, p, seed):
+    check_draws(function, believe((2**18, 3), seed, 2), p, True, groups=2)
+
+
+@covers(*_CHANNEL_WISE)
+@given(p=st.floats(0, 0.9), seed=_seeds)
+def test_dropout_of_channels(function, p, seed):
+    rank = {F.dropout1d: 1, F.dropout2d: 2, F.dropout3d: 3}.get(function, 2)
+    shape = (2**17, 3, *[2] * rank)
+    check_draws(function, believe(shape, seed, 2), p, True, groups=2, effective=1 / 2**rank)
+
+
+@covers(*aliases("dropout", "dropout_"), *_CHANNEL_WISE)
+def test_dropout_at_its_ends(function):
+    x = believe((8, 3, 4, 4))
+    for p, training in ((0.5, False), (0.0, True)):
+        y = RULES[function](x, p, training)
+        assert torch.equal(y.mean, x.mean)
+        assert torch.equal(y.var, x.var)
+    nothing = RULES[function](x, 1.0, True)
+    assert not nothing.mean.any()
+    assert not nothing.var.any()

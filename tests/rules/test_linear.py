@@ -1,0 +1,193 @@
+"""Convolutions and linear maps against draws; borders are cropped, as the rules ignore padding."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from drawing import believe, check_alias, check_draws, check_unknown, covers, samples, values
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kalmannorm.gaussian import Gaussian
+from kalmannorm.rules import RULES, aliases
+
+CONVOLUTIONS = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
+TRANSPOSED = {F.conv_transpose1d: 1, F.conv_transpose2d: 2, F.conv_transpose3d: 3}
+SPACE = {1: (48,), 2: (14, 12), 3: (9, 8, 7)}
+
+
+def _per_axis(spatial, most):
+    """One number for all axes, or one for each."""
+    numbers = st.integers(1, most)
+    return numbers | st.lists(numbers, min_size=spatial, max_size=spatial)
+
+
+def _each(number, spatial):
+    return [number] * spatial if isinstance(number, int) else list(number)
+
+
+def _draw_layer(data, spatial):
+    """Channels in and out of a group, groups, kernel, stride, dilation, whether with bias."""
+    most = 3 if spatial < 3 else 2
+    channels = st.integers(1, 3)
+    return (
+        data.draw(channels), data.draw(channels), data.draw(st.sampled_from([1, 1, 2, 3])),
+        _each(data.draw(_per_axis(spatial, most)), spatial), data.draw(_per_axis(spatial, 3)),
+        data.draw(_per_axis(spatial, 2)), data.draw(st.booleans()),
+    )  # fmt: skip
+
+
+@covers(*CONVOLUTIONS)
+@given(data=st.data(), statistic_groups=st.integers(1, 2), seed=st.integers(0, 1000))
+def test_convolutions(function, data, statistic_groups, seed):
+    spatial = CONVOLUTIONS[function]
+    ins, outs, groups, kernel, stride, dilation, biased = _draw_layer(data, spatial)
+    shape = (ins * groups, *SPACE[spatial])
+    x = believe((samples(math.prod(shape), statistic_groups), *shape), seed, statistic_groups)
+    weight = values(outs * groups, ins, *kernel, seed=seed)
+    bias = values(outs * groups, seed=seed + 1) if biased else None
+    # At most one output in prod(kernel) is independent of its neighbours.
+    check_draws(function, x, weight, bias, stride, 0, dilation, groups,
+                effective=1 / math.prod(kernel), groups=statistic_groups)  # fmt: skip
+
+
+@covers(*TRANSPOSED)
+@given(data=st.data(), statistic_groups=st.integers(1, 2), seed=st.integers(0, 1000))
+def test_transposed_convolutions(function, data, statistic_groups, seed):
+    spatial = TRANSPOSED[function]
+    ins, outs, groups, kernel, stride, dilation, biased = _draw_layer(data, spatial)
+    shape = (ins * groups, *SPACE[spatial])
+    strides, dilations = _each(stride, spatial), _each(dilation, spatial)
+    n = samples(math.prod(shape) * math.prod(strides), statistic_groups)
+    x = believe((n, *shape), seed, statistic_groups)
+    weight = values(ins * groups, outs, *kernel, seed=seed)
+    bias = values(outs * groups, seed=seed + 1) if biased else None
+
+    def interior(output):
+        """Where all taps meet an input; a whole number of strides, so that each phase counts alike."""
+        for axis, (size, k, s, d) in enumerate(zip(shape[1:], kernel, strides, dilations, strict=True)):
+            start = -(-d * (k - 1) // s) * s
+            output = output.narrow(2 + axis, start, size * s - start)
+        return output
+
+    # A kernel smaller than the stride leaves gaps; output padding makes the output long enough there.
+    extra = [max(0, s - (d * (k - 1) + 1)) for k, s, d in zip(kernel, strides, dilations, strict=True)]
+    check_draws(function, x, weight, bias, stride, 0, extra, groups, dilation,
+                effective=1 / math.prod(kernel), crop=interior, groups=statistic_groups)  # fmt: skip
+
+
+@pytest.mark.parametrize(("function", "weight"), [(F.conv2d, (2, 3, 3, 3)), (F.conv_transpose2d, (3, 2, 3, 3))])
+def test_padding_changes_nothing(function, weight):
+    x, weight = believe((4, 3, 8, 8)), values(*weight)
+    for padding in (1, (2, 1), *(["same"] if function is F.conv2d else [])):
+        assert torch.equal(RULES[function](x, weight, padding=padding).var, RULES[function](x, weight).var)
+
+
+@covers(F.linear)
+@given(ins=st.integers(1, 6), outs=st.integers(1, 4), biased=st.booleans(), seed=st.integers(0, 1000),
+       statistic_groups=st.integers(1, 3))  # fmt: skip
+def test_linear(function, ins, outs, biased, seed, statistic_groups):
+    x = believe((samples(ins, statistic_groups), ins), seed, statistic_groups)
+    bias = values(outs, seed=seed + 1) if biased else None
+    check_draws(function, x, values(outs, ins, seed=seed), bias, groups=statistic_groups)
+
+
+@given(ins=st.integers(2, 5), length=st.integers(2, 6), seed=st.integers(0, 1000),
+       axes=st.sampled_from([(), (1,), (2,), (1, 2)]), statistic_groups=st.integers(1, 2))  # fmt: skip
+@settings(max_examples=12)
+def test_linear_of_sequences(ins, length, seed, axes, statistic_groups):
+    """The last axis holds the features; the belief may vary along the sequence too."""
+    x = believe((samples(ins * length, statistic_groups), length, ins), seed, statistic_groups, axes)
+    weight, bias = values(3, ins, seed=seed), values(3, seed=seed + 1)
+    check_draws(F.linear, x, weight, bias, channel=-1, groups=statistic_groups)
+    if 1 in axes:
+        check_draws(F.linear, x, weight, bias, groups=statistic_groups, effective=1 / 3)
+
+
+def test_one_feature_drops_the_axis():
+    x, weight = believe((10, 4, 3), axes=(1, 2)), values(3)
+    y = RULES[F.linear](x, weight, values(1)[0])
+    expected = RULES[F.linear](x, weight[None], values(1))
+    assert y.mean.shape == (1, 4)
+    assert torch.equal(y.mean, expected.mean[..., 0])
+    assert torch.equal(y.var, expected.var[..., 0])
+
+
+_PRODUCTS = [f for f in aliases("matmul", "__matmul__", "mm", "bmm") if f not in aliases("bmm")]
+
+
+@covers(*_PRODUCTS)
+def test_products_with_a_matrix(function):
+    check_draws(function, believe((2**18, 4), groups=2), values(4, 3), groups=2)
+
+
+@covers(*aliases("bmm"))
+def test_products_of_batches(function):
+    check_unknown("3-d", function, believe((4, 3, 2)), values(4, 2, 5))
+
+
+def test_products_of_sequences():
+    check_draws(torch.matmul, believe((2**16, 5, 4), axes=(1, 2)), values(4, 3), channel=-1)
+    check_alias(torch.Tensor.matmul, torch.matmul, believe((6, 5, 4), axes=(1, 2)), values(4, 3))
+
+
+def test_products_without_a_rule():
+    x = believe((6, 4))
+    for other in (believe((4, 5)), x):
+        check_unknown("two activations", torch.matmul, x, other)
+    check_unknown("two activations", torch.matmul, values(3, 6), x)
+    check_unknown("1-d", torch.matmul, x, values(4))
+
+
+# -- beliefs that come in blocks -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("function", "weight"), [
+    (F.conv2d, (4, 6, 3, 3)), (F.conv_transpose2d, (6, 4, 3, 3)),
+])  # fmt: skip
+@pytest.mark.parametrize("channels", [1, 2, 3])
+def test_blocks_of_channels(function, weight, channels):
+    """Fewer beliefs than channels: each holds for a block of them."""
+    x = believe((4, channels, 8, 8))
+    x = Gaussian(x.mean, x.var, (4, 6, 8, 8))
+    for groups in (1, 2):
+        w = values(weight[0], 6 // groups, 3, 3) if function is F.conv2d else values(*weight)
+        y, expected = (RULES[function](b, w, groups=groups) for b in (x, x.full([1])))
+        torch.testing.assert_close(y.mean, expected.mean)
+        torch.testing.assert_close(y.var, expected.var)
+
+
+def test_linear_after_flatten():
+    """A classifier's way: a channel's belief holds for each of its pixels."""
+    x = believe((2**14, 3, 4, 2), groups=2)
+    flat = RULES[torch.flatten](x, 1)
+    flat = Gaussian(flat.mean, flat.var, (2**14, 24))
+    check_draws(F.linear, flat, values(5, 24), values(5), groups=2)
+    check_draws(torch.matmul, flat, values(24, 5), groups=2)
+
+
+# -- what has no rule --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("function", [*CONVOLUTIONS, *TRANSPOSED, F.linear])
+def test_weights_from_the_input(function):
+    spatial = {**CONVOLUTIONS, **TRANSPOSED}.get(function, 0)
+    shape = (2, 2, *[3] * spatial)
+    x = believe(shape)
+    check_unknown("weight is computed", function, x, believe(shape))
+    check_unknown("weight is computed", function, x, values(*shape), believe((2,), axes=()))
+
+
+@pytest.mark.parametrize("function", [*CONVOLUTIONS, *TRANSPOSED])
+def test_without_a_batch_axis(function):
+    spatial = {**CONVOLUTIONS, **TRANSPOSED}[function]
+    check_unknown("batch axis", function, believe((2, *[5] * spatial)), values(2, 2, *[3] * spatial))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_weights(dtype):
+    """Beliefs keep their precision whatever autocast does."""
+    x = believe((4, 3, 5, 5), dtype=torch.float32)
+    assert RULES[F.conv2d](x, values(2, 3, 3, 3).to(dtype)).mean.dtype == torch.float32
+    assert RULES[F.conv_transpose2d](x, values(3, 2, 3, 3).to(dtype)).var.dtype == torch.float32

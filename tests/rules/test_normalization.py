@@ -1,0 +1,87 @@
+"""Stock normalization layers against draws."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from drawing import believe, check_draws, covers, values
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kalmannorm.gaussian import Gaussian
+from kalmannorm.rules import RULES, aliases
+
+_SHAPES = [(2**19, 3), (2**13, 3, 64), (2**11, 3, 16, 16), (2**10, 3, 8, 8, 4)]
+# Two elements that happen to be alike must not show it.
+_EPS = 1e-18
+
+
+def _affine(data, *shape):
+    return tuple(values(*shape, seed=s) if data.draw(st.booleans()) else None for s in (1, 2))
+
+
+@covers(F.batch_norm)
+@given(data=st.data(), shape=st.sampled_from(_SHAPES), seed=st.integers(0, 1000), groups=st.integers(1, 2))
+def test_batch_norm_by_running_statistics(function, data, shape, seed, groups):
+    mean, var = values(3, seed=3), values(3, seed=4).square() + 0.1
+    x = believe(shape, seed, groups)
+    check_draws(function, x, mean, var, *_affine(data, 3), training=False, eps=0.01, groups=groups)
+
+
+@covers(F.batch_norm)
+@given(data=st.data(), shape=st.sampled_from(_SHAPES), seed=st.integers(0, 1000), stored=st.booleans())
+def test_batch_norm_by_batch_statistics(function, data, shape, seed, stored):
+    statistics = (torch.zeros(3).double(), torch.ones(3).double()) if stored else (None, None)
+    check_draws(function, believe(shape, seed), *statistics, *_affine(data, 3), training=True, eps=_EPS)
+
+
+@covers(F.instance_norm)
+@given(data=st.data(), shape=st.sampled_from(_SHAPES[1:]), seed=st.integers(0, 1000))
+def test_instance_norm(function, data, shape, seed):
+    weight, bias = _affine(data, 3)
+    check_draws(function, believe(shape, seed), weight=weight, bias=bias, eps=_EPS)
+    mean, var = values(3, seed=3), values(3, seed=4).square() + 0.1
+    check_draws(function, believe(shape, seed), mean, var, weight, bias, use_input_stats=False)
+
+
+@covers(*aliases("group_norm"))
+@given(data=st.data(), shape=st.sampled_from([(2**18, 6), (2**14, 6, 16), (2**11, 6, 8, 8)]))
+def test_group_norm(function, data, shape):
+    """Channels of a group believed alike: then each is standardized indeed."""
+    x = believe(shape, axes=())
+    check_draws(function, x, data.draw(st.sampled_from([1, 2, 3])), *_affine(data, 6), _EPS)
+
+
+@covers(*aliases("layer_norm"))
+@given(data=st.data(), normalized=st.integers(1, 3))
+def test_layer_norm(function, data, normalized):
+    shape = (2**15, 4, 4, 3)
+    axes = shape[-normalized:]
+    check_draws(function, believe(shape, axes=()).full([1]), axes, *_affine(data, *axes), _EPS)
+
+
+def test_torch_layer_norm_has_one_argument_more():
+    x = believe((8, 6), axes=())
+    y = RULES[torch.layer_norm](x, (6,), values(6), values(6), 1e-5, False)
+    assert torch.equal(y.mean, RULES[F.layer_norm](x, (6,), values(6), values(6)).mean)
+
+
+def test_torch_batch_norm_takes_its_arguments_in_another_order():
+    """So it must not share the rule of ``F.batch_norm``."""
+    weight, bias, mean, var = values(3, seed=1), values(3, seed=2), values(3, seed=3), values(3, seed=4).square()
+    x = believe((2**10, 3, 8, 8))
+    assert torch.batch_norm not in RULES
+    assert torch.instance_norm not in RULES
+    check_draws(F.batch_norm, x, mean, var, weight, bias)
+
+
+@pytest.mark.parametrize("function", [F.batch_norm, F.instance_norm])
+def test_gradients_reach_the_affine_map(function):
+    weight, bias = values(3).requires_grad_(), values(3, seed=1).requires_grad_()
+    stats = (values(3, seed=2), values(3, seed=3).square() + 0.5)
+
+    def moments(weight, bias, mean, var):
+        y = RULES[function](Gaussian(mean, var, (4, 3, 2)), *stats, weight, bias, False)
+        return y.mean, y.var
+
+    x = believe((4, 3, 2))
+    assert torch.autograd.gradcheck(moments, (weight, bias, x.mean.requires_grad_(), x.var.requires_grad_()))

@@ -1,0 +1,230 @@
+"""Activations against draws, at the limits of float32, and their gradients."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from drawing import DRAWS, believe, check_alias, check_draws, check_unknown, covers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kalmannorm.gaussian import Gaussian
+from kalmannorm.rules import RULES, aliases
+from kalmannorm.rules.pointwise import piecewise, quadrature, rectify
+
+CHANNELS = 2
+
+
+def _tensor(numbers):
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
+def _sorted_pair(low, high):
+    return st.tuples(st.floats(low, high), st.floats(low, high)).map(lambda pair: (min(pair) - 0.01, max(pair)))
+
+
+_slopes = st.lists(st.floats(-0.5, 1.5), min_size=CHANNELS, max_size=CHANNELS).map(_tensor)
+_bounds = _sorted_pair(-3, 3)
+
+# The arguments that follow the input.
+PARAMETERS = {
+    F.relu: st.just(()),
+    F.leaky_relu: st.tuples(st.floats(-0.5, 1.5)),
+    F.prelu: st.tuples(_slopes | _slopes.map(lambda t: t[:1])),
+    F.rrelu: _sorted_pair(0, 1).flatmap(lambda pair: st.tuples(*map(st.just, pair), st.booleans())),
+    F.hardtanh: _bounds,
+    F.relu6: st.just(()),
+    torch.clamp: _bounds | st.tuples(st.floats(-3, 3)) | st.tuples(st.none(), st.floats(-3, 3)),
+    torch.clamp_min: st.tuples(st.floats(-3, 3)),
+    torch.clamp_max: st.tuples(st.floats(-3, 3)),
+    F.hardsigmoid: st.just(()),
+    F.hardswish: st.just(()),
+    F.hardshrink: st.tuples(st.floats(0, 2)),
+    F.softshrink: st.tuples(st.floats(0, 2)),
+    F.threshold: st.tuples(st.floats(-3, 3), st.floats(-3, 3)),
+    F.gelu: st.just(()),
+    F.elu: st.tuples(st.floats(0.1, 3)),
+    F.celu: st.tuples(st.floats(0.1, 3)),
+    F.softplus: st.tuples(st.floats(0.3, 3), st.floats(5, 20)),
+    torch.pow: st.tuples(st.integers(0, 3)),
+    **dict.fromkeys(
+        [F.silu, F.mish, F.selu, torch.sigmoid, torch.tanh, F.logsigmoid, F.softsign, F.tanhshrink, torch.abs,
+         torch.square, torch.exp, torch.sin, torch.cos, torch.erf, torch.atan, torch.asinh, torch.expm1],
+        st.just(()),
+    ),
+}  # fmt: skip
+
+# One choice of arguments, for what is tested once.
+EXAMPLES = {
+    F.leaky_relu: (0.2,), F.prelu: (_tensor([0.1, 0.3]),), F.rrelu: (0.1, 0.4, False), F.hardtanh: (-0.5, 1.5),
+    torch.clamp: (-0.5, 1.5), torch.clamp_min: (-0.3,), torch.clamp_max: (0.4,), F.hardshrink: (0.7,),
+    F.softshrink: (0.7,), F.threshold: (0.3, -1.0), F.elu: (0.8,), F.celu: (0.8,), torch.pow: (3,),
+}  # fmt: skip
+
+# Their moments grow with the exponential of the variance, where a million draws show nothing.
+_STEEP = (torch.exp, torch.expm1)
+
+
+def _examples(function):
+    return EXAMPLES.get(function, ())
+
+
+def _name(function):
+    return function.__name__.rstrip("_")
+
+
+ALIASES = [(other, main) for main in PARAMETERS for other in aliases(_name(main), _name(main) + "_")]
+ALIASES += [(other, torch.clamp) for other in aliases("clip", "clip_")]
+ALIASES += [(other, torch.pow) for other in aliases("__pow__", "float_power")]
+_MAIN = dict(ALIASES)
+
+
+@covers(*PARAMETERS)
+@given(data=st.data())
+@settings(max_examples=5)
+def test_draws(function, data):
+    most = 0.5 if function in _STEEP else 3
+    each = st.tuples(st.floats(-3, 3), st.floats(0.05, most))
+    mean, std = _tensor(data.draw(st.lists(each, min_size=CHANNELS, max_size=CHANNELS))).T
+    args = data.draw(PARAMETERS[function])
+    x = Gaussian(mean[None], std.square()[None], (DRAWS, CHANNELS))
+    check_draws(function, x, *args)
+
+
+def test_gelu_by_tanh():
+    x = believe((DRAWS, CHANNELS))
+    check_draws(F.gelu, x, approximate="tanh")
+    exact, approximate = RULES[F.gelu](x), RULES[F.gelu](x, approximate="tanh")
+    assert not torch.equal(exact.mean, approximate.mean)
+
+
+@covers(*_MAIN)
+def test_aliases(function):
+    main = _MAIN[function]
+    check_alias(function, main, believe((40, CHANNELS, 3)), *_examples(main))
+
+
+@pytest.mark.parametrize("function", [F.relu, F.leaky_relu, F.relu6, F.silu, F.hardswish, F.elu, F.selu, F.celu])
+def test_in_place_flag(function):
+    x = believe((40, CHANNELS, 3))
+    assert torch.equal(RULES[function](x, inplace=True).var, RULES[function](x).var)
+
+
+def test_prelu_of_an_image():
+    check_draws(F.prelu, believe((2**10, 3, 16, 16)), _tensor([0.1, -0.4, 0.7]))
+
+
+# -- the limits of float32 ---------------------------------------------------------------------------
+
+_BOUNDED = [f for f in PARAMETERS if f not in (*_STEEP, torch.pow, torch.square)]
+
+
+@pytest.mark.parametrize("function", _BOUNDED, ids=_name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_never_nan_nor_negative(function, dtype):
+    means = torch.tensor([0.0, 1e-30, 1e-3, 1.0, 30.0, 1e4, 1e8], dtype=dtype)
+    means = torch.cat([means, -means])[:, None]
+    stds = torch.tensor([0.0, 1e-25, 1e-10, 1e-3, 1.0, 1e3, 1e7], dtype=dtype)
+    mean, var = torch.broadcast_tensors(means, stds.square())
+    args = [a[:1].to(dtype) if isinstance(a, torch.Tensor) else a for a in _examples(function)]
+    mean, var = (t.reshape(-1, 1).clone().requires_grad_() for t in (mean, var))
+    y = RULES[function](Gaussian(mean, var), *args)
+    assert y.mean.isfinite().all()
+    assert y.var.isfinite().all()
+    assert (y.var >= 0).all()
+    for gradient in torch.autograd.grad(y.mean.sum() + y.var.sum(), (mean, var)):
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("function", PARAMETERS, ids=_name)
+def test_without_variance_it_is_the_function(function):
+    points = [-9.0, -2.2, -0.9, -0.01, 0.2, 0.9, 2.3, 9.0]
+    if function not in (*_STEEP, torch.pow):
+        points += [-1e4, 1e4]
+    m = torch.tensor(points)[:, None]
+    args = [a[:1].float() if isinstance(a, torch.Tensor) else a for a in _examples(function)]
+    expected = function(m, *args)
+    y = RULES[function](Gaussian(m, torch.zeros_like(m)), *args)
+    torch.testing.assert_close(y.mean, expected, rtol=1e-5, atol=1e-6)
+    assert (y.var <= 1e-10 * (1 + expected.square())).all()
+
+
+@pytest.mark.parametrize("function", [f for f in _BOUNDED if f not in (torch.sin, torch.cos)], ids=_name)
+def test_far_out_it_is_linear(function):
+    """A thousand standard deviations from its bends: the value and the slope there."""
+    m = torch.tensor([-1e4, -4e3, 4e3, 1e4])[:, None].requires_grad_()
+    args = [a[:1].float() if isinstance(a, torch.Tensor) else a for a in _examples(function)]
+    expected = function(m, *args)
+    (slope,) = torch.autograd.grad(expected.sum(), m)
+    y = RULES[function](Gaussian(m.detach(), torch.full_like(m, 4.0)), *args)
+    torch.testing.assert_close(y.mean, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(y.var, 4 * slope.square(), rtol=1e-3, atol=1e-5)
+
+
+# -- closed forms ------------------------------------------------------------------------------------
+
+
+@given(mean=st.floats(-3, 3), std=st.floats(0.01, 1.2))
+@settings(max_examples=30)
+def test_exponential_is_lognormal(mean, std):
+    y = RULES[torch.exp](Gaussian(_tensor([mean]), _tensor([std**2])))
+    expected = math.exp(mean + std**2 / 2)
+    assert y.mean.item() == pytest.approx(expected, rel=1e-9)
+    assert y.var.item() == pytest.approx(expected**2 * math.expm1(std**2), rel=1e-6)
+
+
+@given(mean=st.floats(-3, 3), std=st.floats(0.05, 3))
+@settings(max_examples=30)
+def test_relu_is_the_textbook_formula(mean, std):
+    """As the method's page has it, with the cancellation that the rule avoids."""
+    a = mean / std
+    below = 0.5 * math.erfc(-a / math.sqrt(2))
+    density = math.exp(-0.5 * a * a) / math.sqrt(2 * math.pi)
+    first = mean * below + std * density
+    second = (mean**2 + std**2) * below + mean * std * density
+    y = RULES[F.relu](Gaussian(_tensor([mean]), _tensor([std**2])))
+    assert y.mean.item() == pytest.approx(first, rel=1e-9, abs=1e-12)
+    assert y.var.item() == pytest.approx(second - first**2, rel=1e-6, abs=1e-12)
+
+
+# -- what has no rule --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("exponent", [-1, 0.5, torch.tensor(2.0)])
+def test_powers_that_are_not_whole(exponent):
+    check_unknown("power", torch.pow, believe((4, 2)), exponent)
+
+
+def test_bounds_and_slopes_from_the_input():
+    x = believe((4, 2))
+    check_unknown("clamp between tensors", torch.clamp, x, torch.zeros(2), None)
+    check_unknown("clamp between tensors", torch.clamp, x, max=x)
+    check_unknown("clamp between tensors", torch.clamp_min, x, torch.zeros(2))
+    check_unknown("slope", F.prelu, x, x)
+
+
+# -- gradients ---------------------------------------------------------------------------------------
+
+
+def _moments(rule):
+    def moments(mean, var):
+        y = rule(Gaussian(mean, var))
+        return y.mean, y.var
+
+    return moments
+
+
+@pytest.mark.parametrize("rule", [
+    lambda x: rectify(x)[0],
+    lambda x: Gaussian(rectify(x)[1], rectify(x)[1]),
+    lambda x: piecewise(x, [-0.7, 0.4, 1.1], [(0.3, 1.0, -0.2), (0, 0.5, 0.1), (-1, 2, 0), (0.2, 0, 0.3)]),
+    RULES[F.leaky_relu], RULES[F.relu6], RULES[F.hardswish],
+    lambda x: quadrature(x, F.gelu),
+    lambda x: quadrature(x, torch.tanh),
+])  # fmt: skip
+def test_gradients(rule):
+    mean = _tensor([[-2.0, -0.6, 0.1, 0.8, 2.5]]).requires_grad_()
+    var = _tensor([[0.5, 0.02, 1.3, 4.0, 0.3]]).requires_grad_()
+    assert torch.autograd.gradcheck(_moments(rule), (mean, var))
+    assert torch.autograd.gradgradcheck(_moments(rule), (mean, var))

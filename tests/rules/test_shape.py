@@ -1,0 +1,534 @@
+"""Functions that move elements: exactly what the torch function does to every single mean and variance.
+
+Resizing blends elements, so it is compared with draws.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from drawing import (
+    believe,
+    check_draws,
+    check_moved,
+    check_unknown,
+    covers,
+    replaced,
+    samples,
+    values,
+    written_out,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kalmannorm.gaussian import Gaussian
+from kalmannorm.rules import RULES, aliases
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*upsample.*:UserWarning", "ignore:The use of.*T:UserWarning")
+
+MANY = settings(max_examples=25)
+
+
+@st.composite
+def beliefs(draw, rank=st.integers(2, 5), groups=st.integers(1, 3), channels=st.sampled_from([2, 4, 6])):
+    """Some belief of any rank that varies along any axes, over its groups, or in blocks of channels."""
+    rank, groups = draw(rank), draw(groups)
+    space = draw(st.lists(st.sampled_from([1, 2, 3, 4]), min_size=rank - 2, max_size=rank - 2))
+    shape = (groups * draw(st.integers(1, 2)), draw(channels), *space)
+    axes = draw(st.sets(st.integers(1, rank - 1)) | st.just({1}))
+    x = believe(shape, draw(st.integers(0, 99)), groups, axes)
+    if 1 in axes and draw(st.booleans()):
+        x = Gaussian(x.mean[:, ::2], x.var[:, ::2], shape)
+    return x
+
+
+# -- the belief as it is -----------------------------------------------------------------------------
+
+
+@covers(*aliases("contiguous", "clone", "requires_grad_", "float", "double", "half", "bfloat16", "type_as",
+                 "type", "retain_grad"))  # fmt: skip
+def test_same(function):
+    """Casts too: a belief keeps its own precision."""
+    x = believe((4, 3, 2, 2), groups=2)
+    extra = {torch.Tensor.type_as: (torch.zeros(1),), torch.Tensor.type: (torch.float16,)}.get(function, ())
+    y = RULES[function](x, *extra)
+    assert torch.equal(y.mean, x.mean)
+    assert torch.equal(y.var, x.var)
+    assert y.mean.dtype == torch.float64
+
+
+@covers(torch.Tensor.to)
+@pytest.mark.parametrize(("args", "device"), [
+    (("meta",), "meta"), ((torch.device("meta"),), "meta"), ((torch.zeros(1, device="meta"),), "meta"),
+    ((believe((4, 3)).map(lambda t: t.to("meta")),), "meta"), (("meta", torch.float16), "meta"),
+    ((torch.float16,), "cpu"), ((torch.float16, False, True), "cpu"),
+])  # fmt: skip
+def test_to(function, args, device):
+    y = RULES[function](believe((4, 3)), *args)
+    assert y.mean.device.type == y.var.device.type == device
+    assert y.mean.dtype == torch.float64
+
+
+def test_to_by_keyword():
+    to = RULES[torch.Tensor.to]
+    assert to(believe((4, 3)), device="meta").mean.is_meta
+    assert not to(believe((4, 3)), dtype=torch.float16, memory_format=torch.channels_last).mean.is_meta
+
+
+@covers(torch.Tensor.cpu, torch.Tensor.cuda)
+def test_to_a_kind_of_device(function, monkeypatch):
+    """The belief goes where the activation goes."""
+    x = believe((4, 3))
+    if function is torch.Tensor.cuda and not torch.cuda.is_available():
+        with pytest.raises((AssertionError, RuntimeError)):
+            RULES[function](x)
+    else:
+        assert RULES[function](x).mean.device == function(x.mean).device
+
+
+@covers(*aliases("detach", "detach_"), torch.Tensor.data.__get__)
+def test_detach(function):
+    x = believe((4, 3))
+    x = Gaussian(x.mean.requires_grad_(), x.var.requires_grad_(), x.shape)
+    y = RULES[function](x)
+    assert torch.equal(y.mean, x.mean)
+    assert not y.mean.requires_grad
+    assert not y.var.requires_grad
+
+
+# -- axes --------------------------------------------------------------------------------------------
+
+
+@covers(*aliases("permute"))
+@given(x=beliefs(), data=st.data())
+def test_permute(function, x, data):
+    order = data.draw(st.permutations(range(x.ndim)))
+    check_moved(function, x, order)
+    if function is torch.Tensor.permute:
+        check_moved(function, x, *order)
+
+
+@covers(*aliases("transpose", "transpose_", "swapaxes", "swapdims", "movedim", "moveaxis"))
+@given(x=beliefs(), data=st.data())
+def test_two_axes(function, x, data):
+    axes = st.integers(-x.ndim, x.ndim - 1)
+    check_moved(function, x, data.draw(axes), data.draw(axes))
+
+
+@covers(*aliases("unsqueeze", "unsqueeze_"))
+@given(x=beliefs(), data=st.data())
+def test_unsqueeze(function, x, data):
+    check_moved(function, x, data.draw(st.integers(-x.ndim - 1, x.ndim)))
+
+
+@covers(*aliases("t"), torch.Tensor.T.__get__)
+@given(x=beliefs(rank=st.just(2)))
+def test_transposed_matrix(function, x):
+    check_moved(function, x)
+
+
+@covers(torch.Tensor.mT.__get__)
+@given(x=beliefs())
+def test_transposed_matrices(function, x):
+    check_moved(function, x)
+
+
+@covers(*aliases("squeeze", "squeeze_"))
+@given(x=beliefs(), data=st.data())
+def test_squeeze(function, x, data):
+    check_moved(function, x)
+    check_moved(function, x, data.draw(st.integers(-x.ndim, x.ndim - 1)))
+    check_moved(function, x, tuple(data.draw(st.sets(st.integers(0, x.ndim - 1), min_size=1))))
+
+
+@covers(*aliases("expand"))
+@given(x=beliefs(), data=st.data())
+def test_expand(function, x, data):
+    sizes = [data.draw(st.sampled_from([1, 5])) if n == 1 else data.draw(st.sampled_from([n, -1])) for n in x.shape]
+    before = [3] * data.draw(st.integers(0, 2))
+    check_moved(function, x, *before, *sizes)
+    check_moved(function, x, [*before, *sizes])
+
+
+@covers(*aliases("expand_as"))
+@given(x=beliefs())
+def test_expand_as(function, x):
+    sizes = [5 if n == 1 else n for n in x.shape]
+    check_moved(function, x, torch.zeros(sizes))
+    check_moved(function, x, torch.zeros(2, *sizes))
+    other = RULES[function](x, believe(sizes))
+    assert other.ndim == x.ndim
+
+
+@covers(*aliases("repeat"))
+@given(x=beliefs(), data=st.data())
+@MANY
+def test_repeat(function, x, data):
+    times = [data.draw(st.integers(1, 3)) for _ in x.shape]
+    before = [2] * data.draw(st.integers(0, 1))
+    check_moved(function, x, *before, *times)
+    check_moved(function, x, [*before, *times])
+
+
+@covers(*aliases("flip", "roll"))
+def test_flip_and_roll(function):
+    """Along axes where the belief is constant; elsewhere there is no rule."""
+    shift = () if "flip" in function.__name__ else (1,)
+    shifts = () if "flip" in function.__name__ else ([1, 2],)
+    x = believe((4, 3, 5, 5))
+    check_moved(function, x, *shift, 2) if shift else check_moved(function, x, [2])
+    check_moved(function, x, *shifts, [2, -1])
+    check_moved(function, believe((4, 3, 5, 5), axes=(2,)), *shifts, [1, 3])
+    for dims in ([1, 3], [3, 1], [-3, 2]):
+        check_unknown("reordered", function, x, *shifts, dims)
+    check_unknown("reordered", function, believe((4, 3, 5, 5), axes=(1, 2)), *shifts, [2, 3])
+
+
+def test_flip_takes_axes_one_by_one():
+    x = believe((4, 3, 5, 5))
+    check_moved(torch.Tensor.flip, x, 2, 3)
+    check_unknown("reordered", torch.Tensor.flip, x, 1, 3)
+
+
+def test_roll_of_the_flat_tensor():
+    x = believe((4, 3, 5, 5))
+    for shift in (1, 25, 3):
+        check_unknown("reordered", torch.roll, x, shift)
+    check_moved(torch.roll, x, shifts=2, dims=3)
+
+
+# -- reshaping ---------------------------------------------------------------------------------------
+
+
+def _factor(draw, size):
+    """Split a size in one, two or three."""
+    factors = []
+    for f in (2, 3, 2):
+        if size % f == 0 and draw(st.booleans()):
+            factors.append(f)
+            size //= f
+    return draw(st.permutations([*factors, size]))
+
+
+@st.composite
+def reshapes(draw, x):
+    """A shape that merges and splits at random."""
+    sizes, waiting = [], 1
+    for n in x.shape:
+        waiting *= n
+        if draw(st.booleans()):
+            sizes += _factor(draw, waiting)
+            waiting = 1
+    sizes += _factor(draw, waiting)
+    if draw(st.booleans()):
+        sizes[draw(st.integers(0, len(sizes) - 1))] = -1
+    return sizes
+
+
+def check_reshaped(function, x, *args, **kwargs):
+    """The reshaped belief written out is the written-out belief reshaped."""
+    belief = RULES[function](x, *args, **kwargs)
+    mean, var = (function(t, *args, **kwargs) for t in written_out(x))
+    assert belief.ndim == mean.ndim
+    got = written_out(belief, mean.shape)
+    assert torch.equal(got[0], mean)
+    assert torch.equal(got[1], var)
+
+
+@covers(*aliases("reshape"), torch.Tensor.view)
+@given(x=beliefs(), data=st.data())
+@settings(max_examples=80)
+def test_reshape(function, x, data):
+    shape = data.draw(reshapes(x))
+    check_reshaped(function, x, shape)
+    if function is not torch.reshape:
+        check_reshaped(function, x, *shape)
+
+
+def test_reshape_by_keyword():
+    check_moved(torch.reshape, believe((4, 6, 2)), shape=(4, 2, 3, 2))
+    check_moved(torch.Tensor.view, believe((4, 6, 2)), size=(4, 2, 3, 2))
+
+
+@covers(*aliases("reshape_as", "view_as"))
+@given(x=beliefs(), data=st.data())
+def test_reshape_as(function, x, data):
+    other = torch.zeros(x.shape).reshape(data.draw(reshapes(x)))
+    check_moved(function, x, other)
+    got = RULES[function](x, Gaussian(other[:1], other[:1], other.shape))
+    assert got.ndim == other.ndim
+
+
+@covers(*aliases("flatten"))
+@given(x=beliefs(), data=st.data())
+@MANY
+def test_flatten(function, x, data):
+    start = data.draw(st.integers(0, x.ndim - 1))
+    check_moved(function, x, start)
+    check_moved(function, x, start - x.ndim, data.draw(st.integers(start, x.ndim - 1)))
+
+
+@covers(*aliases("ravel"))
+@given(x=beliefs())
+def test_ravel(function, x):
+    check_moved(function, x)
+
+
+@covers(*aliases("unflatten"))
+@given(x=beliefs())
+def test_unflatten(function, x):
+    check_moved(function, x, 1, (2, -1))
+    check_moved(function, x, 1 - x.ndim, (-1, 2))
+    check_moved(function, x, 0, (x.shape[0], 1))
+
+
+def test_no_reshape_to_another_type():
+    check_unknown("another type", torch.Tensor.view, believe((4, 3)), torch.int64)
+
+
+def test_classifier_keeps_the_belief_small():
+    x = RULES[torch.flatten](believe((4, 6, 5, 5), groups=2), 1)
+    assert x.mean.shape == (2, 6)
+    assert RULES[torch.Tensor.reshape](believe((4, 6, 5, 5)), 4, 6, 25).mean.shape == (1, 6, 1)
+
+
+# -- cutting -----------------------------------------------------------------------------------------
+
+INDICES = [
+    slice(None), slice(0, 2), slice(1, None), slice(None, None, 2), 0, -1, None, Ellipsis, [0, 1], torch.tensor([1, 0, 1]),
+    torch.tensor(1), (Ellipsis, 0), (Ellipsis, slice(1), slice(None)), (slice(None), 1), (slice(None), slice(1, None)),
+    (slice(None), slice(-1, None), Ellipsis), (slice(None), None), (None, Ellipsis, None), (slice(None), [1, 0]),
+    (slice(None), torch.tensor([0, 1])), (slice(1), slice(None, None, 2)), (0, 1), (-1, Ellipsis, 0),
+    (slice(None), torch.tensor([True, False] * 2)), (torch.tensor([True, False] * 2),), (slice(None), 0, None),
+    ([0, 1], [1, 0]), (slice(None), None, slice(1, 3)), (Ellipsis, None, 0), (Ellipsis, torch.tensor([0, 0])),
+    (torch.tensor([0, 1]), slice(None), torch.tensor([0, 0])), (slice(None), slice(None), slice(0, 1)),
+    (slice(0, 2), slice(0, 1), slice(1, 2)), (slice(None), torch.tensor([[0, 1], [1, 0]])),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("index", INDICES, ids=str)
+@covers(torch.Tensor.__getitem__)
+@given(groups=st.sampled_from([1, 2, 4]), axes=st.sets(st.integers(1, 3)), blocks=st.booleans())
+@settings(max_examples=12)
+def test_indexing(function, index, groups, axes, blocks):
+    x = believe((4, 4, 3, 2), 0, groups, axes)
+    if blocks and 1 in axes:
+        x = Gaussian(x.mean[:, :2], x.var[:, :2], x.shape)
+    check_moved(function, x, index)
+
+
+def test_indices_that_cannot_be_followed():
+    x = believe((4, 4, 3))
+    getitem = torch.Tensor.__getitem__
+    check_unknown("mask over several axes", getitem, x, torch.ones(4, 4, dtype=torch.bool))
+    check_unknown("mask over several axes", getitem, x, (slice(None), torch.ones(4, 3, dtype=torch.bool)))
+    check_unknown("computed from the input", getitem, x, believe((4,), axes=()))
+
+
+def test_slices_of_space_leave_the_belief_small():
+    y = RULES[torch.Tensor.__getitem__](believe((4, 4, 8, 8)), (slice(None), slice(None), slice(2, 4), slice(1, None, 2)))
+    assert y.mean.shape == (1, 4, 1, 1)
+
+
+@covers(*aliases("chunk", "tensor_split"))
+@given(x=beliefs(), data=st.data())
+def test_chunks(function, x, data):
+    dim = data.draw(st.integers(-x.ndim, x.ndim - 1))
+    check_moved(function, x, 2)
+    check_moved(function, x, 2, dim)
+    check_moved(function, x, 3, dim=dim)
+    if "tensor_split" in function.__name__:
+        check_moved(function, x, [1], dim)
+
+
+@covers(*aliases("split"))
+@given(x=beliefs(), data=st.data())
+def test_split(function, x, data):
+    dim = data.draw(st.integers(-x.ndim, x.ndim - 1))
+    check_moved(function, x, 1)
+    check_moved(function, x, data.draw(st.integers(1, 3)), dim)
+    first = data.draw(st.integers(0, x.shape[dim]))
+    check_moved(function, x, [first, x.shape[dim] - first], dim=dim)
+
+
+@covers(*aliases("unbind"))
+@given(x=beliefs(), data=st.data())
+def test_unbind(function, x, data):
+    check_moved(function, x)
+    check_moved(function, x, data.draw(st.integers(-x.ndim, x.ndim - 1)))
+    check_moved(function, x, dim=1)
+
+
+@covers(*aliases("narrow"))
+@given(x=beliefs(), data=st.data())
+def test_narrow(function, x, data):
+    dim = data.draw(st.integers(-x.ndim, x.ndim - 1))
+    start = data.draw(st.integers(0, x.shape[dim] - 1))
+    check_moved(function, x, dim, start, data.draw(st.integers(1, x.shape[dim] - start)))
+
+
+@covers(*aliases("select"))
+@given(x=beliefs(), data=st.data())
+def test_select(function, x, data):
+    dim = data.draw(st.integers(-x.ndim, x.ndim - 1))
+    check_moved(function, x, dim, data.draw(st.integers(-x.shape[dim], x.shape[dim] - 1)))
+
+
+@covers(*aliases("index_select"))
+@given(x=beliefs(), data=st.data())
+def test_index_select(function, x, data):
+    dim = data.draw(st.integers(-x.ndim, x.ndim - 1))
+    index = data.draw(st.lists(st.integers(0, x.shape[dim] - 1), min_size=1, max_size=4))
+    check_moved(function, x, dim, torch.tensor(index))
+
+
+# -- joining -----------------------------------------------------------------------------------------
+
+
+def _beside(x, data, dim):
+    """Another belief that fits beside ``x`` along ``dim``, with groups and axes of its own."""
+    shape = list(x.shape)
+    shape[dim] *= data.draw(st.integers(1, 2))
+    groups = data.draw(st.sampled_from([s for s in (1, 2, 3, 4) if shape[0] % s == 0]))
+    return believe(shape, data.draw(st.integers(100, 199)), groups, data.draw(st.sets(st.integers(1, x.ndim - 1))))
+
+
+@covers(*aliases("cat", "concat", "concatenate"))
+@given(x=beliefs(), data=st.data())
+@MANY
+def test_cat(function, x, data):
+    dim = data.draw(st.integers(-x.ndim, x.ndim - 1))
+    parts = [x, *(_beside(x, data, dim) for _ in range(data.draw(st.integers(1, 2))))]
+    check_moved(function, parts, dim)
+    check_moved(function, tuple(parts[::-1]), dim=dim)
+
+
+@covers(*aliases("stack"))
+@given(x=beliefs(), data=st.data())
+@MANY
+def test_stack(function, x, data):
+    others = [believe(x.shape, s, axes=data.draw(st.sets(st.integers(1, x.ndim - 1)))) for s in (7, 8)]
+    check_moved(function, [x, *others], data.draw(st.integers(-x.ndim - 1, x.ndim)))
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2, -1])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("first", [True, False])
+def test_cat_with_a_known_tensor(dim, groups, first):
+    """It keeps its values along the axis; elsewhere it is summarized, without variance of its own."""
+    x = believe((4, 3, 4, 5), groups=groups)
+    shape = [4, 3, 4, 5]
+    shape[dim] = 2
+    known = values(*shape)
+    parts = [known, x] if first else [x, known]
+    belief = RULES[torch.cat](parts, dim)
+    mean, var = (torch.cat(replaced([p if isinstance(p, Gaussian) else q for p, q in zip(parts, [t] * 2, strict=True)],
+                                    lambda b: written_out(b)[which]), dim)
+                 for which, t in ((0, known), (1, torch.zeros_like(known))))  # fmt: skip
+    y = Gaussian(belief.mean, belief.var, mean.shape).per_channel(groups if dim else 1)
+    expected = Gaussian(mean, var).per_channel(groups if dim else 1)
+    torch.testing.assert_close(y.mean, expected.mean)
+    torch.testing.assert_close(y.var, expected.var)
+
+
+def test_stack_with_a_known_tensor():
+    x, known = believe((4, 3, 5)), values(4, 3, 5)
+    y = RULES[torch.stack]([x, known], 1)
+    y = Gaussian(y.mean, y.var, (4, 2, 3, 5)).per_channel(1)
+    expected = Gaussian(known[:, None], torch.zeros(4, 1, 3, 5).double()).per_channel(1)
+    torch.testing.assert_close(y.mean[:, 1:], expected.mean)
+    torch.testing.assert_close(y.var[:, 1:], expected.var)
+    torch.testing.assert_close(y.mean[:, :1], x.mean.mean().view(1, 1))
+
+
+@covers(*aliases("pad"), torch.constant_pad_nd)
+@given(value=st.floats(-2, 2), before=st.integers(-1, 2), after=st.integers(-1, 2),
+       groups=st.integers(1, 2), axes=st.sampled_from([(), (1,), (1, 2)]))  # fmt: skip
+@MANY
+def test_pad_with_channels(function, value, before, after, groups, axes):
+    """Option A shortcuts: the new channels are constant, and so certain."""
+    x = believe((4, 4, 3, 2), 1, groups, axes)
+    amounts = [0, 0, 0, 0, before, after]
+    y = RULES[function](x, amounts, value=value)
+    if function is F.pad:
+        assert torch.equal(RULES[function](x, amounts, "constant", value).mean, y.mean)
+    mean, var = written_out(x)
+    mean, var = F.pad(mean, amounts, value=value), F.pad(var, amounts)
+    got = written_out(y, mean.shape)
+    assert torch.equal(got[0], mean)
+    assert torch.equal(got[1], var)
+
+
+@pytest.mark.parametrize("mode", ["constant", "reflect", "replicate", "circular"])
+def test_a_border_is_ignored(mode):
+    x = believe((4, 3, 5, 5))
+    y = RULES[F.pad](x, [1, 1, 2, 1], mode)
+    assert torch.equal(y.mean, x.mean)
+    assert torch.equal(y.var, x.var)
+
+
+def test_a_border_where_the_belief_varies():
+    x = believe((4, 3, 5, 4), axes=(1, 2))
+    y = RULES[F.pad](x, [3, 3, 1, 2], value=0.5)
+    assert torch.equal(y.mean, F.pad(x.mean, [0, 0, 1, 2], value=0.5))
+    assert torch.equal(y.var, F.pad(x.var, [0, 0, 1, 2]))
+    check_unknown("reflect", F.pad, x, [0, 0, 1, 1], "reflect")
+    check_unknown("along the batch", F.pad, x, [0, 0, 0, 0, 0, 0, 1, 0])
+
+
+# -- resizing ----------------------------------------------------------------------------------------
+
+_MODES = {1: ["nearest", "nearest-exact", "linear", "area"],
+          2: ["nearest", "nearest-exact", "bilinear", "bicubic", "area"],
+          3: ["nearest", "nearest-exact", "trilinear", "area"]}  # fmt: skip
+
+
+@covers(F.interpolate, F.upsample)
+@pytest.mark.parametrize("spatial", [1, 2, 3])
+@given(data=st.data(), seed=st.integers(0, 99), groups=st.integers(1, 2))
+@settings(max_examples=15)
+def test_interpolate(function, spatial, data, seed, groups):
+    modes = [m for m in _MODES[spatial] if m != "nearest-exact" or function is F.interpolate]
+    mode = data.draw(st.sampled_from(modes))
+    kwargs = {"mode": mode}
+    space = data.draw(st.lists(st.integers(3, 7), min_size=spatial, max_size=spatial))
+    if data.draw(st.booleans()):
+        outs = data.draw(st.integers(2, 11) | st.lists(st.integers(2, 11), min_size=spatial, max_size=spatial))
+        kwargs["size"] = outs
+    else:
+        scale = st.sampled_from([0.5, 1.5, 2, 3.0])
+        kwargs["scale_factor"] = data.draw(scale | st.lists(scale, min_size=spatial, max_size=spatial))
+    if mode.endswith(("linear", "cubic")):
+        kwargs["align_corners"] = data.draw(st.booleans())
+        if mode.startswith("bi") and function is F.interpolate and not kwargs["align_corners"]:
+            kwargs["antialias"] = data.draw(st.booleans())
+    n = samples(2 * max(11**spatial, 1), groups)
+    x = believe((n, 2, *space), seed, groups)
+    outputs = function(torch.zeros(1, 1, *space), **kwargs).numel()
+    inputs = torch.Size(space).numel()
+    # Neighbouring outputs blend the same inputs, of which edges count more than others.
+    check_draws(function, x, **kwargs, groups=groups, effective=0.3**spatial * min(1, inputs / outputs))
+
+
+@pytest.mark.parametrize("upscale", [2, 3])
+@covers(F.pixel_shuffle)
+def test_pixel_shuffle(function, upscale):
+    """What a channel gathers is forgotten pixel by pixel, not on the whole."""
+    for x in (believe((4, 2 * upscale**2, 3, 5), groups=2), believe((4, 2 * upscale**2, 3, 5), axes=())):
+        y = RULES[function](x, upscale)
+        mean, var = (function(t, upscale) for t in written_out(x))
+        expected = Gaussian(mean, var).per_channel(2)
+        got = Gaussian(y.mean, y.var, mean.shape).per_channel(2)
+        torch.testing.assert_close(got.mean, expected.mean)
+        torch.testing.assert_close(got.var, expected.var)
+
+
+@covers(F.pixel_unshuffle)
+def test_pixel_unshuffle(function):
+    for x in (believe((4, 3, 4, 6), groups=2), believe((4, 4, 4, 6), axes=())):
+        check_moved(function, x, 2)
+
+
+@covers(F.channel_shuffle)
+@given(x=beliefs(rank=st.integers(3, 5), channels=st.just(6)), groups=st.sampled_from([1, 2, 3, 6]))
+def test_channel_shuffle(function, x, groups):
+    check_moved(function, x, groups)

@@ -1,0 +1,254 @@
+"""One call there, one call back."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+import kalmannorm as kn
+
+
+def small(norm=nn.BatchNorm2d):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), norm(4), nn.ReLU(), nn.Conv2d(4, 4, 3), norm(4))
+
+
+def trained(model):
+    """With statistics and an affine map that are not the initial ones."""
+    for layer in model.modules():
+        if hasattr(layer, "running_var"):
+            layer.running_mean.normal_()
+            layer.running_var.uniform_(0.5, 2)
+        if hasattr(layer, "running_var") or isinstance(layer, nn.GroupNorm):
+            with torch.no_grad():
+                layer.weight.uniform_(0.5, 2)
+                layer.bias.normal_()
+    return model
+
+
+def test_eval_output_does_not_change_by_one_bit():
+    model = trained(torchvision.models.resnet18(num_classes=5)).eval()
+    x = torch.randn(2, 3, 64, 64)
+    before = model(x)
+    torch.testing.assert_close(kn.convert(model)(x), before, rtol=0, atol=0)
+    torch.testing.assert_close(kn.to_batchnorm(model)(x), before, rtol=0, atol=0)
+    assert all(type(m).__module__.startswith(("torch.nn", "torchvision")) for m in model.modules())
+
+
+def test_resnet50_has_one_gain_and_a_noise_for_each_channel_more():
+    model = torchvision.models.resnet50()
+    channels = [m.num_features for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    before = sum(p.numel() for p in model.parameters())
+    kn.convert(model)
+    after = sum(p.numel() for p in model.parameters())
+    assert after == 25_583_645
+    assert after - before == sum(channels) + len(channels)
+
+
+def test_the_very_same_parameters_and_buffers():
+    model = small()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    tensors = {n: id(t) for n, t in [*model.named_parameters(), *model.named_buffers()]}
+    kn.convert(model)
+    after = {n: id(t) for n, t in [*model.named_parameters(), *model.named_buffers()]}
+    assert tensors.items() <= after.items()
+    before = model[4].weight.clone()
+    model(torch.randn(2, 3, 8, 8)).square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(model[4].weight, before)
+    kn.to_batchnorm(model)
+    assert {n: id(t) for n, t in [*model.named_parameters(), *model.named_buffers()]} == tensors
+
+
+def test_type_flag_and_requires_grad_stay():
+    model = small().double()
+    model[1].eval()
+    model[1].weight.requires_grad_(False)
+    kn.convert(model)
+    assert not model[1].training
+    assert model[4].training
+    assert model[1].gain.dtype == torch.float64
+    assert not model[1].gain.requires_grad
+    assert not model[1].process_noise.requires_grad
+    assert model[4].gain.requires_grad
+    meta = kn.convert(small().to("meta"))
+    assert all(t.is_meta for t in [*meta.parameters(), *meta.buffers()])
+
+
+@pytest.mark.parametrize(
+    ("stock", "ours"),
+    [
+        (nn.BatchNorm1d(4), kn.KalmanNorm1d),
+        (nn.BatchNorm2d(4, eps=1e-3, momentum=None), kn.KalmanNorm2d),
+        (nn.BatchNorm3d(4, affine=False), kn.KalmanNorm3d),
+        (nn.BatchNorm2d(4, track_running_stats=False), kn.KalmanNorm2d),
+        (nn.SyncBatchNorm(4), kn.KalmanNorm),
+        (FrozenBatchNorm2d(4), kn.KalmanNorm2d),
+    ],
+    ids=lambda v: getattr(v, "__name__", None) or type(v).__name__,
+)
+def test_every_batch_layer_converts_even_alone(stock, ours):
+    trained_stock = trained(stock) if getattr(stock, "affine", False) and stock.track_running_stats else stock
+    x = torch.randn(2, 4, *{kn.KalmanNorm1d: (5,), kn.KalmanNorm3d: (2, 3, 3)}.get(ours, (5, 5)))
+    before = trained_stock.eval()(x)
+    wrapped = nn.Sequential(nn.Identity(), trained_stock)
+    with torch.no_grad():
+        layer = kn.convert(wrapped)[1]
+    assert type(layer) is ours
+    torch.testing.assert_close(layer.eval()(x), before)
+    for option in ("eps", "momentum", "affine", "track_running_stats"):
+        if hasattr(stock, option):
+            assert getattr(layer, option) == getattr(stock, option)
+
+
+def test_a_layer_without_bias_stays_without():
+    try:
+        stock = nn.BatchNorm2d(4, bias=False)
+    except TypeError:
+        pytest.skip("this torch has no BatchNorm without bias")
+    layer = kn.convert(nn.Sequential(stock))[0]
+    assert layer.bias is None
+    assert kn.to_batchnorm(nn.Sequential(layer))[0].bias is None
+    assert kn.KalmanNorm2d(4, bias=False).bias is None
+
+
+def test_a_lone_layer_is_returned():
+    assert isinstance(kn.to_batchnorm(kn.KalmanNorm2d(3)), nn.BatchNorm2d)
+    with pytest.raises(ValueError, match="no Kalman layer to connect"):
+        kn.connect(nn.Linear(2, 2))
+
+
+def test_group_and_instance_layers_convert_when_asked():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.InstanceNorm2d(4), nn.BatchNorm2d(4))
+    x = torch.randn(2, 3, 8, 8)
+    groups = kn.convert(copy.deepcopy(model), layers=("group", "instance"), gain=1.0)
+    assert [type(m).__name__ for m in groups][1::2] == ["GroupKalmanNorm", "GroupKalmanNorm"]
+    assert isinstance(groups[4], nn.BatchNorm2d)
+    assert groups[3].num_groups == 4
+    torch.testing.assert_close(groups(x), model(x), rtol=1e-5, atol=1e-5)
+    assert isinstance(kn.convert(copy.deepcopy(model))[1], nn.GroupNorm)
+    with pytest.raises(ValueError, match=r"InstanceNorm2d '0' tracks running statistics"):
+        kn.convert(nn.Sequential(nn.InstanceNorm2d(4, track_running_stats=True)), layers=("instance",))
+
+
+def test_a_layer_used_twice_stays_one():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.BatchNorm2d(3)
+            self.b = self.a
+
+        def forward(self, x):
+            return self.b(self.a(x))
+
+    model = kn.convert(Twice())
+    assert model.a is model.b
+    assert isinstance(model.b, kn.KalmanNorm2d)
+
+
+def test_nothing_to_convert():
+    with pytest.raises(ValueError, match=r"Linear has nothing to convert: no layer of the kinds \['batch'\]"):
+        kn.convert(nn.Linear(3, 3))
+    with pytest.raises(ValueError, match="nothing to convert"):
+        kn.convert(small(), layers=("group",))
+
+
+def test_unknown_options_are_named():
+    with pytest.raises(ValueError, match=r"kalmannorm.convert got option 'gian', expected one of \['gain',"):
+        kn.convert(small(), gian=0.1)
+    with pytest.raises(ValueError, match=r"got layers 'layer', expected one of \['batch', 'group', 'instance'\]"):
+        kn.convert(small(), layers=("layer",))
+    model = small()
+    with pytest.raises(ValueError, match="gain=2.0"):
+        kn.convert(model, gain=2.0)
+    assert isinstance(model[1], nn.BatchNorm2d)  # nothing was half done
+
+
+def test_lazy_layers_must_have_run():
+    model = nn.Sequential(nn.LazyBatchNorm2d())
+    with pytest.raises(ValueError, match="nothing to convert|lazy"):
+        kn.convert(model)
+
+
+def test_subclasses_with_a_forward_of_their_own_are_left_alone_and_named():
+    class BatchNormAct(nn.BatchNorm2d):
+        def forward(self, x):
+            return torch.relu(super().forward(x))
+
+    model = nn.Sequential(BatchNormAct(3), nn.BatchNorm2d(3))
+    with pytest.warns(UserWarning, match=r"BatchNormAct '0' is a kind of BatchNorm2d with a forward of its own"):
+        kn.convert(model)
+    assert type(model[0]) is BatchNormAct
+    assert type(model[1]) is kn.KalmanNorm2d
+
+
+def test_input_stats_give_the_first_layer_a_prior():
+    model = kn.convert(small(), input_stats=([0.0, 0.0, 0.0], [1.0, 1.0, 1.0]))
+    row = kn.describe(model, torch.randn(2, 3, 8, 8)).rows[0]
+    assert row.prior_from == ("input",)
+    with pytest.raises(ValueError, match=r"describe 3 channels, but Sequential got an input of shape \(2, 4, 8, 8\)"):
+        model(torch.randn(2, 4, 8, 8))
+    with pytest.raises(ValueError, match="one number a channel each, std above 0"):
+        kn.convert(small(), input_stats=([0.0], [0.0]))
+    with pytest.raises(ValueError, match="one number a channel each"):
+        kn.convert(small(), input_stats=([0.0, 0.0], [1.0]))
+
+
+def test_connecting_twice_is_connecting_once():
+    model = kn.connect(kn.connect(kn.convert(small())))
+    assert len(model._forward_hooks) == 1
+    assert len(model._forward_pre_hooks) == 1
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(copied(x), model(x), rtol=0, atol=0)
+    kn.to_batchnorm(model)
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
+    assert not model._forward_hooks_always_called
+
+
+def test_users_own_hooks_stay():
+    model = small()
+    model.register_forward_hook(lambda module, args, y: y + 1)
+    y = kn.to_batchnorm(kn.convert(model)).eval()(torch.zeros(1, 3, 8, 8))
+    model._forward_hooks.clear()
+    torch.testing.assert_close(y, model(torch.zeros(1, 3, 8, 8)) + 1)
+
+
+def test_group_layers_that_fuse_have_no_stock_layer():
+    model = kn.convert(small(lambda c: nn.GroupNorm(2, c)), layers=("group",))
+    with pytest.raises(ValueError, match=r"GroupKalmanNorm '1' fuses its input with a prior in eval\(\) too"):
+        kn.to_batchnorm(model)
+    plain = kn.convert(small(lambda c: nn.GroupNorm(2, c)), layers=("group",), gain=1.0)
+    assert isinstance(kn.to_batchnorm(plain)[1], nn.GroupNorm)
+
+
+def test_fuse_folds_the_layers_away():
+    model = kn.convert(trained(small())).eval()
+    x = torch.randn(2, 3, 8, 8)
+    fused = kn.fuse(model)
+    torch.testing.assert_close(fused(x), model(x), rtol=1e-5, atol=1e-5)
+    assert not any(isinstance(m, nn.BatchNorm2d | kn.KalmanNorm) for m in fused.modules())
+    assert isinstance(model[1], kn.KalmanNorm2d)
+    with pytest.raises(ValueError, match="is in training, expected eval"):
+        kn.fuse(model.train())
+
+
+def test_a_converted_network_learns():
+    """The end of it all: a few steps at two samples lower the loss."""
+    torch.manual_seed(0)
+    model = kn.convert(nn.Sequential(small(), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2)))
+    optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
+    x, y = torch.randn(2, 3, 8, 8), torch.tensor([0, 1])
+    losses = []
+    for _ in range(40):
+        loss = nn.functional.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2

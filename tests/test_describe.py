@@ -1,0 +1,79 @@
+"""The table of who gets a prior."""
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import kalmannorm as kn
+
+
+def test_resnet50():
+    model = kn.convert(torchvision.models.resnet50())
+    description = kn.describe(model, torch.randn(2, 3, 64, 64))
+    assert len(description.rows) == 53
+    assert description.with_prior == 52
+    first = description.rows[0]
+    assert (first.name, first.kind, first.prior_from) == ("bn1", "KalmanNorm2d", ())
+    assert first.reason == "the network's input"
+    rows = {row.name: row for row in description.rows}
+    assert rows["layer1.0.bn1"].prior_from == ("bn1",)
+    assert [f.split(".")[-1] for f in rows["layer1.0.bn1"].through] == ["relu", "max_pool2d", "conv2d"]
+    assert rows["layer1.1.bn1"].prior_from == ("layer1.0.bn3", "layer1.0.downsample.1")
+    assert all(row.gain == pytest.approx(0.1) for row in description.rows[1:])
+    text = str(description)
+    assert "52 of 53 layers have a prior" in text
+    assert "no prior: the network's input" in text
+    assert text.count("\n") == 54
+
+
+def test_input_stats_complete_resnet50():
+    model = kn.convert(torchvision.models.resnet50(), input_stats=([0.0] * 3, [1.0] * 3))
+    description = kn.describe(model, torch.randn(2, 3, 64, 64))
+    assert description.with_prior == 53
+
+
+def test_nothing_is_left_changed():
+    model = kn.convert(torchvision.models.resnet18(num_classes=3))
+    model.layer1.eval()
+    flags = [m.training for m in model.modules()]
+    buffers = [b.clone() for b in model.buffers()]
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    kn.describe(model, torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+    assert torch.rand(1) == expected
+    assert [m.training for m in model.modules()] == flags
+    for before, after in zip(buffers, model.buffers(), strict=True):
+        torch.testing.assert_close(before, after, rtol=0, atol=0)
+    assert not any(m._forward_pre_hooks for m in model.modules() if isinstance(m, kn.KalmanNorm))
+
+
+def test_reasons():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.unused = kn.KalmanNorm2d(3)
+            self.first = kn.KalmanNorm2d(3)
+            self.fixed = kn.KalmanNorm2d(3, gain=1.0)
+
+        def forward(self, x):
+            return self.fixed(self.first(x))
+
+    rows = kn.describe(kn.connect(Net()), torch.randn(2, 3, 4, 4)).rows
+    assert {row.name: row.reason for row in rows} == {
+        "first": "the network's input",
+        "fixed": "its gain is 1",
+        "unused": "the layer was not called",
+    }
+    alone = nn.Sequential(kn.KalmanNorm2d(3), kn.KalmanNorm2d(3))
+    with pytest.warns(UserWarning, match="no module above it was connected"):
+        rows = kn.describe(alone, torch.randn(2, 3, 4, 4)).rows
+    assert rows[1].reason == "no module above it is connected"
+    with pytest.raises(ValueError, match="Linear has no Kalman layer to describe"):
+        kn.describe(nn.Linear(2, 2), torch.randn(2, 2))
+
+
+def test_first_nonfinite_needs_a_layer():
+    with pytest.raises(ValueError, match="has no KalmanNorm layer"):
+        kn.first_nonfinite(nn.BatchNorm2d(3))

@@ -1,0 +1,454 @@
+"""The layers, against torch's own."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import gradcheck, gradgradcheck
+from torch.testing._internal.common_modules import module_db
+
+import kalmannorm as kn
+
+STOCK = {
+    nn.BatchNorm1d: kn.KalmanNorm1d,
+    nn.BatchNorm2d: kn.KalmanNorm2d,
+    nn.BatchNorm3d: kn.KalmanNorm3d,
+    nn.GroupNorm: kn.GroupKalmanNorm,
+}
+BY_RANK = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
+
+
+def close(ours, stock, dtype):
+    torch.testing.assert_close(ours, stock, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+def compare_with_stock(ours, stock, x):
+    """Outputs, gradients and buffers of one call."""
+    inputs = [x.detach().clone().requires_grad_() for _ in range(2)]
+    outputs = [layer(i) for layer, i in zip((ours, stock), inputs, strict=True)]
+    close(*outputs, x.dtype)
+    upstream = torch.randn_like(outputs[0])
+    for layer, output in zip((ours, stock), outputs, strict=True):
+        layer.zero_grad()
+        output.backward(upstream)
+    close(inputs[0].grad, inputs[1].grad, x.dtype)
+    for name, parameter in stock.named_parameters():
+        # A sum over the batch: relative to the number of its terms.
+        scale = max(1.0, upstream.numel() / upstream.shape[1]) ** 0.5
+        close(ours.get_parameter(name).grad / scale, parameter.grad / scale, x.dtype)
+    for name, buffer in stock.named_buffers():
+        close(ours.get_buffer(name), buffer, buffer.dtype if buffer.is_floating_point() else x.dtype)
+
+
+def randomize(*layers):
+    for name, parameter in layers[0].named_parameters():
+        with torch.no_grad():
+            parameter.uniform_(0.5, 1.5)
+            for other in layers[1:]:
+                other.get_parameter(name).copy_(parameter)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(4, 6), (4, 6, 5), (4, 6, 5, 3), (2, 6, 3, 4, 5), (1, 6, 7)])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}, {"eps": 1e-3, "momentum": 0.3}],
+    ids=str,
+)
+def test_gain_1_is_batch_norm(shape, dtype, options):
+    torch.manual_seed(0)
+    stock = BY_RANK[len(shape)](6, dtype=dtype, **options)
+    ours = STOCK[type(stock)](6, gain=1.0, dtype=dtype, **options)
+    randomize(stock, ours)
+    for training in (True, True, False):
+        stock.train(training)
+        ours.train(training)
+        compare_with_stock(ours, stock, torch.randn(shape, dtype=dtype) * 2 + 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(4, 6), (4, 6, 5), (4, 6, 5, 3), (2, 6, 3, 4, 5)])
+@pytest.mark.parametrize("groups", [1, 2, 6])
+@pytest.mark.parametrize("affine", [True, False])
+def test_gain_1_is_group_norm(shape, dtype, groups, affine):
+    if math.prod(shape[1:]) == groups:
+        pytest.skip("one value a group")
+    torch.manual_seed(0)
+    stock = nn.GroupNorm(groups, 6, affine=affine, dtype=dtype)
+    ours = kn.GroupKalmanNorm(groups, 6, affine=affine, gain=1.0, dtype=dtype)
+    randomize(stock, ours)
+    for training in (True, False):
+        stock.train(training)
+        ours.train(training)
+        compare_with_stock(ours, stock, torch.randn(shape, dtype=dtype) * 2 + 1)
+
+
+def test_gain_1_in_a_network_ignores_the_priors():
+    torch.manual_seed(0)
+    stock = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+    ours = kn.convert(copy.deepcopy(stock), gain=1.0).double()
+    # In double, as the gradient of a bias before a norm is nothing but rounding.
+    compare_with_stock(ours, stock.double(), torch.randn(2, 3, 8, 8, dtype=torch.float64))
+
+
+# -- PyTorch's own module tests ----------------------------------------------------------------------
+
+OWN = [info for info in module_db if info.module_cls in STOCK]
+
+
+def own_samples(info, dtype=torch.float64, requires_grad=False, training=True):
+    samples = info.module_inputs_func(
+        info, device="cpu", dtype=dtype, requires_grad=requires_grad, training=training
+    )
+    for sample in samples:
+        make, call = sample.constructor_input, sample.forward_input
+        x = call.args[0]
+        if x.numel() == 0 or (x.ndim == 2 and x.shape[0] == 1 and training):
+            continue
+        yield make.args, make.kwargs, x
+
+
+def test_the_database_has_samples_for_every_stock_class():
+    assert {info.module_cls for info in OWN} == set(STOCK)
+    assert all(len(list(own_samples(info))) >= 3 for info in OWN)
+
+
+@pytest.mark.parametrize("info", OWN, ids=lambda info: info.module_cls.__name__)
+@pytest.mark.parametrize("training", [True, False])
+class TestPyTorchsOwn:
+    def test_forward(self, info, training):
+        for args, kwargs, x in own_samples(info, training=training):
+            stock = info.module_cls(*args, **kwargs).double().train(training)
+            ours = STOCK[info.module_cls](*args, **kwargs, gain=1.0).double().train(training)
+            compare_with_stock(ours, stock, x)
+
+    def test_grad_and_gradgrad(self, info, training):
+        for args, kwargs, x in own_samples(info, requires_grad=True, training=training):
+            ours = STOCK[info.module_cls](*args, **kwargs).double().train(training)
+            x = x.detach()[(slice(2), slice(None), *[slice(2)] * (x.ndim - 2))].clone().requires_grad_()
+            quiet = _silent(ours)
+            assert gradcheck(quiet, (x,), check_undefined_grad=False)
+            assert gradgradcheck(quiet, (x,), atol=1e-4)
+
+    def test_pickle_and_deepcopy(self, info, training):
+        for args, kwargs, x in own_samples(info, training=training):
+            ours = _silent(STOCK[info.module_cls](*args, **kwargs).double().train(training))
+            for clone in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+                assert clone.state_dict().keys() == ours.state_dict().keys()
+                torch.testing.assert_close(copy.deepcopy(clone)(x), clone(x))
+
+    def test_device_and_dtype_of_constructor(self, info, training):
+        for args, kwargs, _ in own_samples(info, training=training):
+            meta = STOCK[info.module_cls](*args, **kwargs, device="meta", dtype=torch.float64)
+            assert all(p.is_meta and p.dtype == torch.float64 for p in meta.parameters())
+            assert all(b.is_meta for b in meta.buffers())
+
+    def test_non_contiguous_input(self, info, training):
+        for args, kwargs, x in own_samples(info, training=training):
+            layer = _silent(STOCK[info.module_cls](*args, **kwargs).double().train(training))
+            strided = torch.empty(*x.shape, 2, dtype=x.dtype)[..., 0].copy_(x)
+            assert not strided.is_contiguous() or x.numel() <= 1
+            torch.testing.assert_close(copy.deepcopy(layer)(strided), copy.deepcopy(layer)(x))
+
+    def test_factory_repr_shows_the_options(self, info, training):
+        for args, kwargs, _ in own_samples(info, training=training):
+            text = repr(STOCK[info.module_cls](*args, **kwargs))
+            assert "gain='prior-strength'" in text
+            assert "carry='output'" in text
+
+
+def _silent(layer):
+    """A lone layer warns that nothing is connected; here that is meant."""
+    layer._warned = True
+    return layer
+
+
+# -- the filter in a network -------------------------------------------------------------------------
+
+
+def three_layers(**options):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(),
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.SiLU(),
+        nn.Conv2d(4, 3, 1), nn.BatchNorm2d(3),
+    )  # fmt: skip
+    return kn.convert(model, **options).double()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"gain": "learned", "carry": "posterior"}, {"gain": 0.3, "spread": False}, {"stats_batch_size": 1}],
+    ids=str,
+)
+def test_gradcheck_through_three_layers(options):
+    model = three_layers(**options)
+    names = [n for n, _ in model.named_parameters()]
+    parameters = [p.detach().clone().requires_grad_() for p in model.parameters()]
+    buffers = {n: b.clone() for n, b in model.named_buffers()}
+    x = torch.randn(2, 2, 6, 6, dtype=torch.float64, requires_grad=True)
+
+    def run(x, *parameters):
+        state = {**dict(zip(names, parameters, strict=True)), **{n: b.clone() for n, b in buffers.items()}}
+        return torch.func.functional_call(model, state, (x,))
+
+    assert gradcheck(run, (x, *parameters))
+    # The filter's own parameters matter, where there is a prior.
+    gradients = dict(zip(names, torch.autograd.grad(run(x, *parameters).pow(3).sum(), parameters), strict=True))
+    for name, gradient in gradients.items():
+        if name.endswith(("gain", "process_noise")):
+            assert (gradient.abs().sum() > 0) == (not name.startswith("1.")), name
+
+
+
+
+def test_paper_preset_is_equation_7():
+    """Two layers of one channel with a 1x1 filter between: every number by hand."""
+    options = {**kn.preset("paper"), "estimator": "exact"}
+    model = kn.connect(nn.Sequential(kn.KalmanNorm2d(1, **options), nn.Conv2d(1, 1, 1), kn.KalmanNorm2d(1, **options)))
+    first, conv, second = model
+    with torch.no_grad():
+        conv.weight.fill_(3.0)
+        conv.bias.fill_(1.0)
+        second.gain.fill_(math.log(0.25 / 0.75) - math.log(0.1 / 0.9))  # q = 0.25
+        second.process_noise.fill_(math.log(0.5 / 0.01))  # R = 0.5
+    x = torch.tensor([1.0, 2.0, 3.0, 6.0]).view(1, 1, 2, 2)  # mean 3, variance 3.5
+    seen = {}
+    second.register_forward_hook(lambda layer, args, y: seen.update(x=args[0], y=y))
+    model(x)
+    z = seen["x"]
+    # Eq. 7: the posterior of layer 1 is (3, 3.5), without its own normalization; A = 3, bias 1.
+    mean = 0.75 * (3 * 3 + 1) + 0.25 * z.mean()
+    var = 0.75 * (9 * 3.5 + 0.5) + 0.25 * z.var(correction=0)
+    torch.testing.assert_close(seen["y"], (z - mean) / (var + 1e-5).sqrt())
+
+
+def test_released_preset_is_the_released_code():
+    """Draws of one feature map a group, through ReLU and the padded filter; the mixture's variance; the guard."""
+    options = {**kn.preset("released"), "stats_batch_size": 2}
+    assert (options["gain"], options["guard"], options["process_noise"]) == (0.1, 100.0, False)
+    model = kn.connect(
+        nn.Sequential(
+            kn.KalmanNorm2d(2, **options), nn.ReLU(), nn.Conv2d(2, 3, 3, padding=1), kn.KalmanNorm2d(3, **options)
+        )
+    )
+    x = torch.randn(4, 2, 5, 5)
+    seen = {}
+    model[3].register_forward_hook(lambda layer, args, y: seen.update(x=args[0], y=y))
+    torch.manual_seed(7)
+    model(x)
+    # The same by hand: group g's first layer has no prior, so its posterior is what it saw.
+    groups = x.view(2, 2, 2, 25)
+    var, mean = torch.var_mean(groups, (1, 3), correction=0)
+    torch.manual_seed(7)
+    draws = mean[:, :, None, None] + var.sqrt()[:, :, None, None] * torch.randn(2, 2, 5, 5)
+    after = model[2](draws.relu()).flatten(2)
+    prior_var, prior_mean = torch.var_mean(after, 2, correction=0)
+    z = seen["x"].view(2, 2, 3, 25)
+    z_var, z_mean = torch.var_mean(z, (1, 3), correction=0)
+    m = 0.9 * prior_mean + 0.1 * z_mean
+    v = 0.9 * prior_var + 0.1 * z_var + 0.09 * (z_mean - prior_mean) ** 2
+    assert ((prior_var / z_var).mean(1) < 100).all()
+    y = (z - m[:, None, :, None]) / (v + 1e-5).sqrt()[:, None, :, None]
+    torch.testing.assert_close(seen["y"], y.view(4, 3, 5, 5), rtol=1e-4, atol=1e-5)
+
+
+def test_output_belief_is_that_of_what_leaves_the_layer():
+    """With gain near one, the second layer's prior is the first one's (beta, gamma^2)."""
+    first, second = kn.KalmanNorm1d(3, eps=0.5), kn.KalmanNorm1d(3, gain=1e-9, process_noise=False, spread=False)
+    model = kn.connect(nn.Sequential(first, nn.Identity(), second)).double()
+    with torch.no_grad():
+        first.weight.copy_(torch.tensor([1.0, 2.0, 3.0]))
+        first.bias.copy_(torch.tensor([-1.0, 0.0, 1.0]))
+    x = torch.randn(8, 3, dtype=torch.float64)
+    y = _silent(first)(x.clone())
+    variance = x.var(0, correction=0)
+    expected = (y - first.bias) / (first.weight.square() * variance / (variance + 0.5) + 1e-5).sqrt()
+    torch.testing.assert_close(model(x), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("carry", ["output", "posterior"])
+def test_statistic_groups_equal_separate_batches(carry):
+    model = three_layers(stats_batch_size=2, carry=carry)
+    plain = three_layers(carry=carry)
+    x = torch.randn(6, 2, 7, 7, dtype=torch.float64)
+    upstream = torch.randn(6, 3, 3, 3, dtype=torch.float64)
+    y = model(x)
+    y.backward(upstream)
+    parts = [plain(part) for part in x.split(2)]
+    torch.cat(parts).backward(upstream)
+    torch.testing.assert_close(y, torch.cat(parts), rtol=1e-5, atol=1e-5)
+    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_batch_that_does_not_divide_says_so():
+    model = three_layers(stats_batch_size=4).float()
+    with pytest.raises(ValueError, match=r"KalmanNorm2d '1' got a batch of 6, expected a multiple of stats_batch_size=4"):
+        model(torch.randn(6, 2, 7, 7))
+
+
+def test_prior_strength_follows_the_batch():
+    layer = kn.KalmanNorm2d(4)
+    assert layer.kalman_gain(2).item() == pytest.approx(0.1)
+    assert layer.kalman_gain(18).item() == pytest.approx(0.5)
+    with torch.no_grad():
+        layer.gain.fill_(math.log(2))  # a prior worth twice as much
+    assert layer.kalman_gain(36).item() == pytest.approx(0.5)
+    assert kn.KalmanNorm2d(4, gain=0.3).kalman_gain(5) == 0.3
+    assert kn.KalmanNorm2d(4, gain="learned").kalman_gain(5).item() == pytest.approx(0.1)
+
+
+def test_one_sample_of_one_pixel_trains():
+    stock = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        stock(torch.randn(1, 3, 1, 1))
+    model = kn.convert(stock)
+    y = model(torch.randn(1, 3, 1, 1))
+    y.square().sum().backward()
+    assert y.abs().sum() > 0
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    assert model[3].weight.grad.abs().sum() > 0
+    assert model[1].running_var.isfinite().all()
+
+
+def test_an_empty_batch_leaves_everything_alone():
+    model = three_layers().float()
+    before = copy.deepcopy(dict(model.named_buffers()))
+    y = model(torch.randn(0, 2, 7, 7))
+    assert y.shape == (0, 3, 3, 3)
+    y.sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert not parameter.grad.any(), name
+    for name, buffer in model.named_buffers():
+        torch.testing.assert_close(buffer, before[name], rtol=0, atol=0)
+
+
+def test_every_parameter_has_a_gradient():
+    """DistributedDataParallel expects one, also from a layer without a prior."""
+    for options in ({}, {"gain": 1.0}, {"gain": "learned"}):
+        model = three_layers(**options)
+        model(torch.randn(2, 2, 7, 7, dtype=torch.float64)).sum().backward()
+        assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_input_shows_but_spoils_no_buffer(value):
+    model = three_layers().float()
+    model(torch.randn(2, 2, 7, 7))
+    assert kn.first_nonfinite(model) is None
+    before = copy.deepcopy(model.state_dict())
+    x = torch.randn(2, 2, 7, 7)
+    x[0, 0, 0, 0] = value
+    assert model(x).isnan().any()
+    for name, buffer in model.state_dict().items():
+        assert buffer.isfinite().all(), name
+        if "running" in name:
+            torch.testing.assert_close(buffer, before[name], rtol=0, atol=0)
+    assert kn.first_nonfinite(model) == "1"
+
+
+def test_first_nonfinite_names_where_it_began():
+    model = three_layers().float()
+    model[3].register_forward_hook(lambda module, args, y: y * float("nan"))
+    model(torch.randn(2, 2, 7, 7))
+    assert kn.first_nonfinite(model) == "4"
+    model[0].register_forward_hook(lambda module, args, y: y * float("nan"))  # then all is lost
+    model(torch.randn(2, 2, 7, 7))
+    assert kn.first_nonfinite(model) == "4"
+
+
+def test_only_channels_that_are_not_finite_keep_their_statistics():
+    layer = _silent(kn.KalmanNorm1d(2))
+    layer(torch.tensor([[1.0, float("nan")], [3.0, 0.0]]))
+    torch.testing.assert_close(layer.running_mean, torch.tensor([0.2, 0.0]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gain": 0.0}, r"KalmanNorm2d got gain=0.0, expected 'prior-strength', 'learned' or a number in \(0, 1\]"),
+        ({"gain": 1.5}, r"gain=1.5"),
+        ({"gain": "learnt"}, r"gain='learnt', expected one of \['prior-strength', 'learned'\]"),
+        ({"gain": None}, r"gain=None"),
+        ({"carry": "input"}, r"carry='input', expected one of \['output', 'posterior'\]"),
+        ({"estimator": "mc"}, r"estimator='mc'"),
+        ({"guard": -1.0}, r"guard=-1.0"),
+        ({"stats_batch_size": 0}, r"stats_batch_size=0"),
+        ({"stats_batch_size": 2.5}, r"stats_batch_size=2.5"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        kn.KalmanNorm2d(4, **options)
+
+
+def test_bad_options_of_group_norm():
+    with pytest.raises(ValueError, match="got 6 channels, expected a multiple of num_groups=4"):
+        kn.GroupKalmanNorm(4, 6)
+    with pytest.raises(ValueError, match="stats_batch_size=2"):
+        kn.GroupKalmanNorm(2, 6, stats_batch_size=2)
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        (torch.randn(2, 5, 7, 7), ValueError, r"KalmanNorm2d '4' got an input of shape \(2, 5, 7, 7\), expected \(N, 4, \*, \*\)"),
+        (torch.randn(2, 4, 7), ValueError, r"\(2, 4, 7\), expected \(N, 4, \*, \*\)"),
+        (torch.zeros(2, 4, 7, 7, dtype=torch.long), TypeError, r"KalmanNorm2d '4' got an input of type torch.int64"),
+    ],
+)  # fmt: skip
+def test_bad_input_names_the_layer(x, error, message):
+    with pytest.raises(error, match=message):
+        three_layers()[4](x)
+
+
+def test_presets_are_named():
+    with pytest.raises(ValueError, match=r"unknown preset 'papre', expected one of \['paper', 'released'\]"):
+        kn.preset("papre")
+    kn.preset("paper")["gain"] = 0.5
+    assert kn.preset("paper")["gain"] == "learned"  # a copy each time
+
+
+def test_a_lone_layer_warns_once_by_name_and_is_batch_norm():
+    model = three_layers().float()
+    layer = model[4]
+    x = torch.randn(2, 4, 5, 5)
+    with pytest.warns(UserWarning, match=r"KalmanNorm2d '4' sees no propagation and acts as BatchNorm") as caught:
+        y = layer(x)
+        layer(x)
+    assert len(caught) == 1
+    torch.testing.assert_close(y, nn.BatchNorm2d(4)(x), rtol=1e-5, atol=1e-5)
+
+
+def test_state_dict_keys_are_the_stock_layers_and_two():
+    assert set(kn.KalmanNorm2d(4).state_dict()) == {*nn.BatchNorm2d(4).state_dict(), "gain", "process_noise"}
+    assert set(kn.GroupKalmanNorm(2, 4).state_dict()) == {*nn.GroupNorm(2, 4).state_dict(), "gain", "process_noise"}
+
+
+def test_a_batch_norm_checkpoint_loads_strictly():
+    stock = nn.BatchNorm2d(4)
+    stock(torch.randn(3, 4, 5, 5))
+    ours = kn.KalmanNorm2d(4)
+    ours.load_state_dict(stock.state_dict(), strict=True)
+    torch.testing.assert_close(ours.running_var, stock.running_var)
+    with pytest.raises(RuntimeError, match="running_var"):
+        ours.load_state_dict({k: v for k, v in stock.state_dict().items() if k != "running_var"}, strict=True)
+    saved = {**ours.state_dict(), "gain": torch.tensor([0.7])}
+    ours.load_state_dict(saved)
+    assert ours.gain.item() == pytest.approx(0.7)
+
+
+def test_a_frozen_layer_hands_on_its_running_statistics():
+    model = three_layers().float()
+    model[1].eval()
+    description = kn.describe(model, torch.randn(2, 2, 7, 7))
+    assert description.rows[1].prior_from == ("1",)
+    model[1].eval()
+    model(torch.randn(2, 2, 7, 7)).sum().backward()
+    assert model[1].num_batches_tracked.item() == 0
