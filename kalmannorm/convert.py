@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -9,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.fx.experimental.optimization import fuse as fuse_graph
 
 from kalmannorm.gaussian import Gaussian
 from kalmannorm.modules import GroupKalmanNorm, KalmanNorm, KalmanNorm1d, KalmanNorm2d, KalmanNorm3d
@@ -90,13 +92,10 @@ def _replace_modules(model: _M, replaced: dict[nn.Module, nn.Module]) -> _M:
     if model in replaced:
         return replaced[model]  # type: ignore[return-value]
     for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if child in replaced:
-                setattr(parent, name, replaced[child])
-        # `named_children` shows a module once; a second name for it must be replaced too.
-        for name, child in parent._modules.items():
-            if child is not None and child in replaced:
-                parent._modules[name] = replaced[child]
+        # Not `named_children`, which shows a module once: a second name for it must be replaced too.
+        for name, module in parent._modules.items():
+            if module is not None and module in replaced:
+                parent._modules[name] = replaced[module]
     return model
 
 
@@ -160,9 +159,9 @@ def _adopt(new: KalmanLayer, old: nn.Module) -> None:
 def _from_batch_norm(layer: nn.modules.batchnorm._BatchNorm, name: str, options: dict[str, Any]) -> KalmanNorm:
     if isinstance(layer.weight, nn.parameter.UninitializedParameter):
         raise ValueError(f"{type(layer).__name__} {name!r} is lazy: run the model once before kalmannorm.convert")
-    if isinstance(layer, nn.SyncBatchNorm) and "process_group" not in options:
-        if torch.distributed.is_initialized():
-            options = {**options, "process_group": layer.process_group or torch.distributed.group.WORLD}
+    synchronizes = isinstance(layer, nn.SyncBatchNorm) and torch.distributed.is_initialized()
+    if synchronizes and "process_group" not in options:
+        options = {**options, "process_group": layer.process_group or torch.distributed.group.WORLD}
     new = _BATCH[type(layer)](
         layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats, **_on(layer, options)
     )
@@ -302,10 +301,6 @@ def fuse(model: _M) -> _M:
     Raises:
         ValueError: for a model in training.
     """
-    import copy
-
-    from torch.fx.experimental.optimization import fuse as fuse_graph
-
     if model.training:
         raise ValueError(f"{type(model).__name__} is in training, expected eval(): only running statistics fold")
     plain = copy.deepcopy(model)

@@ -56,7 +56,9 @@ class Description:
                 short = [name.removeprefix("torch.").removeprefix("nn.functional.") for name in row.through]
                 lines.append((row.name, row.kind, f"{row.gain:.3g}", ", ".join(row.prior_from), " > ".join(short)))
         widths = [max(len(line[i]) for line in lines) for i in range(len(head) - 1)]
-        text = ["  ".join([*(cell.ljust(w) for cell, w in zip(line, widths, strict=False)), line[-1]]) for line in lines]
+        text = []
+        for *cells, last in lines:
+            text.append("  ".join([*(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)), last]))
         return "\n".join([*text, f"{self.with_prior} of {len(self.rows)} layers have a prior"])
 
 

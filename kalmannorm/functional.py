@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kalmannorm.gaussian import Gaussian
-from kalmannorm.kernels import all_reduce, moments
+from kalmannorm.kernels import all_reduce, moments, standardize
 
 __all__ = [
     "KalmanNormOutput", "group_kalman_norm", "kalman_norm", "kalman_update", "normalize", "observe",
@@ -52,7 +52,7 @@ def observe(x: Tensor, groups: int = 1) -> Gaussian:
     # Each sample as channels of its own, then a group's samples together.
     samples, channels = x.shape[:2]
     mean, var = moments(x.reshape(1, samples * channels, -1))
-    each = Gaussian(*(t.view(groups, samples // groups, channels) for t in (mean, var)))
+    each = Gaussian(mean, var).map(lambda t: t.view(groups, samples // groups, channels))
     return each.pool([1]).map(lambda t: t.squeeze(1))
 
 
@@ -123,24 +123,16 @@ def normalize(x: Tensor, statistics: Gaussian, weight: Tensor | None, bias: Tens
         bias: ``beta``, ``(C,)``, or None for zeros.
         eps: added to the variance.
     """
-    # Stock batch normalization with fixed statistics is the fastest pass there is, but has no gradient
-    # for them. So they enter its weight and bias too, as factors of one and terms of zero: no number
-    # changes, and their gradients are right.
-    fixed = statistics.detach()
-    scale = torch.rsqrt(statistics.var + eps)
-    unit = scale * torch.sqrt(fixed.var + eps)
-    zero = (fixed.mean - statistics.mean) * scale
-    gamma = unit if weight is None else unit * weight
-    beta = zero if weight is None else zero * weight
-    beta = beta if bias is None else beta + bias
-    if x.shape[1] == gamma.numel():
-        vectors = (fixed.mean, fixed.var, gamma, beta)
-        mean, var, gamma, beta = (t.view(-1) for t in vectors)
-        return F.batch_norm(x, mean, var, gamma, beta, False, 0.0, eps)
+    mean, var = statistics.mean, statistics.var
+    weight = torch.ones_like(mean[0]) if weight is None else weight.to(mean.dtype)
+    bias = torch.zeros_like(mean[0]) if bias is None else bias.to(mean.dtype)
+    if mean.shape[0] == 1:
+        return standardize(x, mean[0], var[0], weight, bias, eps)
+    # Each sample as channels of its own, with its group's statistics.
     samples, channels = x.shape[:2]
-    each = samples // gamma.shape[0]
-    mean, var, gamma, beta = (t.repeat_interleave(each, 0).view(-1) for t in (fixed.mean, fixed.var, gamma, beta))
-    y = F.batch_norm(x.reshape(1, samples * channels, -1), mean, var, gamma, beta, False, 0.0, eps)
+    each = samples // mean.shape[0]
+    mean, var = (t.repeat_interleave(each, 0).view(-1) for t in (mean, var))
+    y = standardize(x.reshape(1, samples * channels, -1), mean, var, weight.repeat(samples), bias.repeat(samples), eps)
     return y.view(x.shape)
 
 
@@ -186,7 +178,7 @@ class SharedObservation(NamedTuple):
     """The moments of all processes' elements, ``(1, C)``."""
     samples: Tensor
     """How many samples these are, a scalar."""
-    count: Tensor
+    elements: Tensor
     """How many elements a channel, a scalar."""
 
 
@@ -249,7 +241,7 @@ def group_kalman_norm(x: Tensor, prior: Gaussian | None, num_groups: int, weight
     """
     samples, channels = x.shape[:2]
     mean, var = moments(x.to(_wide(x.dtype)).reshape(1, samples * num_groups, -1))
-    observation = Gaussian(*(t.view(samples, num_groups) for t in (mean, var)))
+    observation = Gaussian(mean, var).map(lambda t: t.view(samples, num_groups))
     if prior is not None:
         split = add_process_noise(prior, process_noise).map(lambda t: t.unflatten(1, (num_groups, -1)))
         prior = split.pool([2]).map(lambda t: t.squeeze(2))

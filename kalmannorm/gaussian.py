@@ -62,10 +62,10 @@ class Gaussian:
 
     def full(self, dims: Sequence[int]) -> Gaussian:
         """The same belief, written out along ``dims`` to the size that the activation has there."""
+        mean, var = self.mean, self.var
         for d in dims:
-            if self.mean.shape[d] != self.shape[d] or self.var.shape[d] != self.shape[d]:
-                self = Gaussian(*(_repeat(t, d, self.shape[d]) for t in (self.mean, self.var)), self.shape)
-        return self
+            mean, var = _repeat(mean, d, self.shape[d]), _repeat(var, d, self.shape[d])
+        return Gaussian(mean, var, self.shape)
 
     def pool(self, dims: Sequence[int]) -> Gaussian:
         """Forget ``dims`` (kept with size 1): mean and variance of the mixture along them.
@@ -121,6 +121,8 @@ class Gaussian:
 def _repeat(t: Tensor, dim: int, size: int) -> Tensor:
     """Lengthen an axis to ``size`` by repeating each of its elements (consecutive blocks)."""
     have = t.shape[dim]
+    if have == size:
+        return t
     if have == 1:
-        return t.expand(*t.shape[:dim], size, *t.shape[dim + 1 :])
-    return t if have == size else t.repeat_interleave(size // have, dim)
+        return t.expand([size if d == dim % t.ndim else n for d, n in enumerate(t.shape)])
+    return t.repeat_interleave(size // have, dim)

@@ -53,10 +53,11 @@ def preset(name: str) -> dict[str, Any]:
 class _Filter(nn.Module):
     """What the layers share: the options of the filter, its parameters, and how a belief is handed on."""
 
-    weight: Tensor | None
-    bias: Tensor | None
+    weight: Any
+    bias: Any
     eps: float
     layer_name: str
+    process_noise: nn.Parameter | None
 
     def _init_filter(self, channels: int, gain: Gain, process_noise: bool, spread: bool, carry: Carry,
                      estimator: Estimator, guard: float | None, device: Any, dtype: Any) -> None:  # fmt: skip
@@ -274,7 +275,7 @@ class KalmanNorm(_Filter, _NormBase):
         """Whether the next call normalizes by fused batch statistics, not by running ones."""
         return self.training or self.online or self.running_mean is None
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+    def forward(self, input: Tensor) -> Tensor:
         """Normalize ``(N, C, *)``."""
         with paused():
             self._check_input(input, self.num_features, self._ranks)
@@ -433,7 +434,7 @@ class GroupKalmanNorm(_Filter):
     def _stock_name(self) -> str:
         return "GroupNorm"
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+    def forward(self, input: Tensor) -> Tensor:
         """Normalize ``(N, C, *)``."""
         with paused():
             self._check_input(input, self.num_channels, (2, 3, 4, 5))

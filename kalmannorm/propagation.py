@@ -154,11 +154,7 @@ class Propagation(TorchFunctionMode):
             _record_assignment(args)
         elif isinstance(output, Tensor):
             self._record(func, args, kwargs, output, None)
-        elif type(output) in (tuple, list):
-            for i, each in enumerate(output):
-                if isinstance(each, Tensor):
-                    self._record(func, args, kwargs, each, i)
-        elif isinstance(output, tuple) and not isinstance(output, torch.Size):  # torch.return_types
+        elif isinstance(output, tuple | list) and not isinstance(output, torch.Size):
             for i, each in enumerate(output):
                 if isinstance(each, Tensor):
                     self._record(func, args, kwargs, each, i)
@@ -220,12 +216,12 @@ class Watch:
         """Forward pre-hook."""
         if _current() is None and any(layer.is_fusing for layer in self.layers):
             self._start_beliefs(module, args, kwargs)
-            self.mode.__enter__()
+            self.mode.__enter__()  # type: ignore[no-untyped-call]
 
     def close(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook; runs after an error too."""
         if _current() is self.mode:
-            self.mode.__exit__(None, None, None)
+            self.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def _start_beliefs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Mark the inputs, so that all that comes of them is known to depend on them."""
@@ -387,4 +383,4 @@ def _by_call(step: Step, args: Any, kwargs: dict[str, Any]) -> Tensor | Unknown:
 def function_name(function: Any) -> str:
     """``torch.nn.functional.relu`` and the like."""
     name = None if torch.compiler.is_compiling() else resolve_name(function)
-    return name or getattr(function, "__name__", repr(function))
+    return name or str(getattr(function, "__name__", function))

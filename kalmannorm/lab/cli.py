@@ -29,9 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from kalmannorm.lab.demo import demo  # noqa: PLC0415
 
     commands: dict[str, Callable[..., None]] = {"demo": demo}
-    parser = ArgumentParser(
-        "kalmannorm", description="The laboratory of Kalman Normalization.", exit_on_error=False
-    )
+    parser = ArgumentParser("kalmannorm", description="The laboratory of Kalman Normalization.", exit_on_error=False)
     subcommands = parser.add_subcommands(dest="command")
     for name, function in commands.items():
         subparser = ArgumentParser(exit_on_error=False)

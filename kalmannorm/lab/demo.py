@@ -128,9 +128,7 @@ def _cpus() -> int:
 def _command_line(
     *, keys: Sequence[str], seeds: int, steps: int, rate: float | None, data_seed: int, validation: bool
 ) -> str:
-    line = (
-        f"kalmannorm demo --methods {','.join(keys)} --seeds {seeds} --steps {steps} --data_seed {data_seed}"
-    )
+    line = f"kalmannorm demo --methods {','.join(keys)} --seeds {seeds} --steps {steps} --data_seed {data_seed}"
     return line + ("" if rate is None else f" --rate {rate:g}") + (" --validation" if validation else "")
 
 

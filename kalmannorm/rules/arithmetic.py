@@ -19,11 +19,13 @@ from kalmannorm.rules.pooling import largest_of
 from kalmannorm.rules.shape import align, summarize
 from kalmannorm.rules.table import Belief, aliases, rule
 
-_Operand = Gaussian | Tensor | float
+_Operand = Belief | Tensor | float
 
 
 def _pair(x: _Operand, y: _Operand) -> tuple[Gaussian, Gaussian]:
     """Both operands as beliefs that broadcast."""
+    assert not isinstance(x, Unknown)
+    assert not isinstance(y, Unknown)
     if not isinstance(x, Gaussian):
         assert isinstance(y, Gaussian)
         x = summarize(x, y)
@@ -83,6 +85,7 @@ def div(x: _Operand, y: _Operand, *, rounding_mode: str | None = None, out: obje
         return Unknown("division by an activation, whose inverse has no mean")
     if rounding_mode is not None:
         return Unknown("division that rounds")
+    assert not isinstance(y, Unknown)
     return mul(x, 1 / y)
 
 

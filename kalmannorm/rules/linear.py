@@ -49,7 +49,7 @@ def _at_every_tap(moment: Tensor, taps: Tensor) -> Tensor:
 
 def _by_blocks(moment: Tensor, matrix: Tensor, groups: int) -> Tensor:
     """``(S, C_in)`` through a block-diagonal ``(C_out, C_in / groups)``: ``(S, C_out)``."""
-    blocks = moment.unflatten(1, (groups, 1, -1)) * matrix.unflatten(0, (groups, -1))
+    blocks: Tensor = moment.unflatten(1, (groups, 1, -1)) * matrix.unflatten(0, (groups, -1))
     return blocks.sum(-1).flatten(1)
 
 
@@ -123,7 +123,8 @@ def linear(x: Gaussian, weight: Tensor, bias: Tensor | None = None) -> Belief:
         return linear(x, weight[None], bias).map(lambda t: t.squeeze(-1))  # type: ignore[union-attr]
     x = x.full([x.ndim - 1])
     before = torch.broadcast_shapes(x.mean.shape, x.var.shape)[:-1]
-    mean, var = contract(*(t.expand(*before, -1).flatten(0, -2) for t in (x.mean, x.var)), weight)
+    flat = x.map(lambda t: t.expand(*before, -1).flatten(0, -2))
+    mean, var = contract(flat.mean, flat.var, weight)
     if bias is not None:
         mean = mean + bias
     return Gaussian(mean, var).map(lambda t: t.unflatten(0, before))

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kalmannorm.gaussian import Gaussian, Unknown
+from kalmannorm.kernels import rectify
 from kalmannorm.rules.table import Belief, aliases, rule
 
-__all__ = ["piecewise", "quadrature", "rectify"]
+__all__ = ["piecewise", "quadrature"]
 
 # The standard normal is integrated by the trapezoid rule on [-8, 8]. For smooth integrands it
 # converges as fast as Gauss-Hermite quadrature (its error is exp(-2 pi^2 / step^2)), for kinked ones
@@ -38,23 +39,6 @@ def quadrature(x: Gaussian, function: Callable[[Tensor], Tensor]) -> Gaussian:
     mean = (values * weights).sum(-1)
     var = ((values - mean.unsqueeze(-1)).square() * weights).sum(-1)
     return Gaussian(mean, var)
-
-
-def rectify(x: Gaussian) -> tuple[Gaussian, Tensor]:
-    """ReLU of a Gaussian, and the probability of a positive input.
-
-    With ``a = m / s``, ``g = a Phi(a) + phi(a)`` and ``h = phi(a) - a Phi(-a)`` (the expected
-    positive and negative parts), ``E = s g`` and ``var = v (Phi(a) - g h)``. This is the textbook
-    ``E[y^2] - E[y]^2`` without its cancellation.
-    """
-    a = (x.mean / x.std).clamp(-1e3, 1e3)
-    density = _phi(a)
-    above, below = torch.special.ndtr(a), torch.special.ndtr(-a)
-    positive = a * above + density
-    negative = density - a * below
-    # Where the input is surely positive, `mean` itself carries no rounding of the quotient.
-    mean = torch.where(a > 30, x.mean, x.std * positive)
-    return Gaussian(mean, x.var * (above - positive * negative).clamp_min(0)), above
 
 
 def piecewise(x: Gaussian, breaks: Sequence[float], pieces: Sequence[Sequence[float]]) -> Gaussian:
@@ -115,19 +99,20 @@ def _polynomial_at(m: Tensor, breaks: Sequence[float], pieces: Sequence[Sequence
 
 @rule(*aliases("relu", "relu_"))
 def relu(x: Gaussian, inplace: bool = False) -> Gaussian:
-    """``E = m Phi(a) + s phi(a)`` with ``a = m / s``; see :func:`rectify`."""
-    return rectify(x)[0]
+    """``E = m Phi(a) + s phi(a)`` with ``a = m / s``; the variance in :mod:`kalmannorm.kernels.rectify`."""
+    return Gaussian(*rectify(x.mean, x.var))
 
 
 def _two_slopes(x: Gaussian, slope: Tensor | float, slope_var: float = 0.0) -> Gaussian:
     """``k x`` below zero, ``x`` above: ``y = k x + (1 - k) relu(x)``, and Stein's lemma for the
     covariance of its two terms, ``v Phi(a)``. ``k`` itself may be random, with ``slope_var``.
     """
-    up, above = rectify(x)
+    up = relu(x)
+    above = torch.special.ndtr(x.mean / x.std)
     mean = slope * x.mean + (1 - slope) * up.mean
     var = slope**2 * x.var + (1 - slope) ** 2 * up.var + 2 * slope * (1 - slope) * x.var * above
     if slope_var:
-        down = rectify(Gaussian(-x.mean, x.var))[0]
+        down = relu(Gaussian(-x.mean, x.var))
         var = var + slope_var * (down.var + down.mean.square())
     return Gaussian(mean, var.clamp_min(0))
 
@@ -169,7 +154,7 @@ def relu6(x: Gaussian, inplace: bool = False) -> Gaussian:
 
 
 @rule(*aliases("clamp", "clamp_", "clip", "clip_"))
-def clamp(x: Gaussian, min: object = None, max: object = None) -> Belief:  # noqa: A002
+def clamp(x: Gaussian, min: object = None, max: object = None) -> Belief:
     """``clamp(x, min, max)`` with numbers for bounds, in closed form."""
     if isinstance(min, Tensor | Gaussian) or isinstance(max, Tensor | Gaussian):
         return Unknown("clamp between tensors")
@@ -183,13 +168,13 @@ def clamp(x: Gaussian, min: object = None, max: object = None) -> Belief:  # noq
 
 
 @rule(*aliases("clamp_min", "clamp_min_"))
-def clamp_min(x: Gaussian, min: object) -> Belief:  # noqa: A002
+def clamp_min(x: Gaussian, min: object) -> Belief:
     """``max(x, min)`` with a number, in closed form."""
     return clamp(x, min, None)
 
 
 @rule(*aliases("clamp_max", "clamp_max_"))
-def clamp_max(x: Gaussian, max: object) -> Belief:  # noqa: A002
+def clamp_max(x: Gaussian, max: object) -> Belief:
     """``min(x, max)`` with a number, in closed form."""
     return clamp(x, None, max)
 
@@ -257,7 +242,7 @@ def power(x: Gaussian, exponent: object) -> Belief:
     return quadrature(x, lambda t: t**whole)
 
 
-def _by_quadrature(function: Callable[[Tensor], Tensor]) -> Callable[..., Gaussian]:
+def _by_quadrature(function: Any) -> Callable[..., Gaussian]:
     def smooth(x: Gaussian, inplace: bool = False) -> Gaussian:
         return quadrature(x, function)
 

@@ -46,10 +46,13 @@ def align(beliefs: Sequence[Gaussian], skip: int | None = None) -> list[Gaussian
             beliefs = [b.full([d]) for b in beliefs]
         else:
             beliefs = [
-                Gaussian(*(t.repeat_interleave(max(sizes) // t.shape[d], d) for t in (b.mean, b.var)), b.shape)
-                for b in beliefs
+                Gaussian(_lengthen(b.mean, d, max(sizes)), _lengthen(b.var, d, max(sizes)), b.shape) for b in beliefs
             ]
     return beliefs
+
+
+def _lengthen(t: Tensor, dim: int, size: int) -> Tensor:
+    return t.repeat_interleave(size // t.shape[dim], dim)
 
 
 def _axis(x: Gaussian, dim: int) -> int:
@@ -71,7 +74,7 @@ def same(x: Gaussian, *args: object, **kwargs: object) -> Gaussian:
     return x
 
 
-@rule(*aliases("to", "cuda", "cpu"))
+@rule(*aliases("to"))
 def to(x: Gaussian, *args: Any, **kwargs: Any) -> Gaussian:
     """To another device, memory format or type: the belief follows to the device."""
     device = kwargs.get("device", args[0] if args else None)
@@ -80,6 +83,18 @@ def to(x: Gaussian, *args: Any, **kwargs: Any) -> Gaussian:
     elif isinstance(device, Tensor):
         device = device.device
     return x.map(lambda t: t.to(device)) if isinstance(device, str | int | torch.device) else x
+
+
+@rule(*aliases("cuda"))
+def cuda(x: Gaussian, *args: Any, **kwargs: Any) -> Gaussian:
+    """The belief follows to the accelerator."""
+    return x.map(lambda t: t.cuda(*args, **kwargs))
+
+
+@rule(*aliases("cpu"))
+def cpu(x: Gaussian, *args: Any, **kwargs: Any) -> Gaussian:
+    """The belief follows to the host."""
+    return x.map(lambda t: t.cpu())
 
 
 @rule(*aliases("detach", "detach_"), torch.Tensor.data.__get__)  # type: ignore[attr-defined]
@@ -92,13 +107,19 @@ def detach(x: Gaussian) -> Gaussian:
 
 
 def _move_axes(function: Callable[..., Any]) -> Callable[..., Gaussian]:
-    """Reorder axes: the belief has the same ones."""
-    return lambda x, *args, **kwargs: x.map(lambda t: function(t, *args, **kwargs))
+    """Functions that reorder axes, or add some of size 1."""
+
+    def move(x: Gaussian, *args: Any, **kwargs: Any) -> Gaussian:
+        """Reorder axes: the belief has the same ones."""
+        return x.map(lambda t: function(t, *args, **kwargs))
+
+    return move
 
 
-for _function in aliases("permute", "transpose", "transpose_", "swapaxes", "swapdims", "movedim", "moveaxis",
-                         "unsqueeze", "unsqueeze_", "t"):  # fmt: skip
+for _function in aliases("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "unsqueeze", "t"):
     rule(_function)(_move_axes(_function))
+for _name in ("transpose", "unsqueeze"):  # in place, on the activation; the belief before is still needed
+    rule(*aliases(_name + "_"))(_move_axes(getattr(torch, _name)))
 rule(torch.Tensor.mT.__get__)(_move_axes(lambda t: t.mT))  # type: ignore[attr-defined]
 rule(torch.Tensor.T.__get__)(_move_axes(lambda t: t.permute(*range(t.ndim - 1, -1, -1))))  # type: ignore[attr-defined]
 
@@ -135,16 +156,28 @@ def repeat(x: Gaussian, *sizes: Any) -> Gaussian:
     return x.full(varies).map(lambda t: t.repeat(*(n if d in varies else 1 for d, n in enumerate(times))))
 
 
-@rule(*aliases("flip", "roll"))
-def flip(x: Gaussian, *args: Any, **kwargs: Any) -> Belief:
-    """Reorder along spatial axes, where the belief is constant."""
-    if any(n > 1 for n in (*x.mean.shape[2:], *x.mean.shape[:1])):
-        return Unknown("elements reordered along an axis where the belief varies")
-    dims = args[-1] if args else kwargs.get("dims")
-    dims = dims if isinstance(dims, list | tuple) else (dims,)
-    if any(d is None or x.mean.shape[d] > 1 for d in dims):
-        return Unknown("channels reordered")
-    return x
+def _varies(x: Gaussian, dim: int) -> bool:
+    return max(x.mean.shape[dim], x.var.shape[dim]) > 1
+
+
+@rule(*aliases("flip"))
+def flip(x: Gaussian, *dims: Any, **kwargs: Any) -> Gaussian:
+    """Reverse the axes along which the belief varies."""
+    turned = [_axis(x, d) for d in _ints(dims or (kwargs["dims"],)) if _varies(x, d)]
+    return x.full(turned).map(lambda t: t.flip(turned))
+
+
+@rule(*aliases("roll"))
+def roll(x: Gaussian, shifts: Any, dims: Any = None) -> Belief:
+    """Shift the axes along which the belief varies."""
+    if dims is None or dims == ():
+        return Unknown("a roll across axes")
+    shifts, dims = ([v] if isinstance(v, int) else v for v in (shifts, dims))
+    moved = [(shift, _axis(x, d)) for shift, d in zip(shifts, dims, strict=True) if _varies(x, d)]
+    if not moved:
+        return x
+    shifts, dims = zip(*moved, strict=True)
+    return x.full(dims).map(lambda t: t.roll(shifts, dims))
 
 
 # -- reshaping -------------------------------------------------------------------------------------
@@ -201,10 +234,9 @@ def _matching_runs(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[in
 @rule(*aliases("reshape", "view"))
 def reshape(x: Gaussian, *shape: Any, **kwargs: Any) -> Belief:
     """Reshape; see :func:`reshape_to`."""
-    sizes = _ints(shape) if shape else list(kwargs.get("shape", kwargs.get("size", [])))
-    if shape and isinstance(shape[0], torch.dtype):
+    if "dtype" in kwargs or (shape and isinstance(shape[0], torch.dtype)):
         return Unknown("view as another type")
-    return reshape_to(x, sizes)
+    return reshape_to(x, _ints(shape) if shape else list(kwargs.get("shape", kwargs.get("size", []))))
 
 
 @rule(*aliases("reshape_as", "view_as"))
@@ -260,10 +292,12 @@ def getitem(x: Gaussian, index: Any) -> Belief:
 
 
 def _cut(function: Callable[..., Any], dim_position: int, default: int | None) -> Callable[..., Any]:
-    """Functions that cut along one axis: write it out, and cut the belief there."""
+    """Functions that cut along one axis."""
 
     def cut(x: Gaussian, *args: Any, **kwargs: Any) -> Any:
+        """Write out the axis, and cut the belief there."""
         dim = args[dim_position] if len(args) > dim_position else kwargs.get("dim", default)
+        assert dim is not None
         x = x.full([_axis(x, dim)])
         means, variances = (function(t, *args, **kwargs) for t in torch.broadcast_tensors(x.mean, x.var))
         if isinstance(means, Tensor):
@@ -361,11 +395,12 @@ def interpolate(x: Gaussian, size: Any = None, scale_factor: Any = None, mode: s
     for axis, length in enumerate(inputs):
         out = None if size is None else (size if isinstance(size, int) else size[axis])
         scale = scale_factor[axis] if isinstance(scale_factor, list | tuple) else scale_factor
-        each_pixel = torch.eye(length, dtype=var.dtype, device=var.device).view(length, 1, length, 1)
+        # Rows, not columns: at width 1, torch's antialiased kernel forgets the height.
+        each_pixel = torch.eye(length, dtype=var.dtype, device=var.device).view(length, 1, 1, length)
         weights = F.interpolate(
             each_pixel,
-            size=None if out is None else (out, 1),
-            scale_factor=None if scale is None else (float(scale), 1.0),
+            size=None if out is None else (1, out),
+            scale_factor=None if scale is None else (1.0, float(scale)),
             mode={"linear": "bilinear", "trilinear": "bilinear"}.get(mode, mode),
             align_corners=align_corners,
             recompute_scale_factor=recompute_scale_factor,

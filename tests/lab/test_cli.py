@@ -48,9 +48,7 @@ def test_an_output_folder_that_cannot_be_made(tmp_path, capsys):
 
 def test_a_missing_extra_is_one_line_that_says_what_to_install(monkeypatch, capsys):
     found = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "lightning" else found(name)
-    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "lightning" else found(name))
     assert main(["demo"]) == 1
     err = capsys.readouterr().err
     assert "lightning" in err

@@ -50,9 +50,7 @@ def test_csv_and_json_hold_each_run(tiny):
         ("kn", "0", "validation", "20"),
     ]
     document = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    assert document["environment"]["command"].startswith(
-        "kalmannorm demo --methods bn,kn --seeds 1 --steps 20"
-    )
+    assert document["environment"]["command"].startswith("kalmannorm demo --methods bn,kn --seeds 1 --steps 20")
     for row, run in zip(rows, document["runs"], strict=True):
         assert len(run["losses"]) == 20
         assert float(row["accuracy_running"]) == pytest.approx(run["accuracy_running"], abs=1e-5)
@@ -116,9 +114,7 @@ def test_every_method_replaces_what_it_says():
         "kn": {"KalmanNorm2d"},
     }
     paper = runs.METHODS["kn-paper"].replace(SmallConvNet())
-    assert {(norm.carry, norm.estimator, norm.spread) for norm in paper.norms} == {
-        ("posterior", "monte_carlo", False)
-    }
+    assert {(norm.carry, norm.estimator, norm.spread) for norm in paper.norms} == {("posterior", "monte_carlo", False)}
 
 
 def _result(method, seed, running, losses):

@@ -33,9 +33,7 @@ def test_only_weights_of_convolutions_and_linear_layers_are_decayed():
 
 def test_loader_repeats_its_order_by_seed_and_sees_every_image_once():
     images, labels = torch.arange(10.0)[:, None], torch.arange(10)
-    first, again, other = (
-        [batch[1].tolist() for batch in loader(images, labels, 2, seed)] for seed in (1, 1, 2)
-    )
+    first, again, other = ([batch[1].tolist() for batch in loader(images, labels, 2, seed)] for seed in (1, 1, 2))
     assert first == again != other
     assert sorted(label for batch in first for label in batch) == list(range(10))
     assert [len(batch[1]) for batch in loader(images, labels, 4, 0)] == [4, 4]
@@ -76,9 +74,7 @@ def test_one_batch_can_be_learned_by_heart():
 
 
 def _scores(model, images, labels, **options):
-    (scores,) = quiet_trainer(1).validate(
-        _classifier(model, **options), loader(images, labels, 8), verbose=False
-    )
+    (scores,) = quiet_trainer(1).validate(_classifier(model, **options), loader(images, labels, 8), verbose=False)
     return scores["accuracy_running"], scores["accuracy_online"]
 
 

@@ -41,11 +41,6 @@ _operands = st.sampled_from(sorted(OPERANDS))
 _seeds = st.integers(0, 1000)
 
 
-def _is_map(kind):
-    """Whether it is summarized: its values are no draws, and repeat for each sample."""
-    return kind in ("pixels", "map")
-
-
 @covers(torch.add, torch.sub, torch.mul)
 @given(kind=_operands, seed=_seeds, groups=st.integers(1, 2))
 def test_two_operands(function, kind, seed, groups):
@@ -91,11 +86,8 @@ def test_ranks_broadcast():
 
 @covers(*ADDS, *SUBS, *RSUBS, *MULS, *DIVS)
 def test_aliases(function):
-    main = next(
-        main
-        for main, group in [(torch.add, ADDS), (torch.sub, SUBS), (torch.rsub, RSUBS), (torch.mul, MULS), (torch.div, DIVS)]
-        if function in group
-    )
+    families = {torch.add: ADDS, torch.sub: SUBS, torch.rsub: RSUBS, torch.mul: MULS, torch.div: DIVS}
+    main = next(main for main, family in families.items() if function in family)
     x = believe((40, 3, 4, 2))
     for other in (1.5, values(3, 1, 1)):
         check_alias(function, main, x, other)

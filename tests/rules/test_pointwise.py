@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kalmannorm.gaussian import Gaussian
+from kalmannorm.propagation import function_name
 from kalmannorm.rules import RULES, aliases
 from kalmannorm.rules.pointwise import piecewise, quadrature, rectify
 
@@ -71,7 +72,7 @@ def _examples(function):
 
 
 def _name(function):
-    return function.__name__.rstrip("_")
+    return function_name(function).split(".")[-1].rstrip("_")
 
 
 ALIASES = [(other, main) for main in PARAMETERS for other in aliases(_name(main), _name(main) + "_")]

@@ -80,9 +80,7 @@ def _place(patches: Tensor, size: np.ndarray, centre: np.ndarray, canvas: int) -
     return F.grid_sample(patches, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
-def cluttered_digits(
-    split: Split, count: int, seed: int = 0, clutter: Clutter | None = None
-) -> tuple[Tensor, Tensor]:
+def cluttered_digits(split: Split, count: int, seed: int = 0, clutter: Clutter | None = None) -> tuple[Tensor, Tensor]:
     """Make ``count`` labelled images; the same arguments give the same images.
 
     Args:
@@ -121,9 +119,7 @@ def cluttered_digits(
         # The window's own centre lands on the random spot; the box around it may reach past the canvas.
         offset = (corner[:, ::-1] + how.fragment_side / 2 - 4) / 8 * size[:, None]
         centre = rng.uniform(0, how.canvas, (count, 2)) - offset
-        image = torch.maximum(
-            image, _place(digits[rng.choice(own, count)] * window, size, centre, how.canvas)
-        )
+        image = torch.maximum(image, _place(digits[rng.choice(own, count)] * window, size, centre, how.canvas))
 
     noise = torch.from_numpy(rng.standard_normal(image.shape, dtype=np.float32))
     low, high = np.log(how.contrast)

@@ -56,8 +56,7 @@ def test_the_labelled_digit_lies_whole_on_the_canvas():
     """Its ink grows with the area that it is scaled to, in every image: none of it falls off the edge."""
     plain = Clutter(fragments=0, contrast=(1.0, 1.0), noise=0.0)
     small, large = (
-        cluttered_digits("train", 60, clutter=replace(plain, digit_size=(size, size)))[0]
-        for size in (16.0, 24.0)
+        cluttered_digits("train", 60, clutter=replace(plain, digit_size=(size, size)))[0] for size in (16.0, 24.0)
     )
     ink_small, ink_large = ((images + 1).sum((1, 2, 3)) for images in (small, large))
     assert torch.allclose(ink_large / ink_small, torch.tensor((24 / 16) ** 2), rtol=0.05)
@@ -74,9 +73,7 @@ def test_contrast_differs_between_images_and_fragments_add_ink():
     assert spread.max() > 1.6
 
 
-@pytest.mark.parametrize(
-    ("split", "count", "message"), [("exam", 4, "exam"), ("train", 0, "at least 1; got 0")]
-)
+@pytest.mark.parametrize(("split", "count", "message"), [("exam", 4, "exam"), ("train", 0, "at least 1; got 0")])
 def test_bad_requests_say_what_was_wrong(split, count, message):
     with pytest.raises(ValueError, match=message):
         cluttered_digits(split, count)

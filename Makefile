@@ -1,0 +1,35 @@
+# make demo | test | check | bench: each sets up .venv once, and re-uses it.
+PYTHON ?= python3
+BIN := .venv/bin
+# One file stands for "set up": it is older than pyproject.toml when that changed.
+READY := .venv/.ready
+
+.PHONY: help demo test check bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo    BatchNorm, GroupNorm and Kalman Normalization at two samples a batch (4 minutes)"
+	@echo "make test    run the tests"
+	@echo "make check   ruff and mypy"
+	@echo "make bench   speed against torch's layers, into docs/results/"
+
+$(READY): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[lab,dev]"
+	touch $(READY)
+
+demo: $(READY)
+	$(BIN)/kalmannorm demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/python benchmarks/step.py --output docs/results/step-cpu.csv
+
+clean:
+	rm -rf .venv
