@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kalmannorm.gaussian import Gaussian
-from kalmannorm.kernels import all_reduce, moments, standardize
+from kalmannorm.kernels import all_reduce, layer, moments, standardize
 
 __all__ = [
     "KalmanNormOutput", "group_kalman_norm", "kalman_norm", "kalman_update", "normalize", "observe",
@@ -124,8 +124,7 @@ def normalize(x: Tensor, statistics: Gaussian, weight: Tensor | None, bias: Tens
         eps: added to the variance.
     """
     mean, var = statistics.mean, statistics.var
-    weight = torch.ones_like(mean[0]) if weight is None else weight.to(mean.dtype)
-    bias = torch.zeros_like(mean[0]) if bias is None else bias.to(mean.dtype)
+    weight, bias = _affine(weight, bias, mean[0])
     if mean.shape[0] == 1:
         return standardize(x, mean[0], var[0], weight, bias, eps)
     # Each sample as channels of its own, with its group's statistics.
@@ -134,6 +133,14 @@ def normalize(x: Tensor, statistics: Gaussian, weight: Tensor | None, bias: Tens
     mean, var = (t.repeat_interleave(each, 0).view(-1) for t in (mean, var))
     y = standardize(x.reshape(1, samples * channels, -1), mean, var, weight.repeat(samples), bias.repeat(samples), eps)
     return y.view(x.shape)
+
+
+def _affine(weight: Tensor | None, bias: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
+    """``gamma`` and ``beta``, ones and zeros where there are none."""
+    return (
+        torch.ones_like(like) if weight is None else weight.to(like.dtype),
+        torch.zeros_like(like) if bias is None else bias.to(like.dtype),
+    )
 
 
 def kalman_norm(x: Tensor, prior: Gaussian | None, weight: Tensor | None = None, bias: Tensor | None = None, *,
@@ -156,6 +163,8 @@ def kalman_norm(x: Tensor, prior: Gaussian | None, weight: Tensor | None = None,
         observation: the moments to fuse with the prior, where they are not just those of ``x``:
             see :func:`synchronize`.
     """
+    if observation is None and groups == 1 and prior is not None and guard is None:
+        return _in_one_step(x, add_process_noise(prior, process_noise), weight, bias, gain, spread, eps)
     if observation is None:
         observation = observe(x, groups)
     gain, posterior = _fuse(prior, observation, gain, process_noise, spread, guard)
@@ -169,6 +178,15 @@ def _fuse(prior: Gaussian | None, observation: Gaussian, gain: Tensor | float, p
     prior = add_process_noise(prior, process_noise)
     gain = trusted_gain(prior, observation, gain, guard)
     return gain, kalman_update(prior, observation, gain, spread=spread)
+
+
+def _in_one_step(x: Tensor, prior: Gaussian, weight: Tensor | None, bias: Tensor | None, gain: Tensor | float,
+                 spread: bool, eps: float) -> KalmanNormOutput:  # fmt: skip
+    """The common case by its kernel; the rest of :func:`kalman_norm` says what it computes."""
+    gain = gain if isinstance(gain, Tensor) else prior.mean.new_full((1,), gain)
+    weight, bias = _affine(weight, bias, prior.mean[0])
+    y, mean, var, observed_mean, observed_var = layer(x, prior.mean[0], prior.var[0], gain, weight, bias, spread, eps)
+    return KalmanNormOutput(y, Gaussian(mean[None], var[None]), Gaussian(observed_mean[None], observed_var[None]), gain)
 
 
 class SharedObservation(NamedTuple):

@@ -114,9 +114,9 @@ class _Filter(nn.Module):
         return _INITIAL_NOISE * self.process_noise.to(self._statistics_dtype()).exp()
 
     def _statistics_dtype(self) -> torch.dtype:
-        for tensor in (self.gain, self.weight, self.process_noise):
-            if isinstance(tensor, Tensor) and tensor.dtype == torch.float64:
-                return torch.float64
+        for tensor in (self.process_noise, self.gain, self.weight):
+            if isinstance(tensor, Tensor):
+                return torch.float64 if tensor.dtype == torch.float64 else torch.float32
         return torch.float32
 
     def _prior(self, x: Tensor, groups: int) -> Gaussian | None:

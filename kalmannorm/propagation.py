@@ -113,7 +113,7 @@ def _replace(value: Any, kind: type, by: Callable[[Any], Any]) -> Any:
     if isinstance(value, kind):
         return by(value)
     if type(value) in (list, tuple):
-        return type(value)(_replace(v, kind, by) for v in value)
+        return type(value)([_replace(v, kind, by) for v in value])
     return value
 
 
@@ -161,18 +161,27 @@ class Propagation(TorchFunctionMode):
         return output
 
     def _record(self, func: Any, args: Any, kwargs: Any, output: Tensor, index: int | None) -> None:
-        original = args
-        args = _replace(tuple(args), Tensor, _step_or_tensor)
-        kwargs = {k: _replace(v, Tensor, _step_or_tensor) for k, v in kwargs.items()}
-        if next(_steps_in((*args, *kwargs.values())), None) is None:
+        if not _depends_on_input(args) and not (kwargs and _depends_on_input(kwargs.values())):
             return
-        if args and output is original[0] and not torch.compiler.is_compiling() and output._base is not None:
+        if args and output is args[0] and not torch.compiler.is_compiling() and output._base is not None:
             attach(output._base, Unknown("a view of it was changed in place"), "")
-        step = Step(func, args, kwargs, tuple(output.shape), index)
+        recorded = tuple([_replace(a, Tensor, _step_or_tensor) for a in args])
+        keywords = {k: _replace(v, Tensor, _step_or_tensor) for k, v in kwargs.items()}
+        step = Step(func, recorded, keywords, tuple(output.shape), index)
         if step.depth > _LONGEST:
             attach(output, Unknown(f"more than {_LONGEST} calls since the last normalization layer"), "")
         else:
             setattr(output, _STEP, step)
+
+
+def _depends_on_input(values: Any) -> bool:
+    for value in values:
+        if isinstance(value, Tensor):
+            if step_of(value) is not None:
+                return True
+        elif type(value) in (list, tuple) and _depends_on_input(value):
+            return True
+    return False
 
 
 def _record_assignment(args: Any) -> None:
@@ -298,7 +307,7 @@ def exact(step: Step) -> Belief:
 
 def _operands(step: Step, evaluate: Callable[[Step], Any]) -> tuple[Any, dict[str, Any]]:
     """What the function was called with, each step replaced by its value."""
-    args = _replace(step.args, Step, evaluate)
+    args = tuple([_replace(a, Step, evaluate) for a in step.args])
     return args, {k: _replace(v, Step, evaluate) for k, v in step.kwargs.items()}
 
 

@@ -10,12 +10,13 @@ On a CPU both passes go over the matrix block by block, so that ``W^2`` never le
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from kalmannorm.kernels.apply import direct
 
 __all__ = ["contract"]
 
@@ -27,7 +28,7 @@ def _row_blocks(weight: Tensor) -> int:
     rows, columns = weight.shape
     if weight.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return rows
-    return max(1, min(rows - 1, _BLOCK // max(columns, 1)))
+    return rows if rows * columns <= _BLOCK else max(1, _BLOCK // columns)
 
 
 class _Contract(torch.autograd.Function):
@@ -64,8 +65,7 @@ class _Contract(torch.autograd.Function):
         return d_mean @ matrix, d_prior_var, d_weight
 
 
-# Function.apply asks for this signature at every call; working it out anew takes longer than the rest.
-_Contract.forward.__signature__ = inspect.signature(_Contract.forward)  # type: ignore[attr-defined]
+_apply = direct(_Contract)
 
 
 def contract(mean: Tensor, var: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,5 +79,5 @@ def contract(mean: Tensor, var: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]
     Returns:
         ``mean @ weight.T`` and ``var @ weight.square().T``, each ``(S, out)``.
     """
-    result: tuple[Tensor, Tensor] = _Contract.apply(mean, var, weight)  # type: ignore[no-untyped-call]
+    result: tuple[Tensor, Tensor] = _apply(mean, var, weight)
     return result

@@ -8,13 +8,24 @@ statistics kernel of BatchNorm, which is used here, and its backward pass comput
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kalmannorm.kernels.apply import direct
+
 __all__ = ["moments"]
+
+
+def observe_channels(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel of ``(N, C, *)``, at least float32, without a gradient."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        mean, var = torch.batch_norm_update_stats(x, None, None, 0.0)
+    else:
+        var, mean = torch.var_mean(x, (0, *range(2, x.ndim)), correction=0)
+    return mean, var
 
 
 class _Moments(torch.autograd.Function):
@@ -22,11 +33,7 @@ class _Moments(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        if x.device.type == "cpu" and not torch.compiler.is_compiling():
-            mean, var = torch.batch_norm_update_stats(x, None, None, 0.0)
-        else:
-            var, mean = torch.var_mean(x, (0, *range(2, x.ndim)), correction=0)
-        return mean, var
+        return observe_channels(x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -42,8 +49,7 @@ class _Moments(torch.autograd.Function):
         return torch.addcmul(offset.view(shape), x, slope.view(shape))
 
 
-# Function.apply asks for this signature at every call; working it out anew takes longer than the rest.
-_Moments.forward.__signature__ = inspect.signature(_Moments.forward)  # type: ignore[attr-defined]
+_apply = direct(_Moments)
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,5 +61,5 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Each ``(C,)``.
     """
-    result: tuple[Tensor, Tensor] = _Moments.apply(x)  # type: ignore[no-untyped-call]
+    result: tuple[Tensor, Tensor] = _apply(x)
     return result

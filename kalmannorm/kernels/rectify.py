@@ -10,12 +10,13 @@ derivative by the mean,
 
 from __future__ import annotations
 
-import inspect
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from kalmannorm.kernels.apply import direct
 
 __all__ = ["rectify"]
 
@@ -52,8 +53,7 @@ class _Rectify(torch.autograd.Function):
         return by_mean, by_var
 
 
-# Function.apply asks for this signature at every call; working it out anew takes longer than the rest.
-_Rectify.forward.__signature__ = inspect.signature(_Rectify.forward)  # type: ignore[attr-defined]
+_apply = direct(_Rectify)
 
 
 def rectify(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,5 +63,5 @@ def rectify(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         mean: any shape.
         var: the same shape.
     """
-    result: tuple[Tensor, Tensor] = _Rectify.apply(mean, var)  # type: ignore[no-untyped-call]
+    result: tuple[Tensor, Tensor] = _apply(mean, var)
     return result

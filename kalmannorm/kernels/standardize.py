@@ -9,12 +9,13 @@ the gradients of the statistics need:
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from kalmannorm.kernels.apply import direct
 
 __all__ = ["standardize"]
 
@@ -53,8 +54,7 @@ class _Standardize(torch.autograd.Function):
         return dx, d_mean, d_var, d_weight, d_bias, None
 
 
-# Function.apply asks for this signature at every call; working it out anew takes longer than the rest.
-_Standardize.forward.__signature__ = inspect.signature(_Standardize.forward)  # type: ignore[attr-defined]
+_apply = direct(_Standardize)
 
 
 def standardize(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -71,5 +71,5 @@ def standardize(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tens
     Returns:
         Shaped and typed as ``x``.
     """
-    result: Tensor = _Standardize.apply(x, mean, var, weight, bias, eps)  # type: ignore[no-untyped-call]
+    result: Tensor = _apply(x, mean, var, weight, bias, eps)
     return result

@@ -52,11 +52,9 @@ def test_convolutions(function, data, statistic_groups, seed):
                 effective=1 / math.prod(kernel), groups=statistic_groups)  # fmt: skip
 
 
-@covers(*TRANSPOSED)
-@given(data=st.data(), statistic_groups=st.integers(1, 2), seed=st.integers(0, 1000))
-def test_transposed_convolutions(function, data, statistic_groups, seed):
+def _check_transposed(function, layer, statistic_groups=1, seed=0):
     spatial = TRANSPOSED[function]
-    ins, outs, groups, kernel, stride, dilation, biased = _draw_layer(data, spatial)
+    ins, outs, groups, kernel, stride, dilation, biased = layer
     shape = (ins * groups, *SPACE[spatial])
     strides, dilations = _each(stride, spatial), _each(dilation, spatial)
     n = samples(math.prod(shape) * math.prod(strides), statistic_groups)
@@ -75,6 +73,19 @@ def test_transposed_convolutions(function, data, statistic_groups, seed):
     extra = [max(0, s - (d * (k - 1) + 1)) for k, s, d in zip(kernel, strides, dilations, strict=True)]
     check_draws(function, x, weight, bias, stride, 0, extra, groups, dilation,
                 effective=1 / math.prod(kernel), crop=interior, groups=statistic_groups)  # fmt: skip
+
+
+@covers(*TRANSPOSED)
+@given(data=st.data(), statistic_groups=st.integers(1, 2), seed=st.integers(0, 1000))
+def test_transposed_convolutions(function, data, statistic_groups, seed):
+    _check_transposed(function, _draw_layer(data, TRANSPOSED[function]), statistic_groups, seed)
+
+
+@pytest.mark.parametrize("function", TRANSPOSED)
+@pytest.mark.parametrize(("stride", "dilation"), [(2, 1), (2, 2), (3, 1), (1, 2)])
+def test_phases_of_transposed_convolutions(function, stride, dilation):
+    """A stride of 2 and a dilation of 2: all taps meet in one phase, and the other gets the bias alone."""
+    _check_transposed(function, (2, 1, 1, [3] * TRANSPOSED[function], stride, dilation, True))
 
 
 @pytest.mark.parametrize(("function", "weight"), [(F.conv2d, (2, 3, 3, 3)), (F.conv_transpose2d, (3, 2, 3, 3))])

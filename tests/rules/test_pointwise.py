@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kalmannorm.gaussian import Gaussian
 from kalmannorm.propagation import function_name
 from kalmannorm.rules import RULES, aliases
-from kalmannorm.rules.pointwise import piecewise, quadrature, rectify
+from kalmannorm.rules.pointwise import piecewise, quadrature
 
 CHANNELS = 2
 
@@ -110,6 +110,12 @@ def test_aliases(function):
 def test_in_place_flag(function):
     x = believe((40, CHANNELS, 3))
     assert torch.equal(RULES[function](x, inplace=True).var, RULES[function](x).var)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_rrelu(training):
+    """With slopes so far apart that their own variance shows."""
+    check_draws(F.rrelu, believe((DRAWS, 3)), 0.0, 1.0, training)
 
 
 def test_prelu_of_an_image():
@@ -217,8 +223,7 @@ def _moments(rule):
 
 
 @pytest.mark.parametrize("rule", [
-    lambda x: rectify(x)[0],
-    lambda x: Gaussian(rectify(x)[1], rectify(x)[1]),
+    RULES[F.relu],
     lambda x: piecewise(x, [-0.7, 0.4, 1.1], [(0.3, 1.0, -0.2), (0, 0.5, 0.1), (-1, 2, 0), (0.2, 0, 0.3)]),
     RULES[F.leaky_relu], RULES[F.relu6], RULES[F.hardswish],
     lambda x: quadrature(x, F.gelu),
