@@ -82,7 +82,9 @@ class Gaussian:
     def regroup(self, groups: int) -> Gaussian:
         """The same belief for ``groups`` statistic groups, by repeating blocks or pooling them."""
         have = self.mean.shape[0]
-        if have == groups or have == 1:
+        if have == groups == self.var.shape[0]:
+            return self
+        if have in (1, groups):
             return self.map(lambda t: t.expand(groups, *t.shape[1:]))
         if groups % have == 0:
             return self.map(lambda t: t.repeat_interleave(groups // have, 0))

@@ -129,7 +129,7 @@ class _Filter(nn.Module):
         if isinstance(prior, Unknown):
             return None
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        return prior.map(lambda t: t.to(dtype))
+        return prior if prior.mean.dtype == dtype else prior.map(lambda t: t.to(dtype))
 
     def _warn_once(self) -> None:
         if self._warned or torch.compiler.is_compiling():

@@ -207,10 +207,10 @@ def conv_net_like(channels):
 
 def test_two_threads_do_not_see_each_other():
     results, barrier = {}, threading.Barrier(2)
+    models = [conv_net(), conv_net()]  # made here, as all threads share one random state
 
     def work(key):
-        torch.manual_seed(0)
-        model = conv_net()
+        model = models[key]
         model[2].register_forward_hook(lambda *args: (barrier.wait(10), None)[1])
         results[key] = model(torch.ones(2, 3, 8, 8) * torch.arange(8.0)).detach(), is_open()
 

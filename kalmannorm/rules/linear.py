@@ -28,23 +28,15 @@ def _convolve(x: Gaussian, weight: Tensor, bias: Tensor | None, groups: int, spa
         return _NO_BATCH
     x = x.full([1]).pool(range(2, x.ndim))
     weight = weight.to(x.mean.dtype)
-    taps = weight.flatten(2)
     if groups == 1:
-        # Every tap of a channel meets the same moments: no need to sum over taps first.
-        mean, var = contract(_at_every_tap(x.mean, taps), _at_every_tap(x.var, taps), weight)
+        mean, var = contract(x.mean.flatten(1), x.var.flatten(1), weight)
     else:
+        taps = weight.flatten(2)
         mean = _by_blocks(x.mean.flatten(1), taps.sum(-1), groups)
         var = _by_blocks(x.var.flatten(1), taps.square().sum(-1), groups)
     if bias is not None:
         mean = mean + bias
     return Gaussian(mean, var).map(lambda t: t.reshape(*t.shape, *[1] * (x.ndim - 2)))
-
-
-def _at_every_tap(moment: Tensor, taps: Tensor) -> Tensor:
-    """``(S, C_in, ...)`` to ``(S, C_in * k)`` for ``taps`` of ``(C_out, C_in, k)``."""
-    count = taps.shape[2]
-    moment = moment.flatten(1)
-    return moment if count == 1 else moment.repeat_interleave(count, 1)
 
 
 def _by_blocks(moment: Tensor, matrix: Tensor, groups: int) -> Tensor:

@@ -209,6 +209,26 @@ def threshold(x: Gaussian, threshold: float, value: float, inplace: bool = False
     return piecewise(x, [threshold], [(value, 0, 0), (0, 1, 0)])
 
 
+@rule(*aliases("abs", "abs_", "absolute", "absolute_"))
+def absolute(x: Gaussian) -> Gaussian:
+    """``|x|``, in closed form."""
+    return piecewise(x, [0.0], [(0, -1, 0), (0, 1, 0)])
+
+
+@rule(*aliases("exp", "exp_"))
+def exp(x: Gaussian) -> Gaussian:
+    """The log-normal: ``exp(m + v / 2)`` and ``(exp(v) - 1) exp(2 m + v)``."""
+    mean = torch.exp(x.mean + x.var / 2)
+    return Gaussian(mean, torch.expm1(x.var) * mean.square())
+
+
+@rule(*aliases("expm1", "expm1_"))
+def expm1(x: Gaussian) -> Gaussian:
+    """The log-normal less one."""
+    grown = exp(x)
+    return Gaussian(grown.mean - 1, grown.var)
+
+
 @rule(*aliases("gelu"))
 def gelu(x: Gaussian, approximate: str = "none") -> Gaussian:
     """By quadrature."""
@@ -253,8 +273,8 @@ def _by_quadrature(function: Any) -> Callable[..., Gaussian]:
 
 for _name, _function in {
     "silu": F.silu, "mish": F.mish, "selu": F.selu, "sigmoid": torch.sigmoid, "tanh": torch.tanh,
-    "logsigmoid": F.logsigmoid, "softsign": F.softsign, "tanhshrink": F.tanhshrink, "abs": torch.abs,
-    "square": torch.square, "exp": torch.exp, "sin": torch.sin, "cos": torch.cos, "erf": torch.erf,
-    "atan": torch.atan, "asinh": torch.asinh, "expm1": torch.expm1,
+    "logsigmoid": F.logsigmoid, "softsign": F.softsign, "tanhshrink": F.tanhshrink, 
+    "square": torch.square, "sin": torch.sin, "cos": torch.cos, "erf": torch.erf,
+    "atan": torch.atan, "asinh": torch.asinh,
 }.items():  # fmt: skip
     rule(*aliases(_name, _name + "_"))(_by_quadrature(_function))
