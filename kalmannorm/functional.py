@@ -126,7 +126,7 @@ def normalize(x: Tensor, statistics: Gaussian, weight: Tensor | None, bias: Tens
     mean, var = statistics.mean, statistics.var
     weight, bias = _affine(weight, bias, mean[0])
     if mean.shape[0] == 1:
-        return standardize(x, mean[0], var[0], weight, bias, eps)
+        return standardize(x, mean.view(-1), var.view(-1), weight, bias, eps)
     # Each sample as channels of its own, with its group's statistics.
     samples, channels = x.shape[:2]
     each = samples // mean.shape[0]
@@ -184,9 +184,12 @@ def _in_one_step(x: Tensor, prior: Gaussian, weight: Tensor | None, bias: Tensor
                  spread: bool, eps: float) -> KalmanNormOutput:  # fmt: skip
     """The common case by its kernel; the rest of :func:`kalman_norm` says what it computes."""
     gain = gain if isinstance(gain, Tensor) else prior.mean.new_full((1,), gain)
-    weight, bias = _affine(weight, bias, prior.mean[0])
-    y, mean, var, observed_mean, observed_var = layer(x, prior.mean[0], prior.var[0], gain, weight, bias, spread, eps)
-    return KalmanNormOutput(y, Gaussian(mean[None], var[None]), Gaussian(observed_mean[None], observed_var[None]), gain)
+    # Views, not `[0]`: the gradient of an index is a new tensor of zeros.
+    prior_mean, prior_var = prior.mean.reshape(-1), prior.var.reshape(-1)
+    weight, bias = _affine(weight, bias, prior_mean)
+    y, mean, var, observed_mean, observed_var = layer(x, prior_mean, prior_var, gain, weight, bias, spread, eps)
+    posterior = Gaussian(mean.view(1, -1), var.view(1, -1))
+    return KalmanNormOutput(y, posterior, Gaussian(observed_mean.view(1, -1), observed_var.view(1, -1)), gain)
 
 
 class SharedObservation(NamedTuple):

@@ -163,14 +163,14 @@ def test_unknown_options_are_named():
     with pytest.raises(ValueError, match=r"got layers 'layer', expected one of \['batch', 'group', 'instance'\]"):
         kn.convert(small(), layers=("layer",))
     model = small()
-    with pytest.raises(ValueError, match="gain=2.0"):
+    with pytest.raises(ValueError, match=r"gain=2\.0"):
         kn.convert(model, gain=2.0)
     assert isinstance(model[1], nn.BatchNorm2d)  # nothing was half done
 
 
 def test_lazy_layers_must_have_run():
     model = nn.Sequential(nn.LazyBatchNorm2d())
-    with pytest.raises(ValueError, match="nothing to convert|lazy"):
+    with pytest.raises(ValueError, match="nothing to convert"):
         kn.convert(model)
 
 

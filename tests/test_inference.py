@@ -34,11 +34,16 @@ def test_restored_after_an_error_and_when_nested():
     model = kn.convert(small()).eval()
     x = torch.randn(2, 3, 8, 8)
     expected = model(x)
-    with pytest.raises(RuntimeError, match="stop"), kn.online_statistics(model):
+
+    def fail():
         with kn.online_statistics(model):
-            pass
-        assert not torch.allclose(model(x), expected)
-        raise RuntimeError("stop")
+            with kn.online_statistics(model):
+                pass
+            assert not torch.allclose(model(x), expected)
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail()
     torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
 
 
@@ -59,5 +64,5 @@ def test_layers_in_training_are_left_alone():
 
 
 def test_a_model_without_statistics():
-    with pytest.raises(ValueError, match="Linear has no KalmanNorm and no BatchNorm layer"), kn.online_statistics(nn.Linear(2, 2)):
+    with pytest.raises(ValueError, match="Linear has no KalmanNorm and no"), kn.online_statistics(nn.Linear(2, 2)):
         pass

@@ -76,11 +76,12 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, d_mean: Tensor, d_var: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        inputs = ctx.saved_tensors[:6]
+        saved = ctx.saved_tensors  # once: a checkpoint allows no more
+        inputs = saved[:6]
         if torch.is_grad_enabled():
             return _differentiable_backward(inputs, ctx.spread, ctx.eps, (dy, d_mean, d_var))
         x, prior_mean, prior_var, gain, weight, _ = inputs
-        posterior_mean, posterior_var, mean, var = ctx.saved_tensors[6:]
+        posterior_mean, posterior_var, mean, var = saved[6:]
         dx, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
             dy, x, weight, posterior_mean, posterior_var, None, None, False, ctx.eps, [True, True, True]
         )
@@ -109,7 +110,8 @@ class _Layer(torch.autograd.Function):
 
 def _differentiable_backward(inputs: tuple[Tensor, ...], spread: bool, eps: float,
                              upstream: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:  # fmt: skip
-    outputs = _plain(*inputs, spread, eps)[:3]  # type: ignore[arg-type]
+    x, prior_mean, prior_var, gain, weight, bias = inputs
+    outputs = _plain(x, prior_mean, prior_var, gain, weight, bias, spread, eps)[:3]
     wanted = [t for t in inputs if t.requires_grad]
     gradients = iter(torch.autograd.grad(outputs, wanted, upstream, create_graph=True))
     return (*(next(gradients) if t.requires_grad else None for t in inputs), None, None)

@@ -71,5 +71,9 @@ def standardize(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tens
     Returns:
         Shaped and typed as ``x``.
     """
+    if x.numel() == 0:  # one of several processes may have nothing, which torch's kernel does not take
+        scale = weight * torch.rsqrt(var + eps)
+        shape = (1, -1, *[1] * (x.ndim - 2))
+        return (x * scale.view(shape) + (bias - mean * scale).view(shape)).to(x.dtype)
     result: Tensor = _apply(x, mean, var, weight, bias, eps)
     return result

@@ -209,7 +209,7 @@ def threshold(x: Gaussian, threshold: float, value: float, inplace: bool = False
     return piecewise(x, [threshold], [(value, 0, 0), (0, 1, 0)])
 
 
-@rule(*aliases("abs", "abs_", "absolute", "absolute_"))
+@rule(*aliases("abs", "abs_"))
 def absolute(x: Gaussian) -> Gaussian:
     """``|x|``, in closed form."""
     return piecewise(x, [0.0], [(0, -1, 0), (0, 1, 0)])
@@ -217,7 +217,7 @@ def absolute(x: Gaussian) -> Gaussian:
 
 @rule(*aliases("exp", "exp_"))
 def exp(x: Gaussian) -> Gaussian:
-    """The log-normal: ``exp(m + v / 2)`` and ``(exp(v) - 1) exp(2 m + v)``."""
+    """A log-normal, of mean ``e^(m + v / 2)`` and variance ``(e^v - 1) e^(2 m + v)``."""
     mean = torch.exp(x.mean + x.var / 2)
     return Gaussian(mean, torch.expm1(x.var) * mean.square())
 
@@ -273,7 +273,7 @@ def _by_quadrature(function: Any) -> Callable[..., Gaussian]:
 
 for _name, _function in {
     "silu": F.silu, "mish": F.mish, "selu": F.selu, "sigmoid": torch.sigmoid, "tanh": torch.tanh,
-    "logsigmoid": F.logsigmoid, "softsign": F.softsign, "tanhshrink": F.tanhshrink, 
+    "logsigmoid": F.logsigmoid, "softsign": F.softsign, "tanhshrink": F.tanhshrink,
     "square": torch.square, "sin": torch.sin, "cos": torch.cos, "erf": torch.erf,
     "atan": torch.atan, "asinh": torch.asinh,
 }.items():  # fmt: skip
