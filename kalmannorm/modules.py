@@ -334,12 +334,13 @@ class KalmanNorm(_Filter, _NormBase):
         share = self.momentum if self.momentum is not None else self.num_batches_tracked.double().reciprocal()
         others = (count - 1).clamp_min(1) if isinstance(count, Tensor) else max(count - 1, 1)
         mean, var = out.posterior.mean, out.posterior.var + out.gain * out.observation.var / others
-        mean, var = (t[0] if t.shape[0] == 1 else t.mean(0) for t in (mean, var))
+        dtype = self.running_mean.dtype
+        mean, var = ((t[0] if t.shape[0] == 1 else t.mean(0)).to(dtype) for t in (mean, var))
         finite = (mean + var).isfinite()
         self.nonfinite_batches.add_(finite.all().logical_not())
         for running, newest in ((self.running_mean, mean), (self.running_var, var)):
-            weight = share.to(running.dtype) if isinstance(share, Tensor) else share
-            running.lerp_(torch.where(finite, newest.to(running.dtype), running), weight)
+            weight = share.to(dtype) if isinstance(share, Tensor) else share
+            running.lerp_(torch.where(finite, newest, running), weight)
 
     def extra_repr(self) -> str:
         """The options, in the order of the constructor."""

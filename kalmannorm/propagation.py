@@ -13,6 +13,7 @@ without (parameters, constants), which a rule takes as they are.
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
@@ -188,7 +189,10 @@ def _record_assignment(args: Any) -> None:
     """``x[i] = y``: what is believed of ``x``, and of the tensor it is a view of, holds no more."""
     target = args[0]
     if any(isinstance(a, Tensor) and step_of(a) is not None for a in args):
-        attach(target, Unknown("assigned in place, element by element"), "")
+        lost = Unknown("assigned in place, element by element")
+        attach(target, lost, "")
+        if not torch.compiler.is_compiling() and target._base is not None:
+            attach(target._base, lost, "")
 
 
 def is_open() -> bool:
@@ -223,13 +227,15 @@ class Watch:
 
     def open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook."""
+        if _current() is self.mode and not _is_inside_itself(module):
+            self.close(module, args, None)  # an interrupt (not an error) had kept it from closing
         if _current() is None and any(layer.is_fusing for layer in self.layers):
             self._start_beliefs(module, args, kwargs)
             self.mode.__enter__()  # type: ignore[no-untyped-call]
 
     def close(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook; runs after an error too."""
-        if _current() is self.mode:
+        if _current() is self.mode and not _is_inside_itself(module):
             self.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def _start_beliefs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -243,6 +249,18 @@ class Watch:
             if given is not None and tensor.is_floating_point():
                 belief, given = _input_belief(given, tensor, type(module).__name__), None
             attach(tensor, belief, "input")
+
+
+def _is_inside_itself(module: nn.Module) -> bool:
+    """Whether a module's hook runs in a call that the module made to itself, on its way through others."""
+    if torch.compiler.is_compiling():
+        return False
+    calls = 0
+    frame = sys._getframe()
+    while frame is not None and calls < 2:
+        calls += frame.f_code.co_name == "_call_impl" and frame.f_locals.get("self") is module
+        frame = frame.f_back  # type: ignore[assignment]
+    return calls == 2
 
 
 def _input_belief(given: Gaussian, tensor: Tensor, name: str) -> Gaussian:

@@ -12,6 +12,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.testing._internal.common_modules import module_db
 
 import kalmannorm as kn
+from kalmannorm.propagation import prior_of
 
 STOCK = {
     nn.BatchNorm1d: kn.KalmanNorm1d,
@@ -455,3 +456,36 @@ def test_a_frozen_layer_hands_on_its_running_statistics():
     model[1].eval()
     model(torch.randn(2, 2, 7, 7)).sum().backward()
     assert model[1].num_batches_tracked.item() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_whole_models_in_half_precision(dtype):
+    model = three_layers().to(dtype)
+    x = torch.randn(2, 2, 8, 8) * 1e4  # its variance overflows in float16
+    y = model(x.to(dtype))
+    y.float().square().mean().backward()
+    assert y.dtype == dtype
+    assert y.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    assert all(b.isfinite().all() for b in model.buffers())
+
+
+def test_autocast_keeps_statistics_in_float32():
+    model = three_layers().float()
+    seen = {}
+    model[4].register_forward_pre_hook(lambda layer, args: seen.update(prior=prior_of(args[0], 1)))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(torch.randn(2, 2, 8, 8))
+    assert y.dtype == torch.bfloat16
+    assert seen["prior"].mean.dtype == torch.float32
+    y.float().sum().backward()
+    assert model[4].running_var.dtype == torch.float32
+
+
+@pytest.mark.parametrize("constant", [0.0, 3.0, -1e18])
+def test_constant_input_is_not_nan(constant):
+    model = three_layers().float()
+    y = model(torch.full((2, 2, 8, 8), constant))
+    y.square().sum().backward()
+    assert y.isfinite().all()
+    assert not any(p.grad.isnan().any() for p in model.parameters())  # that of a filter, times 1e18, may overflow

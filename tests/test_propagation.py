@@ -48,6 +48,11 @@ def assign(net, y):
     return z
 
 
+def assign_through_a_view(net, y):
+    y[:, :2][:, 1:] = y[:, 2:3]
+    return y
+
+
 def relu_on_a_view(net, y):
     y.view(2, 4, 36).relu_()
     return y
@@ -83,6 +88,7 @@ def test_a_belief_crosses(between, expected):
         (lambda net, y: torch.cumsum(y, 1), "no rule for torch.cumsum"),
         (lambda net, y: 1 / y, "no rule for torch.Tensor.__rtruediv__"),
         (assign, "assigned in place"),
+        (assign_through_a_view, "assigned in place"),
         (relu_on_a_view, "a view of it was changed in place"),
         (lambda net, y: torch.ones(2, 4, 6, 6), "does not depend on the network's input"),
         (lambda net, y: y + (y.cumsum(1) > 0), "no rule for torch.Tensor.cumsum"),
@@ -187,6 +193,40 @@ def test_an_error_in_the_middle_leaves_nothing_open():
     handle.remove()
     fresh[1].load_state_dict(model[1].state_dict())
     torch.testing.assert_close(model(x), fresh(x), rtol=0, atol=0)
+
+
+def test_an_interrupt_leaves_the_mode_open_no_longer_than_to_the_next_call():
+    model = conv_net()
+    x = torch.randn(2, 3, 8, 8)
+
+    def interrupt(layer, args, output):
+        raise KeyboardInterrupt
+
+    handle = model[3].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(x)
+    handle.remove()
+    model(x)
+    assert not is_open()
+
+
+def test_a_module_that_calls_itself():
+    class Recursive(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norms = nn.ModuleList(nn.BatchNorm2d(3) for _ in range(4))
+
+        def forward(self, x, depth=2):
+            if depth:
+                x = self(self.norms[depth](x), depth - 1)
+            return self.norms[0](x)
+
+    model = kn.convert(Recursive())
+    rows = {row.name: row for row in kn.describe(model, torch.randn(2, 3, 4, 4)).rows}
+    assert rows["norms.1"].prior_from == ("norms.2",)
+    assert not is_open()
+    model(torch.randn(2, 3, 4, 4))  # warns where a layer sees no propagation
+    assert not is_open()
 
 
 def test_a_part_of_a_network_can_be_called_alone():

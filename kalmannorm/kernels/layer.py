@@ -39,7 +39,7 @@ __all__ = ["layer"]
 
 def _plain(x: Tensor, prior_mean: Tensor, prior_var: Tensor, gain: Tensor, weight: Tensor, bias: Tensor,
            spread: bool, eps: float) -> tuple[Tensor, ...]:  # fmt: skip
-    """The same by functions that autograd knows, for the gradient of a gradient."""
+    """The same by functions that autograd knows, for the gradient of a gradient and for torch.compile."""
     mean, var = moments(x.to(prior_mean.dtype))
     innovation = mean - prior_mean
     posterior_mean = prior_mean + gain * innovation
@@ -47,7 +47,7 @@ def _plain(x: Tensor, prior_mean: Tensor, prior_var: Tensor, gain: Tensor, weigh
     if spread:
         posterior_var = posterior_var + gain * (1 - gain) * innovation.square()
     y = standardize(x, posterior_mean, posterior_var, weight, bias, eps)
-    return y, posterior_mean, posterior_var, mean, var
+    return y, posterior_mean, posterior_var, mean.detach(), var.detach()
 
 
 class _Layer(torch.autograd.Function):
@@ -117,7 +117,7 @@ def _differentiable_backward(inputs: tuple[Tensor, ...], spread: bool, eps: floa
     return (*(next(gradients) if t.requires_grad else None for t in inputs), None, None)
 
 
-_apply = direct(_Layer)
+_apply = direct(_Layer, _plain)
 
 
 def layer(x: Tensor, prior_mean: Tensor, prior_var: Tensor, gain: Tensor, weight: Tensor, bias: Tensor,

@@ -20,6 +20,12 @@ from kalmannorm.kernels.apply import direct
 __all__ = ["standardize"]
 
 
+def _plain(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    scale = weight * torch.rsqrt(var + eps)
+    shape = (1, -1, *[1] * (x.ndim - 2))
+    return torch.addcmul((bias - mean * scale).view(shape), x, scale.view(shape)).to(x.dtype)
+
+
 class _Standardize(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -54,7 +60,7 @@ class _Standardize(torch.autograd.Function):
         return dx, d_mean, d_var, d_weight, d_bias, None
 
 
-_apply = direct(_Standardize)
+_apply = direct(_Standardize, _plain)
 
 
 def standardize(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -72,8 +78,6 @@ def standardize(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tens
         Shaped and typed as ``x``.
     """
     if x.numel() == 0:  # one of several processes may have nothing, which torch's kernel does not take
-        scale = weight * torch.rsqrt(var + eps)
-        shape = (1, -1, *[1] * (x.ndim - 2))
-        return (x * scale.view(shape) + (bias - mean * scale).view(shape)).to(x.dtype)
+        return _plain(x, mean, var, weight, bias, eps)
     result: Tensor = _apply(x, mean, var, weight, bias, eps)
     return result
