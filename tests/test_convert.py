@@ -118,6 +118,7 @@ def test_a_layer_without_bias_stays_without():
 
 def test_a_lone_layer_is_returned():
     assert isinstance(kn.to_batchnorm(kn.KalmanNorm2d(3)), nn.BatchNorm2d)
+    assert isinstance(kn.convert(nn.BatchNorm2d(3)), kn.KalmanNorm2d)
     with pytest.raises(ValueError, match="no Kalman layer to connect"):
         kn.connect(nn.Linear(2, 2))
 
