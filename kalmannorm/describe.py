@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from kalmannorm.convert import KalmanLayer, kalman_layers
 from kalmannorm.gaussian import Unknown
 from kalmannorm.modules import GroupKalmanNorm
-from kalmannorm.propagation import Step, drawn, exact, function_name, is_open, paused, step_of
+from kalmannorm.propagation import Step, drawn, exact, function_name, is_open, paused, step_of, without_autocast
 
 __all__ = ["Description", "Row", "describe", "first_nonfinite"]
 
@@ -26,7 +27,7 @@ class Row:
     kind: str
     """Its class."""
     gain: float
-    """The gain it used: how far it trusts the batch, in (0, 1]."""
+    """The gain it used: how far it trusts the batch, in (0, 1]; NaN on the meta device."""
     prior_from: tuple[str, ...]
     """The layers below (or ``"input"``) that its prior comes from; empty where there is none."""
     through: tuple[str, ...]
@@ -124,7 +125,7 @@ def _row(name: str, layer: KalmanLayer, x: Tensor) -> Row:
     elif step is None:
         reason = "its input does not depend on the network's input"
     else:
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             value = exact(step) if layer.estimator == "exact" else drawn(step, _groups(layer, x))
         reason = value.reason if isinstance(value, Unknown) else ""
     if reason or step is None:
@@ -160,8 +161,11 @@ def _groups(layer: KalmanLayer, x: Tensor) -> int:
 
 def _gain(layer: KalmanLayer, x: Tensor) -> float:
     if isinstance(layer, GroupKalmanNorm):
-        return float(layer.kalman_gain(layer.num_channels // layer.num_groups))
-    return float(layer.kalman_gain(x.shape[0] // _groups(layer, x)))
+        gain = layer.kalman_gain(layer.num_channels // layer.num_groups)
+    else:
+        gain = layer.kalman_gain(x.shape[0] // _groups(layer, x))
+    unknown = isinstance(gain, Tensor) and gain.is_meta
+    return math.nan if unknown else float(gain)
 
 
 def first_nonfinite(model: nn.Module) -> str | None:

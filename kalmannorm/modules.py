@@ -66,7 +66,7 @@ class _Filter(nn.Module):
         self.carry = self._one_of("carry", carry, ("output", "posterior"))
         self.estimator: Estimator = self._one_of("estimator", estimator, ("exact", "monte_carlo"))
         if guard is not None and not guard > 0:
-            raise ValueError(f"{self} got guard={guard!r}, expected None or a number above 0")
+            raise ValueError(f"{self._label()} got guard={guard!r}, expected None or a number above 0")
         self.guard = guard
         self._warned = False
         if isinstance(gain, str):
@@ -79,17 +79,18 @@ class _Filter(nn.Module):
             self.gain = float(gain)
         else:
             raise ValueError(
-                f"{self} got gain={gain!r}, expected 'prior-strength', 'learned' or a number in (0, 1]"
+                f"{self._label()} got gain={gain!r}, expected 'prior-strength', 'learned' or a number in (0, 1]"
             )
         noise = nn.Parameter(torch.zeros(channels, device=device, dtype=dtype)) if process_noise else None
         self.register_parameter("process_noise", noise)
 
     def _one_of(self, option: str, value: Any, allowed: tuple[str, ...]) -> Any:
         if value not in allowed:
-            raise ValueError(f"{self} got {option}={value!r}, expected one of {list(allowed)}")
+            raise ValueError(f"{self._label()} got {option}={value!r}, expected one of {list(allowed)}")
         return value
 
-    def __str__(self) -> str:
+    def _label(self) -> str:
+        """What errors call it."""
         kind = type(self).__name__
         name = self.__dict__.get("layer_name", "")
         return f"{kind} {name!r}" if name else kind
@@ -136,7 +137,7 @@ class _Filter(nn.Module):
             return
         self._warned = True
         warnings.warn(
-            f"{self} sees no propagation and acts as {self._stock_name()}: no module above it was connected. "
+            f"{self._label()} sees no propagation and acts as {self._stock_name()}: no module above it was connected. "
             "Build the model with kalmannorm.convert(model), or call kalmannorm.connect(model) once.",
             stacklevel=3,
         )
@@ -166,9 +167,9 @@ class _Filter(nn.Module):
     def _check_input(self, x: Tensor, channels: int, ranks: tuple[int, ...]) -> None:
         if x.ndim not in ranks or x.shape[1] != channels:
             shapes = " or ".join(f"(N, {channels}{', *' * (rank - 2)})" for rank in ranks)
-            raise ValueError(f"{self} got an input of shape {tuple(x.shape)}, expected {shapes}")
+            raise ValueError(f"{self._label()} got an input of shape {tuple(x.shape)}, expected {shapes}")
         if not x.is_floating_point():
-            raise TypeError(f"{self} got an input of type {x.dtype}, expected a floating-point type")
+            raise TypeError(f"{self._label()} got an input of type {x.dtype}, expected a floating-point type")
 
     def _idle(self, bias: Tensor | None, channels: int) -> Tensor | None:
         """The bias, unchanged, but with a gradient of zero for the parameters that a layer without a
@@ -258,10 +259,12 @@ class KalmanNorm(_Filter, _NormBase):
             self.register_parameter("bias", None)
         self._init_filter(num_features, gain, process_noise, spread, carry, estimator, guard, device, dtype)
         if stats_batch_size is not None and (type(stats_batch_size) is not int or stats_batch_size < 1):
-            raise ValueError(f"{self} got stats_batch_size={stats_batch_size!r}, expected None or an integer above 0")
+            raise ValueError(
+                f"{self._label()} got stats_batch_size={stats_batch_size!r}, expected None or an integer above 0"
+            )
         if stats_batch_size is not None and process_group is not None:
             raise ValueError(
-                f"{self} got stats_batch_size={stats_batch_size} and a process_group, expected one of them: "
+                f"{self._label()} got stats_batch_size={stats_batch_size} and a process_group, expected one of them: "
                 "groups smaller than the batch, or larger"
             )
         self.stats_batch_size = stats_batch_size
@@ -307,7 +310,7 @@ class KalmanNorm(_Filter, _NormBase):
             return 1
         if samples % size:
             raise ValueError(
-                f"{self} got a batch of {samples}, expected a multiple of stats_batch_size={size}"
+                f"{self._label()} got a batch of {samples}, expected a multiple of stats_batch_size={size}"
             )
         return samples // size
 
@@ -411,10 +414,12 @@ class GroupKalmanNorm(_Filter):
                  dtype: Any = None, bias: bool = True) -> None:  # fmt: skip
         super().__init__()
         if num_channels % num_groups:
-            raise ValueError(f"{self} got {num_channels} channels, expected a multiple of num_groups={num_groups}")
+            raise ValueError(
+                f"{self._label()} got {num_channels} channels, expected a multiple of num_groups={num_groups}"
+            )
         if stats_batch_size is not None or process_group is not None:
             raise ValueError(
-                f"{self} got stats_batch_size={stats_batch_size!r} and process_group={process_group!r}, "
+                f"{self._label()} got stats_batch_size={stats_batch_size!r} and process_group={process_group!r}, "
                 "expected None: its statistics are of one sample"
             )
         self.num_groups = num_groups

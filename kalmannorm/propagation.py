@@ -16,6 +16,7 @@ from __future__ import annotations
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -302,12 +303,19 @@ def prior_of(tensor: Tensor, groups: int, estimator: Estimator = "exact") -> Bel
     step = step_of(tensor)
     if step is None:
         return Unknown("the input does not depend on the network's input")
-    with torch.autocast(tensor.device.type, enabled=False):
+    with without_autocast(tensor.device):
         if estimator == "exact":
             belief = exact(step)
             return belief if isinstance(belief, Unknown) else belief.per_channel(groups)
         draws = drawn(step, groups)
         return draws if isinstance(draws, Unknown) else Gaussian.of_draws(draws, groups)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Beliefs are computed in float32 whatever autocast does to activations."""
+    if device.type in ("cpu", "cuda") or torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()  # the meta device has no autocast
 
 
 def exact(step: Step) -> Belief:

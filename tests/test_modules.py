@@ -158,7 +158,7 @@ class TestPyTorchsOwn:
 
     def test_factory_repr_shows_the_options(self, info, training):
         for args, kwargs, _ in own_samples(info, training=training):
-            text = repr(STOCK[info.module_cls](*args, **kwargs))
+            text = str(STOCK[info.module_cls](*args, **kwargs))  # what print() shows
             assert "gain='prior-strength'" in text
             assert "carry='output'" in text
 

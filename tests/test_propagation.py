@@ -179,6 +179,15 @@ def test_group_layers_are_watched_in_eval_too():
     assert kn.describe(model, x).with_prior == 1
 
 
+@pytest.mark.parametrize("estimator", ["exact", "monte_carlo"])
+def test_on_the_meta_device(estimator):
+    model = conv_net(estimator=estimator).to("meta")
+    y = model(torch.randn(2, 3, 8, 8, device="meta"))
+    assert y.shape == (2, 4, 8, 8)
+    y.sum().backward()
+    assert kn.describe(model, torch.randn(2, 3, 8, 8, device="meta")).with_prior == 1
+
+
 def test_an_error_in_the_middle_leaves_nothing_open():
     model, fresh = conv_net(), conv_net()
     x = torch.randn(2, 3, 8, 8)
