@@ -150,13 +150,17 @@ def prior_after_monte_carlo(between):
 
 
 def test_draws_are_not_changed_by_functions_that_work_in_place():
-    model = kn.convert(Net(lambda net, y: y.clone().mul_(0) + y), estimator="monte_carlo", process_noise=False)
+    def between(net, y):
+        rectified = F.relu(y)
+        return y.mul_(0) + rectified  # the product is evaluated first, and must leave the draws of y to the ReLU
+
+    model = kn.convert(Net(between), estimator="monte_carlo", process_noise=False)
     seen = {}
     model.second.register_forward_pre_hook(
         lambda layer, args: seen.update(prior=prior_of(args[0], 1, "monte_carlo"))
     )
     model(torch.randn(2, 4, 32, 32))
-    assert (seen["prior"].var > 0.5).all()
+    assert (seen["prior"].var > 0.2).all()
 
 
 # -- opening and closing ---------------------------------------------------------------------------
@@ -318,7 +322,7 @@ def test_a_checkpoint_changes_no_bit(estimator):
 
 
 def test_features_computed_without_grad_give_none_to_the_backbone():
-    backbone = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    backbone = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1))
     head = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
     model = kn.convert(nn.ModuleList([backbone, head]))
     with torch.no_grad():
