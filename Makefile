@@ -30,6 +30,7 @@ check: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/step.py --output docs/results/step-cpu.csv
+	$(BIN)/python benchmarks/operations.py --output docs/results/operations.csv
 
 clean:
 	rm -rf .venv

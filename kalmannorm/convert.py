@@ -262,7 +262,7 @@ def to_batchnorm(model: _M) -> _M:
     replaced: dict[nn.Module, nn.Module] = {}
     for name, layer in kalman_layers(model):
         if isinstance(layer, GroupKalmanNorm):
-            if layer.gain_rule != "fixed" or layer.gain != 1.0:
+            if not layer.ignores_prior:
                 raise ValueError(
                     f"GroupKalmanNorm {name!r} fuses its input with a prior in eval() too, expected gain=1.0: "
                     "no stock layer computes the same"

@@ -120,7 +120,7 @@ def _row(name: str, layer: KalmanLayer, x: Tensor) -> Row:
     reason = ""
     if not is_open():
         reason = "no module above it is connected"
-    elif layer.gain_rule == "fixed" and layer.gain == 1.0:
+    elif layer.ignores_prior:
         reason = "its gain is 1"
     elif step is None:
         reason = "its input does not depend on the network's input"

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Gaussian", "Unknown"]
+__all__ = ["Gaussian", "Unknown", "lengthen"]
 
 
 class Unknown(NamedTuple):
@@ -64,7 +64,7 @@ class Gaussian:
         """The same belief, written out along ``dims`` to the size that the activation has there."""
         mean, var = self.mean, self.var
         for d in dims:
-            mean, var = _repeat(mean, d, self.shape[d]), _repeat(var, d, self.shape[d])
+            mean, var = lengthen(mean, d, self.shape[d]), lengthen(var, d, self.shape[d])
         return Gaussian(mean, var, self.shape)
 
     def pool(self, dims: Sequence[int]) -> Gaussian:
@@ -120,7 +120,7 @@ class Gaussian:
         return Gaussian(mean, var)
 
 
-def _repeat(t: Tensor, dim: int, size: int) -> Tensor:
+def lengthen(t: Tensor, dim: int, size: int) -> Tensor:
     """Lengthen an axis to ``size`` by repeating each of its elements (consecutive blocks)."""
     have = t.shape[dim]
     if have == size:

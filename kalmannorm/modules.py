@@ -95,6 +95,11 @@ class _Filter(nn.Module):
         name = self.__dict__.get("layer_name", "")
         return f"{kind} {name!r}" if name else kind
 
+    @property
+    def ignores_prior(self) -> bool:
+        """Whether the gain is fixed at 1: the layer is then the stock layer."""
+        return not isinstance(self.gain, Tensor) and self.gain == 1.0
+
     def kalman_gain(self, samples: int | Tensor) -> Tensor | float:
         """The gain ``q`` in (0, 1] that fuses an observation of ``samples`` feature maps.
 
@@ -122,14 +127,14 @@ class _Filter(nn.Module):
 
     def _prior(self, x: Tensor, groups: int) -> Gaussian | None:
         """The prior of the input; None where it is unknown, or the gain leaves it no say."""
-        if self.gain_rule == "fixed" and self.gain == 1.0:
+        if self.ignores_prior:
             return None
         if self.training and not is_open():
             self._warn_once()
         prior = prior_of(x, groups, self.estimator)
         if isinstance(prior, Unknown):
             return None
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        dtype = torch.promote_types(x.dtype, torch.float32)
         return prior if prior.mean.dtype == dtype else prior.map(lambda t: t.to(dtype))
 
     def _warn_once(self) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kalmannorm.gaussian import Gaussian, Unknown
+from kalmannorm.gaussian import Gaussian, Unknown, lengthen
 from kalmannorm.rules.table import Belief, aliases, rule
 
 __all__ = ["align", "summarize"]
@@ -46,13 +46,9 @@ def align(beliefs: Sequence[Gaussian], skip: int | None = None) -> list[Gaussian
             beliefs = [b.full([d]) for b in beliefs]
         else:
             beliefs = [
-                Gaussian(_lengthen(b.mean, d, max(sizes)), _lengthen(b.var, d, max(sizes)), b.shape) for b in beliefs
+                Gaussian(lengthen(b.mean, d, max(sizes)), lengthen(b.var, d, max(sizes)), b.shape) for b in beliefs
             ]
     return beliefs
-
-
-def _lengthen(t: Tensor, dim: int, size: int) -> Tensor:
-    return t.repeat_interleave(size // t.shape[dim], dim)
 
 
 def _axis(x: Gaussian, dim: int) -> int:
@@ -386,7 +382,6 @@ def interpolate(x: Gaussian, size: Any = None, scale_factor: Any = None, mode: s
     That sum is taken axis by axis and averaged over output positions. Pixels are independent, so a
     blend of two varies less than either.
     """
-    spatial = x.ndim - 2
     inputs = x.shape[2:]
     x = x.pool(range(2, x.ndim))
     if mode in ("nearest", "nearest-exact"):
@@ -407,7 +402,6 @@ def interpolate(x: Gaussian, size: Any = None, scale_factor: Any = None, mode: s
             antialias=antialias,
         )
         var = var * weights.square().sum(0).mean()
-    assert spatial == len(inputs)
     return Gaussian(x.mean, var)
 
 
