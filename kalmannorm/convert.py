@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import copy
-import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.fx.experimental.optimization import fuse as fuse_graph
+from torch.nn.modules.batchnorm import _NormBase
 
+from kalmannorm.freezing import is_frozen, let_go
 from kalmannorm.gaussian import Gaussian
-from kalmannorm.modules import GroupKalmanNorm, KalmanNorm, KalmanNorm1d, KalmanNorm2d, KalmanNorm3d
+from kalmannorm.modules import (
+    GroupKalmanNorm,
+    GroupKalmanNormAct,
+    KalmanNorm,
+    KalmanNorm1d,
+    KalmanNorm2d,
+    KalmanNorm3d,
+    KalmanNormAct2d,
+)
 from kalmannorm.propagation import Watch
 
 __all__ = ["connect", "convert", "fuse", "kalman_layers", "to_batchnorm"]
@@ -21,14 +30,30 @@ __all__ = ["connect", "convert", "fuse", "kalman_layers", "to_batchnorm"]
 _M = TypeVar("_M", bound=nn.Module)
 KalmanLayer = KalmanNorm | GroupKalmanNorm
 
-_BATCH: dict[type[nn.Module], type[KalmanNorm]] = {
-    nn.BatchNorm1d: KalmanNorm1d,
-    nn.BatchNorm2d: KalmanNorm2d,
-    nn.BatchNorm3d: KalmanNorm3d,
-    nn.SyncBatchNorm: KalmanNorm,
+# What takes the place of a stock layer, and of a subclass that has its forward.
+_STOCK: dict[str, dict[type[nn.Module], type[KalmanLayer]]] = {
+    "batch": {
+        nn.BatchNorm1d: KalmanNorm1d,
+        nn.BatchNorm2d: KalmanNorm2d,
+        nn.BatchNorm3d: KalmanNorm3d,
+        nn.SyncBatchNorm: KalmanNorm,
+    },
+    "group": {nn.GroupNorm: GroupKalmanNorm},
+    "instance": dict.fromkeys((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), GroupKalmanNorm),
 }
-_INSTANCE = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-_KINDS = ("batch", "group", "instance")
+# Layers of other libraries with a forward of their own, by name: a model that has them has imported them.
+_ELSEWHERE: dict[str, tuple[str, type[KalmanLayer]]] = {
+    "torchvision.ops.misc.FrozenBatchNorm2d": ("batch", KalmanNorm2d),
+    "timm.layers.norm_act.BatchNormAct2d": ("batch", KalmanNormAct2d),
+    "timm.layers.norm_act.SyncBatchNormAct": ("batch", KalmanNormAct2d),
+    "timm.layers.norm_act.FrozenBatchNormAct2d": ("batch", KalmanNormAct2d),
+    "timm.layers.norm_act.GroupNormAct": ("group", GroupKalmanNormAct),
+    "timm.layers.norm_act.GroupNorm1Act": ("group", GroupKalmanNormAct),
+    "timm.layers.norm.GroupNorm": ("group", GroupKalmanNorm),
+    "timm.layers.norm.GroupNorm1": ("group", GroupKalmanNorm),
+}
+_KINDS = tuple(_STOCK)
+_FOLDED_INTO = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 _OPTIONS = ("gain", "process_noise", "spread", "carry", "estimator", "stats_batch_size", "guard", "process_group")
 
 
@@ -43,7 +68,9 @@ def convert(model: _M, *, layers: Sequence[str] = ("batch",),
     Args:
         model: any network. If it is itself a normalization layer, its replacement is returned.
         layers: which kinds to replace: ``"batch"`` (BatchNorm1d/2d/3d, SyncBatchNorm, torchvision's
-            FrozenBatchNorm2d), ``"group"`` (GroupNorm), ``"instance"`` (InstanceNorm1d/2d/3d).
+            FrozenBatchNorm2d, timm's BatchNormAct2d and its relatives), ``"group"`` (GroupNorm, timm's
+            GroupNormAct), ``"instance"`` (InstanceNorm1d/2d/3d). Subclasses are replaced if they have
+            their stock class's forward; others are left alone, with a warning.
         input_stats: mean and standard deviation of the network's first input as it is fed in, one
             number a channel each: after the usual normalization, zeros and ones. The first layer gets
             its prior from them.
@@ -101,85 +128,113 @@ def _replace_modules(model: _M, replaced: dict[nn.Module, nn.Module]) -> _M:
 
 def _kalman_layer(layer: nn.Module, name: str, kinds: Sequence[str], options: dict[str, Any]) -> nn.Module | None:
     """The Kalman layer that takes this one's place, if it is of a kind to replace."""
-    new: KalmanLayer | None = None
-    if "batch" in kinds and type(layer) in _BATCH:
-        assert isinstance(layer, nn.modules.batchnorm._BatchNorm)
-        new = _from_batch_norm(layer, name, options)
-    elif "batch" in kinds and _is_frozen_batch_norm(layer):
-        new = _from_frozen_batch_norm(layer, options)
-    elif "group" in kinds and type(layer) is nn.GroupNorm:
-        new = GroupKalmanNorm(layer.num_groups, layer.num_channels, layer.eps, layer.affine, **_on(layer, options))
-        _adopt(new, layer)
-    elif "instance" in kinds and type(layer) in _INSTANCE:
-        assert isinstance(layer, nn.modules.instancenorm._InstanceNorm)
-        if layer.track_running_stats:
-            raise ValueError(
-                f"{type(layer).__name__} {name!r} tracks running statistics, which GroupKalmanNorm has not: "
-                "expected track_running_stats=False"
-            )
-        channels = layer.num_features
-        new = GroupKalmanNorm(channels, channels, layer.eps, layer.affine, **_on(layer, options))
-        _adopt(new, layer)
-    elif _is_kin(layer, kinds):
-        stock = next(kind for kind in type(layer).__mro__ if kind.__module__.startswith("torch.nn"))
+    kind, kalman = stand_in(layer)
+    if kind not in kinds:
+        return None
+    if kalman is None:
         warnings.warn(
-            f"{type(layer).__name__} {name!r} is a kind of {stock.__name__} with a forward of its own: "
-            "kalmannorm.convert leaves it as it is",
+            f"{type(layer).__name__} {name!r} is a kind of {_stock_ancestor(layer).__name__} with a forward of its "
+            "own: kalmannorm.convert leaves it as it is",
             stacklevel=3,
         )
-    if new is not None:
-        new.train(layer.training)
+        return None
+    make = _from_batch_norm if kind == "batch" else _from_group_norm
+    new: KalmanLayer = make(layer, name, kalman, _on(layer, options))
+    if type(layer).__module__.split(".")[0] != "torch" and isinstance(layer, (_NormBase, nn.GroupNorm)):
+        new.replaces = (_emptied(layer),)
+    new.training = layer.training  # not `train(...)`: what is inside a layer keeps a flag of its own
     return new
 
 
-def _is_kin(layer: nn.Module, kinds: Sequence[str]) -> bool:
-    """Whether a layer descends from one that would be replaced."""
-    families: dict[str, Any] = {"batch": tuple(_BATCH), "group": nn.GroupNorm, "instance": _INSTANCE}
-    return any(isinstance(layer, families[kind]) for kind in kinds)
+def stand_in(layer: nn.Module) -> tuple[str, type[KalmanLayer] | None]:
+    """Which kind of layer this is, and the class that can take its place; None for its class where the
+    layer is of a kind, but computes something of its own.
+    """
+    if (found := _ELSEWHERE.get(f"{type(layer).__module__}.{type(layer).__name__}")) is not None:
+        return found
+    if isinstance(layer, KalmanLayer):
+        return "", None
+    for kind, classes in _STOCK.items():
+        for stock, kalman in classes.items():
+            if isinstance(layer, stock):
+                return kind, kalman if type(layer).forward is stock.forward else None
+    return "", None
+
+
+def _stock_ancestor(layer: nn.Module) -> type:
+    return next(kind for kind in type(layer).__mro__ if kind.__module__.startswith("torch.nn"))
 
 
 def _on(layer: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
     """The options, and where the layer's tensors live."""
     tensors = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
     floating = [t for t in tensors if t.is_floating_point()]
-    return {**options, "device": floating[0].device, "dtype": floating[0].dtype} if floating else options
+    if not floating:
+        return dict(options)
+    return {**options, "device": floating[0].device, "dtype": floating[0].dtype}
+
+
+def _emptied(layer: nn.Module) -> nn.Module:
+    """The layer without its tensors and submodules, which its stand-in holds."""
+    shell: Any = copy.copy(layer)
+    shell._parameters = dict.fromkeys(layer._parameters)
+    shell._buffers = dict.fromkeys(layer._buffers)
+    shell._modules = dict.fromkeys(layer._modules)
+    if hasattr(shell, "process_group"):
+        shell.process_group = None
+    shell._forward_pre_hooks = copy.copy(layer._forward_pre_hooks)
+    let_go(shell)  # its stand-in is frozen, or not
+    return shell  # type: ignore[no-any-return]
 
 
 def _adopt(new: KalmanLayer, old: nn.Module) -> None:
-    """Take over the parameters and buffers themselves."""
-    for name, parameter in old._parameters.items():
-        new._parameters[name] = parameter
-    for name, buffer in old._buffers.items():
-        new._buffers[name] = buffer
+    """Take over the parameters, buffers and submodules themselves."""
+    new._parameters.update({name: tensor for name, tensor in old._parameters.items() if name in new._parameters})
+    new._buffers.update({name: tensor for name, tensor in old._buffers.items() if name in new._buffers})
+    new._modules.update(old._modules)
     for added in (new.gain, new.process_noise):
         if isinstance(added, nn.Parameter) and new.weight is not None:
             added.requires_grad_(new.weight.requires_grad)
 
 
-def _from_batch_norm(layer: nn.modules.batchnorm._BatchNorm, name: str, options: dict[str, Any]) -> KalmanNorm:
+def _from_batch_norm(layer: Any, name: str, kalman: Any, options: dict[str, Any]) -> KalmanNorm:
+    if not hasattr(layer, "num_batches_tracked"):
+        return _from_frozen_batch_norm(layer, kalman, options)
     if isinstance(layer.weight, nn.parameter.UninitializedParameter):
         raise ValueError(f"{type(layer).__name__} {name!r} is lazy: run the model once before kalmannorm.convert")
     synchronizes = isinstance(layer, nn.SyncBatchNorm) and torch.distributed.is_initialized()
     if synchronizes and "process_group" not in options:
-        options = {**options, "process_group": layer.process_group or torch.distributed.group.WORLD}
-    new = _BATCH[type(layer)](
-        layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats, **_on(layer, options)
+        options["process_group"] = layer.process_group or torch.distributed.group.WORLD
+    new: KalmanNorm = kalman(
+        layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats, **options
     )
     _adopt(new, layer)
+    new.frozen = is_frozen(layer)
     return new
 
 
-def _is_frozen_batch_norm(layer: nn.Module) -> bool:
-    """torchvision is not a dependency: a model that has its layer has imported it."""
-    misc = sys.modules.get("torchvision.ops.misc")
-    return misc is not None and type(layer) is misc.FrozenBatchNorm2d
-
-
-def _from_frozen_batch_norm(layer: Any, options: dict[str, Any]) -> KalmanNorm:
-    new = KalmanNorm2d(layer.weight.shape[0], layer.eps, **_on(layer, options))
+def _from_frozen_batch_norm(layer: Any, kalman: Any, options: dict[str, Any]) -> KalmanNorm:
+    """Its weight and bias are buffers: they become parameters."""
+    new: KalmanNorm = kalman(layer.weight.shape[0], layer.eps, **options)
+    new._modules.update(layer._modules)
     with torch.no_grad():
         for name in ("weight", "bias", "running_mean", "running_var"):
             getattr(new, name).copy_(getattr(layer, name))
+    return new
+
+
+def _from_group_norm(layer: Any, name: str, kalman: Any, options: dict[str, Any]) -> GroupKalmanNorm:
+    if isinstance(layer, nn.GroupNorm):
+        groups, channels = layer.num_groups, layer.num_channels
+    elif layer.track_running_stats:
+        raise ValueError(
+            f"{type(layer).__name__} {name!r} tracks running statistics, which GroupKalmanNorm has not: "
+            "expected track_running_stats=False"
+        )
+    else:
+        groups = channels = layer.num_features
+    new: GroupKalmanNorm = kalman(groups, channels, layer.eps, layer.affine, **options)
+    _adopt(new, layer)
     return new
 
 
@@ -246,14 +301,16 @@ def kalman_layers(model: nn.Module) -> Iterator[tuple[str, KalmanLayer]]:
 def to_batchnorm(model: _M) -> _M:
     """Replace Kalman layers by the stock layers of the same ``eval()`` output, in place, to deploy.
 
-    Parameters and buffers are the same objects; gain and process noise are dropped.
+    Parameters and buffers are the same objects; gain and process noise are dropped. Training flags and
+    ``requires_grad`` stay; a frozen layer gives one in ``eval()``, which ``model.train()`` would end.
 
     Args:
         model: a network with :class:`KalmanNorm` layers. If it is itself one, its replacement is
             returned.
 
     Returns:
-        The model, with layers of torch.nn only.
+        The model, with layers of torch.nn only; where a layer had taken the place of another library's
+        (timm's norm-and-activation layers), with that.
 
     Raises:
         ValueError: for a :class:`GroupKalmanNorm` whose gain is not 1: it fuses in ``eval()``, so no
@@ -261,51 +318,87 @@ def to_batchnorm(model: _M) -> _M:
     """
     replaced: dict[nn.Module, nn.Module] = {}
     for name, layer in kalman_layers(model):
-        if isinstance(layer, GroupKalmanNorm):
-            if not layer.ignores_prior:
-                raise ValueError(
-                    f"GroupKalmanNorm {name!r} fuses its input with a prior in eval() too, expected gain=1.0: "
-                    "no stock layer computes the same"
-                )
-            stock: nn.Module = nn.GroupNorm(layer.num_groups, layer.num_channels, layer.eps, layer.affine)
-        else:
-            stock = _stock_class(layer)(
-                layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats
+        if isinstance(layer, GroupKalmanNorm) and not layer.ignores_prior:
+            raise ValueError(
+                f"{type(layer).__name__} {name!r} fuses its input with a prior in eval() too, expected gain=1.0: "
+                "no stock layer computes the same"
             )
-        for key in stock._parameters:
-            stock._parameters[key] = layer._parameters[key]
-        for key in stock._buffers:
-            stock._buffers[key] = layer._buffers[key]
-        replaced[layer] = stock.train(layer.training)
+        replaced[layer] = _stock_layer(layer)
     model = _replace_modules(model, replaced)
     for module in model.modules():
         _disconnect(module)
     return model
 
 
-def _stock_class(layer: KalmanNorm) -> Callable[..., nn.Module]:
-    return next(stock for stock, kalman in _BATCH.items() if type(layer) is kalman)
+def _stock_layer(layer: KalmanLayer) -> nn.Module:
+    """The layer that was there, or torch.nn's, with the same tensors."""
+    stock: Any
+    if layer.replaces:
+        stock = _emptied(layer.replaces[0])
+        stock.eps, stock.momentum = layer.eps, getattr(layer, "momentum", None)
+        stock._modules.update(layer._modules)
+    elif isinstance(layer, GroupKalmanNorm):
+        stock = nn.GroupNorm(layer.num_groups, layer.num_channels, layer.eps, layer.affine)
+    else:
+        kind: Any = next(stock for stock, kalman in _STOCK["batch"].items() if isinstance(layer, kalman))
+        stock = kind(layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats)
+    for key in stock._parameters:
+        stock._parameters[key] = layer._parameters[key]
+    for key in stock._buffers:
+        stock._buffers[key] = layer._buffers[key]
+    # Not `train(...)`: what is inside a layer keeps a flag of its own.
+    stock.training = layer.training and not layer.frozen
+    behind = [] if layer.replaces else [m for m in layer.children() if not isinstance(m, nn.Identity)]
+    if not behind:
+        return stock  # type: ignore[no-any-return]
+    both = nn.Sequential(stock, *behind)
+    both.training = layer.training
+    return both
 
 
 def fuse(model: _M) -> _M:
     """Fold normalization layers into the convolutions and linear layers before them, for inference.
 
-    Works on a trace of the model (``torch.fx``), in ``eval()``; the model itself is not changed.
+    Works on a trace of the model (``torch.fx``), in ``eval()``; the model itself is not changed. A
+    convolution that is called at several places gets a copy for each.
 
     Args:
         model: a network in ``eval()``, with Kalman or BatchNorm layers.
 
     Returns:
-        A fused copy.
+        A fused copy. A layer that follows no convolution or linear layer is in it as it was.
 
     Raises:
-        ValueError: for a model in training.
+        ValueError: for a model in training, or one that ``torch.fx`` cannot trace.
     """
     if model.training:
         raise ValueError(f"{type(model).__name__} is in training, expected eval(): only running statistics fold")
     plain = copy.deepcopy(model)
     if any(True for _ in kalman_layers(plain)):
         plain = to_batchnorm(plain)
-    return fuse_graph(plain)  # type: ignore[return-value]
+    return fuse_graph(_traced(plain), inplace=True, no_trace=True)  # type: ignore[return-value]
+
+
+def _traced(model: nn.Module) -> torch.fx.GraphModule:
+    """The model's graph, in which no layer with weights is called twice: each call may be folded otherwise."""
+    try:
+        traced = torch.fx.symbolic_trace(model)
+    except Exception as error:  # the model's own code runs on stand-ins, and may raise anything
+        first = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{type(model).__name__} cannot be traced by torch.fx ({type(error).__name__}: {first}), "
+            "expected a forward whose course does not depend on its input: deploy kalmannorm.to_batchnorm(model), or "
+            "fuse the parts of it that can be traced"
+        ) from error
+    called: set[str] = set()
+    for node in traced.graph.nodes:
+        if node.op != "call_module":
+            continue
+        if node.target in called and isinstance(traced.get_submodule(node.target), _FOLDED_INTO):
+            copied = f"{node.target}_copy{len(called)}"
+            traced.add_submodule(copied, copy.deepcopy(traced.get_submodule(node.target)))
+            node.target = copied
+        called.add(node.target)
+    return traced
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,6 +121,8 @@ def _row(name: str, layer: KalmanLayer, x: Tensor) -> Row:
         reason = "no module above it is connected"
     elif layer.ignores_prior:
         reason = "its gain is 1"
+    elif not layer.is_fusing:
+        reason = "it is frozen"
     elif step is None:
         reason = "its input does not depend on the network's input"
     else:
@@ -140,19 +141,19 @@ def _row(name: str, layer: KalmanLayer, x: Tensor) -> Row:
     return Row(name, kind, _gain(layer, x), tuple(dict.fromkeys(sources)), tuple(through), "")
 
 
-def _ancestors(step: Step) -> Iterator[Step]:
-    """The steps that lead to this one, itself included, in the order of the calls."""
-    seen: set[int] = set()
-
-    def walk(current: Step) -> Iterator[Step]:
-        if id(current) in seen:
-            return
-        seen.add(id(current))
-        for parent in current.parents():
-            yield from walk(parent)
-        yield current
-
-    return walk(step)
+def _ancestors(step: Step) -> list[Step]:
+    """The steps that lead to this one, itself included, each after those that it was computed from."""
+    found: dict[Step, None] = {}
+    waiting = [step]
+    while waiting:
+        current = waiting[-1]
+        first = [parent for parent in current.parents() if parent not in found]
+        if first:
+            waiting.extend(reversed(first))
+        else:
+            found[current] = None
+            waiting.pop()
+    return list(found)
 
 
 def _groups(layer: KalmanLayer, x: Tensor) -> int:

@@ -127,6 +127,11 @@ def normalize(x: Tensor, statistics: Gaussian, weight: Tensor | None, bias: Tens
     weight, bias = _affine(weight, bias, mean[0])
     if mean.shape[0] == 1:
         return standardize(x, mean.view(-1), var.view(-1), weight, bias, eps)
+    if not x.is_contiguous():  # whose memory format the output is to keep
+        scale = weight * torch.rsqrt(var + eps)
+        blocks = x.unflatten(0, (mean.shape[0], -1))
+        scale, shift = (t.view(t.shape[0], 1, -1, *[1] * (x.ndim - 2)) for t in (scale, bias - mean * scale))
+        return torch.addcmul(shift, blocks, scale).flatten(0, 1)
     # Each sample as channels of its own, with its group's statistics.
     samples, channels = x.shape[:2]
     each = samples // mean.shape[0]
@@ -163,12 +168,18 @@ def kalman_norm(x: Tensor, prior: Gaussian | None, weight: Tensor | None = None,
         observation: the moments to fuse with the prior, where they are not just those of ``x``:
             see :func:`synchronize`.
     """
+    if observation is None and groups == 1 and prior is None:
+        # In the same step, with a gain of 1: half precision needs its gradient in one piece.
+        nothing = x.new_zeros(1, x.shape[1], dtype=_wide(x.dtype))
+        return _in_one_step(x, Gaussian(nothing, nothing), weight, bias, 1.0, False, eps)
     if observation is None and groups == 1 and prior is not None and guard is None:
         return _in_one_step(x, add_process_noise(prior, process_noise), weight, bias, gain, spread, eps)
+    wide = x.to(_wide(x.dtype))
     if observation is None:
-        observation = observe(x, groups)
+        observation = observe(wide, groups)
     gain, posterior = _fuse(prior, observation, gain, process_noise, spread, guard)
-    return KalmanNormOutput(normalize(x, posterior, weight, bias, eps), posterior, observation, gain)
+    y = normalize(wide, posterior, weight, bias, eps).to(x.dtype)
+    return KalmanNormOutput(y, posterior, observation, gain)
 
 
 def _fuse(prior: Gaussian | None, observation: Gaussian, gain: Tensor | float, process_noise: Tensor | None,
@@ -261,7 +272,8 @@ def group_kalman_norm(x: Tensor, prior: Gaussian | None, num_groups: int, weight
         The output, and statistics of shape ``(N, C)``: each channel has its group's.
     """
     samples, channels = x.shape[:2]
-    mean, var = moments(x.to(_wide(x.dtype)).reshape(1, samples * num_groups, -1))
+    wide = x.to(_wide(x.dtype))
+    mean, var = moments(wide.reshape(1, samples * num_groups, -1))
     observation = Gaussian(mean, var).map(lambda t: t.view(samples, num_groups))
     if prior is not None:
         split = add_process_noise(prior, process_noise).map(lambda t: t.unflatten(1, (num_groups, -1)))
@@ -271,4 +283,5 @@ def group_kalman_norm(x: Tensor, prior: Gaussian | None, num_groups: int, weight
     posterior, observation = (
         b.map(lambda t: t.repeat_interleave(each_channel, 1)) for b in (posterior, observation)
     )
-    return KalmanNormOutput(normalize(x, posterior, weight, bias, eps), posterior, observation, gain)
+    y = normalize(wide, posterior, weight, bias, eps).to(x.dtype)
+    return KalmanNormOutput(y, posterior, observation, gain)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -12,11 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from kalmannorm.checkpoints import is_recomputing, is_reentrant
 from kalmannorm.functional import KalmanNormOutput, group_kalman_norm, kalman_norm, synchronize
 from kalmannorm.gaussian import Gaussian, Unknown
+from kalmannorm.kernels.apply import is_transformed
 from kalmannorm.propagation import Estimator, attach, is_open, paused, prior_of
 
-__all__ = ["PRESETS", "GroupKalmanNorm", "KalmanNorm", "KalmanNorm1d", "KalmanNorm2d", "KalmanNorm3d", "preset"]
+__all__ = [
+    "PRESETS", "GroupKalmanNorm", "GroupKalmanNormAct", "KalmanNorm", "KalmanNorm1d", "KalmanNorm2d", "KalmanNorm3d",
+    "KalmanNormAct2d", "preset",
+]  # fmt: skip
 
 Gain = float | Literal["prior-strength", "learned"]
 Carry = Literal["output", "posterior"]
@@ -58,6 +65,11 @@ class _Filter(nn.Module):
     eps: float
     layer_name: str
     process_noise: nn.Parameter | None
+    # The layer whose place it took, emptied of its tensors, where that is not a plain torch.nn one: in a
+    # tuple, so that it is no submodule.
+    replaces: tuple[nn.Module, ...] = ()
+    # Set by `kalmannorm.freeze`.
+    frozen = False
 
     def _init_filter(self, channels: int, gain: Gain, process_noise: bool, spread: bool, carry: Carry,
                      estimator: Estimator, guard: float | None, device: Any, dtype: Any) -> None:  # fmt: skip
@@ -129,6 +141,11 @@ class _Filter(nn.Module):
         """The prior of the input; None where it is unknown, or the gain leaves it no say."""
         if self.ignores_prior:
             return None
+        if is_recomputing() and is_reentrant():
+            raise RuntimeError(
+                f"{self._label()} is run again by a reentrant checkpoint, which loses what is believed of its input "
+                "and the gradients through it: expected torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+            )
         if self.training and not is_open():
             self._warn_once()
         prior = prior_of(x, groups, self.estimator)
@@ -197,7 +214,8 @@ class _Filter(nn.Module):
         gain = self.gain if self.gain_rule == "fixed" else repr(self.gain_rule)
         text = f"gain={gain}, process_noise={self.process_noise is not None}, spread={self.spread}, "
         text += f"carry={self.carry!r}, estimator={self.estimator!r}"
-        return text + (f", guard={self.guard}" if self.guard is not None else "")
+        text += f", guard={self.guard}" if self.guard is not None else ""
+        return text + (", frozen=True" if self.frozen else "")
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any],
                               strict: bool, missing_keys: list[str], unexpected_keys: list[str],
@@ -252,6 +270,9 @@ class KalmanNorm(_Filter, _NormBase):
     running_var: Tensor | None
     num_batches_tracked: Tensor | None
     nonfinite_batches: Tensor | None
+    # What `kalmannorm.recalibrate` puts here gets each call's fused statistics, `(S, C)`, and of how many
+    # samples they are.
+    collect: Callable[[Gaussian, int | Tensor], None] | None = None
 
     def __init__(self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True,
                  track_running_stats: bool = True, *, gain: Gain = "prior-strength", process_noise: bool = True,
@@ -278,10 +299,18 @@ class KalmanNorm(_Filter, _NormBase):
         counter = torch.zeros((), dtype=torch.long, device=device) if track_running_stats else None
         self.register_buffer("nonfinite_batches", counter, persistent=False)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> KalmanNorm:
+        """A copy shares its process group, which cannot be copied."""
+        memo[id(self.process_group)] = self.process_group
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return new
+
     @property
     def is_fusing(self) -> bool:
         """Whether the next call normalizes by fused batch statistics, not by running ones."""
-        return self.training or self.online or self.running_mean is None
+        return self.running_mean is None or (not self.frozen and (self.training or self.online))
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize ``(N, C, *)``."""
@@ -306,6 +335,8 @@ class KalmanNorm(_Filter, _NormBase):
             )  # fmt: skip
             if self.training:
                 self._remember(out, count)
+            if self.collect is not None:
+                self.collect(out.posterior, groups * samples)
             self._hand_on(out.output, out.posterior)
             return out.output
 
@@ -334,8 +365,21 @@ class KalmanNorm(_Filter, _NormBase):
 
         Channels whose statistics are not finite keep their last value.
         """
-        if self.running_mean is None or self.running_var is None or _is_recomputing():
+        if self.running_mean is None or self.running_var is None or is_recomputing():
             return
+        try:
+            self._average(out, count)
+        except RuntimeError as error:
+            if not is_transformed():
+                raise
+            raise RuntimeError(
+                f"{self._label()} cannot update its running statistics in place inside of this transform, expected "
+                "eval(), track_running_stats=False, or buffers that are the transformed function's own"
+            ) from error
+
+    def _average(self, out: KalmanNormOutput, count: int | Tensor) -> None:
+        assert self.running_mean is not None
+        assert self.running_var is not None
         assert self.num_batches_tracked is not None
         assert self.nonfinite_batches is not None
         self.num_batches_tracked.add_(1)
@@ -354,11 +398,6 @@ class KalmanNorm(_Filter, _NormBase):
         """The options, in the order of the constructor."""
         text = f"{_NormBase.extra_repr(self)}, {self._options_repr()}"
         return text + (f", stats_batch_size={self.stats_batch_size}" if self.stats_batch_size is not None else "")
-
-
-def _is_recomputing() -> bool:
-    """Whether a checkpoint is running the forward pass again, inside of a backward pass."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 class KalmanNorm1d(KalmanNorm):
@@ -442,6 +481,9 @@ class GroupKalmanNorm(_Filter):
         """Always: there are no running statistics."""
         return True
 
+    def _groups(self, samples: int) -> int:
+        return samples
+
     def _stock_name(self) -> str:
         return "GroupNorm"
 
@@ -465,3 +507,41 @@ class GroupKalmanNorm(_Filter):
         """The options, in the order of the constructor."""
         text = f"{self.num_groups}, {self.num_channels}, eps={self.eps}, affine={self.affine}"
         return f"{text}, {self._options_repr()}"
+
+
+class _ThenActivation(nn.Module):
+    """What follows the normalization in layers that do both: dropout, then an activation."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def __init__(self, *args: Any, drop: nn.Module | None = None, act: nn.Module | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.drop = nn.Identity() if drop is None else drop
+        self.act = nn.Identity() if act is None else act
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize ``(N, C, *)``, drop, activate."""
+        return self.act(self.drop(super().forward(input)))  # type: ignore[no-any-return, misc]
+
+
+class KalmanNormAct2d(_ThenActivation, KalmanNorm2d):
+    """:class:`KalmanNorm2d` and the activation behind it: stands in for timm's ``BatchNormAct2d``.
+
+    Args:
+        args: as :class:`KalmanNorm2d`'s.
+        drop: a module between the two; None for nothing.
+        act: the activation; None for nothing.
+        kwargs: as :class:`KalmanNorm2d`'s.
+    """
+
+
+class GroupKalmanNormAct(_ThenActivation, GroupKalmanNorm):
+    """:class:`GroupKalmanNorm` and the activation behind it: stands in for timm's ``GroupNormAct``.
+
+    Args:
+        args: as :class:`GroupKalmanNorm`'s.
+        drop: a module between the two; None for nothing.
+        act: the activation; None for nothing.
+        kwargs: as :class:`GroupKalmanNorm`'s.
+    """

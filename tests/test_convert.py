@@ -212,6 +212,40 @@ def test_connecting_twice_is_connecting_once():
     assert not model._forward_hooks_always_called
 
 
+def flags(model):
+    return {name: module.training for name, module in model.named_modules()}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_there_and_back_keeps_requires_grad_and_training_flags(training):
+    model = nn.Sequential(small(), nn.BatchNorm2d(4), nn.Dropout()).train(training)
+    model[0][1].training = not training
+    model[0][1].weight.requires_grad_(False)
+    model[1].bias.requires_grad_(False)
+    model[0][3].requires_grad_(False)
+    wanted = {name: p.requires_grad for name, p in model.named_parameters()}, flags(model)
+    kn.convert(model)
+    assert flags(model) == wanted[1]
+    kn.to_batchnorm(model)
+    assert ({name: p.requires_grad for name, p in model.named_parameters()}, flags(model)) == wanted
+
+
+def test_what_is_inside_a_layer_keeps_a_training_flag_of_its_own():
+    layer = kn.modules.KalmanNormAct2d(4, drop=nn.Dropout(0.5), act=nn.ReLU())
+    model = nn.Sequential(layer)
+    layer.drop.eval()
+    plain = kn.to_batchnorm(model)
+    assert [type(m) for m in plain[0]] == [nn.BatchNorm2d, nn.Dropout, nn.ReLU]
+    assert [m.training for m in plain[0]] == [True, False, True]
+
+    norm_act = pytest.importorskip("timm.layers").BatchNormAct2d
+    model = nn.Sequential(norm_act(4, drop_layer=nn.Dropout))
+    model[0].drop.eval()
+    wanted = flags(model)
+    assert flags(kn.convert(model)) == wanted
+    assert flags(kn.to_batchnorm(model)) == wanted
+
+
 def test_users_own_hooks_stay():
     model = small()
     model.register_forward_hook(lambda module, args, y: y + 1)

@@ -77,3 +77,10 @@ def test_reasons():
 def test_first_nonfinite_needs_a_layer():
     with pytest.raises(ValueError, match="has no KalmanNorm layer"):
         kn.first_nonfinite(nn.BatchNorm2d(3))
+
+
+def test_frozen_layers_use_no_prior():
+    model = kn.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4)))
+    kn.freeze(model[3])
+    rows = kn.describe(model, torch.randn(2, 3, 6, 6)).rows
+    assert rows[1].reason == "it is frozen"

@@ -1,19 +1,103 @@
-"""Statistics shared between processes, on two gloo processes of this machine."""
+"""Many processes: statistics shared between them, DDP, FSDP2, checkpoints, restarts. All on gloo and this machine.
 
+The programs that torchrun starts are in ``torchrun/``; each does several things, as a start takes seconds.
+"""
+
+import copy
+import datetime
 import os
 import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import kalmannorm as kn
 
+PROGRAMS = Path(__file__).parent / "torchrun"
+sys.path.insert(0, str(PROGRAMS))
+from network import batch, build, layers_with_prior, sgd, state_of, train_step  # noqa: E402
+from restart import KILLED_AT  # noqa: E402
+from sharded import HALVES, load_and_go_on, save_and_go_on  # noqa: E402
 
-def build():
+pytestmark = pytest.mark.slow
+
+
+def torchrun(program, *arguments, restarts=0):
+    """Run a program of ``torchrun/`` in two processes; all are ended if it takes too long."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [f"--max-restarts={restarts}", str(PROGRAMS / program), *map(str, arguments)]
+    paths = f"{PROGRAMS.parents[1]}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    # Processes that were started again find the addresses of the dead ones in a store that outlives them
+    # (pytorch#135712, pytorch#167288): this gives each start a store of its own.
+    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
+        try:
+            output, _ = run.communicate(timeout=180)
+        except subprocess.TimeoutExpired:
+            run.terminate()  # torchrun ends its processes then
+            output, _ = run.communicate(timeout=60)
+            pytest.fail(f"{program} did not end in time\n{output}")
+    assert run.returncode == 0, output
+
+
+def results(folder):
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def assert_same(actual, expected, **tolerance):
+    """Of dictionaries of tensors."""
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(actual[name], tensor, **tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def only_parameters(state, model):
+    return {name: state[name] for name, _ in model.named_parameters()}
+
+
+def train_by_hand(model, parts, micro_batches=1, steps=3):
+    """A copy of the model for each part of the batch; their gradients averaged after each step."""
+    models = [copy.deepcopy(model) for _ in parts]
+    optimizers, losses = [sgd(each) for each in models], [[] for _ in parts]
+    for step in range(steps):
+        images, labels = batch(step)
+        for each, part, record in zip(models, parts, losses, strict=True):
+            each.zero_grad()
+            for x, label in zip(images[part].chunk(micro_batches), labels[part].chunk(micro_batches), strict=True):
+                loss = F.cross_entropy(each(x), label) / micro_batches
+                loss.backward()
+            record.append(loss.item())
+        for same in zip(*(each.parameters() for each in models), strict=True):
+            mean = torch.stack([parameter.grad for parameter in same]).mean(0)
+            for parameter in same:
+                parameter.grad = mean.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    return models, losses
+
+
+def trained_on_the_whole_batch(steps=3):
+    model = kn.convert(build())
+    optimizer = sgd(model)
+    for step in range(steps):
+        train_step(model, optimizer, step)
+    return model
+
+
+# -- statistics shared by process_group ------------------------------------------------------------
+
+
+def build_small():
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
@@ -21,47 +105,184 @@ def build():
     return model
 
 
-def batch():
+def batch_of_six():
     generator = torch.Generator().manual_seed(1)
     return torch.randn(6, 3, 8, 8, generator=generator, dtype=torch.float64)
 
 
-def worker(rank, split, port, folder):
+SPLITS = [[3, 3], [4, 2], [6, 0]]
+
+
+def worker(rank, port, folder):
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    model = kn.convert(build(), process_group=dist.group.WORLD)
-    parallel = DistributedDataParallel(model)
-    x = batch().split(split)[rank].clone().requires_grad_()
-    y = parallel(x)
-    (y.square().sum() * 2).backward()  # DDP averages the gradients of the two processes
-    state = {
-        "y": y.detach(), "dx": x.grad / 2, "grads": {n: p.grad for n, p in model.named_parameters()},
-        "buffers": dict(model.named_buffers()),
-    }  # fmt: skip
-    torch.save(state, f"{folder}/{rank}.pt")
+    dist.init_process_group("gloo", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60))
+    torch.save({str(split): forward_and_backward(rank, split) for split in SPLITS}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("split", [[3, 3], [4, 2], [6, 0]], ids=str)
-def test_two_processes_equal_one_with_the_whole_batch(split, tmp_path):
+def forward_and_backward(rank, split):
+    model = kn.convert(build_small(), process_group=dist.group.WORLD)
+    parallel = DistributedDataParallel(model)
+    x = batch_of_six().split(split)[rank].clone().requires_grad_()
+    y = parallel(x)
+    (y.square().sum() * 2).backward()  # DDP averages the gradients of the two processes
+    return {
+        "y": y.detach(), "dx": x.grad / 2, "grads": {n: p.grad for n, p in model.named_parameters()},
+        "buffers": dict(model.named_buffers()),
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def spawned(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("spawned")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(worker, (split, port, str(tmp_path)), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    processes = mp.spawn(worker, (port, str(folder)), nprocs=2, join=False)
+    end = time.monotonic() + 180
+    while not processes.join(timeout=5):  # true when both have ended
+        if time.monotonic() > end:
+            for process in processes.processes:
+                process.kill()
+            pytest.fail("two spawned processes did not end in time")
+    return results(folder)
 
-    model = kn.convert(build())
-    x = batch().requires_grad_()
+
+@pytest.mark.parametrize("split", SPLITS, ids=str)
+def test_two_processes_equal_one_with_the_whole_batch(spawned, split):
+    first, second = (result[str(split)] for result in spawned)
+    model = kn.convert(build_small())
+    x = batch_of_six().requires_grad_()
     y = model(x)
     y.square().sum().backward()
     close = {"rtol": 1e-5, "atol": 1e-8}
     torch.testing.assert_close(torch.cat([first["y"], second["y"]]), y.detach(), **close)
     torch.testing.assert_close(torch.cat([first["dx"], second["dx"]]), x.grad, **close)
-    for name, parameter in model.named_parameters():
-        for state in (first, second):
-            torch.testing.assert_close(state["grads"][name], parameter.grad, **close, msg=lambda m, n=name: f"{n}: {m}")
-    for name, buffer in model.named_buffers():
-        for state in (first, second):
-            torch.testing.assert_close(state["buffers"][name], buffer, **close, msg=lambda m, n=name: f"{n}: {m}")
+    for state in (first, second):
+        assert_same(state["grads"], {name: p.grad for name, p in model.named_parameters()}, **close)
+        assert_same(state["buffers"], dict(model.named_buffers()), **close)
+
+
+# -- DistributedDataParallel -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data_parallel(tmp_path_factory):
+    """Results of each process."""
+    folder = tmp_path_factory.mktemp("data_parallel")
+    torchrun("data_parallel.py", folder)
+    return results(folder)
+
+
+@pytest.mark.parametrize(("name", "micro_batches"), [("each for itself", 1), ("accumulated", 2)])
+def test_ddp_averages_gradients(data_parallel, name, micro_batches):
+    """``accumulated``: over two micro-batches, the first under ``no_sync``."""
+    first, second = (result[name] for result in data_parallel)
+    models, _ = train_by_hand(kn.convert(build()), HALVES, micro_batches)
+    close = {"rtol": 1e-9, "atol": 1e-12}
+    assert_same(first["state"], state_of(models[0]), **close)
+    for result in (first, second):
+        assert not any(result["shared"].values())
+        assert_same(only_parameters(result["state"], models[0]), only_parameters(first["state"], models[0]))
+        assert all(tensor.isfinite().all() for tensor in result["state"].values())
+
+
+@pytest.mark.parametrize("name", ["process_group", "SyncBatchNorm", "convert_sync_batchnorm"])
+def test_ddp_with_shared_statistics_trains_as_one_process(data_parallel, name):
+    """In uneven parts, too. A SyncBatchNorm converted in a process group shares its statistics."""
+    expected = state_of(trained_on_the_whole_batch())
+    for result in data_parallel:
+        assert all(result[name]["shared"].values())
+        assert_same(result[name]["state"], expected, rtol=1e-5, atol=1e-8)
+
+
+# -- FSDP2 -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    """What the two processes did, and the one that saved the checkpoint that they loaded."""
+    folder = tmp_path_factory.mktemp("sharded")
+    one = save_and_go_on(kn.convert(build()), folder / "by_one")
+    torchrun("sharded.py", folder)
+    return results(folder), one, folder
+
+
+def all_but_the_first_layer():
+    model = kn.convert(build())
+    names = layers_with_prior(model)
+    model(batch(0)[0])
+    assert len(names) == 7
+    return names
+
+
+@pytest.mark.parametrize("name", ["blocks", "leaves", "recomputed", "parts"])
+def test_a_sharded_model_trains_as_a_whole_one(sharded, name):
+    models, losses = train_by_hand(kn.convert(build()), HALVES)
+    for result, model, loss in zip(sharded[0], models, losses, strict=True):
+        assert result[name]["with_prior"] == all_but_the_first_layer()
+        torch.testing.assert_close(result[name]["losses"], loss, rtol=1e-5, atol=1e-8)
+        assert_same(result[name]["state"], state_of(model), rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize(("name", "steps", "tolerance"), [("draws", 1, 0.2), ("bfloat16", 3, 0.05)])
+def test_a_sharded_model_trains_otherwise(sharded, name, steps, tolerance):
+    """By draws, and with parameters and activations of bfloat16: running statistics stay float32."""
+    _, losses = train_by_hand(kn.convert(build()), HALVES)
+    wide = torch.float64 if name == "draws" else torch.float32
+    for result, loss in zip(sharded[0], losses, strict=True):
+        assert result[name]["with_prior"] == all_but_the_first_layer()
+        torch.testing.assert_close(result[name]["losses"][:steps], loss[:steps], rtol=tolerance, atol=0)
+        for key, tensor in result[name]["state"].items():
+            assert tensor.isfinite().all(), key
+            assert tensor.dtype == (wide if tensor.is_floating_point() else torch.int64), key
+
+
+def test_a_belief_that_needs_freed_parameters_is_unknown():
+    """To read them would end the process."""
+
+    def free(parameter):
+        parameter.untyped_storage().resize_(0)
+
+    model = kn.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)))
+    model[2].register_forward_hook(lambda *_: free(model[2].weight))
+    description = kn.describe(model, torch.randn(2, 3, 8, 8))
+    assert description.rows[1].reason == "it depends on parameters that FSDP has freed"
+
+
+def test_who_asks_whether_an_output_is_a_view_changes_nothing():
+    """FSDP does."""
+
+    class Asks(nn.Module):
+        def forward(self, x):
+            assert x.flatten(2)._base is x
+            return x
+
+    model = kn.convert(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), Asks(), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    assert kn.describe(model, torch.randn(2, 3, 8, 8)).with_prior == 1
+
+
+def test_a_checkpoint_of_two_processes_goes_on_in_one(sharded):
+    two, _, folder = sharded
+    here = load_and_go_on(kn.convert(build()), folder / "by_two")
+    for result in two:
+        assert_same(here["checkpoint"], result["saved"]["checkpoint"], rtol=0, atol=0)
+        assert_same(here["next"], result["saved"]["next"], rtol=0, atol=1e-6)
+
+
+def test_a_checkpoint_of_one_process_goes_on_in_two(sharded):
+    two, one, _ = sharded
+    for result in two:
+        assert_same(result["loaded"]["checkpoint"], one["checkpoint"], rtol=0, atol=0)
+        assert_same(result["loaded"]["next"], one["next"], rtol=0, atol=1e-6)
+
+
+# -- a process that dies ---------------------------------------------------------------------------
+
+
+def test_training_goes_on_after_a_process_was_killed(data_parallel, tmp_path):
+    torchrun("restart.py", tmp_path, restarts=1)
+    for killed, spared in zip(results(tmp_path), data_parallel, strict=True):
+        assert (spared["spared"]["began"], killed["began"]) == (0, KILLED_AT)
+        assert_same(killed["state"], spared["spared"]["state"], rtol=0, atol=0)

@@ -1,4 +1,4 @@
-"""How an autograd function is called: in eager mode, under functorch, and under torch.compile."""
+"""How an autograd function is called: in eager mode, under torch.func, and under torch.compile."""
 
 from __future__ import annotations
 
@@ -6,17 +6,28 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
-__all__ = ["direct"]
+__all__ = ["direct", "is_transformed"]
+
+
+def is_transformed() -> bool:
+    """Whether something other than the plain autograd engine derives what is computed now.
+
+    ``torch.compile`` derives and fuses a backward pass by itself, and older releases trace a hand-written
+    one wrongly. ``torch.func`` and forward-mode derivatives need functions that they know.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def direct(function: type[torch.autograd.Function], plain: Callable[..., Any] | None = None) -> Callable[..., Any]:
-    """``function.apply``, a good deal faster in eager mode, and out of the compiler's way.
+    """``function.apply``, a good deal faster, and the plain expression where the function is transformed.
 
-    A function with ``setup_context``, which functorch asks for, has its arguments bound to the signature
-    of ``forward`` at each call. That takes longer than the tiny operations of a belief; one whose
-    ``forward`` takes the context itself is spared it. ``torch.compile`` derives and fuses a backward pass
-    by itself, and older releases trace a hand-written one wrongly: it gets the plain expression.
+    A function with ``setup_context`` has its arguments bound to the signature of ``forward`` at each
+    call. That takes longer than the tiny operations of a belief; one whose ``forward`` takes the
+    context itself is spared it.
 
     Args:
         function: with ``forward``, ``setup_context`` and ``backward``.
@@ -34,9 +45,6 @@ def direct(function: type[torch.autograd.Function], plain: Callable[..., Any] | 
         backward = staticmethod(function.backward)
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return plain(*args)
-        functorch = torch._C._are_functorch_transforms_active()
-        return (function if functorch else Direct).apply(*args)  # type: ignore[no-untyped-call]
+        return plain(*args) if is_transformed() else Direct.apply(*args)  # type: ignore[no-untyped-call]
 
     return call

@@ -44,8 +44,6 @@ def _over_taps(gradient: Tensor, like: Tensor) -> Tensor:
 
 
 class _Contract(torch.autograd.Function):
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(mean: Tensor, var: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         matrix = weight.flatten(1)

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kalmannorm.kernels.apply import direct
-from kalmannorm.kernels.moments import moments, observe_channels
+from kalmannorm.kernels.moments import moments, observe_channels, slope_by_variance
 from kalmannorm.kernels.standardize import standardize
 
 __all__ = ["layer"]
@@ -51,8 +51,6 @@ def _plain(x: Tensor, prior_mean: Tensor, prior_var: Tensor, gain: Tensor, weigh
 
 
 class _Layer(torch.autograd.Function):
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(x: Tensor, prior_mean: Tensor, prior_var: Tensor, gain: Tensor, weight: Tensor,  # type: ignore[override]
                 bias: Tensor, spread: bool, eps: float) -> tuple[Tensor, ...]:  # fmt: skip
@@ -82,8 +80,9 @@ class _Layer(torch.autograd.Function):
             return _differentiable_backward(inputs, ctx.spread, ctx.eps, (dy, d_mean, d_var))
         x, prior_mean, prior_var, gain, weight, _ = inputs
         posterior_mean, posterior_var, mean, var = saved[6:]
+        narrow = x.dtype != mean.dtype
         dx, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
-            dy, x, weight, posterior_mean, posterior_var, None, None, False, ctx.eps, [True, True, True]
+            dy, x, weight, posterior_mean, posterior_var, None, None, False, ctx.eps, [not narrow, True, True]
         )
         inverse = torch.rsqrt(posterior_var + ctx.eps)
         scale = weight * inverse
@@ -101,10 +100,14 @@ class _Layer(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             d_gain = (g_mean.dot(innovation) + g_var.dot(by_gain)).view(1)
         count = x.numel() // x.shape[1]
-        slope = g_var * (gain * (2 / count))
+        slope = slope_by_variance(g_var * (gain * (2 / count)), mean, var)
         offset = d_observed / count - slope * mean
         shape = (1, -1, *[1] * (x.ndim - 2))
-        dx = dx.addcmul_(x, slope.view(shape).to(x.dtype)).add_(offset.view(shape).to(x.dtype))
+        slope, offset = slope.view(shape), offset.view(shape)
+        if narrow:  # terms that cancel may each be too large for half precision
+            dx = torch.addcmul(offset, x.to(slope.dtype), slope).addcmul_(dy, scale.view(shape)).to(x.dtype)
+        else:
+            dx = dx.addcmul_(x, slope).add_(offset)
         return dx, d_prior_mean, (1 - gain) * g_var, d_gain, d_weight, d_bias, None, None
 
 

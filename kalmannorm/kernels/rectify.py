@@ -29,8 +29,6 @@ def _standardize(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor, Ten
 
 
 class _Rectify(torch.autograd.Function):
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         std, a, above, density = _standardize(mean, var)

@@ -27,8 +27,6 @@ def _plain(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, e
 
 
 class _Standardize(torch.autograd.Function):
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor,  # type: ignore[override]
                 eps: float) -> Tensor:  # fmt: skip

@@ -26,18 +26,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Only now: all of these need the extra.
     from jsonargparse import ArgumentError, ArgumentParser  # noqa: PLC0415
 
+    from kalmannorm.lab.coverage import coverage  # noqa: PLC0415
     from kalmannorm.lab.demo import demo  # noqa: PLC0415
 
-    commands: dict[str, Callable[..., None]] = {"demo": demo}
+    commands: dict[str, Callable[..., None]] = {"demo": demo, "coverage": coverage}
     parser = ArgumentParser("kalmannorm", description="The laboratory of Kalman Normalization.", exit_on_error=False)
     subcommands = parser.add_subcommands(dest="command")
     for name, function in commands.items():
         subparser = ArgumentParser(exit_on_error=False)
         # As a flag: left to itself, jsonargparse wants "--validation true".
         subparser.add_function_arguments(function, as_group=False, skip={"validation"})
-        subparser.add_argument(
-            "--validation", action="store_true", help="Score on validation images, not on test images."
-        )
+        if function is demo:
+            subparser.add_argument(
+                "--validation", action="store_true", help="Score on validation images, not on test images."
+            )
         subcommands.add_subcommand(name, subparser, help=(function.__doc__ or "").partition("\n")[0])
     try:
         parsed = parser.parse_args(arguments)

@@ -1,9 +1,9 @@
 """How each torch function moves a belief: one pure function an operation, and a table of them."""
 
-from kalmannorm.rules import arithmetic, linear, normalization, pointwise, pooling, shape
-from kalmannorm.rules.table import RULES, Belief, Rule, aliases, rule
+from kalmannorm.rules import arithmetic, attention, linear, normalization, pointwise, pooling, shape
+from kalmannorm.rules.table import FACTORIES, RULES, Belief, Rule, aliases, rule
 
 __all__ = [
-    "RULES", "Belief", "Rule", "aliases", "arithmetic", "linear", "normalization", "pointwise", "pooling",
-    "rule", "shape",
+    "FACTORIES", "RULES", "Belief", "Rule", "aliases", "arithmetic", "attention", "linear", "normalization",
+    "pointwise", "pooling", "rule", "shape",
 ]  # fmt: skip

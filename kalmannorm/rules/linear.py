@@ -120,13 +120,3 @@ def linear(x: Gaussian, weight: Tensor, bias: Tensor | None = None) -> Belief:
     if bias is not None:
         mean = mean + bias
     return Gaussian(mean, var).map(lambda t: t.unflatten(0, before))
-
-
-@rule(*aliases("matmul", "__matmul__", "mm", "bmm"))
-def matmul(x: Gaussian | Tensor, other: Gaussian | Tensor) -> Belief:
-    """A product with a known matrix on the right: ``m W`` and ``v W^2``."""
-    if isinstance(other, Gaussian) or not isinstance(x, Gaussian):
-        return Unknown("a matrix product of two activations")
-    if other.ndim != 2:
-        return Unknown(f"a matrix product with a {other.ndim}-d tensor")
-    return linear(x, other.T)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kalmannorm.gaussian import Gaussian
+from kalmannorm.gaussian import Gaussian, Unknown
 from kalmannorm.rules.arithmetic import add, mul
 from kalmannorm.rules.shape import summarize
 from kalmannorm.rules.table import Belief, aliases, rule
@@ -58,3 +58,13 @@ def layer_norm(x: Gaussian, normalized_shape: Sequence[int], weight: Tensor | No
                bias: Tensor | None = None, eps: float = 1e-5, *args: Any) -> Belief:  # fmt: skip
     """Each feature is taken as standardized: ``beta`` and ``gamma^2``."""
     return _standardized(1.0 if weight is None else weight, 0.0 if bias is None else bias, x)
+
+
+@rule(F.normalize)
+def normalize(x: Gaussian, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: object = None) -> Belief:
+    """``x / |x|``: divided by ``sqrt(sum m^2 + v)``, the root of the norm's mean square."""
+    if p != 2.0:
+        return Unknown(f"normalize with p={p}")
+    full = x.full([dim % x.ndim])
+    mean_square = (full.mean.square() + full.var).sum(dim, keepdim=True)
+    return mul(x, mean_square.clamp_min(eps**2).rsqrt())

@@ -424,3 +424,23 @@ def channel_shuffle(x: Gaussian, groups: int) -> Gaussian:
     """Reorder the channels."""
     x = x.full([1])
     return x.map(lambda t: t.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2))
+
+
+# -- sliding windows -------------------------------------------------------------------------------
+
+
+@rule(torch.Tensor.unfold)
+def windows(x: Gaussian, dimension: int, size: int, step: int) -> Gaussian:
+    """Windows along one axis, each on a new last axis."""
+    dim = _axis(x, dimension)
+    if not _varies(x, dim):
+        return x.map(lambda t: t.unsqueeze(-1))
+    return x.full([dim]).map(lambda t: t.unfold(dim, size, step))
+
+
+@rule(F.unfold)
+def im2col(x: Gaussian, kernel_size: int | Sequence[int], *args: object, **kwargs: object) -> Gaussian:
+    """``(N, C, H, W)`` to ``(N, C k, L)``: each channel's belief, for each of ``k`` taps. Padding is ignored."""
+    taps = math.prod([kernel_size] * 2 if isinstance(kernel_size, int) else kernel_size)
+    x = x.full([1]).pool((2, 3))
+    return x.map(lambda t: t.flatten(2).repeat_interleave(taps, 1))

@@ -9,7 +9,7 @@ import torch
 
 from kalmannorm.gaussian import Gaussian, Unknown
 
-__all__ = ["RULES", "Belief", "Rule", "aliases", "rule"]
+__all__ = ["FACTORIES", "RULES", "Belief", "Rule", "aliases", "rule"]
 
 Belief = Gaussian | Unknown
 Rule = Callable[..., Any]
@@ -58,3 +58,11 @@ def aliases(*names: str) -> list[Callable[..., Any]]:
     """Every function and method of torch that goes by one of ``names``."""
     found = [getattr(home, name, None) for name in names for home in _HOMES]
     return list(dict.fromkeys(function for function in found if callable(function)))
+
+
+# What these return has an activation's shape, type or device, but does not depend on its values: masks of
+# dropped paths, zeros to pad with.
+FACTORIES: frozenset[Callable[..., Any]] = frozenset(
+    aliases("new_empty", "new_full", "new_ones", "new_zeros", "empty_like", "full_like", "ones_like", "zeros_like",
+            "rand_like", "randn_like", "randint_like")
+)  # fmt: skip

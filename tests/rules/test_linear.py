@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from drawing import believe, check_alias, check_draws, check_unknown, covers, samples, values
+from drawing import believe, check_draws, check_unknown, covers, samples, values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kalmannorm.gaussian import Gaussian
-from kalmannorm.rules import RULES, aliases
+from kalmannorm.rules import RULES
 
 CONVOLUTIONS = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
 TRANSPOSED = {F.conv_transpose1d: 1, F.conv_transpose2d: 2, F.conv_transpose3d: 3}
@@ -123,32 +123,6 @@ def test_one_feature_drops_the_axis():
     assert y.mean.shape == (1, 4)
     assert torch.equal(y.mean, expected.mean[..., 0])
     assert torch.equal(y.var, expected.var[..., 0])
-
-
-_PRODUCTS = [f for f in aliases("matmul", "__matmul__", "mm", "bmm") if f not in aliases("bmm")]
-
-
-@covers(*_PRODUCTS)
-def test_products_with_a_matrix(function):
-    check_draws(function, believe((2**18, 4), groups=2), values(4, 3), groups=2)
-
-
-@covers(*aliases("bmm"))
-def test_products_of_batches(function):
-    check_unknown("3-d", function, believe((4, 3, 2)), values(4, 2, 5))
-
-
-def test_products_of_sequences():
-    check_draws(torch.matmul, believe((2**16, 5, 4), axes=(1, 2)), values(4, 3), channel=-1)
-    check_alias(torch.Tensor.matmul, torch.matmul, believe((6, 5, 4), axes=(1, 2)), values(4, 3))
-
-
-def test_products_without_a_rule():
-    x = believe((6, 4))
-    for other in (believe((4, 5)), x):
-        check_unknown("two activations", torch.matmul, x, other)
-    check_unknown("two activations", torch.matmul, values(3, 6), x)
-    check_unknown("1-d", torch.matmul, x, values(4))
 
 
 # -- beliefs that come in blocks -----------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from drawing import believe, check_draws, covers, values
+from drawing import believe, check_draws, check_unknown, covers, draw_through, values
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -85,3 +85,22 @@ def test_gradients_reach_the_affine_map(function):
 
     x = believe((4, 3, 2))
     assert torch.autograd.gradcheck(moments, (weight, bias, x.mean.requires_grad_(), x.var.requires_grad_()))
+
+
+@covers(F.normalize)
+def test_normalize(function):
+    """Exact as the axis grows long; these are a few per cent off."""
+    for n, tolerance in ((16, 0.08), (256, 0.05)):
+        x = believe((2**20 // n, n))
+        belief, output = RULES[function](x, dim=1), draw_through(function, (x,), {"dim": 1})
+        std, mean = torch.std_mean(output, 0, keepdim=True)
+        assert ((belief.mean - mean).abs() < tolerance * std + 5e-3).all()
+        assert ((belief.std / std - 1).abs() < tolerance).all()
+        torch.testing.assert_close((belief.mean.square() + belief.var).sum(), torch.tensor(1.0).double())
+
+
+def test_normalize_along_pixels_and_by_other_norms():
+    belief = RULES[F.normalize](believe((2, 3, 4, 5)), dim=-1)
+    assert belief.mean.shape == (1, 3, 1, 1)
+    torch.testing.assert_close(belief.mean.square() + belief.var, torch.full((1, 3, 1, 1), 1 / 5).double())
+    check_unknown("p=1", F.normalize, believe((2, 3)), p=1.0)

@@ -544,3 +544,19 @@ def test_pixel_unshuffle(function):
 @given(x=beliefs(ranks=(3, 4, 5), channels=(6,)), groups=st.sampled_from([1, 2, 3, 6]))
 def test_channel_shuffle(function, x, groups):
     check_moved(function, x, groups)
+
+
+# -- sliding windows -----------------------------------------------------------------------------------
+
+
+@covers(torch.Tensor.unfold)
+@pytest.mark.parametrize("dimension", [1, 2, -1])
+@pytest.mark.parametrize("axes", [(1,), (2,), (1, 2, 3)])
+def test_windows(function, dimension, axes):
+    check_moved(function, believe((2, 6, 6, 6), axes=axes), dimension, 3, 2)
+
+
+@covers(F.unfold)
+@pytest.mark.parametrize("kernel", [3, (2, 3)])
+def test_im2col(function, kernel):
+    check_moved(function, believe((2, 3, 6, 6), groups=2), kernel, stride=2)

@@ -1,0 +1,34 @@
+"""Binary segmentation with a U-Net of segmentation_models_pytorch, at 2 images a batch."""
+
+import segmentation_models_pytorch as smp
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+import kalmannorm as kn
+
+
+def discs(count, size=64):
+    """Noisy images of a disc, and the mask of it."""
+    rows, columns = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    center_row, center_column = torch.randint(size // 4, 3 * size // 4, (2, count, 1, 1))
+    masks = ((rows - center_row) ** 2 + (columns - center_column) ** 2 < (size // 5) ** 2).float()[:, None]
+    return masks + 0.3 * torch.randn(count, 3, size, size), masks
+
+
+torch.manual_seed(0)
+loader = DataLoader(TensorDataset(*discs(16)), batch_size=2, shuffle=True)  # your images and masks
+model = smp.Unet("resnet18", encoder_weights=None)  # "imagenet", for pretrained ones
+model = kn.convert(model, input_stats=([0.0] * 3, [1.0] * 3))
+print(str(kn.describe(model, next(iter(loader))[0])).splitlines()[-1])
+
+dice = smp.losses.DiceLoss("binary")
+optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+for epoch in range(3):
+    total = 0.0
+    for images, masks in loader:
+        loss = dice(model(images), masks)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        total += loss.item()
+    print(f"epoch {epoch}: loss {total / len(loader):.3f}")

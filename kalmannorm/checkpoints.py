@@ -1,0 +1,63 @@
+"""Activation checkpoints: regions of the forward pass that run again in the backward pass."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch.autograd.function import FunctionCtx
+from torch.utils import checkpoint
+
+__all__ = ["enter_again", "is_recomputing", "is_reentrant"]
+
+
+def is_recomputing() -> bool:
+    """Whether the forward pass runs again, inside of a backward pass."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def is_reentrant() -> bool:
+    """Whether it runs again by an autograd function's own backward pass, as ``use_reentrant=True`` does.
+
+    Such a function takes and returns plain tensors. What else belongs to them, as beliefs do, has no
+    gradient, and is gone when it runs again. The other kind runs again where autograd unpacks what it saved.
+    """
+    frame = sys._getframe()
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "unpack_hook" and code.co_filename == checkpoint.__file__:
+            return False
+        if code.co_name == "backward" and code.co_varnames:
+            first = frame.f_locals.get(code.co_varnames[0])
+            if isinstance(first, FunctionCtx):
+                return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+class _Within:
+    """A function that runs within a context."""
+
+    def __init__(self, context: Callable[[], AbstractContextManager[Any]], function: Callable[..., Any]) -> None:
+        self.context = context
+        self.function = function
+
+    def __call__(self, *args: Any) -> Any:
+        with self.context():
+            return self.function(*args)
+
+
+def enter_again(hooks: Any, context: Callable[[], AbstractContextManager[Any]]) -> None:
+    """Enter a context when the region that runs now runs again.
+
+    Args:
+        hooks: the topmost hooks for saved tensors, by which a region is known.
+        context: makes it.
+    """
+    for cell in hooks[0].__closure__ or () if hasattr(hooks[0], "__closure__") else ():
+        region = cell.cell_contents
+        if isinstance(region, checkpoint._CheckpointFrame) and not isinstance(region.recompute_fn, _Within):
+            region.recompute_fn = _Within(context, region.recompute_fn)

@@ -1,0 +1,137 @@
+"""Kalman layers for any LightningModule, by one entry in `Trainer(callbacks=[...])`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import lightning
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from kalmannorm import convert, first_nonfinite, online_statistics, recalibrate
+from kalmannorm.convert import kalman_layers, stand_in
+from kalmannorm.modules import KalmanNorm
+
+__all__ = ["KalmanNormCallback"]
+
+
+class KalmanNormCallback(lightning.Callback):
+    """Converts a LightningModule's network when a trainer sets it up, and watches over its statistics.
+
+    It converts in `setup`: before `configure_optimizers`, so the optimizer gets gains and process noise, and
+    before a checkpoint is loaded, so `ckpt_path=` works in each of the trainer's methods. A network that has
+    Kalman layers already is left as it is; so is one built in `LightningModule.setup` or `configure_model`,
+    which come later: call `kalmannorm.convert` there. `Trainer(sync_batchnorm=True)` makes layers without
+    `stats_batch_size` share statistics between processes, as it does BatchNorm's.
+
+    Without a trainer, `load_from_checkpoint(path, strict=False)` gives the BatchNorm network to deploy; so do
+    the strategies that spawn processes, in the main one.
+
+    Args:
+        online: Validate, test and predict by the statistics of each batch, see `kalmannorm.online_statistics`.
+        recalibrate: Replace running statistics by those of so many training batches when training ends,
+            see `kalmannorm.recalibrate`; None leaves them. The network must take a batch, or its first
+            element. Checkpoints saved before have running averages; `trainer.save_checkpoint` then has these.
+        log_gains: Log the layers' mean gain for a single feature map, as `kalman_gain`, after each epoch: near
+            0 where the network trusts its priors, near 1 where it trusts the batch.
+        stop_at_nonfinite: End training where a loss is not finite; looked at as often as the trainer logs.
+        convert_options: What `kalmannorm.convert` takes. `input_stats` are of what the one attribute with
+            normalization layers is fed; of what the module itself is, where several attributes have them.
+
+    Raises:
+        ValueError: In `setup`, from `kalmannorm.convert`, for example where there is nothing to convert.
+        FloatingPointError: In training, for a loss that is not finite; it names the layer where it began.
+
+    Example:
+        >>> callback = KalmanNormCallback(input_stats=([0.0] * 3, [1.0] * 3), recalibrate=200)
+        >>> trainer = lightning.Trainer(max_epochs=10, callbacks=[callback])  # doctest: +SKIP
+    """
+
+    def __init__(self, *, online: bool = False, recalibrate: int | None = None, log_gains: bool = False,
+                 stop_at_nonfinite: bool = True, **convert_options: Any) -> None:  # fmt: skip
+        self.online, self.recalibrate = online, recalibrate
+        self.log_gains, self.stop_at_nonfinite = log_gains, stop_at_nonfinite
+        self.convert_options = convert_options
+        self._switched = ExitStack()
+        self._synchronized: list[KalmanNorm] = []
+
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Convert, and share statistics between processes if the trainer is to."""
+        if next(kalman_layers(pl_module), None) is None:
+            layers = self.convert_options.get("layers", ("batch",))
+            kinds = (layers,) if isinstance(layers, str) else tuple(layers)
+            convert(_network(pl_module, lambda layer: stand_in(layer)[0] in kinds), **self.convert_options)
+        if getattr(trainer.strategy, "_layer_sync", None) is not None and dist.is_initialized():
+            self._synchronized = [
+                layer for layer in pl_module.modules()
+                if isinstance(layer, KalmanNorm) and layer.process_group is None and layer.stats_batch_size is None
+            ]  # fmt: skip
+        for layer in self._synchronized:
+            layer.process_group = dist.group.WORLD
+
+    def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: Any) -> None:
+        """Undo the sharing, as the trainer does BatchNorm's, and switch back."""
+        self._switched.close()
+        for layer in self._synchronized:
+            layer.process_group = None
+        self._synchronized = []
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule,
+                           outputs: Tensor | Mapping[str, Any] | None, batch: Any, batch_idx: int) -> None:  # fmt: skip
+        """Look at the loss, now and then: each look waits for the device."""
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if self.stop_at_nonfinite and every and trainer.global_step % every == 0:
+            loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+            if isinstance(loss, Tensor) and not bool(loss.isfinite().all()):
+                raise FloatingPointError(f"loss {loss.item()} after step {trainer.global_step}: {_cause(pl_module)}")
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Log the mean gain."""
+        if self.log_gains:
+            gains = [float(torch.as_tensor(layer.kalman_gain(1)).detach()) for _, layer in kalman_layers(pl_module)]
+            pl_module.log("kalman_gain", sum(gains) / len(gains))
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Recalibrate."""
+        if self.recalibrate is not None:
+            network = _network(pl_module, lambda layer: isinstance(layer, KalmanNorm))
+            loader: Any = trainer.train_dataloader
+            batches = map(trainer.strategy.batch_to_device, loader)
+            with trainer.precision_plugin.forward_context():
+                recalibrate(network, batches, max_batches=self.recalibrate, progress=False,
+                            process_group=dist.group.WORLD)  # fmt: skip
+
+    def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Switch to online statistics."""
+        if self.online:
+            self._switched.enter_context(online_statistics(pl_module))
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Switch back."""
+        self._switched.close()
+
+    on_test_start = on_predict_start = on_validation_start
+    on_test_end = on_predict_end = on_validation_end
+    on_exception = teardown  # type: ignore[assignment]
+
+
+def _network(pl_module: lightning.LightningModule, wanted: Callable[[nn.Module], bool]) -> nn.Module:
+    """The one part of a LightningModule that contains such layers; all of it, where they are in several.
+
+    Training steps call the parts, so what is said of the network's input must be said of the part's.
+    """
+    parts = [part for part in pl_module.children() if any(wanted(layer) for layer in part.modules())]
+    return parts[0] if len(parts) == 1 and not wanted(parts[0]) else pl_module
+
+
+def _cause(pl_module: lightning.LightningModule) -> str:
+    try:
+        name = first_nonfinite(pl_module)
+    except ValueError:  # GroupKalmanNorm does not count
+        return "look at the network's input first"
+    if name is None:
+        return "the Kalman layers' statistics were finite so far, so look behind them"
+    return f"statistics were not finite first in layer {name!r}"

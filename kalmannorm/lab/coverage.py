@@ -1,0 +1,330 @@
+"""Which layers of which models get a prior: every torchvision model and every timm family with BatchNorm.
+
+Each model is built without weights, converted, described, trained for one step on a batch of noise,
+and deployed. Models too large for that are described on the meta device, where nothing is computed.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import gc
+import importlib.metadata
+import importlib.util
+import re
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+
+import kalmannorm as kn
+from kalmannorm.convert import stand_in
+
+__all__ = ["TIMM", "Coverage", "Subject", "cover", "coverage", "page", "subjects"]
+
+# Of each of timm's families with BatchNorm (a family is a file of timm.models) the smallest model, and
+# more of those that build several kinds of network.
+TIMM = """
+    halonet_h1 lambda_resnet26t botnet26t_256 eca_halonext26ts sehalonet33ts repvgg_a0 mobileone_s0 gernet_s
+    resnet33ts eca_resnet33ts resnet50_clip convmixer_768_32 cpubone_nano cs3darknet_focus_s cspresnet50 darknet53
+    sedarknet21 cspnext_tiny densenet121 densenetblur121d dla46x_c dpn48b efficientformer_l1 efficientformerv2_s0
+    efficientnet_b0 mobilenetv2_035 mixnet_s tinynet_e spnasnet_100 efficientnetv2_rw_t efficientvim_m1
+    efficientvit_b0 efficientvit_m0 fasternet_t0 fastvit_t8 ghostnet_050 hardcorenas_b hgnetv2_b0 hrnet_w18_small
+    iformer_t inception_next_atto inception_resnet_v2 inception_v3 inception_v4 lcnetv2_small levit_128s
+    lowformer_b0 coatnet_pico_rw_224 maxvit_rmlp_pico_rw_256 coatnet_bn_0_rw_224
+    mobilenetv3_small_050 lcnet_035 fbnetv3_b mobilenetv4_conv_small_035 mobilenetv4_hybrid_medium mobilevit_xxs
+    mobilevitv2_050 nasnetalarge nextvit_small pnasnet5large regnetx_002 repghostnet_050 repvit_m1 res2next50
+    resnest14d resnet10t resnet26d seresnet33ts ecaresnet26t resnetaa34d resnetblur18 resnetv2_18 rexnet_100
+    selecsls42 legacy_seresnet18 shvit_s1 skresnet18 starnet_s050 swiftformer_xs tiny_vit_5m_224 tresnet_m vgg11_bn
+    visformer_tiny vit_small_resnet50d_s16_224 volo_d1_224 ese_vovnet19b_slim_dw legacy_xception xception41
+    xcit_nano_12_p16_224
+""".split()  # noqa: SIM905 - a list of one name a line would fill two screens
+
+# More parameters than this: described on the meta device.
+_LARGEST = 70_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A model to look at."""
+
+    library: str
+    name: str
+    task: str
+
+    def build(self) -> nn.Module:
+        """The model, without weights."""
+        if self.library == "timm":
+            import timm  # noqa: PLC0415 - an extra
+
+            model: nn.Module = timm.create_model(self.name)
+            return model
+        from torchvision.models import get_model  # noqa: PLC0415 - slow
+
+        options: dict[str, Any] = {"weights": None}
+        if self.task in ("segmentation", "detection"):
+            options["weights_backbone"] = None
+        if self.task == "detection" and not self.name.startswith("ssd"):
+            options.update(min_size=96, max_size=96)
+        if self.name in ("googlenet", "inception_v3"):
+            options["init_weights"] = False
+        built: nn.Module = get_model(self.name, **options)
+        return built
+
+    def inputs(self, model: nn.Module, size: int, samples: int) -> tuple[Any, ...]:
+        """What to call it with."""
+        if self.task == "video":
+            return (torch.randn(samples, 3, max(size // 4, 14), size, size),)
+        if self.task == "optical flow":
+            return torch.randn(samples, 3, 2 * size, 2 * size), torch.randn(samples, 3, 2 * size, 2 * size), 2
+        if self.task == "detection":
+            return [torch.rand(3, 96, 96) for _ in range(samples)], [_target(self.name) for _ in range(samples)]
+        return (torch.randn(samples, _channels(model), size, size),)
+
+    def sizes(self, model: nn.Module) -> list[int]:
+        """Side lengths to try, the smallest first."""
+        if self.task == "detection":
+            return [96]
+        own = getattr(model, "default_cfg", {}).get("input_size", (3, 224, 224))[-1]
+        return sorted({64, 96, 128, own, 299})
+
+
+def _channels(model: nn.Module) -> int:
+    return int(getattr(model, "default_cfg", {}).get("input_size", (3,))[0])
+
+
+def _target(name: str) -> dict[str, Tensor]:
+    """One object in the middle of the image."""
+    target = {"boxes": torch.tensor([[20.0, 20.0, 70.0, 80.0]]), "labels": torch.tensor([1])}
+    if name.startswith("mask"):
+        target["masks"] = torch.zeros(1, 96, 96, dtype=torch.uint8)
+        target["masks"][0, 20:80, 20:70] = 1
+    if name.startswith("keypoint"):
+        target["keypoints"] = torch.tensor([40.0, 40.0, 1.0]).expand(1, 17, 3).clone()
+    return target
+
+
+@dataclasses.dataclass
+class Coverage:
+    """What was found for one model."""
+
+    library: str
+    model: str
+    task: str
+    size: int
+    device: str
+    layers: int
+    """Layers converted."""
+    with_prior: int
+    """Of these, layers with a prior, all of it by rules."""
+    from_input: int
+    """Of these, layers that have it from ``input_stats`` alone."""
+    not_called: int
+    """Layers that the network never called."""
+    left_alone: int
+    """Layers of the kind that were not converted."""
+    reasons: str
+    """Why the others have none, with how many."""
+    step: str
+    """``ok`` after one training step with finite gradients at a batch of 2; ``meta`` where none was tried."""
+    deployed: float
+    """Largest difference of the ``eval()`` outputs before and after ``to_batchnorm``, over the largest output."""
+    seconds: float
+
+
+def subjects() -> Iterator[Subject]:
+    """Every torchvision model and one model of every timm family; those without BatchNorm are passed over later."""
+    import torchvision.models as zoo  # noqa: PLC0415 - slow
+
+    tasks = {zoo.segmentation: "segmentation", zoo.detection: "detection", zoo.video: "video",
+             zoo.optical_flow: "optical flow", zoo.quantization: "", zoo: "classification"}  # fmt: skip
+    seen: set[str] = set()
+    for module, task in tasks.items():
+        for name in zoo.list_models(module=module):
+            if task and name not in seen:
+                yield Subject("torchvision", name, task)
+            seen.add(name)
+    for name in TIMM:
+        yield Subject("timm", name, "classification")
+
+
+def cover(subject: Subject) -> Coverage | None:
+    """Convert, describe, train and deploy one model; None where it has no BatchNorm."""
+    began = time.perf_counter()
+    torch.manual_seed(0)
+    with warnings.catch_warnings(record=True) as raised:
+        warnings.simplefilter("always")
+        model = subject.build()
+        if not any(stand_in(layer)[0] == "batch" for layer in model.modules()):
+            return None
+        kn.convert(model, input_stats=([0.0] * _channels(model), [1.0] * _channels(model)))
+    left_alone = sum("leaves it as it is" in str(each.message) for each in raised)
+    large = sum(p.numel() for p in model.parameters()) > _LARGEST
+    if large:
+        model = model.to("meta")
+    size, inputs, description = _describe(subject, model)
+    rows = description.rows
+    reasons = Counter(re.sub(r"[\d., ]*\d", " N", row.reason) for row in rows if row.reason)
+    called = [row for row in rows if row.reason != "the layer was not called"]
+    result = Coverage(
+        subject.library, subject.name, subject.task, size, "meta" if large else "cpu", len(rows),
+        description.with_prior, sum(row.prior_from == ("input",) for row in rows), len(rows) - len(called),
+        left_alone, "; ".join(f"{reason} ({count})" for reason, count in reasons.most_common()), "meta", 0.0, 0.0,
+    )  # fmt: skip
+    if not large:
+        result.step = _train(model, inputs)
+        result.deployed = _deploy(subject, model, inputs)
+    result.seconds = round(time.perf_counter() - began, 1)
+    return result
+
+
+def _describe(subject: Subject, model: nn.Module) -> tuple[int, tuple[Any, ...], kn.Description]:
+    """At the smallest size that the model takes."""
+    meta = next(model.parameters()).is_meta
+    failed: Exception | None = None
+    for size in subject.sizes(model):
+        inputs = subject.inputs(model, size, 2)
+        if meta:
+            inputs = tuple(each.to("meta") if isinstance(each, Tensor) else each for each in inputs)
+        try:
+            return size, inputs, kn.describe(model, *inputs)
+        except (RuntimeError, ValueError, AssertionError) as error:  # too small for it
+            failed = error
+    assert failed is not None
+    raise failed
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, dict):
+        yield from _tensors(list(output.values()))
+    elif isinstance(output, list | tuple):
+        for each in output:
+            yield from _tensors(each)
+
+
+def _train(model: nn.Module, inputs: tuple[Any, ...]) -> str:
+    """One step; what went wrong, or ``ok``."""
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    terms = [t.float().square().mean() for t in _tensors(model(*inputs)) if t.is_floating_point() and t.requires_grad]
+    torch.stack(terms).sum().backward()
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            return f"{name} is not finite"
+    for name, layer in model.named_modules():
+        counter, gain = getattr(layer, "num_batches_tracked", None), getattr(layer, "gain", None)
+        if isinstance(counter, Tensor) and counter > 0 and isinstance(gain, Tensor) and gain.grad is None:
+            return f"{name}.gain has no gradient"
+    return "ok"
+
+
+def _deploy(subject: Subject, model: nn.Module, inputs: tuple[Any, ...]) -> float:
+    """The largest relative difference that ``to_batchnorm`` makes in ``eval()``."""
+    model.eval()
+    call: Callable[[], Any] = lambda: model(*(inputs[:1] if subject.task == "detection" else inputs))  # noqa: E731
+    with torch.no_grad():
+        torch.manual_seed(0)
+        before = list(_tensors(call()))
+        kn.to_batchnorm(model)
+        torch.manual_seed(0)
+        after = list(_tensors(call()))
+    differences = [0.0]
+    for one, other in zip(before, after, strict=True):
+        if one.numel():
+            scale = one.double().abs().max().clamp_min(1e-30)
+            differences.append(float((one.double() - other.double()).abs().max() / scale))
+    return max(differences)
+
+
+def coverage(output: str = "docs/results", only: str = "") -> None:
+    """Count the layers that get a prior, over torchvision's models and timm's families.
+
+    Args:
+        output: Folder for coverage.csv, and for coverage.md, the page made from it.
+        only: A regular expression: models whose library/name it does not match are passed over.
+    """
+    if importlib.util.find_spec("timm") is None:
+        raise ValueError("timm not found: pip install timm")
+    chosen = [each for each in subjects() if re.search(only, f"{each.library}/{each.name}")]
+    if not chosen:
+        raise ValueError(f"no model matches {only!r}")
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    found: list[Coverage] = []
+    with (folder / "coverage.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Coverage)], lineterminator="\n")
+        writer.writeheader()
+        for subject in track(chosen, "models"):
+            result = cover(subject)
+            if result is not None:
+                found.append(result)
+                writer.writerow(dataclasses.asdict(result))
+                file.flush()
+            gc.collect()
+    (folder / "coverage.md").write_text(page(found))
+    print(f"{folder / 'coverage.md'}: {_total(found)}")
+
+
+def _total(found: Sequence[Coverage]) -> str:
+    layers, priors = sum(each.layers for each in found), sum(each.with_prior for each in found)
+    return f"{priors:,} of {layers:,} layers ({_percent(priors, layers)} %) of {len(found)} models have a prior by rule"
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / max(whole, 1):.2f}"
+
+
+def page(found: Sequence[Coverage]) -> str:
+    """What was found, as Markdown.
+
+    Args:
+        found: one entry a model.
+    """
+    packages = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "torchvision", "timm"))
+    failed = sum(each.step not in ("ok", "meta") for each in found)
+    worst = max((each.deployed for each in found), default=0.0)
+    lines = [
+        "# Coverage: which layers of which models get a prior",
+        "",
+        f"Made by `kalmannorm coverage` ({packages}) from [coverage.csv](coverage.csv): every",
+        "model of torchvision with BatchNorm, and of each of timm's families with BatchNorm one model or more. Each",
+        "was built without weights, converted with `input_stats`, described, trained for one step on two samples of",
+        "noise (detectors: two images), and its `eval()` output compared before and after `to_batchnorm`. Models of",
+        f"more than {_LARGEST // 10**6} million parameters were only described, on the meta device.",
+        "",
+        f"**{_total(found)}.**",
+        f"{sum(each.from_input for each in found):,} of these layers have it from `input_stats` alone.",
+        f"{sum(each.left_alone for each in found)} layers of a kind to convert were left alone;",
+        f"{sum(each.not_called for each in found)} were never called.",
+        f"{sum(each.step == 'ok' for each in found)} models trained a step,",
+        f"{sum(each.step == 'meta' for each in found)} were too large for one, {failed} failed.",
+        f"The largest difference that `to_batchnorm` made is {worst:.1e} of the largest output.",
+        "",
+        "## What has no prior, and why",
+        "",
+        "| reason | layers | models |",
+        "|---|---|---|",
+    ]
+    reasons: dict[str, list[tuple[str, int]]] = {}
+    for each in found:
+        for reason, count in re.findall(r"([^;]+?) \((\d+)\)(?:; |$)", each.reasons):
+            reasons.setdefault(reason, []).append((each.model, int(count)))
+    for reason, where in sorted(reasons.items(), key=lambda item: -sum(count for _, count in item[1])):
+        lines.append(f"| {reason} | {sum(n for _, n in where)} | {', '.join(name for name, _ in where)} |")
+    head = ("library", "task", "model", "input", "with a prior", "step")
+    lines += ["", "## By model", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for each in found:
+        lines.append(
+            f"| {each.library} | {each.task} | {each.model} | {each.size} | {each.with_prior} of {each.layers} "
+            f"| {each.step} |"
+        )
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,191 @@
+"""Products of two activations, softmax, and attention, which is made of them.
+
+The two factors of a product are taken as independent of each other, as are the terms of its sums.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from string import ascii_letters
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kalmannorm.gaussian import Gaussian, Unknown
+from kalmannorm.rules.arithmetic import add, dropout, mul
+from kalmannorm.rules.linear import linear
+from kalmannorm.rules.table import Belief, aliases, rule
+
+__all__ = ["contraction"]
+
+# Softmax integrates over two variables, for each element of a belief.
+_NODES = 64
+_INNER_NODES = 33
+_LARGE_MAP = 2048
+# A softmax of scores that differ so much is a maximum.
+_SPREAD = 30.0
+
+
+def contraction(equation: str, x: Gaussian | Tensor, y: Gaussian | Tensor) -> Gaussian:
+    """A sum of products, ``z = sum x y``, in Einstein's notation without an ellipsis.
+
+    Mean ``sum m1 m2`` and variance ``sum (v1 v2 + v1 m2^2 + v2 m1^2)``.
+    """
+    inputs, _, output = equation.partition("->")
+    first, _, second = inputs.partition(",")
+    x, y = (_written_out(t, labels, output) for t, labels in ((x, first), (y, second)))
+    for label in set(first) & set(second):
+        d, e = first.index(label), second.index(label)
+        if 1 not in (x.mean.shape[d], y.mean.shape[e]) and x.mean.shape[d] != y.mean.shape[e]:
+            x, y = x.full([d]), y.full([e])
+    mean = torch.einsum(equation, x.mean, y.mean)
+    # v1 (v2 + m2^2) + m1^2 v2: two sums and not three.
+    var = torch.einsum(equation, x.var, y.var + y.mean.square()) + torch.einsum(equation, x.mean.square(), y.var)
+    return Gaussian(mean, var)
+
+
+def _written_out(t: Gaussian | Tensor, labels: str, output: str) -> Gaussian:
+    """A factor, at full length along the axes that are summed over."""
+    if not isinstance(t, Gaussian):
+        return Gaussian(t, torch.zeros_like(t))
+    mean, var = torch.broadcast_tensors(t.mean, t.var)
+    return Gaussian(mean, var, t.shape).full([d for d, label in enumerate(labels) if label not in output])
+
+
+def _as(kind: torch.dtype, *tensors: Gaussian | Tensor) -> list[Gaussian | Tensor]:
+    return [t if isinstance(t, Gaussian) else t.to(kind) for t in tensors]
+
+
+@rule(*aliases("einsum"))
+def einsum(equation: str, *operands: Any) -> Belief:
+    """Two factors; see :func:`contraction`."""
+    if len(operands) == 1 and isinstance(operands[0], list | tuple):
+        operands = tuple(operands[0])
+    if not isinstance(equation, str) or len(operands) != 2:
+        return Unknown(f"einsum of {len(operands)} operands")
+    equation = equation.replace(" ", "")
+    if "..." in equation:
+        equation = _without_ellipsis(equation, [t.ndim for t in operands])
+    inputs, arrow, output = equation.partition("->")
+    if not arrow:
+        output = "".join(sorted(c for c in set(inputs) - {","} if inputs.count(c) == 1))
+    if any(len(set(labels)) < len(labels) for labels in inputs.split(",")):
+        return Unknown(f"einsum along a diagonal: {equation}")
+    kind = next(t.mean.dtype for t in operands if isinstance(t, Gaussian))
+    return contraction(f"{inputs}->{output}", *_as(kind, *operands))
+
+
+def _without_ellipsis(equation: str, ranks: Sequence[int]) -> str:
+    """The equation with letters of their own for the axes that ``...`` stands for."""
+    inputs, arrow, output = equation.partition("->")
+    free = [letter for letter in ascii_letters if letter not in equation]
+    terms = inputs.split(",")
+    hidden = [rank - len(term.replace("...", "")) for rank, term in zip(ranks, terms, strict=True)]
+    longest = "".join(free[: max(hidden)])
+    filled = [
+        term.replace("...", longest[len(longest) - n :]) for term, n in zip(terms, hidden, strict=True)
+    ]
+    return ",".join(filled) + arrow + output.replace("...", longest)
+
+
+@rule(*aliases("matmul", "__matmul__", "__rmatmul__", "mm", "bmm"))
+def matmul(x: Gaussian | Tensor, other: Gaussian | Tensor) -> Belief:
+    """A matrix product, of two activations or with a known matrix; see :func:`contraction`."""
+    if isinstance(x, Gaussian) and not isinstance(other, Gaussian) and other.ndim == 2:
+        return linear(x, other.T)
+    if x.ndim < 2 or other.ndim < 2:
+        return Unknown("a matrix product with a 1-d tensor")
+    batch = "".join(ascii_letters[3 : 1 + max(x.ndim, other.ndim)])
+    first, second = batch[len(batch) - x.ndim + 2 :], batch[len(batch) - other.ndim + 2 :]
+    kind = x.mean.dtype if isinstance(x, Gaussian) else other.mean.dtype  # type: ignore[union-attr]
+    return contraction(f"{first}ab,{second}bc->{batch}ac", *_as(kind, x, other))
+
+
+@rule(*aliases("baddbmm"))
+def baddbmm(input: Gaussian | Tensor, batch1: Gaussian | Tensor, batch2: Gaussian | Tensor, *,
+            beta: float = 1, alpha: float = 1) -> Belief:  # fmt: skip
+    """``beta input + alpha batch1 batch2``."""
+    product = matmul(batch1, batch2)
+    if isinstance(product, Unknown) or beta == 0:
+        return product if isinstance(product, Unknown) else mul(product, float(alpha))
+    return add(mul(product, float(alpha)), mul(input, float(beta)))
+
+
+@rule(*aliases("softmax"))
+def softmax(x: Gaussian, dim: int | None = None, *args: Any, **kwargs: Any) -> Belief:
+    """Exact, by ``1 / S = integral of e^(-t S) dt``, which makes the moments of ``p_i = e^(x_i) / S`` products
+    of expectations of one element each::
+
+        E p_i   = integral of     E[e^(x_i)   e^(-t e^(x_i))] prod_(j != i) E[e^(-t e^(x_j))] dt
+        E p_i^2 = integral of t   E[e^(2 x_i) e^(-t e^(x_i))] prod_(j != i) E[e^(-t e^(x_j))] dt
+
+    Of a large map, what differs along ``dim`` is counted as spread, so that it takes one integral a row.
+    """
+    if dim is None:
+        return Unknown("softmax without a dim")
+    dim, n = dim % x.ndim, x.shape[dim]
+    if max(x.mean.numel(), x.var.numel()) > _LARGE_MAP:
+        x = x.pool([dim])
+    mean, var = torch.broadcast_tensors(x.mean, x.var.clamp_max(_SPREAD**2))
+    if mean.shape[dim] > 1:
+        x = Gaussian(mean, var, x.shape).full([dim])
+        mean, var = x.mean, x.var
+    have = mean.shape[dim]
+    moments, step = _exponential_moments(Gaussian(mean, var), dim, n)
+    log_zeroth = moments[0].clamp_min(torch.finfo(mean.dtype).tiny).log()
+    others = (log_zeroth.sum(dim, keepdim=True) * (n // have) - log_zeroth).exp()
+    first, second = ((moment * others * step).sum(-1) for moment in moments[1:])
+    total = first.sum(dim, keepdim=True).clamp_min(torch.finfo(mean.dtype).tiny) * (n // have)
+    first, second = first / total, second / total
+    return Gaussian(first, (second - first.square()).clamp_min(0))
+
+
+def _exponential_moments(x: Gaussian, dim: int, n: int) -> tuple[list[Tensor], Tensor]:
+    """``E[w^k e^(-w)]`` of ``w = t e^x``, for ``k`` 0, 1, 2, at nodes of ``log t`` on a new last axis; and how
+    far these are apart.
+    """
+    top, std = (t.detach().amax(dim, keepdim=True).unsqueeze(-1) for t in (x.mean, x.std))
+    # The sum of n exponentials lies between these two, but for a part in 10^5.
+    low, high = -top - 5 * std - math.log(n) - 12, -top + 5 * std + 3
+    log_t = low + (high - low) * torch.linspace(0, 1, _NODES, device=std.device, dtype=std.dtype)
+    z = torch.linspace(-6, 6, _INNER_NODES, device=std.device, dtype=std.dtype)
+    density = torch.exp(-0.5 * z.square())
+    log_w = log_t.unsqueeze(-1) + x.mean[..., None, None] + x.std[..., None, None] * z
+    log_w = log_w.clamp_max(30)  # e^(-w) is 0 from there on, and its gradient must not be 0 times infinity
+    decay = log_w.exp().neg()
+    moments = [((k * log_w + decay).exp() * (density / density.sum())).sum(-1) for k in range(3)]
+    return moments, (high - low) / (_NODES - 1)
+
+
+@rule(*aliases("scaled_dot_product_attention"))
+def attention(query: Gaussian | Tensor, key: Gaussian | Tensor, value: Gaussian | Tensor,
+              attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
+              scale: float | None = None, enable_gqa: bool = False) -> Belief:  # fmt: skip
+    """``softmax(scale q k^T + mask) v``.
+
+    The weights add up to 1, so what the values have in common passes unchanged; only how they differ
+    is summed as a product of independent factors.
+    """
+    if is_causal or (attn_mask is not None and attn_mask.dtype == torch.bool) or enable_gqa:
+        return Unknown("attention that is causal, masked or grouped")
+    if not isinstance(query, Gaussian) or not isinstance(key, Gaussian) or not isinstance(value, Gaussian):
+        return Unknown("attention with a query, key or value that does not depend on the input")
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    shape = (*query.shape[:-1], key.shape[-2])
+    turned = key.map(lambda t: t.transpose(-1, -2))
+    turned.shape = (*key.shape[:-2], key.shape[-1], key.shape[-2])
+    scores = mul(matmul(query, turned), scale)
+    scores = scores if attn_mask is None else add(scores, attn_mask)
+    assert isinstance(scores, Gaussian)
+    weights = softmax(Gaussian(scores.mean, scores.var, shape), -1)
+    assert isinstance(weights, Gaussian)
+    dropped = dropout(weights, dropout_p)
+    common = value.mean.mean(-2, keepdim=True)
+    differ = Gaussian(value.mean - common, value.var, value.shape)
+    mixed = matmul(Gaussian(dropped.mean, dropped.var, shape), differ)
+    assert isinstance(mixed, Gaussian)
+    # What dropout takes from the sum of the weights, or adds to it.
+    lost = (dropped.var - weights.var).sum(-1, keepdim=True) * (shape[-1] // dropped.var.shape[-1])
+    return Gaussian(mixed.mean + common, mixed.var + lost * common.square())

@@ -1,0 +1,269 @@
+"""The callback: who is converted and when, checkpoints, statistics in scoring, and what stops a training."""
+
+import os
+import subprocess
+import sys
+import textwrap
+import warnings
+
+import lightning
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import kalmannorm as kn
+from kalmannorm.convert import kalman_layers
+from kalmannorm.lab.callbacks import KalmanNormCallback
+from kalmannorm.lab.training import quiet_trainer
+
+
+def layers():
+    return [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3), nn.BatchNorm2d(2)]
+
+
+class Nested(lightning.LightningModule):
+    """The usual way: the network is an attribute, which the steps call."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(*layers())
+
+    def forward(self, x):
+        return self.net(x).mean((2, 3))
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.net(batch[0]).mean((2, 3)), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        self.log("loss", F.cross_entropy(self.net(batch[0]).mean((2, 3)), batch[1]))
+
+    test_step = validation_step
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=0.01)
+
+
+class Flat(Nested):
+    """The module is the network."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.norm1, self.relu, self.conv2, self.norm2 = self.net
+        del self.net
+
+    def forward(self, x):
+        return self.norm2(self.conv2(self.relu(self.norm1(self.conv1(x))))).mean((2, 3))
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        self.log("loss", F.cross_entropy(self(batch[0]), batch[1]))
+
+    test_step = validation_step
+
+
+def loader(count=8):
+    generator = torch.Generator().manual_seed(0)
+    images = 3 + torch.randn(count, 1, 8, 8, generator=generator)
+    return DataLoader(TensorDataset(images, torch.arange(count) % 2), batch_size=2)
+
+
+def trainer_of(callback, steps, *others, **options):
+    return quiet_trainer(steps, callback, *others, log_every_n_steps=1, **options)
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+@pytest.mark.parametrize("kind", [Nested, Flat])
+@pytest.mark.parametrize("input_stats", [None, ([3.0], [1.0])], ids=["", "input_stats"])
+def test_it_converts_before_the_optimizer_is_made_and_every_layer_gets_its_prior(kind, input_stats):
+    class Watching(lightning.Callback):
+        seen = None
+
+        def on_train_batch_end(self, trainer, pl_module, *rest):
+            self.seen = {n: p.grad for n, p in pl_module.named_parameters() if n.endswith("process_noise")}
+
+    module, watching = kind(), Watching()
+    trainer = trainer_of(KalmanNormCallback(input_stats=input_stats, guard=50.0), 2, watching)
+    trainer.fit(module, loader())
+    assert [layer.guard for _, layer in kalman_layers(module)] == [50.0, 50.0]
+    optimized = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
+    assert optimized == {id(p) for p in module.parameters()}
+    # Process noise gets a gradient other than zero where there was a prior.
+    assert [bool(grad.any()) for grad in watching.seen.values()] == [input_stats is not None, True]
+
+
+def test_kinds_of_layers_may_be_one_word():
+    module = Nested()
+    module.net.append(nn.GroupNorm(1, 2))
+    trainer_of(KalmanNormCallback(layers="group"), 1).fit(module, loader())
+    assert [type(layer) for _, layer in kalman_layers(module)] == [kn.GroupKalmanNorm]
+    assert isinstance(module.net[1], nn.BatchNorm2d)
+
+
+def test_a_network_with_kalman_layers_stays_as_it_is():
+    module = Nested()
+    kn.convert(module.net, gain=0.5, input_stats=([3.0], [1.0]))
+    before = [*module.net, *module.net._forward_pre_hooks.values()]
+    trainer_of(KalmanNormCallback(gain=0.25), 1).fit(module, loader())
+    assert before == [*module.net, *module.net._forward_pre_hooks.values()]
+
+
+def test_nothing_to_convert_is_an_error():
+    module = Nested()
+    module.net = nn.Conv2d(1, 2, 3)
+    with pytest.raises(ValueError, match="nothing to convert"):
+        trainer_of(KalmanNormCallback(), 1).fit(module, loader())
+
+
+@pytest.mark.parametrize("kind", [Nested, Flat])
+def test_a_resumed_training_ends_where_an_uninterrupted_one_does(kind, tmp_path):
+    whole, first, second = kind(), kind(), kind()
+    # By epochs: Lightning itself does not resume exactly where `max_steps` ended one.
+    trainer_of(KalmanNormCallback(), -1, max_epochs=2).fit(whole, loader())
+    trainer = trainer_of(KalmanNormCallback(), -1, max_epochs=1)
+    trainer.fit(first, loader())
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    resumed = trainer_of(KalmanNormCallback(), -1, max_epochs=2)
+    resumed.fit(second, loader(), ckpt_path=tmp_path / "half.ckpt")
+    assert resumed.global_step == 8
+    assert bool(first.state_dict()["net.4.gain" if kind is Nested else "norm2.gain"])
+    assert_same(second.state_dict(), whole.state_dict())
+
+
+def test_a_checkpoint_is_tested_with_the_callback_and_deployed_without(tmp_path):
+    module = Nested()
+    trainer = trainer_of(KalmanNormCallback(), 3)
+    trainer.fit(module, loader())
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    expected = trainer.test(module, loader(), verbose=False)
+    again = trainer_of(KalmanNormCallback(), 1)
+    assert again.test(Nested(), loader(), ckpt_path=tmp_path / "end.ckpt", verbose=False) == expected
+    plain = Nested.load_from_checkpoint(tmp_path / "end.ckpt", strict=False).eval()
+    assert type(plain.net[1]) is nn.BatchNorm2d
+    images = loader().dataset.tensors[0]
+    assert torch.equal(plain(images), module.eval()(images))
+
+
+@pytest.mark.parametrize("run", ["validate", "test"])
+def test_online_scoring_uses_batches_and_changes_no_buffer(run):
+    module = Nested()
+    kn.convert(module)
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    trainer = trainer_of(KalmanNormCallback(online=True), 1)
+    online = getattr(trainer, run)(module, loader(), verbose=False)[0]["loss"]
+    running = getattr(trainer_of(KalmanNormCallback(), 1), run)(module, loader(), verbose=False)[0]["loss"]
+    assert_same(dict(module.named_buffers()), buffers)
+    module.eval()
+    with torch.no_grad(), kn.online_statistics(module):
+        losses = [float(F.cross_entropy(module(images), labels)) for images, labels in loader()]
+    assert online == pytest.approx(sum(losses) / len(losses))
+    assert online != pytest.approx(running)
+    assert not any(layer.online for _, layer in kalman_layers(module))
+
+
+def test_an_error_in_online_validation_switches_back():
+    module = kn.convert(Nested())
+    module.validation_step = lambda batch, batch_idx: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        trainer_of(KalmanNormCallback(online=True), 1).validate(module, loader())
+    assert not any(layer.online for _, layer in kalman_layers(module))
+
+
+@pytest.mark.parametrize("kind", [Nested, Flat])
+def test_recalibrated_statistics_are_those_of_the_training_batches(kind):
+    recalibrated, plain = kind(), kind()
+    trainer_of(KalmanNormCallback(recalibrate=3), 2).fit(recalibrated, loader())
+    trainer_of(KalmanNormCallback(), 2).fit(plain, loader())
+    buffers = dict(recalibrated.named_buffers())
+    assert any(not torch.equal(buffer, buffers[name]) for name, buffer in plain.named_buffers())
+    kn.recalibrate(plain.net if kind is Nested else plain, loader(), max_batches=3, progress=False)
+    assert_same(recalibrated.state_dict(), plain.state_dict())
+
+
+def test_the_mean_gain_is_logged():
+    module = Nested()
+    trainer = trainer_of(KalmanNormCallback(log_gains=True, gain=0.5), -1, max_epochs=1)
+    trainer.fit(module, loader())
+    assert trainer.logged_metrics["kalman_gain"] == 0.5
+
+
+class Breaking(lightning.Callback):
+    """Spoils the second convolution after a step."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 1:
+            pl_module.net[3].weight.data.fill_(torch.nan)
+
+
+def test_a_loss_that_is_not_finite_names_the_layer_where_it_began():
+    with pytest.raises(FloatingPointError, match=r"loss nan after step 2: .* in layer 'net\.4'"):
+        trainer_of(KalmanNormCallback(), 4, Breaking()).fit(Nested(), loader())
+    trainer = trainer_of(KalmanNormCallback(stop_at_nonfinite=False), 4, Breaking())
+    trainer.fit(Nested(), loader())
+    assert trainer.global_step == 4
+
+
+def test_it_says_so_where_all_statistics_are_finite():
+    module = Nested()
+    step = module.training_step
+    module.training_step = lambda batch, batch_idx: step(batch, batch_idx) * torch.nan
+    with pytest.raises(FloatingPointError, match="were finite so far"):
+        trainer_of(KalmanNormCallback(), 4).fit(module, loader())
+
+
+SCRIPT = """
+    import sys
+    import torch
+    sys.path.insert(0, {folder!r})
+    from test_callbacks import *
+    from kalmannorm.lab.callbacks import KalmanNormCallback
+
+    class Ranks(lightning.Callback):
+        def on_train_end(self, trainer, pl_module):
+            state = {{name: value.clone() for name, value in pl_module.state_dict().items()}}
+            groups = [layer.process_group is not None for _, layer in kalman_layers(pl_module)]
+            torch.save((state, groups), f"{out}/{{sys.argv[1]}}-{{trainer.global_rank}}.pt")
+
+    if __name__ == "__main__":
+        torch.set_num_threads(1)
+        trainer = quiet_trainer(2, KalmanNormCallback(recalibrate=2, input_stats=([3.0], [1.0])), Ranks(), devices=2,
+                                strategy=sys.argv[1], sync_batchnorm=sys.argv[2] == "sync", log_every_n_steps=1)
+        module = Nested()
+        trainer.fit(module, loader())
+        torch.save(module.state_dict(), f"{out}/{{sys.argv[1]}}-main.pt")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "sync"), [("ddp", "sync"), ("ddp_spawn", "own")])
+def test_two_processes(strategy, sync, tmp_path):
+    script = tmp_path / "fit.py"
+    script.write_text(textwrap.dedent(SCRIPT.format(folder=os.path.dirname(__file__), out=str(tmp_path))))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(script), strategy, sync]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    (first, groups), (second, _) = (torch.load(tmp_path / f"{strategy}-{rank}.pt") for rank in range(2))
+    assert_same(first, second)  # recalibrated statistics too: of both processes' data
+    assert bool(first["net.1.process_noise"].any())
+    assert groups == [sync == "sync"] * 2
+    main = torch.load(tmp_path / f"{strategy}-main.pt")
+    for name, value in main.items():  # spawned: BatchNorm's, which has no gain
+        assert torch.equal(value, first[name])
+
+
+def test_nothing_is_warned_of():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", ".*does not have many workers.*")
+        warnings.filterwarnings("ignore", ".*no `val_dataloader`.*")
+        trainer_of(KalmanNormCallback(recalibrate=2, log_gains=True, online=True), 2).fit(Nested(), loader())

@@ -1,0 +1,191 @@
+"""Products of activations, softmax and attention, against draws."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from drawing import agree, believe, check_alias, check_draws, check_unknown, covers, draw_through, values
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kalmannorm.gaussian import Gaussian
+from kalmannorm.rules import RULES, aliases
+
+_WITH_MATRIX = [f for f in aliases("matmul", "__matmul__", "mm") if f is not torch.Tensor.__rmatmul__]
+
+
+@covers(*_WITH_MATRIX)
+def test_products_with_a_matrix(function):
+    check_draws(function, believe((2**18, 4), groups=2), values(4, 3), groups=2)
+
+
+def test_products_of_sequences_with_a_matrix():
+    check_draws(torch.matmul, believe((2**16, 5, 4), axes=(1, 2)), values(4, 3), channel=-1)
+    check_alias(torch.Tensor.matmul, torch.matmul, believe((6, 5, 4), axes=(1, 2)), values(4, 3))
+
+
+@covers(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, *aliases("bmm"))
+@given(axes=st.sampled_from([(), (1,), (2,), (1, 2)]), groups=st.sampled_from([(1, 1), (2, 2), (1, 2), (4, 2)]))
+def test_products_of_two_activations(function, axes, groups):
+    """The elements of one product share their factors: they count as one."""
+    x = believe((2**15, 3, 4), axes=axes, groups=groups[0])
+    y = believe((2**15, 4, 5), seed=1, axes=axes, groups=groups[1])
+    check_draws(function, x, y, effective=1 / 15, groups=groups[1])
+
+
+@covers(torch.Tensor.__rmatmul__)
+def test_a_known_matrix_on_the_left(function):
+    y, w = believe((2**15, 4, 5), axes=(1, 2)), values(3, 4)
+    check_draws(torch.matmul, w, y, effective=1 / 5)
+    for other in (RULES[function](w, y), RULES[torch.matmul](w, y.full([1, 2]))):
+        torch.testing.assert_close(other.mean, RULES[torch.matmul](w, y).mean)
+        torch.testing.assert_close(other.var, RULES[torch.matmul](w, y).var)
+
+
+def test_heads_and_constant_batches():
+    q, k = believe((2**13, 2, 4, 3), axes=(1, 3)), believe((2**13, 2, 3, 6), seed=1, axes=(1, 2))
+    check_draws(torch.matmul, q, k, effective=1 / 24)
+    check_draws(torch.matmul, q, values(2, 3, 6), effective=1 / 6)
+    check_draws(torch.matmul, q, values(1, 2, 3, 6), effective=1 / 6)
+
+
+def test_products_without_a_rule():
+    check_unknown("1-d", torch.matmul, believe((6, 4)), values(4))
+
+
+@covers(*aliases("baddbmm"))
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_baddbmm(function, beta):
+    x, y = believe((2**15, 3, 4)), believe((2**15, 4, 5), seed=1)
+    given_ = believe((2**15, 3, 5), seed=2)
+    check_draws(function, given_, x, y, beta=beta, alpha=0.7, effective=1 / 15)
+
+
+@covers(*aliases("einsum"))
+@pytest.mark.parametrize("equation", ["bhqd,bhkd->bhqk", "b h q d, b h k d -> b h q k", "...qd,...kd->...qk"])
+def test_einsum_of_two_activations(function, equation):
+    q, k = believe((2**13, 2, 4, 3), axes=(1, 3)), believe((2**13, 2, 5, 3), seed=1, axes=(1, 3), groups=2)
+    _check_einsum(function, equation, q, k, effective=1 / 20, groups=2)
+    again = RULES[function](equation, [q, k])
+    assert torch.equal(again.mean, RULES[function](equation, q, k).mean)
+
+
+def _check_einsum(function, equation, *operands, effective, groups=1):
+    """As check_draws, but the first argument is no tensor."""
+    belief, output = RULES[function](equation, *operands), draw_through(function, (equation, *operands), {})
+    agree(Gaussian(belief.mean, belief.var, output.shape), output, groups, effective)
+
+
+def test_einsum_with_a_known_tensor():
+    x = believe((2**14, 2, 4, 3), axes=(1, 3))
+    _check_einsum(torch.einsum, "bhqd,hdk->bhqk", x, values(2, 3, 5), effective=1 / 5)
+    _check_einsum(torch.einsum, "bhqd,dk->bhqk", x, values(3, 5), effective=1 / 5)
+
+
+def test_einsum_without_an_arrow():
+    x, y = believe((6, 3)), believe((5, 3), seed=1)
+    got, want = RULES[torch.einsum]("qd,kd", x, y), RULES[torch.einsum]("qd,kd->kq", x, y)
+    assert torch.equal(got.mean, want.mean)
+    assert torch.equal(got.var, want.var)
+
+
+def test_einsum_without_a_rule():
+    x = believe((4, 3, 3))
+    check_unknown("einsum of 3 operands", torch.einsum, "abc,abc,abc->a", x, x, x)
+    check_unknown("along a diagonal", torch.einsum, "abb,abc->ac", x, x)
+
+
+def _near(belief, output, tolerance):
+    """For rules that are exact up to an integration error."""
+    got, want = belief.per_channel(1), Gaussian.of_draws(output, 1)
+    assert ((got.mean - want.mean).abs() <= tolerance * want.mean.abs() + 1e-3 * want.std).all(), (got.mean, want.mean)
+    assert ((got.std / want.std - 1).abs() <= tolerance).all(), (got.std, want.std)
+
+
+@covers(*aliases("softmax"))
+@pytest.mark.parametrize(("n", "std"), [(2, 0.3), (2, 4.0), (16, 1.0), (16, 4.0), (64, 2.0)])
+def test_softmax_of_alike_elements(function, n, std):
+    x = Gaussian(torch.full((1, 1), 3.0), torch.full((1, 1), std**2), (2**22 // n, n))
+    belief = RULES[function](x, 1)
+    assert torch.allclose(belief.mean, torch.tensor(1 / n))
+    _near(Gaussian(belief.mean, belief.var, (1, 1)), draw_through(function, (x, 1), {}).reshape(-1, 1), 0.02)
+
+
+@pytest.mark.parametrize("n", [2, 5, 16])
+def test_softmax_of_different_elements(n):
+    x = believe((2**22 // n, n))
+    belief = RULES[torch.softmax](x, -1)
+    torch.testing.assert_close(belief.mean.sum(), torch.tensor(1.0, dtype=torch.float64))
+    _near(belief, draw_through(torch.softmax, (x, -1), {}), 0.03)
+
+
+def test_softmax_along_the_channels_of_an_image():
+    x = believe((2**10, 3, 16, 16), groups=2)
+    check_draws(torch.softmax, x, 1, groups=2)
+
+
+def test_softmax_of_a_large_map_has_one_mean():
+    x = believe((2, 1, 64, 64), axes=(2, 3))
+    belief = RULES[torch.softmax](x, -1)
+    assert belief.mean.shape == (1, 1, 64, 1)
+    torch.testing.assert_close(belief.mean, torch.full_like(belief.mean, 1 / 64))
+    output = F.softmax(x.draw((2**9, 1, 64, 64)), -1)
+    assert belief.var.mean().sqrt() == pytest.approx(output.std().item(), rel=0.1)
+
+
+def test_softmax_of_one_element_and_of_anything_is_finite():
+    one = RULES[torch.softmax](believe((8, 3, 1)), -1)
+    assert torch.allclose(one.mean, torch.ones(()).double())
+    assert (one.var < 1e-6).all()
+    for mean, var in ((0.0, 0.0), (1e18, 1e36), (-1e18, 0.0), (0.0, 1e36)):
+        x = Gaussian(torch.full((1, 2), mean, requires_grad=True), torch.full((1, 2), var, requires_grad=True), (4, 2))
+        y = RULES[torch.softmax](x, 1)
+        (y.mean.sum() + y.var.sum()).backward()
+        for t in (y.mean, y.var, x.mean.grad, x.var.grad):
+            assert t.isfinite().all()
+    check_unknown("without a dim", F.softmax, believe((4, 3)))
+
+
+def test_softmax_has_the_gradients_of_its_moments():
+    torch.manual_seed(0)
+    mean, var = torch.randn(1, 3).double().requires_grad_(), torch.rand(1, 3).double().requires_grad_()
+
+    def moments(m, v):
+        y = RULES[torch.softmax](Gaussian(m, v, (4, 3)), 1)
+        return y.mean, y.var
+
+    # The range of integration moves with the largest element, and that is no gradient.
+    assert torch.autograd.gradcheck(moments, (mean, var), rtol=1e-2, atol=1e-3)
+
+
+@covers(F.scaled_dot_product_attention)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"scale": 1.0}, {"dropout_p": 0.3}, {"attn_mask": torch.zeros(16, 16).double()}],
+    ids=["plain", "scale", "dropout", "mask"],
+)
+def test_attention(function, options):
+    """Against draws of every token on its own, as the rule takes them."""
+    q, k, v = (believe((2**12, 2, 16, 4), seed=s, axes=(1, 3)) for s in range(3))
+    q, k = (Gaussian(t.mean * 0.3, t.var, t.shape) for t in (q, k))
+    belief = RULES[function](q, k, v, **options)
+    assert belief.mean.shape == (1, 2, 1, 4)
+    output = draw_through(function, (q, k, v), options)
+    want_var, want_mean = torch.var_mean(output, (0, 2), keepdim=True)
+    # Keys meet every query, which the rule does not know.
+    assert ((belief.mean - want_mean).abs() < 0.05 * want_var.sqrt() + 0.02).all()
+    assert ((belief.var / want_var - 1).abs() < 0.25).all(), belief.var / want_var
+
+
+def test_attention_with_a_bias():
+    q, k, v = (believe((2, 2, 16, 4), seed=s, axes=(1, 3)) for s in range(3))
+    plain = RULES[F.scaled_dot_product_attention](q, k, v)
+    sharp = RULES[F.scaled_dot_product_attention](q, k, v, attn_mask=10 * values(2, 16, 16))
+    assert (sharp.var > plain.var).all()
+
+
+def test_attention_without_a_rule():
+    x = believe((2, 2, 4, 3), axes=(1, 3))
+    mask = torch.ones(4, 4, dtype=torch.bool)
+    check_unknown("causal, masked", F.scaled_dot_product_attention, x, x, x, is_causal=True)
+    check_unknown("causal, masked", F.scaled_dot_product_attention, x, x, x, attn_mask=mask)
+    check_unknown("does not depend on the input", F.scaled_dot_product_attention, x, values(2, 2, 4, 3), x)

@@ -1,0 +1,258 @@
+"""From a trained Kalman network to what is deployed: stock layers, folded, exported, in ONNX, in int8."""
+
+import copy
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+import kalmannorm as kn
+
+CLASSES = 5
+
+
+class Block(nn.Module):
+    def __init__(self, channels, stride):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 2 * channels, 3, stride, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(2 * channels)
+        self.skip = nn.Conv2d(channels, 2 * channels, 1, stride)
+        self.skip_norm = nn.BatchNorm2d(2 * channels)
+
+    def forward(self, x):
+        return F.relu(self.norm(self.conv(x)) + self.skip_norm(self.skip(x)))
+
+
+class Residual(nn.Module):
+    """A small residual network."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        self.body = nn.Sequential(Block(8, 1), Block(16, 2))
+        self.head = nn.Sequential(nn.Linear(32, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, num_classes))
+
+    def forward(self, x):
+        return self.head(self.body(self.stem(x)).mean((2, 3)))
+
+
+NETWORKS = {
+    "residual": (Residual, 16),
+    "resnet18": (torchvision.models.resnet18, 32),
+    "mobilenet_v3_small": (torchvision.models.mobilenet_v3_small, 64),
+}
+large = [pytest.param(name, marks=pytest.mark.slow) for name in list(NETWORKS)[1:]]
+
+
+def images(name, samples):
+    """Of very different contents, or a deep random network would tell them all alike."""
+    size = NETWORKS[name][1]
+    coarse = 3 * torch.randn(samples, 3, 4, 4)
+    return F.interpolate(coarse, size) + torch.randn(samples, 3, size, size) / 4
+
+
+@functools.cache
+def _trained(name):
+    torch.manual_seed(0)
+    model = kn.convert(NETWORKS[name][0](num_classes=CLASSES))
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            layer.reset_parameters()  # torchvision's small ones take longer to tell images apart
+    optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
+    x, target = images(name, 12), torch.arange(12) % CLASSES
+    for step in range(40):
+        part = torch.arange(4 * step, 4 * step + 4) % 12
+        loss = F.cross_entropy(model(x[part]), target[part])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return kn.recalibrate(model, x.split(4), progress=False).eval()
+
+
+def trained(name):
+    """A Kalman network in ``eval()`` after some steps at four samples, and what it gives for some images."""
+    model = copy.deepcopy(_trained(name))
+    x = images(name, 12)
+    with torch.no_grad():
+        y = model(x)
+    assert (y - y.mean(0)).norm() > 0.5 * y.norm()  # or equal outputs would say little
+    return model, x, y
+
+
+def relative_error(found, expected):
+    """Of what tells the images apart."""
+    return ((found - expected).norm() / (expected - expected.mean(0)).norm()).item()
+
+
+def kinds(model):
+    return {type(module) for module in model.modules()}
+
+
+def deployed(model, how):
+    return kn.to_batchnorm(model) if how == "stock" else model
+
+
+every_network = pytest.mark.parametrize("name", ["residual", *large])
+both_ways = pytest.mark.parametrize("how", ["stock", "kalman"])
+
+
+@every_network
+def test_stock_layers_compute_the_same(name):
+    model, x, y = trained(name)
+    untouched = NETWORKS[name][0](num_classes=CLASSES)
+    plain = kn.to_batchnorm(model)
+    torch.testing.assert_close(plain(x), y, rtol=0, atol=1e-6)
+    assert kinds(plain) == kinds(untouched)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in plain.modules())
+    assert set(plain.state_dict()) == set(untouched.state_dict())
+
+
+@every_network
+def test_folded_into_the_convolutions(name):
+    model, x, y = trained(name)
+    fused = kn.fuse(model)
+    torch.testing.assert_close(fused(x), y, rtol=1e-5, atol=1e-5)
+    assert not any(isinstance(module, nn.modules.batchnorm._NormBase) for module in fused.modules())
+    torch.testing.assert_close(model(x), y, rtol=0, atol=0)
+
+
+class Shared(nn.Module):
+    """One convolution, called for two heads with a normalization of its own each, as detectors do."""
+
+    def __init__(self):
+        super().__init__()
+        self.tower = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU())
+        self.tower.conv = nn.Conv2d(3, 3, 1)
+        self.heads = nn.ModuleList([nn.BatchNorm2d(3), nn.BatchNorm2d(3)])
+
+    def forward(self, x):
+        return self.heads[0](self.tower(x)), self.tower(x), self.heads[1](self.tower(-x))
+
+
+def test_a_convolution_called_at_several_places():
+    model = kn.convert(Shared())
+    model(torch.randn(8, 3, 4, 4) * 3)
+    with torch.no_grad():
+        model.heads[1].weight.fill_(2.0)
+    model.eval()
+    x = torch.randn(2, 3, 4, 4)
+    fused = kn.fuse(model)
+    for found, expected in zip(fused(x), model(x), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in fused.modules())
+
+
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.norm(x) if x.sum() > 0 else x
+
+
+def test_a_model_that_cannot_be_traced_says_so():
+    model = kn.convert(Branching()).eval()
+    with pytest.raises(ValueError, match=r"Branching cannot be traced by torch.fx \(TraceError: symbolically traced"):
+        kn.fuse(model)
+    assert type(model.norm) is kn.KalmanNorm2d
+
+
+# -- exported --------------------------------------------------------------------------------------
+
+
+def exported(model, x, **options):
+    return torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},), **options)
+
+
+@both_ways
+@every_network
+def test_export_with_any_batch_size(name, how):
+    model, x, y = trained(name)
+    program = exported(deployed(model, how), x[:3])
+    torch.testing.assert_close(program.module()(x), y, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(program.module()(x[:1]), y[:1], rtol=1e-5, atol=1e-5)
+
+
+@both_ways
+@every_network
+def test_onnx(name, how, tmp_path):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    model, x, y = trained(name)
+    path = tmp_path / "model.onnx"
+    torch.onnx.export(
+        deployed(model, how), (x[:3],), path, dynamo=True, verbose=False,
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+    )  # fmt: skip
+    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), y, rtol=1e-4, atol=1e-4)
+
+
+@every_network
+def test_int8(name):
+    """Post-training quantization with BatchNorm folded, as for any stock network."""
+    pt2e = pytest.importorskip("torchao.quantization.pt2e.quantize_pt2e")
+    x86 = pytest.importorskip("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")
+    model, x, y = trained(name)
+    # Strict, as torchao's quantizer takes a ReLU called twice (ResNet's) for one function of two outputs
+    # otherwise: pytorch/ao#4478.
+    graph = exported(kn.to_batchnorm(model), x[:3], strict=True).module()
+    quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
+    prepared = pt2e.prepare_pt2e(graph, quantizer)
+    for part in x.split(3):
+        prepared(part)
+    quantized = pt2e.convert_pt2e(prepared)
+    functions = [str(node.target) for node in quantized.graph.nodes]
+    assert not any("batch_norm" in function for function in functions)
+    layers = sum(isinstance(module, nn.Conv2d | nn.Linear) for module in model.modules())
+    assert sum("dequantize_per_channel" in function for function in functions) == layers  # their weights
+    weights = [t for t in quantized.state_dict().values() if t.dtype == torch.int8]
+    assert len(weights) == layers
+    with torch.no_grad():
+        assert 0 < relative_error(quantized(x), y) < 0.1
+        # One normalization layer folded wrongly would show.
+        norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        norms[len(norms) // 2].running_var.mul_(4)
+        assert relative_error(model(x), y) > 0.15
+
+
+# -- checkpoints both ways -------------------------------------------------------------------------
+
+
+@every_network
+def test_a_checkpoint_of_stock_layers_fits_the_kalman_network_and_back(name, tmp_path):
+    build, _ = NETWORKS[name]
+    model, x, y = trained(name)
+    torch.save(kn.to_batchnorm(copy.deepcopy(model)).state_dict(), tmp_path / "stock.pt")
+    stock = build(num_classes=CLASSES).eval()
+    stock.load_state_dict(torch.load(tmp_path / "stock.pt", weights_only=True), strict=True)
+    torch.testing.assert_close(stock(x), y, rtol=0, atol=1e-6)
+    # And on from there.
+    again = kn.convert(build(num_classes=CLASSES)).eval()
+    again.load_state_dict(torch.load(tmp_path / "stock.pt", weights_only=True), strict=True)
+    torch.testing.assert_close(again(x), y, rtol=0, atol=1e-6)
+
+
+@every_network
+def test_a_checkpoint_of_the_kalman_network_trains_on_and_deploys(name, tmp_path):
+    build, _ = NETWORKS[name]
+    model, x, y = trained(name)
+    torch.save(model.state_dict(), tmp_path / "kalman.pt")
+    fresh = kn.convert(build(num_classes=CLASSES))
+    fresh.load_state_dict(torch.load(tmp_path / "kalman.pt", weights_only=True), strict=True)
+    # Gain and process noise came along: it trains as the other would.
+    twin = copy.deepcopy(model).train()
+    torch.manual_seed(1)
+    expected = twin(x[:2])
+    torch.manual_seed(1)  # MobileNet drops out
+    torch.testing.assert_close(fresh(x[:2]), expected, rtol=1e-5, atol=1e-5)
+    assert any(layer.gain.item() != 0 for layer in fresh.modules() if isinstance(layer, kn.KalmanNorm))
+    fresh.load_state_dict(torch.load(tmp_path / "kalman.pt", weights_only=True), strict=True)
+    torch.testing.assert_close(kn.to_batchnorm(fresh.eval())(x), y, rtol=0, atol=1e-6)
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*gain"):
+        build(num_classes=CLASSES).load_state_dict(model.state_dict(), strict=True)
