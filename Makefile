@@ -22,7 +22,7 @@ demo: $(READY)
 	$(BIN)/kalmannorm demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -23,11 +23,11 @@ pictures = [picture() for _ in range(3)]
 # four options make this quick; leave them out.
 model = maskrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=2, min_size=64, max_size=64,
                               rpn_post_nms_top_n_train=50, box_batch_size_per_image=16)  # fmt: skip
-model = kn.convert(model)
+model = kn.convert(model, input_stats=([0.0] * 3, [1.0] * 3))  # of the images as the model itself normalizes them
 image, target = pictures[0]
 print(str(kn.describe(model, [image], [target])).splitlines()[-1])
 
-optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+optimizer = torch.optim.Adam(model.parameters(), lr=5e-5)
 for epoch in range(3):
     total = 0.0
     for image, target in pictures:

@@ -138,6 +138,8 @@ def _kalman_layer(layer: nn.Module, name: str, kinds: Sequence[str], options: di
             stacklevel=3,
         )
         return None
+    if kind != "batch" and "batch" in kinds:  # a group never has more than one sample
+        options = {name: value for name, value in options.items() if name not in ("stats_batch_size", "process_group")}
     make = _from_batch_norm if kind == "batch" else _from_group_norm
     new: KalmanLayer = make(layer, name, kalman, _on(layer, options))
     if type(layer).__module__.split(".")[0] != "torch" and isinstance(layer, (_NormBase, nn.GroupNorm)):

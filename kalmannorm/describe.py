@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,12 +55,17 @@ class Description:
                 lines.append((row.name, row.kind, "1", "-", f"no prior: {row.reason}"))
             else:
                 short = [name.removeprefix("torch.").removeprefix("nn.functional.") for name in row.through]
-                lines.append((row.name, row.kind, f"{row.gain:.3g}", ", ".join(row.prior_from), " > ".join(short)))
+                lines.append((row.name, row.kind, f"{row.gain:.3g}", _first_few(row.prior_from), " > ".join(short)))
         widths = [max(len(line[i]) for line in lines) for i in range(len(head) - 1)]
         text = []
         for *cells, last in lines:
             text.append("  ".join([*(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)), last]))
         return "\n".join([*text, f"{self.with_prior} of {len(self.rows)} layers have a prior"])
+
+
+def _first_few(names: Sequence[str]) -> str:
+    """In a deep residual network a prior comes from a dozen layers."""
+    return ", ".join(names) if len(names) <= 3 else f"{names[0]}, {names[1]} and {len(names) - 2} more"
 
 
 def describe(model: nn.Module, *inputs: Any, **kwargs: Any) -> Description:

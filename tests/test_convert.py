@@ -287,3 +287,14 @@ def test_a_converted_network_learns():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0] / 2
+
+
+def test_options_of_batch_layers_are_not_given_to_group_layers():
+    def both():
+        return nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.GroupNorm(2, 4))
+
+    model = kn.convert(both(), layers=("batch", "group"), stats_batch_size=2)
+    assert model[0].stats_batch_size == 2
+    assert isinstance(model[2], kn.GroupKalmanNorm)
+    with pytest.raises(ValueError, match="GroupKalmanNorm got stats_batch_size=2"):
+        kn.convert(both(), layers=("group",), stats_batch_size=2)

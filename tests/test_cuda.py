@@ -1,0 +1,139 @@
+"""What only a GPU can show. ``KALMANNORM_TEST_DEVICE=cpu`` rehearses it without one.
+
+On a machine with a GPU: ``python -m pytest tests/test_cuda.py``.
+"""
+
+import copy
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+import kalmannorm as kn
+
+DEVICE = os.environ.get("KALMANNORM_TEST_DEVICE", "cuda")
+
+pytestmark = pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="no GPU")
+
+
+def net(classes=3):
+    torch.manual_seed(0)
+    return torchvision.models.resnet18(num_classes=classes)
+
+
+def batch(samples=2, size=64, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(samples, 3, size, size, generator=generator), torch.arange(samples) % 3
+
+
+@pytest.fixture
+def _exact_matmul():
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.mark.usefixtures("_exact_matmul")
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"stats_batch_size": 1}, {**kn.preset("released"), "estimator": "exact"}],
+    ids=["default", "groups", "released"],
+)
+def test_equal_to_the_cpu(options):
+    """Outputs, gradients and buffers of a step, in double precision."""
+    here = kn.convert(net().double(), input_stats=([0.0] * 3, [1.0] * 3), **options)
+    there = copy.deepcopy(here).to(DEVICE)
+    images, labels = batch()
+    for model, device in ((here, "cpu"), (there, DEVICE)):
+        F.cross_entropy(model(images.double().to(device)), labels.to(device)).backward()
+    close = {"rtol": 1e-6, "atol": 1e-9}
+    for (name, a), b in zip(here.named_parameters(), there.parameters(), strict=True):
+        torch.testing.assert_close(b.grad.cpu(), a.grad, **close, msg=lambda m, n=name: f"{n}: {m}")
+    for (name, a), b in zip(here.named_buffers(), there.buffers(), strict=True):
+        torch.testing.assert_close(b.cpu(), a, **close, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_gain_1_is_batch_norm():
+    stock, ours = net().to(DEVICE), kn.convert(net().to(DEVICE), gain=1.0)
+    images, labels = (t.to(DEVICE) for t in batch(4))
+    losses = [F.cross_entropy(model(images), labels) for model in (stock, ours)]
+    torch.testing.assert_close(*losses)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_mixed_precision_step_lowers_the_loss(dtype, memory_format):
+    model = kn.convert(net()).to(DEVICE, memory_format=memory_format)
+    images, labels = (t.to(DEVICE) for t in batch())
+    images = images.contiguous(memory_format=memory_format)
+    optimizer, scaler = torch.optim.SGD(model.parameters(), 0.01), torch.amp.GradScaler(DEVICE)
+    losses, formats = [], []
+    model.bn1.register_forward_hook(lambda _, args, y: formats.append(y.is_contiguous(memory_format=memory_format)))
+    for _ in range(8):
+        with torch.autocast(DEVICE, dtype):
+            loss = F.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    assert kn.first_nonfinite(model) is None
+    assert all(formats)
+
+
+def test_compiled_by_inductor():
+    model = kn.convert(net()).to(DEVICE)
+    compiled = copy.deepcopy(model)
+    images, labels = (t.to(DEVICE) for t in batch())
+    run = torch.compile(compiled, fullgraph=True)
+    for step in range(3):
+        with torch._dynamo.config.patch(error_on_recompile=step > 0):
+            losses = [F.cross_entropy(f(images), labels) for f in (model, run)]
+        for loss in losses:
+            loss.backward()
+        torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-4)
+
+
+def test_captured_in_a_cuda_graph():
+    if DEVICE != "cuda":
+        pytest.skip("graphs are CUDA's")
+    model = kn.convert(net()).to(DEVICE)
+    eager = copy.deepcopy(model)
+    images, labels = (t.to(DEVICE) for t in batch())
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            optimizer.zero_grad(set_to_none=True)
+            F.cross_entropy(model(images), labels).backward()
+    torch.cuda.current_stream().wait_stream(side)
+    model.load_state_dict(eager.state_dict())
+    optimizer.zero_grad(set_to_none=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+    graph.replay()
+    expected = F.cross_entropy(eager(images), labels)
+    torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.skipif(not torch.distributed.is_nccl_available(), reason="no NCCL")
+def test_nccl_with_one_process(tmp_path):
+    if DEVICE != "cuda":
+        pytest.skip("NCCL is CUDA's")
+    torch.distributed.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        group = torch.distributed.group.WORLD
+        alone, shared = kn.convert(net()).to(DEVICE), kn.convert(net(), process_group=group).to(DEVICE)
+        images = batch()[0].to(DEVICE)
+        parallel = nn.parallel.DistributedDataParallel(shared, device_ids=[0])
+        torch.testing.assert_close(parallel(images), alone(images), rtol=1e-3, atol=1e-4)
+    finally:
+        torch.distributed.destroy_process_group()
