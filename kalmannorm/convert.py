@@ -23,7 +23,7 @@ from kalmannorm.modules import (
     KalmanNorm3d,
     KalmanNormAct2d,
 )
-from kalmannorm.propagation import Watch
+from kalmannorm.watch import Watch
 
 __all__ = ["connect", "convert", "fuse", "kalman_layers", "to_batchnorm"]
 

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from kalmannorm.convert import KalmanLayer, kalman_layers
+from kalmannorm.evaluation import drawn, exact, function_name, without_autocast
 from kalmannorm.gaussian import Unknown
 from kalmannorm.modules import GroupKalmanNorm
-from kalmannorm.propagation import Step, drawn, exact, function_name, is_open, paused, step_of, without_autocast
+from kalmannorm.propagation import is_open, paused
+from kalmannorm.steps import Step, step_of
 
 __all__ = ["Description", "Row", "describe", "first_nonfinite"]
 

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from kalmannorm.checkpoints import is_recomputing, is_reentrant
+from kalmannorm.evaluation import Estimator, prior_of
 from kalmannorm.functional import KalmanNormOutput, group_kalman_norm, kalman_norm, synchronize
 from kalmannorm.gaussian import Gaussian, Unknown
 from kalmannorm.kernels.apply import is_transformed
-from kalmannorm.propagation import Estimator, attach, is_open, paused, prior_of
+from kalmannorm.propagation import attach, is_open, paused
 
 __all__ = [
     "PRESETS", "GroupKalmanNorm", "GroupKalmanNormAct", "KalmanNorm", "KalmanNorm1d", "KalmanNorm2d", "KalmanNorm3d",

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import kalmannorm as kn
-from kalmannorm.propagation import is_open, prior_of
+from kalmannorm.evaluation import prior_of
+from kalmannorm.propagation import is_open
 
 
 def small():

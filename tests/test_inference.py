@@ -17,7 +17,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import kalmannorm as kn
-from kalmannorm.propagation import exact, step_of
+from kalmannorm.evaluation import exact
+from kalmannorm.steps import step_of
 
 
 def small():

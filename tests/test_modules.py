@@ -12,7 +12,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.testing._internal.common_modules import module_db
 
 import kalmannorm as kn
-from kalmannorm.propagation import prior_of
+from kalmannorm.evaluation import prior_of
 
 STOCK = {
     nn.BatchNorm1d: kn.KalmanNorm1d,

@@ -11,8 +11,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import kalmannorm as kn
+from kalmannorm.evaluation import prior_of
 from kalmannorm.gaussian import Gaussian, Unknown
-from kalmannorm.propagation import Step, attach, is_open, prior_of, step_of
+from kalmannorm.propagation import attach, is_open
+from kalmannorm.steps import Step, step_of
 
 
 def conv_net(**options):

@@ -16,7 +16,9 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import kalmannorm as kn
-from kalmannorm.propagation import is_open, prior_of, step_of
+from kalmannorm.evaluation import prior_of
+from kalmannorm.propagation import is_open
+from kalmannorm.steps import step_of
 
 
 def stock_net(**options):

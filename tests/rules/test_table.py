@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kalmannorm.propagation import function_name
+from kalmannorm.evaluation import function_name
 from kalmannorm.rules import RULES, aliases, rule
 
 

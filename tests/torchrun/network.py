@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from kalmannorm.convert import kalman_layers
+from kalmannorm.evaluation import prior_of
 from kalmannorm.gaussian import Gaussian
-from kalmannorm.propagation import paused, prior_of
+from kalmannorm.propagation import paused
 
 CHANNELS = 5  # not a multiple of the two processes
 

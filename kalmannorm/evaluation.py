@@ -1,0 +1,190 @@
+"""The value of a step: what is believed of its tensor, by rules, or by draws put through the functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import resolve_name
+
+from kalmannorm.gaussian import Gaussian, Unknown
+from kalmannorm.kernels.apply import is_transformed
+from kalmannorm.rules import RULES, Belief
+from kalmannorm.steps import Step, computed_in, may_use, replace, step_of
+
+__all__ = ["Estimator", "drawn", "exact", "function_name", "prior_of", "without_autocast"]
+
+Estimator = Literal["exact", "monte_carlo"]
+
+
+def prior_of(tensor: Tensor, groups: int, estimator: Estimator = "exact") -> Belief:
+    """What is believed of an activation: the prior of the layer that gets it.
+
+    Args:
+        tensor: the activation, ``(N, C, *)``.
+        groups: the layer's number of statistic groups ``S``.
+        estimator: ``"exact"`` moments by the rules, or ``"monte_carlo"``: draws of one feature map a
+            group, put through the same torch functions as the activation was.
+
+    Returns:
+        Mean and variance ``(S, C)``, or why they are unknown.
+    """
+    step = step_of(tensor)
+    if step is None:
+        return Unknown("the input does not depend on the network's input")
+    with without_autocast(tensor.device):
+        if estimator == "exact":
+            belief = exact(step)
+            return belief if isinstance(belief, Unknown) else belief.per_channel(groups)
+        draws = drawn(step, groups)
+        return draws if isinstance(draws, Unknown) else Gaussian.of_draws(draws, groups)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Beliefs are computed in float32 whatever autocast does to activations."""
+    if device.type in ("cpu", "cuda") or torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()  # the meta device has no autocast
+
+
+def exact(step: Step) -> Belief:
+    """Evaluate a step by the rules."""
+
+    def apply_rule(step: Step) -> None:
+        belief = _by_rule(step, *_operands(step, _kept_belief))
+        if isinstance(belief, Gaussian):
+            belief = Gaussian(belief.mean, belief.var, step.shape)
+            belief = belief if step.grad else belief.detach()
+        step.belief, step.belief_in, step.depth = belief, computed_in(step.belief), 0
+
+    _evaluate(step, _kept_belief, apply_rule)
+    belief = _kept_belief(step)
+    assert belief is not None
+    return belief
+
+
+def _kept_belief(step: Step) -> Belief | None:
+    return step.belief if may_use(step.belief, step.belief_in, step) else None
+
+
+def _evaluate(step: Step, kept: Callable[[Step], Any], compute: Callable[[Step], None]) -> None:
+    """Compute and keep the value of a step, after those of all that lead to it.
+
+    Not by recursion: a vision transformer makes a thousand calls between two batch normalizations.
+    """
+    waiting = [step]
+    while waiting:
+        current = waiting[-1]
+        if kept(current) is None:
+            first = [parent for parent in current.parents() if kept(parent) is None]
+            if first:
+                waiting.extend(first)
+                continue
+            compute(current)
+        waiting.pop()
+
+
+def _operands(step: Step, evaluate: Callable[[Step], Any]) -> tuple[Any, dict[str, Any]]:
+    """What the function was called with, each step replaced by its value."""
+    args = tuple([replace(a, Step, evaluate) for a in step.args])
+    return args, {k: replace(v, Step, evaluate) for k, v in step.kwargs.items()}
+
+
+def _unknown_in(values: Any) -> Unknown | None:
+    for value in values:
+        if isinstance(value, Unknown):
+            return value
+        if _is_freed(value.mean if isinstance(value, Gaussian) else value):
+            return Unknown("it depends on parameters that FSDP has freed")
+        if type(value) in (list, tuple) and (found := _unknown_in(value)) is not None:
+            return found
+    return None
+
+
+def _is_freed(value: Any) -> bool:
+    """Whether a parameter's elements are gone: to read them would end the process."""
+    if type(value) not in (Tensor, nn.Parameter) or is_transformed() or value.layout != torch.strided:
+        return False
+    return bool(value.numel() > 0 and value.untyped_storage().size() == 0)
+
+
+def _by_rule(step: Step, args: Any, kwargs: dict[str, Any]) -> Belief:
+    unknown = _unknown_in((*args, *kwargs.values()))
+    if unknown is not None:
+        return unknown
+    rule = RULES.get(step.function)  # type: ignore[arg-type]
+    if rule is None:
+        return Unknown(f"no rule for {function_name(step.function)}")
+    belief = rule(*args, **kwargs)
+    if type(belief) is tuple:
+        belief = belief[step.index or 0]
+    elif step.index:  # the indices of a pooling, say
+        return Unknown(f"output {step.index} of {function_name(step.function)}")
+    if not isinstance(belief, Gaussian | Unknown):
+        raise TypeError(
+            f"the rule for {function_name(step.function)} returned {type(belief).__name__}, "
+            "expected Gaussian or Unknown"
+        )
+    if isinstance(belief, Gaussian) and belief.ndim != len(step.shape):
+        raise ValueError(
+            f"the rule for {function_name(step.function)} returned a belief of shape {tuple(belief.mean.shape)} for "
+            f"an output of shape {step.shape}, expected the same rank: size 1 along the axes where it does not vary"
+        )
+    return belief
+
+
+def drawn(step: Step, groups: int) -> Tensor | Unknown:
+    """Evaluate a step by draws of one feature map a group, ``(S, C, *)``; of one for each sample where
+    there are no pixels to take moments over.
+    """
+
+    def draw(step: Step) -> None:
+        draws = _draw(step, groups) if step.function is None else _by_call(step, *_operands(step, _kept_draws))
+        step.draws, step.draws_in, step.depth = draws, computed_in(step.draws), 0
+
+    _evaluate(step, _kept_draws, draw)
+    draws = _kept_draws(step)
+    assert draws is not None
+    return draws
+
+
+def _kept_draws(step: Step) -> Tensor | Unknown | None:
+    return step.draws if may_use(step.draws, step.draws_in, step) else None
+
+
+def _draw(step: Step, groups: int) -> Tensor | Unknown:
+    belief = exact(step)
+    if isinstance(belief, Unknown):
+        return belief
+    maps = groups if len(step.shape) > 2 else step.shape[0]
+    return belief.draw((maps, *step.shape[1:]))
+
+
+def _by_call(step: Step, args: Any, kwargs: dict[str, Any]) -> Tensor | Unknown:
+    unknown = _unknown_in((*args, *kwargs.values()))
+    if unknown is not None:
+        return unknown
+    name = step.function.__name__  # type: ignore[union-attr]
+    if kwargs.get("training") and "norm" in name:
+        return Unknown(f"{function_name(step.function)} changes buffers, so it is not put to draws")
+    # The function may work in place, and other steps still need these draws.
+    if name.endswith("_") or kwargs.get("inplace"):
+        args = replace(args, Tensor, Tensor.clone)
+    try:
+        with torch.set_grad_enabled(step.grad and torch.is_grad_enabled()):
+            output = step.function(*args, **kwargs)  # type: ignore[misc]
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        return Unknown(f"{function_name(step.function)} fails on draws: {str(error).splitlines()[0]}")
+    output = output if step.index is None else output[step.index]
+    if not output.is_floating_point():
+        return Unknown(f"{function_name(step.function)} is not continuous")
+    return output  # type: ignore[no-any-return]
+
+
+def function_name(function: Any) -> str:
+    """``torch.nn.functional.relu`` and the like."""
+    name = None if torch.compiler.is_compiling() else resolve_name(function)
+    return name or str(getattr(function, "__name__", function))

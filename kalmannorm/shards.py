@@ -1,0 +1,76 @@
+"""FSDP frees a module's parameters as soon as it is left: what leaves it is evaluated there."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kalmannorm.evaluation import drawn, exact, without_autocast
+from kalmannorm.gaussian import Gaussian, Unknown
+from kalmannorm.propagation import current, paused
+from kalmannorm.steps import Step, put, step_of, tensors_in
+
+__all__ = ["watch_shards"]
+
+
+def watch_shards(module: nn.Module) -> None:
+    """Evaluate what leaves a module whose parameters FSDP frees as soon as it is left.
+
+    FSDP may have come after :func:`kalmannorm.connect`, so this is asked whenever the mode opens.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None or torch.compiler.is_compiling():
+        return
+    for each in module.modules():
+        if isinstance(each, fsdp.FSDPModule) and _leave_shard not in each._forward_hooks.values():
+            each.register_forward_hook(_leave_shard, prepend=True)  # before FSDP's own
+
+
+def _leave_shard(module: Any, args: tuple[Any, ...], output: Any) -> None:
+    """Forward hook."""
+    if (mode := current()) is None:
+        return
+    with paused():
+        for tensor in tensors_in((output,)):
+            if (step := step_of(tensor)) is not None:
+                with without_autocast(tensor.device):
+                    put(tensor, _without_shards(step, module, mode.layers))
+
+
+def _without_shards(step: Step, module: Any, layers: Sequence[Any]) -> Step:
+    """The same step, with values that need a module's parameters no more, neither to be computed, nor
+    in their backward pass: that asks FSDP to gather them again.
+    """
+    new = Step(step.function, step.args, step.kwargs, step.shape, step.index, step.source)
+    belief = exact(step)
+    if isinstance(belief, Gaussian):
+        belief = Gaussian(_gathered(belief.mean, module), _gathered(belief.var, module), step.shape)
+    new.belief = belief
+    if (groups := _groups_of_draws(layers, step)) is not None:
+        draws = drawn(step, groups)
+        new.draws = draws if isinstance(draws, Unknown) else _gathered(draws, module)
+    return new
+
+
+def _groups_of_draws(layers: Sequence[Any], step: Step) -> int | None:
+    """How many draws the layers that draw will ask for; None where none does, or none could."""
+    for layer in layers:
+        if layer.estimator == "monte_carlo" and step.shape:
+            with suppress(ValueError):
+                return int(layer._groups(step.shape[0]))
+    return None
+
+
+def _gathered(tensor: Tensor, module: Any) -> Tensor:
+    """A copy, as an output's mean is the bias itself; when a gradient passes it, the module's parameters
+    will be there.
+    """
+    tensor = tensor.clone()
+    if tensor.requires_grad:
+        tensor.register_hook(lambda _: module.unshard())
+    return tensor

@@ -1,0 +1,144 @@
+"""What was done to a tensor: a chain of steps, which ends where a belief starts.
+
+A step is an attribute of its tensor. It lives and dies with it, ``torch.compile`` traces it, and an
+in-place function overwrites it with the right meaning. Three kinds of tensor meet a function: those
+with a step (they depend on the network's input; the step may lead to nothing known), and those without
+(parameters, constants), which a rule takes as they are.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kalmannorm.gaussian import Unknown
+from kalmannorm.rules import Belief
+
+__all__ = ["Step", "computed_in", "may_use", "put", "replace", "saved_tensor_hooks", "step_of", "tensors_in"]
+
+_STEP = "_kalmannorm_step"
+
+# Beside a value that was computed before, in another place.
+_AGAIN = "again"
+
+
+class Step:
+    """One recorded call, or (``function=None``) a place where a belief starts.
+
+    Args:
+        function: the torch function that was called.
+        args: its positional arguments, tensors that have a step replaced by it.
+        kwargs: its keyword arguments, likewise.
+        shape: the output's shape.
+        index: which output, of a function that returns several.
+        source: where the belief starts: the layer's name, or "input".
+        belief: the belief that starts there, known at once.
+    """
+
+    __slots__ = (
+        "args", "belief", "belief_in", "depth", "draws", "draws_in", "function", "grad", "hooks", "index", "kwargs",
+        "shape", "source",
+    )  # fmt: skip
+
+    def __init__(self, function: Callable[..., Any] | None, args: tuple[Any, ...], kwargs: dict[str, Any],
+                 shape: tuple[int, ...], index: int | None = None, source: str = "",
+                 belief: Belief | None = None) -> None:  # fmt: skip
+        self.function = function
+        self.args = args
+        self.kwargs = kwargs
+        self.shape = shape
+        self.index = index
+        self.source = source
+        self.belief = belief
+        self.draws: Tensor | Unknown | None = None
+        self.grad = torch.is_grad_enabled()
+        self.hooks = self.belief_in = self.draws_in = saved_tensor_hooks()
+        self.depth = 0
+        for parent in self.parents():
+            self.depth = max(self.depth, parent.depth + 1)
+
+    def parents(self) -> Iterator[Step]:
+        """The steps that this one was computed from."""
+        return _steps_in((*self.args, *self.kwargs.values()))
+
+    # A tensor may be saved or copied. What is believed of it is of this run alone, and stays behind.
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OrderedDict, ()  # which torch.load(weights_only=True) knows
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Step:
+        return self
+
+
+def saved_tensor_hooks() -> Any:
+    """Which checkpointed region, if any, is being run. See :func:`may_use`."""
+    if torch.compiler.is_compiling():
+        return None
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+
+def may_use(kept: Any, where: Any, step: Step) -> bool:
+    """Whether a value that a step keeps may be used where it is asked for.
+
+    Not where a checkpointed region asks for the belief of something outside it, unless the region
+    itself computed it, or it was there before any region asked: the region will run again, and must
+    then compute the same things again. ``where`` is what :func:`computed_in` noted.
+    """
+    now = saved_tensor_hooks()
+    return kept is not None and (where in (step.hooks, now) or where == (_AGAIN, now))
+
+
+def computed_in(kept: Any) -> Any:
+    """What to note beside a value that is computed now, in the place of what a step kept, if anything."""
+    now = saved_tensor_hooks()
+    return now if kept is None else (_AGAIN, now)
+
+
+def _steps_in(values: Any) -> Iterator[Step]:
+    for value in values:
+        if isinstance(value, Step):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _steps_in(value)
+
+
+def replace(value: Any, kind: type, by: Callable[[Any], Any]) -> Any:
+    """Replace what is of one kind, in lists and tuples too."""
+    if isinstance(value, kind):
+        return by(value)
+    if type(value) in (list, tuple):
+        return type(value)([replace(v, kind, by) for v in value])
+    return value
+
+
+def step_of(tensor: Tensor) -> Step | None:
+    """The step recorded on a tensor, or on the one that it is an alias of."""
+    step = getattr(tensor, _STEP, None)
+    if step is None and not torch.compiler.is_compiling() and (base := tensor._base) is not None:
+        # Where nothing is watched, FSDP and DDP pass a tensor through an autograd function that returns it.
+        step = getattr(base, _STEP, None) if _place(tensor) == _place(base) else None
+    return step if isinstance(step, Step) else None
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """Which elements of its storage a tensor shows."""
+    return tensor.shape, tensor.stride(), tensor.storage_offset()
+
+
+def put(tensor: Tensor, step: Step | None) -> None:
+    """Record a step on a tensor."""
+    setattr(tensor, _STEP, step)
+
+
+def tensors_in(values: Any) -> Iterator[Tensor]:
+    """Every tensor in lists, tuples and dicts."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from tensors_in(value)
+        elif isinstance(value, dict):
+            yield from tensors_in(value.values())

@@ -1,0 +1,68 @@
+"""The tree, the page about it and the imports tell one story."""
+
+import ast
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "kalmannorm"
+
+# Each may import what stands before it.
+ORDER = """
+    gaussian kernels rules steps evaluation checkpoints propagation shards watch functional modules freezing convert
+    describe inference lab
+""".split()  # noqa: SIM905 - as the page has it
+
+
+def room(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(path):
+    """The rooms that a file imports from."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("kalmannorm"):
+            whole = node.module == "kalmannorm"
+            names = [f"kalmannorm.{alias.name}" for alias in node.names] if whole else [node.module]
+        for name in names:
+            first = name.split(".")[1]
+            if (PACKAGE / first).exists() or (PACKAGE / f"{first}.py").exists():
+                yield first
+
+
+def test_imports_run_one_way():
+    for path in PACKAGE.rglob("*.py"):
+        if path.name == "__init__.py" and path.parent == PACKAGE:
+            continue
+        here = room(path)
+        later = [other for other in imported(path) if ORDER.index(other) > ORDER.index(here)]
+        assert not later, f"{path.relative_to(ROOT)} imports {later}"
+
+
+def test_the_core_needs_torch_alone():
+    for path in PACKAGE.rglob("*.py"):
+        if room(path) == "lab":
+            continue
+        for node in ast.parse(path.read_text()).body:
+            names = [node.module] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for name in names:
+                first = str(name).split(".")[0]
+                assert first in ("kalmannorm", "torch") or first in sys.stdlib_module_names, (path, first)
+
+
+def test_the_page_names_every_room():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    tree = page[: page.index("Imports run one way")]
+    for path in PACKAGE.iterdir():
+        name = path.name + "/" * path.is_dir()
+        if name.endswith((".py", "/")) and not name.startswith("__"):
+            assert f" {name} " in tree, name
+            assert path.name.removesuffix(".py") in ORDER
+
+
+def test_the_page_gives_the_order():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    sentence = page[page.index("Imports run one way") :].split(".\n")[0].replace("\n", " ")
+    assert [name.strip() for name in sentence.split(":")[1].split("<-")] == ORDER
