@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kalmannorm.evaluation import drawn, exact, without_autocast
 from kalmannorm.gaussian import Gaussian, Unknown
 from kalmannorm.propagation import current, paused
-from kalmannorm.steps import Step, put, step_of, tensors_in
+from kalmannorm.steps import Step, found_in, put, step_of
 
 __all__ = ["watch_shards"]
 
@@ -36,7 +36,7 @@ def _leave_shard(module: Any, args: tuple[Any, ...], output: Any) -> None:
     if (mode := current()) is None:
         return
     with paused():
-        for tensor in tensors_in((output,)):
+        for tensor in found_in((output,), Tensor):
             if (step := step_of(tensor)) is not None:
                 with without_autocast(tensor.device):
                     put(tensor, _without_shards(step, module, mode.layers))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,9 @@ from torch import Tensor
 from kalmannorm.gaussian import Unknown
 from kalmannorm.rules import Belief
 
-__all__ = ["Step", "computed_in", "may_use", "put", "replace", "saved_tensor_hooks", "step_of", "tensors_in"]
+__all__ = ["Step", "computed_in", "found_in", "may_use", "put", "replace", "saved_tensor_hooks", "step_of"]
+
+_T = TypeVar("_T")
 
 _STEP = "_kalmannorm_step"
 
@@ -63,7 +65,7 @@ class Step:
 
     def parents(self) -> Iterator[Step]:
         """The steps that this one was computed from."""
-        return _steps_in((*self.args, *self.kwargs.values()))
+        return found_in((*self.args, *self.kwargs.values()), Step)
 
     # A tensor may be saved or copied. What is believed of it is of this run alone, and stays behind.
     def __reduce__(self) -> tuple[Any, ...]:
@@ -97,14 +99,6 @@ def computed_in(kept: Any) -> Any:
     return now if kept is None else (_AGAIN, now)
 
 
-def _steps_in(values: Any) -> Iterator[Step]:
-    for value in values:
-        if isinstance(value, Step):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from _steps_in(value)
-
-
 def replace(value: Any, kind: type, by: Callable[[Any], Any]) -> Any:
     """Replace what is of one kind, in lists and tuples too."""
     if isinstance(value, kind):
@@ -133,12 +127,12 @@ def put(tensor: Tensor, step: Step | None) -> None:
     setattr(tensor, _STEP, step)
 
 
-def tensors_in(values: Any) -> Iterator[Tensor]:
-    """Every tensor in lists, tuples and dicts."""
+def found_in(values: Any, kind: type[_T]) -> Iterator[_T]:
+    """What is of one kind, in lists, tuples and dicts too."""
     for value in values:
-        if isinstance(value, Tensor):
+        if isinstance(value, kind):
             yield value
         elif isinstance(value, list | tuple):
-            yield from tensors_in(value)
+            yield from found_in(value, kind)
         elif isinstance(value, dict):
-            yield from tensors_in(value.values())
+            yield from found_in(value.values(), kind)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kalmannorm.gaussian import Gaussian, Unknown
 from kalmannorm.propagation import Propagation, attach, current
 from kalmannorm.shards import watch_shards
-from kalmannorm.steps import step_of, tensors_in
+from kalmannorm.steps import found_in, step_of
 
 __all__ = ["Watch"]
 
@@ -53,7 +53,7 @@ class Watch:
     def _start_beliefs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Mark the inputs, so that all that comes of them is known to depend on them."""
         values = (*args, *kwargs.values())
-        for tensor in tensors_in(values):
+        for tensor in found_in(values, Tensor):
             step = step_of(tensor)
             if step is None or step.source == "input":  # else from another part, whose beliefs go on here
                 attach(tensor, Unknown("the network's input"), "input")
@@ -76,7 +76,7 @@ def _started_on_first(given: Gaussian, values: Any) -> Gaussian | None:
     another; return it where there is none.
     """
     channels = given.mean.shape[0]
-    for tensor in tensors_in(values):
+    for tensor in found_in(values, Tensor):
         if not tensor.is_floating_point():
             continue
         if tensor.ndim < 2 or tensor.shape[1] != channels:
