@@ -52,6 +52,12 @@ _ELSEWHERE: dict[str, tuple[str, type[KalmanLayer]]] = {
     "timm.layers.norm.GroupNorm": ("group", GroupKalmanNorm),
     "timm.layers.norm.GroupNorm1": ("group", GroupKalmanNorm),
 }
+_TENSORS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
+# What users register on a layer. The dicts themselves move, so that their handles still remove.
+_HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks",
+)  # fmt: skip
 _KINDS = tuple(_STOCK)
 _FOLDED_INTO = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 _OPTIONS = ("gain", "process_noise", "spread", "carry", "estimator", "stats_batch_size", "guard", "process_group")
@@ -134,7 +140,7 @@ def _kalman_layer(layer: nn.Module, name: str, kinds: Sequence[str], options: di
     if kalman is None:
         warnings.warn(
             f"{type(layer).__name__} {name!r} is a kind of {_stock_ancestor(layer).__name__} with a forward of its "
-            "own: kalmannorm.convert leaves it as it is",
+            "own, or tensors: kalmannorm.convert leaves it as it is",
             stacklevel=3,
         )
         return None
@@ -145,6 +151,8 @@ def _kalman_layer(layer: nn.Module, name: str, kinds: Sequence[str], options: di
     if type(layer).__module__.split(".")[0] != "torch" and isinstance(layer, (_NormBase, nn.GroupNorm)):
         new.replaces = (_emptied(layer),)
     new.training = layer.training  # not `train(...)`: what is inside a layer keeps a flag of its own
+    _take_hooks(new, layer)
+    let_go(new)
     return new
 
 
@@ -159,8 +167,16 @@ def stand_in(layer: nn.Module) -> tuple[str, type[KalmanLayer] | None]:
     for kind, classes in _STOCK.items():
         for stock, kalman in classes.items():
             if isinstance(layer, stock):
-                return kind, kalman if type(layer).forward is stock.forward else None
+                same = type(layer).forward is stock.forward and _has_stock_tensors(layer)
+                return kind, kalman if same else None
     return "", None
+
+
+def _has_stock_tensors(layer: nn.Module) -> bool:
+    """Whether a layer has no parameters, buffers or submodules but those of torch.nn: a parametrization,
+    for one, makes others.
+    """
+    return {*layer._parameters, *layer._buffers, *layer._modules} <= _TENSORS
 
 
 def _stock_ancestor(layer: nn.Module) -> type:
@@ -184,9 +200,14 @@ def _emptied(layer: nn.Module) -> nn.Module:
     shell._modules = dict.fromkeys(layer._modules)
     if hasattr(shell, "process_group"):
         shell.process_group = None
-    shell._forward_pre_hooks = copy.copy(layer._forward_pre_hooks)
-    let_go(shell)  # its stand-in is frozen, or not
+    for name in _HOOKS:  # its stand-in has them
+        setattr(shell, name, type(getattr(layer, name))())
     return shell  # type: ignore[no-any-return]
+
+
+def _take_hooks(new: nn.Module, old: nn.Module) -> None:
+    for name in _HOOKS:
+        setattr(new, name, getattr(old, name))
 
 
 def _adopt(new: KalmanLayer, old: nn.Module) -> None:
@@ -337,7 +358,8 @@ def _stock_layer(layer: KalmanLayer) -> nn.Module:
     stock: Any
     if layer.replaces:
         stock = _emptied(layer.replaces[0])
-        stock.eps, stock.momentum = layer.eps, getattr(layer, "momentum", None)
+        for option in {"eps", "momentum"} & vars(layer).keys():
+            setattr(stock, option, getattr(layer, option))
         stock._modules.update(layer._modules)
     elif isinstance(layer, GroupKalmanNorm):
         stock = nn.GroupNorm(layer.num_groups, layer.num_channels, layer.eps, layer.affine)
@@ -350,6 +372,7 @@ def _stock_layer(layer: KalmanLayer) -> nn.Module:
         stock._buffers[key] = layer._buffers[key]
     # Not `train(...)`: what is inside a layer keeps a flag of its own.
     stock.training = layer.training and not layer.frozen
+    _take_hooks(stock, layer)
     behind = [] if layer.replaces else [m for m in layer.children() if not isinstance(m, nn.Identity)]
     if not behind:
         return stock  # type: ignore[no-any-return]

@@ -254,6 +254,42 @@ def test_users_own_hooks_stay():
     torch.testing.assert_close(y, model(torch.zeros(1, 3, 8, 8)) + 1)
 
 
+def test_hooks_on_a_layer_go_where_it_goes():
+    seen = []
+    model = small()
+    handle = model[1].register_forward_hook(lambda layer, args, y: seen.append(type(layer)))
+    x = torch.zeros(2, 3, 8, 8)
+    kn.convert(model)(x)
+    kn.to_batchnorm(model)(x)
+    assert seen == [kn.KalmanNorm2d, nn.BatchNorm2d]
+    handle.remove()
+    model(x)
+    assert len(seen) == 2
+
+
+def test_layers_with_tensors_of_their_own_are_left_alone():
+    class Scaled(nn.BatchNorm2d):
+        def __init__(self, channels):
+            super().__init__(channels)
+            self.scale = nn.Parameter(torch.ones(1))
+
+    class Plain(nn.BatchNorm2d):
+        pass
+
+    parametrized = nn.utils.parametrizations.weight_norm(nn.BatchNorm2d(4), dim=None)
+    model = nn.Sequential(Scaled(4), parametrized, Plain(4, eps=1e-3))
+    with pytest.warns(UserWarning, match="with a forward of its own, or tensors") as raised:
+        kn.convert(model)
+    assert len(raised) == 2
+    assert model[1] is parametrized
+    assert type(model[0]) is Scaled
+    assert type(model[2]) is kn.KalmanNorm2d
+    model[2].eps = 1e-2
+    kn.to_batchnorm(model)
+    assert type(model[2]) is Plain
+    assert model[2].eps == 1e-2
+
+
 def test_group_layers_that_fuse_have_no_stock_layer():
     model = kn.convert(small(lambda c: nn.GroupNorm(2, c)), layers=("group",))
     with pytest.raises(ValueError, match=r"GroupKalmanNorm '1' fuses its input with a prior in eval\(\) too"):
