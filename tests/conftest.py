@@ -9,7 +9,7 @@ from hypothesis import Phase, settings
 
 # `import drawing` works from every test file, whichever way pytest imports them.
 sys.path.insert(0, str(Path(__file__).parent))
-pytest.register_assert_rewrite("drawing")
+pytest.register_assert_rewrite("drawing", "networks")
 
 # A draw of a million is one core's work; the other cores have other tests.
 torch.set_num_threads(1)

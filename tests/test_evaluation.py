@@ -1,0 +1,115 @@
+"""What a chain of steps comes to: by rules, by draws, with gradients."""
+
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import Net, conv_net, prior_after
+from torch import nn
+
+import kalmannorm as kn
+from kalmannorm.evaluation import prior_of
+from kalmannorm.gaussian import Gaussian
+
+
+def test_rules_for_a_residual_block_add_up():
+    model = kn.convert(Net(lambda net, y: y + F.relu(y), channels=4), process_noise=False)
+    with torch.no_grad():
+        model.first.weight.fill_(1.0)
+    seen = {}
+    model.second.register_forward_pre_hook(lambda layer, args: seen.update(prior=prior_of(args[0], 1)))
+    model(torch.randn(8, 4, 16, 16))
+    # relu of N(0, 1): mean 1/sqrt(2 pi), variance 1/2 - 1/(2 pi)
+    pi = torch.pi
+    torch.testing.assert_close(seen["prior"].mean, torch.full((1, 4), (2 * pi) ** -0.5), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(seen["prior"].var, torch.full((1, 4), 1.5 - 1 / (2 * pi)), rtol=1e-3, atol=1e-3)
+
+
+def test_monte_carlo_approximates_exact():
+    torch.manual_seed(0)
+    priors = {}
+    for estimator in ("exact", "monte_carlo"):
+        model = conv_net(estimator=estimator)
+        model[3].padding = (0, 0)  # its border is the one thing they differ in
+        model[4].register_forward_pre_hook(
+            lambda layer, args, e=estimator: priors.update({e: prior_of(args[0], 1, e)})
+        )
+        torch.manual_seed(1)
+        model(torch.randn(2, 3, 128, 128))
+    exact, drawn = priors["exact"], priors["monte_carlo"]
+    torch.testing.assert_close(drawn.mean, exact.mean, rtol=0.05, atol=0.02)
+    torch.testing.assert_close(drawn.var, exact.var, rtol=0.05, atol=0.02)
+
+
+def test_monte_carlo_needs_no_rule():
+    row = prior_after_monte_carlo(lambda net, y: torch.cumsum(y, 1))
+    assert row.prior_from == ("first",)
+    row = prior_after_monte_carlo(lambda net, y: y.clone() + F.relu(y, inplace=True))
+    assert row.prior_from == ("first",)
+    row = prior_after_monte_carlo(lambda net, y: y.reshape(2, -1).reshape(2, 4, 6, 6))
+    assert "fails on draws" in row.reason  # the batch size is written into the network
+
+
+def prior_after_monte_carlo(between):
+    model = kn.convert(Net(between), estimator="monte_carlo")
+    return kn.describe(model, torch.randn(2, 4, 6, 6)).rows[1]
+
+
+def test_draws_are_not_changed_by_functions_that_work_in_place():
+    def between(net, y):
+        rectified = F.relu(y)
+        return y.mul_(0) + rectified  # the product is evaluated first, and must leave the draws of y to the ReLU
+
+    model = kn.convert(Net(between), estimator="monte_carlo", process_noise=False)
+    seen = {}
+    model.second.register_forward_pre_hook(
+        lambda layer, args: seen.update(prior=prior_of(args[0], 1, "monte_carlo"))
+    )
+    model(torch.randn(2, 4, 32, 32))
+    assert (seen["prior"].var > 0.2).all()
+
+
+@pytest.mark.parametrize("estimator", ["exact", "monte_carlo"])
+def test_on_the_meta_device(estimator):
+    model = conv_net(estimator=estimator).to("meta")
+    y = model(torch.randn(2, 3, 8, 8, device="meta"))
+    assert y.shape == (2, 4, 8, 8)
+    y.sum().backward()
+    assert kn.describe(model, torch.randn(2, 3, 8, 8, device="meta")).with_prior == 1
+
+
+def test_features_computed_without_grad_give_none_to_the_backbone():
+    backbone = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1))
+    head = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+    model = kn.convert(nn.ModuleList([backbone, head]))
+    with torch.no_grad():
+        features = model[0](torch.randn(2, 3, 8, 8))
+    model[1](features).square().sum().backward()
+    assert all(p.grad is None for p in backbone.parameters())
+    assert head[0].weight.grad is not None
+
+
+def test_detach_cuts_the_belief_too():
+    model = kn.convert(Net(lambda net, y: y.detach()), process_noise=False)
+    model(torch.randn(2, 4, 6, 6)).square().sum().backward()
+    assert model.first.weight.grad is None
+    assert model.second.weight.grad.any()
+
+
+def test_a_rule_of_the_wrong_kind_is_named():
+    from kalmannorm.rules import RULES
+
+    @kn.rule(torch.frac)
+    def wrong(x):
+        return x.mean
+
+    try:
+        with pytest.raises(TypeError, match=r"the rule for torch.frac returned Tensor, expected Gaussian or Unknown"):
+            prior_after(lambda net, y: torch.frac(y))
+        kn.rule(torch.frac)(lambda x: Gaussian(x.mean[0], x.var[0]))
+        with pytest.raises(ValueError, match=r"the rule for torch.frac returned a belief of shape \(4, 1, 1\)"):
+            prior_after(lambda net, y: torch.frac(y))
+        kn.rule(torch.frac)(lambda x: x)
+        assert prior_after(lambda net, y: torch.frac(y)).through == ("torch.frac",)
+    finally:
+        del RULES[torch.frac]

@@ -1,0 +1,153 @@
+"""When the mode opens and closes, and that nothing of it stays behind."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from networks import Checkpointed, conv_net, conv_net_like
+from torch import nn
+
+import kalmannorm as kn
+from kalmannorm.propagation import is_open
+from kalmannorm.steps import step_of
+
+
+def test_nothing_is_watched_in_eval():
+    model = conv_net().eval()
+    inside = []
+    model[2].register_forward_hook(lambda *args: inside.append(is_open()))
+    y = model(torch.randn(2, 3, 8, 8))
+    assert inside == [False]
+    assert step_of(y) is None
+
+
+def test_group_layers_are_watched_in_eval_too():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.GroupNorm(2, 4))
+    model = kn.convert(model, layers=("group",))
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(model.train()(x), model.eval()(x))
+    assert kn.describe(model, x).with_prior == 1
+
+
+def test_an_error_in_the_middle_leaves_nothing_open():
+    model, fresh = conv_net(), conv_net()
+    x = torch.randn(2, 3, 8, 8)
+
+    def fail(layer, args, output):
+        raise RuntimeError("stop")
+
+    handle = model[3].register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="stop"):
+        model(x)
+    assert not is_open()
+    handle.remove()
+    fresh[1].load_state_dict(model[1].state_dict())
+    torch.testing.assert_close(model(x), fresh(x), rtol=0, atol=0)
+
+
+def test_an_interrupt_leaves_the_mode_open_no_longer_than_to_the_next_call():
+    model = conv_net()
+    x = torch.randn(2, 3, 8, 8)
+
+    def interrupt(layer, args, output):
+        raise KeyboardInterrupt
+
+    handle = model[3].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(x)
+    handle.remove()
+    model(x)
+    assert not is_open()
+
+
+def test_a_module_that_calls_itself():
+    class Recursive(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norms = nn.ModuleList(nn.BatchNorm2d(3) for _ in range(4))
+
+        def forward(self, x, depth=2):
+            if depth:
+                x = self(self.norms[depth](x), depth - 1)
+            return self.norms[0](x)
+
+    model = kn.convert(Recursive())
+    rows = {row.name: row for row in kn.describe(model, torch.randn(2, 3, 4, 4)).rows}
+    assert rows["norms.1"].prior_from == ("norms.2",)
+    assert not is_open()
+    model(torch.randn(2, 3, 4, 4))  # warns where a layer sees no propagation
+    assert not is_open()
+
+
+def test_a_part_of_a_network_can_be_called_alone():
+    model = nn.Sequential(conv_net(), nn.ReLU(), conv_net_like(4))
+    kn.connect(model)
+    x = torch.randn(2, 3, 8, 8)
+    whole = model(x)
+    kn_free = model[2](model[1](model[0](x)))
+    assert whole.shape == kn_free.shape
+    # Outside of the mode the belief is not followed through the ReLU; inside each part it is.
+    assert step_of(model[0](x)) is not None
+    assert not is_open()
+
+
+def test_two_threads_do_not_see_each_other():
+    results, barrier = {}, threading.Barrier(2)
+    models = [conv_net(), conv_net()]  # made here, as all threads share one random state
+
+    def work(key):
+        model = models[key]
+        model[2].register_forward_hook(lambda *args: (barrier.wait(10), None)[1])
+        results[key] = model(torch.ones(2, 3, 8, 8) * torch.arange(8.0)).detach(), is_open()
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    torch.testing.assert_close(results[0][0], results[1][0])
+    assert not results[0][1]
+    assert not is_open()
+
+
+def test_input_stats_reach_the_batch_of_a_detector():
+    """Which gets a list of images of different sizes, and gives its first part a batch."""
+
+    class Detector(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4))
+
+        def forward(self, images):
+            return self.backbone(torch.stack([image[:, :8, :8] for image in images]))
+
+    model = kn.convert(Detector(), input_stats=([0.0] * 3, [1.0] * 3))
+    rows = kn.describe(model, [torch.randn(3, 8, 9), torch.randn(3, 9, 8)]).rows
+    assert [row.prior_from for row in rows] == [("input",), ("backbone.1",)]
+    model([torch.randn(3, 8, 9)])  # the mode does not keep it
+    assert kn.describe(model, [torch.randn(3, 8, 9), torch.randn(3, 9, 8)]).rows[0].prior_from == ("input",)
+
+
+@pytest.mark.slow
+def test_a_graph_break_in_the_middle_changes_nothing():
+    import torch._dynamo
+
+    class Break(nn.Module):
+        def forward(self, x):
+            torch._dynamo.graph_break()
+            return x * 1.0
+
+    torch._dynamo.reset()
+    model = Checkpointed(False)
+    model.blocks.insert(1, Break())
+    eager = kn.convert(model).double()
+    compiled = copy.deepcopy(eager)
+    x = torch.randn(2, 3, 10, 10, dtype=torch.float64)
+    a, b = eager(x), torch.compile(compiled, backend="aot_eager")(x)
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    a.square().sum().backward()
+    b.square().sum().backward()
+    for p, q in zip(eager.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-8, atol=1e-8)
+    assert not is_open()
