@@ -1,6 +1,7 @@
 """The tree, the page about it and the imports tell one story."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -66,3 +67,9 @@ def test_the_page_gives_the_order():
     page = (ROOT / "docs" / "architecture.md").read_text()
     sentence = page[page.index("Imports run one way") :].split(".\n")[0].replace("\n", " ")
     assert [name.strip() for name in sentence.split(":")[1].split("<-")] == ORDER
+
+
+def test_the_pages_name_tests_that_are_there():
+    for page in (ROOT / "docs").glob("*.md"):
+        for name in re.findall(r"`((?:lab/)?test_\w+\.py)`", page.read_text()):
+            assert (ROOT / "tests" / name).exists(), (page.name, name)

@@ -1,16 +1,17 @@
-"""GroupNorm (Wu & He, 2018) in BatchNorm's place."""
+"""GroupNorm (Wu & He, 2018, arXiv:1803.08494) in BatchNorm's place."""
 
 from __future__ import annotations
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+
+from kalmannorm.lab.baselines.replacing import replace_batchnorm
 
 
 def to_groupnorm(model: nn.Module, groups: int = 4) -> nn.Module:
-    """Replace every BatchNorm inside ``model``, in place, by a fresh ``nn.GroupNorm``.
+    """Replace every BatchNorm inside ``model``, in place, by ``nn.GroupNorm``.
 
     Args:
-        model: Any module that is not itself a BatchNorm.
+        model: Any network with BatchNorm layers.
         groups: Groups of channels a layer; must divide each layer's channels.
 
     Returns:
@@ -20,8 +21,4 @@ def to_groupnorm(model: nn.Module, groups: int = 4) -> nn.Module:
         >>> to_groupnorm(nn.Sequential(nn.BatchNorm2d(8)))[0].num_groups
         4
     """
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, _BatchNorm):
-                setattr(parent, name, nn.GroupNorm(groups, child.num_features, child.eps, child.affine))
-    return model
+    return replace_batchnorm(model, lambda norm: nn.GroupNorm(groups, norm.num_features, norm.eps, norm.affine))
