@@ -12,7 +12,7 @@ from torch.overrides import resolve_name
 
 from kalmannorm.gaussian import Gaussian, Unknown
 from kalmannorm.kernels.apply import is_transformed
-from kalmannorm.rules import RULES, Belief
+from kalmannorm.rules import BELIEF_FIRST, RULES, Belief
 from kalmannorm.steps import Step, computed_in, may_use, replace, step_of
 
 __all__ = ["Estimator", "drawn", "exact", "function_name", "prior_of", "without_autocast"]
@@ -118,6 +118,8 @@ def _by_rule(step: Step, args: Any, kwargs: dict[str, Any]) -> Belief:
     rule = RULES.get(step.function)  # type: ignore[arg-type]
     if rule is None:
         return Unknown(f"no rule for {function_name(step.function)}")
+    if args and isinstance(args[0], Tensor) and rule in BELIEF_FIRST:
+        return Unknown(f"{function_name(step.function)} of a known tensor, by an activation")
     belief = rule(*args, **kwargs)
     if type(belief) is tuple:
         belief = belief[step.index or 0]

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from kalmannorm.checkpoints import enter_again
 from kalmannorm.gaussian import Gaussian, Unknown
-from kalmannorm.rules import FACTORIES, Belief
+from kalmannorm.rules import FACTORIES, LIKE, Belief
 from kalmannorm.steps import Step, put, replace, saved_tensor_hooks, step_of
 
 __all__ = ["Propagation", "attach", "current", "is_open", "paused"]
@@ -62,6 +62,8 @@ class Propagation(TorchFunctionMode):
 
     def _record(self, func: Any, args: Any, kwargs: Any, output: Tensor, index: int | None) -> None:
         if not _depends_on_input(args) and not (kwargs and _depends_on_input(kwargs.values())):
+            return
+        if func in LIKE and step_of(args[0]) is None:
             return
         if func is Tensor.view_as and len(args) == 2 and args[0] is args[1]:
             # How autograd copies the input that an autograd function returns: without grad, but the

@@ -9,7 +9,10 @@ from networks import Checkpointed, prior_after
 from torch import nn
 
 import kalmannorm as kn
+from kalmannorm.evaluation import exact
+from kalmannorm.gaussian import Gaussian
 from kalmannorm.propagation import is_open
+from kalmannorm.steps import Step
 
 
 def assign(net, y):
@@ -120,3 +123,17 @@ def test_what_does_not_depend_on_values_is_a_constant():
     assert kn.describe(model, torch.randn(2, 4, 5, 5)).rows[1].through == (
         "torch.Tensor.mul", "torch.Tensor.add",
     )  # fmt: skip
+
+
+def test_a_known_tensor_in_an_activations_shape_is_a_constant():
+    """torchvision's RPN expands constants to an activation's shape."""
+    row = prior_after(lambda net, y: y + net.constant.expand_as(y).type_as(y).to(y))
+    assert row.through == ("torch.Tensor.add",)
+    row = prior_after(lambda net, y: y + torch.index_select(net.constant, 0, y[0, :, 0, 0].argsort()))
+    assert row.reason == "no rule for torch.Tensor.argsort"
+    chosen = Step(torch.index_select, (torch.ones(4), 0, Step(None, (), {}, (4,), belief=_a_belief())), {}, (4,))
+    assert exact(chosen).reason == "torch.index_select of a known tensor, by an activation"
+
+
+def _a_belief():
+    return Gaussian(torch.zeros(4), torch.ones(4), (4,))

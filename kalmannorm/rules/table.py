@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -9,13 +10,15 @@ import torch
 
 from kalmannorm.gaussian import Gaussian, Unknown
 
-__all__ = ["FACTORIES", "RULES", "Belief", "Rule", "aliases", "rule"]
+__all__ = ["BELIEF_FIRST", "FACTORIES", "LIKE", "RULES", "Belief", "Rule", "aliases", "rule"]
 
 Belief = Gaussian | Unknown
 Rule = Callable[..., Any]
 _R = TypeVar("_R", bound=Rule)
 
 RULES: dict[Callable[..., Any], Rule] = {}
+# Rules that say, by annotation, that their first argument is a belief: they are not asked about a known one.
+BELIEF_FIRST: set[Rule] = set()
 
 _HOMES = (torch, torch.Tensor, torch.nn.functional, torch.special)
 
@@ -47,6 +50,9 @@ def rule(*functions: Callable[..., Any]) -> Callable[[_R], _R]:
             raise TypeError(f"kn.rule takes torch functions, got {function!r}")
 
     def register(decorated: _R) -> _R:
+        first = next(iter(inspect.signature(decorated).parameters.values()), None)
+        if first is not None and first.annotation in (Gaussian, "Gaussian"):
+            BELIEF_FIRST.add(decorated)
         for function in functions:
             RULES[function] = decorated
         return decorated
@@ -66,3 +72,6 @@ FACTORIES: frozenset[Callable[..., Any]] = frozenset(
     aliases("new_empty", "new_full", "new_ones", "new_zeros", "empty_like", "full_like", "ones_like", "zeros_like",
             "rand_like", "randn_like", "randint_like")
 )  # fmt: skip
+
+# These take a shape or a type from their second argument, and values from the first alone.
+LIKE: frozenset[Callable[..., Any]] = frozenset(aliases("expand_as", "reshape_as", "view_as", "type_as", "to"))
