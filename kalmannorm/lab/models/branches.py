@@ -1,0 +1,38 @@
+"""What the two Inception networks are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Branches", "Norm", "unit"]
+
+Norm = Callable[[int], nn.Module]
+
+
+def unit(in_channels: int, channels: int, kernel_size: int, norm_layer: Norm, stride: int = 1) -> nn.Sequential:
+    """Convolution, norm, ReLU: ``(N, in_channels, H, W)`` to ``(N, channels, H / stride, W / stride)``.
+
+    The convolution has no bias, since the norm would take it out again, and Kaiming-normal weights (fan-out).
+    """
+    conv = nn.Conv2d(in_channels, channels, kernel_size, stride, kernel_size // 2, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    return nn.Sequential(conv, norm_layer(channels), nn.ReLU(inplace=True))
+
+
+class Branches(nn.Module):
+    """Runs each branch on the same input, and joins what they give along the channels.
+
+    Args:
+        branches: Modules from ``(N, C, H, W)`` to ``(N, C_i, H', W')``, for the same ``H'`` and ``W'``.
+    """
+
+    def __init__(self, *branches: nn.Module) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(branches)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, C, H, W)`` to ``(N, sum of C_i, H', W')``."""
+        return torch.cat([branch(x) for branch in self.branches], dim=1)

@@ -1,0 +1,77 @@
+"""The small Inception network that the paper trains on CIFAR-10, CIFAR-100 and SVHN (table in section 4.3.2).
+
+    type             conv     inception  inception  inception  avg pool
+    spatial size     16 x 16  16 x 16    16 x 16    16 x 16    1 x 1
+    filters          32       256        480        512        512
+    1x1                       64         128        192
+    1x1/3x3                   96, 128    128, 192   96, 208
+    1x1/5x5                   16, 32     32, 96     16, 48
+    pool/1x1                  32         64         64
+
+The three modules are 3a, 3b and 4a of GoogLeNet (Szegedy et al., arXiv:1409.4842, Table 1), with a norm between each
+convolution and its ReLU. The table leaves open, and here it is read so:
+
+- The first convolution, which takes 32 x 32 images to 16 x 16, is 3x3 with stride 2, as no pooling is listed.
+- The pooling in a module is GoogLeNet's: the maximum over 3x3, stride 1.
+- The text omits "a fully connected layer with 1,000 output channels", which is taken for the classifier with its
+  number of classes left as on ImageNet: there is one linear layer, with ``num_classes`` outputs, and no dropout.
+- The 5x5 branch has one 5x5 convolution, not two of 3x3 as in Inception-v2.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from kalmannorm.lab.models.branches import Branches, Norm, unit
+
+__all__ = ["CifarInception"]
+
+# Of each module: 1x1; 1x1 and 3x3; 1x1 and 5x5; 1x1 after pooling.
+MODULES = (
+    (64, (96, 128), (16, 32), 32),
+    (128, (128, 192), (32, 96), 64),
+    (192, (96, 208), (16, 48), 64),
+)
+
+
+class CifarInception(nn.Module):
+    """A convolution, three Inception modules at 16 x 16, the mean over space, a linear classifier.
+
+    With 10 classes it has 903,018 parameters.
+
+    Args:
+        num_classes: Number of logits.
+        norm_layer: Makes a normalization layer of so many channels.
+        in_channels: Channels of the images.
+    """
+
+    def __init__(self, num_classes: int = 10, norm_layer: Norm = nn.BatchNorm2d, in_channels: int = 3) -> None:
+        super().__init__()
+        self.conv = unit(in_channels, 32, 3, norm_layer, stride=2)
+        modules = []
+        channels = 32
+        for widths in MODULES:
+            modules.append(_module(channels, *widths, norm_layer))
+            channels = widths[0] + widths[1][1] + widths[2][1] + widths[3]
+        self.inceptions = nn.ModuleList(modules)
+        self.classifier = nn.Linear(channels, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images ``(N, in_channels, 32, 32)`` to logits ``(N, num_classes)``."""
+        x = self.conv(images)
+        for inception in self.inceptions:
+            x = inception(x)
+        logits: Tensor = self.classifier(x.mean((2, 3)))
+        return logits
+
+
+def _module(
+    channels: int, single: int, three: tuple[int, int], five: tuple[int, int], pooled: int, norm_layer: Norm
+) -> Branches:
+    """One Inception module of four branches, all with stride 1."""
+    return Branches(
+        unit(channels, single, 1, norm_layer),
+        nn.Sequential(unit(channels, three[0], 1, norm_layer), unit(*three, 3, norm_layer)),
+        nn.Sequential(unit(channels, five[0], 1, norm_layer), unit(*five, 5, norm_layer)),
+        nn.Sequential(nn.MaxPool2d(3, 1, 1), unit(channels, pooled, 1, norm_layer)),
+    )

@@ -1,0 +1,145 @@
+"""The residual networks for 32x32 images that the paper trains on CIFAR-10 (section 4.3, Table 8, Fig. 4).
+
+He et al., "Deep Residual Learning for Image Recognition" (arXiv:1512.03385, section 4.2) and "Identity Mappings in
+Deep Residual Networks" (arXiv:1603.05027): a 3x3 convolution, three stages of n blocks with two 3x3 convolutions each,
+the mean over space, a linear classifier; 6n + 2 layers with weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["CifarResNet"]
+
+Norm = Callable[[int], nn.Module]
+
+
+def _conv3x3(in_channels: int, channels: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
+
+
+def _shortcut(x: Tensor, channels: int, stride: int, window: int) -> Tensor:
+    """Option A: no weights. Averages ``window x window`` pixels, and adds channels of zeros on both sides.
+
+    ``(N, C, H, W)`` to ``(N, channels, H / stride, W / stride)``.
+    """
+    if stride > 1:
+        x = F.avg_pool2d(x, window, stride)
+    missing = channels - x.shape[1]
+    return F.pad(x, (0, 0, 0, 0, missing // 2, missing - missing // 2)) if missing else x
+
+
+class PostActivationBlock(nn.Module):
+    """Convolution, norm, ReLU, convolution, norm; the sum with the shortcut; ReLU (arXiv:1512.03385, Fig. 2).
+
+    Where it strides, its shortcut takes every other pixel.
+    """
+
+    def __init__(self, in_channels: int, channels: int, stride: int, norm_layer: Norm) -> None:
+        super().__init__()
+        self.channels, self.stride = channels, stride
+        self.conv1 = _conv3x3(in_channels, channels, stride)
+        self.norm1 = norm_layer(channels)
+        self.conv2 = _conv3x3(channels, channels)
+        self.norm2 = norm_layer(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, in_channels, H, W)`` to ``(N, channels, H / stride, W / stride)``."""
+        residual = F.relu(self.norm1(self.conv1(x)))
+        residual = self.norm2(self.conv2(residual))
+        return F.relu(residual + _shortcut(x, self.channels, self.stride, window=1))
+
+
+class PreActivationBlock(nn.Module):
+    """Norm, ReLU, convolution, norm, ReLU, convolution; the sum with the shortcut (arXiv:1603.05027, Fig. 1b).
+
+    Where it strides, its shortcut averages 2x2 pixels, as in the code that the paper's authors released. The
+    network's first block has no norm of its own in front: it follows the stem's (``norm0`` is None).
+    """
+
+    def __init__(self, in_channels: int, channels: int, stride: int, norm_layer: Norm, first: bool = False) -> None:
+        super().__init__()
+        self.channels, self.stride = channels, stride
+        self.norm0 = None if first else norm_layer(in_channels)
+        self.conv1 = _conv3x3(in_channels, channels, stride)
+        self.norm1 = norm_layer(channels)
+        self.conv2 = _conv3x3(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, in_channels, H, W)`` to ``(N, channels, H / stride, W / stride)``."""
+        residual = x if self.norm0 is None else F.relu(self.norm0(x))
+        residual = F.relu(self.norm1(self.conv1(residual)))
+        out: Tensor = self.conv2(residual) + _shortcut(x, self.channels, self.stride, window=self.stride)
+        return out
+
+
+class CifarResNet(nn.Module):
+    """A residual network for small images.
+
+    The two forms have the same number of norms, of the same widths, so the same number of parameters: ResNet-32
+    (``n = 5``) has 464,154 and ResNet-110 (``n = 18``) 1,727,962, with 10 classes.
+
+    Args:
+        depth: Layers with weights, ``6n + 2``.
+        num_classes: Number of logits.
+        preactivation: The blocks of arXiv:1603.05027, else those of arXiv:1512.03385.
+        norm_layer: Makes a normalization layer of so many channels.
+        width: Channels of the first stage; the second has twice, the third four times as many.
+        in_channels: Channels of the images.
+
+    Raises:
+        ValueError: where the depth is not ``6n + 2``, with n at least 1.
+    """
+
+    def __init__(
+        self,
+        depth: int = 32,
+        num_classes: int = 10,
+        preactivation: bool = True,
+        norm_layer: Norm = nn.BatchNorm2d,
+        width: int = 16,
+        in_channels: int = 3,
+    ) -> None:
+        super().__init__()
+        n, rest = divmod(depth - 2, 6)
+        if rest or n < 1:
+            raise ValueError(f"CifarResNet got depth {depth}, expected 6n + 2 for n >= 1: 8, 14, 20, 26, 32, ...")
+        self.conv = _conv3x3(in_channels, width)
+        self.norm = norm_layer(width)
+        self.stages = nn.ModuleList(_stages(n, width, preactivation, norm_layer))
+        self.last_norm = norm_layer(4 * width) if preactivation else None
+        self.classifier = nn.Linear(4 * width, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images ``(N, in_channels, H, W)`` to logits ``(N, num_classes)``."""
+        x = F.relu(self.norm(self.conv(images)))
+        for stage in self.stages:
+            x = stage(x)
+        if self.last_norm is not None:
+            x = F.relu(self.last_norm(x))
+        logits: Tensor = self.classifier(x.mean((2, 3)))
+        return logits
+
+
+def _stages(n: int, width: int, preactivation: bool, norm_layer: Norm) -> list[nn.Sequential]:
+    """Three stages of n blocks; the second and the third halve the image and double the channels."""
+    stages = []
+    before = width
+    for stage in range(3):
+        blocks: list[nn.Module] = []
+        channels = width * 2**stage
+        for block in range(n):
+            stride = 2 if stage > 0 and block == 0 else 1
+            if preactivation:
+                blocks.append(PreActivationBlock(before, channels, stride, norm_layer, first=stage == block == 0))
+            else:
+                blocks.append(PostActivationBlock(before, channels, stride, norm_layer))
+            before = channels
+        stages.append(nn.Sequential(*blocks))
+    return stages

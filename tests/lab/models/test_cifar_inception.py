@@ -1,0 +1,68 @@
+"""The paper's small Inception, against its table in section 4.3.2."""
+
+import functools
+
+import pytest
+import torch
+from model_checks import check_learns, check_one_step, check_priors, group_norm, parameters
+from torch import nn
+
+import kalmannorm
+from kalmannorm.lab.models.cifar_inception import CifarInception
+
+every_norm = pytest.mark.parametrize("kind", ["batch", "group", "kalman"])
+NORMS = 1 + 3 * 6
+CHANNELS = 32 + (96 + 16 + 256) + (128 + 32 + 480) + (96 + 16 + 512)
+
+
+def test_stages_have_the_sizes_of_the_table():
+    model, shapes = CifarInception(), []
+    for stage in (model.conv, *model.inceptions):
+        stage.register_forward_hook(lambda _module, _args, out: shapes.append(tuple(out.shape)))
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+    assert shapes == [(2, 32, 16, 16), (2, 256, 16, 16), (2, 480, 16, 16), (2, 512, 16, 16)]
+
+
+def test_branches_have_the_filters_of_the_table():
+    model = CifarInception()
+    found = [
+        [[conv.out_channels for conv in branch.modules() if isinstance(conv, nn.Conv2d)] for branch in module.branches]
+        for module in model.inceptions
+    ]
+    assert found == [
+        [[64], [96, 128], [16, 32], [32]],
+        [[128], [128, 192], [32, 96], [64]],
+        [[192], [96, 208], [16, 48], [64]],
+    ]
+    kernels = [conv.kernel_size[0] for conv in model.modules() if isinstance(conv, nn.Conv2d)]
+    assert kernels == [3] + 3 * [1, 1, 3, 1, 5, 1]
+
+
+def test_parameters():
+    stem = 3 * 32 * 9
+    first = 32 * (64 + 96 + 16 + 32) + 96 * 128 * 9 + 16 * 32 * 25
+    second = 256 * (128 + 128 + 32 + 64) + 128 * 192 * 9 + 32 * 96 * 25
+    third = 480 * (192 + 96 + 16 + 64) + 96 * 208 * 9 + 16 * 48 * 25
+    model = CifarInception()
+    assert parameters(model) == stem + first + second + third + 2 * CHANNELS + 512 * 10 + 10 == 903_018
+    assert parameters(kalmannorm.convert(model)) == 903_018 + CHANNELS + NORMS
+
+
+def test_group_norm_takes_every_place():
+    model = CifarInception(norm_layer=group_norm)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    assert sum(isinstance(module, nn.GroupNorm) for module in model.modules()) == NORMS
+
+
+def test_every_layer_but_the_first_has_a_prior():
+    assert len(check_priors(CifarInception).rows) == NORMS
+
+
+@every_norm
+def test_one_step(kind):
+    check_one_step(functools.partial(CifarInception, num_classes=4), kind)
+
+
+@every_norm
+def test_learns(kind):
+    check_learns(functools.partial(CifarInception, num_classes=4), kind, size=16)

@@ -1,0 +1,107 @@
+"""CIFAR ResNets: their size, their blocks, and that they learn."""
+
+import functools
+
+import pytest
+import torch
+from model_checks import check_learns, check_one_step, check_priors, group_norm, parameters
+from torch import nn
+from torch.nn import functional as F
+
+import kalmannorm
+from kalmannorm.lab.models.cifar_resnet import CifarResNet, PreActivationBlock, _shortcut
+
+both_forms = pytest.mark.parametrize("preactivation", [True, False])
+every_norm = pytest.mark.parametrize("kind", ["batch", "group", "kalman"])
+
+
+def by_hand(n):
+    """Stem; 2n convolutions a stage, of which the first widens; two numbers a normed channel; classifier."""
+    stem = 3 * 16 * 9
+    first = 2 * n * 16 * 16 * 9
+    second = 16 * 32 * 9 + (2 * n - 1) * 32 * 32 * 9
+    third = 32 * 64 * 9 + (2 * n - 1) * 64 * 64 * 9
+    norms = 2 * ((2 * n + 1) * 16 + 2 * n * 32 + 2 * n * 64)
+    return stem + first + second + third + norms + 64 * 10 + 10
+
+
+@both_forms
+@pytest.mark.parametrize(("n", "expected"), [(5, 464_154), (18, 1_727_962)])
+def test_parameters_are_those_of_the_literature(n, expected, preactivation):
+    model = CifarResNet(6 * n + 2, preactivation=preactivation)
+    assert parameters(model) == by_hand(n) == expected
+    weighted = [module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    assert len(weighted) == 6 * n + 2
+
+
+@both_forms
+def test_kalman_layers_add_a_number_a_channel_and_one(preactivation):
+    model = CifarResNet(32, preactivation=preactivation)
+    before = parameters(model)
+    channels = 11 * 16 + 10 * 32 + 10 * 64
+    assert parameters(kalmannorm.convert(model)) == before + channels + 31
+
+
+@pytest.mark.parametrize("depth", [2, 7, 18, 33, -4])
+def test_depth_must_be_six_n_plus_two(depth):
+    with pytest.raises(ValueError, match=rf"got depth {depth}, expected 6n \+ 2"):
+        CifarResNet(depth)
+
+
+@both_forms
+def test_sizes_of_the_stages(preactivation):
+    model, shapes = CifarResNet(14, num_classes=7, preactivation=preactivation, width=8), []
+    for stage in model.stages:
+        stage.register_forward_hook(lambda _module, _args, out: shapes.append(tuple(out.shape[1:])))
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 7)
+    assert shapes == [(8, 32, 32), (16, 16, 16), (32, 8, 8)]
+
+
+@pytest.mark.parametrize("window", [1, 2])
+def test_shortcut_has_zeros_on_both_sides(window):
+    x = torch.randn(2, 4, 6, 6)
+    out = _shortcut(x, 8, 2, window)
+    assert out.shape == (2, 8, 3, 3)
+    assert out[:, :2].abs().sum() == out[:, 6:].abs().sum() == 0
+    expected = x[:, :, ::2, ::2] if window == 1 else F.avg_pool2d(x, 2)
+    assert torch.equal(out[:, 2:6], expected)
+    assert _shortcut(x, 4, 1, window) is x
+
+
+def test_preactivation_leaves_the_sum_alone():
+    """With its last convolution at zero a pre-activation block is its shortcut; the other form still rectifies."""
+    x = torch.randn(2, 16, 8, 8)
+    block = PreActivationBlock(16, 16, 1, nn.BatchNorm2d)
+    nn.init.zeros_(block.conv2.weight)
+    assert torch.equal(block(x), x)
+
+
+def test_kaiming_fan_out():
+    model = CifarResNet(32)
+    weight = model.stages[2][1].conv1.weight
+    assert weight.std().item() == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.02)
+
+
+@both_forms
+def test_group_norm_takes_every_place(preactivation):
+    model = CifarResNet(14, preactivation=preactivation, norm_layer=group_norm)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    assert sum(isinstance(module, nn.GroupNorm) for module in model.modules()) == 6 * 2 + 1
+
+
+@both_forms
+def test_every_layer_but_the_first_has_a_prior(preactivation):
+    description = check_priors(functools.partial(CifarResNet, 32, preactivation=preactivation))
+    assert len(description.rows) == 31
+
+
+@both_forms
+@every_norm
+def test_one_step(preactivation, kind):
+    check_one_step(functools.partial(CifarResNet, 8, num_classes=4, preactivation=preactivation), kind)
+
+
+@both_forms
+@every_norm
+def test_learns(preactivation, kind):
+    check_learns(functools.partial(CifarResNet, 8, num_classes=4, preactivation=preactivation), kind, size=16)

@@ -1,0 +1,154 @@
+"""Mask R-CNN, on one small image."""
+
+import pytest
+import torch
+from model_checks import group_norm, parameters
+from torch import nn
+from torchvision.models import resnet50
+from torchvision.models.detection import maskrcnn_resnet50_fpn_v2
+
+import kalmannorm
+from kalmannorm.lab.models.detection import mask_rcnn_c4, mask_rcnn_fpn
+
+SIZE = 64
+SMALL = {
+    "min_size": SIZE, "max_size": SIZE, "box_batch_size_per_image": 8,
+    "rpn_post_nms_top_n_train": 20, "rpn_post_nms_top_n_test": 20,
+}  # fmt: skip
+both = pytest.mark.parametrize("make", [mask_rcnn_c4, mask_rcnn_fpn])
+every_norm = pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (mask_rcnn_c4, "batch"),
+        (mask_rcnn_c4, "group"),
+        (mask_rcnn_c4, "kalman"),
+        (mask_rcnn_fpn, "batch"),
+        (mask_rcnn_fpn, "group"),
+        (mask_rcnn_fpn, "kalman"),
+    ],
+)
+
+
+def image_and_target():
+    """A bright rectangle on noise, with its box, class and mask."""
+    image = torch.rand(3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)) / 2
+    image[:, 12:44, 20:52] += 0.5
+    mask = torch.zeros(1, SIZE, SIZE, dtype=torch.uint8)
+    mask[0, 12:44, 20:52] = 1
+    return image, {"boxes": torch.tensor([[20.0, 12, 52, 44]]), "labels": torch.tensor([1]), "masks": mask}
+
+
+def build(make, kind):
+    torch.manual_seed(0)
+    model = make(3, group_norm if kind == "group" else nn.BatchNorm2d, **SMALL)
+    return kalmannorm.convert(model) if kind == "kalman" else model
+
+
+def train(model, steps):
+    """The sum of the losses at each step."""
+    image, target = image_and_target()
+    optimizer = torch.optim.SGD(model.parameters(), 0.005, momentum=0.9)
+    values = []
+    for _ in range(steps):
+        losses = model([image], [target])
+        assert set(losses) == {
+            "loss_classifier", "loss_box_reg", "loss_mask", "loss_objectness", "loss_rpn_box_reg",
+        }  # fmt: skip
+        loss = sum(losses.values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        values.append(loss.item())
+    return values
+
+
+@every_norm
+def test_one_step_then_detections(make, kind):
+    model = build(make, kind)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    assert train(model, 1)[0] < 100
+    for name, parameter in model.named_parameters():
+        assert torch.isfinite(parameter.grad).all(), name
+    moved = sum(not torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    assert moved >= 0.9 * len(before)
+    with torch.no_grad():
+        (found,) = model.eval()([image_and_target()[0]])
+    assert set(found) == {"boxes", "labels", "scores", "masks"}
+    assert found["boxes"].shape == (len(found["scores"]), 4)
+    assert found["masks"].shape == (len(found["scores"]), 1, SIZE, SIZE)
+
+
+@pytest.mark.slow
+@every_norm
+def test_learns(make, kind):
+    values = train(build(make, kind), 30)
+    assert sum(values[-3:]) / 3 < values[0] / 2, values
+
+
+@pytest.mark.parametrize(
+    ("make", "without"),
+    [
+        (
+            mask_rcnn_c4,
+            ["backbone.bn1", "roi_heads.box_head.stage.0.bn1", "roi_heads.box_head.stage.0.downsample.1"],
+        ),
+        (mask_rcnn_fpn, ["backbone.body.bn1", "roi_heads.box_head.0.1", "roi_heads.mask_head.0.1"]),
+    ],
+)
+def test_every_layer_but_those_on_images_and_regions_has_a_prior(make, without):
+    """What is cut from the features has no belief: the first norm behind the cut starts anew."""
+    image, target = image_and_target()
+    description = kalmannorm.describe(build(make, "kalman"), [image], [target])
+    assert [row.name for row in description.rows if row.reason] == without
+
+
+@both
+def test_state_dict_round_trip(make):
+    model, other = build(make, "batch"), make(3, **SMALL)
+    train(model, 1)
+    other.load_state_dict(model.state_dict())
+    image = image_and_target()[0]
+    with torch.no_grad():
+        (found,), (again,) = model.eval()([image]), other.eval()([image])
+    assert all(torch.equal(found[key], again[key]) for key in found)
+
+
+def test_conv4_features_have_stride_16():
+    model = mask_rcnn_c4(**SMALL)
+    with torch.no_grad():
+        assert model.backbone(torch.randn(1, 3, 64, 96)).shape == (1, 1024, 4, 6)
+    sizes = model.rpn.anchor_generator.cell_anchors[0]
+    width, height = (sizes[:, 2:] - sizes[:, :2]).unbind(1)
+    assert (width * height).sqrt()[5:10].round().tolist() == [32, 64, 128, 256, 512]
+    assert model.roi_heads.mask_head is model.roi_heads.box_head.stage
+    regions = torch.randn(2, 1024, 14, 14)
+    with torch.no_grad():
+        assert model.roi_heads.box_head(regions).shape == (2, 2048)
+        assert model.roi_heads.mask_predictor(model.roi_heads.mask_head(regions)).shape == (2, 91, 14, 14)
+
+
+def test_parameters():
+    """C4: ResNet-50 without its classifier, a 3x3 convolution and two of 1x1 on 15 anchors, and the predictors."""
+    resnet = parameters(resnet50()) - (2048 * 1000 + 1000)
+    rpn = 1024 * 1024 * 9 + 1024 + 1024 * 15 * 5 + 15 * 5
+    boxes = 2048 * 91 * 5 + 91 * 5
+    masks = 2048 * 256 * 4 + 256 + 256 * 91 + 91
+    assert parameters(mask_rcnn_c4()) == resnet + rpn + boxes + masks
+    # torchvision's second version has a second convolution in the region proposal network, and is this otherwise.
+    theirs = parameters(maskrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None))
+    assert parameters(mask_rcnn_fpn()) == theirs - (256 * 256 * 9 + 256)
+
+
+@both
+def test_arguments_pass_through(make):
+    model = make(3, min_size=123, max_size=456)
+    assert (model.transform.min_size, model.transform.max_size) == ((123,), 456)
+    assert model.roi_heads.fg_bg_sampler.batch_size_per_image == 256
+
+
+@both
+def test_a_trained_resnet_gives_its_stages(make):
+    resnet = resnet50(num_classes=5)
+    model = make(3, resnet=resnet, **SMALL)
+    theirs = {id(parameter) for name, parameter in resnet.named_parameters() if not name.startswith("fc.")}
+    assert theirs <= {id(parameter) for parameter in model.parameters()}

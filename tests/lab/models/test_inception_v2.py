@@ -1,0 +1,109 @@
+"""Inception-v2: its sizes against Figure 5 of arXiv:1502.03167, its parameters against the paper's Table 2."""
+
+import functools
+
+import pytest
+import torch
+from model_checks import check_learns, check_one_step, check_priors, group_norm, parameters
+from torch import nn
+
+import kalmannorm
+from kalmannorm.lab.models.inception_v2 import InceptionV2
+
+every_norm = pytest.mark.parametrize("kind", ["batch", "group", "kalman"])
+# Two modules have no 1x1 branch and no convolution behind the pooling.
+NORMS = 3 + 8 * 7 + 2 * 5
+
+
+@functools.cache
+def full():
+    return InceptionV2()
+
+
+def test_sizes_at_224():
+    shapes = []
+    model = full()
+    handles = [
+        stage.register_forward_hook(lambda _module, _args, out: shapes.append(tuple(out.shape[1:])))
+        for stage in (*model.stem, *model.inceptions.values())
+    ]
+    with torch.no_grad():
+        assert model.eval()(torch.randn(1, 3, 224, 224)).shape == (1, 1000)
+    for handle in handles:
+        handle.remove()
+    assert shapes[:5] == [(64, 112, 112), (64, 56, 56), (64, 56, 56), (192, 56, 56), (192, 28, 28)]
+    assert dict(zip(model.inceptions, shapes[5:], strict=True)) == {
+        "3a": (256, 28, 28), "3b": (320, 28, 28), "3c": (576, 14, 14),
+        "4a": (576, 14, 14), "4b": (576, 14, 14), "4c": (608, 14, 14), "4d": (608, 14, 14), "4e": (1056, 7, 7),
+        "5a": (1024, 7, 7), "5b": (1024, 7, 7),
+    }  # fmt: skip
+
+
+def by_hand():
+    """Weights of the convolutions, and the number of normed channels; modules in the order of Figure 5."""
+    weights = [3 * 64 * 49, 64 * 64, 64 * 192 * 9]
+    channels = [64, 64, 192]
+    for before, single, (reduce3, three), (reduce_double, double), pooled in (
+        (192, 64, (64, 64), (64, 96), 32),
+        (256, 64, (64, 96), (64, 96), 64),
+        (320, 0, (128, 160), (64, 96), 0),
+        (576, 224, (64, 96), (96, 128), 128),
+        (576, 192, (96, 128), (96, 128), 128),
+        (576, 160, (128, 160), (128, 160), 128),
+        (608, 96, (128, 192), (160, 192), 128),
+        (608, 0, (128, 192), (192, 256), 0),
+        (1056, 352, (192, 320), (160, 224), 128),
+        (1024, 352, (192, 320), (192, 224), 128),
+    ):
+        weights += [before * (single + reduce3 + reduce_double + pooled)]
+        weights += [9 * reduce3 * three, 9 * reduce_double * double, 9 * double * double]
+        channels += [single, reduce3, three, reduce_double, double, double, pooled]
+    return sum(weights), sum(channels)
+
+
+def test_parameters_are_those_of_table_2():
+    model = InceptionV2()
+    weights, channels = by_hand()
+    count = parameters(model)
+    assert count == weights + 2 * channels + 1024 * 1000 + 1000 == 11_285_224
+    assert f"{count / 1e6:.2f}M" == "11.29M"
+    assert parameters(InceptionV2(norm_layer=group_norm)) == count
+    kalman = parameters(kalmannorm.convert(model))
+    assert kalman == count + channels + NORMS == 11_295_309
+    assert f"{kalman / 1e6:.2f}M" == "11.30M"
+
+
+def test_pooling_is_that_of_figure_5():
+    pools = [
+        (name, type(module).__name__, module.stride)
+        for name, inception in full().inceptions.items()
+        for module in inception.modules()
+        if isinstance(module, (nn.AvgPool2d, nn.MaxPool2d))
+    ]
+    assert len(pools) == 10
+    assert [pool for pool in pools if pool[1] == "MaxPool2d"] == [
+        ("3c", "MaxPool2d", 2), ("4e", "MaxPool2d", 2), ("5b", "MaxPool2d", 1),
+    ]  # fmt: skip
+    assert all(stride == 1 for _, kind, stride in pools if kind == "AvgPool2d")
+
+
+def test_the_input_passes_through_where_the_module_strides():
+    """The last channels of 3c are the maxima of its input."""
+    x = torch.randn(2, 320, 8, 8)
+    out = full().eval().inceptions["3c"](x)
+    assert torch.equal(out[:, 160 + 96 :], nn.functional.max_pool2d(x, 3, 2, 1))
+
+
+def test_every_layer_but_the_first_has_a_prior():
+    assert len(check_priors(InceptionV2, size=64).rows) == NORMS
+
+
+@every_norm
+def test_one_step(kind):
+    check_one_step(functools.partial(InceptionV2, num_classes=4), kind, size=64)
+
+
+@pytest.mark.slow
+@every_norm
+def test_learns(kind):
+    check_learns(functools.partial(InceptionV2, num_classes=4), kind, size=48, rate=0.005)
