@@ -1,0 +1,110 @@
+"""Layers in the place of a BatchNorm and the ReLU behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from kalmannorm.lab.baselines.replacing import replace_batchnorm
+
+__all__ = ["replace_batchnorm_relu"]
+
+_MODULES = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.Hardswish, nn.GELU, nn.ELU)
+_FUNCTIONS = (torch.relu, torch.relu_, F.relu, F.relu_, F.relu6, F.leaky_relu, F.silu, F.hardswish, F.gelu, F.elu)
+_METHODS = ("relu", "relu_")
+
+
+def replace_batchnorm_relu(model: nn.Module, make: Callable[[_BatchNorm, bool], nn.Module]) -> nn.Module:
+    """Replace every BatchNorm of a network, and take away the ReLU that directly follows it.
+
+    Which ReLU belongs to which layer is told by the call that it is, not by the module: `torch.fx` traces the
+    network, so ``F.relu``, and one ``nn.ReLU`` called in many places, are told apart. An activation elsewhere, such
+    as behind a residual addition, stays. What ReLU means here: it, its relatives, SiLU, GELU and ELU; the activation
+    inside timm's ``BatchNormAct2d`` too.
+
+    Tracing fixes what depends on Python values: the network cannot take other branches later, and ``F.dropout``
+    keeps the mode it was traced in (``nn.Dropout`` does not). A network that cannot be traced gets such layers when
+    it is built: give it them as ``norm_layer`` and ``nn.Identity`` as activation.
+
+    Args:
+        model: Any network with BatchNorm layers.
+        make: From a BatchNorm, and whether an activation follows, to what takes the place of both.
+
+    Returns:
+        A traced network that shares everything else with ``model``, whose names it keeps. Use ``model`` no more.
+
+    Raises:
+        ValueError: Where there is no BatchNorm, where the network cannot be traced, or where one BatchNorm is
+            called twice, and an activation follows only once.
+    """
+    traced = _trace(model)
+    activated = _remove_activations(traced)
+    return replace_batchnorm(traced, lambda norm: make(norm, norm in activated))
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Other libraries' BatchNorm layers stay whole, too."""
+        return isinstance(m, _BatchNorm) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _trace(model: nn.Module) -> fx.GraphModule:
+    # A module that is a leaf of its own tracing would not be called at all.
+    root = nn.Sequential(model) if isinstance(model, _BatchNorm) else model
+    try:
+        graph = _Tracer().trace(root)
+    except Exception as error:  # whatever the network's own code raises where it meets a proxy
+        raise ValueError(
+            f"{type(model).__name__} cannot be traced by torch.fx, which finds the ReLU behind each BatchNorm: "
+            "expected one that can, or build it with this layer as norm_layer and nn.Identity as activation"
+        ) from error
+    return fx.GraphModule(root, graph, type(model).__name__)
+
+
+def _remove_activations(traced: fx.GraphModule) -> set[nn.Module]:
+    """The BatchNorm layers that had an activation behind them."""
+    modules = dict(traced.named_modules(remove_duplicate=False))
+    found: dict[nn.Module, set[bool]] = {}
+    for node in list(traced.graph.nodes):
+        layer = modules[node.target] if node.op == "call_module" else None
+        if not isinstance(layer, _BatchNorm):
+            continue
+        activation = _activation_behind(node, modules)
+        inside: Any = getattr(layer, "act", None)
+        found.setdefault(layer, set()).add(activation is not None or isinstance(inside, _MODULES))
+        if activation is not None:
+            activation.replace_all_uses_with(activation.all_input_nodes[0])
+            traced.graph.erase_node(activation)
+        if isinstance(inside, _MODULES):
+            layer.act = nn.Identity()
+        if len(found[layer]) > 1:
+            raise ValueError(
+                f"BatchNorm {node.target!r} is called twice, expected an activation behind both calls or none"
+            )
+    traced.recompile()
+    traced.delete_all_unused_submodules()
+    return {layer for layer, follows in found.items() if True in follows}
+
+
+def _activation_behind(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | None:
+    """The call that alone uses a layer's output, if it is an activation; timm has an ``nn.Identity`` between them."""
+    while len(node.users) == 1:
+        (node,) = node.users
+        if _is_activation(node, modules):
+            return node
+        if node.op != "call_module" or not isinstance(modules[str(node.target)], nn.Identity):
+            return None
+    return None
+
+
+def _is_activation(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    if node.op == "call_module":
+        return isinstance(modules[str(node.target)], _MODULES)
+    return (node.op == "call_function" and node.target in _FUNCTIONS) or (
+        node.op == "call_method" and node.target in _METHODS
+    )

@@ -1,0 +1,217 @@
+"""Cross-Iteration Batch Normalization (Yao et al., 2021, arXiv:2002.05712)."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from kalmannorm.lab.baselines.replacing import replace_batchnorm
+
+__all__ = ["CrossIterationNorm", "announce", "to_cross_iteration"]
+
+
+@dataclass(frozen=True)
+class _Iteration:
+    """A past batch: its mean and second moment ``(C,)``, their derivatives and the filters ``(C, K)`` of then."""
+
+    mean: Tensor
+    square: Tensor
+    mean_slope: Tensor
+    square_slope: Tensor
+    filters: Tensor
+    pixels: int
+
+    def under(self, filters: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance that the batch would have under other filters, to first order.
+
+        The second moment is at least the squared mean, so the variance at least 0.
+        """
+        change = filters - self.filters
+        mean = self.mean + (self.mean_slope * change).sum(1)
+        square = self.square + (self.square_slope * change).sum(1)
+        return mean, (square - mean.square()).clamp_min(0)
+
+
+class CrossIterationNorm(_BatchNorm):
+    """CBN: BatchNorm over the batches of the last iterations, as they would be under the weights of today.
+
+    With the mean ``mu`` and second moment ``nu`` of iteration ``s``, and the filters ``theta`` of the convolution
+    right below, each channel's statistics are carried to iteration ``t`` to first order in its own filter:
+
+        mu(s -> t) = mu(s) + dmu/dtheta (theta(t) - theta(s))       nu(s -> t) likewise
+        mean = average of mu(s -> t)        var = average of max(nu(s -> t), mu(s -> t)^2) - mean^2
+
+    over the last `window` iterations, or as many as there were. Gradients flow through the current iteration's
+    statistics only. ``eval()`` is BatchNorm's, by moving averages of these means and variances.
+
+    How it finds the filters: the layer below tells, by a hook (`announce`). Where no convolution or linear layer
+    stands right below, or where nothing is differentiated (`torch.no_grad`), the layer is BatchNorm and
+    remembers nothing. That a bias below changes is not compensated. The past iterations are not in the
+    ``state_dict``, and forgotten where the layer changes its device or type: the window then fills again.
+
+    Args:
+        num_features: Channels ``C`` of an input ``(N, C, *)``.
+        eps: Added to the variance.
+        momentum: Weight of the newest step in the moving averages; None for their plain mean.
+        affine: Learn ``weight`` and ``bias``, each ``(C,)``.
+        window: Iterations whose statistics count (the paper's k).
+        burn_in: Training steps as BatchNorm, before weights have calmed down.
+    """
+
+    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True, *,
+                 window: int = 8, burn_in: int = 0) -> None:  # fmt: skip
+        super().__init__(num_features, eps, momentum, affine)
+        if window < 1:
+            raise ValueError(f"CrossIterationNorm got window={window}, expected 1 or more")
+        self.window, self.burn_in = window, burn_in
+        self._past: deque[_Iteration] = deque(maxlen=window - 1)
+        self._steps = 0
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``(N, C, *)`` to the same shape."""
+        self._check_input_dim(input)
+        if not self.training:
+            return super().forward(input)
+        x = input.to(torch.promote_types(input.dtype, torch.float32))
+        axes = [0, *range(2, x.ndim)]
+        own_var, own_mean = torch.var_mean(x, axes, correction=0)
+        mean, var, pixels = own_mean, own_var, x.numel() // x.shape[1]
+        below: nn.Module | None = getattr(input, "_made_by", None)
+        if below is not None and input.requires_grad:
+            newest = _describe(input, below, own_mean.detach(), own_var.detach())
+            if self._begun():
+                mean, var, pixels = _over_iterations(own_mean, own_var, newest, self._past)
+            self._past.append(newest)
+        self._remember(mean.detach(), var.detach(), pixels)
+        scale = (var + self.eps).rsqrt()
+        shift = -mean * scale
+        if self.affine:
+            scale, shift = scale * self.weight, shift * self.weight + self.bias
+        shape = (-1, *[1] * (x.ndim - 2))
+        return (x * scale.view(shape) + shift.view(shape)).to(input.dtype)
+
+    def _begun(self) -> bool:
+        return self._steps >= self.burn_in
+
+    @torch.no_grad()
+    def _remember(self, mean: Tensor, var: Tensor, pixels: int) -> None:
+        """Into the moving averages, with the unbiased variance, as BatchNorm."""
+        steps: Any = self.num_batches_tracked
+        running_mean: Any = self.running_mean
+        running_var: Any = self.running_var
+        steps += 1
+        self._steps += 1
+        newest = 1 / steps if self.momentum is None else self.momentum
+        running_mean += newest * (mean - running_mean)
+        running_var += newest * (var * (pixels / max(pixels - 1, 1)) - running_var)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CrossIterationNorm:
+        self._past.clear()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._past.clear()
+        steps: Any = self.num_batches_tracked
+        self._steps = int(steps)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if not 2 <= input.ndim <= 5 or input.shape[1] != self.num_features:
+            raise ValueError(
+                f"{type(self).__name__} got an input of shape {tuple(input.shape)}, "
+                f"expected (N, {self.num_features}, *) with 2 to 5 dimensions"
+            )
+
+    def extra_repr(self) -> str:
+        """What `print` shows."""
+        text = f"{self.num_features}, eps={self.eps}, momentum={self.momentum}"
+        return f"{text}, window={self.window}, burn_in={self.burn_in}"
+
+
+def _describe(x: Tensor, below: Any, mean: Tensor, var: Tensor) -> _Iteration:
+    """A batch's statistics and their derivatives by each channel's own filter.
+
+    A filter moves its own channel only, so the gradient of all channels' sum holds each one's derivative.
+    """
+    pixels = x.numel() // x.shape[1]
+    weight: Tensor = below.weight
+    with torch.no_grad():
+        of_mean = torch.full_like(x, 1 / pixels)
+        of_square = x * (2 / pixels)
+    if weight.requires_grad:
+        (mean_slope,) = torch.autograd.grad(x, weight, of_mean, retain_graph=True)
+        (square_slope,) = torch.autograd.grad(x, weight, of_square, retain_graph=True)
+    else:
+        mean_slope = square_slope = torch.zeros_like(weight)
+    return _Iteration(
+        mean, var + mean.square(), mean_slope.flatten(1), square_slope.flatten(1), weight.detach().flatten(1).clone(),
+        pixels,
+    )  # fmt: skip
+
+
+def _over_iterations(
+    mean: Tensor, var: Tensor, newest: _Iteration, past: deque[_Iteration]
+) -> tuple[Tensor, Tensor, int]:
+    """Mean and variance over iterations, and how many pixels they stand for.
+
+    ``average of nu - (average of mu)^2``, written as the average variance plus the variance of the means, which
+    rounding does not turn negative.
+    """
+    carried = [iteration.under(newest.filters) for iteration in past]
+    means = torch.stack([mean, *(each for each, _ in carried)])
+    variances = torch.stack([var, *(each for _, each in carried)])
+    pixels = newest.pixels + sum(iteration.pixels for iteration in past)
+    return means.mean(0), variances.mean(0) + means.var(0, correction=0), pixels
+
+
+def _sign(layer: nn.Module, args: Any, output: Tensor) -> None:
+    """Forward hook: the output tells which layer made it, to whom gets this very tensor."""
+    output._made_by = layer  # type: ignore[attr-defined]
+
+
+def announce(model: nn.Module) -> nn.Module:
+    """Let the convolutions and linear layers inside ``model`` tell the layer above that they stand below it.
+
+    Transposed convolutions, whose filters are not the first axis of their weight, do not; nor do layers whose
+    weight is parametrized.
+
+    Returns:
+        The same ``model``.
+    """
+    for layer in model.modules():
+        filters_first = isinstance(layer, nn.Linear) or (isinstance(layer, _ConvNd) and not layer.transposed)
+        if filters_first and "weight" in layer._parameters and _sign not in layer._forward_hooks.values():
+            layer.register_forward_hook(_sign)
+    return model
+
+
+def to_cross_iteration(model: nn.Module, window: int = 8, burn_in: int = 0) -> nn.Module:
+    """Replace every BatchNorm inside ``model``, in place, by `CrossIterationNorm`, and hook the layers below.
+
+    Args:
+        model: Any network with BatchNorm layers.
+        window: See `CrossIterationNorm`.
+        burn_in: See `CrossIterationNorm`.
+
+    Returns:
+        The same ``model``.
+
+    Example:
+        >>> to_cross_iteration(nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8)), window=4)[1].window
+        4
+    """
+    replace_batchnorm(
+        model,
+        lambda norm: CrossIterationNorm(
+            norm.num_features, norm.eps, norm.momentum, norm.affine, window=window, burn_in=burn_in
+        ),
+    )
+    return announce(model)

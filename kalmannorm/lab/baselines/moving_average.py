@@ -1,0 +1,179 @@
+"""Moving Average Batch Normalization (Yan et al., 2020, arXiv:2001.06838)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils import parametrize
+
+from kalmannorm.lab.baselines.replacing import replace_batchnorm
+
+__all__ = ["MovingAverageNorm", "centralize", "to_moving_average"]
+
+
+class MovingAverageNorm(nn.Module):
+    """MABN: BatchNorm without means, whose statistics are averaged over steps, in the backward pass too.
+
+    With weights whose mean is zero (`centralize`), the mean of activations matters little, and BatchNorm has two
+    statistics a channel left: ``chi^2``, the mean of ``x^2``, in the forward pass, and ``psi``, the mean of
+    ``z dL/dz``, in the backward pass. Both are replaced by their means over the last `buffer_size` steps:
+
+        z = x / sqrt(mean chi^2 + eps)         y = weight * r * z + bias
+        dL/dx = (dL/dz - z * mean psi) / sqrt(mean chi^2 + eps)
+
+    For ``eval()``, ``running_square`` is the exponential moving average of the forward pass's ``mean chi^2``, and
+    ``r``, without a gradient, draws training towards it: ``r^2 = (mean chi^2 + eps) / (running_square + eps)``, with
+    ``r`` clipped to ``[1 / limit, limit]``.
+
+    With ``buffer_size=1, limit=1`` this is BatchNorm without the mean, in both passes.
+
+    Args:
+        num_features: Channels ``C`` of an input ``(N, C, *)``.
+        eps: Added to the mean square.
+        momentum: Weight of the newest step in ``running_square``; one minus the paper's alpha, 0.98.
+        affine: Learn ``weight`` and ``bias``, each ``(C,)``.
+        buffer_size: Steps in a mean (the paper's m, 16).
+        limit: Of ``r``, the paper's lambda; the authors' released code has 5.
+        warmup: Training steps that use the batch's own statistics.
+        renorm_start: Training steps with ``r = 1``. This and `warmup` are as in the authors' released code.
+    """
+
+    weight: Any
+    bias: Any
+    running_square: Tensor
+    squares: Tensor
+    responses: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.02, affine: bool = True, *,
+                 buffer_size: int = 16, limit: float = 1.05, warmup: int = 100,
+                 renorm_start: int = 1000) -> None:  # fmt: skip
+        super().__init__()
+        if buffer_size < 1 or limit < 1:
+            raise ValueError(
+                f"MovingAverageNorm got buffer_size={buffer_size} and limit={limit}, expected 1 or more of both"
+            )
+        self.num_features, self.eps, self.momentum = num_features, eps, momentum
+        self.buffer_size, self.limit, self.warmup, self.renorm_start = buffer_size, limit, warmup, renorm_start
+        self.register_parameter("weight", nn.Parameter(torch.ones(num_features)) if affine else None)
+        self.register_parameter("bias", nn.Parameter(torch.zeros(num_features)) if affine else None)
+        self.register_buffer("running_square", torch.ones(num_features))
+        self.register_buffer("squares", torch.zeros(buffer_size, num_features))
+        self.register_buffer("responses", torch.zeros(buffer_size, num_features))
+        self.register_buffer("num_batches_tracked", torch.tensor(0))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``(N, C, *)`` to the same shape."""
+        if input.ndim < 2 or input.shape[1] != self.num_features:
+            raise ValueError(
+                f"MovingAverageNorm got an input of shape {tuple(input.shape)}, expected (N, {self.num_features}, *)"
+            )
+        x = input.to(torch.promote_types(input.dtype, torch.float32))
+        shape = (-1, *[1] * (x.ndim - 2))
+        if self.training:
+            square, r = self._observe(x)
+            step = self.num_batches_tracked - 1
+            z: Tensor = _Divide.apply(
+                x, (square + self.eps).sqrt().view(shape), self.responses, step, self._begins(step)
+            )
+            y = r.view(shape) * z
+        else:
+            y = x * (self.running_square + self.eps).rsqrt().view(shape)
+        if self.weight is not None:
+            y = y * self.weight.view(shape) + self.bias.view(shape)
+        return y.to(input.dtype)
+
+    @torch.no_grad()
+    def _observe(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``mean chi^2`` and ``r``, by the average before this step joins it."""
+        step = self.num_batches_tracked.clone()
+        square = _remember(self.squares, x.square().mean([0, *range(2, x.ndim)]), step, self._begins(step))
+        r = ((square + self.eps) / (self.running_square + self.eps)).sqrt().clamp(1 / self.limit, self.limit)
+        r = torch.where(step < self.renorm_start, torch.ones_like(r), r)
+        self.running_square += self.momentum * (square - self.running_square)
+        self.num_batches_tracked += 1
+        return square, r
+
+    def _begins(self, step: Tensor) -> Tensor:
+        return step < self.warmup
+
+    def extra_repr(self) -> str:
+        """What `print` shows."""
+        return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, buffer_size={self.buffer_size}"
+
+
+def _remember(buffer: Tensor, newest: Tensor, step: Tensor, alone: Tensor) -> Tensor:
+    """Put a step's statistic in a buffer ``(m, C)``, and give the mean over it; the newest where it counts alone."""
+    size = len(buffer)
+    buffer.index_copy_(0, (step % size).view(1), newest.to(buffer.dtype)[None])
+    mean = buffer.sum(0) / (step + 1).clamp_max(size)
+    return torch.where(alone, newest, mean)
+
+
+class _Divide(torch.autograd.Function):
+    """``x / chi``, whose gradient takes ``chi`` for the batch's own, with ``psi`` averaged over steps."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, chi: Tensor, responses: Tensor, step: Tensor, alone: Tensor) -> Tensor:
+        z = x / chi
+        ctx.save_for_backward(z, chi, step, alone)
+        ctx.responses = responses  # written to in the backward pass, so it must not be a saved tensor
+        return z
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+        z, chi, step, alone = ctx.saved_tensors
+        newest = (gradient * z).mean([0, *range(2, z.ndim)])
+        psi = _remember(ctx.responses, newest, step, alone)
+        return (gradient - z * psi.view(chi.shape)) / chi, None, None, None, None
+
+
+class _Centralized(nn.Module):
+    """Parametrization: a filter less its mean."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight - weight.mean(list(range(1, weight.ndim)), keepdim=True)
+
+
+def centralize(model: nn.Module) -> nn.Module:
+    """Subtract from every filter of every convolution inside ``model``, in place, its mean (weight centralization).
+
+    It is a parametrization: what is learned is the filter with its mean. Left as they are: transposed
+    convolutions, and filters of a single number, of which nothing would be left.
+
+    Returns:
+        The same ``model``.
+    """
+    for layer in list(model.modules()):
+        if isinstance(layer, _ConvNd) and not layer.transposed and layer.weight[0].numel() > 1:
+            parametrize.register_parametrization(layer, "weight", _Centralized())
+    return model
+
+
+def to_moving_average(model: nn.Module, centralized: bool = True, momentum: float = 0.02, **options: Any) -> nn.Module:
+    """Replace every BatchNorm inside ``model``, in place, by `MovingAverageNorm`.
+
+    Args:
+        model: Any network with BatchNorm layers.
+        centralized: Apply `centralize` too. A bias before the layer undoes what it is good for.
+        momentum: See `MovingAverageNorm`.
+        options: Its other options.
+
+    Returns:
+        The same ``model``.
+
+    Example:
+        >>> to_moving_average(nn.Sequential(nn.BatchNorm2d(8)), buffer_size=4)
+        Sequential(
+          (0): MovingAverageNorm(8, eps=1e-05, momentum=0.02, buffer_size=4)
+        )
+    """
+    replace_batchnorm(
+        model, lambda norm: MovingAverageNorm(norm.num_features, norm.eps, momentum, norm.affine, **options)
+    )
+    return centralize(model) if centralized else model

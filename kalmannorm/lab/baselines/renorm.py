@@ -1,0 +1,157 @@
+"""Batch Renormalization (Ioffe, 2017, arXiv:1702.03275)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from kalmannorm.lab.baselines.replacing import replace_batchnorm
+
+__all__ = ["BatchRenorm", "RenormSchedule", "to_batch_renorm"]
+
+
+@dataclass(frozen=True)
+class RenormSchedule:
+    """How the limits of `r` and `d` grow over training steps in the paper's experiments.
+
+    Until step `start` they are 1 and 0, which is BatchNorm; then they grow linearly to `r_max` at step
+    `r_until` and to `d_max` at step `d_until`. The defaults are the paper's.
+    """
+
+    start: float = 5_000
+    r_until: float = 40_000
+    d_until: float = 25_000
+    r_max: float = 3.0
+    d_max: float = 5.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start <= min(self.r_until, self.d_until):
+            raise ValueError(
+                f"RenormSchedule got start={self.start}, r_until={self.r_until} and d_until={self.d_until}, expected "
+                "0 <= start <= r_until, d_until"
+            )
+        _check_limits("RenormSchedule", self.r_max, self.d_max)
+
+    def scaled(self, factor: float) -> RenormSchedule:
+        """The same course in `factor` times as many steps, for a shorter or longer training."""
+        return RenormSchedule(self.start * factor, self.r_until * factor, self.d_until * factor, self.r_max, self.d_max)
+
+    def limits(self, step: Tensor) -> tuple[Tensor, Tensor]:
+        """``r_max`` and ``d_max`` after `step` steps."""
+
+        def share(until: float) -> Tensor:
+            return ((step - self.start) / max(until - self.start, 1)).clamp(0, 1)
+
+        return 1 + (self.r_max - 1) * share(self.r_until), self.d_max * share(self.d_until)
+
+
+def _check_limits(who: str, r_max: float, d_max: float) -> None:
+    if not (r_max >= 1 and d_max >= 0):
+        raise ValueError(f"{who} got r_max={r_max} and d_max={d_max}, expected r_max >= 1 and d_max >= 0")
+
+
+class BatchRenorm(_BatchNorm):
+    """Batch Renormalization of 2-d to 5-d inputs: BatchNorm, corrected towards its moving averages.
+
+    With the batch's mean ``m`` and ``s = sqrt(var + eps)``, the moving averages ``mu`` and ``sigma`` of both:
+
+        r = clip(s / sigma, 1 / r_max, r_max)        d = clip((m - mu) / sigma, -d_max, d_max)
+        y = weight * ((x - m) / s * r + d) + bias
+
+    No gradient flows through ``r`` and ``d``. Unclipped, ``y`` is the normalization by the moving averages;
+    at ``r_max=1, d_max=0`` it is BatchNorm. In ``eval()`` the moving averages normalize, as in BatchNorm.
+
+    As in Algorithm 1, ``sigma`` is averaged, and not its square: ``running_var`` holds ``sigma^2 - eps``. A first
+    ``running_var`` of 1 is no estimate, so without a schedule the first steps clip; the paper's schedule begins
+    as BatchNorm for this reason.
+
+    Args:
+        num_features: Channels ``C`` of an input ``(N, C, *)``.
+        eps: Added to the variance.
+        momentum: Weight of the newest batch in the averages (the paper's alpha, 0.01); None for their plain mean.
+        affine: Learn ``weight`` and ``bias``, each ``(C,)``.
+        schedule: The limits over training steps, counted by ``num_batches_tracked``; or one pair
+            ``(r_max, d_max)`` for all steps.
+    """
+
+    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.01, affine: bool = True,
+                 schedule: RenormSchedule | tuple[float, float] | None = None) -> None:  # fmt: skip
+        super().__init__(num_features, eps, momentum, affine)
+        self.schedule = RenormSchedule() if schedule is None else schedule
+        if isinstance(self.schedule, tuple):
+            _check_limits("BatchRenorm", *self.schedule)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``(N, C, *)`` to the same shape."""
+        self._check_input_dim(input)
+        if not self.training:
+            return super().forward(input)
+        x = input.to(torch.promote_types(input.dtype, torch.float32))
+        axes = [0, *range(2, x.ndim)]
+        var, mean = torch.var_mean(x, axes, correction=0)
+        std = (var + self.eps).sqrt()
+        r, d = self._correct_and_remember(mean.detach(), std.detach())
+        scale = r / std
+        shift = d - mean * scale
+        if self.affine:
+            scale, shift = scale * self.weight, shift * self.weight + self.bias
+        shape = (1, -1, *[1] * (x.ndim - 2))
+        return (x * scale.view(shape) + shift.view(shape)).to(input.dtype)
+
+    @torch.no_grad()
+    def _correct_and_remember(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+        """``r`` and ``d``, by the averages before this batch joins them."""
+        running_mean: Any = self.running_mean
+        running_var: Any = self.running_var
+        steps: Any = self.num_batches_tracked
+        sigma = (running_var + self.eps).sqrt()
+        r_max, d_max = self._limits(steps)
+        r = (std / sigma).clamp(1 / r_max, r_max)
+        d = ((mean - running_mean) / sigma).clamp(-d_max, d_max)
+        steps += 1
+        newest = 1 / steps if self.momentum is None else self.momentum
+        running_mean += newest * (mean - running_mean)
+        # Rounding must not leave a negative variance where all pixels are equal.
+        running_var.copy_(((sigma + newest * (std - sigma)).square() - self.eps).clamp_min(0))
+        return r, d
+
+    def _limits(self, step: Tensor) -> tuple[Tensor, Tensor]:
+        if isinstance(self.schedule, RenormSchedule):
+            return self.schedule.limits(step)
+        r_max, d_max = self.schedule
+        return step.new_tensor(r_max, dtype=torch.float32), step.new_tensor(d_max, dtype=torch.float32)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if not 2 <= input.ndim <= 5 or input.shape[1] != self.num_features:
+            raise ValueError(
+                f"{type(self).__name__} got an input of shape {tuple(input.shape)}, "
+                f"expected (N, {self.num_features}, *) with 2 to 5 dimensions"
+            )
+
+
+def to_batch_renorm(
+    model: nn.Module,
+    schedule: RenormSchedule | tuple[float, float] | None = None,
+    momentum: float | None = 0.01,
+) -> nn.Module:
+    """Replace every BatchNorm inside ``model``, in place, by `BatchRenorm`.
+
+    Args:
+        model: Any network with BatchNorm layers.
+        schedule: See `BatchRenorm`; ``RenormSchedule().scaled(0.01)`` suits a training a hundred times shorter.
+        momentum: See `BatchRenorm`.
+
+    Returns:
+        The same ``model``.
+
+    Example:
+        >>> to_batch_renorm(nn.Sequential(nn.BatchNorm2d(8)), schedule=(3, 5))[0].schedule
+        (3, 5)
+    """
+    return replace_batchnorm(
+        model, lambda norm: BatchRenorm(norm.num_features, norm.eps, momentum, norm.affine, schedule)
+    )

@@ -1,0 +1,70 @@
+"""Another layer in the place of each BatchNorm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+__all__ = ["replace_batchnorm"]
+
+# What a new layer takes over, if it has a tensor of this name and shape.
+_TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+
+def replace_batchnorm(model: nn.Module, make: Callable[[_BatchNorm], nn.Module]) -> nn.Module:
+    """Replace every BatchNorm inside ``model``, in place.
+
+    The new layer gets the old one's device, dtype and training flag, and the very same parameters and buffers
+    where it has some of the same name and shape: a residual block that starts at ``weight = 0`` still does.
+    Where BatchNorm stands twice in the network, so does its replacement. A BatchNorm with an activation inside
+    (timm's ``BatchNormAct2d``) becomes an ``nn.Sequential`` of the new layer and that activation.
+
+    Args:
+        model: Any module; if it is itself a BatchNorm, its replacement is returned.
+        make: From a BatchNorm to what takes its place.
+
+    Returns:
+        The same ``model``.
+
+    Raises:
+        ValueError: Where there is no BatchNorm.
+
+    Example:
+        >>> replace_batchnorm(nn.Sequential(nn.BatchNorm2d(8)), lambda norm: nn.Identity())
+        Sequential(
+          (0): Identity()
+        )
+    """
+    replaced = {layer: _replacement(layer, make) for layer in model.modules() if isinstance(layer, _BatchNorm)}
+    if not replaced:
+        raise ValueError(f"{type(model).__name__} has nothing to replace: expected at least one BatchNorm layer")
+    if isinstance(model, _BatchNorm):
+        return replaced[model]
+    for parent, name, layer in list(_places(model)):
+        if isinstance(layer, _BatchNorm):
+            parent._modules[name] = replaced[layer]
+    return model
+
+
+def _places(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """Parent, name and child: each place that a module has, and not each module, as `named_children` gives."""
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if child is not None:
+                yield parent, name, child
+
+
+def _replacement(old: _BatchNorm, make: Callable[[_BatchNorm], nn.Module]) -> nn.Module:
+    new = make(old)
+    like = old.running_mean if old.weight is None else old.weight
+    if like is not None:
+        new.to(like.device, like.dtype)
+    for name in _TENSORS:
+        given, own = getattr(old, name), getattr(new, name, None)
+        if isinstance(given, Tensor) and isinstance(own, Tensor) and given.shape == own.shape:
+            setattr(new, name, given)
+    new.train(old.training)
+    behind = [layer for layer in (getattr(old, "drop", None), getattr(old, "act", None)) if layer is not None]
+    return nn.Sequential(new, *behind) if behind else new

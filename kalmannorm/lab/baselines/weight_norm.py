@@ -1,0 +1,101 @@
+"""Weight Normalization (Salimans & Kingma, 2016, arXiv:1602.07868) instead of BatchNorm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils import parametrizations
+
+from kalmannorm.lab.baselines.replacing import replace_batchnorm
+
+__all__ = ["initialize", "to_weight_norm"]
+
+
+def to_weight_norm(model: nn.Module) -> nn.Module:
+    """Weight-normalize every convolution and linear layer inside ``model``, in place, and remove BatchNorm.
+
+    ``w = g v / |v|``, with a norm over all but the output channels (`torch.nn.utils.parametrizations`), and a
+    bias where a layer had none. Transposed convolutions in groups stay as they are: torch's norm cannot tell
+    their output channels apart.
+
+    The initialization depends on data: at its first forward pass in training, each layer sets ``g`` and the bias
+    so that its output has mean 0 and variance 1 in each channel, over that batch, before the next layer sees it
+    (the paper's section 3). A buffer ``awaits_data`` tells that it is still to come, so a checkpoint's weights
+    are not initialized anew. On several devices, where the first batches differ, call `initialize` before the
+    network is wrapped.
+
+    Returns:
+        The same ``model``.
+
+    Raises:
+        ValueError: Where there is no BatchNorm.
+
+    Example:
+        >>> to_weight_norm(nn.Sequential(nn.Conv2d(1, 2, 3, bias=False), nn.BatchNorm2d(2)))[0].bias.shape
+        torch.Size([2])
+    """
+    model = replace_batchnorm(model, lambda norm: nn.Identity())
+    for layer in list(model.modules()):
+        if _can_be_normalized(layer) and not hasattr(layer, "awaits_data"):
+            _normalize(layer)
+    return model
+
+
+def initialize(model: nn.Module, images: Tensor) -> nn.Module:
+    """Set ``g`` and biases of a network from `to_weight_norm` by one batch, in place; see there.
+
+    Args:
+        model: The network.
+        images: What its forward pass takes: a batch of training images.
+
+    Returns:
+        The same ``model``.
+    """
+    for layer in model.modules():
+        awaits_data = getattr(layer, "awaits_data", None)
+        if isinstance(awaits_data, Tensor):
+            awaits_data.fill_(True)
+    flags = {module: module.training for module in model.modules()}
+    model.train()
+    with torch.no_grad():
+        model(images)
+    for module, flag in flags.items():
+        module.training = flag
+    return model
+
+
+def _can_be_normalized(layer: nn.Module) -> bool:
+    if isinstance(layer, _ConvTransposeNd):
+        return layer.groups == 1
+    return isinstance(layer, _ConvNd | nn.Linear)
+
+
+def _normalize(layer: Any) -> None:
+    weight: Tensor = layer.weight
+    axis = 1 if isinstance(layer, _ConvTransposeNd) else 0
+    if layer.bias is None:
+        layer.bias = nn.Parameter(weight.new_zeros(weight.shape[axis]))
+    parametrizations.weight_norm(layer, dim=axis)
+    layer.register_buffer("awaits_data", torch.tensor(True, device=weight.device))
+    layer.register_forward_pre_hook(_initialize_once)
+
+
+@torch.no_grad()
+def _initialize_once(layer: Any, args: tuple[Tensor, ...]) -> None:
+    """Forward pre-hook: before the layer's own pass, whose backward pass must see ``g`` as it is then."""
+    if not layer.training or not layer.awaits_data:
+        return
+    y = layer.forward(*args)
+    channels = 1 if isinstance(layer, _ConvNd) else y.ndim - 1
+    if y.ndim == 3 and isinstance(layer, _ConvNd) and len(layer.kernel_size) == 2:
+        channels = 0  # an image without a batch axis
+    var, mean = torch.var_mean(y, [axis for axis in range(y.ndim) if axis != channels], correction=0)
+    # A channel that is constant has no scale to be found; it keeps its own.
+    scale = torch.where(var > 1e-12, var.clamp_min(1e-12).rsqrt(), 1)
+    g: Tensor = layer.parametrizations.weight.original0
+    g.mul_(scale.view([-1 if size > 1 else 1 for size in g.shape]))
+    layer.bias.copy_((layer.bias - mean) * scale)
+    layer.awaits_data.fill_(False)

@@ -1,0 +1,91 @@
+"""The ReLU behind a BatchNorm is found, and no other."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from kalmannorm.lab.baselines.activated import replace_batchnorm_relu
+from kalmannorm.lab.models.small import SmallConvNet
+
+
+class Activated(nn.Module):
+    """A BatchNorm, and the ReLU if there was one behind it: the network as it was."""
+
+    def __init__(self, norm, activation):
+        super().__init__()
+        self.norm, self.activation = copy.deepcopy(norm), activation
+
+    def forward(self, x):
+        return F.relu(self.norm(x)) if self.activation else self.norm(x)
+
+
+class Residual(nn.Module):
+    """One ReLU module for all places, one of them behind the addition."""
+
+    def __init__(self):
+        super().__init__()
+        self.relu = nn.ReLU(inplace=True)
+        self.first, self.second, self.third = nn.BatchNorm2d(3), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        y = self.second(self.relu(self.first(x)))
+        return self.third(self.relu(x + y)).relu()
+
+
+def flags(model):
+    return [layer.activation for layer in model.modules() if isinstance(layer, Activated)]
+
+
+def test_a_relu_called_as_a_function():
+    model, images = SmallConvNet(), torch.randn(2, 1, 32, 32)
+    expected = copy.deepcopy(model)(images)
+    names = set(model.state_dict())
+    replaced = replace_batchnorm_relu(model, Activated)
+    assert flags(replaced) == [True] * 6
+    assert torch.allclose(replaced(images), expected)
+    assert {name.replace(".norm.", ".") for name in replaced.state_dict()} == names
+
+
+def test_a_relu_behind_an_addition_stays():
+    model, x = Residual(), torch.randn(2, 3, 4, 4)
+    expected = copy.deepcopy(model)(x)
+    replaced = replace_batchnorm_relu(model, Activated)
+    assert flags(replaced) == [True, False, True]
+    assert torch.allclose(replaced(x), expected)
+
+
+def test_timm_resnet_and_norm_act():
+    timm = pytest.importorskip("timm")
+    model, x = timm.create_model("resnet18", num_classes=3), torch.randn(2, 3, 32, 32)
+    expected = copy.deepcopy(model)(x)
+    replaced = replace_batchnorm_relu(model, Activated)
+    assert flags(replaced).count(True) == 9
+    assert torch.allclose(replaced(x), expected, atol=1e-5)
+    norm_act = nn.Sequential(
+        timm.layers.BatchNormAct2d(3), nn.Conv2d(3, 3, 1), timm.layers.BatchNormAct2d(3, apply_act=False)
+    )
+    assert flags(replace_batchnorm_relu(norm_act, Activated)) == [True, False]
+
+
+def test_a_batchnorm_by_itself():
+    replaced = replace_batchnorm_relu(nn.BatchNorm2d(3), Activated)
+    assert flags(replaced) == [False]
+    assert replaced(torch.randn(2, 3, 4, 4)).shape == (2, 3, 4, 4)
+
+
+def test_a_layer_with_and_without_a_relu_raises():
+    norm = nn.BatchNorm2d(3)
+    with pytest.raises(ValueError, match="BatchNorm '0' is called twice, expected an activation behind both"):
+        replace_batchnorm_relu(nn.Sequential(norm, nn.ReLU(), norm), Activated)
+
+
+def test_a_network_that_cannot_be_traced_raises():
+    class Branch(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x) if x.sum() > 0 else x
+
+    with pytest.raises(ValueError, match=r"Branch cannot be traced by torch\.fx"):
+        replace_batchnorm_relu(Branch(nn.BatchNorm2d(3)), Activated)

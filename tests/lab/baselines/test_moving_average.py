@@ -1,0 +1,121 @@
+"""Moving Average Batch Normalization."""
+
+import copy
+
+import pytest
+import torch
+from learning import falls
+from torch import nn
+from torch.nn import functional as F
+
+from kalmannorm.lab.baselines.moving_average import MovingAverageNorm, centralize, to_moving_average
+from kalmannorm.lab.models.small import SmallConvNet
+
+AXES = (0, 2, 3)
+
+
+def random_layer(**options):
+    layer = MovingAverageNorm(3, **options).double()
+    nn.init.normal_(layer.weight)
+    nn.init.normal_(layer.bias)
+    return layer
+
+
+def plain(layer, batches, directions):
+    """Each step's output and input gradient, written out."""
+    weight, bias, eps = layer.weight.view(1, 3, 1, 1), layer.bias.view(1, 3, 1, 1), layer.eps
+    squares, responses, running, outputs, gradients = [], [], torch.ones(1, 3, 1, 1).double(), [], []
+    for step, (x, direction) in enumerate(zip(batches, directions, strict=True)):
+        span = 1 if step < layer.warmup else layer.buffer_size
+        squares.append((x * x).mean(AXES, keepdim=True))
+        square = sum(squares[-span:]) / len(squares[-span:])
+        chi = (square + eps).sqrt()
+        r = (chi / (running + eps).sqrt()).clamp(1 / layer.limit, layer.limit) if step >= layer.renorm_start else 1
+        z = x / chi
+        outputs.append(weight * r * z + bias)
+        of_z = direction * weight * r
+        responses.append((of_z * z).mean(AXES, keepdim=True))
+        psi = sum(responses[-span:]) / len(responses[-span:])
+        gradients.append((of_z - z * psi) / chi)
+        running = (1 - layer.momentum) * running + layer.momentum * square
+    return outputs, gradients, running.flatten()
+
+
+@pytest.mark.parametrize(("warmup", "renorm_start"), [(0, 0), (2, 4), (5, 100)])
+def test_many_steps(warmup, renorm_start):
+    layer = random_layer(momentum=0.1, buffer_size=3, limit=1.3, warmup=warmup, renorm_start=renorm_start)
+    batches = [(1 + step / 3) * torch.randn(2, 3, 4, 4).double() + 0.5 for step in range(8)]
+    directions = [torch.randn(2, 3, 4, 4).double() for _ in range(8)]
+    outputs, gradients, running = plain(layer, batches, directions)
+    for x, direction, output, gradient in zip(batches, directions, outputs, gradients, strict=True):
+        x.requires_grad_()
+        y = layer(x)
+        assert torch.allclose(y, output)
+        assert torch.allclose(torch.autograd.grad(y, x, direction)[0], gradient)
+    assert torch.allclose(layer.running_square, running)
+
+
+def test_of_the_current_batch_alone_it_is_batchnorm_of_centred_activations():
+    layer = random_layer(buffer_size=1, limit=1.0, warmup=0, renorm_start=0)
+    for _ in range(3):
+        x = torch.randn(4, 3, 5, 5).double()
+        x = x - x.mean(AXES, keepdim=True)
+        assert torch.allclose(layer(x), F.batch_norm(x, None, None, layer.weight, layer.bias, training=True))
+
+
+def test_of_the_current_batch_alone_its_gradient_is_that_of_the_formula():
+    layer = random_layer(buffer_size=1, limit=1.0, warmup=0, renorm_start=0)
+    assert torch.autograd.gradcheck(layer, torch.randn(2, 3, 2, 2).double().requires_grad_())
+
+
+def test_unclipped_training_is_eval():
+    layer = random_layer(limit=1e9, warmup=0, renorm_start=0)
+    for _ in range(5):
+        x = torch.randn(4, 3, 5, 5).double()
+        by_average = copy.deepcopy(layer).eval()(x)
+        assert torch.allclose(layer(x), by_average)
+
+
+def test_parameters_get_the_gradients_of_an_affine_map():
+    layer = random_layer(buffer_size=1, warmup=0)
+    x, direction = torch.randn(2, 3, 4, 4).double(), torch.randn(2, 3, 4, 4).double()
+    layer(x).backward(direction)
+    z = x / (x.square().mean(AXES, keepdim=True) + 1e-5).sqrt()
+    assert torch.allclose(layer.weight.grad, (direction * z).sum(AXES))
+    assert torch.allclose(layer.bias.grad, direction.sum(AXES))
+
+
+def test_centralized_filters_have_no_mean():
+    depthwise = nn.Conv2d(4, 4, 1, groups=4)
+    model = centralize(nn.Sequential(nn.Conv2d(3, 4, 3), depthwise, nn.Linear(4, 2)))
+    assert model[0].weight.mean((1, 2, 3)).abs().max() < 1e-7
+    assert not hasattr(depthwise, "parametrizations")
+    kept = model[0].parametrizations.weight.original
+    assert torch.allclose(model[0].weight, kept - kept.mean((1, 2, 3), keepdim=True))
+
+
+def test_state_dict_goes_on_where_it_was():
+    model, again = to_moving_average(SmallConvNet(), warmup=1), to_moving_average(SmallConvNet(), warmup=1)
+    images = torch.randn(3, 4, 1, 32, 32)
+    for batch in images[:2]:
+        model(batch).sum().backward()
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(model(images[2]), again(images[2]))
+    assert torch.equal(copy.deepcopy(model).eval()(images[0]), again.eval()(images[0]))
+
+
+def test_ranks_and_types():
+    assert MovingAverageNorm(3, affine=False)(torch.randn(4, 3)).shape == (4, 3)
+    assert MovingAverageNorm(3)(torch.randn(4, 3, 2, 2).bfloat16()).dtype == torch.bfloat16
+
+
+def test_errors():
+    with pytest.raises(ValueError, match=r"MovingAverageNorm got an input of shape \(4, 2\), expected \(N, 3, \*\)"):
+        MovingAverageNorm(3)(torch.randn(4, 2))
+    with pytest.raises(ValueError, match="MovingAverageNorm got buffer_size=0"):
+        MovingAverageNorm(3, buffer_size=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"warmup": 5, "renorm_start": 15, "buffer_size": 4}])
+def test_it_learns(options):
+    assert falls(lambda model: to_moving_average(model, **options))

@@ -1,0 +1,150 @@
+"""Batch Renormalization."""
+
+import copy
+
+import pytest
+import torch
+from learning import falls
+from torch import nn
+
+import kalmannorm
+from kalmannorm.lab.baselines.renorm import BatchRenorm, RenormSchedule, to_batch_renorm
+
+UNCLIPPED = (1e6, 1e6)
+
+
+def layer_with_averages(schedule, **options):
+    layer = BatchRenorm(3, schedule=schedule, **options).double()
+    for tensor in (layer.weight, layer.bias, layer.running_mean):
+        nn.init.normal_(tensor)
+    nn.init.uniform_(layer.running_var, 0.5, 2)
+    return layer
+
+
+def plain(x, layer, r_max, d_max):
+    """Algorithm 1, a channel at a time: the output, and the averages after."""
+    y, means, variances = torch.empty_like(x), [], []
+    for c in range(x.shape[1]):
+        pixels = x[:, c]
+        mean, std = pixels.mean(), (((pixels - pixels.mean()) ** 2).mean() + layer.eps).sqrt()
+        mu, sigma = layer.running_mean[c], (layer.running_var[c] + layer.eps).sqrt()
+        r = min(max(float(std / sigma), 1 / r_max), r_max)
+        d = min(max(float((mean - mu) / sigma), -d_max), d_max)
+        y[:, c] = layer.weight[c] * ((pixels - mean) / std * r + d) + layer.bias[c]
+        means.append(mu + layer.momentum * (mean - mu))
+        variances.append((sigma + layer.momentum * (std - sigma)) ** 2 - layer.eps)
+    return y, torch.stack(means), torch.stack(variances)
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (4, 3, 6), (4, 3, 5, 5), (2, 3, 2, 3, 4)])
+def test_algorithm_one(shape):
+    layer = layer_with_averages((1.2, 0.3), momentum=0.2)
+    x = (torch.randn(shape) * 2 + 1).double()
+    y, mean, var = plain(x, layer, 1.2, 0.3)
+    assert torch.allclose(layer(x), y)
+    assert torch.allclose(layer.running_mean, mean)
+    assert torch.allclose(layer.running_var, var)
+
+
+def test_unclipped_it_normalizes_by_the_averages():
+    layer = layer_with_averages(UNCLIPPED)
+    x = torch.randn(4, 3, 5, 5).double()
+    by_averages = copy.deepcopy(layer).eval()(x)
+    assert torch.allclose(layer(x), by_averages)
+
+
+def test_clipped_to_one_and_zero_it_is_batchnorm():
+    layer = layer_with_averages((1, 0))
+    stock = nn.BatchNorm2d(3).double()
+    stock.load_state_dict(layer.state_dict())
+    x = torch.randn(4, 3, 5, 5).double().requires_grad_()
+    y, expected = layer(x), stock(x)
+    assert torch.allclose(y, expected)
+    direction = torch.randn_like(x)
+    (gradient,) = torch.autograd.grad(y, x, direction)
+    (expected_gradient,) = torch.autograd.grad(expected, x, direction)
+    assert torch.allclose(gradient, expected_gradient)
+
+
+def test_no_gradient_through_r_and_d():
+    layer = layer_with_averages(UNCLIPPED)
+    x = torch.randn(4, 3, 5, 5).double().requires_grad_()
+    direction = torch.randn_like(x)
+    sigma = (layer.running_var + layer.eps).sqrt().view(1, 3, 1, 1)
+    mean = x.mean((0, 2, 3), keepdim=True)
+    std = (x.var((0, 2, 3), correction=0, keepdim=True) + layer.eps).sqrt()
+    r = (std / sigma).detach()
+    surrogate = (x - mean) / std * r * layer.weight.view(1, 3, 1, 1)
+    (expected,) = torch.autograd.grad(surrogate, x, direction)
+    (gradient,) = torch.autograd.grad(layer(x), x, direction)
+    assert torch.allclose(gradient, expected)
+    assert gradient.sum((0, 2, 3)).abs().max() < 1e-9  # BatchNorm's own property
+
+
+def test_gradcheck_where_r_and_d_are_constant():
+    layer = layer_with_averages((1, 0))
+
+    def fresh(x):
+        return copy.deepcopy(layer)(x)
+
+    assert torch.autograd.gradcheck(fresh, torch.randn(3, 3, 2, 2).double().requires_grad_())
+
+
+def test_the_published_schedule():
+    schedule = RenormSchedule()
+    expected = {0: (1, 0), 5_000: (1, 0), 15_000: (1 + 2 * 10 / 35, 2.5), 25_000: (1 + 2 * 20 / 35, 5), 40_000: (3, 5),
+                10**6: (3, 5)}  # fmt: skip
+    for step, limits in expected.items():
+        assert torch.allclose(torch.stack(schedule.limits(torch.tensor(step))), torch.tensor(limits).float())
+    for step, limits in expected.items():
+        scaled = schedule.scaled(0.01).limits(torch.tensor(step // 100))
+        assert torch.allclose(torch.stack(scaled), torch.tensor(limits).float())
+
+
+def test_the_layer_follows_its_schedule():
+    layer = layer_with_averages(RenormSchedule(start=1, r_until=3, d_until=3, r_max=1e6, d_max=1e6))
+    x = torch.randn(4, 3, 5, 5).double()
+    stock = nn.BatchNorm2d(3).double()
+    stock.load_state_dict(layer.state_dict())
+    for _ in range(2):
+        assert torch.allclose(layer(x), stock(x))
+    layer(x)
+    by_averages = copy.deepcopy(layer).eval()(x)
+    assert torch.allclose(layer(x), by_averages)
+
+
+def test_state_dict_and_eval_are_batchnorms():
+    layer, stock = layer_with_averages(None), nn.BatchNorm2d(3).double()
+    stock.load_state_dict(layer.state_dict())
+    again = BatchRenorm(3).double()
+    again.load_state_dict(stock.state_dict())
+    x = torch.randn(4, 3, 5, 5).double()
+    assert torch.equal(again.eval()(x), stock.eval()(x))
+
+
+def test_online_statistics_are_the_batchs():
+    model, stock = nn.Sequential(layer_with_averages(None)).eval(), nn.BatchNorm2d(3).double()
+    stock.load_state_dict(model[0].state_dict())
+    x = torch.randn(4, 3, 5, 5).double()
+    with kalmannorm.online_statistics(model):
+        assert torch.allclose(model(x), stock(x))
+
+
+def test_half_precision_and_plain_mean():
+    layer = BatchRenorm(3, momentum=None)
+    x = torch.randn(4, 3, 5, 5, dtype=torch.bfloat16)
+    assert layer(x).dtype == torch.bfloat16
+    assert torch.allclose(layer.running_mean, x.float().mean((0, 2, 3)))
+
+
+def test_errors():
+    with pytest.raises(ValueError, match=r"BatchRenorm got an input of shape \(2, 4, 5, 5\), expected \(N, 3, \*\)"):
+        BatchRenorm(3)(torch.randn(2, 4, 5, 5))
+    with pytest.raises(ValueError, match=r"BatchRenorm got r_max=0\.5"):
+        BatchRenorm(3, schedule=(0.5, 1))
+    with pytest.raises(ValueError, match="start <= r_until, d_until"):
+        RenormSchedule(start=10, r_until=5)
+
+
+def test_it_learns():
+    assert falls(lambda model: to_batch_renorm(model, RenormSchedule().scaled(1e-3)))
