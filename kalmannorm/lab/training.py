@@ -14,10 +14,12 @@ import lightning
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
-from kalmannorm import online_statistics
+from kalmannorm import KalmanNorm, online_statistics
+from kalmannorm.freezing import is_frozen
 
 Batch = tuple[Tensor, Tensor]
 
@@ -41,9 +43,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def _own_statistics(model: nn.Module) -> AbstractContextManager[None]:
-    # Where there are no running statistics, as with GroupNorm, there is nothing to switch.
-    keeps_them = any(getattr(module, "running_mean", None) is not None for module in model.modules())
-    return online_statistics(model) if keeps_them else nullcontext()
+    # Where there are no running statistics, as with GroupNorm, or only frozen ones, there is nothing to switch.
+    switches = any(isinstance(m, KalmanNorm | _BatchNorm) and not is_frozen(m) for m in model.modules())
+    return online_statistics(model) if switches else nullcontext()
 
 
 class Classifier(lightning.LightningModule):

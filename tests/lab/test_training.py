@@ -103,6 +103,8 @@ def test_groupnorm_scores_the_same_both_ways():
     torch.manual_seed(0)
     running, online = _scores(to_groupnorm(SmallConvNet()), *_data(64))
     assert running == online
+    running, online = _scores(kalmannorm.freeze(SmallConvNet()), *_data(64))
+    assert running == online
 
 
 def test_nothing_is_printed(capfd, recwarn):
