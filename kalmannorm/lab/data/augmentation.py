@@ -1,0 +1,89 @@
+"""Crops, flips and scaling of whole batches, on the device that they lie on.
+
+A transform of torchvision's v2 draws once for a batch; here each image has its own draw.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+
+def draw_moves(count: int, generator: torch.Generator, *, padding: int = 4, flip: bool = True) -> Tensor:
+    """Where to crop and whether to flip: ``(count, 3)``, int64: top, left (0 to 2 ``padding``) and flip (0 or 1).
+
+    Args:
+        count: Number of images.
+        generator: Of the CPU, so that each device gets the same draws.
+        padding: Pixels that will be added at each side.
+        flip: Whether half of the images are to be flipped.
+    """
+    corners = torch.randint(0, 2 * padding + 1, (count, 2), generator=generator)
+    flips = torch.randint(0, 2, (count, 1), generator=generator) * int(flip)
+    return torch.cat([corners, flips], 1)
+
+
+def crop_and_flip(images: Tensor, moves: Tensor, padding: int = 4) -> Tensor:
+    """Pad with zeros (black), cut each image out at its own place, and flip some left to right.
+
+    Args:
+        images: ``(N, C, H, W)``, of any type.
+        moves: ``(N, 3)``, from `draw_moves`, on the same device.
+        padding: Pixels to add at each side.
+
+    Returns:
+        ``(N, C, H, W)``, of the same type.
+    """
+    count, channels, height, width = images.shape
+    padded = F.pad(images, [padding] * 4)
+    top, left, flip = moves[:, :, None].unbind(1)
+    rows = top + torch.arange(height, device=images.device)
+    columns = left + torch.arange(width, device=images.device)
+    columns = torch.where(flip.bool(), columns.flip(1), columns)
+    image = torch.arange(count, device=images.device)[:, None, None, None]
+    channel = torch.arange(channels, device=images.device)[:, None, None]
+    cut: Tensor = padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
+    return cut
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """Takes pixels, 0 to 255, to ``(pixels - mean) / scale``, float32.
+
+    Attributes:
+        mean: In pixel values, broadcastable to ``(N, C, H, W)``.
+        scale: Likewise.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Images ``(N, C, H, W)``, uint8, to float32."""
+        return (images.float() - self.mean) / self.scale
+
+    def to(self, device: torch.device | str) -> Scaling:
+        """The same, on ``device``."""
+        return Scaling(self.mean.to(device), self.scale.to(device))
+
+
+def channel_scaling(images: Tensor) -> Scaling:
+    """Mean 0 and standard deviation 1 in each channel of ``images`` ``(N, C, H, W)``, uint8."""
+    counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)]).double()
+    share = counts / counts.sum(1, keepdim=True)
+    value = torch.arange(256.0, dtype=torch.float64, device=images.device)
+    mean = (share * value).sum(1)
+    std = (share * value.square()).sum(1).sub(mean.square()).sqrt()
+    return Scaling(mean.float()[:, None, None], std.float().clamp(min=1.0)[:, None, None])
+
+
+def pixel_scaling(images: Tensor) -> Scaling:
+    """As the released code of the paper: pixels / 128 minus the mean of ``images`` ``(N, C, H, W)`` at each pixel."""
+    mean = images.sum(0, dtype=torch.int64).double() / len(images)
+    return Scaling(mean.float(), torch.tensor(128.0, device=images.device))
+
+
+SCALINGS = {"channel": channel_scaling, "pixel": pixel_scaling}

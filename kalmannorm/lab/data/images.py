@@ -1,0 +1,163 @@
+"""CIFAR-10, CIFAR-100 and SVHN: whole sets of 32x32 images as tensors in memory, small enough for any GPU.
+
+They are read from Parquet files under ``KALMANNORM_DATA``, in the layout of their Hugging Face repositories, or
+else downloaded from there (and cached) by the ``datasets`` library.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from kalmannorm.lab.data.roots import find, missing
+
+Labelled = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a set of images comes from.
+
+    Attributes:
+        folder: Its folder under ``KALMANNORM_DATA``.
+        repository: Its repository on the Hugging Face hub.
+        image: The column of encoded images.
+        label: The column of labels, 0 to ``num_classes`` - 1.
+        num_classes: Number of classes.
+        configuration: Which of the repository's configurations, if it has several.
+        training: The parts that together are the training images.
+    """
+
+    folder: str
+    repository: str
+    image: str
+    label: str
+    num_classes: int
+    configuration: str | None = None
+    training: tuple[str, ...] = ("train",)
+
+    @property
+    def origin(self) -> str:
+        """The address to download from."""
+        return f"https://huggingface.co/datasets/{self.repository}/tree/main/{self.configuration or ''}".rstrip("/")
+
+    @property
+    def layout(self) -> list[str]:
+        """The Parquet files, as patterns relative to the folder."""
+        return [f"{part}-*.parquet" for part in (*self.training, "test")]
+
+
+_SVHN = ("svhn", "ufldl-stanford/svhn", "image", "label", 10, "cropped_digits")
+
+SOURCES = {
+    "cifar10": Source("cifar10", "uoft-cs/cifar10", "img", "label", 10),
+    "cifar100": Source("cifar100", "uoft-cs/cifar100", "img", "fine_label", 100),
+    "svhn": Source(*_SVHN),
+    # With the 531,131 easier images, which results near 98 % are usually trained on as well.
+    "svhn_extra": Source(*_SVHN, training=("train", "extra")),
+}
+
+
+class ImageSplits(NamedTuple):
+    """Three disjoint sets of images ``(N, 3, 32, 32)``, uint8, with labels ``(N,)``, int64.
+
+    Attributes:
+        train: To train on.
+        validation: A part of the training images, held out to choose hyper-parameters on.
+        test: The set's own test images, to be scored once.
+    """
+
+    train: Labelled
+    validation: Labelled
+    test: Labelled
+
+
+def source(name: str) -> Source:
+    """What is known about a set.
+
+    Raises:
+        ValueError: There is no set of this name.
+    """
+    if name not in SOURCES:
+        raise ValueError(f"name must be one of {', '.join(SOURCES)}; got {name!r}")
+    return SOURCES[name]
+
+
+def _local_parts(folder: Path, parts: tuple[str, ...]) -> dict[str, Any]:
+    files = {part: sorted(map(str, folder.glob(f"{part}-*.parquet"))) for part in parts}
+    return {part: datasets.load_dataset("parquet", data_files=files, split=part) for part in parts}
+
+
+def _hub_parts(known: Source, parts: tuple[str, ...]) -> dict[str, Any]:
+    try:
+        return {part: datasets.load_dataset(known.repository, known.configuration, split=part) for part in parts}
+    except OSError as error:  # also what the hub's errors are: absent, no network, offline mode
+        raise missing(known.folder, known.layout, known.origin) from error
+
+
+def open_images(name: str) -> dict[str, Any]:
+    """The parts of a set as ``datasets.Dataset``, still encoded; downloads them if need be.
+
+    Args:
+        name: ``"cifar10"``, ``"cifar100"``, ``"svhn"`` or ``"svhn_extra"``.
+
+    Raises:
+        MissingDataError: It is neither under ``KALMANNORM_DATA`` nor to be had from the hub.
+    """
+    known = source(name)
+    parts = (*known.training, "test")
+    folder = find(known.folder, known.layout, known.origin)
+    return _local_parts(folder, parts) if folder else _hub_parts(known, parts)
+
+
+def _decoded(part: Any, known: Source, indices: np.ndarray) -> Labelled:
+    """Decode some of a part: images ``(N, 3, 32, 32)``, uint8, and labels ``(N,)``, int64."""
+    wanted = [known.image, known.label]
+    if not set(wanted) <= set(part.column_names):
+        raise ValueError(f"{known.folder} needs the columns {' and '.join(wanted)}; got {', '.join(part.column_names)}")
+    # As an Arrow table the images are still the files' bytes: no objects to build but the pictures themselves.
+    table = part.select_columns(wanted).with_format("arrow")[indices]
+    images = np.zeros((len(indices), 32, 32, 3), dtype=np.uint8)
+    for place, row in zip(images, table[known.image].to_pylist(), strict=True):
+        place[:] = np.asarray(Image.open(BytesIO(row["bytes"]), formats=("PNG", "JPEG")).convert("RGB"))
+    labels = torch.tensor(table[known.label].to_pylist(), dtype=torch.int64)
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels
+
+
+def load_images(name: str, *, validation: int = 5000, split_seed: int = 0, limit: int | None = None) -> ImageSplits:
+    """Load a whole set into memory; the same arguments give the same splits.
+
+    Args:
+        name: ``"cifar10"``, ``"cifar100"``, ``"svhn"`` (without its extra images) or ``"svhn_extra"``.
+        validation: How many of the training images to hold out; 0 for none.
+        split_seed: Decides which.
+        limit: Keep the first so many images of each split.
+
+    Raises:
+        MissingDataError: It is neither under ``KALMANNORM_DATA`` nor to be had from the hub.
+        ValueError: An unknown name, no image left to train on, or files without the columns.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1; got {limit}")
+    known = source(name)
+    parts = open_images(name)
+    training, test = datasets.concatenate_datasets([parts[part] for part in known.training]), parts["test"]
+    count = len(training)
+    if not 0 <= validation < count:
+        raise ValueError(f"validation must be 0 to {count - 1}, so that an image is left to train on; got {validation}")
+    shuffled = np.random.default_rng(split_seed).permutation(count)
+    # In the order of the files again, so that `limit` keeps the first of them.
+    held_out, kept = np.sort(shuffled[:validation]), np.sort(shuffled[validation:])
+    return ImageSplits(
+        train=_decoded(training, known, kept[:limit]),
+        validation=_decoded(training, known, held_out[:limit]),
+        test=_decoded(test, known, np.arange(len(test))[:limit]),
+    )

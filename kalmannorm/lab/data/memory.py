@@ -1,0 +1,113 @@
+"""Batches from images that lie in memory as one tensor: no worker, no copy but the batch itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kalmannorm.lab.data.augmentation import crop_and_flip, draw_moves
+
+
+class MemoryBatches:
+    """An iterable of batches that comes in the same order, with the same crops, under the same seed and epoch.
+
+    As with torch's ``DistributedSampler``, `set_epoch` moves on to other draws; Lightning calls it. An epoch that was
+    left in the middle goes on there after `load_state_dict`, which Lightning calls too.
+
+    Args:
+        images: ``(N, C, H, W)``.
+        labels: ``(N,)``, on the same device.
+        batch_size: Images a batch.
+        prepare: What is done to a batch of images last, such as a `Scaling`.
+        seed: Of the order and of the crops; None for the order of the tensors, without crops.
+        augment: ``"none"``, ``"crop"`` (pad 4, crop at random) or ``"crop_flip"``; needs a seed.
+        drop_last: Leave out a last batch of fewer images.
+        rank: Which of the processes this is: each gets its own images, and with ``replicas`` of them,
+            up to ``replicas - 1`` images are left out of an epoch so that all get as many.
+        replicas: Number of processes.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        batch_size: int,
+        *,
+        prepare: Callable[[Tensor], Tensor],
+        seed: int | None = None,
+        augment: str = "none",
+        drop_last: bool = False,
+        rank: int = 0,
+        replicas: int = 1,
+    ) -> None:
+        self.images, self.labels, self.batch_size = images, labels, batch_size
+        self.prepare, self.seed, self.augment = prepare, seed, augment
+        self.drop_last, self.rank, self.replicas = drop_last, rank, replicas
+        self.epoch = 0
+        self._first = self._handed_out = 0
+        if augment not in ("none", "crop", "crop_flip"):
+            raise ValueError(f"augment must be 'none', 'crop' or 'crop_flip'; got {augment!r}")
+        if augment != "none" and seed is None:
+            raise ValueError(f"augment={augment!r} needs a seed")
+        if batch_size < 1 or len(self) < 1:
+            raise ValueError(f"batch_size must be 1 to {self._share()}, the images there are; got {batch_size}")
+
+    def _share(self) -> int:
+        return len(self.images) // self.replicas
+
+    def __len__(self) -> int:
+        """Batches an epoch."""
+        whole, rest = divmod(self._share(), self.batch_size)
+        return whole + (rest > 0 and not self.drop_last)
+
+    # Lightning asks any loader that has a `sampler` for this too.
+    batch_sampler = None
+
+    @property
+    def sampler(self) -> MemoryBatches:
+        """Itself: Lightning tells the epoch to a loader's sampler."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Take the order and the crops of this epoch from the next iteration on."""
+        self.epoch = epoch
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many batches of the epoch are handed out."""
+        return {"handed_out": self._handed_out}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Leave those out of the next iteration (alone)."""
+        self._first = state["handed_out"] % len(self)
+
+    def _draws(self) -> tuple[Tensor, Tensor | None]:
+        """Of one epoch: the order ``(N',)`` of this process's images, and their moves ``(N', 3)``."""
+        count = len(self.images)
+        if self.seed is None:
+            return self._own(torch.arange(count)), None
+        # A whole epoch is drawn at once, and on the CPU: no draw depends on the device or on where one resumes.
+        entropy = np.random.SeedSequence([self.seed, self.epoch]).generate_state(1)
+        generator = torch.Generator().manual_seed(int(entropy[0]))
+        order = torch.randperm(count, generator=generator)
+        if self.augment == "none":
+            return self._own(order), None
+        return self._own(order), self._own(draw_moves(count, generator, flip=self.augment == "crop_flip"))
+
+    def _own(self, whole: Tensor) -> Tensor:
+        return whole[self.rank :: self.replicas][: self._share()].to(self.images.device)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images ``(batch_size, C, H, W)`` and labels ``(batch_size,)``."""
+        order, moves = self._draws()
+        first, self._first = self._first, 0
+        for index in range(first, len(self)):
+            here = slice(index * self.batch_size, (index + 1) * self.batch_size)
+            images = self.images[order[here]]
+            if moves is not None:
+                images = crop_and_flip(images, moves[here])
+            self._handed_out = index + 1
+            yield self.prepare(images), self.labels[order[here]]

@@ -1,0 +1,75 @@
+"""Where data sets lie: in the folder that the environment variable ``KALMANNORM_DATA`` names, one folder each."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+VARIABLE = "KALMANNORM_DATA"
+
+
+class MissingDataError(FileNotFoundError):
+    """A data set is not there. The message says where to get it, where to put it, and in which layout."""
+
+
+def data_root() -> Path | None:
+    """The folder that ``KALMANNORM_DATA`` names, or None if it isn't set.
+
+    Raises:
+        NotADirectoryError: It names something that is no folder.
+    """
+    named = os.environ.get(VARIABLE)
+    if not named:
+        return None
+    root = Path(named).expanduser()
+    if not root.is_dir():
+        raise NotADirectoryError(f"{VARIABLE} must name a folder; got {named!r}")
+    return root
+
+
+def missing(name: str, layout: Sequence[str], origin: str) -> MissingDataError:
+    """The error to raise where a data set is absent.
+
+    Args:
+        name: The data set's folder under the root.
+        layout: The files it needs, as patterns relative to that folder.
+        origin: Where to get it: an address, or words.
+    """
+    root = data_root()
+    place = str((root or Path(f"${VARIABLE}")) / name)
+    first = "" if root else f"Set {VARIABLE} to a folder of your choice. "
+    files = "".join(f"\n    {place}/{pattern}" for pattern in layout)
+    return MissingDataError(f"the data set {name!r} was not found. {first}Get it from {origin}, as{files}")
+
+
+def find(name: str, layout: Sequence[str], origin: str) -> Path | None:
+    """The folder of a data set under the root, or None where there is no such folder (or no root).
+
+    Args:
+        name: The data set's folder under the root.
+        layout: Patterns, relative to the folder; each must match something.
+        origin: Where to get it, for the error.
+
+    Raises:
+        MissingDataError: The folder is there but incomplete, so that nobody trains on a part unknowingly.
+    """
+    root = data_root()
+    if root is None or not (root / name).is_dir():
+        return None
+    absent = [pattern for pattern in layout if not any((root / name).glob(pattern))]
+    if absent:
+        raise missing(name, layout, origin) from FileNotFoundError(f"nothing matches {', '.join(absent)}")
+    return root / name
+
+
+def require(name: str, layout: Sequence[str], origin: str) -> Path:
+    """As `find`, for a data set that no library downloads.
+
+    Raises:
+        MissingDataError: The folder is not there, or incomplete.
+    """
+    folder = find(name, layout, origin)
+    if folder is None:
+        raise missing(name, layout, origin)
+    return folder

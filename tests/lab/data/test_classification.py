@@ -1,0 +1,86 @@
+"""The data module under a Trainer: what it hands out, and that a resumed run sees what an unbroken one sees."""
+
+import lightning
+import pytest
+import torch
+from image_files import write_parquet
+from torch import nn
+
+from kalmannorm.lab.data.classification import ClassificationData
+from kalmannorm.lab.training import Classifier, quiet_trainer
+
+
+@pytest.fixture
+def cifar10(root):
+    write_parquet(root, "cifar10", {"train": 50, "test": 14})
+
+
+def classifier():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
+    return Classifier(network, num_classes=10, rate=0.01, steps=100)
+
+
+def test_batches_of_each_split(cifar10):
+    data = ClassificationData("cifar10", 8, validation=10, score_batch=6)
+    data.setup()
+    assert [len(labels) for _, labels in data.train_dataloader()] == [8] * 5
+    assert [len(labels) for _, labels in data.val_dataloader()] == [6, 4]
+    assert [len(labels) for _, labels in data.test_dataloader()] == [6, 6, 2]
+
+
+@pytest.mark.parametrize("scaling", ["channel", "pixel"])
+def test_scaling_is_taken_from_the_images_trained_on(cifar10, scaling):
+    data = ClassificationData("cifar10", 40, validation=10, scaling=scaling, augment="none")
+    data.setup()
+    images, _ = next(iter(data.train_dataloader()))
+    assert abs(images.mean()) < 1e-4
+    held_out, _ = next(iter(data.val_dataloader()))
+    assert abs(held_out.mean()) > 1e-4
+
+
+def test_a_trainer_fits_and_scores(cifar10):
+    data = ClassificationData("cifar10", 8, validation=10)
+    trainer = quiet_trainer(12)
+    trainer.fit(classifier(), data)
+    assert trainer.global_step == 12
+    assert "accuracy_running" in trainer.callback_metrics
+    trainer.test(classifier(), data, verbose=False)
+
+
+def test_without_validation_a_trainer_fits_all_the_same(cifar10):
+    trainer = quiet_trainer(6)
+    trainer.fit(classifier(), ClassificationData("cifar10", 8, validation=0))
+    assert trainer.global_step == 6
+
+
+class Seen(lightning.Callback):
+    """Keeps the batches that a run trained on, and saves a checkpoint after one step of them."""
+
+    def __init__(self, path=None, save_after=None):
+        self.path, self.save_after, self.batches = path, save_after, []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.batches.append(batch)
+        if trainer.global_step == self.save_after:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("step", [3, 5, 7], ids=["within", "at the end", "within the second epoch"])
+def test_a_resumed_run_sees_what_an_unbroken_one_sees(cifar10, tmp_path, step):
+    path = tmp_path / "run.ckpt"
+    unbroken, resumed = Seen(path, step), Seen()
+    for seen, checkpoint in ((unbroken, None), (resumed, path)):
+        data = ClassificationData("cifar10", 8, validation=10)
+        quiet_trainer(13, seen).fit(classifier(), data, ckpt_path=checkpoint, weights_only=False)
+    assert len(resumed.batches) == 13 - step
+    for (images, labels), (expected, expected_labels) in zip(resumed.batches, unbroken.batches[step:], strict=True):
+        assert torch.equal(images, expected)
+        assert torch.equal(labels, expected_labels)
+
+
+def test_bad_requests_say_what_was_wrong(cifar10):
+    with pytest.raises(ValueError, match="'robust'"):
+        ClassificationData("cifar10", scaling="robust")
+    with pytest.raises(RuntimeError, match="setup"):
+        ClassificationData("cifar10").train_dataloader()

@@ -1,0 +1,106 @@
+"""Image folders: with train and val, or split by a seed."""
+
+import pytest
+import torch
+from PIL import Image
+
+from kalmannorm.lab.data.folders import MEAN, STD, FolderData, image_transform
+from kalmannorm.lab.data.roots import MissingDataError
+
+CLASSES = ["bee", "cat", "dog"]
+
+
+def write_classes(folder, count, classes=CLASSES):
+    for name in classes:
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            Image.new("RGB", (40, 30), (number, 0, 255)).save(folder / name / f"{number}.png")
+
+
+def ready(folder, batch_size=2, **options):
+    data = FolderData(str(folder), batch_size, size=16, workers=0, **options)
+    data.setup()
+    return data
+
+
+def files(subset):
+    return [subset.dataset.samples[index][0] for index in subset.indices]
+
+
+def test_train_and_val_are_taken_as_they_are(root):
+    write_classes(root / "imagenet" / "train", 3)
+    write_classes(root / "imagenet" / "val", 2)
+    data = ready("imagenet", 4)
+    assert data.classes == CLASSES
+    assert data.num_classes == 3
+    assert (len(data.train_set), len(data.validation_set)) == (9, 6)
+    assert [images.shape for images, _ in data.train_dataloader()] == [(4, 3, 16, 16)] * 2
+    assert torch.cat([labels for _, labels in data.val_dataloader()]).tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_one_folder_is_split_by_its_seed_without_overlap(tmp_path):
+    write_classes(tmp_path / "pets", 10)
+    first, again, other = (ready(tmp_path / "pets", validation=0.2, split_seed=seed) for seed in (0, 0, 1))
+    train, validation = files(first.train_set), files(first.validation_set)
+    assert (len(train), len(validation)) == (24, 6)
+    assert not set(train) & set(validation)
+    assert validation == files(again.validation_set) != files(other.validation_set)
+
+
+def test_the_root_comes_before_the_path(root, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    write_classes(tmp_path / "pets", 4)
+    write_classes(root / "pets", 4)
+    assert all(file.startswith(str(root)) for file in files(ready("pets").train_set))
+
+
+def test_limit_keeps_images_of_all_classes_and_the_same_ones(tmp_path):
+    write_classes(tmp_path, 20)
+    first, again = (ready(tmp_path, limit=12) for _ in range(2))
+    assert files(first.train_set) == files(again.train_set)
+    assert len(first.train_set) == 12
+    assert {label for _, label in first.train_set} == {0, 1, 2}
+
+
+def test_the_order_follows_from_seed_and_epoch(tmp_path):
+    write_classes(tmp_path, 10)
+
+    def order(epoch, seed=0):
+        loader = ready(tmp_path, seed=seed).train_dataloader()
+        loader.sampler.set_epoch(epoch)
+        return list(loader.sampler)
+
+    assert order(1) == order(1) != order(2)
+    assert order(1) != order(1, seed=5)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_transforms_normalize_as_imagenet(train):
+    picture = Image.new("RGB", (50, 40), (255, 0, 51))
+    expected = (torch.tensor([1.0, 0.0, 0.2]) - torch.tensor(MEAN)) / torch.tensor(STD)
+    image = image_transform(32, train)(picture)
+    assert torch.allclose(image, expected[:, None, None].expand(3, 32, 32), atol=1e-5)
+
+
+def test_an_absent_folder_is_asked_for(root):
+    with pytest.raises(MissingDataError, match=rf"{root}/imagenet/train/\*/\*") as raised:
+        ready("imagenet")
+    assert "image-net.org" in str(raised.value)
+
+
+def test_train_without_val_is_no_class(root):
+    write_classes(root / "imagenet" / "train", 1)
+    with pytest.raises(MissingDataError, match="val"):
+        ready("imagenet")
+
+
+def test_classes_that_differ_are_named(tmp_path):
+    write_classes(tmp_path / "train", 1)
+    write_classes(tmp_path / "val", 1, CLASSES[:2])
+    with pytest.raises(ValueError, match="only in one: dog"):
+        ready(tmp_path)
+
+
+def test_a_share_that_is_none_is_named():
+    with pytest.raises(ValueError, match=r"got 1\.5"):
+        FolderData(validation=1.5)

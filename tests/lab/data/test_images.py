@@ -1,0 +1,83 @@
+"""Sets of small images: read from the root first, exactly, and split without overlap."""
+
+import numpy as np
+import pytest
+import torch
+from image_files import numbered_images, write_parquet
+
+from kalmannorm.lab.data.images import SOURCES, load_images
+from kalmannorm.lab.data.roots import MissingDataError
+
+
+def numbers(images):
+    return images[:, 0, 0, 0].tolist()
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn"])
+def test_files_under_the_root_are_read_exactly_and_the_hub_is_not_asked(root, asked_of_the_hub, name):
+    write_parquet(root, name, {"train": 30, "test": 10})
+    splits = load_images(name, validation=0)
+    expected = torch.from_numpy(np.moveaxis(numbered_images(30, 0), 3, 1))
+    assert splits.train[0].dtype == torch.uint8
+    assert torch.equal(splits.train[0], expected)
+    assert splits.train[1].tolist() == [number % 10 for number in range(30)]
+    assert splits.validation[0].shape == (0, 3, 32, 32)
+    assert numbers(splits.test[0]) == list(range(30, 40))
+    assert asked_of_the_hub == []
+
+
+def test_svhns_extra_images_are_trained_on_where_asked_for(root):
+    write_parquet(root, "svhn", {"train": 6, "extra": 5, "test": 4})
+    assert numbers(load_images("svhn", validation=0).train[0]) == list(range(6))
+    assert numbers(load_images("svhn_extra", validation=0).train[0]) == list(range(11))
+
+
+def test_splits_share_no_image_and_depend_on_their_seed_alone(root):
+    write_parquet(root, "cifar10", {"train": 50, "test": 10})
+    first, again, other = (load_images("cifar10", validation=12, split_seed=seed) for seed in (0, 0, 1))
+    train, validation, test = (numbers(images) for images, _ in first)
+    assert len(validation) == 12
+    assert sorted(train + validation) == list(range(50))
+    assert test == list(range(50, 60))
+    assert numbers(again.validation[0]) == validation != numbers(other.validation[0])
+
+
+def test_limit_keeps_the_first_of_each_split(root):
+    write_parquet(root, "cifar10", {"train": 30, "test": 10})
+    whole, few = (load_images("cifar10", validation=8, limit=limit) for limit in (None, 3))
+    for all_of_it, part in zip(whole, few, strict=True):
+        assert torch.equal(part[0], all_of_it[0][:3])
+        assert torch.equal(part[1], all_of_it[1][:3])
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_an_absent_set_is_asked_of_the_hub_once_and_then_of_the_user(root, asked_of_the_hub, name):
+    with pytest.raises(MissingDataError) as raised:
+        load_images(name)
+    assert asked_of_the_hub == [SOURCES[name].repository]
+    for told in (SOURCES[name].repository, f"{root}/{SOURCES[name].folder}/train-*.parquet"):
+        assert told in str(raised.value)
+
+
+def test_a_part_of_a_set_is_not_mended_by_a_download(root, asked_of_the_hub):
+    write_parquet(root, "cifar10", {"train": 3})
+    with pytest.raises(MissingDataError, match="cifar10"):
+        load_images("cifar10", validation=0)
+    assert asked_of_the_hub == []
+
+
+def test_files_with_other_columns_are_named(root):
+    write_parquet(root, "svhn", {"train": 3, "test": 3})
+    (root / "svhn").rename(root / "cifar10")
+    with pytest.raises(ValueError, match="img and label; got image, label"):
+        load_images("cifar10", validation=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"name": "mnist"}, "mnist"), ({"validation": 5}, "0 to 4.*got 5"), ({"limit": 0}, "at least 1; got 0")],
+)
+def test_bad_requests_say_what_was_wrong(root, arguments, message):
+    write_parquet(root, "cifar10", {"train": 5, "test": 5})
+    with pytest.raises(ValueError, match=message):
+        load_images(**({"name": "cifar10", "validation": 0} | arguments))

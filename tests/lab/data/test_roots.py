@@ -1,0 +1,52 @@
+"""Data are looked for where KALMANNORM_DATA says, and what is absent is asked for in one clear error."""
+
+import re
+
+import pytest
+
+from kalmannorm.lab.data.roots import MissingDataError, data_root, find, require
+
+LAYOUT = ["train-*.parquet", "test-*.parquet"]
+ORIGIN = "https://example.org/animals"
+
+
+def test_without_the_variable_there_is_no_root(monkeypatch):
+    monkeypatch.delenv("KALMANNORM_DATA", raising=False)
+    assert data_root() is None
+    assert find("animals", LAYOUT, ORIGIN) is None
+
+
+def test_a_root_that_is_no_folder_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("KALMANNORM_DATA", str(tmp_path / "nowhere"))
+    with pytest.raises(NotADirectoryError, match="nowhere"):
+        data_root()
+
+
+def test_a_complete_folder_is_found(monkeypatch, tmp_path):
+    monkeypatch.setenv("KALMANNORM_DATA", str(tmp_path))
+    assert find("animals", LAYOUT, ORIGIN) is None
+    (tmp_path / "animals").mkdir()
+    for part in ("train", "test"):
+        (tmp_path / "animals" / f"{part}-00000-of-00001.parquet").touch()
+    assert find("animals", LAYOUT, ORIGIN) == require("animals", LAYOUT, ORIGIN) == tmp_path / "animals"
+
+
+def test_an_incomplete_folder_is_an_error(monkeypatch, tmp_path):
+    monkeypatch.setenv("KALMANNORM_DATA", str(tmp_path))
+    (tmp_path / "animals").mkdir()
+    (tmp_path / "animals" / "train-00000-of-00001.parquet").touch()
+    with pytest.raises(MissingDataError) as raised:
+        find("animals", LAYOUT, ORIGIN)
+    assert "test-*.parquet" in str(raised.value.__cause__)
+
+
+@pytest.mark.parametrize("has_root", [False, True])
+def test_the_error_says_what_from_where_and_into_which_layout(monkeypatch, tmp_path, has_root):
+    monkeypatch.delenv("KALMANNORM_DATA", raising=False)
+    if has_root:
+        monkeypatch.setenv("KALMANNORM_DATA", str(tmp_path))
+    place = str(tmp_path) if has_root else "$KALMANNORM_DATA"
+    with pytest.raises(MissingDataError, match=re.escape(f"{place}/animals/train-*.parquet")) as raised:
+        require("animals", LAYOUT, ORIGIN)
+    assert ORIGIN in str(raised.value)
+    assert ("Set KALMANNORM_DATA" in str(raised.value)) == (not has_root)
