@@ -13,7 +13,7 @@ Average pooling leaves the border's padding out of the mean, as TensorFlow does.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -39,6 +39,12 @@ class Module:
     stride: int = 1
     """Of the last convolution of a branch, and of the pooling."""
 
+    def widened(self, width: float) -> Module:
+        """The same with so many times the channels, rounded."""
+        three, double = ((round(a * width), round(b * width)) for a, b in (self.three, self.double))
+        single, pooled = round(self.single * width), round(self.pooled * width)
+        return replace(self, single=single, three=three, double=double, pooled=pooled)
+
 
 FIGURE_5 = {
     "3a": Module(64, (64, 64), (64, 96), 32),
@@ -61,20 +67,33 @@ class InceptionV2(nn.Module):
         num_classes: Number of logits.
         norm_layer: Makes a normalization layer of so many channels.
         in_channels: Channels of the images.
+        width: Multiplies the channels of every convolution, rounded; see `baselines.width.matching_width`.
+
+    Raises:
+        ValueError: where the width leaves a convolution no channel.
     """
 
-    def __init__(self, num_classes: int = 1000, norm_layer: Norm = nn.BatchNorm2d, in_channels: int = 3) -> None:
+    def __init__(
+        self,
+        num_classes: int = 1000,
+        norm_layer: Norm = nn.BatchNorm2d,
+        in_channels: int = 3,
+        width: float = 1.0,
+    ) -> None:
         super().__init__()
+        if round(32 * width) < 1:
+            raise ValueError(f"InceptionV2 got width {width:g}, expected one that leaves 32 channels at least 1")
+        first, channels = round(64 * width), round(192 * width)
         self.stem = nn.Sequential(
-            unit(in_channels, 64, 7, norm_layer, stride=2),
+            unit(in_channels, first, 7, norm_layer, stride=2),
             nn.MaxPool2d(3, 2, 1),
-            unit(64, 64, 1, norm_layer),
-            unit(64, 192, 3, norm_layer),
+            unit(first, first, 1, norm_layer),
+            unit(first, channels, 3, norm_layer),
             nn.MaxPool2d(3, 2, 1),
         )
         self.inceptions = nn.ModuleDict()
-        channels = 192
         for name, row in FIGURE_5.items():
+            row = row.widened(width)
             self.inceptions[name] = _branches(channels, row, norm_layer)
             channels = row.single + row.three[1] + row.double[1] + (row.pooled or channels)
         self.classifier = nn.Linear(channels, num_classes)

@@ -8,6 +8,7 @@ from model_checks import check_learns, check_one_step, check_priors, group_norm,
 from torch import nn
 
 import kalmannorm
+from kalmannorm.lab.baselines.width import matching_width
 from kalmannorm.lab.models.inception_v2 import InceptionV2
 
 every_norm = pytest.mark.parametrize("kind", ["batch", "group", "kalman"])
@@ -71,6 +72,19 @@ def test_parameters_are_those_of_table_2():
     kalman = parameters(kalmannorm.convert(model))
     assert kalman == count + channels + NORMS == 11_295_309
     assert f"{kalman / 1e6:.2f}M" == "11.30M"
+
+
+def test_width_compensates_for_the_parameters_of_kalman_normalization():
+    """The wider BatchNorm network of arXiv:1802.03133v1."""
+    width = matching_width(lambda width: InceptionV2(width=width), 11_295_309)
+    count = parameters(InceptionV2(width=width))
+    # The nearest that whole numbers of channels allow.
+    assert abs(count - 11_295_309) < 2_000
+    narrow = InceptionV2(num_classes=3, width=0.25)
+    assert narrow(torch.randn(2, 3, 48, 48)).shape == (2, 3)
+    assert narrow.stem[0][0].out_channels == 16
+    with pytest.raises(ValueError, match="width 0.01"):
+        InceptionV2(width=0.01)
 
 
 def test_pooling_is_that_of_figure_5():
