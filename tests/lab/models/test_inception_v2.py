@@ -83,7 +83,7 @@ def test_width_compensates_for_the_parameters_of_kalman_normalization():
     narrow = InceptionV2(num_classes=3, width=0.25)
     assert narrow(torch.randn(2, 3, 48, 48)).shape == (2, 3)
     assert narrow.stem[0][0].out_channels == 16
-    with pytest.raises(ValueError, match="width 0.01"):
+    with pytest.raises(ValueError, match=r"width 0\.01"):
         InceptionV2(width=0.01)
 
 
