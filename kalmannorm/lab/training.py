@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import logging
-import math
-import time
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 from typing import Any
 
 import lightning
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
-from kalmannorm import KalmanNorm, online_statistics
-from kalmannorm.freezing import is_frozen
+from kalmannorm import to_batchnorm
+from kalmannorm.lab.baselines.weight_norm import initialize
+from kalmannorm.lab.data.sharing import images_a_process
+from kalmannorm.lab.methods import METHODS, normalize
+from kalmannorm.lab.optimization import Schedule, check_schedule, parameter_groups, sgd
+from kalmannorm.lab.scoring import online_logits
+
+__all__ = ["Batch", "Classifier", "check_schedule", "loader", "parameter_groups", "quiet", "quiet_trainer", "sgd"]
 
 Batch = tuple[Tensor, Tensor]
-
 # Warnings that a run is not the place for.
 UNWANTED = (
     ".*does not have many workers.*",  # the data are tensors in memory: workers would only cost
@@ -31,93 +34,130 @@ UNWANTED = (
 )
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Decay the weights of convolutions and linear layers and nothing else.
-
-    Scales, shifts, biases, gains and process noise all have fewer than two dimensions; a decay would pull a
-    gain or a noise towards a value that nobody chose, and pull differently in each method.
-    """
-    weights = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    return [{"params": weights, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-
-
-def _own_statistics(model: nn.Module) -> AbstractContextManager[None]:
-    # Where there are no running statistics, as with GroupNorm, or only frozen ones, there is nothing to switch.
-    switches = any(isinstance(m, KalmanNorm | _BatchNorm) and not is_frozen(m) for m in model.modules())
-    return online_statistics(model) if switches else nullcontext()
-
-
 class Classifier(lightning.LightningModule):
-    """Trains a network on cross entropy by SGD with momentum, its rate falling along a cosine.
+    """Trains a network on cross entropy by SGD with momentum.
 
-    Scoring gives both of the paper's options in one pass: ``accuracy_running`` (A: plain ``eval``) and
-    ``accuracy_online`` (B: ``eval``, but each ``statistics_batch`` images normalize themselves).
+    Logs ``loss`` in training. Scoring gives both of the paper's options in one pass over the images:
+    ``accuracy_running`` (A: plain ``eval``) and ``accuracy_online`` (B: ``eval``, but each ``statistics_batch``
+    images normalize themselves), 0 to 1.
 
     Args:
-        model: Images ``(N, C, H, W)`` to logits ``(N, num_classes)``.
+        network: Images ``(N, C, H, W)`` to logits ``(N, num_classes)``, built with BatchNorm.
+        normalization: What takes BatchNorm's place, a key of `kalmannorm.lab.methods.METHODS`. ``"bn"`` keeps what
+            there is.
+        normalization_options: See `kalmannorm.lab.methods.normalize`.
         num_classes: Number of classes.
-        rate: Learning rate of the first step.
+        statistics_batch: Images that are normalized together, by methods that don't take each by itself. None for
+            all that a process takes at a time.
+        rate: Learning rate, before the schedule's factor.
         steps: Optimizer steps the schedule is laid out for.
-        schedule: ``"cosine"``, to 0, or ``"warmup"``, the same but rising to it over the first tenth of the
-            steps.
+        schedule: See `sgd`.
+        milestones: See `sgd`.
         momentum: SGD's.
         weight_decay: On weights alone, see `parameter_groups`.
-        statistics_batch: Images a group in option B.
+        score_online: Give ``accuracy_online`` too.
+        compile: Train through ``torch.compile``.
+
+    Raises:
+        ValueError: An unknown normalization or schedule, or one that doesn't suit the other arguments; and in
+            training, a statistics batch that doesn't divide the images that a process takes at a time.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        network: nn.Module,
+        normalization: str = "bn",
         *,
-        num_classes: int,
-        rate: float,
-        steps: int,
-        schedule: str = "cosine",
+        normalization_options: dict[str, Any] | None = None,
+        num_classes: int = 10,
+        statistics_batch: int | None = None,
+        rate: float = 0.1,
+        steps: int = 1000,
+        schedule: Schedule = "cosine",
+        milestones: dict[float, float] | None = None,
         momentum: float = 0.9,
         weight_decay: float = 1e-4,
-        statistics_batch: int = 2,
+        score_online: bool = True,
+        compile: bool = False,
     ) -> None:
         super().__init__()
-        self.model = model
-        self.rate, self.steps, self.schedule = rate, steps, schedule
-        self.momentum, self.weight_decay = momentum, weight_decay
-        self.statistics_batch = statistics_batch
-        if schedule not in ("cosine", "warmup"):
-            raise ValueError(f"schedule must be 'cosine' or 'warmup'; got {schedule!r}")
+        check_schedule(rate, steps, schedule, milestones)
+        options = {"statistics_batch": statistics_batch, "steps": steps, **(normalization_options or {})}
+        stock = any(isinstance(layer, _BatchNorm) for layer in network.modules())
+        self._was_batchnorm = normalization == "bn" and stock and statistics_batch is not None
+        self.network = normalize(network, normalization, **options)
+        self.method, self.statistics_batch = METHODS[normalization], statistics_batch
+        self._optimization = (rate, steps, schedule, milestones, momentum, weight_decay)
+        self.score_online = score_online
+        # A function, and not the compiled network, which would be a second submodule.
+        self._forward: Callable[[Tensor], Tensor] = torch.compile(self._plain) if compile else self._plain
         self.running_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.online_accuracy = MulticlassAccuracy(num_classes, average="micro")
 
+    def _plain(self, images: Tensor) -> Tensor:
+        return self.network(images)  # type: ignore[no-any-return]
+
     def configure_optimizers(self) -> Any:
         """SGD, with a schedule that moves every step."""
-        groups = parameter_groups(self.model, self.weight_decay)
-        optimizer = torch.optim.SGD(groups, lr=self.rate, momentum=self.momentum)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._share_of_rate)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return sgd(self.network, *self._optimization)
 
-    def _share_of_rate(self, step: int) -> float:
-        done = step / self.steps
-        rise = min(1.0, 10 * done + 1 / self.steps) if self.schedule == "warmup" else 1.0
-        return rise * (1 + math.cos(math.pi * done)) / 2
+    def setup(self, stage: str) -> None:
+        """Before training: check the statistics batch, and initialize weight normalization by a batch."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if stage != "fit" or data is None:
+            return
+        if hasattr(data, "gradient_batch"):
+            self._check_statistics_batch(images_a_process(data.gradient_batch, self.trainer))
+        if any(name.endswith("awaits_data") for name, _ in self.network.named_buffers()):
+            # In each process, before they are wrapped: the first one's parameters then go to all.
+            initialize(self.network, next(iter(data.train_dataloader()))[0].to(self.device))
+
+    def _check_statistics_batch(self, images: int) -> None:
+        size = self.statistics_batch
+        if size is not None and self.method.statistics != "sample" and images % size:
+            raise ValueError(
+                f"statistics_batch must divide the {images} images that a process takes at a time; got {size}"
+            )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The mean cross entropy of a batch."""
         images, labels = batch
-        return F.cross_entropy(self.model(images), labels)
+        self._check_statistics_batch(len(images))
+        if self._was_batchnorm and len(images) == self.statistics_batch:
+            to_batchnorm(self.network)  # one group of everything: torch's own layers do that, and faster
+            self._was_batchnorm = False
+        whole = self.method.statistics != "batch" or self.statistics_batch is None
+        parts = (images,) if whole else images.split(self.statistics_batch)
+        logits = torch.cat([self._forward(part) for part in parts])
+        loss = F.cross_entropy(logits, labels)
+        self.log("loss", loss.detach())
+        return loss
+
+    def on_after_backward(self) -> None:
+        """Average the running statistics over processes: those of all images, as in a single process."""
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            buffers = [buffer for buffer in self.network.buffers() if buffer.is_floating_point()]
+            if buffers:
+                together = torch.cat([buffer.flatten() for buffer in buffers])
+                dist.all_reduce(together)
+                for buffer, mean in zip(buffers, together.split([b.numel() for b in buffers]), strict=True):
+                    buffer.copy_(mean.view_as(buffer) / dist.get_world_size())
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Score a batch both ways."""
         images, labels = batch
-        self.running_accuracy.update(self.model(images), labels)
-        with _own_statistics(self.model):
-            parts = [self.model(part) for part in torch.split(images, self.statistics_batch)]
-        self.online_accuracy.update(torch.cat(parts), labels)
+        self.running_accuracy.update(self.network(images), labels)
+        if self.score_online:
+            logits = online_logits(self.network, images, self.statistics_batch or len(images))
+            self.online_accuracy.update(logits, labels)
 
     def on_validation_epoch_end(self) -> None:
-        """Publish both accuracies, 0 to 1."""
-        for name, metric in (("running", self.running_accuracy), ("online", self.online_accuracy)):
-            self.log(f"accuracy_{name}", metric.compute())
-            metric.reset()
+        """Publish the accuracies."""
+        self.log("accuracy_running", self.running_accuracy.compute(), sync_dist=True)
+        self.running_accuracy.reset()
+        if self.score_online:
+            self.log("accuracy_online", self.online_accuracy.compute(), sync_dist=True)
+            self.online_accuracy.reset()
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """As in validation."""
@@ -126,42 +166,6 @@ class Classifier(lightning.LightningModule):
     def on_test_epoch_end(self) -> None:
         """As in validation."""
         self.on_validation_epoch_end()
-
-
-class Recorder(lightning.Callback):
-    """Keeps each step's loss and duration, and now and then tells somebody how far the training is.
-
-    Args:
-        tell: Called with the number of steps done.
-        every: Steps between two calls.
-    """
-
-    def __init__(self, tell: Callable[[int], None] = lambda step: None, every: int = 25) -> None:
-        self.tell, self.every = tell, every
-        self.losses: list[float] = []
-        self.seconds: list[float] = []
-        self._before = 0.0
-
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Start the clock."""
-        self._before = time.perf_counter()
-
-    def on_train_batch_end(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,
-        outputs: Tensor | Mapping[str, Any] | None,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        """Note the step that has just ended, from the end of the one before it."""
-        assert isinstance(outputs, Mapping)
-        self.losses.append(outputs["loss"].item())
-        now = time.perf_counter()
-        self.seconds.append(now - self._before)
-        self._before = now
-        if len(self.losses) % self.every == 0:
-            self.tell(len(self.losses))
 
 
 def loader(images: Tensor, labels: Tensor, batch_size: int, seed: int | None = None) -> DataLoader[Batch]:
@@ -174,11 +178,17 @@ def loader(images: Tensor, labels: Tensor, batch_size: int, seed: int | None = N
     return DataLoader(data, sampler=BatchSampler(order, batch_size, drop_last=True), batch_size=None)  # type: ignore[arg-type]
 
 
-def quiet_trainer(steps: int, *callbacks: lightning.Callback, **options: Any) -> lightning.Trainer:
-    """A Trainer for many short runs: it stops after ``steps``, saves nothing and prints nothing."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+def quiet() -> None:
+    """Leave out what Lightning says of every run."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     for message in UNWANTED:
         warnings.filterwarnings("ignore", message)
+
+
+def quiet_trainer(steps: int, *callbacks: lightning.Callback, **options: Any) -> lightning.Trainer:
+    """A Trainer for many short runs: it stops after ``steps``, saves nothing and prints nothing."""
+    quiet()
     settings: dict[str, Any] = {
         "accelerator": "cpu",
         "devices": 1,

@@ -6,8 +6,10 @@ from torch import nn
 
 import kalmannorm
 from kalmannorm.lab.baselines.group import to_groupnorm
+from kalmannorm.lab.curve import Curve
 from kalmannorm.lab.models.small import SmallConvNet
-from kalmannorm.lab.training import Classifier, Recorder, loader, parameter_groups, quiet_trainer
+from kalmannorm.lab.optimization import share_of_rate
+from kalmannorm.lab.training import Classifier, loader, parameter_groups, quiet_trainer
 
 
 def _data(count=32):
@@ -17,7 +19,7 @@ def _data(count=32):
 
 
 def _classifier(model, **options):
-    return Classifier(model, num_classes=10, **({"rate": 0.01, "steps": 8} | options))
+    return Classifier(model, num_classes=10, **({"rate": 0.01, "steps": 8, "statistics_batch": 2} | options))
 
 
 def test_only_weights_of_convolutions_and_linear_layers_are_decayed():
@@ -43,14 +45,14 @@ def test_training_moves_the_rate_along_its_schedule_and_records_every_step():
     rates = {}
     for schedule in ("cosine", "warmup"):
         told = []
-        recorder = Recorder(told.append, every=3)
+        recorder = Curve(told.append, every=3)
         classifier = _classifier(SmallConvNet(), schedule=schedule)
         trainer = quiet_trainer(8, recorder)
         trainer.fit(classifier, loader(*_data(), 2, 0))
         assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-9)
-        rates[schedule] = [classifier._share_of_rate(step) for step in range(8)]
+        rates[schedule] = [share_of_rate(step, 8, schedule) for step in range(8)]
         assert len(recorder.losses) == len(recorder.seconds) == 8
-        assert told == [3, 6]
+        assert told == [3, 6, 8]
         assert min(recorder.seconds) > 0
     assert rates["cosine"] == sorted(rates["cosine"], reverse=True)
     assert rates["cosine"][0] == 1
@@ -58,14 +60,80 @@ def test_training_moves_the_rate_along_its_schedule_and_records_every_step():
     assert rates["warmup"][1:] == rates["cosine"][1:]
 
 
-def test_an_unknown_schedule_is_refused():
-    with pytest.raises(ValueError, match="got 'steps'"):
-        _classifier(SmallConvNet(), schedule="steps")
+def test_milestones_hold_from_their_share_of_the_training_on():
+    milestones = {0.5: 0.1, 0.75: 0.01}
+    rates = [share_of_rate(step, 8, "milestones", milestones) for step in range(8)]
+    assert rates == [1, 1, 1, 1, 0.1, 0.1, 0.01, 0.01]
+    trainer = quiet_trainer(5)
+    trainer.fit(
+        _classifier(SmallConvNet(), schedule="milestones", milestones=milestones, rate=0.02), loader(*_data(), 2, 0)
+    )
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.002)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"schedule": "steps"}, "got 'steps'"),
+        ({"milestones": {0.5: 0.1}}, "milestones go with schedule='milestones'"),
+        ({"schedule": "milestones"}, "got None with 'milestones'"),
+        ({"schedule": "milestones", "milestones": {82: 0.1}}, "0 to 1; got 82"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"rate": 0.0}, "rate above 0"),
+        ({"normalization": "batch"}, "got 'batch'"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        _classifier(SmallConvNet(), **options)
+
+
+def _a_step(method, statistics_batch, images, labels):
+    torch.manual_seed(0)
+    classifier = _classifier(SmallConvNet(((8, 2), (16, 2))), normalization=method, statistics_batch=statistics_batch)
+    curve = Curve()
+    trainer = quiet_trainer(1, curve)
+    trainer.fit(classifier, loader(images, labels, len(images)))
+    return curve.losses[0], dict(classifier.network.named_parameters()), classifier
+
+
+@pytest.mark.parametrize("statistics_batch", [2, 4])
+def test_a_loop_over_parts_trains_as_one_pass_in_groups(statistics_batch):
+    """SyncBatchNorm in a single process is BatchNorm, but of whole batches alone."""
+    data = _data(8)
+    loss, parameters, looped = _a_step("sync", statistics_batch, *data)
+    expected_loss, expected, _ = _a_step("bn", statistics_batch, *data)
+    assert looped.network.norms[0].num_batches_tracked == 8 / statistics_batch
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    for name, parameter in parameters.items():
+        assert torch.allclose(parameter, expected[name], atol=1e-6), name
+    assert loss != pytest.approx(_a_step("bn", 8, *data)[0], rel=1e-3)
+
+
+def test_batchnorm_over_all_images_is_torchs_own():
+    whole, groups = (_a_step("bn", size, *_data(8))[2].network.norms[0] for size in (8, 4))
+    assert type(whole) is nn.BatchNorm2d
+    assert isinstance(groups, kalmannorm.KalmanNorm)
+
+
+@pytest.mark.parametrize("method", ["bn", "sync", "brn"])
+def test_a_statistics_batch_that_does_not_divide_is_refused(method):
+    with pytest.raises(ValueError, match=r"statistics_batch must divide the 8 images .* at a time; got 3"):
+        _a_step(method, 3, *_data(8))
+    if method == "bn":  # which a method that takes each image by itself doesn't mind
+        _a_step("gn", 3, *_data(8))
+
+
+def test_online_scores_can_be_left_out():
+    (scores,) = quiet_trainer(1).validate(
+        _classifier(SmallConvNet(), score_online=False), loader(*_data(), 8), verbose=False
+    )
+    assert set(scores) == {"accuracy_running"}
 
 
 def test_one_batch_can_be_learned_by_heart():
     torch.manual_seed(0)
-    recorder = Recorder()
+    recorder = Curve()
     images, labels = _data(8)
     quiet_trainer(40, recorder).fit(
         _classifier(kalmannorm.convert(SmallConvNet()), steps=40), loader(images, labels, 8, 0)
@@ -96,7 +164,8 @@ def test_scores_are_plain_eval_and_batches_of_two_that_normalize_themselves():
     assert _scores(model, images, plain)[0] == 1.0
     assert _scores(model, images, plain)[1] < 1.0
     assert _scores(model, images, online)[1] == 1.0
-    assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
+    state = model.state_dict()
+    assert all(torch.equal(state[name], buffer) for name, buffer in buffers.items())
 
 
 def test_groupnorm_scores_the_same_both_ways():

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
-from kalmannorm.lab.baselines.replacing import replace_batchnorm
+from kalmannorm.lab.baselines.replacing import in_groups, replace_batchnorm
 
 __all__ = ["MovingAverageNorm", "centralize", "to_moving_average"]
 
@@ -40,6 +40,9 @@ class MovingAverageNorm(nn.Module):
         limit: Of ``r``, the paper's lambda; the authors' released code has 5.
         warmup: Training steps that use the batch's own statistics.
         renorm_start: Training steps with ``r = 1``. This and `warmup` are as in the authors' released code.
+        samples: In training, normalize groups of so many consecutive samples. Each group's newest ``chi^2`` and
+            ``psi`` are its own; those of past steps, and ``running_square``, are means over groups, the same for all.
+            None for the whole batch.
     """
 
     weight: Any
@@ -50,8 +53,8 @@ class MovingAverageNorm(nn.Module):
     num_batches_tracked: Tensor
 
     def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.02, affine: bool = True, *,
-                 buffer_size: int = 16, limit: float = 1.05, warmup: int = 100,
-                 renorm_start: int = 1000) -> None:  # fmt: skip
+                 buffer_size: int = 16, limit: float = 1.05, warmup: int = 100, renorm_start: int = 1000,
+                 samples: int | None = None) -> None:  # fmt: skip
         super().__init__()
         if buffer_size < 1 or limit < 1:
             raise ValueError(
@@ -59,6 +62,7 @@ class MovingAverageNorm(nn.Module):
             )
         self.num_features, self.eps, self.momentum = num_features, eps, momentum
         self.buffer_size, self.limit, self.warmup, self.renorm_start = buffer_size, limit, warmup, renorm_start
+        self.samples = samples
         self.register_parameter("weight", nn.Parameter(torch.ones(num_features)) if affine else None)
         self.register_parameter("bias", nn.Parameter(torch.zeros(num_features)) if affine else None)
         self.register_buffer("running_square", torch.ones(num_features))
@@ -75,12 +79,14 @@ class MovingAverageNorm(nn.Module):
         x = input.to(torch.promote_types(input.dtype, torch.float32))
         shape = (-1, *[1] * (x.ndim - 2))
         if self.training:
-            square, r = self._observe(x)
+            groups = in_groups(x, self.samples)
+            square, r = self._observe(groups)
             step = self.num_batches_tracked - 1
+            of_groups = (len(groups), 1, *shape)
             z: Tensor = _Divide.apply(
-                x, (square + self.eps).sqrt().view(shape), self.responses, step, self._begins(step)
+                groups, (square + self.eps).sqrt().view(of_groups), self.responses, step, self._begins(step)
             )
-            y = r.view(shape) * z
+            y = (r.view(of_groups) * z).view(x.shape)
         else:
             y = x * (self.running_square + self.eps).rsqrt().view(shape)
         if self.weight is not None:
@@ -89,12 +95,12 @@ class MovingAverageNorm(nn.Module):
 
     @torch.no_grad()
     def _observe(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``mean chi^2`` and ``r``, by the average before this step joins it."""
+        """``mean chi^2`` and ``r``, ``(groups, C)``, by the average before this step joins it."""
         step = self.num_batches_tracked.clone()
-        square = _remember(self.squares, x.square().mean([0, *range(2, x.ndim)]), step, self._begins(step))
+        square = _remember(self.squares, x.square().mean([1, *range(3, x.ndim)]), step, self._begins(step))
         r = ((square + self.eps) / (self.running_square + self.eps)).sqrt().clamp(1 / self.limit, self.limit)
         r = torch.where(step < self.renorm_start, torch.ones_like(r), r)
-        self.running_square += self.momentum * (square - self.running_square)
+        self.running_square += self.momentum * (square.mean(0) - self.running_square)
         self.num_batches_tracked += 1
         return square, r
 
@@ -107,10 +113,14 @@ class MovingAverageNorm(nn.Module):
 
 
 def _remember(buffer: Tensor, newest: Tensor, step: Tensor, alone: Tensor) -> Tensor:
-    """Put a step's statistic in a buffer ``(m, C)``, and give the mean over it; the newest where it counts alone."""
+    """The mean over a buffer ``(m, C)`` of past steps and each group's newest ``(groups, C)``, which then joins it.
+
+    Where it counts ``alone``, the newest is returned.
+    """
     size = len(buffer)
-    buffer.index_copy_(0, (step % size).view(1), newest.to(buffer.dtype)[None])
-    mean = buffer.sum(0) / (step + 1).clamp_max(size)
+    together = newest.mean(0, keepdim=True)
+    buffer.index_copy_(0, (step % size).view(1), together.to(buffer.dtype))
+    mean = (buffer.sum(0) + (newest - together)) / (step + 1).clamp_max(size)
     return torch.where(alone, newest, mean)
 
 
@@ -128,7 +138,7 @@ class _Divide(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
         z, chi, step, alone = ctx.saved_tensors
-        newest = (gradient * z).mean([0, *range(2, z.ndim)])
+        newest = (gradient * z).mean([1, *range(3, z.ndim)])
         psi = _remember(ctx.responses, newest, step, alone)
         return (gradient - z * psi.view(chi.shape)) / chi, None, None, None, None
 

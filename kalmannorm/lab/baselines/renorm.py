@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from kalmannorm.lab.baselines.replacing import replace_batchnorm
+from kalmannorm.lab.baselines.replacing import in_groups, replace_batchnorm
 
 __all__ = ["BatchRenorm", "RenormSchedule", "to_batch_renorm"]
 
@@ -76,11 +76,15 @@ class BatchRenorm(_BatchNorm):
         affine: Learn ``weight`` and ``bias``, each ``(C,)``.
         schedule: The limits over training steps, counted by ``num_batches_tracked``; or one pair
             ``(r_max, d_max)`` for all steps.
+        samples: In training, normalize groups of so many consecutive samples, each by its own ``m`` and ``s`` against
+            the same averages, which move once, by the mean of both over groups; None for the whole batch.
     """
 
     def __init__(self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.01, affine: bool = True,
-                 schedule: RenormSchedule | tuple[float, float] | None = None) -> None:  # fmt: skip
+                 schedule: RenormSchedule | tuple[float, float] | None = None,
+                 samples: int | None = None) -> None:  # fmt: skip
         super().__init__(num_features, eps, momentum, affine)
+        self.samples = samples
         self.schedule = RenormSchedule() if schedule is None else schedule
         if isinstance(self.schedule, tuple):
             _check_limits("BatchRenorm", *self.schedule)
@@ -90,21 +94,20 @@ class BatchRenorm(_BatchNorm):
         self._check_input_dim(input)
         if not self.training:
             return super().forward(input)
-        x = input.to(torch.promote_types(input.dtype, torch.float32))
-        axes = [0, *range(2, x.ndim)]
-        var, mean = torch.var_mean(x, axes, correction=0)
+        x = in_groups(input.to(torch.promote_types(input.dtype, torch.float32)), self.samples)
+        var, mean = torch.var_mean(x, [1, *range(3, x.ndim)], correction=0)  # (groups, C)
         std = (var + self.eps).sqrt()
         r, d = self._correct_and_remember(mean.detach(), std.detach())
         scale = r / std
         shift = d - mean * scale
         if self.affine:
             scale, shift = scale * self.weight, shift * self.weight + self.bias
-        shape = (1, -1, *[1] * (x.ndim - 2))
-        return (x * scale.view(shape) + shift.view(shape)).to(input.dtype)
+        shape = (len(x), 1, -1, *[1] * (x.ndim - 3))
+        return (x * scale.view(shape) + shift.view(shape)).view(input.shape).to(input.dtype)
 
     @torch.no_grad()
     def _correct_and_remember(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
-        """``r`` and ``d``, by the averages before this batch joins them."""
+        """``r`` and ``d``, ``(groups, C)``, by the averages before this batch joins them."""
         running_mean: Any = self.running_mean
         running_var: Any = self.running_var
         steps: Any = self.num_batches_tracked
@@ -114,9 +117,9 @@ class BatchRenorm(_BatchNorm):
         d = ((mean - running_mean) / sigma).clamp(-d_max, d_max)
         steps += 1
         newest = 1 / steps if self.momentum is None else self.momentum
-        running_mean += newest * (mean - running_mean)
+        running_mean += newest * (mean.mean(0) - running_mean)
         # Rounding must not leave a negative variance where all pixels are equal.
-        running_var.copy_(((sigma + newest * (std - sigma)).square() - self.eps).clamp_min(0))
+        running_var.copy_(((sigma + newest * (std.mean(0) - sigma)).square() - self.eps).clamp_min(0))
         return r, d
 
     def _limits(self, step: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,6 +140,7 @@ def to_batch_renorm(
     model: nn.Module,
     schedule: RenormSchedule | tuple[float, float] | None = None,
     momentum: float | None = 0.01,
+    samples: int | None = None,
 ) -> nn.Module:
     """Replace every BatchNorm inside ``model``, in place, by `BatchRenorm`.
 
@@ -144,6 +148,7 @@ def to_batch_renorm(
         model: Any network with BatchNorm layers.
         schedule: See `BatchRenorm`; ``RenormSchedule().scaled(0.01)`` suits a training a hundred times shorter.
         momentum: See `BatchRenorm`.
+        samples: See `BatchRenorm`.
 
     Returns:
         The same ``model``.
@@ -153,5 +158,5 @@ def to_batch_renorm(
         (3, 5)
     """
     return replace_batchnorm(
-        model, lambda norm: BatchRenorm(norm.num_features, norm.eps, momentum, norm.affine, schedule)
+        model, lambda norm: BatchRenorm(norm.num_features, norm.eps, momentum, norm.affine, schedule, samples)
     )

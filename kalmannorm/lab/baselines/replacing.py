@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["replace_batchnorm"]
+__all__ = ["in_groups", "replace_batchnorm"]
 
 # What a new layer takes over, if it has a tensor of this name and shape.
 _TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -68,3 +68,19 @@ def _replacement(old: _BatchNorm, make: Callable[[_BatchNorm], nn.Module]) -> nn
     new.train(old.training)
     behind = [layer for layer in (getattr(old, "drop", None), getattr(old, "act", None)) if layer is not None]
     return nn.Sequential(new, *behind) if behind else new
+
+
+def in_groups(x: Tensor, samples: int | None) -> Tensor:
+    """``(N, C, *)`` as ``(groups, samples, C, *)``: consecutive samples that share their statistics.
+
+    Args:
+        x: A batch.
+        samples: Samples a group; None for a single group.
+
+    Raises:
+        ValueError: It does not divide ``N``.
+    """
+    size = len(x) if samples is None else samples
+    if size < 1 or len(x) % size:
+        raise ValueError(f"got a batch of {len(x)}, expected a multiple of the statistics batch, {samples}")
+    return x.reshape(-1, size, *x.shape[1:])

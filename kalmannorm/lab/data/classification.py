@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import lightning
 import torch
@@ -10,24 +10,27 @@ import torch
 from kalmannorm.lab.data.augmentation import SCALINGS, Scaling
 from kalmannorm.lab.data.images import ImageSplits, load_images, open_images, source
 from kalmannorm.lab.data.memory import MemoryBatches
+from kalmannorm.lab.data.sharing import images_a_process
 
 
 class ClassificationData(lightning.LightningDataModule):
     """CIFAR-10, CIFAR-100 or SVHN in memory: batches are cropped, flipped and scaled on the trainer's device.
 
     Example:
-        >>> data = ClassificationData("cifar10", batch_size=128, scaling="pixel", limit=1000)
+        >>> data = ClassificationData("cifar10", gradient_batch=128, scaling="pixel", limit=1000)
         >>> data.num_classes
         10
 
     Args:
         name: ``"cifar10"``, ``"cifar100"``, ``"svhn"`` or ``"svhn_extra"``.
-        batch_size: Images a gradient step and process. How many share their statistics is the layers' affair.
+        gradient_batch: Images a gradient step, over all processes and accumulated batches. How many share their
+            statistics is the layers' affair.
         score_batch: Images a batch in validation and test.
         augment: ``"crop_flip"``, ``"crop"`` (digits must not be flipped) or ``"none"``; in training alone.
         scaling: ``"channel"``: mean 0 and standard deviation 1 in each channel; ``"pixel"``: as the paper's released
             code, pixels / 128 minus the mean at each pixel. Both are taken from the images trained on.
-        validation: How many training images to hold out; with 0 there is no validation.
+        validation: How many training images to hold out; with 0 there is no validation. ``"test"`` holds out none and
+            validates on the test images, as the paper's curves do: nothing may be chosen by them.
         split_seed: Decides which, apart from ``seed`` so that all runs are compared on the same images.
         limit: Keep the first so many images of each split.
         drop_last: Leave out an epoch's last batch of fewer images, in training.
@@ -38,12 +41,12 @@ class ClassificationData(lightning.LightningDataModule):
     def __init__(
         self,
         name: str,
-        batch_size: int = 128,
+        gradient_batch: int = 128,
         *,
         score_batch: int = 500,
         augment: str = "crop_flip",
         scaling: str = "channel",
-        validation: int = 5000,
+        validation: int | Literal["test"] = 5000,
         split_seed: int = 0,
         limit: int | None = None,
         drop_last: bool = True,
@@ -54,7 +57,7 @@ class ClassificationData(lightning.LightningDataModule):
         if scaling not in SCALINGS:
             raise ValueError(f"scaling must be one of {', '.join(SCALINGS)}; got {scaling!r}")
         self.dataset, self.num_classes = name, source(name).num_classes
-        self.batch_size, self.score_batch = batch_size, score_batch
+        self.gradient_batch, self.score_batch = gradient_batch, score_batch
         self.augment, self.scaling = augment, scaling
         self.validation, self.split_seed, self.limit = validation, split_seed, limit
         self.drop_last, self.seed, self.device = drop_last, seed, device
@@ -69,7 +72,8 @@ class ClassificationData(lightning.LightningDataModule):
         """Load all splits, once, and move them to the device."""
         if self._splits is not None:
             return
-        splits = load_images(self.dataset, validation=self.validation, split_seed=self.split_seed, limit=self.limit)
+        held_out = 0 if self.validation == "test" else self.validation
+        splits = load_images(self.dataset, validation=held_out, split_seed=self.split_seed, limit=self.limit)
         device = self._device()
         train, validation, test = ((images.to(device), labels.to(device)) for images, labels in splits)
         self._splits = ImageSplits(train, validation, test)
@@ -87,13 +91,21 @@ class ClassificationData(lightning.LightningDataModule):
         return MemoryBatches(images, labels, batch_size, prepare=self._scale, **options)
 
     def train_dataloader(self) -> MemoryBatches:
-        """Shuffled batches; each process gets its share."""
-        rank, replicas = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        options: dict[str, Any] = {"rank": rank, "replicas": replicas, "drop_last": self.drop_last}
-        return self._batches("train", self.batch_size, seed=self.seed, augment=self.augment, **options)
+        """Shuffled batches; each process gets its share.
+
+        Raises:
+            ValueError: The gradient batch does not divide evenly among processes and accumulated batches.
+        """
+        options: dict[str, Any] = {"seed": self.seed, "augment": self.augment, "drop_last": self.drop_last}
+        if trainer := self.trainer:
+            options |= {"rank": trainer.global_rank, "replicas": trainer.world_size}
+            options |= {"accumulated": trainer.accumulate_grad_batches}
+        return self._batches("train", images_a_process(self.gradient_batch, trainer), **options)
 
     def val_dataloader(self) -> MemoryBatches | list[Any]:
         """All held-out images in order, in every process; none if none are held out."""
+        if self.validation == "test":
+            return self.test_dataloader()
         return self._batches("validation", self.score_batch) if self.validation else []
 
     def test_dataloader(self) -> MemoryBatches:

@@ -21,14 +21,16 @@ class MemoryBatches:
     Args:
         images: ``(N, C, H, W)``.
         labels: ``(N,)``, on the same device.
-        batch_size: Images a batch.
+        batch_size: Images a batch, in each process.
         prepare: What is done to a batch of images last, such as a `Scaling`.
         seed: Of the order and of the crops; None for the order of the tensors, without crops.
         augment: ``"none"``, ``"crop"`` (pad 4, crop at random) or ``"crop_flip"``; needs a seed.
-        drop_last: Leave out a last batch of fewer images.
-        rank: Which of the processes this is: each gets its own images, and with ``replicas`` of them,
-            up to ``replicas - 1`` images are left out of an epoch so that all get as many.
-        replicas: Number of processes.
+        drop_last: Leave out an epoch's last images, too few for a gradient step of equal size.
+        rank: Which of the processes this is. Each takes its own slice of ``batch_size * replicas`` consecutive
+            images, so that neighbours stay together whatever the number of processes.
+        replicas: Number of processes. Without ``drop_last``, up to ``replicas - 1`` images are left out of an epoch
+            so that all get as many.
+        accumulated: Batches whose gradients are accumulated to a step.
     """
 
     def __init__(
@@ -43,10 +45,11 @@ class MemoryBatches:
         drop_last: bool = False,
         rank: int = 0,
         replicas: int = 1,
+        accumulated: int = 1,
     ) -> None:
         self.images, self.labels, self.batch_size = images, labels, batch_size
         self.prepare, self.seed, self.augment = prepare, seed, augment
-        self.drop_last, self.rank, self.replicas = drop_last, rank, replicas
+        self.drop_last, self.rank, self.replicas, self.accumulated = drop_last, rank, replicas, accumulated
         self.epoch = 0
         self._first = self._handed_out = 0
         if augment not in ("none", "crop", "crop_flip"):
@@ -54,15 +57,15 @@ class MemoryBatches:
         if augment != "none" and seed is None:
             raise ValueError(f"augment={augment!r} needs a seed")
         if batch_size < 1 or len(self) < 1:
-            raise ValueError(f"batch_size must be 1 to {self._share()}, the images there are; got {batch_size}")
-
-    def _share(self) -> int:
-        return len(self.images) // self.replicas
+            step = batch_size * replicas * accumulated
+            raise ValueError(f"a gradient step must take 1 to {len(images)} images, as many as there are; got {step}")
 
     def __len__(self) -> int:
         """Batches an epoch."""
-        whole, rest = divmod(self._share(), self.batch_size)
-        return whole + (rest > 0 and not self.drop_last)
+        whole, rest = divmod(len(self.images), self.batch_size * self.replicas)
+        if self.drop_last:
+            return whole - whole % self.accumulated
+        return whole + (rest >= self.replicas)
 
     # Lightning asks any loader that has a `sampler` for this too.
     batch_sampler = None
@@ -85,27 +88,32 @@ class MemoryBatches:
         self._first = state["handed_out"] % len(self)
 
     def _draws(self) -> tuple[Tensor, Tensor | None]:
-        """Of one epoch: the order ``(N',)`` of this process's images, and their moves ``(N', 3)``."""
+        """Of one epoch, all processes together: the order ``(N,)`` of the images, and their moves ``(N, 3)``."""
         count = len(self.images)
         if self.seed is None:
-            return self._own(torch.arange(count)), None
+            return torch.arange(count), None
         # A whole epoch is drawn at once, and on the CPU: no draw depends on the device or on where one resumes.
         entropy = np.random.SeedSequence([self.seed, self.epoch]).generate_state(1)
         generator = torch.Generator().manual_seed(int(entropy[0]))
         order = torch.randperm(count, generator=generator)
         if self.augment == "none":
-            return self._own(order), None
-        return self._own(order), self._own(draw_moves(count, generator, flip=self.augment == "crop_flip"))
+            return order, None
+        return order, draw_moves(count, generator, flip=self.augment == "crop_flip")
 
-    def _own(self, whole: Tensor) -> Tensor:
-        return whole[self.rank :: self.replicas][: self._share()].to(self.images.device)
+    def _slice(self, index: int) -> slice:
+        """Where in the order this process's part of a batch is."""
+        start = index * self.batch_size * self.replicas
+        share = min(self.batch_size, (len(self.images) - start) // self.replicas)
+        return slice(start + self.rank * share, start + (self.rank + 1) * share)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Images ``(batch_size, C, H, W)`` and labels ``(batch_size,)``."""
-        order, moves = self._draws()
+        device = self.images.device
+        order, moves = (None if drawn is None else drawn.to(device) for drawn in self._draws())
+        assert order is not None
         first, self._first = self._first, 0
         for index in range(first, len(self)):
-            here = slice(index * self.batch_size, (index + 1) * self.batch_size)
+            here = self._slice(index)
             images = self.images[order[here]]
             if moves is not None:
                 images = crop_and_flip(images, moves[here])

@@ -119,3 +119,27 @@ def test_errors():
 @pytest.mark.parametrize("options", [{}, {"warmup": 5, "renorm_start": 15, "buffer_size": 4}])
 def test_it_learns(options):
     assert falls(lambda model: to_moving_average(model, **options))
+
+
+def test_groups_are_each_by_itself_against_shared_averages():
+    """Against a loop over groups whose buffers, after each step, hold the mean over groups."""
+    options = {"momentum": 0.1, "buffer_size": 3, "limit": 1.3, "warmup": 1, "renorm_start": 2}
+    layer, shared = random_layer(samples=2, **options), random_layer(**options)
+    shared.load_state_dict(layer.state_dict())
+    for step in range(6):
+        x = ((1 + step / 3) * torch.randn(6, 3, 4, 4).double() + 0.5).requires_grad_()
+        direction = torch.randn(6, 3, 4, 4).double()
+        copies = [copy.deepcopy(shared) for _ in range(3)]
+        expected = torch.cat([each(part) for each, part in zip(copies, x.split(2), strict=True)])
+        (expected_gradient,) = torch.autograd.grad(expected, x, direction)
+        y = layer(x)
+        assert torch.allclose(y, expected)
+        assert torch.allclose(torch.autograd.grad(y, x, direction)[0], expected_gradient)
+        for name, buffer in shared.named_buffers():
+            buffer.copy_(torch.stack([dict(each.named_buffers())[name] for each in copies]).double().mean(0))
+            assert torch.allclose(dict(layer.named_buffers())[name], buffer), name
+
+
+def test_a_batch_that_groups_do_not_divide():
+    with pytest.raises(ValueError, match="got a batch of 5, expected a multiple of the statistics batch, 2"):
+        MovingAverageNorm(3, samples=2)(torch.randn(5, 3, 4, 4))

@@ -148,3 +148,31 @@ def test_errors():
 
 def test_it_learns():
     assert falls(lambda model: to_batch_renorm(model, RenormSchedule().scaled(1e-3)))
+
+
+@pytest.mark.parametrize("shape", [(6, 3), (6, 3, 4), (6, 3, 5, 5)])
+def test_groups_are_each_by_itself_against_shared_averages(shape):
+    """Against a loop over groups, twice: the averages move once a step, by the mean over groups."""
+    layer, looped = (layer_with_averages((1.2, 0.3), momentum=0.2) for _ in range(2))
+    looped.load_state_dict(layer.state_dict())
+    layer.samples = 2
+    for _ in range(2):
+        x = (torch.randn(shape) * 2 + 1).double()
+        parts, means, stds = [], [], []
+        for part in x.split(2):
+            alone = copy.deepcopy(looped)
+            y, mean, var = plain(part, alone, 1.2, 0.3)
+            parts.append(y)
+            means.append(mean)
+            stds.append((var + layer.eps).sqrt())
+        assert torch.allclose(layer(x), torch.cat(parts))
+        looped.running_mean = torch.stack(means).mean(0)
+        looped.running_var = torch.stack(stds).mean(0) ** 2 - layer.eps
+        assert torch.allclose(layer.running_mean, looped.running_mean)
+        assert torch.allclose(layer.running_var, looped.running_var)
+    assert layer.num_batches_tracked == 2
+
+
+def test_a_batch_that_groups_do_not_divide():
+    with pytest.raises(ValueError, match="got a batch of 5, expected a multiple of the statistics batch, 2"):
+        BatchRenorm(3, samples=2)(torch.randn(5, 3, 4, 4))

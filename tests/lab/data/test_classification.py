@@ -84,3 +84,12 @@ def test_bad_requests_say_what_was_wrong(cifar10):
         ClassificationData("cifar10", scaling="robust")
     with pytest.raises(RuntimeError, match="setup"):
         ClassificationData("cifar10").train_dataloader()
+
+
+def test_the_test_images_can_stand_for_validation(cifar10):
+    data = ClassificationData("cifar10", 8, validation="test")
+    data.setup()
+    assert sum(len(labels) for _, labels in data.train_dataloader()) == 48
+    ((images, labels),), ((expected, same),) = list(data.val_dataloader()), list(data.test_dataloader())
+    assert torch.equal(images, expected)
+    assert torch.equal(labels, same)

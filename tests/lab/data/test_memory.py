@@ -73,10 +73,22 @@ def test_at_an_epochs_end_nothing_is_left_out_of_the_next():
     assert len(list(resumed)) == 3
 
 
-def test_processes_get_as_many_images_each_and_none_twice():
-    shares = [labels(batches(11, 2, seed=0, rank=rank, replicas=3)) for rank in range(3)]
-    assert [len(share) for share in shares] == [3, 3, 3]
-    assert len(set().union(*shares)) == 9
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_processes_take_neighbouring_slices_of_what_one_would_take(drop_last):
+    options = {"seed": 0, "augment": "crop", "drop_last": drop_last}
+    alone = list(batches(29, 12, **options))
+    parts = [list(batches(29, 4, rank=rank, replicas=3, **options)) for rank in range(3)]
+    together = [[torch.cat(tensors) for tensors in zip(*step, strict=True)] for step in zip(*parts, strict=True)]
+    assert [len(numbers) for _, numbers in together] == ([12, 12] if drop_last else [12, 12, 3])
+    for (images, numbers), (expected, expected_numbers) in zip(together, alone, strict=drop_last):
+        assert torch.equal(images, expected[: len(images)])
+        assert torch.equal(numbers, expected_numbers[: len(numbers)])
+
+
+def test_accumulated_batches_make_whole_gradient_steps():
+    alone, parts = batches(29, 12, seed=0, drop_last=True), batches(29, 4, seed=0, drop_last=True, accumulated=3)
+    assert labels(parts) == labels(alone)
+    assert [len(batch) for _, batch in parts] == [4] * 6
 
 
 @pytest.mark.parametrize(
@@ -86,6 +98,7 @@ def test_processes_get_as_many_images_each_and_none_twice():
         ({"augment": "crop"}, "needs a seed"),
         ({"batch_size": 0}, "1 to 10.*got 0"),
         ({"batch_size": 11, "drop_last": True}, "1 to 10.*got 11"),
+        ({"batch_size": 2, "replicas": 3, "accumulated": 2, "drop_last": True}, "1 to 10 images.*got 12"),
     ],
 )
 def test_bad_requests_say_what_was_wrong(options, message):

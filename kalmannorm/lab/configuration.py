@@ -1,0 +1,115 @@
+"""A run's configuration: parsed, completed, checked, and made into objects by LightningCLI."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning
+import yaml
+from jsonargparse import ArgumentError
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from kalmannorm.lab.training import quiet
+
+__all__ = ["Run", "check_same"]
+
+# A run is so many steps, whatever an epoch is; and what its folder keeps, the callbacks here write.
+_TRAINER: dict[str, Any] = {
+    "max_epochs": -1,
+    "check_val_every_n_epoch": None,
+    "num_sanity_val_steps": 0,
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "use_distributed_sampler": False,
+}
+
+
+class Run(LightningCLI):
+    """A configuration, complete and checked; `build` makes the objects."""
+
+    def __init__(self, config: Mapping[str, Any], overrides: Sequence[str] = ()) -> None:
+        quiet()
+        self._given, self._overrides = dict(config), list(overrides)
+        try:
+            super().__init__(
+                lightning.LightningModule,
+                lightning.LightningDataModule,
+                save_config_callback=None,
+                trainer_defaults=dict(_TRAINER),
+                seed_everything_default=0,
+                parser_kwargs={"exit_on_error": False},
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                run=False,
+                auto_configure_optimizers=False,
+            )
+        except ArgumentError as error:
+            raise ValueError(_reason(error)) from error
+        if self.config.trainer.max_steps < 1:
+            raise ValueError(f"trainer.max_steps must be at least 1; got {self.config.trainer.max_steps}")
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """What is not the trainer's, the module's or the data's, and what follows from other settings."""
+        parser.add_argument("--checkpoint_every", type=int, default=1000, help="Steps between two checkpoints.")
+        parser.link_arguments("trainer.max_steps", "model.init_args.steps")
+        parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """The configuration, and the overrides onto it."""
+        self.config = parser.parse_object(self._given)
+        if self._overrides:
+            self.config = parser.parse_args(self._overrides, namespace=self.config)
+        self.config.pop("config", None)
+
+    def instantiate_classes(self) -> None:
+        """Nothing yet."""
+
+    def build(self, *callbacks: lightning.Callback) -> tuple[lightning.Trainer, Any, Any]:
+        """The trainer, the module and the data."""
+        lightning.seed_everything(self.config.seed_everything, workers=True, verbose=False)
+        self.trainer_defaults["callbacks"] = list(callbacks)
+        try:
+            super().instantiate_classes()
+        except (MisconfigurationException, ValueError) as error:
+            raise ValueError(_reason(error)) from error
+        return self.trainer, self.model, self.datamodule
+
+    def complete(self) -> dict[str, Any]:
+        """All settings, as plain types."""
+        whole: dict[str, Any] = yaml.safe_load(self.parser.dump(self.config, skip_none=False, format="yaml"))
+        return whole
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong with a module or its data; jsonargparse says so between other types that they might have been."""
+    found = re.search(r"Errors:\s+- (.*?)\s+- Expected a <class 'NoneType'>", str(error), re.DOTALL)
+    about_a_module = re.search(r"class 'lightning\.\S+Module'>, <class 'NoneType'>", str(error))
+    return " ".join((found[1] if found and about_a_module else str(error)).split())
+
+
+def check_same(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuse a folder of another run.
+
+    Raises:
+        ValueError: Its configuration is another one; with the first setting that differs.
+    """
+    path = folder / "config.yaml"
+    if path.is_file():
+        before = _flat(yaml.safe_load(path.read_text(encoding="utf-8")))
+        for key in dict.fromkeys([*_flat(config), *before]):
+            here, there = _flat(config).get(key, "nothing"), before.get(key, "nothing")
+            if here != there:
+                raise ValueError(f"{folder} holds a run with another configuration: {key} is {there} there; got {here}")
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
+    return found

@@ -1,0 +1,160 @@
+"""Callbacks that belong to a run's record: its curve, and its random state, both kept in the checkpoint."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["Curve", "RandomState"]
+
+
+class Curve(lightning.Callback):
+    """Keeps the loss and the duration of each gradient step, and each validation.
+
+    Losses stay where they are made and are moved over in blocks, so that no step waits for a GPU; a step's duration
+    is the mean over its block, without validation. The loss of a step is the mean over its accumulated batches and
+    over processes. It comes before callbacks that save checkpoints.
+
+    Args:
+        tell: Called after each block with the number of steps done.
+        every: Steps a block.
+
+    Attributes:
+        losses: One a step.
+        seconds: Likewise.
+        validations: Each a dict of ``step`` and what the validation logged.
+        elapsed: Seconds of training and validation.
+    """
+
+    def __init__(self, tell: Callable[[int], None] = lambda step: None, every: int = 25) -> None:
+        self.tell, self.every = tell, every
+        self.losses: list[float] = []
+        self.seconds: list[float] = []
+        self.validations: list[dict[str, float]] = []
+        self.elapsed = 0.0
+        self._parts: list[Tensor] = []
+        self._waiting: list[Tensor] = []
+        self._since = self._last = 0.0
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Start the clock."""
+        self._since = self._last = time.perf_counter()
+
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Tensor | Mapping[str, Any] | None,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Note the loss, and after a block move its losses over."""
+        assert isinstance(outputs, Mapping)
+        # What Lightning differentiates: already divided by the number of accumulated batches.
+        self._parts.append(outputs["loss"].detach())
+        if trainer.global_step > len(self.losses) + len(self._waiting):
+            self._waiting.append(torch.stack(self._parts).sum())
+            self._parts = []
+        if len(self._waiting) >= self.every:
+            self._move_over(trainer)
+
+    def _move_over(self, trainer: lightning.Trainer) -> None:
+        if self._waiting:
+            block = torch.stack(self._waiting)
+            self.losses += trainer.strategy.reduce(block, reduce_op="mean").tolist()
+            duration = time.perf_counter() - self._since
+            self.seconds += [duration / len(self._waiting)] * len(self._waiting)
+            self._waiting = []
+            self.tell(len(self.losses))
+        self._since = time.perf_counter()
+
+    def _count_time(self) -> None:
+        now = time.perf_counter()
+        self.elapsed, self._last = self.elapsed + now - self._last, now
+
+    def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """End a block, so that the validation is not counted as training."""
+        if trainer.state.fn == "fit":
+            self._move_over(trainer)
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Note what the validation gave."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name != "loss"}
+            self.validations.append({"step": trainer.global_step, **metrics})
+            self._since = time.perf_counter()
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Move the last losses over."""
+        self._move_over(trainer)
+        self._count_time()
+
+    def on_save_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Put all of it in."""
+        self._move_over(trainer)
+        self._count_time()
+        checkpoint["curve"] = {
+            "losses": torch.tensor(self.losses, dtype=torch.float64),
+            "seconds": torch.tensor(self.seconds, dtype=torch.float64),
+            "validations": [dict(each) for each in self.validations],
+            "elapsed": self.elapsed,
+        }
+
+    def on_load_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Take it out again."""
+        if "curve" in checkpoint:
+            kept = checkpoint["curve"]
+            self.losses, self.seconds = kept["losses"].tolist(), kept["seconds"].tolist()
+            self.validations, self.elapsed = [dict(each) for each in kept["validations"]], kept["elapsed"]
+
+
+class RandomState(lightning.Callback):
+    """Lets a resumed run draw the random numbers that the unbroken one would: torch's, numpy's and Python's own.
+
+    In several processes they go on from the first one's.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Any] | None = None
+
+    def on_save_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Put the states in."""
+        kind, keys, *rest = np.random.get_state()  # noqa: NPY002  (the one that libraries draw from)
+        checkpoint["random"] = {
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            # As plain types, which a checkpoint may hold.
+            "numpy": [kind, np.asarray(keys).tolist(), *rest],
+            "python": random.getstate(),
+        }
+
+    def on_load_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keep them until training starts: what is set up before may draw."""
+        self._kept = checkpoint.get("random")
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Set them."""
+        if self._kept is None:
+            return
+        torch.set_rng_state(self._kept["torch"].cpu())
+        if len(self._kept["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all([state.cpu() for state in self._kept["cuda"]])
+        np.random.set_state(tuple(self._kept["numpy"]))  # noqa: NPY002
+        version, state, gauss = self._kept["python"]
+        random.setstate((version, tuple(state), gauss))
+        self._kept = None

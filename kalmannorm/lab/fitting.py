@@ -1,0 +1,191 @@
+"""A run from a configuration to its result, in a folder that it can be resumed from."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning
+import torch
+import yaml
+from lightning.pytorch.utilities import rank_zero_only
+
+from kalmannorm.lab.configuration import Run, check_same
+from kalmannorm.lab.curve import Curve, RandomState
+from kalmannorm.lab.results import Result, environment, finished, write_atomically
+
+__all__ = ["Result", "finished", "fit", "is_first_process", "load", "score", "steps"]
+
+
+class _Folder(lightning.Callback):
+    """Writes a run's configuration when it starts, and then its checkpoints."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], every: int) -> None:
+        self.folder, self.config, self.every = folder, config, every
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if trainer.is_global_zero and not (self.folder / "config.yaml").exists():
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ValueError(f"--output: cannot make the folder {self.folder}: {error.strerror}") from error
+            write_atomically(self.folder / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any,
+                           batch: Any, batch_idx: int) -> None:  # fmt: skip
+        # Lightning calls this before a validation at the same step, which one that resumes from here would skip.
+        if self._is_due(trainer) and not _validates_now(trainer):
+            self._save(trainer)
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if trainer.state.fn == "fit" and self._is_due(trainer):
+            self._save(trainer)
+
+    def _is_due(self, trainer: lightning.Trainer) -> bool:
+        # Between the batches that are accumulated to a step, gradients would be lost.
+        whole = (trainer.fit_loop.total_batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        return whole and (trainer.global_step % self.every == 0 or trainer.global_step >= trainer.max_steps)
+
+    def _save(self, trainer: lightning.Trainer) -> None:
+        beside = self.folder / "last.ckpt.part"
+        trainer.save_checkpoint(beside)
+        if trainer.is_global_zero:
+            os.replace(beside, self.folder / "last.ckpt")
+
+
+def _validates_now(trainer: lightning.Trainer) -> bool:
+    every = trainer.val_check_batch
+    return trainer.enable_validation and every is not None and (trainer.fit_loop.total_batch_idx + 1) % every == 0
+
+
+def fit(
+    config: Mapping[str, Any],
+    folder: Path,
+    tell: Callable[[int], None] = lambda step: None,
+    overrides: Sequence[str] = (),
+) -> Result:
+    """Train and score; go on where an interrupted run of the same configuration was, and don't repeat a finished one.
+
+    Args:
+        config: What LightningCLI takes in subclass mode: ``model``, ``data``, ``trainer``, ``seed_everything``, and
+            ``checkpoint_every``, in steps. The module's ``steps`` follow from ``trainer.max_steps``.
+        folder: Where ``config.yaml``, ``last.ckpt``, ``curve.csv``, ``validations.csv`` and ``result.json`` go.
+        tell: Called now and then with the number of steps done.
+        overrides: More settings, as on a command line: ``["--trainer.max_steps=10"]``.
+
+    Raises:
+        ValueError: A wrong configuration; or the folder holds another one, or another module's checkpoint.
+        MissingDataError: The data set is not there.
+    """
+    folder = Path(folder)
+    run = Run(config, overrides)
+    whole = run.complete()
+    check_same(folder, whole)
+    if finished(folder):
+        return Result.read(folder)
+    if run.config.checkpoint_every < 1:
+        raise ValueError(f"checkpoint_every must be at least 1; got {run.config.checkpoint_every}")
+    curve = Curve(tell)
+    trainer, module, data = run.build(curve, RandomState(), _Folder(folder, whole, run.config.checkpoint_every))
+    last = folder / "last.ckpt"
+    if last.exists():
+        _check_fits(module, last)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.exists() else None)
+    except SystemExit as ended:  # so Lightning ends after Ctrl-C
+        raise KeyboardInterrupt from ended
+    result = Result(
+        config=whole,
+        scores=_scored(trainer, module, data, "test" if _has(data, "test_dataloader") else "validation"),
+        seconds=curve.elapsed,
+        seconds_per_step=statistics.median(curve.seconds),
+        losses=curve.losses,
+        validations=curve.validations,
+        environment=environment(),
+    )
+    if trainer.is_global_zero:
+        result.write(folder)
+    return result
+
+
+def steps(config: Mapping[str, Any], overrides: Sequence[str] = ()) -> int:
+    """How many steps `fit` would train."""
+    return int(Run(config, overrides).config.trainer.max_steps)
+
+
+def load(folder: Path) -> lightning.LightningModule:
+    """The module that a run trained, on the CPU and in ``eval()``, from its configuration and last checkpoint.
+
+    Raises:
+        ValueError: The folder holds no run, or another module's checkpoint.
+    """
+    run = _stored(folder)
+    _, module, _ = run.build()
+    state = _check_fits(module, Path(folder) / "last.ckpt")
+    module.load_state_dict(state)
+    return module.eval()  # type: ignore[no-any-return]
+
+
+def score(folder: Path, split: Literal["validation", "test"], overrides: Sequence[str] = ()) -> dict[str, float]:
+    """Score a run's last checkpoint; its folder does not change.
+
+    Args:
+        folder: Of the run.
+        split: Which images.
+        overrides: Settings other than in training, such as ``["--trainer.accelerator=cpu"]``.
+
+    Raises:
+        ValueError: The folder holds no run, another module's checkpoint, or the data have no such split.
+    """
+    run = _stored(folder, overrides)
+    trainer, module, data = run.build()
+    module.load_state_dict(_check_fits(module, Path(folder) / "last.ckpt"))
+    if not _has(data, "test_dataloader" if split == "test" else "val_dataloader"):
+        raise ValueError(f"{type(data).__name__} has no {split} split")
+    scores = _scored(trainer, module, data, split)
+    if not scores:
+        raise ValueError(f"{type(data).__name__} is configured without {split} images")
+    return scores
+
+
+def _stored(folder: Path, overrides: Sequence[str] = ()) -> Run:
+    path = Path(folder) / "config.yaml"
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no run: expected a config.yaml")
+    return Run(yaml.safe_load(path.read_text(encoding="utf-8")), overrides)
+
+
+def _scored(trainer: lightning.Trainer, module: Any, data: Any, split: str) -> dict[str, float]:
+    found = (trainer.test if split == "test" else trainer.validate)(module, datamodule=data, verbose=False)
+    return {name: float(value) for each in found for name, value in each.items()}
+
+
+def _has(data: lightning.LightningDataModule, loader: str) -> bool:
+    return getattr(type(data), loader) is not getattr(lightning.LightningDataModule, loader)
+
+
+def _check_fits(module: lightning.LightningModule, checkpoint: Path) -> dict[str, Any]:
+    """The weights in a checkpoint, if they are this module's."""
+    if not checkpoint.is_file():
+        raise ValueError(f"{checkpoint.parent} holds no checkpoint: expected a {checkpoint.name}")
+    try:
+        given: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
+        raise ValueError(f"{checkpoint} is not a checkpoint of a run") from error
+    own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    for name in dict.fromkeys([*own, *given]):
+        there = tuple(given[name].shape) if name in given else "absent"
+        if own.get(name, "absent") != there:
+            raise ValueError(
+                f"{checkpoint} is of another model: {name} is {there} there, and {own.get(name, 'absent')} in this one"
+            )
+    return given
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that speaks and writes, where there are several."""
+    return int(rank_zero_only.rank) == 0  # type: ignore[attr-defined]

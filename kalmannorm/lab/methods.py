@@ -1,0 +1,141 @@
+"""The normalizations that can be compared, by name: what they are called and drawn as, and how a network gets them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import kalmannorm
+from kalmannorm.lab.baselines import BASELINES
+from kalmannorm.lab.baselines.ghost import to_ghost
+from kalmannorm.lab.baselines.group import to_groupnorm
+from kalmannorm.lab.baselines.renorm import RenormSchedule, to_batch_renorm
+
+__all__ = ["METHODS", "Method", "normalize"]
+
+# Training steps of the papers whose schedules are given in steps.
+_RENORM_STEPS = 130_000
+
+
+@dataclass(frozen=True)
+class Method:
+    """A normalization.
+
+    Attributes:
+        label: Its name in tables.
+        colour: Its colour in figures.
+        replace: Puts it in the place of a network's BatchNorm layers, and returns the network; takes the method's
+            options.
+        statistics: Where they come from. ``"sample"``: each image by itself, or none at all. ``"groups"``: of groups
+            of images within one forward pass, told how many by ``samples``. ``"batch"``: of the whole batch, so that
+            smaller statistics batches take a forward pass each.
+        samples: The option of ``replace`` that says how many images a group has.
+        timed: The options that fit a training of so many steps.
+    """
+
+    label: str
+    colour: str
+    replace: Callable[..., nn.Module]
+    statistics: Literal["sample", "groups", "batch"] = "sample"
+    samples: str = "samples"
+    timed: Callable[[int], dict[str, Any]] = lambda steps: {}
+
+
+def _batchnorm(network: nn.Module, samples: int | None = None) -> nn.Module:
+    """BatchNorm is what networks are built with; a network that was given other layers before keeps those."""
+    stock = any(isinstance(layer, _BatchNorm) for layer in network.modules())
+    return to_ghost(network, samples) if stock and samples is not None else network
+
+
+def _renorm(network: nn.Module, schedule: Any = None, **options: Any) -> nn.Module:
+    # As a configuration file can give it.
+    if isinstance(schedule, Mapping):
+        schedule = RenormSchedule(**schedule)
+    elif isinstance(schedule, list):
+        schedule = tuple(schedule)
+    return to_batch_renorm(network, schedule=schedule, **options)
+
+
+def _preset(name: str) -> Callable[..., nn.Module]:
+    return lambda network, **options: kalmannorm.convert(network, **{**kalmannorm.preset(name), **options})
+
+
+def _group_kalman(network: nn.Module, groups: int = 4, **options: Any) -> nn.Module:
+    return kalmannorm.convert(to_groupnorm(network, groups), layers=("group",), **options)
+
+
+def _renorm_timed(steps: int) -> dict[str, Any]:
+    return {"schedule": RenormSchedule().scaled(min(1.0, steps / _RENORM_STEPS))}
+
+
+def _moving_average_timed(steps: int) -> dict[str, Any]:
+    # The released code's 100 and 1000 steps are a small part of its training; they stay one of a short training.
+    return {"warmup": min(100, steps // 20), "renorm_start": min(1000, steps // 10)}
+
+
+def _cross_iteration_timed(steps: int) -> dict[str, Any]:
+    return {"burn_in": steps // 20}
+
+
+_KALMAN: dict[str, Any] = {"statistics": "groups", "samples": "stats_batch_size"}
+
+METHODS = {
+    "bn": Method("BatchNorm", "#c44e52", _batchnorm, "groups"),
+    "brn": Method("Batch Renorm", "#8172b3", _renorm, "groups", timed=_renorm_timed),
+    "gn": Method("GroupNorm", "#8c8c8c", BASELINES["gn"]),
+    "ln": Method("LayerNorm", "#ccb974", BASELINES["ln"]),
+    "in": Method("InstanceNorm", "#64b5cd", BASELINES["in"]),
+    "wn": Method("WeightNorm", "#937860", BASELINES["wn"]),
+    "frozen": Method("BatchNorm, frozen", "#e3a8aa", BASELINES["frozen"]),
+    "ghost": Method("Ghost BatchNorm", "#da8bc3", BASELINES["ghost"], "groups"),
+    "sync": Method("SyncBatchNorm", "#7a1f2b", BASELINES["sync"], "batch"),
+    "mabn": Method("MABN", "#3f7d8c", BASELINES["mabn"], "groups", timed=_moving_average_timed),
+    "cbn": Method("CBN", "#a05d2c", BASELINES["cbn"], "batch", timed=_cross_iteration_timed),
+    "evonorm": Method("EvoNorm-S0", "#6b8e23", BASELINES["evonorm"]),
+    "frn": Method("FRN", "#b5b34a", BASELINES["frn"]),
+    "kn": Method("KalmanNorm (default)", "#4c72b0", kalmannorm.convert, **_KALMAN),
+    "kn-paper": Method("KalmanNorm (paper)", "#dd8452", _preset("paper"), **_KALMAN),
+    "kn-released": Method("KalmanNorm (released)", "#55a868", _preset("released"), **_KALMAN),
+    "gkn": Method("GroupKalmanNorm", "#1f3b70", _group_kalman),
+}
+
+
+def normalize(
+    network: nn.Module, method: str, *, statistics_batch: int | None = None, steps: int | None = None, **options: Any
+) -> nn.Module:
+    """Put a normalization in the place of a network's BatchNorm layers, in place.
+
+    Args:
+        network: Built with BatchNorm.
+        method: A key of `METHODS`.
+        statistics_batch: Images that are normalized together in training, for methods that can do so within one
+            forward pass; the whole batch if None. Must divide every batch.
+        steps: Length of the training, by which methods with schedules in steps choose theirs.
+        options: The method's own; they go before what follows from the other arguments.
+
+    Returns:
+        The same network, or the one that takes its place.
+
+    Raises:
+        ValueError: An unknown method, or one that this network or these options do not suit.
+
+    Example:
+        >>> normalize(nn.Sequential(nn.BatchNorm2d(8)), "kn", statistics_batch=2, gain=0.1)[0].stats_batch_size
+        2
+    """
+    if method not in METHODS:
+        raise ValueError(f"normalization must be one of {', '.join(METHODS)}; got {method!r}")
+    if statistics_batch is not None and statistics_batch < 1:
+        raise ValueError(f"statistics_batch must be at least 1; got {statistics_batch}")
+    known = METHODS[method]
+    chosen = known.timed(steps) if steps is not None else {}
+    if known.statistics == "groups" and statistics_batch is not None:
+        chosen[known.samples] = statistics_batch
+    try:
+        return known.replace(network, **{**chosen, **options})
+    except TypeError as error:
+        raise ValueError(f"normalization {method!r} does not take these options: {error}") from error

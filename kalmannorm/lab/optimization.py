@@ -1,0 +1,84 @@
+"""SGD, who is decayed by it, and the course of its rate."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+__all__ = ["Schedule", "check_schedule", "parameter_groups", "sgd", "share_of_rate"]
+
+Schedule = Literal["cosine", "warmup", "milestones"]
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Decay the weights of convolutions and linear layers and nothing else.
+
+    Scales, shifts, biases, gains and process noise all have fewer than two dimensions; a decay would pull a
+    gain or a noise towards a value that nobody chose, and pull differently in each method.
+    """
+    weights = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    return [{"params": weights, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def sgd(
+    model: nn.Module,
+    rate: float,
+    steps: int,
+    schedule: Schedule = "cosine",
+    milestones: dict[float, float] | None = None,
+    momentum: float = 0.9,
+    weight_decay: float = 1e-4,
+) -> dict[str, Any]:
+    """SGD with a rate that moves every step, as ``configure_optimizers`` returns it.
+
+    Args:
+        model: What to train.
+        rate: Learning rate, before the schedule's factor.
+        steps: Optimizer steps the schedule is laid out for.
+        schedule: ``"cosine"``, to 0; ``"warmup"``, the same but rising to it over the first tenth of the steps; or
+            ``"milestones"``.
+        milestones: From a share of the training, 0 to 1, to the factor on the rate from there on.
+        momentum: SGD's.
+        weight_decay: On weights alone, see `parameter_groups`.
+
+    Raises:
+        ValueError: See `check_schedule`.
+    """
+    check_schedule(rate, steps, schedule, milestones)
+    optimizer = torch.optim.SGD(parameter_groups(model, weight_decay), lr=rate, momentum=momentum)
+    factor = partial(share_of_rate, steps=steps, schedule=schedule, milestones=milestones)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def check_schedule(rate: float, steps: int, schedule: Schedule, milestones: dict[float, float] | None) -> None:
+    """Refuse what `sgd` cannot do.
+
+    Raises:
+        ValueError: An unknown schedule, milestones without their schedule or the reverse, shares outside of 0 to 1,
+            or no training at all.
+    """
+    if schedule not in ("cosine", "warmup", "milestones"):
+        raise ValueError(f"schedule must be 'cosine', 'warmup' or 'milestones'; got {schedule!r}")
+    if (milestones is not None) != (schedule == "milestones"):
+        raise ValueError(f"milestones go with schedule='milestones'; got {milestones} with {schedule!r}")
+    for share in milestones or {}:
+        if not 0 <= share <= 1:
+            raise ValueError(f"milestones must be at shares of the training, 0 to 1; got {share}")
+    if steps < 1 or not 0 < rate < math.inf:
+        raise ValueError(f"steps must be at least 1 and the rate above 0; got steps={steps}, rate={rate}")
+
+
+def share_of_rate(step: int, steps: int, schedule: Schedule, milestones: dict[float, float] | None = None) -> float:
+    """The factor on the rate at a step, counted from 0; see `sgd`."""
+    done = step / steps
+    if schedule == "milestones":
+        passed = [milestone for milestone in (milestones or {}).items() if milestone[0] <= done]
+        return max(passed, default=(0.0, 1.0))[1]
+    rise = min(1.0, 10 * done + 1 / steps) if schedule == "warmup" else 1.0
+    return rise * (1 + math.cos(math.pi * done)) / 2

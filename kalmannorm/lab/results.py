@@ -1,0 +1,110 @@
+"""What a run leaves behind in its folder, and how it is read again."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+import kalmannorm
+
+__all__ = ["Result", "environment", "finished", "write_atomically"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run.
+
+    Attributes:
+        config: All that it was configured by.
+        scores: Of the test split, or of validation where there is no test.
+        seconds: Of training and validation.
+        seconds_per_step: The median.
+        losses: One a step.
+        validations: Each a dict of ``step`` and of what was scored then.
+        environment: Where it ran, and with what.
+    """
+
+    config: dict[str, Any]
+    scores: dict[str, float]
+    seconds: float
+    seconds_per_step: float
+    losses: list[float]
+    validations: list[dict[str, float]]
+    environment: dict[str, str]
+
+    @classmethod
+    def read(cls, folder: Path) -> Result:
+        """What `write` wrote.
+
+        Raises:
+            ValueError: There is no finished run in the folder.
+        """
+        if not finished(folder):
+            raise ValueError(f"{folder} holds no finished run: expected a result.json")
+        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        curve, validations = _read_csv(folder / "curve.csv"), _read_csv(folder / "validations.csv")
+        summary = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        return cls(config=config, losses=[row["loss"] for row in curve], validations=validations, **summary)
+
+    def write(self, folder: Path) -> None:
+        """Write everything but the config, ``result.json`` last."""
+        curve = [{"step": step, "loss": loss} for step, loss in enumerate(self.losses, 1)]
+        _write_csv(folder / "curve.csv", curve, ["step", "loss"])
+        names = dict.fromkeys(name for each in self.validations for name in each)
+        _write_csv(folder / "validations.csv", self.validations, list(names) or ["step"])
+        names_of_summary = ("scores", "seconds", "seconds_per_step", "environment")
+        summary = {name: getattr(self, name) for name in names_of_summary}
+        write_atomically(folder / "result.json", json.dumps(summary, indent=1) + "\n")
+
+
+def finished(folder: Path) -> bool:
+    """Whether a run ended here."""
+    return (Path(folder) / "result.json").is_file()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that it is there as a whole or not at all."""
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
+
+
+def _write_csv(path: Path, rows: Sequence[Mapping[str, float]], names: list[str]) -> None:
+    # Python's shortest form of a number reads back as the very same number.
+    lines = [",".join(names), *(",".join(repr(row[name]) if name in row else "" for name in names) for row in rows)]
+    write_atomically(path, "\n".join(lines) + "\n")
+
+
+def _read_csv(path: Path) -> list[dict[str, Any]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = [{name: float(text) for name, text in row.items() if text} for row in csv.DictReader(file)]
+    return [row | {"step": int(row["step"])} for row in rows]
+
+
+def environment() -> dict[str, str]:
+    """The machine, the versions, and the commit if this is a checkout."""
+    asked = ["git", "-C", str(Path(kalmannorm.__file__).parent), "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        commit = "unknown"
+    return {
+        "commit": commit,
+        "kalmannorm": kalmannorm.__version__,
+        "torch": str(torch.__version__),
+        "lightning": version("lightning"),
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+    }

@@ -1,0 +1,63 @@
+"""What tests of whole runs share: generated images, and a configuration that trains on them in a second."""
+
+import copy
+
+import datasets
+import pytest
+
+from kalmannorm.lab.data.generated import generate_images
+
+CONFIG = {
+    "seed_everything": 0,
+    "model": {
+        "class_path": "kalmannorm.lab.training.Classifier",
+        "init_args": {
+            "network": {
+                "class_path": "kalmannorm.lab.models.cifar_resnet.CifarResNet",
+                "init_args": {"depth": 8, "width": 4},
+            },
+            "normalization": "kn",
+            "statistics_batch": 2,
+            "rate": 0.05,
+        },
+    },
+    "data": {
+        "class_path": "kalmannorm.lab.data.classification.ClassificationData",
+        "init_args": {"name": "cifar10", "gradient_batch": 8, "validation": 16, "score_batch": 20},
+    },
+    "trainer": {"max_steps": 20, "val_check_interval": 6, "accelerator": "cpu", "devices": 1},
+    "checkpoint_every": 4,
+}
+
+
+@pytest.fixture
+def config():
+    """A copy of a configuration, to change at will."""
+    return copy.deepcopy(CONFIG)
+
+
+@pytest.fixture(scope="session")
+def generated(tmp_path_factory):
+    """A folder with a small CIFAR-10."""
+    folder = tmp_path_factory.mktemp("generated")
+    generate_images(folder, "cifar10")
+    return folder
+
+
+@pytest.fixture
+def images(generated, monkeypatch, tmp_path_factory):
+    """The environment in which it is found, by this process and by others that it starts."""
+    cache = tmp_path_factory.getbasetemp() / "datasets"
+    monkeypatch.setenv("KALMANNORM_DATA", str(generated))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(cache))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    load = datasets.load_dataset
+
+    def without_network(path, *args, **kwargs):
+        if path != "parquet":
+            raise ConnectionError("no network in tests")
+        return load(path, *args, **kwargs)
+
+    monkeypatch.setattr(datasets, "load_dataset", without_network)
+    return generated

@@ -1,0 +1,71 @@
+"""fit, validate and test from the command line."""
+
+import pytest
+import yaml
+
+from kalmannorm.lab.cli import main
+
+
+@pytest.fixture
+def recipe(config, tmp_path):
+    config["trainer"] |= {"max_steps": 2, "val_check_interval": 2}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return str(path)
+
+
+def test_train_then_score(images, recipe, tmp_path, capsys):
+    output = str(tmp_path / "run")
+    assert main(["fit", "--config", recipe, "--output", output, "--trainer.max_steps", "3"]) == 0
+    trained = capsys.readouterr().out
+    assert "3" in (tmp_path / "run" / "curve.csv").read_text().splitlines()[-1].split(",")
+    assert main(["test", "--output", output]) == 0
+    scored = capsys.readouterr().out
+    assert trained.startswith(scored)
+    assert scored.startswith("accuracy_running 0.")
+    assert main(["validate", f"--output={output}", "--trainer.accelerator=cpu"]) == 0
+    assert "accuracy_online" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["--model.init_args.normalization", "nope"], ["must be one of bn, brn", "got 'nope'"]),
+        (["--model.init_args.schedule", "steps"], ['"schedule"', "'cosine'", "steps"]),
+        (["--model.init_args.statistics_batch", "3"], ["statistics_batch must divide the 8 images", "got 3"]),
+        (["--model.init_args.network.init_args.depth", "9"], ["depth 9", "6n + 2"]),
+        (["--model.init_args.ratte", "1"], ["'ratte'"]),
+        (["--data.init_args.name", "cifar11"], ["cifar10", "'cifar11'"]),
+        (["--data.init_args.name", "svhn"], ["'svhn' was not found", "svhn/train-*.parquet"]),
+        (["--data.init_args.gradient_batch", "100"], ["1 to 48 images", "got 100"]),
+        (["--trainer.max_steps", "0"], ["max_steps must be at least 1; got 0"]),
+        (["--trainer.max_steps=ten"], ["max_steps", "expected int", "ten"]),
+        (["--trainer.accumulate_grad_batches", "3"], ["gradient_batch must be a multiple of 3", "got 8"]),
+        (["--trainer.devices", "0"], ["devices", "0"]),
+        (["--checkpoint_every", "0"], ["checkpoint_every", "got 0"]),
+        (["--trainr.max_steps", "1"], ["trainr"]),
+        (["--config", "no-such-recipe"], ["no-such-recipe"]),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(images, recipe, tmp_path, capsys, settings, words):
+    assert main(["fit", "--config", recipe, "--output", str(tmp_path / "run"), *settings]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith("kalmannorm: ")
+    for word in words:
+        assert word in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_output_that_cannot_be_made(images, recipe, tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    assert main(["fit", "--config", recipe, "--output", str(tmp_path / "file" / "run")]) == 2
+    assert "--output" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_a_folder_without_a_run(tmp_path, capsys):
+    for command in ("validate", "test"):
+        assert main([command, "--output", str(tmp_path)]) == 2
+        assert "holds no run" in capsys.readouterr().err

@@ -1,0 +1,146 @@
+"""A run from its configuration to its result."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+
+from kalmannorm.lab.configuration import Run
+from kalmannorm.lab.fitting import Result, finished, fit, load, score, steps
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()} if folder.exists() else {}
+
+
+@pytest.fixture
+def short(config):
+    """A configuration of a few steps."""
+    config["trainer"] |= {"max_steps": 4, "val_check_interval": 2}
+    return config
+
+
+def weights(folder):
+    return torch.load(folder / "last.ckpt", weights_only=True)["state_dict"]
+
+
+def test_a_run_and_what_it_leaves(images, short, tmp_path):
+    told = []
+    result = fit(short, tmp_path / "run", told.append)
+    assert sorted(files(tmp_path / "run")) == [
+        "config.yaml", "curve.csv", "last.ckpt", "result.json", "validations.csv",
+    ]  # fmt: skip
+    assert set(result.scores) == {"accuracy_running", "accuracy_online"}
+    assert len(result.losses) == told[-1] == 4
+    assert [each["step"] for each in result.validations] == [2, 4]
+    assert Result.read(tmp_path / "run") == result
+    assert result.config["model"]["init_args"]["momentum"] == 0.9  # complete, with what was not given
+    assert result.seconds > result.seconds_per_step > 0
+    # Once finished it is read, not repeated; nor is anything written.
+    before = files(tmp_path / "run")
+    assert fit(short, tmp_path / "run") == result
+    assert fit(result.config, tmp_path / "run") == result
+    assert files(tmp_path / "run") == before
+
+    module = load(tmp_path / "run")
+    assert not module.training
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(tensor, weights(tmp_path / "run")[name])
+    assert score(tmp_path / "run", "test") == result.scores
+    last = {name: value for name, value in result.validations[-1].items() if name != "step"}
+    assert score(tmp_path / "run", "validation") == last
+    assert files(tmp_path / "run") == before
+
+
+def test_seeds_decide_weights_and_order(images, short, tmp_path):
+    same, again, other = (fit(short | {"seed_everything": seed}, tmp_path / f"{i}") for i, seed in enumerate((0, 0, 1)))
+    assert same.losses == again.losses
+    assert same.losses != other.losses
+    assert [Run(short | {"seed_everything": seed}).build()[2].seed for seed in (0, 1)] == [0, 1]
+
+
+def test_the_module_learns_how_long_the_training_is(short):
+    assert steps(short) == 4
+    assert steps(short, ["--trainer.max_steps", "7"]) == 7
+
+
+def test_another_configuration_or_checkpoint_is_refused_and_nothing_overwritten(images, short, tmp_path):
+    fit(short, tmp_path / "run")
+    before = files(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"another configuration: model\.init_args\.rate is 0\.05 there; got 0\.01"):
+        fit(short, tmp_path / "run", overrides=["--model.init_args.rate", "0.01"])
+    assert files(tmp_path / "run") == before
+    # An unfinished run with a checkpoint of some other network.
+    wider = tmp_path / "wider"
+    short["model"]["init_args"]["network"]["init_args"]["width"] = 8
+    wider.mkdir()
+    (wider / "last.ckpt").write_bytes(before["last.ckpt"])
+    with pytest.raises(ValueError, match=r"of another model: network.conv.weight is \(4, 3, 3, 3\) there, and \(8, "):
+        fit(short, wider)
+    (wider / "last.ckpt").write_bytes(b"no checkpoint")
+    with pytest.raises(ValueError, match=r"last\.ckpt is not a checkpoint of a run"):
+        fit(short, wider)
+    assert set(files(wider)) == {"last.ckpt"}
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    for what in (load, lambda folder: score(folder, "test")):
+        with pytest.raises(ValueError, match=r"holds no run: expected a config\.yaml"):
+            what(tmp_path)
+
+
+def test_weight_normalization_starts_from_data(images, short, tmp_path):
+    short["model"]["init_args"] |= {"normalization": "wn", "rate": 1e-9}
+    fit(short, tmp_path / "run")
+    state = weights(tmp_path / "run")
+    waiting = [tensor for name, tensor in state.items() if name.endswith("awaits_data")]
+    assert waiting
+    assert not any(waiting)
+
+
+@pytest.mark.slow
+def test_compiled_it_is_nearly_the_same(images, short, tmp_path):
+    network = {"class_path": "kalmannorm.lab.models.small.SmallConvNet"}
+    short["model"]["init_args"]["network"] = network | {"init_args": {"layers": [[4, 2], [8, 2]], "in_channels": 3}}
+    plain = fit(short, tmp_path / "plain")
+    compiled = fit(short, tmp_path / "compiled", overrides=["--model.init_args.compile=true"])
+    assert compiled.losses == pytest.approx(plain.losses, rel=1e-4)
+    assert set(weights(tmp_path / "compiled")) == set(weights(tmp_path / "plain"))
+
+
+def test_in_half_precision_it_is_nearly_the_same(images, short, tmp_path):
+    plain = fit(short, tmp_path / "plain")
+    half = fit(short, tmp_path / "half", overrides=["--trainer.precision=bf16-mixed"])
+    assert half.losses == pytest.approx(plain.losses, rel=0.05)
+    assert half.losses != plain.losses
+
+
+def kalmannorm(*arguments):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "kalmannorm.lab.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["kn", "brn"])
+def test_two_processes_train_as_one(images, config, tmp_path, method):
+    """The real command line, against this process: the same gradient batch and statistics batch."""
+    config["model"]["init_args"]["normalization"] = method
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    settings = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    done = kalmannorm("fit", "--config", tmp_path / "config.yaml", "--output", tmp_path / "two", *settings)
+    assert done.returncode == 0, done.stderr
+    one = fit(config, tmp_path / "one")
+    two = Result.read(tmp_path / "two")
+    assert two.config["trainer"]["devices"] in (2, "2")
+    assert len(one.losses) == 20
+    assert two.losses == pytest.approx(one.losses, rel=1e-4)
+    ours, theirs = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name, tensor in ours.items():  # running statistics too
+        assert (tensor.double() - theirs[name].double()).abs().max() < 1e-4, name
+    assert [each["step"] for each in two.validations] == [each["step"] for each in one.validations]
+    assert done.stdout.count("accuracy_running") == 1
+    assert finished(tmp_path / "two")

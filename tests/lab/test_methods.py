@@ -1,0 +1,96 @@
+"""The table of methods: each goes into a network by its name, and by groups where it can."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from kalmannorm import GroupKalmanNorm, KalmanNorm
+from kalmannorm.lab.baselines import BASELINES
+from kalmannorm.lab.baselines.moving_average import MovingAverageNorm
+from kalmannorm.lab.baselines.renorm import BatchRenorm, RenormSchedule
+from kalmannorm.lab.methods import METHODS, normalize
+from kalmannorm.lab.models.small import SmallConvNet
+
+
+def small():
+    return SmallConvNet(((8, 2), (16, 2)))
+
+
+def test_every_baseline_and_every_filter_is_there():
+    assert set(METHODS) == {*BASELINES, "kn", "kn-paper", "kn-released", "gkn"}
+    assert len({method.label for method in METHODS.values()}) == len(METHODS)
+    assert len({method.colour for method in METHODS.values()}) == len(METHODS)
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("sync", "frozen")])
+def test_each_takes_images_and_gives_gradients(method):
+    options = {"groups": 4} if method == "evonorm" else {}
+    network = normalize(small(), method, statistics_batch=2, steps=100, **options)
+    logits = network(torch.randn(4, 1, 16, 16))
+    assert logits.shape == (4, 10)
+    logits.square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.statistics == "groups"])
+def test_groups_do_not_see_each_other(method):
+    network = normalize(small(), method, statistics_batch=2)
+    images = torch.randn(6, 1, 16, 16)
+    changed = torch.cat([images[:2], torch.randn(4, 1, 16, 16)])
+    logits = []
+    for batch in (images, changed):
+        torch.manual_seed(1)  # for methods that draw
+        logits.append(copy.deepcopy(network)(batch))
+    assert torch.allclose(logits[0][:2], logits[1][:2], atol=1e-6)
+    assert not torch.allclose(logits[0][2:], logits[1][2:], atol=1e-3)
+
+
+def test_batchnorm_stays_what_it_is_without_groups():
+    assert type(normalize(small(), "bn").norms[0]) is nn.BatchNorm2d
+    ghost = normalize(small(), "bn", statistics_batch=4).norms[0]
+    assert isinstance(ghost, KalmanNorm)
+    assert (ghost.gain, ghost.stats_batch_size) == (1.0, 4)
+    converted = normalize(small(), "kn")
+    assert normalize(converted, "bn", statistics_batch=2).norms[0].stats_batch_size is None
+
+
+def test_options_go_to_the_method_and_before_what_follows_from_others():
+    layer = normalize(small(), "kn", statistics_batch=2, gain=0.1, stats_batch_size=4).norms[0]
+    assert (layer.gain, layer.stats_batch_size) == (0.1, 4)
+    paper = normalize(small(), "kn-paper", estimator="exact").norms[0]
+    assert (paper.carry, paper.estimator) == ("posterior", "exact")
+    group = normalize(small(), "gkn", statistics_batch=2, groups=2, gain=0.5).norms[0]
+    assert isinstance(group, GroupKalmanNorm)
+    assert (group.num_groups, group.gain) == (2, 0.5)
+    # As they come from a file.
+    assert normalize(small(), "brn", schedule=[3, 5], steps=100).norms[0].schedule == (3, 5)
+    assert normalize(small(), "brn", schedule={"start": 7}).norms[0].schedule == RenormSchedule(start=7)
+
+
+def test_schedules_follow_the_length_of_the_training():
+    def layer(method, steps):
+        return normalize(small(), method, steps=steps).norms[0]
+
+    assert isinstance(layer("brn", 1300), BatchRenorm)
+    assert layer("brn", 1300).schedule == RenormSchedule().scaled(0.01)
+    assert layer("brn", 10**6).schedule == layer("brn", None).schedule == RenormSchedule()
+    assert isinstance(layer("mabn", 100), MovingAverageNorm)
+    assert (layer("mabn", 100).warmup, layer("mabn", 100).renorm_start) == (5, 10)
+    assert (layer("mabn", 10**6).warmup, layer("mabn", 10**6).renorm_start) == (100, 1000)
+    assert layer("cbn", 200).burn_in == 10
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("batchnorm", {}, "must be one of bn, brn, .*gkn; got 'batchnorm'"),
+        ("kn", {"statistics_batch": 0}, "statistics_batch must be at least 1; got 0"),
+        ("gn", {"gruops": 2}, "'gn' does not take these options: .*gruops"),
+        ("kn", {"gian": 2}, "got option 'gian'"),
+    ],
+)
+def test_bad_requests_say_what_was_wrong(method, options, message):
+    with pytest.raises(ValueError, match=message):
+        normalize(small(), method, **options)

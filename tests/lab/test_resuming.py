@@ -1,0 +1,97 @@
+"""A run that is killed again and again ends as one that was left alone."""
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+
+from kalmannorm.lab.fitting import fit
+from kalmannorm.lab.training import Classifier
+
+KILLS = 3
+
+
+def fork_server():
+    # Its children have the imports done, and none of this process's threads.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["kalmannorm.lab.fitting", "kalmannorm.lab.data.classification"])
+    return context
+
+
+def kill_after_a_checkpoint(process, checkpoint, draw):
+    before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+    end = time.monotonic() + 60
+    while not (checkpoint.exists() and checkpoint.stat().st_mtime_ns > before):
+        assert process.is_alive(), "it ended before it could be killed"
+        assert time.monotonic() < end
+        time.sleep(0.002)
+    time.sleep(draw.uniform(0, 0.15))
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["kn-paper", "mabn"])
+def test_killed_and_resumed_it_is_the_same_run_bit_for_bit(images, config, tmp_path, method):
+    """With "kn-paper", whose draws follow torch's generator; and with "mabn", whose layers remember past steps."""
+    config["model"]["init_args"]["normalization"] = method
+    config["trainer"]["max_steps"] = 48
+    unbroken = fit(config, tmp_path / "unbroken")
+    context, draw = fork_server(), random.Random(method)
+    broken = tmp_path / "broken"
+    for _ in range(KILLS):
+        process = context.Process(target=fit, args=(config, broken))
+        process.start()
+        kill_after_a_checkpoint(process, broken / "last.ckpt", draw)
+        assert process.exitcode == -signal.SIGKILL
+        assert not (broken / "result.json").exists()
+    resumed = fit(config, broken)
+    same(resumed, unbroken)
+    assert len(resumed.losses) == 48
+    assert [each["step"] for each in resumed.validations] == list(range(6, 49, 6))
+    ours, theirs = (torch.load(tmp_path / name / "last.ckpt", weights_only=True) for name in ("unbroken", "broken"))
+    assert ours["global_step"] == theirs["global_step"] == 48
+    for name, tensor in ours["state_dict"].items():
+        assert torch.equal(tensor, theirs["state_dict"][name]), name
+
+
+@pytest.mark.parametrize("step", [4, 6, 7])
+def test_a_checkpoint_of_any_step_leads_to_the_same_end(images, config, tmp_path, monkeypatch, step):
+    """Within an epoch (of 6 steps) and at its end, with a validation at the same step and without."""
+    config["checkpoint_every"] = step
+    unbroken = fit(config, tmp_path / "unbroken")
+    break_off(monkeypatch, "training_step", step + 1, config, tmp_path / "broken")
+    assert (tmp_path / "broken" / "last.ckpt").exists()
+    same(fit(config, tmp_path / "broken"), unbroken)
+
+
+def test_a_validation_that_was_cut_short_is_repeated(images, config, tmp_path, monkeypatch):
+    config["checkpoint_every"] = 6
+    unbroken = fit(config, tmp_path / "unbroken")
+    break_off(monkeypatch, "on_validation_epoch_end", 12, config, tmp_path / "broken")
+    same(fit(config, tmp_path / "broken"), unbroken)
+
+
+def break_off(monkeypatch, method, step, config, folder):
+    """Run until after so many steps a method of the classifier fails."""
+    original = getattr(Classifier, method)
+
+    def fails(self, *args):
+        if self.trainer.global_step == step:
+            raise RuntimeError("broken off")
+        return original(self, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Classifier, method, fails)
+        with pytest.raises(RuntimeError, match="broken off"):
+            fit(config, folder)
+
+
+def same(resumed, unbroken):
+    assert resumed.losses == unbroken.losses
+    assert resumed.validations == unbroken.validations
+    assert resumed.scores == unbroken.scores
