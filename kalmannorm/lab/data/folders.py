@@ -9,12 +9,12 @@ from typing import Any
 import lightning
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Subset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from kalmannorm.lab.data.roots import find, missing
-from kalmannorm.lab.data.shuffling import shuffled
+from kalmannorm.lab.data.shuffling import OrderedBatches, ShuffledBatches
 
 # ImageNet's, of pixels from 0 to 1; what pretrained networks expect, whatever the images.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -54,34 +54,37 @@ def locate(folder: str) -> Path:
     return found
 
 
-def _in_two(count: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices ``0 .. count - 1`` in a random order, cut in two; the second part is ``share`` of them."""
-    order = np.random.default_rng(seed).permutation(count)
-    held_out = round(share * count)
-    return order[held_out:], order[:held_out]
-
-
 class FolderData(lightning.LightningDataModule):
-    """Images as ``train/CLASS/*.jpg`` and ``val/CLASS/*.jpg``, or as ``CLASS/*.jpg``, then split by a seed.
+    """Images as ``train/CLASS/*.jpg``, ``val/CLASS/*.jpg`` and perhaps ``test/CLASS/*.jpg``, or as ``CLASS/*.jpg``.
+
+    Choices must not be made on the images whose score is reported. So where there is no ``test``, ``val`` takes its
+    place, and validation images are held out from ``train``; where there is neither, both are.
 
     After `setup`, ``classes`` are the names of the classes in the order of the labels, and ``num_classes`` how many.
 
     Args:
         folder: Name of a folder under ``KALMANNORM_DATA``, such as ``"imagenet"``, or a path.
-        batch_size: Images a step and process.
+        gradient_batch: Images a gradient step, over all processes and accumulated batches.
+        score_batch: Images a batch in validation and test.
         size: Side of the images, in pixels.
         workers: Processes that load images.
-        validation: Share of the images to hold out where there are no ``train`` and ``val``.
+        validation: Share of the training images to hold out where there is no ``test``; and where there is no
+            ``val`` either, as many again for the test.
         split_seed: Decides which; and with ``limit``, which ones are kept.
         limit: Keep so many images of each split, drawn from all classes.
-        seed: Of the order; crops and flips follow torch's own seed.
+        seed: Of the order, the crops and the flips.
     """
+
+    train_set: Subset[Any]
+    validation_set: Subset[Any]
+    test_set: Subset[Any]
 
     def __init__(
         self,
         folder: str = "imagenet",
-        batch_size: int = 32,
+        gradient_batch: int = 256,
         *,
+        score_batch: int = 64,
         size: int = 224,
         workers: int = 4,
         validation: float = 0.1,
@@ -90,9 +93,10 @@ class FolderData(lightning.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if not 0 < validation < 1:
-            raise ValueError(f"validation must be a share between 0 and 1; got {validation}")
-        self.folder, self.batch_size, self.size, self.workers = folder, batch_size, size, workers
+        if not 0 < validation < 0.5:
+            raise ValueError(f"validation must be a share between 0 and 0.5; got {validation}")
+        self.folder, self.gradient_batch, self.score_batch = folder, gradient_batch, score_batch
+        self.size, self.workers = size, workers
         self.validation, self.split_seed, self.limit, self.seed = validation, split_seed, limit, seed
 
     def setup(self, stage: str | None = None) -> None:
@@ -100,45 +104,67 @@ class FolderData(lightning.LightningDataModule):
 
         Raises:
             MissingDataError: There is no such folder.
-            ValueError: ``train`` and ``val`` differ in their classes.
+            ValueError: ``train``, ``val`` and ``test`` differ in their classes, or too few images are to be split.
         """
         if hasattr(self, "train_set"):
             return
         place = locate(self.folder)
-        apart = [(place / name).is_dir() for name in ("train", "val")]
-        if any(apart) and not all(apart):
+        parts = {part: place / part for part in ("train", "val", "test") if (place / part).is_dir()}
+        if parts and not {"train", "val"} <= set(parts):
             raise missing(self.folder, LAYOUT, ORIGIN)
-        train, validation = (
-            ImageFolder(str(place / name if all(apart) else place), image_transform(self.size, name == "train"))
-            for name in ("train", "val")
-        )
-        if train.classes != validation.classes:
-            differing = sorted(set(train.classes) ^ set(validation.classes))
-            raise ValueError(f"{place}: train and val must have the same classes; only in one: {', '.join(differing)}")
-        self.classes, self.num_classes = train.classes, len(train.classes)
-        kept, held_out = self._indices(len(train), len(validation), apart=all(apart))
-        self.train_set, self.validation_set = self._part(train, kept), self._part(validation, held_out)
+        folders = {part: ImageFolder(str(path)) for part, path in (parts or {"train": place}).items()}
+        self.classes, self.num_classes = _common_classes(place, folders), len(folders["train"].classes)
+        splits = _splits({part: len(files) for part, files in folders.items()}, self.validation, self.split_seed)
+        for split, (part, indices) in splits.items():
+            if not len(indices):
+                raise ValueError(f"{place} has too few images to hold out a share of {self.validation} for {split}")
+            transform = image_transform(self.size, split == "train")
+            # The first of a random order: the first files would all be of one class.
+            kept = Subset(ImageFolder(folders[part].root, transform), np.sort(indices[: self.limit]).tolist())
+            setattr(self, f"{split}_set", kept)
 
-    def _indices(self, train: int, validation: int, apart: bool) -> tuple[np.ndarray, np.ndarray]:
-        if not apart:
-            return _in_two(train, self.validation, self.split_seed)
-        return _in_two(train, 0, self.split_seed)[0], _in_two(validation, 0, self.split_seed)[0]
+    def train_dataloader(self) -> ShuffledBatches:
+        """Shuffled batches of as many images each.
 
-    def _part(self, data: ImageFolder, indices: np.ndarray) -> Subset[Any]:
-        # The first of a random order: the first files would all be of one class.
-        return Subset(data, np.sort(indices[: self.limit]).tolist())
+        Raises:
+            ValueError: The gradient batch does not divide evenly among processes and accumulated batches.
+        """
+        options: dict[str, Any] = {"seed": self.seed, "num_workers": self.workers}
+        return ShuffledBatches(self.train_set, self.gradient_batch, self.trainer, **options)
 
-    def _loader(self, data: Dataset[Any], **options: Any) -> DataLoader[Any]:
-        return DataLoader(data, self.batch_size, num_workers=self.workers, pin_memory=self._on_gpu(), **options)
-
-    def _on_gpu(self) -> bool:
-        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Shuffled batches of as many images each."""
-        order = shuffled(self.train_set, self.trainer, self.seed, drop_last=True)
-        return self._loader(self.train_set, sampler=order, drop_last=True)
-
-    def val_dataloader(self) -> DataLoader[Any]:
+    def val_dataloader(self) -> OrderedBatches:
         """All validation images, in order."""
-        return self._loader(self.validation_set)
+        return OrderedBatches(self.validation_set, self.score_batch, self.trainer, num_workers=self.workers)
+
+    def test_dataloader(self) -> OrderedBatches:
+        """All test images, in order."""
+        return OrderedBatches(self.test_set, self.score_batch, self.trainer, num_workers=self.workers)
+
+
+def _common_classes(place: Path, folders: dict[str, ImageFolder]) -> list[str]:
+    known: list[str] = folders["train"].classes
+    for part, files in folders.items():
+        differing = sorted(set(known) ^ set(files.classes))
+        if differing:
+            raise ValueError(
+                f"{place}: train and {part} must have the same classes; only in one: {', '.join(differing)}"
+            )
+    return known
+
+
+def _splits(counts: dict[str, int], share: float, seed: int) -> dict[str, tuple[str, np.ndarray]]:
+    """From split to folder, and which of its images, in a random order.
+
+    Args:
+        counts: Images in each folder there is.
+        share: Of the training images, to hold out for a split that has no folder.
+        seed: Of the order.
+    """
+    order = {part: np.random.default_rng(seed).permutation(count) for part, count in counts.items()}
+    train, held_out = order["train"], round(share * counts["train"])
+    if "test" in counts:
+        return {"train": ("train", train), "validation": ("val", order["val"]), "test": ("test", order["test"])}
+    validation, rest = ("train", train[:held_out]), train[held_out:]
+    if "val" in counts:
+        return {"train": ("train", rest), "validation": validation, "test": ("val", order["val"])}
+    return {"train": ("train", rest[held_out:]), "validation": validation, "test": ("train", rest[:held_out])}

@@ -13,14 +13,14 @@ import lightning
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.datasets import CocoDetection
 from torchvision.ops import box_convert
 from torchvision.transforms import v2
 from torchvision.tv_tensors import BoundingBoxes, Mask
 
 from kalmannorm.lab.data.roots import require
-from kalmannorm.lab.data.shuffling import shuffled
+from kalmannorm.lab.data.shuffling import OrderedBatches, ShuffledBatches
 
 Target = dict[str, Any]
 Transform = Callable[[Any, Target], tuple[Tensor, Target]]
@@ -63,9 +63,9 @@ SOURCES = {
 }
 
 
-def _usable(annotation: dict[str, Any]) -> bool:
-    # A crowd is one box around many objects; a box without area has no logarithm of its size to learn.
-    return not annotation.get("iscrowd", 0) and min(annotation["bbox"][2:]) > 0
+def _usable(annotation: dict[str, Any], crowds: bool) -> bool:
+    # A box without area has no logarithm of its size to learn.
+    return (crowds or not annotation.get("iscrowd", 0)) and min(annotation["bbox"][2:]) > 0
 
 
 class DetectionSet(Dataset[tuple[Tensor, Target]]):
@@ -73,13 +73,14 @@ class DetectionSet(Dataset[tuple[Tensor, Target]]):
 
     An item is an image ``(3, H, W)`` and a target, as torchvision's detectors take them: ``boxes`` ``(K, 4)``,
     float32, left, top, right, bottom in pixels; ``labels`` ``(K,)``, int64, COCO's category ids (0 is the background);
-    ``masks`` ``(K, H, W)``, uint8; ``image_id``, int. Crowds and boxes without area are left out; ``coco`` still has
-    them, for a score.
+    ``masks`` ``(K, H, W)``, uint8; ``image_id``, int; ``iscrowd`` ``(K,)``, int64. Boxes without area are left out.
 
     Args:
         images: Folder of the images.
         annotations: Annotations in COCO's format, their masks as polygons or as run lengths.
         transform: Takes and returns an image and its target; see torchvision's v2.
+        crowds: Keep crowds (one box around many objects), which a score needs, so as not to count against a network
+            what it finds there. In training they are left out.
         drop_empty: Leave out images on which nothing is to be found.
         limit: Keep the first so many images.
     """
@@ -90,18 +91,19 @@ class DetectionSet(Dataset[tuple[Tensor, Target]]):
         annotations: Path | str,
         transform: Transform,
         *,
+        crowds: bool = False,
         drop_empty: bool = False,
         limit: int | None = None,
     ) -> None:
         with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
             self.files = CocoDetection(str(images), str(annotations))
         self.coco = self.files.coco
-        self.transform = transform
+        self.transform, self.crowds = transform, crowds
         kept = [place for place, image in enumerate(self.files.ids) if not drop_empty or self._annotations(image)]
         self.places = kept[:limit]
 
     def _annotations(self, image: int) -> list[dict[str, Any]]:
-        return [annotation for annotation in self.coco.imgToAnns.get(image, []) if _usable(annotation)]
+        return [each for each in self.coco.imgToAnns.get(image, []) if _usable(each, self.crowds)]
 
     def __len__(self) -> int:
         """Number of images."""
@@ -110,7 +112,7 @@ class DetectionSet(Dataset[tuple[Tensor, Target]]):
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
         """An image and its target."""
         picture, annotations = self.files[self.places[index]]
-        usable = [annotation for annotation in annotations if _usable(annotation)]
+        usable = [annotation for annotation in annotations if _usable(annotation, self.crowds)]
         return self.transform(picture, self._target(usable, self.files.ids[self.places[index]], picture.size[::-1]))
 
     def _target(self, annotations: list[dict[str, Any]], image: int, size: tuple[int, int]) -> Target:
@@ -123,6 +125,7 @@ class DetectionSet(Dataset[tuple[Tensor, Target]]):
             "labels": torch.tensor([annotation["category_id"] for annotation in annotations], dtype=torch.int64),
             "masks": Mask(torch.from_numpy(masks)),
             "image_id": image,
+            "iscrowd": torch.tensor([annotation.get("iscrowd", 0) for annotation in annotations], dtype=torch.int64),
         }
 
 
@@ -142,25 +145,34 @@ def as_lists(items: list[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Tar
 class DetectionData(lightning.LightningDataModule):
     """COCO 2017 (``coco``) or Penn-Fudan pedestrians (``pennfudan``), from under ``KALMANNORM_DATA``.
 
-    After `setup`, ``num_classes`` is the largest category id + 1, and ``validation_set.coco`` the ground truth that
-    pycocotools scores against.
+    After `setup`, ``num_classes`` is the largest category id + 1. There is no test split: COCO's test images have no
+    public annotations, and papers report scores on its validation images.
 
     Args:
         name: ``"coco"`` or ``"pennfudan"``.
-        batch_size: Images a step and process.
+        gradient_batch: Images a gradient step, over all processes and accumulated batches.
+        score_batch: Images a batch in validation.
         workers: Processes that load images.
         limit: Keep the first so many images of each split.
-        seed: Of the order; flips follow torch's own seed.
+        seed: Of the order and the flips.
     """
 
     def __init__(
-        self, name: str, batch_size: int = 2, *, workers: int = 4, limit: int | None = None, seed: int = 0
+        self,
+        name: str,
+        gradient_batch: int = 1,
+        *,
+        score_batch: int = 1,
+        workers: int = 4,
+        limit: int | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         if name not in SOURCES:
             raise ValueError(f"name must be one of {', '.join(SOURCES)}; got {name!r}")
-        self.dataset, self.batch_size, self.workers = name, batch_size, workers
+        self.dataset, self.gradient_batch, self.score_batch = name, gradient_batch, score_batch
         self.limit, self.seed = limit, seed
+        self.options: dict[str, Any] = {"num_workers": workers, "collate_fn": as_lists}
 
     def setup(self, stage: str | None = None) -> None:
         """Read the annotations, once.
@@ -177,17 +189,17 @@ class DetectionData(lightning.LightningDataModule):
         self.num_classes = max(self.train_set.coco.getCatIds()) + 1
 
     def _open(self, folder: Path, files: Files, train: bool) -> DetectionSet:
-        options: dict[str, Any] = {"drop_empty": train, "limit": self.limit}
+        options: dict[str, Any] = {"drop_empty": train, "crowds": not train, "limit": self.limit}
         return DetectionSet(folder / files.images, folder / files.annotations, detection_transform(train), **options)
 
-    def _loader(self, data: DetectionSet, **options: Any) -> DataLoader[Any]:
-        return DataLoader(data, self.batch_size, num_workers=self.workers, collate_fn=as_lists, **options)
+    def train_dataloader(self) -> ShuffledBatches:
+        """Shuffled batches of as many images each, every image with something on it.
 
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Shuffled batches of as many images each, every image with something on it."""
-        order = shuffled(self.train_set, self.trainer, self.seed, drop_last=True)
-        return self._loader(self.train_set, sampler=order, drop_last=True)
+        Raises:
+            ValueError: The gradient batch does not divide evenly among processes and accumulated batches.
+        """
+        return ShuffledBatches(self.train_set, self.gradient_batch, self.trainer, seed=self.seed, **self.options)
 
-    def val_dataloader(self) -> DataLoader[Any]:
+    def val_dataloader(self) -> OrderedBatches:
         """All validation images, in order."""
-        return self._loader(self.validation_set)
+        return OrderedBatches(self.validation_set, self.score_batch, self.trainer, **self.options)

@@ -17,8 +17,8 @@ def write_classes(folder, count, classes=CLASSES):
             Image.new("RGB", (40, 30), (number, 0, 255)).save(folder / name / f"{number}.png")
 
 
-def ready(folder, batch_size=2, **options):
-    data = FolderData(str(folder), batch_size, size=16, workers=0, **options)
+def ready(folder, gradient_batch=2, **options):
+    data = FolderData(str(folder), gradient_batch, size=16, workers=0, **options)
     data.setup()
     return data
 
@@ -27,24 +27,47 @@ def files(subset):
     return [subset.dataset.samples[index][0] for index in subset.indices]
 
 
-def test_train_and_val_are_taken_as_they_are(root):
-    write_classes(root / "imagenet" / "train", 3)
-    write_classes(root / "imagenet" / "val", 2)
+def split_files(data):
+    return [files(part) for part in (data.train_set, data.validation_set, data.test_set)]
+
+
+def test_three_folders_are_taken_as_they_are(root):
+    for part, count in (("train", 3), ("val", 2), ("test", 1)):
+        write_classes(root / "imagenet" / part, count)
     data = ready("imagenet", 4)
     assert data.classes == CLASSES
     assert data.num_classes == 3
-    assert (len(data.train_set), len(data.validation_set)) == (9, 6)
+    assert [{file.split("/")[-3] for file in part} for part in split_files(data)] == [{"train"}, {"val"}, {"test"}]
+    assert [len(part) for part in split_files(data)] == [9, 6, 3]
     assert [images.shape for images, _ in data.train_dataloader()] == [(4, 3, 16, 16)] * 2
     assert torch.cat([labels for _, labels in data.val_dataloader()]).tolist() == [0, 0, 1, 1, 2, 2]
+    assert torch.cat([labels for _, labels in data.test_dataloader()]).tolist() == [0, 1, 2]
 
 
-def test_one_folder_is_split_by_its_seed_without_overlap(tmp_path):
-    write_classes(tmp_path / "pets", 10)
-    first, again, other = (ready(tmp_path / "pets", validation=0.2, split_seed=seed) for seed in (0, 0, 1))
-    train, validation = files(first.train_set), files(first.validation_set)
-    assert (len(train), len(validation)) == (24, 6)
+def test_without_test_val_takes_its_place_and_validation_is_of_train(root):
+    write_classes(root / "imagenet" / "train", 10)
+    write_classes(root / "imagenet" / "val", 2)
+    train, validation, test = split_files(ready("imagenet", validation=0.2))
+    assert (len(train), len(validation), len(test)) == (24, 6, 6)
     assert not set(train) & set(validation)
-    assert validation == files(again.validation_set) != files(other.validation_set)
+    assert {file.split("/")[-3] for file in train + validation} == {"train"}
+    assert {file.split("/")[-3] for file in test} == {"val"}
+
+
+def test_one_folder_is_split_in_three_by_its_seed_without_overlap(tmp_path):
+    write_classes(tmp_path / "pets", 10)
+    first, again, other = (split_files(ready(tmp_path / "pets", validation=0.2, split_seed=seed)) for seed in (0, 0, 1))
+    assert [len(part) for part in first] == [18, 6, 6]
+    assert len(set().union(*first)) == 30
+    assert first == again
+    assert all(part != another for part, another in zip(first, other, strict=True))
+
+
+def test_training_images_alone_are_cropped_at_random(tmp_path):
+    write_classes(tmp_path / "pets", 10)
+    data = ready(tmp_path / "pets")
+    transforms = [part.dataset.transform.transforms for part in (data.train_set, data.validation_set, data.test_set)]
+    assert [type(each[1]).__name__ for each in transforms] == ["RandomResizedCrop", "Resize", "Resize"]
 
 
 def test_the_root_comes_before_the_path(root, monkeypatch, tmp_path):
@@ -67,8 +90,8 @@ def test_the_order_follows_from_seed_and_epoch(tmp_path):
 
     def order(epoch, seed=0):
         loader = ready(tmp_path, seed=seed).train_dataloader()
-        loader.sampler.set_epoch(epoch)
-        return list(loader.sampler)
+        loader.set_epoch(epoch)
+        return loader.batches()
 
     assert order(1) == order(1) != order(2)
     assert order(1) != order(1, seed=5)
@@ -88,19 +111,27 @@ def test_an_absent_folder_is_asked_for(root):
     assert "image-net.org" in str(raised.value)
 
 
-def test_train_without_val_is_no_class(root):
-    write_classes(root / "imagenet" / "train", 1)
+@pytest.mark.parametrize("part", ["train", "val", "test"])
+def test_a_part_alone_is_no_class(root, part):
+    write_classes(root / "imagenet" / part, 1)
     with pytest.raises(MissingDataError, match="val"):
         ready("imagenet")
 
 
-def test_classes_that_differ_are_named(tmp_path):
-    write_classes(tmp_path / "train", 1)
-    write_classes(tmp_path / "val", 1, CLASSES[:2])
-    with pytest.raises(ValueError, match="only in one: dog"):
+@pytest.mark.parametrize("part", ["val", "test"])
+def test_classes_that_differ_are_named(tmp_path, part):
+    for name in ("train", "val", "test"):
+        write_classes(tmp_path / name, 1, CLASSES[:2] if name == part else CLASSES)
+    with pytest.raises(ValueError, match=f"train and {part} .*only in one: dog"):
         ready(tmp_path)
 
 
 def test_a_share_that_is_none_is_named():
-    with pytest.raises(ValueError, match=r"got 1\.5"):
-        FolderData(validation=1.5)
+    with pytest.raises(ValueError, match=r"got 0\.5"):
+        FolderData(validation=0.5)
+
+
+def test_too_few_images_to_split_are_refused(tmp_path):
+    write_classes(tmp_path, 1)
+    with pytest.raises(ValueError, match=r"too few images to hold out a share of 0\.1 for validation"):
+        ready(tmp_path)

@@ -63,7 +63,7 @@ def name(request, root):
 
 @pytest.fixture
 def data(name):
-    data = DetectionData(name, 2, workers=0)
+    data = DetectionData(name, 2, score_batch=2, workers=0)
     data.setup()
     return data
 
@@ -82,19 +82,24 @@ def test_boxes_labels_and_masks_are_those_of_the_file(data):
     assert data.num_classes == 8
 
 
-def test_an_image_without_objects_has_targets_of_their_usual_shape(data):
-    for index in (1, 2):
-        _, target = data.validation_set[index]
+def test_an_image_without_objects_has_targets_of_their_usual_shape(data, name, root):
+    files = SOURCES[name].train
+    plain = DetectionSet(root / name / files.images, root / name / files.annotations, detection_transform(False))
+    for dataset, index in ((data.validation_set, 1), (plain, 1), (plain, 2)):
+        _, target = dataset[index]
         assert target["boxes"].shape == (0, 4)
         assert target["labels"].shape == (0,)
         assert target["masks"].shape == (0, HEIGHT, WIDTH)
 
 
-def test_training_leaves_out_empty_images_and_scoring_keeps_them(data):
+def test_training_leaves_out_what_cannot_be_learned_and_scoring_keeps_crowds(data):
     assert [target["image_id"] for _, target in data.train_set] == [1, 4]
     assert [target["image_id"] for _, target in data.validation_set] == [1, 2, 3, 4]
-    assert len(data.train_set[1][1]["boxes"]) == 1
-    assert len(data.validation_set.coco.anns) == 5
+    assert len(data.train_set[1][1]["boxes"]) == len(data.validation_set[3][1]["boxes"]) == 1
+    _, crowd = data.validation_set[2]
+    assert crowd["iscrowd"].tolist() == [1]
+    assert crowd["masks"].sum() == 400
+    assert data.validation_set[0][1]["iscrowd"].tolist() == [0, 0]
 
 
 def test_a_flip_moves_boxes_and_masks_with_the_image(data):
@@ -113,7 +118,7 @@ def test_batches_are_lists_and_the_order_follows_from_seed_and_epoch(data, name)
     for epoch in range(8):
         loaders = data.train_dataloader(), data.train_dataloader()
         for loader in loaders:
-            loader.sampler.set_epoch(epoch)
+            loader.set_epoch(epoch)
         first, again = ([target["image_id"] for _, targets in loader for target in targets] for loader in loaders)
         assert first == again
         orders.append(tuple(first))

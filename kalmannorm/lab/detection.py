@@ -1,0 +1,125 @@
+"""Training and scoring Mask R-CNN with Lightning, for the paper's Table 6 (section 4.2)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torchmetrics.detection import MeanAveragePrecision
+
+from kalmannorm.lab.data.objects import Target
+from kalmannorm.lab.methods import normalize
+from kalmannorm.lab.optimization import Schedule, check_schedule, sgd
+from kalmannorm.lab.pretrained import load_backbone, resnet_of, trained_weights
+
+__all__ = ["Detector"]
+
+Batch = tuple[list[Tensor], list[Target]]
+
+# Ours, and torchmetrics' names for them.
+SCORES = {"box_ap": "bbox_map", "mask_ap": "segm_map", "box_ap50": "bbox_map_50", "mask_ap50": "segm_map_50"}
+
+
+class Detector(lightning.LightningModule):
+    """Trains a Mask R-CNN on the sum of its five losses, by SGD with momentum.
+
+    Logs ``loss`` and its parts (``loss_classifier``, ``loss_box_reg``, ``loss_mask``, ``loss_objectness``,
+    ``loss_rpn_box_reg``) in training, and in validation COCO's average precision, 0 to 1: ``box_ap`` and ``mask_ap``,
+    the mean over overlaps from 0.50 to 0.95, and ``box_ap50`` and ``mask_ap50``, at an overlap of 0.50.
+
+    Args:
+        network: From `kalmannorm.lab.models.detection`, or a torchvision detector with masks built on a ResNet; with
+            BatchNorm.
+        normalization: What takes BatchNorm's place, a key of `kalmannorm.lab.methods.METHODS`.
+        normalization_options: See `kalmannorm.lab.methods.normalize`.
+        weights: State dict of a trained ResNet, or the ``last.ckpt`` of one of our runs; up to
+            its classifier.
+        scratch: Allow ``normalization="frozen"`` without ``weights``, where it normalizes nothing.
+        rate: Learning rate, before the schedule's factor.
+        steps: Optimizer steps the schedule is laid out for.
+        schedule: See `kalmannorm.lab.optimization.sgd`.
+        milestones: See `kalmannorm.lab.optimization.sgd`. A first one at 0 makes a warm-up: ``{0: 0.33, 0.002: 1}``.
+        momentum: SGD's.
+        weight_decay: On weights alone, see `kalmannorm.lab.optimization.parameter_groups`.
+
+    Raises:
+        ValueError: An unknown normalization or schedule; weights that don't fit; or frozen ones without any.
+        FloatingPointError: In training, for a loss that is not finite.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        normalization: str = "bn",
+        *,
+        normalization_options: dict[str, Any] | None = None,
+        weights: str | None = None,
+        scratch: bool = False,
+        rate: float = 0.01,
+        steps: int = 1000,
+        schedule: Schedule = "cosine",
+        milestones: dict[float, float] | None = None,
+        momentum: float = 0.9,
+        weight_decay: float = 1e-4,
+    ) -> None:
+        super().__init__()
+        check_schedule(rate, steps, schedule, milestones)
+        if normalization == "frozen" and weights is None and not scratch:
+            raise ValueError(
+                "normalization='frozen' keeps the statistics of a trained network: give weights=FILE, or scratch=True "
+                "to train without; got neither"
+            )
+        state = None if weights is None else trained_weights(Path(weights))
+        # Of a network with BatchNorm: before the conversion, which keeps its scales. Of one with the method itself:
+        # after it.
+        early = state is not None and set(state) == set(resnet_of(network).state_dict())
+        if state is not None and early:
+            load_backbone(network, state)
+        self.network = normalize(network, normalization, steps=steps, **(normalization_options or {}))
+        if state is not None and not early:
+            load_backbone(self.network, state)
+        self._optimization = (rate, steps, schedule, milestones, momentum, weight_decay)
+        # Processes gather by hand: the metric would wait forever where they have different numbers of images.
+        self.average_precision = MeanAveragePrecision(iou_type=("bbox", "segm"), sync_on_compute=False)
+
+    def configure_optimizers(self) -> Any:
+        """SGD, with a schedule that moves every step."""
+        return sgd(self.network, *self._optimization)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The sum of the losses."""
+        images, targets = batch
+        losses: dict[str, Tensor] = self.network(images, targets)
+        loss = torch.stack(list(losses.values())).sum()
+        if not torch.isfinite(loss):
+            parts = ", ".join(f"{name} {value.item():.4g}" for name, value in losses.items())
+            raise FloatingPointError(f"the loss at step {self.global_step} is {loss.item()} ({parts})")
+        self.log_dict({"loss": loss.detach(), **{name: part.detach() for name, part in losses.items()}})
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Find objects, and keep them beside those there are."""
+        images, targets = batch
+        found = [
+            {key: each[key].cpu() for key in ("boxes", "labels", "scores")}
+            | {"masks": (each["masks"][:, 0] > 0.5).to("cpu", torch.uint8)}
+            for each in self.network(images)
+        ]
+        there = [{key: each[key].cpu() for key in ("boxes", "labels", "masks", "iscrowd")} for each in targets]
+        self.average_precision.update(found, there)
+
+    def on_validation_epoch_end(self) -> None:
+        """Publish the average precisions, of the images of all processes."""
+        metric = self.average_precision
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            parts: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(parts, metric.metric_state)
+            for name in metric.metric_state:
+                setattr(metric, name, [each for part in parts for each in part[name]])
+        values = metric.compute()
+        self.log_dict({ours: values[theirs] for ours, theirs in SCORES.items()})
+        metric.reset()

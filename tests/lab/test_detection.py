@@ -1,0 +1,185 @@
+"""Scores, weights and errors of detectors in training; and what a resumed training gives."""
+
+import json
+
+import lightning
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from kalmannorm.lab import fitting, recipes
+from kalmannorm.lab.data.generated_objects import generate_objects
+from kalmannorm.lab.data.objects import DetectionData
+from kalmannorm.lab.detection import Detector
+from kalmannorm.lab.training import quiet_trainer
+
+NAMES = ("box_ap", "mask_ap", "box_ap50", "mask_ap50")
+PARTS = ("loss_classifier", "loss_box_reg", "loss_mask", "loss_objectness", "loss_rpn_box_reg")
+
+
+@pytest.fixture
+def data(monkeypatch, tmp_path):
+    """Five validation images."""
+    monkeypatch.setenv("KALMANNORM_DATA", str(tmp_path))
+    generate_objects(tmp_path, "coco", train=6, validation=5)
+    return DetectionData("coco", workers=0)
+
+
+class Oracle(nn.Module):
+    """Finds what there is: ``shift`` columns to the right, and on every ``each``-th image alone."""
+
+    def __init__(self, data, shift=0, each=1, extra=()):
+        super().__init__()
+        data.setup()
+        self.known = [data.validation_set[index] for index in range(len(data.validation_set))]
+        self.shift, self.each, self.extra = shift, each, extra
+
+    def forward(self, images):
+        return [self.find(image) for image in images]
+
+    def find(self, image):
+        index = next(i for i, (known, _) in enumerate(self.known) if torch.equal(known, image))
+        target = self.known[index][1]
+        kept = slice(None) if index % self.each == 0 else slice(0)
+        boxes, masks, labels = (torch.as_tensor(target[key])[kept] for key in ("boxes", "masks", "labels"))
+        masks = masks.roll(self.shift, 2).float()[:, None]
+        return {
+            "boxes": boxes + self.shift * torch.tensor([1.0, 0, 1, 0]),
+            "labels": labels,
+            "scores": torch.ones(len(labels)),
+            "masks": masks,
+        }
+
+
+def scores(data, network, **options):
+    (found,) = quiet_trainer(1, **options).validate(Detector(network), datamodule=data, verbose=False)
+    assert set(found) == set(NAMES)
+    return found
+
+
+def test_what_is_found_exactly_scores_one(data):
+    assert scores(data, Oracle(data)) == pytest.approx(dict.fromkeys(NAMES, 1))
+
+
+def test_shifted_finds_score_at_low_overlap_alone(data):
+    found = scores(data, Oracle(data, shift=2))
+    assert found["box_ap50"] == found["mask_ap50"] == 1
+    assert 0.4 < found["box_ap"] < 0.95
+    assert 0.4 < found["mask_ap"] < 0.95
+
+
+def test_objects_not_found_count(data):
+    found = scores(data, Oracle(data, each=2))
+    assert 0.3 < found["box_ap"] == found["mask_ap"] < 0.9
+
+
+def test_what_is_found_in_a_crowd_does_not_count_against(data, tmp_path):
+    """All objects of the first image become crowds: to find them is neither right nor wrong."""
+    oracle = Oracle(data)
+    path = tmp_path / "coco" / "annotations" / "instances_val2017.json"
+    content = json.loads(path.read_text())
+    first = content["images"][0]["id"]
+    for entry in content["annotations"]:
+        entry["iscrowd"] = int(entry["image_id"] == first)
+    path.write_text(json.dumps(content))
+    assert scores(DetectionData("coco", workers=0), oracle)["box_ap"] == pytest.approx(1)
+
+
+@pytest.mark.slow
+def test_two_processes_score_as_one(data):
+    """Of five images the first process has three, and the second two."""
+    network = Oracle(data, shift=2, each=2)
+    alone = scores(data, network)
+    assert scores(data, network, devices=2, strategy="ddp_fork") == pytest.approx(alone)
+
+
+class Line(nn.Module):
+    """Losses of a detector, one of them not finite from the third call on."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2, 2))
+        self.calls = 0
+
+    def forward(self, images, targets):
+        self.calls += 1
+        return {
+            "loss_mask": self.weight.sum(),
+            "loss_box_reg": self.weight.sum() * float("1" if self.calls < 3 else "inf"),
+        }
+
+
+def test_a_loss_that_is_not_finite_names_the_step_and_the_part(data):
+    with pytest.raises(FloatingPointError, match=r"loss at step 2 is inf \(loss_mask [\d.-]+, loss_box_reg inf\)"):
+        quiet_trainer(5, limit_val_batches=0).fit(Detector(Line(), rate=0.1, steps=5), datamodule=data)
+
+
+def test_each_loss_is_logged_and_their_sum_is_trained_on(data):
+    trainer = quiet_trainer(1, limit_val_batches=0)
+    trainer.fit(Detector(Line(), rate=0.1, steps=5), datamodule=data)
+    logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    assert logged == {"loss": 8, "loss_mask": 4, "loss_box_reg": 4}
+
+
+def test_frozen_layers_want_weights():
+    network = nn.Sequential(nn.BatchNorm2d(3))
+    with pytest.raises(ValueError, match="weights=FILE, or scratch=True"):
+        Detector(network, "frozen")
+    Detector(network, "frozen", scratch=True)
+
+
+RECIPES = [name for table in ("table6", "pennfudan") for name in recipes.names(table)]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_are_complete(name):
+    recipe = recipes.read(name)
+    table = recipes.CONFIGS / recipe.cell["table"] / "table.yaml"
+    layout = yaml.safe_load(table.read_text())
+    assert name.startswith(recipe.cell["table"] + "/")
+    assert recipe.cell["row"] in layout["rows"]
+    assert set(recipe.cell["column"].values()) <= set(layout["columns"])
+    assert set(recipe.cell["column"]) <= set(NAMES)
+    assert fitting.steps(recipe.config) == recipe.config["trainer"]["max_steps"]
+    assert fitting.steps(recipe.scaled("tiny")) == 4
+    assert recipe.scaled("tiny")["model"]["init_args"].get("weights") is None
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    monkeypatch.setenv("KALMANNORM_DATA", str(tmp_path))
+    for name in ("coco", "pennfudan"):
+        generate_objects(tmp_path, name, train=4, validation=2)
+    return lambda name: recipes.read(name).scaled("tiny")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["table6/c4-frozen", "pennfudan/cpu-fpn-bn"])
+def test_a_recipe_trains_and_scores(tiny, tmp_path, name):
+    result = fitting.fit(tiny(name), tmp_path / "run")
+    assert set(result.scores) == set(NAMES)
+    assert all(0 <= value <= 1 for value in result.scores.values())
+    assert len(result.losses) == 4
+    assert set(PARTS) <= set(result.validations[0])
+    assert isinstance(fitting.load(tmp_path / "run"), lightning.LightningModule)
+
+
+@pytest.mark.slow
+def test_a_training_ended_in_mid_epoch_goes_on_bit_for_bit(tiny, tmp_path):
+    config = recipes.merge(tiny("pennfudan/fpn-kn"), {"trainer": {"val_check_interval": 4}})
+
+    def stop(step):
+        if step == 4:
+            raise KeyboardInterrupt
+
+    whole = fitting.fit(config, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        fitting.fit(config, tmp_path / "stopped", tell=stop)
+    kept = torch.load(tmp_path / "stopped" / "last.ckpt")
+    assert kept["global_step"] == 2
+    again = fitting.fit(config, tmp_path / "stopped")
+    assert again.losses == whole.losses
+    assert again.scores == whole.scores
+    first, second = (torch.load(tmp_path / name / "last.ckpt")["state_dict"] for name in ("whole", "stopped"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
