@@ -1,0 +1,120 @@
+"""What the filter is worth, layer by layer: how far prior, observation and posterior are from the truth."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kalmannorm.gaussian import Gaussian
+from kalmannorm.lab.seen import Forward, Seen, calls_of, first_element
+
+__all__ = ["PriorError", "errors_of", "prior_errors", "variance_gaps"]
+
+
+def variance_gaps(network: nn.Module, batches: Iterable[Any], *, own: bool = False,
+                  forward: Forward = first_element) -> dict[str, Tensor]:  # fmt: skip
+    """How far each batch's variance is from the moving variance, layer by layer (Fig. 5).
+
+    Args:
+        network: A trained network with BatchNorm or Kalman layers; it is left as it was, see `watched`.
+        batches: Inputs, or tuples that begin with them. A BatchNorm layer takes each as one batch; the groups
+            of a Kalman layer with ``stats_batch_size`` are batches of their own.
+        own: Take the batch's own variance, also where a Kalman layer normalizes by a fused one.
+        forward: ``forward(network, batch)`` makes the call, for other batches.
+
+    Returns:
+        For each layer with running statistics ``|variance - running_var|``, ``(batches, C)``.
+
+    Raises:
+        ValueError: No such layer, or no batch.
+    """
+    gaps = {}
+    for name, calls in calls_of(network, batches, forward).items():
+        moving = network.get_submodule(name).running_var
+        if isinstance(moving, Tensor):
+            used = [(call.observation if own else call.posterior).var for call in calls]
+            gaps[name] = (torch.cat(used) - moving).abs().cpu()
+    return gaps
+
+
+class PriorError(NamedTuple):
+    """How far an estimate of a layer's moments is from the reference, over all batches and channels.
+
+    Variances have the layer's ``eps`` added, as what a layer divides by has.
+    """
+
+    layer: str
+    estimate: str
+    """``"prior"``, ``"observation"`` or ``"posterior"``."""
+    reference: str
+    """``"population"``: all batches together; or ``"observation"``: each batch's own moments."""
+    mean: float
+    """Mean of the squared difference of the means, in units of the reference's variance."""
+    log_ratio: float
+    """Mean of ``log(variance / reference's)``: below 0 where the estimate is too narrow."""
+    log_ratio_rms: float
+    """Root of the mean of its square."""
+
+
+def prior_errors(network: nn.Module, batches: Iterable[Any], *, forward: Forward = first_element) -> list[PriorError]:
+    """How good prior, observation and posterior are, layer by layer.
+
+    The population is what the layer's observations are together, by the law of total variance, each sample
+    counting the same. All moments of all batches are kept until the end: a few hundred batches are enough.
+
+    Args:
+        network: See `variance_gaps`; as are ``batches`` and ``forward``.
+        batches: See `network`.
+        forward: See `network`.
+
+    Returns:
+        For each layer, in the order of the calls: where it has a prior the prior's, the observation's and the
+        posterior's error against the population, and the prior's against the observation; elsewhere the
+        observation's alone. Batches without a prior do not count among those of a layer that has it at times.
+
+    Raises:
+        ValueError: No such layer, or no batch.
+    """
+    return errors_of(network, calls_of(network, batches, forward))
+
+
+def errors_of(network: nn.Module, layers: dict[str, list[Seen]]) -> list[PriorError]:
+    """`prior_errors`, of what the layers saw already."""
+    rows = []
+    for name, calls in layers.items():
+        eps = float(network.get_submodule(name).eps)  # type: ignore[arg-type]
+        population = _population(calls)
+        informed = [call for call in calls if call.prior is not None]
+        observation = _stacked([call.observation for call in informed or calls])
+        if informed:
+            prior = _stacked([call.prior for call in informed if call.prior is not None])
+            posterior = _stacked([call.posterior for call in informed])
+            rows.append(PriorError(name, "prior", "population", *_errors(prior, population, eps)))
+            rows.append(PriorError(name, "posterior", "population", *_errors(posterior, population, eps)))
+            rows.append(PriorError(name, "prior", "observation", *_errors(prior, observation, eps)))
+        rows.append(PriorError(name, "observation", "population", *_errors(observation, population, eps)))
+    return rows
+
+
+def _stacked(moments: Iterable[Gaussian]) -> Gaussian:
+    moments = list(moments)
+    return Gaussian(torch.cat([m.mean for m in moments]), torch.cat([m.var for m in moments])).map(Tensor.double)
+
+
+def _population(calls: list[Seen]) -> Gaussian:
+    """Moments ``(1, C)`` of all observations together."""
+    observed = _stacked([call.observation for call in calls])
+    samples = torch.cat([torch.full((len(c.observation.mean), 1), float(c.samples)) for c in calls])
+    share = (samples / samples.sum()).to(observed.mean)
+    mean = (share * observed.mean).sum(0, keepdim=True)
+    return Gaussian(mean, (share * (observed.var + (observed.mean - mean).square())).sum(0, keepdim=True))
+
+
+def _errors(estimate: Gaussian, reference: Gaussian, eps: float) -> tuple[float, float, float]:
+    width = reference.var + eps
+    mean = ((estimate.mean - reference.mean).square() / width).mean()
+    ratio = ((estimate.var + eps) / width).log()
+    return float(mean), float(ratio.mean()), float(ratio.square().mean().sqrt())

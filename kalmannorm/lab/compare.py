@@ -1,0 +1,322 @@
+"""Which normalization to use: the same search and the same trainings with each, on one's own images."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import json
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from rich.console import Console
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from kalmannorm.lab import workers as pool
+from kalmannorm.lab.data.folders import FolderData
+from kalmannorm.lab.methods import METHODS, normalize
+from kalmannorm.lab.results import Result, finished, write_atomically
+
+__all__ = ["Job", "Outcome", "Plan", "SearchData", "classifier", "compare"]
+
+
+class SearchData(FolderData):
+    """`FolderData` whose test images are out of sight, so a run on them is scored on validation images."""
+
+    test_dataloader = lightning.LightningDataModule.test_dataloader  # type: ignore[assignment]
+
+
+def classifier(name: str, num_classes: int) -> nn.Module:
+    """An untrained classifier of torchvision that has BatchNorm, from ``(N, 3, H, W)`` to ``(N, num_classes)``.
+
+    Raises:
+        ValueError: There is none of this name, or it has no BatchNorm to replace.
+    """
+    from torchvision import models  # noqa: PLC0415 - slow
+
+    known = models.list_models(module=models)
+    if name not in known:
+        close = difflib.get_close_matches(name, known, 3) or ["resnet18", "mobilenet_v2", "efficientnet_b0"]
+        raise ValueError(f"torchvision has no classifier {name!r}; it has for example {', '.join(close)}")
+    build: Callable[..., nn.Module] = models.get_model_builder(name)
+    # Without auxiliary heads, whose outputs would come beside the logits; only these two have them.
+    options = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    network = build(weights=None, num_classes=num_classes, **options)
+    if not any(isinstance(layer, _BatchNorm) for layer in network.modules()):
+        raise ValueError(f"torchvision's {name} has no BatchNorm, so there is nothing to compare")
+    return network
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is compared, alike for all methods; see `compare`."""
+
+    folder: str
+    methods: tuple[str, ...]
+    statistics_batch: int
+    gradient_batch: int
+    network: str
+    size: int
+    steps: int
+    rates: tuple[float, ...]
+    seeds: int
+    num_classes: int
+    test_images: int
+
+    def config(self, method: str, rate: float, seed: int, search: bool) -> dict[str, Any]:
+        """What `kalmannorm.lab.fitting.fit` takes."""
+        place = "kalmannorm.lab.compare.SearchData" if search else "kalmannorm.lab.data.folders.FolderData"
+        network = {"name": self.network, "num_classes": self.num_classes}
+        return {
+            "seed_everything": seed,
+            "model": {
+                "class_path": "kalmannorm.lab.training.Classifier",
+                "init_args": {
+                    "network": {"class_path": "kalmannorm.lab.compare.classifier", "init_args": network},
+                    "normalization": method,
+                    "num_classes": self.num_classes,
+                    "statistics_batch": self.statistics_batch,
+                    "rate": rate,
+                    "schedule": "warmup",
+                },
+            },
+            "data": {
+                "class_path": place,
+                "init_args": {
+                    "folder": self.folder,
+                    "gradient_batch": self.gradient_batch,
+                    "size": self.size,
+                    # A process that trains on the CPU has one core, and would wait for its own workers.
+                    "workers": 4 if torch.cuda.is_available() else 0,
+                },
+            },
+            # Scored when it has ended, and not before.
+            "trainer": {"max_steps": self.steps, "val_check_interval": self.steps + 1},
+            "checkpoint_every": min(1000, self.steps),
+        }
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run: of the search, scored on validation images, or one of those that count, scored on test images."""
+
+    plan: Plan
+    method: str
+    rate: float
+    seed: int
+    search: bool
+    output: Path
+
+    def __str__(self) -> str:
+        """What a progress bar calls it."""
+        what = f"rate {self.rate:g}" if self.search else f"seed {self.seed}"
+        return f"{METHODS[self.method].label}, {what}"
+
+    @property
+    def folder(self) -> Path:
+        """Where the run is kept."""
+        kind, name = ("search", f"rate-{self.rate:g}") if self.search else ("runs", f"seed-{self.seed}")
+        return self.output / kind / f"{self.method}-{name}"
+
+
+def _work(job: Job, tell: pool.Tell) -> Result:
+    from kalmannorm.lab import fitting  # noqa: PLC0415 - Lightning takes seconds to import
+
+    config = job.plan.config(job.method, job.rate, job.seed, job.search)
+    result = fitting.fit(config, job.folder, tell)
+    if job.search:  # of which only the score is needed again
+        (job.folder / "last.ckpt").unlink(missing_ok=True)
+    return result
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a job: a result, or why there is none."""
+
+    job: Job
+    result: Result | None
+    error: str = ""
+
+    @property
+    def accuracy(self) -> float:
+        """By running statistics, as in plain ``eval()``; 0 to 1, and 0 where there is no result."""
+        return self.result.scores["accuracy_running"] if self.result else 0.0
+
+    @property
+    def last_loss(self) -> float:
+        """Mean training loss of the last tenth of the steps."""
+        losses = self.result.losses if self.result else [math.nan]
+        return statistics.fmean(losses[-max(1, len(losses) // 10) :])
+
+
+def compare(
+    folder: str,
+    *,
+    methods: str = "bn,gn,kn",
+    statistics_batch: int = 2,
+    gradient_batch: int | None = None,
+    network: str = "resnet18",
+    size: int = 64,
+    steps: int = 1000,
+    rates: str = "0.003,0.01,0.03,0.1",
+    seeds: int = 3,
+    workers: int | None = None,
+    output: Path = Path("runs/compare"),
+) -> None:
+    """Find out which normalization to use on your images, at your batch size.
+
+    Each method is trained once at each rate, in full, and scored on validation images; then at its best rate from
+    other seeds, and scored on test images, once. What was interrupted goes on when it is called again.
+
+    Args:
+        folder: Images, one folder a class; or with train, val and perhaps test folders around those.
+        methods: Which to compare, separated by commas: keys of kalmannorm.lab.methods.METHODS.
+        statistics_batch: Images that are normalized together.
+        gradient_batch: Images a training step, if more than that.
+        network: A classifier of torchvision with BatchNorm.
+        size: Side of the images, in pixels.
+        steps: Training steps of each run.
+        rates: Learning rates to search, separated by commas.
+        seeds: Runs of each method that count.
+        workers: Processes that train at the same time; as many as there are CPUs or GPUs if not given.
+        output: Folder for the runs, the table and the report.
+    """
+    counts = {"statistics_batch": statistics_batch, "size": size, "steps": steps, "seeds": seeds, "workers": workers}
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise ValueError(f"--{name}: expected at least 1; got {value}")
+    images = statistics_batch if gradient_batch is None else gradient_batch
+    if images % statistics_batch or images < 1:
+        raise ValueError(f"--gradient_batch: expected a multiple of statistics_batch={statistics_batch}; got {images}")
+    keys = tuple(dict.fromkeys(name.strip() for name in methods.split(",")))
+    data = _checked_data(folder, size, images)
+    _check_methods(keys, network, data.num_classes, statistics_batch, size)
+    plan = Plan(folder, keys, statistics_batch, images, network, size, steps, _numbers(rates), seeds,
+                data.num_classes, len(data.test_set))  # fmt: skip
+    _claim(output, plan)
+    console = Console()
+    processes = workers or torch.cuda.device_count() or pool.available_cpus()
+    search = [Job(plan, key, rate, 0, True, output) for key in keys for rate in plan.rates]
+    searched = _run(search, processes, console)
+    best = {key: _best(outcomes) for key, outcomes in by_method(searched).items()}
+    final = [
+        Job(plan, key, rate, seed, False, output)
+        for key, rate in best.items() if rate is not None
+        for seed in range(1, seeds + 1)
+    ]  # fmt: skip
+    if not final:
+        raise ValueError(f"no run of any method came to an end; the first failed with: {searched[0].error}")
+    counted = _run(final, processes, console)
+    _write_csv(output / "results.csv", [*searched, *counted])
+
+    from kalmannorm.lab.compare_report import terminal_table, write_page  # noqa: PLC0415 - matplotlib is slow
+
+    page = write_page(output / "report.html", plan, searched, counted, min(processes, len(final)))
+    console.print(terminal_table(plan, counted))
+    console.print(f"Report: {page}", soft_wrap=True, highlight=False)
+
+
+def by_method(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
+    """Outcomes that came to an end, by method; an empty list where none did."""
+    groups: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        groups.setdefault(outcome.job.method, []).extend([outcome] if outcome.result else [])
+    return groups
+
+
+def _best(outcomes: Sequence[Outcome]) -> float | None:
+    """The rate of the highest validation accuracy; of equal ones that of the lower training loss."""
+    if not outcomes:
+        return None
+    chosen = max(outcomes, key=lambda o: (o.accuracy, -o.last_loss if math.isfinite(o.last_loss) else -math.inf))
+    return chosen.job.rate
+
+
+def _run(jobs: Sequence[Job], workers: int, console: Console) -> list[Outcome]:
+    """What comes of the jobs, in their order; those that ended in an earlier call are only read."""
+    found: dict[Job, Result | Exception] = {job: Result.read(job.folder) for job in jobs if finished(job.folder)}
+    left = [job for job in jobs if job not in found]
+    if left:
+        new = pool.run_all(left, _work, lambda job: job.plan.steps, min(workers, len(left)), console, keep_going=True)
+        found.update(zip(left, new, strict=True))
+    return [_outcome(job, found[job]) for job in jobs]
+
+
+def _outcome(job: Job, found: Result | Exception) -> Outcome:
+    if isinstance(found, Exception):
+        return Outcome(job, None, " ".join(str(found).split()) or type(found).__name__)
+    return Outcome(job, found)
+
+
+def _numbers(rates: str) -> tuple[float, ...]:
+    try:
+        numbers = tuple(dict.fromkeys(float(rate) for rate in rates.split(",")))
+    except ValueError:
+        raise ValueError(f"--rates: expected numbers separated by commas; got {rates!r}") from None
+    if not all(0 < rate < math.inf for rate in numbers):
+        raise ValueError(f"--rates: expected numbers above 0; got {rates!r}")
+    return numbers
+
+
+def _checked_data(folder: str, size: int, images: int) -> FolderData:
+    data = FolderData(folder, images, size=size)
+    data.setup()
+    if data.num_classes < 2:
+        raise ValueError(f"{folder}: expected images of at least 2 classes; got {data.classes}")
+    if images > len(data.train_set):
+        raise ValueError(f"--gradient_batch: expected at most the {len(data.train_set)} training images; got {images}")
+    return data
+
+
+def _check_methods(methods: Sequence[str], name: str, num_classes: int, statistics_batch: int, size: int) -> None:
+    """Refuse now what would fail in every run."""
+    network = classifier(name, num_classes).eval()
+    try:
+        with torch.no_grad():
+            network(torch.zeros(1, 3, size, size))
+    except RuntimeError as error:
+        raise ValueError(f"--size: {name} cannot take images of {size} pixels: {error}") from error
+    for method in methods:
+        if method not in METHODS:
+            raise ValueError(f"--methods: unknown method {method!r}; expected some of {', '.join(METHODS)}")
+        normalize(classifier(name, num_classes), method, statistics_batch=statistics_batch)
+
+
+def _claim(output: Path, plan: Plan) -> None:
+    """Make the output folder this comparison's, unless it is another's."""
+    mine = json.loads(json.dumps(plan.__dict__))
+    path = output / "compare.json"
+    try:
+        if path.exists():
+            other = json.loads(path.read_text(encoding="utf-8"))
+            for name, value in mine.items():
+                if other.get(name) != value:
+                    raise ValueError(
+                        f"--output: {output} holds a comparison with {name}={other.get(name)}; got {value}"
+                    )
+        output.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(mine, indent=1) + "\n")
+    except OSError as error:
+        raise ValueError(f"--output: cannot write to {output}: {error.strerror}") from error
+
+
+def _write_csv(path: Path, outcomes: Sequence[Outcome]) -> None:
+    names = ["method", "rate", "seed", "split", "accuracy_running", "accuracy_online", "last_loss",
+             "seconds_per_step", "error"]  # fmt: skip
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(names)
+        for outcome in outcomes:
+            job, result = outcome.job, outcome.result
+            split = "validation" if job.search else "test"
+            numbers: list[Any] = [""] * 4
+            if result:
+                scores = (result.scores["accuracy_running"], result.scores["accuracy_online"])
+                numbers = [f"{n:.6g}" for n in (*scores, outcome.last_loss, result.seconds_per_step)]
+            writer.writerow([job.method, f"{job.rate:g}", job.seed, split, *numbers, outcome.error])

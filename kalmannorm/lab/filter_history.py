@@ -1,0 +1,89 @@
+"""What the filter learns: gains, process noise and the priors' errors while a network trains."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from torch import nn
+
+from kalmannorm.lab.analysis import errors_of
+from kalmannorm.lab.callbacks import _network
+from kalmannorm.lab.seen import Forward, calls_of, first_element, is_watched
+from kalmannorm.modules import KalmanNorm
+
+__all__ = ["FilterHistory"]
+
+
+class FilterHistory(lightning.Callback):
+    """Keeps, every so many steps, the gain and process noise of each Kalman layer, and its prior's errors.
+
+    The errors are those of `prior_errors` on the batch just trained on, under the weights after it. Nothing of
+    the training changes by it, but for its time: a look is a forward pass. ``rows`` is in checkpoints.
+
+    Args:
+        every: Steps between two looks; the first is after that many.
+        forward: ``forward(network, batch)`` makes the call, for batches that are no input and no tuple that
+            begins with one; ``network`` is the module's one attribute with such layers, or else the module.
+    """
+
+    def __init__(self, every: int = 100, forward: Forward = first_element) -> None:
+        if every < 1:
+            raise ValueError(f"FilterHistory got every={every}, expected a number above 0")
+        self.every, self.forward = every, forward
+        self.rows: list[dict[str, Any]] = []
+        """One a look and layer: ``step``, ``layer``, ``gain`` at the samples a group it had, the mean over channels
+        of ``process_noise`` (None where it has none), and ``ESTIMATE_REFERENCE_MEASURE`` of `PriorError`."""
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any,
+                           batch: Any, batch_idx: int) -> None:  # fmt: skip
+        """Look, if it is time to."""
+        step = trainer.global_step
+        # With accumulated gradients a step has several batches.
+        if step % self.every or (self.rows and self.rows[-1]["step"] == step) or not step:
+            return
+        with trainer.precision_plugin.forward_context():
+            self.rows += [{"step": step, **row} for row in _rows(_network(pl_module, is_watched), batch, self.forward)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rows so far."""
+        return {"rows": [dict(row) for row in self.rows]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from the rows of a checkpoint."""
+        self.rows = [dict(row) for row in state_dict["rows"]]
+
+    def write(self, path: Path) -> None:
+        """Write ``rows`` as CSV.
+
+        Raises:
+            ValueError: There are none.
+        """
+        if not self.rows:
+            raise ValueError(f"FilterHistory has no rows to write to {path}: no training reached step {self.every}")
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(dict.fromkeys(key for row in self.rows for key in row)))
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+
+def _rows(network: nn.Module, batch: Any, forward: Forward) -> list[dict[str, Any]]:
+    layers = calls_of(network, [batch], forward)
+    errors = errors_of(network, layers)
+    rows = []
+    for name, calls in layers.items():
+        layer = network.get_submodule(name)
+        if not isinstance(layer, KalmanNorm):
+            continue
+        with torch.no_grad():
+            gain, noise = layer.kalman_gain(calls[0].samples), layer.process_variance()
+            row = {"layer": name, "gain": float(gain), "process_noise": None if noise is None else float(noise.mean())}
+        for error in errors:
+            if error.layer == name:
+                what = f"{error.estimate}_{error.reference}_"
+                row |= {what + measure: getattr(error, measure) for measure in ("mean", "log_ratio", "log_ratio_rms")}
+        rows.append(row)
+    return rows

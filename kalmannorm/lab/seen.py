@@ -1,0 +1,138 @@
+"""What each normalization layer sees: its prior, its observation, its posterior."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from kalmannorm.freezing import is_frozen
+from kalmannorm.functional import add_process_noise, observe, synchronize
+from kalmannorm.gaussian import Gaussian
+from kalmannorm.inference import online_statistics
+from kalmannorm.modules import KalmanNorm
+from kalmannorm.propagation import paused
+
+__all__ = ["Forward", "Seen", "calls_of", "first_element", "is_watched", "watched"]
+
+Forward = Callable[[nn.Module, Any], object]
+
+
+class Seen(NamedTuple):
+    """One call of a normalization layer; moments are ``(S, C)``, a row a statistic group."""
+
+    layer: str
+    prior: Gaussian | None
+    """What it was told, process noise included; None where it has no prior, or the gain leaves it no say."""
+    observation: Gaussian
+    """What the group itself shows."""
+    posterior: Gaussian
+    """What normalized it."""
+    samples: int
+    """Samples a group."""
+
+
+@contextmanager
+def watched(network: nn.Module) -> Iterator[list[Seen]]:
+    """Run a network in ``eval()``, each batch normalizing itself, and keep what its layers see.
+
+    `KalmanNorm` layers fuse each batch with their prior as in training, by groups of ``stats_batch_size``;
+    BatchNorm layers take a batch as one group. Layers that are frozen are not watched. No buffer changes,
+    training flags are restored, and training's random numbers go on as if nothing had been drawn. Layers with
+    a ``process_group`` share statistics here too: all processes must take part.
+
+    Args:
+        network: Any network.
+
+    Yields:
+        A list that grows with every call of a layer.
+
+    Raises:
+        ValueError: There is no KalmanNorm and no BatchNorm layer that is not frozen.
+    """
+    seen: list[Seen] = []
+    training = {module: module.training for module in network.modules()}
+    tensors = [*network.parameters(), *network.buffers()]
+    devices = sorted({t.device.index for t in tensors if t.is_cuda})
+    handles = []
+    try:
+        network.eval()
+        for name, layer in network.named_modules():
+            if is_watched(layer):
+                watcher = _Watcher(name, seen)
+                handles.append(layer.register_forward_pre_hook(watcher.before, with_kwargs=True))
+                if isinstance(layer, KalmanNorm):
+                    layer.collect = watcher.collect
+        forked = torch.random.fork_rng(devices)
+        with online_statistics(network), torch.no_grad(), torch.compiler.set_stance("force_eager"), forked:
+            yield seen
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+            if isinstance(module, KalmanNorm):
+                module.__dict__.pop("collect", None)
+        for handle in handles:
+            handle.remove()
+
+
+def is_watched(layer: nn.Module) -> bool:
+    """Whether a layer normalizes by statistics of the batch."""
+    return isinstance(layer, KalmanNorm | _BatchNorm) and not is_frozen(layer)
+
+
+class _Watcher:
+    """Keeps the calls of one layer."""
+
+    def __init__(self, name: str, seen: list[Seen]) -> None:
+        self.name, self.seen = name, seen
+
+    def before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook: prior and observation; the posterior is the observation until the layer says else."""
+        x: Tensor = args[0] if args else kwargs["input"]
+        shared = layer.process_group if isinstance(layer, KalmanNorm) else None
+        if not x.numel() and shared is None:
+            return  # it normalizes nothing; others' samples are observed by an empty part too
+        with paused():
+            if not isinstance(layer, KalmanNorm):
+                self._add(None, observe(x), len(x))
+                return
+            groups = layer._groups(len(x))
+            # The layer finds again what this evaluates: the rules' beliefs, and the draws, are kept.
+            prior = layer._prior(x, groups)
+            prior = None if prior is None else add_process_noise(prior, layer.process_variance())
+            if shared is None:
+                self._add(prior, observe(x, groups), len(x) // groups)
+            else:
+                together = synchronize(x, shared)
+                self._add(prior, together.observation, int(together.samples))
+
+    def _add(self, prior: Gaussian | None, observation: Gaussian, samples: int) -> None:
+        self.seen.append(Seen(self.name, prior, observation, observation, samples))
+
+    def collect(self, posterior: Gaussian, samples: int | Tensor) -> None:
+        """As `KalmanNorm.collect`."""
+        self.seen[-1] = self.seen[-1]._replace(posterior=posterior)
+
+
+def first_element(network: nn.Module, batch: Any) -> object:
+    """Call a network on a batch that is its input, or begins with it."""
+    images = batch if isinstance(batch, Tensor) else batch[0]
+    device = next(iter([*network.parameters(), *network.buffers()])).device
+    return network(images.to(device))
+
+
+def calls_of(network: nn.Module, batches: Iterable[Any], forward: Forward) -> dict[str, list[Seen]]:
+    """Everything each layer saw, in the order of the layers' first calls."""
+    with watched(network) as seen:
+        for batch in batches:
+            forward(network, batch)
+    layers: dict[str, list[Seen]] = {}
+    for each in seen:
+        layers.setdefault(each.layer, []).append(each)
+    if not layers:
+        raise ValueError(f"{type(network).__name__} saw no batch: expected at least one")
+    return layers

@@ -1,0 +1,205 @@
+"""The comparison: what it refuses, what it searches, what it says, and all of it once, small."""
+
+import csv
+import math
+import re
+
+import browser
+import pytest
+import torch
+
+from kalmannorm.lab import cli, compare
+from kalmannorm.lab.compare import Job, Outcome, Plan, SearchData, classifier
+from kalmannorm.lab.compare_report import terminal_table, verdict, write_page
+from kalmannorm.lab.data.folders import FolderData
+from kalmannorm.lab.data.generated import generate_folders
+from kalmannorm.lab.fitting import _has
+from kalmannorm.lab.results import Result
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return generate_folders(tmp_path_factory.mktemp("images"), "pets", classes=2, train=20, val=4, size=40)
+
+
+LINE = ["--methods", "bn,kn", "--size", "32", "--steps", "2", "--rates", "0.01", "--seeds", "1", "--workers", "1"]
+
+
+@pytest.mark.slow
+def test_a_comparison_from_beginning_to_end(folder, tmp_path, capsys):
+    line = ["compare", str(folder), *LINE, "--output", str(tmp_path / "out")]
+    assert cli.main(line) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1] == f"Report: {tmp_path / 'out' / 'report.html'}"
+    assert "KalmanNorm" in out
+    with (tmp_path / "out" / "results.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["method"], row["seed"], row["split"]) for row in rows] == [
+        ("bn", "0", "validation"), ("kn", "0", "validation"), ("bn", "1", "test"), ("kn", "1", "test"),
+    ]  # fmt: skip
+    # Of 40 training images, a tenth is held out for validation; the 8 in val are the test.
+    quarters = [4 * float(row["accuracy_running"]) for row in rows[:2]]
+    assert quarters == [round(quarter) for quarter in quarters]
+    assert not list((tmp_path / "out" / "search").glob("*/last.ckpt"))
+    assert len(list((tmp_path / "out" / "runs").glob("*/last.ckpt"))) == 2
+    # Nothing is trained again; and another comparison does not go into the same folder.
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
+    content = (tmp_path / "out" / "results.csv").read_text(encoding="utf-8")
+    assert cli.main(line) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
+    assert (tmp_path / "out" / "results.csv").read_text(encoding="utf-8") == content
+    capsys.readouterr()
+    assert cli.main([*line, "--steps", "3"]) == 2
+    assert "holds a comparison with steps=2; got 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--methods", "bn,xy"], "--methods: unknown method 'xy'; expected some of bn, brn"),
+        (["--methods", "gn", "--network", "resnet19"], "no classifier 'resnet19'; it has for example resnet18"),
+        (["--network", "alexnet"], "alexnet has no BatchNorm"),
+        (["--network", "inception_v3"], "--size: inception_v3 cannot take images of 32 pixels"),
+        (["--gradient_batch", "3"], "--gradient_batch: expected a multiple of statistics_batch=2; got 3"),
+        (["--gradient_batch", "0"], "--gradient_batch: expected a multiple of statistics_batch=2; got 0"),
+        (["--gradient_batch", "64"], "--gradient_batch: expected at most the 36 training images; got 64"),
+        (["--rates", "0.1,x"], "--rates: expected numbers separated by commas; got '0.1,x'"),
+        (["--rates", "0.1,-1"], "--rates: expected numbers above 0"),
+        (["--seeds", "0"], "--seeds: expected at least 1; got 0"),
+        (["--steps", "many"], "--steps: expected int; got many"),
+    ],
+)
+def test_what_cannot_be_compared_is_said_in_one_line(folder, tmp_path, capsys, options, message):
+    assert cli.main(["compare", str(folder), *LINE, "--output", str(tmp_path / "out"), *options]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert len(err.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_images_are_said_in_one_line(tmp_path, capsys):
+    assert cli.main(["compare", str(tmp_path / "none"), "--output", str(tmp_path / "out")]) == 2
+    assert f"the data set '{tmp_path / 'none'}' was not found" in capsys.readouterr().err
+
+
+def test_classifiers_give_logits_alone():
+    for name, size in (("resnet18", 32), ("googlenet", 32), ("shufflenet_v2_x0_5", 32)):
+        assert classifier(name, 5)(torch.zeros(2, 3, size, size)).shape == (2, 5), name
+
+
+def test_the_search_sees_no_test_images():
+    assert not _has(SearchData("pets"), "test_dataloader")
+    assert _has(FolderData("pets"), "test_dataloader")
+
+
+PLAN = Plan("some/pets", ("bn", "gn", "kn"), 2, 4, "resnet18", 32, 10, (0.01, 0.1), 2, 4, 50)
+
+
+def outcome(method, rate, seed, accuracy, search=False, losses=(1.0,) * 10, error="", output=None):
+    job = Job(PLAN, method, rate, seed, search, output)
+    scores = {"accuracy_running": accuracy, "accuracy_online": accuracy / 2}
+    environment = {"torch": "2", "machine": "a long name of a machine " * 9}
+    result = Result({"model": {"rate": rate}}, scores, 9.0, 0.02, list(losses), [], environment)
+    return Outcome(job, None if error else result, error)
+
+
+def test_the_best_rate_is_the_one_of_the_highest_accuracy_then_of_the_lowest_loss():
+    low = [1.0] * 10
+    assert compare._best([outcome("bn", 0.1, 0, 0.5), outcome("bn", 0.2, 0, 0.6)]) == 0.2
+    rows = [
+        outcome("bn", 0.1, 0, 0.5, losses=[2.0] * 10),
+        outcome("bn", 0.2, 0, 0.5, losses=low),
+        outcome("bn", 0.3, 0, 0.5, losses=[math.nan] * 10),
+    ]
+    assert compare._best(rows) == 0.2
+    assert compare._best([]) is None
+
+
+def test_what_went_wrong_is_an_outcome_and_not_the_end(monkeypatch, tmp_path):
+    jobs = [Job(PLAN, "bn", rate, 0, True, tmp_path) for rate in (0.1, 0.2)]
+    result = outcome("bn", 0.2, 0, 0.5).result
+    monkeypatch.setattr(compare.pool, "run_all", lambda *rest, keep_going: [RuntimeError("no\nmemory"), result])
+    failed, fine = compare._run(jobs, 1, None)
+    assert (failed.result, failed.error, failed.accuracy) == (None, "no memory", 0.0)
+    assert fine.accuracy == 0.5
+    assert compare.by_method([failed, fine]) == {"bn": [fine]}
+    compare._write_csv(tmp_path / "r.csv", [failed, fine])
+    with (tmp_path / "r.csv").open(encoding="utf-8") as file:
+        first, second = csv.DictReader(file)
+    assert (first["accuracy_running"], first["error"]) == ("", "no memory")
+    assert (second["accuracy_online"], second["seconds_per_step"], second["error"]) == ("0.25", "0.02", "")
+
+
+SECONDS = {"BN": 0.010, "GN": 0.012, "KN": 0.015}
+
+
+def test_a_clear_winner_is_named_with_the_distance_and_the_cost():
+    said = verdict({"BN": [0.50, 0.52], "GN": [0.70, 0.72], "KN": [0.90, 0.92]}, SECONDS, 0.1, 1000)
+    assert said == (
+        "KN has the highest accuracy, 91.0 ± 1.4 % of 1000 test images. It beats GN by 20.0 points (14 times the "
+        "deviation between seeds) and BN by 40.0 points (28 times the deviation between seeds). "
+        "A step of KN takes 15.0 ms, 1.25 times GN's and 1.50 times BN's."
+    )
+
+
+def test_what_is_within_the_spread_is_no_difference():
+    said = verdict({"BN": [0.50, 0.52], "GN": [0.88, 0.92], "KN": [0.89, 0.93]}, SECONDS, 0.1, 1000)
+    assert "It beats BN by 40.0 points" in said
+    assert "There is no difference beyond the spread to GN (1.0 points, where seeds deviate by 2.8)." in said
+    assert "Of these, a step of GN takes the least time." in said
+
+
+def test_seeds_that_agree_need_more_than_a_test_images_difference():
+    same = {"BN": [0.90, 0.90], "KN": [0.90, 0.92]}
+    assert "no difference beyond the spread" in verdict(same, SECONDS, 0.1, 50)
+    apart = {"BN": [0.90, 0.90], "KN": [0.94, 0.94]}
+    assert "It beats BN by 4.0 points (all seeds alike)" in verdict(apart, SECONDS, 0.1, 50)
+    assert "no difference beyond" in verdict(apart, SECONDS, 0.1, 20)
+
+
+def test_one_seed_says_nothing_of_chance():
+    said = verdict({"BN": [0.5], "KN": [0.9]}, SECONDS, 0.1, 1000)
+    assert "40.0 points above BN. With a single seed nothing says how much of that is chance" in said
+    assert "beats" not in said
+
+
+def test_networks_that_guess_have_no_winner():
+    said = verdict({"BN": [0.10, 0.11], "KN": [0.10, 0.13]}, SECONDS, 0.1, 1000)
+    assert said.startswith("No method learned anything in these runs")
+    assert "guessing gives 10.0 %" in said
+    # A seed that fails does not say that those of others did not learn.
+    assert verdict({"KN": [0.9, 0.3, 0.9]}, SECONDS, 0.1, 1000).startswith("KN has the highest accuracy, 70.0 ± 34.6 %")
+
+
+def test_a_method_alone_gets_its_number():
+    said = verdict({"KN": [0.9, 0.9]}, SECONDS, 0.1, 100)
+    assert said == "KN has the highest accuracy, 90.0 ± 0.0 % of 100 test images."
+
+
+@pytest.fixture(scope="module")
+def outcomes():
+    accuracies = {"bn": 0.5, "kn": 0.9}
+    searched = [outcome(key, rate, 0, score, True) for key, score in accuracies.items() for rate in (0.01, 0.1)]
+    searched.append(outcome("gn", 0.01, 0, 0, True, error="it broke"))
+    finished = [
+        outcome(key, 0.1, seed, score + seed / 100) for key, score in accuracies.items() for seed in (1, 2)
+    ]
+    return searched, finished
+
+
+@pytest.mark.parametrize("size", [browser.DESKTOP, browser.PHONE], ids=["desktop", "phone"])
+def test_the_report_is_readable_and_says_what_the_terminal_says(outcomes, tmp_path, size):
+    page = write_page(tmp_path / "report.html", PLAN, *outcomes, 2)
+    with browser.started() as chromium:
+        found = browser.look(chromium, page, size)
+    browser.assert_readable(found)
+    assert found.facts["images"] == 2
+    text = found.facts["text"]
+    assert terminal_table(PLAN, outcomes[1]).caption in text
+    assert "KalmanNorm (default) has the highest accuracy, 91.5 ± 0.7 % of 50 test images" in text
+    assert "GroupNorm, rate 0.01 failed: it broke" in text
+    assert "No run of GroupNorm came to an end." in text
+    assert "the best rate, 0.1, is at an end of those searched" in text
+    assert "kalmannorm compare some/pets --methods bn,gn,kn --statistics_batch 2 --gradient_batch 4" in text
+    cells = re.findall(r"<td>(.*?)</td>", page.read_text(encoding="utf-8"))
+    assert cells[6:] == ["KalmanNorm (default)", "0.1", "91.5 ± 0.7", "45.8 ± 0.4", "1.000", "20.0"]

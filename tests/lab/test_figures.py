@@ -1,0 +1,124 @@
+"""The figures show the numbers that they were given."""
+
+import io
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from kalmannorm.lab import figures
+from kalmannorm.lab.analysis import PriorError
+from kalmannorm.lab.figures import Runs
+
+
+def drawn(drawing):
+    """The figure, after it was really drawn."""
+    buffer = io.BytesIO()
+    drawing.savefig(buffer, format="png", dpi=40)
+    assert buffer.getvalue().startswith(b"\x89PNG")
+    return drawing
+
+
+def test_a_curve_is_the_mean_over_seeds_in_a_band_of_a_deviation():
+    runs = Runs("BN", "#c44e52", [[4.0, 2.0], [8.0, 4.0]], {"running": [60.0, 80.0], "online": [70.0, 70.0]})
+    curves, scores = drawn(figures.learning([runs])).axes
+    (line,), (band,) = curves.lines, curves.collections
+    np.testing.assert_allclose(line.get_ydata(), [6, 3])
+    np.testing.assert_allclose(line.get_xdata(), [0.5, 1.5])
+    edges = band.get_paths()[0].vertices[:, 1]
+    assert edges.max() == pytest.approx(6 + math.sqrt(8))
+    assert edges.min() == pytest.approx(3 - math.sqrt(2))
+    dots = [dots.get_offsets() for dots in scores.collections]
+    np.testing.assert_allclose(dots[0][:, 0], [60, 80])
+    np.testing.assert_allclose(dots[1][:, 0], [70, 70])
+    assert dots[0][0, 1] < dots[1][0, 1]
+    assert [text.get_text() for text in scores.get_legend().get_texts()] == ["running", "online"]
+
+
+def test_a_long_curve_is_smoothed_and_one_that_diverges_ends():
+    losses = [float(i) for i in range(400)]
+    broken = [1.0] * 50 + [math.inf] * 50
+    one = Runs("BN", "#c44e52", [losses], {"top": [60.0]})
+    other = Runs("KN", "#4c72b0", [broken], {})
+    curves, scores = drawn(figures.learning([one, other], "AP, %", None)).axes
+    smooth, ended = (line.get_ydata() for line in curves.lines)
+    np.testing.assert_allclose(smooth, [8 * i + 3.5 for i in range(50)])
+    assert np.isfinite(ended[:25]).all()
+    assert np.isnan(ended[25:]).all()
+    assert scores.get_xlabel() == "AP, %"
+    assert scores.get_legend() is None
+
+
+def test_heat_maps_stand_side_by_side_on_one_logarithmic_scale():
+    torch.manual_seed(0)
+    names = [f"layer{i}" for i in range(9)]
+    bn, kn = ({name: torch.rand(5, 3) * size for name in names} for size in (1.0, 0.1))
+    kn["layer0"][0, 0] = 0
+    *panels, bar = drawn(figures.variance_gaps({"BN": bn, "KN": {**kn, "more": kn["layer0"]}}, at_most=3)).axes
+    assert [axes.get_title() for axes in panels[:2]] == ["BN", "KN"]
+    assert [axes.get_ylabel() for axes in panels[::2]] == [f"layer{i}\nchannel" for i in (0, 4, 8)]
+    images = [axes.images[0] for axes in panels]
+    np.testing.assert_allclose(images[2].get_array(), bn["layer4"].T, rtol=1e-6)  # channels from top to bottom
+    assert len({id(image.norm) for image in images}) == 1
+    largest = max(float(gap.max()) for name, gap in bn.items() if name in ("layer0", "layer4", "layer8"))
+    assert images[0].norm.vmax == pytest.approx(largest)
+    assert images[0].norm.vmin >= largest / 1e4
+    assert "moving variance" in bar.get_ylabel()
+
+
+@pytest.mark.parametrize("value", [0.0, 2.0])
+def test_gaps_that_are_all_alike_are_drawn_too(value):
+    drawn(figures.variance_gaps({"BN": {"norm": torch.full((2, 2), value)}}))
+
+
+def test_heat_maps_need_a_common_layer():
+    gap = torch.ones(2, 2)
+    with pytest.raises(ValueError, match=r"\['BN', 'KN'\] have no layer in common"):
+        figures.variance_gaps({"BN": {"a": gap}, "KN": {"b": gap}})
+
+
+def test_prior_errors_are_a_line_an_estimate():
+    rows = [
+        PriorError("first", "observation", "population", 0.5, 0.0, 0.1),
+        PriorError("second", "prior", "population", 0.25, 0.3, 0.5),
+        PriorError("second", "prior", "observation", 9.0, 9.0, 9.0),
+        PriorError("second", "observation", "population", 0.75, -0.1, 0.1),
+    ]
+    means, ratios = drawn(figures.prior_errors(rows)).axes
+    lines = {line.get_label(): line for line in means.lines}
+    np.testing.assert_allclose(lines["observation"].get_ydata(), [0.5, 0.75])
+    np.testing.assert_allclose(lines["prior"].get_xdata(), [1])
+    assert "posterior" not in lines
+    band = ratios.collections[0].get_paths()[0].vertices[:, 1]
+    assert (band.min(), band.max()) == pytest.approx((0.3 - 0.4, 0.3 + 0.4))
+    assert [text.get_text() for text in means.get_xticklabels()] == ["first", "second"]
+
+
+def test_many_layers_are_not_all_named():
+    rows = [PriorError(f"layer{i}", "prior", "population", 1.0, 0.0, 0.1) for i in range(30)]
+    means, _ = drawn(figures.prior_errors(rows)).axes
+    assert "layer3" not in [text.get_text() for text in means.get_xticklabels()]
+
+
+def test_the_filters_history_is_a_line_a_layer():
+    rows = [
+        {"step": step, "layer": layer, "gain": gain, "process_noise": None}
+        for step, layer, gain in ((10, "a", 0.1), (10, "b", 0.2), (20, "a", 0.3), (20, "b", 0.4))
+    ]
+    rows[3]["prior_population_log_ratio_rms"] = 0.7
+    gains, noise, errors = drawn(figures.filter_history(rows)).axes
+    assert [list(line.get_ydata()) for line in gains.lines] == [[0.1, 0.3], [0.2, 0.4]]
+    assert [text.get_text() for text in gains.get_legend().get_texts()] == ["a", "b"]
+    assert all(len(line.get_ydata()) == 0 for line in noise.lines)
+    assert list(errors.lines[1].get_ydata()) == [0.7]
+    assert gains.get_ylim() == pytest.approx((0, 0.44))
+
+
+def test_the_search_is_a_line_a_method_in_order_of_the_rates():
+    (axes,) = drawn(figures.search({"KN": [(0.1, 50.0), (0.01, 80.0)], "BN": []}, {"KN": "red", "BN": "blue"})).axes
+    line, empty = axes.lines
+    assert (list(line.get_xdata()), list(line.get_ydata())) == ([0.01, 0.1], [80, 50])
+    assert len(empty.get_xdata()) == 0
+    assert axes.get_xscale() == "log"
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["0.01", "0.1"]
