@@ -31,8 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The command line without the program's name; that of the process if not given.
 
     Returns:
-        The exit code: 0, 1 where a package is missing or a run failed, 2 where the command line is wrong or data are missing, 130
-        after Ctrl-C.
+        The exit code: 0, 1 where a package is missing or a run failed, 2 where the command line is wrong or data are
+        missing, 130 after Ctrl-C.
     """
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import platform
 import statistics
 import time
@@ -18,7 +17,9 @@ from rich.table import Table
 import kalmannorm
 from kalmannorm.lab import report
 from kalmannorm.lab.data.digits import Split
-from kalmannorm.lab.runs import METHODS, SCORED_IMAGES, Job, Result, images, run_all, write_csv, write_json
+from kalmannorm.lab.methods import METHODS
+from kalmannorm.lab.runs import RATES, SCORED_IMAGES, Job, Result, images, run_all, write_csv, write_json
+from kalmannorm.lab.workers import available_cpus
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,7 +29,7 @@ HEADER = ("", "accuracy, running stats", "accuracy, online stats", "last trainin
 
 def demo(
     *,
-    methods: str = ",".join(METHODS),
+    methods: str = ",".join(RATES),
     seeds: int = 3,
     steps: int = 3000,
     rate: float | None = None,
@@ -61,14 +62,14 @@ def demo(
     start = time.perf_counter()
     split: Split = "validation" if validation else "test"
     jobs = [
-        Job(key, seed, steps, METHODS[key].rate if rate is None else rate, data_seed=data_seed, split=split)
+        Job(key, seed, steps, RATES[key] if rate is None else rate, data_seed=data_seed, split=split)
         for key in keys
         for seed in range(seeds)
     ]
     console = Console()
     # The slowest method first, so that no process is left alone with it at the end.
     order = sorted(jobs, key=lambda job: job.method != "kn-paper")
-    found = {result.job: result for result in run_all(order, min(workers or _cpus(), len(jobs)), console)}
+    found = {result.job: result for result in run_all(order, min(workers or available_cpus(), len(jobs)), console)}
     results = [found[job] for job in jobs]
 
     environment = {
@@ -78,7 +79,7 @@ def demo(
         "kalmannorm": kalmannorm.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}, {_cpus()} CPUs",
+        "machine": f"{platform.system()} {platform.machine()}, {available_cpus()} CPUs",
         "seconds": f"{time.perf_counter() - start:.0f}",
     }
     write_csv(output / "results.csv", results)
@@ -105,8 +106,8 @@ def _checked(
     """
     keys = [name.strip() for name in methods.split(",")]
     for key in keys:
-        if key not in METHODS:
-            raise ValueError(f"--methods: unknown method {key!r}; expected some of {', '.join(METHODS)}")
+        if key not in RATES:
+            raise ValueError(f"--methods: unknown method {key!r}; expected some of {', '.join(RATES)}")
     counts = (("seeds", seeds, 1), ("steps", steps, 1), ("workers", workers, 1), ("data_seed", data_seed, 0))
     for name, value, least in counts:
         if value is not None and value < least:
@@ -118,11 +119,6 @@ def _checked(
     except OSError as error:
         raise ValueError(f"--output: cannot make the folder {output}: {error.strerror}") from error
     return list(dict.fromkeys(keys))
-
-
-def _cpus() -> int:
-    # What this process may use, where the system can tell: a container often has fewer than the machine.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _command_line(

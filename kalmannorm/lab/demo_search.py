@@ -11,10 +11,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 
-from kalmannorm.lab.runs import METHODS, Job, Result, run_all, write_csv
+from kalmannorm.lab import runs
+from kalmannorm.lab.runs import Job, Result, run_all, write_csv
 
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1)
 SEEDS = (100, 101)
@@ -31,7 +33,7 @@ def best(results: Sequence[Result], method: str) -> float:
     return max(scores, key=lambda rate: scores[rate])
 
 
-def jobs(rates: dict[str, Sequence[float]], schedule: str, steps: int) -> list[Job]:
+def jobs(rates: dict[str, Sequence[float]], schedule: Literal["cosine", "warmup"], steps: int) -> list[Job]:
     """A job for each method, rate and seed."""
     return [
         Job(method, seed, steps, rate, schedule=schedule, split="validation")
@@ -44,7 +46,7 @@ def jobs(rates: dict[str, Sequence[float]], schedule: str, steps: int) -> list[J
 def second_round(results: Sequence[Result], steps: int) -> list[Job]:
     """What to run after the grid: the warm-up near each method's best rate, and the reference."""
     rates: dict[str, Sequence[float]] = {}
-    for method in METHODS:
+    for method in runs.RATES:
         place = RATES.index(best(results, method))
         rates[method] = RATES[place : place + 2]
     reference = [
@@ -62,7 +64,7 @@ if __name__ == "__main__":
     parser.add_argument("--workers", type=int, default=1)
     options = parser.parse_args()
     console = Console()
-    found = run_all(jobs(dict.fromkeys(METHODS, RATES), "cosine", options.steps), options.workers, console)
+    found = run_all(jobs(dict.fromkeys(runs.RATES, RATES), "cosine", options.steps), options.workers, console)
     write_csv(options.output, found)
     found += run_all(second_round(found, options.steps), options.workers, console)
     write_csv(options.output, found)

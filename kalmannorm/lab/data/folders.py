@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning
 import numpy as np
@@ -69,7 +69,8 @@ class FolderData(lightning.LightningDataModule):
         size: Side of the images, in pixels.
         workers: Processes that load images.
         validation: Share of the training images to hold out where there is no ``test``; and where there is no
-            ``val`` either, as many again for the test.
+            ``val`` either, as many again for the test. ``"test"`` holds none out, and validates on the test images:
+            for curves as papers show them, not for choices.
         split_seed: Decides which; and with ``limit``, which ones are kept.
         limit: Keep so many images of each split, drawn from all classes.
         seed: Of the order, the crops and the flips.
@@ -87,14 +88,14 @@ class FolderData(lightning.LightningDataModule):
         score_batch: int = 64,
         size: int = 224,
         workers: int = 4,
-        validation: float = 0.1,
+        validation: float | Literal["test"] = 0.1,
         split_seed: int = 0,
         limit: int | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if not 0 < validation < 0.5:
-            raise ValueError(f"validation must be a share between 0 and 0.5; got {validation}")
+        if validation != "test" and not 0 < validation < 0.5:
+            raise ValueError(f"validation must be a share between 0 and 0.5, or 'test'; got {validation}")
         self.folder, self.gradient_batch, self.score_batch = folder, gradient_batch, score_batch
         self.size, self.workers = size, workers
         self.validation, self.split_seed, self.limit, self.seed = validation, split_seed, limit, seed
@@ -112,6 +113,8 @@ class FolderData(lightning.LightningDataModule):
         parts = {part: place / part for part in ("train", "val", "test") if (place / part).is_dir()}
         if parts and not {"train", "val"} <= set(parts):
             raise missing(self.folder, LAYOUT, ORIGIN)
+        if self.validation == "test" and not parts:
+            raise ValueError(f"{place} has no test images to validate on: expected train/ and val/, or a share")
         folders = {part: ImageFolder(str(path)) for part, path in (parts or {"train": place}).items()}
         self.classes, self.num_classes = _common_classes(place, folders), len(folders["train"].classes)
         splits = _splits({part: len(files) for part, files in folders.items()}, self.validation, self.split_seed)
@@ -152,16 +155,20 @@ def _common_classes(place: Path, folders: dict[str, ImageFolder]) -> list[str]:
     return known
 
 
-def _splits(counts: dict[str, int], share: float, seed: int) -> dict[str, tuple[str, np.ndarray]]:
+def _splits(counts: dict[str, int], share: float | Literal["test"], seed: int) -> dict[str, tuple[str, np.ndarray]]:
     """From split to folder, and which of its images, in a random order.
 
     Args:
         counts: Images in each folder there is.
-        share: Of the training images, to hold out for a split that has no folder.
+        share: Of the training images, to hold out for a split that has no folder; or "test".
         seed: Of the order.
     """
     order = {part: np.random.default_rng(seed).permutation(count) for part, count in counts.items()}
-    train, held_out = order["train"], round(share * counts["train"])
+    train = order["train"]
+    if share == "test":
+        test = "test" if "test" in counts else "val"
+        return {"train": ("train", train), "validation": (test, order[test]), "test": (test, order[test])}
+    held_out = round(share * counts["train"])
     if "test" in counts:
         return {"train": ("train", train), "validation": ("val", order["val"]), "test": ("test", order["test"])}
     validation, rest = ("train", train[:held_out]), train[held_out:]

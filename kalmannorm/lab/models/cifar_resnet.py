@@ -21,14 +21,13 @@ def _conv3x3(in_channels: int, channels: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
 
 
-def _shortcut(x: Tensor, channels: int, stride: int, window: int) -> Tensor:
+def _shortcut(x: Tensor, missing: int, stride: int, window: int) -> Tensor:
     """Option A: no weights. Averages ``window x window`` pixels, and adds channels of zeros on both sides.
 
-    ``(N, C, H, W)`` to ``(N, channels, H / stride, W / stride)``.
+    ``(N, C, H, W)`` to ``(N, C + missing, H / stride, W / stride)``.
     """
     if stride > 1:
         x = F.avg_pool2d(x, window, stride)
-    missing = channels - x.shape[1]
     return F.pad(x, (0, 0, 0, 0, missing // 2, missing - missing // 2)) if missing else x
 
 
@@ -40,7 +39,7 @@ class PostActivationBlock(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, stride: int, norm_layer: Norm) -> None:
         super().__init__()
-        self.channels, self.stride = channels, stride
+        self.missing, self.stride = channels - in_channels, stride
         self.conv1 = _conv3x3(in_channels, channels, stride)
         self.norm1 = norm_layer(channels)
         self.conv2 = _conv3x3(channels, channels)
@@ -50,7 +49,7 @@ class PostActivationBlock(nn.Module):
         """``(N, in_channels, H, W)`` to ``(N, channels, H / stride, W / stride)``."""
         residual = F.relu(self.norm1(self.conv1(x)))
         residual = self.norm2(self.conv2(residual))
-        return F.relu(residual + _shortcut(x, self.channels, self.stride, window=1))
+        return F.relu(residual + _shortcut(x, self.missing, self.stride, window=1))
 
 
 class PreActivationBlock(nn.Module):
@@ -62,7 +61,7 @@ class PreActivationBlock(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, stride: int, norm_layer: Norm, first: bool = False) -> None:
         super().__init__()
-        self.channels, self.stride = channels, stride
+        self.missing, self.stride = channels - in_channels, stride
         self.norm0 = None if first else norm_layer(in_channels)
         self.conv1 = _conv3x3(in_channels, channels, stride)
         self.norm1 = norm_layer(channels)
@@ -72,7 +71,7 @@ class PreActivationBlock(nn.Module):
         """``(N, in_channels, H, W)`` to ``(N, channels, H / stride, W / stride)``."""
         residual = x if self.norm0 is None else F.relu(self.norm0(x))
         residual = F.relu(self.norm1(self.conv1(residual)))
-        out: Tensor = self.conv2(residual) + _shortcut(x, self.channels, self.stride, window=self.stride)
+        out: Tensor = self.conv2(residual) + _shortcut(x, self.missing, self.stride, window=self.stride)
         return out
 
 

@@ -135,3 +135,20 @@ def test_too_few_images_to_split_are_refused(tmp_path):
     write_classes(tmp_path, 1)
     with pytest.raises(ValueError, match=r"too few images to hold out a share of 0\.1 for validation"):
         ready(tmp_path)
+
+
+@pytest.mark.parametrize("parts", [("train", "val"), ("train", "val", "test")])
+def test_test_images_can_draw_the_curve(root, parts):
+    for part in parts:
+        write_classes(root / "imagenet" / part, 2)
+    data = ready("imagenet", validation="test")
+    train, validation, test = split_files(data)
+    assert validation == test
+    assert {file.split("/")[-3] for file in test} == {parts[-1]}
+    assert len(train) == 6
+
+
+def test_without_test_images_there_is_nothing_to_validate_on(root):
+    write_classes(root / "photos", 4)
+    with pytest.raises(ValueError, match="no test images to validate on"):
+        ready("photos", validation="test")

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import kalmannorm
+from kalmannorm.lab.methods import normalize
 from kalmannorm.lab.models.cifar_resnet import CifarResNet, PreActivationBlock, _shortcut
 
 both_forms = pytest.mark.parametrize("preactivation", [True, False])
@@ -60,12 +61,12 @@ def test_sizes_of_the_stages(preactivation):
 @pytest.mark.parametrize("window", [1, 2])
 def test_shortcut_has_zeros_on_both_sides(window):
     x = torch.randn(2, 4, 6, 6)
-    out = _shortcut(x, 8, 2, window)
+    out = _shortcut(x, 4, 2, window)
     assert out.shape == (2, 8, 3, 3)
     assert out[:, :2].abs().sum() == out[:, 6:].abs().sum() == 0
     expected = x[:, :, ::2, ::2] if window == 1 else F.avg_pool2d(x, 2)
     assert torch.equal(out[:, 2:6], expected)
-    assert _shortcut(x, 4, 1, window) is x
+    assert _shortcut(x, 0, 1, window) is x
 
 
 def test_preactivation_leaves_the_sum_alone():
@@ -74,6 +75,14 @@ def test_preactivation_leaves_the_sum_alone():
     block = PreActivationBlock(16, 16, 1, nn.BatchNorm2d)
     nn.init.zeros_(block.conv2.weight)
     assert torch.equal(block(x), x)
+
+
+@pytest.mark.parametrize("preactivation", [True, False])
+@pytest.mark.parametrize("method", ["evonorm", "frn"])
+def test_methods_that_trace_the_network_can(method, preactivation):
+    model = normalize(CifarResNet(14, preactivation=preactivation), method)
+    assert not any(isinstance(layer, nn.BatchNorm2d) for layer in model.modules())
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
 
 
 def test_kaiming_fan_out():

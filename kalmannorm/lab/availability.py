@@ -1,0 +1,105 @@
+"""Which cells' data are at hand, and generated ones where a training is only to be tried."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from kalmannorm.lab.computed import COMPUTED
+from kalmannorm.lab.costs import build
+from kalmannorm.lab.data.generated import generate_for
+from kalmannorm.lab.data.images import SOURCES
+from kalmannorm.lab.data.roots import VARIABLE, MissingDataError, find
+from kalmannorm.lab.recipes import Scale
+from kalmannorm.lab.tables import Cell
+
+__all__ = ["data_at", "missing_data", "not_at_hand", "with_data"]
+
+
+@contextmanager
+def data_at(place: Path | None, cells: Sequence[Cell], output: Path, scale: Scale) -> Iterator[None]:
+    """Within it, this process and those it starts find their data sets.
+
+    Args:
+        place: The folder with the data sets; None for the one that ``KALMANNORM_DATA`` names.
+        cells: What is to be trained.
+        output: For the tiny scale, data sets are generated in there.
+        scale: See `recipes.Recipe.scaled`.
+
+    Raises:
+        ValueError: A place that is no folder, or one for the tiny scale.
+    """
+    if place is not None and scale == "tiny":
+        raise ValueError("--data: the tiny scale generates its data; leave this out")
+    if place is not None and not place.is_dir():
+        raise ValueError(f"--data: expected a folder; got {place}")
+    changed = {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    datasets.disable_progress_bars()
+    cache = datasets.config.HF_DATASETS_CACHE
+    if scale == "tiny":
+        root = (output / "generated-data").absolute()
+        for cell in cells:
+            generate_for(cell.config["data"], root)
+        # What `datasets` makes of generated images is no use to anything else.
+        datasets.config.HF_DATASETS_CACHE = root / "cache"
+        changed |= {VARIABLE: str(root), "HF_DATASETS_CACHE": str(root / "cache")}
+    elif place is not None:
+        changed[VARIABLE] = str(place.absolute())
+    before = {name: os.environ.get(name) for name in changed}
+    os.environ.update(changed)
+    try:
+        yield
+    finally:
+        datasets.config.HF_DATASETS_CACHE = cache
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def with_data(cells: Sequence[Cell]) -> list[Cell]:
+    """The cells whose data are here, or were downloaded now; the others are told why not.
+
+    Raises:
+        MissingDataError: There are none.
+    """
+    reasons: dict[str, str] = {}
+    for cell in cells:
+        if cell.recipe.cell.get("analysis") not in COMPUTED:
+            key = repr(cell.config["data"])
+            if key not in reasons:
+                reasons[key] = missing_data(cell.config)
+            cell.problems += [reasons[key]] if reasons[key] else []
+    ready = [cell for cell in cells if not cell.problems]
+    if not ready:
+        raise MissingDataError(cells[0].problems[0])
+    return ready
+
+
+def missing_data(config: Mapping[str, Any]) -> str:
+    """Why a configuration's data cannot be had, in one line; empty if they can."""
+    try:
+        data = build(config, "data")
+        data.prepare_data()
+        data.setup("fit")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        return " ".join(str(error).split())
+    return ""
+
+
+def not_at_hand(config: Mapping[str, Any]) -> str:
+    """As `missing_data`, but nothing is downloaded: what could be is said to be."""
+    known = SOURCES.get(config["data"].get("init_args", {}).get("name", ""))
+    if known is None:
+        return missing_data(config)
+    try:
+        here = find(known.folder, known.layout, known.origin)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        return " ".join(str(error).split())
+    return "" if here else "to be downloaded from the Hugging Face hub, and kept"

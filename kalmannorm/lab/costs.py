@@ -1,0 +1,135 @@
+"""What a training would cost on this machine, from a few steps on random images."""
+
+from __future__ import annotations
+
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import lightning
+import torch
+from jsonargparse import ArgumentParser
+
+from kalmannorm.lab.recipes import merge
+from kalmannorm.lab.tables import Cell, as_markdown
+
+__all__ = ["build", "costs", "device", "image_size", "images_a_step", "random_batch", "seconds_per_step", "timed_step"]
+
+# Images of so many pixels together are timed on a CPU; a step of more is taken to cost in proportion.
+PIXELS = 8 * 32 * 32
+NOT_TRAINED = ("parameters", "speed")
+BASES = {"model": lightning.LightningModule, "data": lightning.LightningDataModule}
+
+
+def build(config: Mapping[str, Any], part: Literal["model", "data"]) -> Any:
+    """The module, or the data module, of a configuration.
+
+    Raises:
+        ValueError: It cannot be built from this.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(BASES[part], part)
+    given = dict(config[part])
+    if part == "model":
+        given = merge(given, {"init_args": {"steps": config["trainer"]["max_steps"]}})
+    parsed = parser.parse_object({part: given})
+    # The second is the name in older versions.
+    make = getattr(parser, "instantiate", None) or parser.instantiate_classes
+    return make(parsed)[part]
+
+
+def device() -> torch.device:
+    """Where this machine would train."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def images_a_step(config: Mapping[str, Any]) -> int:
+    """The gradient batch."""
+    return int(config["data"]["init_args"]["gradient_batch"])
+
+
+def image_size(config: Mapping[str, Any]) -> int | None:
+    """Side of the square images that a configuration trains on; None where they are of many sizes."""
+    kind = config["data"]["class_path"].rpartition(".")[2]
+    sizes = {"ClassificationData": 32, "FolderData": config["data"]["init_args"].get("size", 224)}
+    return sizes.get(kind)
+
+
+def random_batch(count: int, size: int, classes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images of noise ``(count, 3, size, size)``, and labels, where this machine would train."""
+    images = torch.randn(count, 3, size, size, device=device())
+    return images, torch.randint(0, classes, (count,), device=device())
+
+
+def timed_step(module: Any, optimizer: torch.optim.Optimizer, batch: tuple[torch.Tensor, torch.Tensor]) -> float:
+    """Seconds of one training step, to its end on the device too."""
+    start = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*self.trainer. reference is not registered.*")
+        module.training_step(batch, 0).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    if device().type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def seconds_per_step(config: Mapping[str, Any], steps: int = 3) -> float | None:
+    """How long a training step takes here, roughly: data loading and validation are left out.
+
+    Args:
+        config: What ``fit`` takes.
+        steps: How many are timed, after one that is not; the median counts.
+
+    Returns:
+        Seconds; None where the images are of many sizes, so that there is no step to try.
+    """
+    size = image_size(config)
+    if size is None:
+        return None
+    whole = images_a_step(config)
+    count = whole if device().type == "cuda" else min(whole, max(2, PIXELS // size**2))
+    given = config["model"]["init_args"]
+    group = min(given.get("statistics_batch") or count, count)
+    count -= count % group
+    smaller = merge(config, {"model": {"init_args": {"statistics_batch": group}}})
+    module = build(smaller, "model").to(device()).train()
+    optimizer = module.configure_optimizers()["optimizer"]
+    batch = random_batch(count, size, given["num_classes"])
+    timed_step(module, optimizer, batch)
+    return statistics.median(timed_step(module, optimizer, batch) for _ in range(steps)) * whole / count
+
+
+def costs(cells: Sequence[Cell], seeds: int, why_not: Callable[[Mapping[str, Any]], str]) -> str:
+    """What there is to do, a line a cell: steps, images seen, hours on one device of this machine, and the data.
+
+    Args:
+        cells: Of a table.
+        seeds: Trainings of each.
+        why_not: Says why a configuration's data cannot be had; nothing if they can.
+    """
+    seconds: dict[str, float | None] = {}
+    data: dict[str, str] = {}
+    rows = [["cell", "steps", "images seen", "hours a seed", "data"]]
+    total = 0.0
+    for cell in cells:
+        config = cell.config
+        if cell.recipe.cell.get("analysis") in NOT_TRAINED:
+            rows.append([cell.recipe.name, "-", "-", "-", "needs none"])
+            continue
+        steps, model, images = config["trainer"]["max_steps"], repr(config["model"]), repr(config["data"])
+        if model not in seconds:
+            seconds[model] = seconds_per_step(config)
+        if images not in data:
+            data[images] = why_not(config) or "here"
+        step = seconds[model]
+        total += (step or 0.0) * steps * seeds
+        hours = "?" if step is None else f"{step * steps / 3600:,.2f}"
+        rows.append([cell.recipe.name, f"{steps:,}", f"{steps * images_a_step(config):,}", hours, data[images]])
+    where = torch.cuda.get_device_name() if device().type == "cuda" else "one CPU thread"
+    return (
+        f"{as_markdown(rows)}\n{total / 3600:,.1f} hours with {seeds} seeds, on {where}. An estimate, from a few "
+        "training steps on random images: without loading data, validation and other work on this machine."
+    )

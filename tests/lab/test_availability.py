@@ -1,0 +1,42 @@
+"""Which data are at hand; `test_reproduce` has what a table does about those that are not."""
+
+import os
+
+import pytest
+
+from kalmannorm.lab.availability import data_at, missing_data, not_at_hand
+from kalmannorm.lab.data.roots import VARIABLE
+from kalmannorm.lab.recipes import read
+
+CIFAR, IMAGENET = (read(name).config for name in ("table8/resnet32-kn-bs2", "table1/resnet50-kn"))
+
+
+def test_what_can_be_downloaded_is_not_downloaded_to_find_out(tmp_path, monkeypatch):
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    monkeypatch.setattr("datasets.load_dataset", lambda *_args, **_options: pytest.fail("asked the hub"))
+    assert "to be downloaded" in not_at_hand(CIFAR)
+    assert "imagenet" in not_at_hand(IMAGENET)
+
+
+def test_a_set_in_part_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    (tmp_path / "cifar10").mkdir()
+    assert "'cifar10' was not found" in not_at_hand(CIFAR)
+    for part in ("train", "test"):
+        (tmp_path / "cifar10" / f"{part}-0.parquet").touch()
+    assert not_at_hand(CIFAR) == ""
+
+
+def test_a_missing_folder_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    assert missing_data(IMAGENET).count("\n") == 0
+    assert "train/*/*" in missing_data(IMAGENET)
+
+
+def test_the_place_holds_for_a_while(tmp_path, monkeypatch):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    with data_at(tmp_path, [], tmp_path / "out", 1.0):
+        assert os.environ[VARIABLE] == str(tmp_path)
+    assert VARIABLE not in os.environ
+    with pytest.raises(ValueError, match="expected a folder"), data_at(tmp_path / "no", [], tmp_path, 1.0):
+        pass

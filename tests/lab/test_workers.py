@@ -1,0 +1,64 @@
+"""The process pool: results in order, errors in their place, and no job lost with a process that died."""
+
+import io
+import os
+import time
+
+import pytest
+from rich.console import Console
+
+from kalmannorm.lab.workers import in_turn, run_all
+
+
+def work(job, tell):
+    """A job is what to do, and a number."""
+    what, number = job
+    tell(1)
+    if what == "fail":
+        raise ValueError(f"job {number}")
+    if what == "die":
+        time.sleep(0.5)  # its neighbour has begun too
+        os._exit(9)
+    if what == "sleep":
+        time.sleep(1.5)
+    return 10 * number, os.getpid()
+
+
+def done(jobs, workers=2, **options):
+    return run_all(jobs, work, lambda job: 2, workers, Console(file=io.StringIO()), **options)
+
+
+def test_results_are_in_the_order_of_the_jobs_with_errors_in_their_place():
+    results = done([("sleep", 1), ("sleep", 2), ("fail", 3), ("go", 4)], keep_going=True)
+    assert [results[place][0] for place in (0, 1, 3)] == [10, 20, 40]
+    assert isinstance(results[2], ValueError)
+    assert str(results[2]) == "job 3"
+    processes = {results[place][1] for place in (0, 1, 3)}
+    assert len(processes) == 2
+    assert os.getpid() not in processes
+
+
+@pytest.mark.slow
+def test_without_that_the_first_error_ends_it():
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match="job 1"):
+        done([("fail", 1), *[("sleep", number) for number in range(60)]])
+    assert time.perf_counter() - start < 60 * 1.5 / 2
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_takes_no_other_job_with_it():
+    """Its neighbour, which had begun, and those that had not are done all the same."""
+    results = done([("sleep", 1), ("die", 2), ("go", 3), ("go", 4)], keep_going=True)
+    assert isinstance(results[1], ChildProcessError)
+    assert [results[place][0] for place in (0, 2, 3)] == [10, 30, 40]
+
+
+def test_in_turn_keeps_errors_and_counts_steps():
+    shown = io.StringIO()
+    results = in_turn(
+        [("go", 1), ("fail", 2)], lambda job: work(job, lambda step: None), lambda job: 7, Console(file=shown)
+    )
+    assert results[0][0] == 10
+    assert isinstance(results[1], ValueError)
+    assert "14/14" in shown.getvalue()
