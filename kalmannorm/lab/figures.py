@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -146,7 +147,8 @@ def variance_gaps(gaps: Mapping[str, Mapping[str, Tensor]], layers: Sequence[str
             if row == len(layers) - 1:
                 axes.set_xlabel("batch")
             if column == 0:
-                axes.set_ylabel(f"{name}\nchannel")
+                # A name's parts below one another: the panels are low, and names are long.
+                axes.set_ylabel("\n".join([*textwrap.wrap(name.replace(".", ". "), 14), "channel"]), fontsize=8)
     drawing.colorbar(image, ax=grid, label="|batch variance - moving variance|")
     return drawing
 

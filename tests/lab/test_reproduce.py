@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 
+import browser
 import pytest
 import yaml
 
@@ -178,7 +179,14 @@ def test_figure5_compares_trained_networks(tmp_path):
     out = command(tmp_path, "figure5")
     assert re.search(r"BN +\| [\d.]+ ", out)
     assert all(float(row["variance_gap"]) > 0 for row in rows(tmp_path, "figure5") if row["status"] == "computed")
-    assert "Variance gaps" in (tmp_path / "figure5" / "report.html").read_text(encoding="utf-8")
+    page = tmp_path / "figure5" / "report.html"
+    assert "Variance gaps" in page.read_text(encoding="utf-8")
+    with browser.started() as chromium:
+        for size in (browser.DESKTOP, browser.PHONE):
+            found = browser.look(chromium, page, size)
+            browser.assert_readable(found)
+            assert found.facts["images"] == 2
+            assert "not comparable with the paper's" in found.facts["text"]
 
 
 @pytest.mark.slow
