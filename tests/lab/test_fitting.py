@@ -1,5 +1,6 @@
 """A run from its configuration to its result."""
 
+import csv
 import os
 import subprocess
 import sys
@@ -99,6 +100,21 @@ def test_weight_normalization_starts_from_data(images, short, tmp_path):
     waiting = [tensor for name, tensor in state.items() if name.endswith("awaits_data")]
     assert waiting
     assert not any(waiting)
+
+
+def test_lightnings_loggers(images, short, tmp_path):
+    loggers = [
+        {"class_path": f"lightning.pytorch.loggers.{name}", "init_args": {"save_dir": str(tmp_path / name)}}
+        for name in ("CSVLogger", "TensorBoardLogger")
+    ]
+    short["trainer"] |= {"logger": loggers, "log_every_n_steps": 1}
+    result = fit(short, tmp_path / "run")
+    (table,) = (tmp_path / "CSVLogger").rglob("metrics.csv")
+    rows = list(csv.DictReader(table.open(encoding="utf-8")))
+    assert [float(row["loss"]) for row in rows if row["loss"]] == pytest.approx(result.losses, rel=1e-5)
+    (last, *_) = [row["accuracy_running"] for row in reversed(rows) if row["accuracy_running"]]
+    assert float(last) == pytest.approx(result.scores["accuracy_running"])
+    assert list((tmp_path / "TensorBoardLogger").rglob("events.out.tfevents.*"))
 
 
 @pytest.mark.slow
