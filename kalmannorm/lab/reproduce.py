@@ -56,8 +56,12 @@ def reproduce(
     quiet()
     with data_at(data, cells, output, amount):
         if list:
+            threads = torch.get_num_threads()
             torch.set_num_threads(1)  # as each training would have
-            print(costs(cells, seeds, not_at_hand))
+            try:
+                print(costs(cells, seeds, not_at_hand))
+            finally:
+                torch.set_num_threads(threads)
             return 0
         ready = with_data(cells)
         folder = output / table

@@ -34,9 +34,11 @@ def test_folders_are_read_as_imagenet(root):
     generate_folders(root, "imagenet", classes=3, train=4, val=2)
     data = FolderData("imagenet", 4, size=32, workers=0)
     data.setup()
-    assert (data.num_classes, len(data.train_set), len(data.validation_set)) == (3, 12, 6)
-    images, _ = next(iter(data.val_dataloader()))
-    assert images.shape == (4, 3, 32, 32)
+    # A tenth of the training images validates, and `val` is for the test.
+    parts = (data.train_set, data.validation_set, data.test_set)
+    assert (data.num_classes, *map(len, parts)) == (3, 11, 1, 6)
+    images, _ = next(iter(data.test_dataloader()))
+    assert images.shape == (6, 3, 32, 32)
 
 
 def test_classes_are_told_apart_across_seeds():
