@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 import kalmannorm
-from kalmannorm.lab import report
+from kalmannorm.lab import figures, report
 from kalmannorm.lab.data.digits import Split
 from kalmannorm.lab.methods import METHODS
 from kalmannorm.lab.runs import RATES, SCORED_IMAGES, Job, Result, images, run_all, write_csv, write_json
@@ -174,33 +174,20 @@ def _terminal_table(results: Sequence[Result]) -> Table:
 
 
 def _draw_results(results: Sequence[Result]) -> Figure:
-    from matplotlib.figure import Figure  # noqa: PLC0415  (slow to import, and workers never draw)
-
-    drawing = Figure(figsize=(10, 4.2))
-    curves, scores = drawing.subplots(1, 2, width_ratios=(3, 2))
-    groups = _by_method(results)
-    for row, (key, own) in enumerate(groups.items()):
-        colour = METHODS[key].colour
-        losses = torch.tensor([result.losses for result in own])
-        # Two images give a noisy loss: average over a fiftieth of the run.
-        window = max(1, losses.shape[1] // 50)
-        smooth = losses.unfold(1, window, window).mean(2)
-        steps = ((torch.arange(smooth.shape[1]) + 0.5) * window).numpy()
-        mean, spread = smooth.mean(0).numpy(), smooth.std(0, correction=min(1, len(own) - 1)).numpy()
-        curves.plot(steps, mean, color=colour, label=METHODS[key].label)
-        curves.fill_between(steps, mean - spread, mean + spread, color=colour, alpha=0.2, linewidth=0)
-        running = [100 * result.accuracy_running for result in own]
-        online = [100 * result.accuracy_online for result in own]
-        scores.scatter(running, [row - 0.12] * len(own), color=colour)
-        scores.scatter(online, [row + 0.12] * len(own), facecolor="white", edgecolor=colour, marker="D")
-    curves.set(xlabel="step", ylabel="training loss", ylim=(0, None))
-    curves.legend(frameon=False)
-    scores.set(xlabel="accuracy, %", xlim=(0, 100), ylim=(len(groups) - 0.5, -0.5))
-    scores.set_yticks(range(len(groups)), [METHODS[key].label for key in groups])
-    for axes in (curves, scores):
-        axes.spines[["top", "right"]].set_visible(False)
-    drawing.tight_layout()
-    return drawing
+    return figures.learning(
+        [
+            figures.Runs(
+                METHODS[key].label,
+                METHODS[key].colour,
+                [result.losses for result in own],
+                {
+                    "running statistics": [100 * result.accuracy_running for result in own],
+                    "online statistics": [100 * result.accuracy_online for result in own],
+                },
+            )
+            for key, own in _by_method(results).items()
+        ]
+    )
 
 
 def _draw_inputs(split: Split, data_seed: int) -> Figure:
@@ -236,8 +223,7 @@ def write_page(path: Path, results: Sequence[Result], environment: dict[str, str
         report.heading("Learning curves"),
         report.figure(
             _draw_results(results),
-            "Left: training loss, mean over seeds and a band of one standard deviation. Right: accuracy of "
-            "each seed, with running statistics (circles) and with online statistics (diamonds).",
+            "Left: training loss, mean over seeds and a band of one standard deviation. Right: accuracy of each seed.",
         ),
         report.heading("What the network sees"),
         report.figure(

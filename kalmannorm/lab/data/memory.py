@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from kalmannorm.lab.data.augmentation import crop_and_flip, draw_moves
+from kalmannorm.lab.data.resumable import Resumable
 
 
-class MemoryBatches:
+class MemoryBatches(Resumable):
     """An iterable of batches that comes in the same order, with the same crops, under the same seed and epoch.
 
     As with torch's ``DistributedSampler``, `set_epoch` moves on to other draws; Lightning calls it. An epoch that was
@@ -50,8 +50,6 @@ class MemoryBatches:
         self.images, self.labels, self.batch_size = images, labels, batch_size
         self.prepare, self.seed, self.augment = prepare, seed, augment
         self.drop_last, self.rank, self.replicas, self.accumulated = drop_last, rank, replicas, accumulated
-        self.epoch = 0
-        self._first = self._handed_out = 0
         if augment not in ("none", "crop", "crop_flip"):
             raise ValueError(f"augment must be 'none', 'crop' or 'crop_flip'; got {augment!r}")
         if augment != "none" and seed is None:
@@ -66,26 +64,6 @@ class MemoryBatches:
         if self.drop_last:
             return whole - whole % self.accumulated
         return whole + (rest >= self.replicas)
-
-    # Lightning asks any loader that has a `sampler` for this too.
-    batch_sampler = None
-
-    @property
-    def sampler(self) -> MemoryBatches:
-        """Itself: Lightning tells the epoch to a loader's sampler."""
-        return self
-
-    def set_epoch(self, epoch: int) -> None:
-        """Take the order and the crops of this epoch from the next iteration on."""
-        self.epoch = epoch
-
-    def state_dict(self) -> dict[str, Any]:
-        """How many batches of the epoch are handed out."""
-        return {"handed_out": self._handed_out}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Leave those out of the next iteration (alone)."""
-        self._first = state["handed_out"] % len(self)
 
     def _draws(self) -> tuple[Tensor, Tensor | None]:
         """Of one epoch, all processes together: the order ``(N,)`` of the images, and their moves ``(N, 3)``."""
@@ -111,11 +89,11 @@ class MemoryBatches:
         device = self.images.device
         order, moves = (None if drawn is None else drawn.to(device) for drawn in self._draws())
         assert order is not None
-        first, self._first = self._first, 0
+        first = self.take_left_out()
         for index in range(first, len(self)):
             here = self._slice(index)
             images = self.images[order[here]]
             if moves is not None:
                 images = crop_and_flip(images, moves[here])
-            self._handed_out = index + 1
+            self.handed_out = index + 1
             yield self.prepare(images), self.labels[order[here]]

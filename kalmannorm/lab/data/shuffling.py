@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from kalmannorm.lab.data.resumable import Resumable
 from kalmannorm.lab.data.sharing import images_a_process
 
 
@@ -32,7 +33,7 @@ class Drawn(Dataset[Any]):
             return self.data[index]
 
 
-class ShuffledBatches:
+class ShuffledBatches(Resumable):
     """An iterable of shuffled batches, of ``images`` images each, read by worker processes.
 
     As with `MemoryBatches`, ``sampler.set_epoch`` moves on to another order and other draws, and an epoch that was
@@ -53,9 +54,6 @@ class ShuffledBatches:
         ValueError: The gradient batch can't be shared out, or is larger than the data set.
     """
 
-    # Lightning asks any loader that has a `sampler` for this too.
-    batch_sampler = None
-
     def __init__(
         self, data: Any, gradient_batch: int, trainer: lightning.Trainer | None = None, *, seed: int = 0, **options: Any
     ) -> None:
@@ -65,29 +63,10 @@ class ShuffledBatches:
         self.data, self.gradient_batch, self.seed = data, gradient_batch, seed
         self.rank, self.replicas = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
         self.options = {"pin_memory": on_gpu(trainer), **options}
-        self.epoch = 0
-        self._first = self._handed_out = 0
 
     def __len__(self) -> int:
         """Batches an epoch, of this process."""
         return len(self.data) // self.gradient_batch * (self.gradient_batch // (self.images * self.replicas))
-
-    @property
-    def sampler(self) -> ShuffledBatches:
-        """Itself: Lightning tells the epoch to a loader's sampler."""
-        return self
-
-    def set_epoch(self, epoch: int) -> None:
-        """Take the order and the draws of this epoch from the next iteration on."""
-        self.epoch = epoch
-
-    def state_dict(self) -> dict[str, Any]:
-        """How many batches of the epoch are handed out."""
-        return {"handed_out": self._handed_out}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Leave those out of the next iteration (alone)."""
-        self._first = self._handed_out = state["handed_out"] % len(self)
 
     def batches(self) -> list[list[int]]:
         """The indices of this process's images, batch by batch, in this epoch."""
@@ -99,14 +78,14 @@ class ShuffledBatches:
     def __iter__(self) -> Iterator[Any]:
         """The batches, as ``collate_fn`` makes them."""
         # All of this happens at the first `next`: Lightning tells the epoch only after it has called `iter`.
-        first, self._first = self._first, 0
+        first = self.take_left_out()
         places = [[(self.epoch, index) for index in batch] for batch in self.batches()[first:]]
         # The loader draws a seed for its workers, which nobody uses: not from torch's state, which a resumed
         # training must find as it was.
         options = {"generator": torch.Generator(), **self.options}
         loader: DataLoader[Any] = DataLoader(Drawn(self.data, self.seed), batch_sampler=places, **options)
         for index, batch in enumerate(loader, first + 1):
-            self._handed_out = index
+            self.handed_out = index
             yield batch
 
 
