@@ -12,6 +12,7 @@ import datasets
 
 from kalmannorm.lab.computed import COMPUTED
 from kalmannorm.lab.costs import build
+from kalmannorm.lab.data.folders import locate
 from kalmannorm.lab.data.generated import generate_for
 from kalmannorm.lab.data.images import SOURCES
 from kalmannorm.lab.data.roots import VARIABLE, MissingDataError, find
@@ -95,7 +96,10 @@ def missing_data(config: Mapping[str, Any]) -> str:
 
 def not_at_hand(config: Mapping[str, Any]) -> str:
     """As `missing_data`, but nothing is downloaded: what could be is said to be."""
-    known = SOURCES.get(config["data"].get("init_args", {}).get("name", ""))
+    given = config["data"].get("init_args", {})
+    if given.get("folder") == "imagenet" and locate("imagenet") is None:
+        return "to be downloaded from the Hugging Face hub, once its terms are accepted there: some 150 GB"
+    known = SOURCES.get(given.get("name", ""))
     if known is None:
         return missing_data(config)
     try:

@@ -26,14 +26,15 @@ class FilterHistory(lightning.Callback):
 
     Args:
         every: Steps between two looks; the first is after that many.
+        path: A CSV file for the rows, written when training ends; None for none.
         forward: ``forward(network, batch)`` makes the call, for batches that are no input and no tuple that
             begins with one; ``network`` is the module's one attribute with such layers, or else the module.
     """
 
-    def __init__(self, every: int = 100, forward: Forward = first_element) -> None:
+    def __init__(self, every: int = 100, path: Path | None = None, forward: Forward = first_element) -> None:
         if every < 1:
             raise ValueError(f"FilterHistory got every={every}, expected a number above 0")
-        self.every, self.forward = every, forward
+        self.every, self.path, self.forward = every, path, forward
         self.rows: list[dict[str, Any]] = []
         """One a look and layer: ``step``, ``layer``, ``gain`` at the samples a group it had, the mean over channels
         of ``process_noise`` (None where it has none), and ``ESTIMATE_REFERENCE_MEASURE`` of `PriorError`."""
@@ -47,6 +48,11 @@ class FilterHistory(lightning.Callback):
             return
         with trainer.precision_plugin.forward_context():
             self.rows += [{"step": step, **row} for row in _rows(_network(pl_module, is_watched), batch, self.forward)]
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Write the rows, if they are to be."""
+        if self.path is not None and trainer.is_global_zero:
+            self.write(self.path)
 
     def state_dict(self) -> dict[str, Any]:
         """The rows so far."""

@@ -117,6 +117,19 @@ def test_lightnings_loggers(images, short, tmp_path):
     assert list((tmp_path / "TensorBoardLogger").rglob("events.out.tfevents.*"))
 
 
+def test_a_callback_of_ones_own(images, short, tmp_path):
+    """The filter's history, as the command line asks for it."""
+    path = tmp_path / "filter.csv"
+    history, options = "kalmannorm.lab.filter_history.FilterHistory", {"every": 2, "path": str(path)}
+    short["trainer"]["callbacks"] = [{"class_path": history, "init_args": options}]
+    result = fit(short, tmp_path / "run")
+    rows = list(csv.DictReader(path.open(encoding="utf-8")))
+    assert {row["step"] for row in rows} == {"2", "4"}
+    assert all(0 < float(row["gain"]) <= 1 for row in rows)
+    del short["trainer"]["callbacks"]
+    assert fit(short, tmp_path / "alone").losses == result.losses
+
+
 @pytest.mark.slow
 def test_compiled_it_is_nearly_the_same(images, short, tmp_path):
     network = {"class_path": "kalmannorm.lab.models.small.SmallConvNet"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from torch.utils.data import Subset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
+from kalmannorm.lab.data.hub import REPOSITORY, HubImages, hub_parts, local_parts
 from kalmannorm.lab.data.roots import find, missing
 from kalmannorm.lab.data.shuffling import OrderedBatches, ShuffledBatches
 
@@ -40,18 +42,36 @@ def image_transform(size: int, train: bool) -> Callable[[Any], Any]:
     return transform
 
 
-def locate(folder: str) -> Path:
-    """The folder of this name under ``KALMANNORM_DATA``, or else at this path.
+def locate(folder: str) -> Path | None:
+    """The folder of this name under ``KALMANNORM_DATA``, or else at this path; None where there is neither."""
+    found = find(folder, [], ORIGIN)
+    return Path(folder) if found is None and Path(folder).is_dir() else found
+
+
+def open_pictures(folder: str) -> dict[str, Callable[..., Any]]:
+    """What makes each part of a set of pictures there is, ``train`` at least, from a transform.
+
+    Args:
+        folder: Name of a folder under ``KALMANNORM_DATA``, or a path. ``"imagenet"`` may hold the Parquet files of its
+            Hugging Face repository instead, and is downloaded from there if it is nowhere.
 
     Raises:
-        MissingDataError: There is none.
+        MissingDataError: There is no such folder, or it has some of its parts only.
     """
-    found = find(folder, [], ORIGIN)
-    if found is None and Path(folder).is_dir():
-        found = Path(folder)
-    if found is None:
+    place = locate(folder)
+    if place is None:
+        if folder != "imagenet":
+            raise missing(folder, LAYOUT, ORIGIN)
+        try:
+            return {part: partial(HubImages, rows) for part, rows in hub_parts().items()}
+        except OSError as error:  # also what the hub's errors are
+            raise missing(folder, LAYOUT, f"{ORIGIN}, or log in at the Hugging Face hub for {REPOSITORY}") from error
+    if tables := local_parts(place):
+        return {part: partial(HubImages, rows) for part, rows in tables.items()}
+    parts = {part: place / part for part in ("train", "val", "test") if (place / part).is_dir()}
+    if parts and not {"train", "val"} <= set(parts):
         raise missing(folder, LAYOUT, ORIGIN)
-    return found
+    return {part: partial(ImageFolder, str(path)) for part, path in (parts or {"train": place}).items()}
 
 
 class FolderData(lightning.LightningDataModule):
@@ -63,7 +83,7 @@ class FolderData(lightning.LightningDataModule):
     After `setup`, ``classes`` are the names of the classes in the order of the labels, and ``num_classes`` how many.
 
     Args:
-        folder: Name of a folder under ``KALMANNORM_DATA``, such as ``"imagenet"``, or a path.
+        folder: See `open_pictures`.
         gradient_batch: Images a gradient step, over all processes and accumulated batches.
         score_batch: Images a batch in validation and test.
         size: Side of the images, in pixels.
@@ -109,21 +129,20 @@ class FolderData(lightning.LightningDataModule):
         """
         if hasattr(self, "train_set"):
             return
-        place = locate(self.folder)
-        parts = {part: place / part for part in ("train", "val", "test") if (place / part).is_dir()}
-        if parts and not {"train", "val"} <= set(parts):
-            raise missing(self.folder, LAYOUT, ORIGIN)
-        if self.validation == "test" and not parts:
-            raise ValueError(f"{place} has no test images to validate on: expected train/ and val/, or a share")
-        folders = {part: ImageFolder(str(path)) for part, path in (parts or {"train": place}).items()}
-        self.classes, self.num_classes = _common_classes(place, folders), len(folders["train"].classes)
-        splits = _splits({part: len(files) for part, files in folders.items()}, self.validation, self.split_seed)
+        parts = open_pictures(self.folder)
+        if self.validation == "test" and "val" not in parts:
+            raise ValueError(f"{self.folder} has no test images to validate on: expected train/ and val/, or a share")
+        pictures = {part: make() for part, make in parts.items()}
+        self.classes, self.num_classes = _common_classes(self.folder, pictures), len(pictures["train"].classes)
+        splits = _splits({part: len(files) for part, files in pictures.items()}, self.validation, self.split_seed)
         for split, (part, indices) in splits.items():
             if not len(indices):
-                raise ValueError(f"{place} has too few images to hold out a share of {self.validation} for {split}")
+                raise ValueError(
+                    f"{self.folder} has too few images to hold out a share of {self.validation} for {split}"
+                )
             transform = image_transform(self.size, split == "train")
             # The first of a random order: the first files would all be of one class.
-            kept = Subset(ImageFolder(folders[part].root, transform), np.sort(indices[: self.limit]).tolist())
+            kept = Subset(parts[part](transform=transform), np.sort(indices[: self.limit]).tolist())
             setattr(self, f"{split}_set", kept)
 
     def train_dataloader(self) -> ShuffledBatches:
@@ -144,7 +163,7 @@ class FolderData(lightning.LightningDataModule):
         return OrderedBatches(self.test_set, self.score_batch, self.trainer, num_workers=self.workers)
 
 
-def _common_classes(place: Path, folders: dict[str, ImageFolder]) -> list[str]:
+def _common_classes(place: str, folders: dict[str, Any]) -> list[str]:
     known: list[str] = folders["train"].classes
     for part, files in folders.items():
         differing = sorted(set(known) ^ set(files.classes))
