@@ -101,9 +101,9 @@ def check_same(folder: Path, config: Mapping[str, Any]) -> None:
     """
     path = folder / "config.yaml"
     if path.is_file():
-        before = _flat(yaml.safe_load(path.read_text(encoding="utf-8")))
-        for key in dict.fromkeys([*_flat(config), *before]):
-            here, there = _flat(config).get(key, "nothing"), before.get(key, "nothing")
+        now, before = _flat(config), _flat(yaml.safe_load(path.read_text(encoding="utf-8")))
+        for key in dict.fromkeys([*now, *before]):
+            here, there = now.get(key, "nothing"), before.get(key, "nothing")
             if here != there:
                 raise ValueError(f"{folder} holds a run with another configuration: {key} is {there} there; got {here}")
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,8 +48,8 @@ def locate(folder: str) -> Path | None:
     return Path(folder) if found is None and Path(folder).is_dir() else found
 
 
-def open_pictures(folder: str) -> dict[str, Callable[..., Any]]:
-    """What makes each part of a set of pictures there is, ``train`` at least, from a transform.
+def open_pictures(folder: str) -> dict[str, Any]:
+    """The parts of a set of pictures that there are, ``train`` at least, without a transform.
 
     Args:
         folder: Name of a folder under ``KALMANNORM_DATA``, or a path. ``"imagenet"`` may hold the Parquet files of its
@@ -63,15 +63,15 @@ def open_pictures(folder: str) -> dict[str, Callable[..., Any]]:
         if folder != "imagenet":
             raise missing(folder, LAYOUT, ORIGIN)
         try:
-            return {part: partial(HubImages, rows) for part, rows in hub_parts().items()}
+            return {part: HubImages(rows) for part, rows in hub_parts().items()}
         except OSError as error:  # also what the hub's errors are
             raise missing(folder, LAYOUT, f"{ORIGIN}, or log in at the Hugging Face hub for {REPOSITORY}") from error
     if tables := local_parts(place):
-        return {part: partial(HubImages, rows) for part, rows in tables.items()}
+        return {part: HubImages(rows) for part, rows in tables.items()}
     parts = {part: place / part for part in ("train", "val", "test") if (place / part).is_dir()}
     if parts and not {"train", "val"} <= set(parts):
         raise missing(folder, LAYOUT, ORIGIN)
-    return {part: partial(ImageFolder, str(path)) for part, path in (parts or {"train": place}).items()}
+    return {part: ImageFolder(str(path)) for part, path in (parts or {"train": place}).items()}
 
 
 class FolderData(lightning.LightningDataModule):
@@ -129,10 +129,9 @@ class FolderData(lightning.LightningDataModule):
         """
         if hasattr(self, "train_set"):
             return
-        parts = open_pictures(self.folder)
-        if self.validation == "test" and "val" not in parts:
+        pictures = open_pictures(self.folder)
+        if self.validation == "test" and "val" not in pictures:
             raise ValueError(f"{self.folder} has no test images to validate on: expected train/ and val/, or a share")
-        pictures = {part: make() for part, make in parts.items()}
         self.classes, self.num_classes = _common_classes(self.folder, pictures), len(pictures["train"].classes)
         splits = _splits({part: len(files) for part, files in pictures.items()}, self.validation, self.split_seed)
         for split, (part, indices) in splits.items():
@@ -140,9 +139,11 @@ class FolderData(lightning.LightningDataModule):
                 raise ValueError(
                     f"{self.folder} has too few images to hold out a share of {self.validation} for {split}"
                 )
-            transform = image_transform(self.size, split == "train")
+            # Listed once: a large folder takes minutes.
+            transformed = copy.copy(pictures[part])
+            transformed.transform = image_transform(self.size, split == "train")
             # The first of a random order: the first files would all be of one class.
-            kept = Subset(parts[part](transform=transform), np.sort(indices[: self.limit]).tolist())
+            kept = Subset(transformed, np.sort(indices[: self.limit]).tolist())
             setattr(self, f"{split}_set", kept)
 
     def train_dataloader(self) -> ShuffledBatches:
