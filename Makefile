@@ -11,7 +11,7 @@ help:
 	@echo "make demo    BatchNorm, GroupNorm and Kalman Normalization at two samples a batch (4 minutes)"
 	@echo "make test    run the tests"
 	@echo "make check   ruff and mypy"
-	@echo "make bench   speed against torch's layers, into docs/results/"
+	@echo "make bench   speed and memory beside torch's layers, into docs/results/speed (20 to 25 minutes)"
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -29,8 +29,9 @@ check: $(READY)
 	$(BIN)/mypy
 
 bench: $(READY)
-	$(BIN)/python benchmarks/step.py --output docs/results/step-cpu.csv
-	$(BIN)/python benchmarks/operations.py --output docs/results/operations.csv
+	$(BIN)/python -m benchmarks --device cpu --anew --output docs/results/speed/cpu.csv
+	$(BIN)/python -m benchmarks.plot docs/results/speed/*.csv --page docs/speed.md --figures docs/results/speed
+	$(BIN)/python -m benchmarks.operations --output docs/results/operations.csv
 
 clean:
 	rm -rf .venv

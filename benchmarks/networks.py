@@ -1,0 +1,98 @@
+"""The networks, built with BatchNorm; each method then replaces it from outside."""
+
+import itertools
+
+import torch
+import torchvision
+from torch import nn
+
+from kalmannorm.lab.models.cifar_resnet import CifarResNet
+from kalmannorm.lab.models.inception_v2 import InceptionV2
+
+
+class UnavailableError(Exception):
+    """What a case needs is not on this machine: its row says so."""
+
+
+def build(case):
+    """A case's network, untrained."""
+    torch.manual_seed(0)
+    if case.network in ("resnet18", "resnet50"):
+        return getattr(torchvision.models, case.network)()
+    if case.network.startswith("cifar_resnet"):
+        return CifarResNet(int(case.network.removeprefix("cifar_resnet")))
+    makers = {
+        "inception_v2": InceptionV2,
+        "unet3d": UNet3d,
+        "monai_unet3d": monai_unet,
+        "chain": lambda: chain(case.channels, case.depth),
+        # In place: what torchvision's networks have behind their norms.
+        "layer": lambda: nn.Sequential(nn.BatchNorm2d(case.channels), nn.ReLU(inplace=True)),
+    }
+    if case.network not in makers:
+        raise UnavailableError(f"no network {case.network!r}")
+    return makers[case.network]()
+
+
+def batch(case, device):
+    """Random images and labels; of volumes, a label a voxel."""
+    generator = torch.Generator().manual_seed(1)
+    volumes = case.network.endswith("3d")
+    channels = {"layer": case.channels}.get(case.network, 1 if volumes else 3)
+    pixels = [case.size] * (3 if volumes else 2)
+    images = torch.randn(case.batch, channels, *pixels, generator=generator)
+    labels = torch.randint(2, (case.batch, *pixels) if volumes else (case.batch,), generator=generator)
+    return images.to(device, memory_format=layout(case)), labels.to(device)
+
+
+def layout(case):
+    """As torch calls it."""
+    return torch.channels_last if case.memory_format == "channels_last" else torch.contiguous_format
+
+
+def chain(width, depth):
+    """Convolution, norm and ReLU, ``depth`` times, and a classifier: each further layer is like the last."""
+    widths = [3, *[width] * depth]
+    blocks = [
+        nn.Sequential(nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU(inplace=True))
+        for a, b in itertools.pairwise(widths)
+    ]
+    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
+
+
+class UNet3d(nn.Module):
+    """A 3-d U-Net (Çiçek et al., 2016, arXiv:1606.06650), an eighth of its channels on top: it needs no library."""
+
+    def __init__(self, widths=(16, 32, 64, 128), classes=2):
+        super().__init__()
+        self.down = nn.ModuleList(double(a, b) for a, b in zip((1, *widths), widths, strict=False))
+        pairs = list(itertools.pairwise(widths))[::-1]
+        self.up = nn.ModuleList(nn.ConvTranspose3d(deep, shallow, 2, 2) for shallow, deep in pairs)
+        self.merge = nn.ModuleList(double(2 * shallow, shallow) for shallow, _ in pairs)
+        self.pool = nn.MaxPool3d(2)
+        self.head = nn.Conv3d(widths[0], classes, 1)
+
+    def forward(self, x):
+        kept = []
+        for level, block in enumerate(self.down):
+            x = block(x if level == 0 else self.pool(x))
+            kept.append(x)
+        kept.pop()
+        for up, merge in zip(self.up, self.merge, strict=True):
+            x = merge(torch.cat((kept.pop(), up(x)), 1))
+        return self.head(x)
+
+
+def double(a, b):
+    """Two units of convolution, norm and ReLU."""
+    unit = lambda a: (nn.Conv3d(a, b, 3, padding=1, bias=False), nn.BatchNorm3d(b), nn.ReLU(inplace=True))  # noqa: E731
+    return nn.Sequential(*unit(a), *unit(b))
+
+
+def monai_unet():
+    """MONAI's residual U-Net, as in `examples/monai_unet3d.py` but with its usual widths."""
+    try:
+        from monai.networks.nets import UNet  # noqa: PLC0415  (not on every machine, and slow to import)
+    except ImportError as error:
+        raise UnavailableError("MONAI is not installed") from error
+    return UNet(3, 1, 2, channels=(16, 32, 64, 128), strides=(2, 2, 2), num_res_units=2, norm="BATCH")

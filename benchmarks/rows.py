@@ -1,0 +1,110 @@
+"""The CSV: a row a case and method, written as soon as it is measured."""
+
+import csv
+import datetime
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+
+import torch
+
+from benchmarks.environment import allocator
+
+CASE = ("case", "kind", "network", "batch", "size", "channels", "depth", "stats_batch", "mode", "dtype",
+        "memory_format")  # fmt: skip
+MEASURED = ("method", "steps", "repeats", "median_ms", "quartile_1_ms", "quartile_3_ms", "ratio_to_batch_norm",
+            "ratio_quartile_1", "ratio_quartile_3", "ratio_of_medians", "forward_ms", "backward_ms", "optimizer_ms",
+            "compile_s", "peak_bytes", "saved_bytes", "bytes_moved", "gb_per_s", "share_of_copy", "load",
+            "error")  # fmt: skip
+MACHINE = ("device", "processor", "threads", "allocator", "torch", "commit", "dirty", "date")
+COLUMNS = (*CASE, *MEASURED, *MACHINE)
+ROOT = Path(__file__).parent.parent
+
+
+def of_case(case):
+    """A case's own columns."""
+    return {"case": case.name, "repeats": case.repeats, **{name: getattr(case, name) for name in CASE[1:]}}
+
+
+def machine(device):
+    """What measured; `KALMANNORM_COMMIT` is for a copy of the working tree without its history."""
+    return {
+        "device": device,
+        "processor": torch.cuda.get_device_name() if device == "cuda" else processor(),
+        "threads": torch.get_num_threads(),
+        "allocator": allocator(),
+        "torch": torch.__version__,
+        "commit": os.environ.get("KALMANNORM_COMMIT") or git("rev-parse", "--short", "HEAD") or "unknown",
+        # Whether what was measured differs from the commit.
+        "dirty": bool(git("status", "--porcelain", "--", "kalmannorm", "benchmarks")),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def processor():
+    """Its name, where Linux tells."""
+    try:
+        names = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        names = []
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+
+
+def git(*arguments):
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False, cwd=ROOT)
+    except OSError:  # no git
+        return ""
+    return done.stdout.strip()
+
+
+def append(path, rows):
+    """Add rows to a CSV, which is made where it is missing.
+
+    Raises:
+        ValueError: it has other columns.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists() or path.stat().st_size == 0
+    if not new and header(path) != COLUMNS:
+        raise ValueError(f"{path} has other columns than these benchmarks write: move it away, or --anew")
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        if new:
+            writer.writeheader()
+        writer.writerows({name: rounded(value) for name, value in row.items()} for row in rows)
+
+
+def header(path):
+    with path.open(newline="") as file:
+        return tuple(next(csv.reader(file), ()))
+
+
+def rounded(value):
+    """Four digits are more than a timing has."""
+    return f"{value:.4g}" if isinstance(value, float) and abs(value) < 1000 else (
+        round(value) if isinstance(value, float) else value
+    )  # fmt: skip
+
+
+def read(path):
+    """The rows, numbers as numbers, empty cells as None; of a case and method measured twice, the last.
+
+    A method whose last run failed has the row that says so, and no older one.
+    """
+    with Path(path).open(newline="") as file:
+        found = {(row["case"], row["method"]): row for row in csv.DictReader(file)}
+    return [{name: value_of(text) for name, text in row.items()} for row in found.values()]
+
+
+def value_of(text):
+    if not text:
+        return None
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text

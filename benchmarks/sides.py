@@ -1,0 +1,119 @@
+"""The normalizations that are compared: each turns a network built with BatchNorm into its own, in place."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.modules._functions import SyncBatchNorm as synchronized_batch_norm
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import kalmannorm as kn
+from benchmarks.networks import UnavailableError
+
+
+class Side(NamedTuple):
+    """How a method changes the network, and whether it takes the batch piece by piece."""
+
+    convert: Callable
+    """From the network and its case to the network."""
+    in_pieces: bool = False
+    """A forward and a backward pass for each `stats_batch` samples, then one step of the optimizer."""
+
+
+def keep(model, case):
+    return model
+
+
+def group_norm(model, case):
+    """At most 32 groups, GroupNorm's usual number; where channels are no multiple, the largest divisor of both."""
+    return replaced(model, lambda norm: nn.GroupNorm(math.gcd(32, norm.num_features), norm.num_features))
+
+
+class SynchronizedBatchNorm(nn.SyncBatchNorm):
+    """``nn.SyncBatchNorm`` that takes its own way with one process too, where torch's is BatchNorm.
+
+    Its kernels and an all-gather, with no other device to wait for: the least that it costs.
+    """
+
+    def forward(self, x):
+        group = torch.distributed.group.WORLD
+        return synchronized_batch_norm.apply(
+            x, self.weight, self.bias, self.running_mean, self.running_var, self.eps, self.momentum, group, 1
+        )
+
+
+def sync_batch_norm(model, case):
+    if not next(model.parameters()).is_cuda:
+        raise UnavailableError("torch's SyncBatchNorm is for GPUs")
+    if not torch.distributed.is_initialized():
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
+    return replaced(model, lambda norm: SynchronizedBatchNorm(norm.num_features))
+
+
+def replaced(model, make):
+    """Another layer in the place of each BatchNorm, on its device."""
+    for parent in list(model.modules()):
+        for name, layer in parent.named_children():
+            if isinstance(layer, _BatchNorm):
+                setattr(parent, name, make(layer).to(layer.weight.device))
+    return model
+
+
+def kalman_norm(model, case, **options):
+    return kn.convert(model, input_stats=input_stats(model, case), **options)
+
+
+def kalman_norm_by_groups(model, case):
+    return kalman_norm(model, case, stats_batch_size=case.stats_batch or None)
+
+
+def kalman_norm_monte_carlo(model, case):
+    return kalman_norm(model, case, estimator="monte_carlo")
+
+
+def ghost_batch_norm(model, case):
+    """BatchNorm of each group by itself: with a gain of 1, a Kalman layer is that."""
+    return kn.convert(model, gain=1.0, process_noise=False, stats_batch_size=case.stats_batch)
+
+
+def kalman_norm_act(model, case):
+    """The layer that does its ReLU itself, for the case of one layer."""
+    device = next(model.parameters()).device
+    layer = kn.KalmanNormAct2d(case.channels, act=nn.ReLU(inplace=True)).to(device)
+    return kn.connect(nn.Sequential(layer), input_stats=input_stats(model, case))
+
+
+def to_batchnorm(model, case):
+    """What is deployed: converted, run once in training, and turned back."""
+    model = kn.convert(model)
+    weight = next(model.parameters())
+    model(torch.randn(2, 3, case.size, case.size, device=weight.device))
+    return kn.to_batchnorm(model)
+
+
+def input_stats(model, case):
+    """A layer alone gets its prior from what is said of the input; in a network, from the layers below.
+
+    On the layer's device: to copy it there in each step is not the layer's cost.
+    """
+    if case.network != "layer":
+        return None
+    device = next(model.parameters()).device
+    return torch.zeros(case.channels, device=device), torch.ones(case.channels, device=device)
+
+
+SIDES = {
+    "batch_norm": Side(keep),
+    "group_norm": Side(group_norm),
+    "sync_batch_norm": Side(sync_batch_norm),
+    "ghost_batch_norm": Side(ghost_batch_norm),
+    "kalman_norm": Side(kalman_norm_by_groups),
+    "kalman_norm_act": Side(kalman_norm_act),
+    "kalman_norm_monte_carlo": Side(kalman_norm_monte_carlo),
+    "batch_norm_loop": Side(keep, in_pieces=True),
+    "kalman_norm_loop": Side(kalman_norm, in_pieces=True),
+    "to_batchnorm": Side(to_batchnorm),
+}

@@ -1,0 +1,117 @@
+"""Sides that take their steps in turn in one process, read by a clock of the device's own."""
+
+import itertools
+import statistics
+import time
+
+import torch
+
+# A case may stop early once its time is over, but not before so many steps.
+FEWEST_STEPS = 8
+# The GPU idles so long (1 ms) before a reading of graphs, while the CPU launches them: in a training loop, where nobody
+# waits for a step to end, a launch is not seen either.
+HEAD_START_CYCLES = 2_000_000
+
+
+def in_turn(steps, count, repeats=1, seconds=60.0, head_start=False, device="cpu"):
+    """Time steps of several sides, one of each in turn; every other round in reverse, so that no side always
+    follows the same one.
+
+    Args:
+        steps: A function a side, called with ``mark``.
+        count: Rounds.
+        repeats: Steps a reading.
+        seconds: After which no further round starts, if `FEWEST_STEPS` are done.
+        head_start: Let the CPU run ahead, for what is launched as a whole.
+        device: ``cpu`` or ``cuda``.
+
+    Returns:
+        For each side a list of readings: milliseconds of ``step`` and of each part.
+    """
+    readings = {name: [] for name in steps}
+    end = time.perf_counter() + seconds
+    for number in range(count):
+        for name in list(steps)[:: 1 if number % 2 == 0 else -1]:
+            if device == "cpu":
+                readings[name].append(read_cpu(steps[name], repeats))
+            else:
+                readings[name].append(read_cuda(steps[name], repeats, head_start))
+        if number + 1 >= FEWEST_STEPS and time.perf_counter() > end:
+            break
+    return readings
+
+
+def read_cpu(step, repeats):
+    """Milliseconds a step."""
+    parts = {}
+    start = last = time.perf_counter()
+
+    def mark(part):
+        nonlocal last
+        now = time.perf_counter()
+        parts[part] = parts.get(part, 0.0) + 1e3 * (now - last) / repeats
+        last = now
+
+    for _ in range(repeats):
+        step(mark)
+    return {"step": 1e3 * (time.perf_counter() - start) / repeats, **parts}
+
+
+def read_cuda(step, repeats, head_start):
+    """Milliseconds a step, between events on the GPU; nothing waits for the GPU within."""
+    marks = []
+
+    def mark(part):
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        marks.append((part, event))
+
+    torch.cuda.synchronize()
+    if head_start:
+        torch.cuda._sleep(HEAD_START_CYCLES)
+    mark("start")
+    for _ in range(repeats):
+        step(mark)
+    mark("end")
+    torch.cuda.synchronize()
+    parts = {}
+    for (_, before), (part, after) in itertools.pairwise(marks):
+        parts[part] = parts.get(part, 0.0) + before.elapsed_time(after) / repeats
+    parts.pop("end")
+    return {"step": marks[0][1].elapsed_time(marks[-1][1]) / repeats, **parts}
+
+
+def first_seconds(step, device):
+    """The first step, which compiles."""
+    start = time.perf_counter()
+    step(lambda part: None)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def quartiles(values):
+    """First quartile, median, third quartile."""
+    if len(values) < 2:
+        return (values[0],) * 3
+    return tuple(statistics.quantiles(values, n=4, method="inclusive"))
+
+
+def summary(readings, reference):
+    """Medians of a side, and its ratio to another.
+
+    The ratio is the median of each round's own: the two steps of a round are neighbours, so whatever slows the machine
+    for a while meets both and cancels, which it does not in the ratio of two medians (kept beside it).
+    """
+    times = [reading["step"] for reading in readings]
+    first, median, third = quartiles(times)
+    found = {"steps": len(times), "median_ms": median, "quartile_1_ms": first, "quartile_3_ms": third}
+    for part in ("forward", "backward", "optimizer"):
+        if all(part in reading for reading in readings):
+            found[f"{part}_ms"] = statistics.median(reading[part] for reading in readings)
+    if reference is not None:
+        others = [reading["step"] for reading in reference]
+        low, ratio, high = quartiles([a / b for a, b in zip(times, others, strict=True)])
+        found.update(ratio_to_batch_norm=ratio, ratio_quartile_1=low, ratio_quartile_3=high,
+                     ratio_of_medians=median / statistics.median(others))  # fmt: skip
+    return found
