@@ -155,7 +155,7 @@ def _ancestors(step: Step) -> list[Step]:
     waiting = [step]
     while waiting:
         current = waiting[-1]
-        first = [parent for parent in current.parents() if parent not in found]
+        first = [parent for parent in current.parents if parent not in found]
         if first:
             waiting.extend(reversed(first))
         else:

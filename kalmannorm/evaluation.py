@@ -11,13 +11,16 @@ from torch import Tensor, nn
 from torch.overrides import resolve_name
 
 from kalmannorm.gaussian import Gaussian, Unknown
-from kalmannorm.kernels.apply import is_transformed
+from kalmannorm.kernels.apply import is_transformed, saved_tensor_hooks
 from kalmannorm.rules import BELIEF_FIRST, RULES, Belief
-from kalmannorm.steps import Step, computed_in, may_use, replace, step_of
+from kalmannorm.rules.pointwise import Rectified
+from kalmannorm.steps import SCALARS, Step, computed_in, may_use, replace, step_of
 
-__all__ = ["Estimator", "drawn", "exact", "function_name", "prior_of", "without_autocast"]
+__all__ = ["Estimator", "belief_for", "drawn", "exact", "function_name", "prior_of", "without_autocast"]
 
 Estimator = Literal["exact", "monte_carlo"]
+
+_NOTHING = nullcontext()
 
 
 def prior_of(tensor: Tensor, groups: int, estimator: Estimator = "exact") -> Belief:
@@ -32,42 +35,61 @@ def prior_of(tensor: Tensor, groups: int, estimator: Estimator = "exact") -> Bel
     Returns:
         Mean and variance ``(S, C)``, or why they are unknown.
     """
+    belief = belief_for(tensor, groups, estimator)
+    return belief if isinstance(belief, Unknown) else belief.per_channel(groups)
+
+
+def belief_for(tensor: Tensor, groups: int, estimator: Estimator = "exact") -> Belief:
+    """As :func:`prior_of`, but each axis that the belief does not depend on may have size 1, and there may be more of
+    them: ``(1 or S, C, 1, ...)``. It is what the kernels take.
+    """
     step = step_of(tensor)
     if step is None:
         return Unknown("the input does not depend on the network's input")
     with without_autocast(tensor.device):
-        if estimator == "exact":
-            belief = exact(step)
-            return belief if isinstance(belief, Unknown) else belief.per_channel(groups)
-        draws = drawn(step, groups)
-        return draws if isinstance(draws, Unknown) else Gaussian.of_draws(draws, groups)
+        if estimator == "monte_carlo":
+            draws = drawn(step, groups)
+            return draws if isinstance(draws, Unknown) else Gaussian.of_draws(draws, groups)
+        belief = exact(step)
+        if isinstance(belief, Unknown):
+            return belief
+        ready = belief.is_per_channel(belief.shape[1]) and belief.mean.shape[0] in (1, groups)
+        return belief if ready else belief.per_channel(groups)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Beliefs are computed in float32 whatever autocast does to activations."""
-    if device.type in ("cpu", "cuda") or torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()  # the meta device has no autocast
+    kind = device.type
+    if kind not in ("cpu", "cuda") and not torch.amp.is_autocast_available(kind):
+        return _NOTHING  # the meta device has no autocast
+    if not torch.compiler.is_compiling() and not torch.is_autocast_enabled(kind):
+        return _NOTHING
+    return torch.autocast(kind, enabled=False)
 
 
 def exact(step: Step) -> Belief:
     """Evaluate a step by the rules."""
+    now = saved_tensor_hooks()
+    may_be_freed = not is_transformed()
+
+    def kept(step: Step) -> Belief | None:
+        belief = step.belief
+        return belief if belief is not None and may_use(step.belief_in, step, now) else None
 
     def apply_rule(step: Step) -> None:
-        belief = _by_rule(step, *_operands(step, _kept_belief))
+        args, kwargs = _operands(step, kept)
+        belief: Belief | None = _unknown_in((*args, *kwargs.values()), may_be_freed)
+        if belief is None:
+            belief = _by_rule(step, args, kwargs)
         if isinstance(belief, Gaussian):
-            belief = Gaussian(belief.mean, belief.var, step.shape)
+            belief = belief.of(step.shape)
             belief = belief if step.grad else belief.detach()
-        step.belief, step.belief_in, step.depth = belief, computed_in(step.belief), 0
+        step.belief, step.belief_in, step.depth = belief, computed_in(step.belief, now), 0
 
-    _evaluate(step, _kept_belief, apply_rule)
-    belief = _kept_belief(step)
+    _evaluate(step, kept, apply_rule)
+    belief = kept(step)
     assert belief is not None
     return belief
-
-
-def _kept_belief(step: Step) -> Belief | None:
-    return step.belief if may_use(step.belief, step.belief_in, step) else None
 
 
 def _evaluate(step: Step, kept: Callable[[Step], Any], compute: Callable[[Step], None]) -> None:
@@ -79,9 +101,9 @@ def _evaluate(step: Step, kept: Callable[[Step], Any], compute: Callable[[Step],
     while waiting:
         current = waiting[-1]
         if kept(current) is None:
-            first = [parent for parent in current.parents() if kept(parent) is None]
+            first = [parent for parent in current.parents if kept(parent) is None]
             if first:
-                waiting.extend(first)
+                waiting += first
                 continue
             compute(current)
         waiting.pop()
@@ -89,32 +111,38 @@ def _evaluate(step: Step, kept: Callable[[Step], Any], compute: Callable[[Step],
 
 def _operands(step: Step, evaluate: Callable[[Step], Any]) -> tuple[Any, dict[str, Any]]:
     """What the function was called with, each step replaced by its value."""
-    args = tuple([replace(a, Step, evaluate) for a in step.args])
-    return args, {k: replace(v, Step, evaluate) for k, v in step.kwargs.items()}
+    args = tuple([
+        evaluate(a) if type(a) is Step else a if type(a) in SCALARS else replace(a, Step, evaluate) for a in step.args
+    ])  # fmt: skip
+    return args, {k: replace(v, Step, evaluate) for k, v in step.kwargs.items()} if step.kwargs else {}
 
 
-def _unknown_in(values: Any) -> Unknown | None:
+def _unknown_in(values: Any, may_be_freed: bool) -> Unknown | None:
     for value in values:
         if isinstance(value, Unknown):
             return value
-        if _is_freed(value.mean if isinstance(value, Gaussian) else value):
+        kind = type(value)
+        if kind is tuple or kind is list:
+            if (found := _unknown_in(value, may_be_freed)) is not None:
+                return found
+        elif may_be_freed and isinstance(value, Gaussian | Tensor) and _is_freed(value):
             return Unknown("it depends on parameters that FSDP has freed")
-        if type(value) in (list, tuple) and (found := _unknown_in(value)) is not None:
-            return found
     return None
 
 
-def _is_freed(value: Any) -> bool:
-    """Whether a parameter's elements are gone: to read them would end the process."""
-    if type(value) not in (Tensor, nn.Parameter) or is_transformed() or value.layout != torch.strided:
+def _is_freed(value: Gaussian | Tensor) -> bool:
+    """Whether a parameter's elements, or those of a belief that is a parameter, are gone: to read them would end the
+    process.
+    """
+    while isinstance(value, Rectified):
+        value = value.below
+    tensor = value.mean if isinstance(value, Gaussian) else value
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
         return False
-    return bool(value.numel() > 0 and value.untyped_storage().size() == 0)
+    return bool(tensor.numel() > 0 and tensor.untyped_storage().size() == 0)
 
 
 def _by_rule(step: Step, args: Any, kwargs: dict[str, Any]) -> Belief:
-    unknown = _unknown_in((*args, *kwargs.values()))
-    if unknown is not None:
-        return unknown
     rule = RULES.get(step.function)  # type: ignore[arg-type]
     if rule is None:
         return Unknown(f"no rule for {function_name(step.function)}")
@@ -142,19 +170,20 @@ def drawn(step: Step, groups: int) -> Tensor | Unknown:
     """Evaluate a step by draws of one feature map a group, ``(S, C, *)``; of one for each sample where
     there are no pixels to take moments over.
     """
+    now = saved_tensor_hooks()
+
+    def kept(step: Step) -> Tensor | Unknown | None:
+        draws = step.draws
+        return draws if draws is not None and may_use(step.draws_in, step, now) else None
 
     def draw(step: Step) -> None:
-        draws = _draw(step, groups) if step.function is None else _by_call(step, *_operands(step, _kept_draws))
-        step.draws, step.draws_in, step.depth = draws, computed_in(step.draws), 0
+        draws = _draw(step, groups) if step.function is None else _by_call(step, *_operands(step, kept))
+        step.draws, step.draws_in, step.depth = draws, computed_in(step.draws, now), 0
 
-    _evaluate(step, _kept_draws, draw)
-    draws = _kept_draws(step)
+    _evaluate(step, kept, draw)
+    draws = kept(step)
     assert draws is not None
     return draws
-
-
-def _kept_draws(step: Step) -> Tensor | Unknown | None:
-    return step.draws if may_use(step.draws, step.draws_in, step) else None
 
 
 def _draw(step: Step, groups: int) -> Tensor | Unknown:
@@ -166,7 +195,7 @@ def _draw(step: Step, groups: int) -> Tensor | Unknown:
 
 
 def _by_call(step: Step, args: Any, kwargs: dict[str, Any]) -> Tensor | Unknown:
-    unknown = _unknown_in((*args, *kwargs.values()))
+    unknown = _unknown_in((*args, *kwargs.values()), not is_transformed())
     if unknown is not None:
         return unknown
     name = step.function.__name__  # type: ignore[union-attr]

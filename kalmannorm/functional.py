@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kalmannorm.gaussian import Gaussian
-from kalmannorm.kernels import all_reduce, layer, moments, standardize
+from kalmannorm.kernels import Filter, all_reduce, layer, moments, standardize
 
 __all__ = [
     "KalmanNormOutput", "group_kalman_norm", "kalman_norm", "kalman_update", "normalize", "observe",
@@ -168,12 +168,8 @@ def kalman_norm(x: Tensor, prior: Gaussian | None, weight: Tensor | None = None,
         observation: the moments to fuse with the prior, where they are not just those of ``x``:
             see :func:`synchronize`.
     """
-    if observation is None and groups == 1 and prior is None:
-        # In the same step, with a gain of 1: half precision needs its gradient in one piece.
-        nothing = x.new_zeros(1, x.shape[1], dtype=_wide(x.dtype))
-        return _in_one_step(x, Gaussian(nothing, nothing), weight, bias, 1.0, False, eps)
-    if observation is None and groups == 1 and prior is not None and guard is None:
-        return _in_one_step(x, add_process_noise(prior, process_noise), weight, bias, gain, spread, eps)
+    if observation is None and guard is None:
+        return _in_one_step(x, prior, weight, bias, gain, process_noise, spread, groups, eps)
     wide = x.to(_wide(x.dtype))
     if observation is None:
         observation = observe(wide, groups)
@@ -191,16 +187,17 @@ def _fuse(prior: Gaussian | None, observation: Gaussian, gain: Tensor | float, p
     return gain, kalman_update(prior, observation, gain, spread=spread)
 
 
-def _in_one_step(x: Tensor, prior: Gaussian, weight: Tensor | None, bias: Tensor | None, gain: Tensor | float,
-                 spread: bool, eps: float) -> KalmanNormOutput:  # fmt: skip
+def _in_one_step(x: Tensor, prior: Gaussian | None, weight: Tensor | None, bias: Tensor | None, gain: Tensor | float,
+                 process_noise: Tensor | None, spread: bool, groups: int, eps: float) -> KalmanNormOutput:  # fmt: skip
     """The common case by its kernel; the rest of :func:`kalman_norm` says what it computes."""
-    gain = gain if isinstance(gain, Tensor) else prior.mean.new_full((1,), gain)
-    # Views, not `[0]`: the gradient of an index is a new tensor of zeros.
-    prior_mean, prior_var = prior.mean.reshape(-1), prior.var.reshape(-1)
-    weight, bias = _affine(weight, bias, prior_mean)
-    y, mean, var, observed_mean, observed_var = layer(x, prior_mean, prior_var, gain, weight, bias, spread, eps)
-    posterior = Gaussian(mean.view(1, -1), var.view(1, -1))
-    return KalmanNormOutput(y, posterior, Gaussian(observed_mean.view(1, -1), observed_var.view(1, -1)), gain)
+    prior_mean, prior_var = (None, None) if prior is None else (prior.mean, prior.var)
+    given, offset = (gain, 0.0) if isinstance(gain, Tensor) else (None, gain)
+    options = Filter(groups=groups, gain_offset=offset, spread=spread, eps=eps)
+    out = layer(x, prior_mean, prior_var, given, process_noise, weight, bias, options, posterior=True)
+    shape = (groups, x.shape[1])
+    posterior = Gaussian(out.mean.view(shape), out.var.view(shape))
+    used = 1.0 if prior is None else gain
+    return KalmanNormOutput(out.output, posterior, Gaussian(out.statistics[4], out.statistics[5]), used)
 
 
 class SharedObservation(NamedTuple):

@@ -56,6 +56,10 @@ class Gaussian:
         """Apply one function that only moves elements to the mean and to the variance alike."""
         return Gaussian(move(self.mean), move(self.var))
 
+    def of(self, shape: Sequence[int]) -> Gaussian:
+        """The same belief, about an activation of that shape."""
+        return Gaussian(self.mean, self.var, shape)
+
     def detach(self) -> Gaussian:
         """The same belief, cut from the autograd graph."""
         return Gaussian(self.mean.detach(), self.var.detach(), self.shape)
@@ -92,6 +96,11 @@ class Gaussian:
             blocks = self.map(lambda t: t.unflatten(0, (groups, have // groups)))
             return blocks.pool([1]).map(lambda t: t.squeeze(1))
         return self.pool([0]).regroup(groups)
+
+    def is_per_channel(self, channels: int) -> bool:
+        """Whether both moments are ``(S, C, 1, ...)``: what :meth:`per_channel` would give, but for the rank."""
+        shape = self.mean.shape
+        return shape == self.var.shape and shape[1] == channels and self.mean.numel() == shape[0] * channels
 
     def per_channel(self, groups: int) -> Gaussian:
         """What a normalization layer needs: mean and variance a group and channel, ``(S, C)``.

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from kalmannorm.checkpoints import is_recomputing, is_reentrant
-from kalmannorm.evaluation import Estimator, prior_of
+from kalmannorm.evaluation import Estimator, belief_for
 from kalmannorm.functional import KalmanNormOutput, group_kalman_norm, kalman_norm, synchronize
 from kalmannorm.gaussian import Gaussian, Unknown
+from kalmannorm.kernels import Filter, Running, layer
 from kalmannorm.kernels.apply import is_transformed
-from kalmannorm.propagation import attach, is_open, paused
+from kalmannorm.propagation import attach, attach_step, is_open, paused
 
 __all__ = [
     "PRESETS", "GroupKalmanNorm", "GroupKalmanNormAct", "KalmanNorm", "KalmanNorm1d", "KalmanNorm2d", "KalmanNorm3d",
@@ -126,6 +127,18 @@ class _Filter(nn.Module):
             return torch.sigmoid(parameter + math.log(_INITIAL_GAIN / (1 - _INITIAL_GAIN)))
         return samples / (samples + _INITIAL_STRENGTH * parameter.exp())
 
+    def _gain_line(self, samples: int) -> tuple[Tensor | None, float, float]:
+        """The gain for a kernel: parameter, slope and offset, see :class:`~kalmannorm.kernels.Filter`."""
+        if not isinstance(self.gain, Tensor):
+            return None, 0.0, self.gain
+        if self.gain_rule == "learned":
+            return self.gain, 1.0, math.log(_INITIAL_GAIN / (1 - _INITIAL_GAIN))
+        if torch.compiler.is_compiling():  # for any number of samples, whose logarithm would be a constant
+            gain = self.kalman_gain(samples)
+            assert isinstance(gain, Tensor)
+            return gain, 0.0, 0.0
+        return self.gain, -1.0, math.log(samples / _INITIAL_STRENGTH)
+
     def process_variance(self) -> Tensor | None:
         """``R``, ``(C,)``: what the path from the layer below adds to the prior's variance."""
         if self.process_noise is None:
@@ -149,7 +162,7 @@ class _Filter(nn.Module):
             )
         if self.training and not is_open():
             self._warn_once()
-        prior = prior_of(x, groups, self.estimator)
+        prior = belief_for(x, groups, self.estimator)
         if isinstance(prior, Unknown):
             return None
         dtype = torch.promote_types(x.dtype, torch.float32)
@@ -322,12 +335,15 @@ class KalmanNorm(_Filter, _NormBase):
             if input.numel() == 0 and self.process_group is None:
                 return self._normalize_nothing(input)
             groups = self._groups(input.shape[0])
+            if self._is_one_step():
+                return self._in_one_step(input, groups)
             samples: int | Tensor = input.shape[0] // groups
             count: int | Tensor = input.numel() // (groups * self.num_features)
             observation = None
             if self.process_group is not None:
                 observation, samples, count = synchronize(input, self.process_group)
             prior = self._prior(input, groups)
+            prior = None if prior is None else prior.per_channel(groups)
             bias = self.bias if prior is not None else self._idle(self.bias, self.num_features)
             out = kalman_norm(
                 input, prior, self.weight, bias, gain=self.kalman_gain(samples), spread=self.spread,
@@ -340,6 +356,39 @@ class KalmanNorm(_Filter, _NormBase):
                 self.collect(out.posterior, groups * samples)
             self._hand_on(out.output, out.posterior)
             return out.output
+
+    def _is_one_step(self) -> bool:
+        """Whether the kernel does it all: not where torch.func derives this call, or a compiler must count batches."""
+        if self.guard is not None or self.process_group is not None:
+            return False
+        return not is_transformed() or (torch.compiler.is_compiling() and self.momentum is not None)
+
+    def _in_one_step(self, x: Tensor, groups: int, relu: bool = False) -> Tensor:
+        """The common case by its kernel, running statistics and all."""
+        prior = self._prior(x, groups)
+        mean, var = (None, None) if prior is None else (prior.mean, prior.var)
+        gain, slope, offset = self._gain_line(x.shape[0] // groups)
+        out = layer(
+            x, mean, var, gain, self.process_noise, self.weight, self.bias,
+            Filter(groups, slope, offset, _INITIAL_NOISE, self.spread, self.eps, relu),
+            running=self._running() if self.training else None, posterior=self.carry == "posterior",
+        )  # fmt: skip
+        if self.collect is not None:
+            self.collect(Gaussian(out.statistics[0], out.statistics[1]), x.shape[0])
+        if is_open():
+            attach(out.output, Gaussian(out.mean, out.var), self.layer_name or type(self).__name__)
+            if relu:
+                attach_step(out.output, F.relu)
+        return out.output
+
+    def _running(self) -> Running | None:
+        """What a call moves along, unless there is nothing, or a checkpoint runs it again."""
+        mean, var = self.running_mean, self.running_var
+        batches, nonfinite = self.num_batches_tracked, self.nonfinite_batches
+        if mean is None or var is None or batches is None or nonfinite is None or is_recomputing():
+            return None
+        momentum = self.momentum if self.momentum is not None else 1 / (int(batches) + 1)
+        return Running(mean, var, batches, nonfinite, momentum)
 
     def _groups(self, samples: int) -> int:
         size = self.stats_batch_size
@@ -495,6 +544,7 @@ class GroupKalmanNorm(_Filter):
             if input.numel() == 0:
                 return self._normalize_nothing(input)
             prior = self._prior(input, input.shape[0])
+            prior = None if prior is None else prior.per_channel(input.shape[0])
             bias = self.bias if prior is not None else self._idle(self.bias, self.num_channels)
             out = group_kalman_norm(
                 input, prior, self.num_groups, self.weight, bias,
@@ -535,6 +585,21 @@ class KalmanNormAct2d(_ThenActivation, KalmanNorm2d):
         act: the activation; None for nothing.
         kwargs: as :class:`KalmanNorm2d`'s.
     """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize ``(N, C, H, W)``, drop, activate; a ReLU in the same step."""
+        if not self._rectifies() or not self.is_fusing or not self._is_one_step() or input.numel() == 0:
+            return super().forward(input)
+        with paused():
+            self._check_input(input, self.num_features, self._ranks)
+            return self._in_one_step(input, self._groups(input.shape[0]), relu=True)
+
+    def _rectifies(self) -> bool:
+        """Whether all that follows is a ReLU, which nobody listens to."""
+        if type(self.act) is not nn.ReLU or type(self.drop) is not nn.Identity:
+            return False
+        listening = (self.act._forward_hooks, self.act._forward_pre_hooks, self.act._backward_hooks)
+        return not any((*listening, self.drop._forward_hooks, self.drop._forward_pre_hooks))
 
 
 class GroupKalmanNormAct(_ThenActivation, GroupKalmanNorm):

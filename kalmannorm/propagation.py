@@ -2,7 +2,7 @@
 
 While a network runs, every torch function that meets a tensor with a belief is *recorded* on its
 output as a :class:`~kalmannorm.steps.Step`. Nothing is computed then. The next normalization layer asks
-for the belief of its input (:func:`kalmannorm.evaluation.prior_of`), and only then the chain below is
+for the belief of its input (:func:`kalmannorm.evaluation.belief_for`), and only then the chain below is
 evaluated. So what no layer asks for, a classifier's head for one, costs nothing.
 """
 
@@ -12,15 +12,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from kalmannorm.checkpoints import enter_again
 from kalmannorm.gaussian import Gaussian, Unknown
+from kalmannorm.kernels import rectify_output
 from kalmannorm.rules import FACTORIES, LIKE, Belief
-from kalmannorm.steps import Step, put, replace, saved_tensor_hooks, step_of
+from kalmannorm.steps import SCALARS, Step, put, step_of
 
-__all__ = ["Propagation", "attach", "current", "is_open", "paused"]
+__all__ = ["Propagation", "attach", "attach_step", "current", "is_open", "paused"]
 
 _BASE = Tensor._base.__get__  # type: ignore[union-attr]
 
@@ -28,6 +30,7 @@ _BASE = Tensor._base.__get__  # type: ignore[union-attr]
 # transformer with BatchNorm in its stem and at its end makes some 1,000 calls in between.
 _LONGEST = 2000
 
+_IN_PLACE_RELUS = frozenset((F.relu, F.relu_, torch.relu_, Tensor.relu_))
 # Inside a normalization layer the mode has nothing to watch.
 paused = torch._C.DisableTorchFunction
 
@@ -46,7 +49,10 @@ class Propagation(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        output = func(*args, **kwargs)
+        if func in _IN_PLACE_RELUS and _is_rectified_by_its_layer(func, args, kwargs):
+            output = args[0]
+        else:
+            output = func(*args, **kwargs)
         if func in FACTORIES:
             return output
         if func is torch.Tensor.__setitem__:
@@ -61,9 +67,10 @@ class Propagation(TorchFunctionMode):
         return output
 
     def _record(self, func: Any, args: Any, kwargs: Any, output: Tensor, index: int | None) -> None:
-        if not _depends_on_input(args) and not (kwargs and _depends_on_input(kwargs.values())):
-            return
-        if func in LIKE and step_of(args[0]) is None:
+        parents: list[Step] = []
+        recorded = tuple([a if type(a) in SCALARS else _recorded(a, parents) for a in args])
+        keywords = {k: _recorded(v, parents) for k, v in kwargs.items()} if kwargs else kwargs
+        if not parents or (func in LIKE and not isinstance(recorded[0], Step)):
             return
         if func is Tensor.view_as and len(args) == 2 and args[0] is args[1]:
             # How autograd copies the input that an autograd function returns: without grad, but the
@@ -72,23 +79,33 @@ class Propagation(TorchFunctionMode):
             return
         if args and output is args[0] and not torch.compiler.is_compiling() and output._base is not None:
             attach(output._base, Unknown("a view of it was changed in place"), "")
-        recorded = tuple([replace(a, Tensor, _step_or_tensor) for a in args])
-        keywords = {k: replace(v, Tensor, _step_or_tensor) for k, v in kwargs.items()}
-        step = Step(func, recorded, keywords, tuple(output.shape), index)
+        step = Step(func, recorded, keywords, tuple(output.shape), index, parents=parents)
         if step.depth > _LONGEST:
             attach(output, Unknown(f"more than {_LONGEST} calls since the last normalization layer"), "")
         else:
             put(output, step)
 
 
-def _depends_on_input(values: Any) -> bool:
-    for value in values:
-        if isinstance(value, Tensor):
-            if step_of(value) is not None:
-                return True
-        elif type(value) in (list, tuple) and _depends_on_input(value):
-            return True
-    return False
+def _is_rectified_by_its_layer(func: Any, args: Any, kwargs: Any) -> bool:
+    """Rectify a layer's output in place together with the layer, if nothing was computed from it before."""
+    if torch.compiler.is_dynamo_compiling() or len(args) != 1 or not isinstance(args[0], Tensor):
+        return False
+    if func is F.relu and kwargs.get("inplace") is not True:
+        return False
+    step = step_of(args[0])
+    return step is not None and step.function is None and not step.is_used and rectify_output(args[0])
+
+
+def _recorded(value: Any, parents: list[Step]) -> Any:
+    """An argument, each tensor in it replaced by its step, if it has one; these are collected."""
+    kind = type(value)
+    if kind is tuple or kind is list:
+        return kind([_recorded(v, parents) for v in value])
+    if isinstance(value, Tensor) and (step := step_of(value)) is not None:
+        step.is_used = True
+        parents.append(step)
+        return step
+    return value
 
 
 def _record_assignment(args: Any) -> None:
@@ -107,6 +124,7 @@ def is_open() -> bool:
 
 
 def current() -> Propagation | None:
+    """The mode that is watching this thread, if any."""
     for mode in torch.overrides._get_current_function_mode_stack():
         if isinstance(mode, Propagation):
             return mode
@@ -122,21 +140,16 @@ def attach(tensor: Tensor, belief: Belief, source: str) -> None:
         source: who says so: a layer's name, or "input".
     """
     shape = tuple(tensor.shape)
-    if (mode := current()) is not None:
-        _stay_open(mode.layers)
     if isinstance(belief, Gaussian):
         belief = Gaussian(belief.mean, belief.var, shape)
-    put(tensor, Step(None, (), {}, shape, source=source, belief=belief))
+    step = Step(None, (), {}, shape, source=source, belief=belief, parents=())
+    put(tensor, step)
+    if step.hooks is not None and (mode := current()) is not None:
+        # A checkpointed region that finds the mode open must find it open when it runs again. Watched modules inside
+        # open it themselves, but a region may be any function.
+        enter_again(step.hooks, lambda: Propagation(mode.layers))
 
 
-def _stay_open(layers: Sequence[Any]) -> None:
-    """A checkpointed region that finds the mode open must find it open when it runs again.
-
-    Watched modules inside open it themselves, but a region may be any function.
-    """
-    if (hooks := saved_tensor_hooks()) is not None:
-        enter_again(hooks, lambda: Propagation(layers))
-
-
-def _step_or_tensor(tensor: Tensor) -> Step | Tensor:
-    return step_of(tensor) or tensor
+def attach_step(tensor: Tensor, func: Any) -> None:
+    """Record that a function was applied to a tensor whose belief has been attached, where no mode could see it."""
+    put(tensor, Step(func, (step_of(tensor),), {}, tuple(tensor.shape)))

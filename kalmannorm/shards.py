@@ -24,7 +24,7 @@ def watch_shards(module: nn.Module) -> None:
     FSDP may have come after :func:`kalmannorm.connect`, so this is asked whenever the mode opens.
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None or torch.compiler.is_compiling():
+    if fsdp is None or torch.compiler.is_compiling() or not torch.distributed.is_initialized():
         return
     for each in module.modules():
         if isinstance(each, fsdp.FSDPModule) and _leave_shard not in each._forward_hooks.values():

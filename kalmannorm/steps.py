@@ -9,20 +9,24 @@ with a step (they depend on the network's input; the step may lead to nothing kn
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kalmannorm.gaussian import Unknown
+from kalmannorm.kernels.apply import saved_tensor_hooks
 from kalmannorm.rules import Belief
 
-__all__ = ["Step", "computed_in", "found_in", "may_use", "put", "replace", "saved_tensor_hooks", "step_of"]
+__all__ = ["SCALARS", "Step", "computed_in", "found_in", "may_use", "put", "replace", "step_of"]
 
 _T = TypeVar("_T")
 
 _STEP = "_kalmannorm_step"
+
+# Arguments that hold no tensor.
+SCALARS = frozenset((int, float, bool, str, type(None)))
 
 # Beside a value that was computed before, in another place.
 _AGAIN = "again"
@@ -39,16 +43,18 @@ class Step:
         index: which output, of a function that returns several.
         source: where the belief starts: the layer's name, or "input".
         belief: the belief that starts there, known at once.
+        parents: the steps among the arguments; found there, where they aren't given.
     """
 
     __slots__ = (
-        "args", "belief", "belief_in", "depth", "draws", "draws_in", "function", "grad", "hooks", "index", "kwargs",
-        "shape", "source",
+        "args", "belief", "belief_in", "depth", "draws", "draws_in", "function", "grad", "hooks", "index",
+        "is_used", "kwargs",
+        "parents", "shape", "source",
     )  # fmt: skip
 
     def __init__(self, function: Callable[..., Any] | None, args: tuple[Any, ...], kwargs: dict[str, Any],
                  shape: tuple[int, ...], index: int | None = None, source: str = "",
-                 belief: Belief | None = None) -> None:  # fmt: skip
+                 belief: Belief | None = None, parents: Sequence[Step] | None = None) -> None:  # fmt: skip
         self.function = function
         self.args = args
         self.kwargs = kwargs
@@ -57,15 +63,13 @@ class Step:
         self.source = source
         self.belief = belief
         self.draws: Tensor | Unknown | None = None
+        self.is_used = False  # by a function that was called with its tensor
         self.grad = torch.is_grad_enabled()
         self.hooks = self.belief_in = self.draws_in = saved_tensor_hooks()
+        self.parents = list(found_in((*args, *kwargs.values()), Step)) if parents is None else parents
         self.depth = 0
-        for parent in self.parents():
+        for parent in self.parents:
             self.depth = max(self.depth, parent.depth + 1)
-
-    def parents(self) -> Iterator[Step]:
-        """The steps that this one was computed from."""
-        return found_in((*self.args, *self.kwargs.values()), Step)
 
     # A tensor may be saved or copied. What is believed of it is of this run alone, and stays behind.
     def __reduce__(self) -> tuple[Any, ...]:
@@ -75,27 +79,23 @@ class Step:
         return self
 
 
-def saved_tensor_hooks() -> Any:
-    """Which checkpointed region, if any, is being run. See :func:`may_use`."""
-    if torch.compiler.is_compiling():
-        return None
-    return torch._C._autograd._top_saved_tensors_default_hooks(False)
-
-
-def may_use(kept: Any, where: Any, step: Step) -> bool:
+def may_use(where: Any, step: Step, now: Any) -> bool:
     """Whether a value that a step keeps may be used where it is asked for.
 
     Not where a checkpointed region asks for the belief of something outside it, unless the region
     itself computed it, or it was there before any region asked: the region will run again, and must
-    then compute the same things again. ``where`` is what :func:`computed_in` noted.
+    then compute the same things again.
+
+    Args:
+        where: what :func:`computed_in` noted.
+        step: whose value it is.
+        now: the region that asks, of :func:`~kalmannorm.kernels.apply.saved_tensor_hooks`.
     """
-    now = saved_tensor_hooks()
-    return kept is not None and (where in (step.hooks, now) or where == (_AGAIN, now))
+    return bool(where == now or where == step.hooks or where == (_AGAIN, now))
 
 
-def computed_in(kept: Any) -> Any:
+def computed_in(kept: Any, now: Any) -> Any:
     """What to note beside a value that is computed now, in the place of what a step kept, if anything."""
-    now = saved_tensor_hooks()
     return now if kept is None else (_AGAIN, now)
 
 
@@ -103,15 +103,18 @@ def replace(value: Any, kind: type, by: Callable[[Any], Any]) -> Any:
     """Replace what is of one kind, in lists and tuples too."""
     if isinstance(value, kind):
         return by(value)
-    if type(value) in (list, tuple):
-        return type(value)([replace(v, kind, by) for v in value])
+    its = type(value)
+    if its is list or its is tuple:
+        return its([replace(v, kind, by) for v in value])
     return value
 
 
 def step_of(tensor: Tensor) -> Step | None:
     """The step recorded on a tensor, or on the one that it is an alias of."""
     step = getattr(tensor, _STEP, None)
-    if step is None and not torch.compiler.is_compiling() and (base := tensor._base) is not None:
+    if step is None and type(tensor) is nn.Parameter:
+        return None
+    if step is None and not torch.compiler.is_dynamo_compiling() and (base := tensor._base) is not None:
         # Where nothing is watched, FSDP and DDP pass a tensor through an autograd function that returns it.
         step = getattr(base, _STEP, None) if _place(tensor) == _place(base) else None
     return step if isinstance(step, Step) else None

@@ -3,10 +3,12 @@ does, which its tests compare it with; nothing here knows of layers or beliefs.
 """
 
 from kalmannorm.kernels.all_reduce import all_reduce
-from kalmannorm.kernels.contract import contract
-from kalmannorm.kernels.layer import layer
+from kalmannorm.kernels.layer import layer, rectify_output
+from kalmannorm.kernels.link import link
 from kalmannorm.kernels.moments import moments
+from kalmannorm.kernels.options import Filter, Running
 from kalmannorm.kernels.rectify import rectify
 from kalmannorm.kernels.standardize import standardize
 
-__all__ = ["all_reduce", "contract", "layer", "moments", "rectify", "standardize"]
+__all__ = ["Filter", "Running", "all_reduce", "layer", "link", "moments", "rectify", "rectify_output",
+    "standardize"]

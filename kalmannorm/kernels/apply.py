@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["direct", "is_transformed"]
+__all__ = ["differentiable_gradients", "direct", "is_transformed", "saved_tensor_hooks"]
 
 
 def is_transformed() -> bool:
@@ -20,6 +21,30 @@ def is_transformed() -> bool:
     if torch.compiler.is_compiling():
         return True
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def saved_tensor_hooks() -> Any:
+    """Which checkpointed region, if any, is being run. See :func:`kalmannorm.steps.may_use`."""
+    if torch.compiler.is_dynamo_compiling():
+        return None
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+
+def differentiable_gradients(plain: Callable[..., Any], inputs: Sequence[Any],
+                             upstream: Sequence[Tensor | None]) -> Iterator[Tensor | None]:  # fmt: skip
+    """Gradients of a plain expression that can be differentiated again, one for each input.
+
+    Args:
+        plain: from the inputs to a tuple that begins with one tensor, or None, for each of ``upstream``.
+        inputs: tensors, and whatever else.
+        upstream: what comes to the outputs; None for nothing.
+    """
+    sent = [(o, d) for o, d in zip(plain(*inputs), upstream, strict=False) if d is not None and o.requires_grad]
+    wanted = [t for t in inputs if isinstance(t, Tensor) and t.requires_grad]
+    outputs, incoming = zip(*sent, strict=True) if sent else ((), ())
+    gradients = iter(torch.autograd.grad(outputs, wanted, incoming, create_graph=True, materialize_grads=True))
+    for t in inputs:
+        yield next(gradients) if isinstance(t, Tensor) and t.requires_grad else None
 
 
 def direct(function: type[torch.autograd.Function], plain: Callable[..., Any] | None = None) -> Callable[..., Any]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kalmannorm.kernels.apply import direct
 
-__all__ = ["rectify"]
+__all__ = ["rectified", "rectified_gradients", "rectify"]
 
 
 def _standardize(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -28,15 +28,29 @@ def _standardize(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor, Ten
     return std, a, torch.special.ndtr(a), torch.exp(a.square() * -0.5) * (1 / math.sqrt(2 * math.pi))
 
 
+def rectified(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of ``max(x, 0)``, by functions that autograd knows."""
+    std, a, above, density = _standardize(mean, var)
+    positive = torch.addcmul(density, a, above)
+    negative = torch.addcmul(density, a, torch.special.ndtr(-a), value=-1)
+    # Where the input is surely positive, the mean itself carries no rounding of the quotient.
+    after = torch.where(a > 30, mean, std * positive)
+    return after, var * torch.addcmul(above, positive, negative, value=-1).clamp_min(0)
+
+
+def rectified_gradients(mean: Tensor, var: Tensor, d_mean: Tensor, d_var: Tensor) -> tuple[Tensor, Tensor]:
+    """What comes to the rectified moments, as it goes on to ``mean`` and ``var``."""
+    std, a, above, density = _standardize(mean, var)
+    positive = torch.addcmul(density, a, above)
+    by_mean = d_mean * above + d_var * (2 * std * positive * torch.special.ndtr(-a))
+    by_var = d_mean * (density / (2 * std)) + d_var * (above - positive * density)
+    return by_mean, by_var
+
+
 class _Rectify(torch.autograd.Function):
     @staticmethod
     def forward(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        std, a, above, density = _standardize(mean, var)
-        positive = torch.addcmul(density, a, above)
-        negative = torch.addcmul(density, a, torch.special.ndtr(-a), value=-1)
-        # Where the input is surely positive, the mean itself carries no rounding of the quotient.
-        rectified = torch.where(a > 30, mean, std * positive)
-        return rectified, var * torch.addcmul(above, positive, negative, value=-1).clamp_min(0)
+        return rectified(mean, var)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -44,11 +58,8 @@ class _Rectify(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_mean: Tensor, d_var: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        std, a, above, density = _standardize(*ctx.saved_tensors)
-        positive = torch.addcmul(density, a, above)
-        by_mean = d_mean * above + d_var * (2 * std * positive * torch.special.ndtr(-a))
-        by_var = d_mean * (density / (2 * std)) + d_var * (above - positive * density)
-        return by_mean, by_var
+        mean, var = ctx.saved_tensors
+        return rectified_gradients(mean, var, d_mean, d_var)
 
 
 _apply = direct(_Rectify)

@@ -22,10 +22,16 @@ from kalmannorm.rules.table import Belief, aliases, rule
 _Operand = Belief | Tensor | float
 
 
+def _are_alike(x: Gaussian, y: Gaussian) -> bool:
+    return x.mean.shape == x.var.shape == y.mean.shape == y.var.shape
+
+
 def _pair(x: _Operand, y: _Operand) -> tuple[Gaussian, Gaussian]:
     """Both operands as beliefs that broadcast."""
     assert not isinstance(x, Unknown)
     assert not isinstance(y, Unknown)
+    if isinstance(x, Gaussian) and isinstance(y, Gaussian) and x.shape == y.shape and _are_alike(x, y):
+        return x, y
     if not isinstance(x, Gaussian):
         assert isinstance(y, Gaussian)
         x = summarize(x, y)
@@ -43,6 +49,8 @@ def add(x: _Operand, y: _Operand, *, alpha: float = 1, out: object = None) -> Be
     if x is y:
         return mul(x, 1 + alpha)
     first, second = _pair(x, y)
+    if alpha == 1:
+        return Gaussian(first.mean + second.mean, first.var + second.var)
     return Gaussian(first.mean + alpha * second.mean, first.var + alpha**2 * second.var)
 
 

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kalmannorm.gaussian import Gaussian, Unknown
-from kalmannorm.kernels import contract
+from kalmannorm.kernels import link
+from kalmannorm.rules.pointwise import Rectified
 from kalmannorm.rules.table import Belief, aliases, rule
 
 _ACTIVATION_AS_WEIGHT = Unknown("the weight is computed from the input")
@@ -26,17 +27,31 @@ def _convolve(x: Gaussian, weight: Tensor, bias: Tensor | None, groups: int, spa
         return _ACTIVATION_AS_WEIGHT
     if x.ndim == spatial + 1:
         return _NO_BATCH
-    x = x.full([1]).pool(range(2, x.ndim))
-    weight = weight.to(x.mean.dtype)
     if groups == 1:
-        mean, var = contract(x.mean.flatten(1), x.var.flatten(1), weight)
-    else:
-        taps = weight.flatten(2)
-        mean = _by_blocks(x.mean.flatten(1), taps.sum(-1), groups)
-        var = _by_blocks(x.var.flatten(1), taps.square().sum(-1), groups)
+        return through_weight(x, weight, bias)
+    x = x.full([1]).pool(range(2, x.ndim))
+    taps = weight.to(x.mean.dtype).flatten(2)
+    mean = _by_blocks(x.mean.flatten(1), taps.sum(-1), groups)
+    var = _by_blocks(x.var.flatten(1), taps.square().sum(-1), groups)
     if bias is not None:
         mean = mean + bias
     return Gaussian(mean, var).map(lambda t: t.reshape(*t.shape, *[1] * (x.ndim - 2)))
+
+
+def through_weight(x: Gaussian, weight: Tensor, bias: Tensor | None) -> Gaussian:
+    """Through a matrix or an ungrouped filter; through the ReLU before it in the same step, where there is one."""
+    if isinstance(x, Rectified) and not x.is_known and x.below.is_per_channel(weight.shape[1]):
+        below = x.below
+        out = link(below.mean, below.var, weight, bias, relu=True)
+        assert out.rectified_mean is not None
+        assert out.rectified_var is not None
+        x.keep(out.rectified_mean, out.rectified_var)
+        return Gaussian(out.mean, out.var)
+    if not x.is_per_channel(weight.shape[1]):
+        x = x.full([1]).pool(range(2, x.ndim))
+        x = Gaussian(*torch.broadcast_tensors(x.mean, x.var))
+    out = link(x.mean, x.var, weight, bias)
+    return Gaussian(out.mean, out.var)
 
 
 def _by_blocks(moment: Tensor, matrix: Tensor, groups: int) -> Tensor:
@@ -110,13 +125,12 @@ def linear(x: Gaussian, weight: Tensor, bias: Tensor | None = None) -> Belief:
     """``m' = W m + b`` and ``v' = W^2 v`` along the last axis, whatever stands before it."""
     if isinstance(weight, Gaussian) or isinstance(bias, Gaussian):
         return _ACTIVATION_AS_WEIGHT
-    weight = weight.to(x.mean.dtype)
     if weight.ndim == 1:  # one output feature, whose axis is dropped
         return linear(x, weight[None], bias).map(lambda t: t.squeeze(-1))  # type: ignore[union-attr]
+    if x.ndim == 2:
+        return through_weight(x, weight, bias)
     x = x.full([x.ndim - 1])
     before = torch.broadcast_shapes(x.mean.shape, x.var.shape)[:-1]
     flat = x.map(lambda t: t.expand(*before, -1).flatten(0, -2))
-    mean, var = contract(flat.mean, flat.var, weight)
-    if bias is not None:
-        mean = mean + bias
-    return Gaussian(mean, var).map(lambda t: t.unflatten(0, before))
+    out = link(flat.mean, flat.var, weight, bias)
+    return Gaussian(out.mean, out.var).map(lambda t: t.unflatten(0, before))

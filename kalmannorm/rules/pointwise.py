@@ -15,9 +15,10 @@ from torch import Tensor
 
 from kalmannorm.gaussian import Gaussian, Unknown
 from kalmannorm.kernels import rectify
+from kalmannorm.kernels.apply import is_transformed, saved_tensor_hooks
 from kalmannorm.rules.table import Belief, aliases, rule
 
-__all__ = ["piecewise", "quadrature"]
+__all__ = ["Rectified", "piecewise", "quadrature"]
 
 # The standard normal is integrated by the trapezoid rule on [-8, 8]. For smooth integrands it
 # converges as fast as Gauss-Hermite quadrature (its error is exp(-2 pi^2 / step^2)), for kinked ones
@@ -97,10 +98,70 @@ def _polynomial_at(m: Tensor, breaks: Sequence[float], pieces: Sequence[Sequence
     return value
 
 
+class Rectified(Gaussian):
+    """A rectified Gaussian whose moments are computed when they are asked for.
+
+    Behind a ReLU there mostly is a convolution, whose rule does both in one step, and leaves the moments in
+    between here (:meth:`keep`).
+
+    Args:
+        below: what is rectified.
+    """
+
+    __slots__ = ("_moments", "_where", "below")
+
+    def __init__(self, below: Gaussian) -> None:
+        self.below = below
+        self.shape = below.shape
+        self._moments: tuple[Tensor, Tensor] | None = None
+        self._where: object = None
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the moments were computed, in the same checkpointed region, if any."""
+        return self._moments is not None and self._where == saved_tensor_hooks()
+
+    def keep(self, mean: Tensor, var: Tensor) -> None:
+        """Take the moments from who has computed them."""
+        self._moments, self._where = (mean, var), saved_tensor_hooks()
+
+    def _known(self) -> tuple[Tensor, Tensor]:
+        if not self.is_known:
+            self.keep(*rectify(self.below.mean, self.below.var))
+        assert self._moments is not None
+        return self._moments
+
+    @property
+    def mean(self) -> Tensor:  # type: ignore[override]
+        """As :class:`Gaussian`'s."""
+        return self._known()[0]
+
+    @property
+    def var(self) -> Tensor:  # type: ignore[override]
+        """As :class:`Gaussian`'s."""
+        return self._known()[1]
+
+    @property
+    def ndim(self) -> int:
+        """As :class:`Gaussian`'s."""
+        return self.below.ndim
+
+    def of(self, shape: Sequence[int]) -> Gaussian:
+        """As :class:`Gaussian`'s; nothing is computed."""
+        self.shape = tuple(shape)
+        return self
+
+    def detach(self) -> Gaussian:
+        """As :class:`Gaussian`'s; nothing is computed."""
+        return Rectified(self.below.detach()).of(self.shape)
+
+
 @rule(*aliases("relu", "relu_"))
 def relu(x: Gaussian, inplace: bool = False) -> Gaussian:
     """``E = m Phi(a) + s phi(a)`` with ``a = m / s``; the variance in :mod:`kalmannorm.kernels.rectify`."""
-    return Gaussian(*rectify(x.mean, x.var))
+    if is_transformed() and not torch.compiler.is_compiling():
+        return Gaussian(*rectify(x.mean, x.var))
+    return Rectified(x)
 
 
 def _two_slopes(x: Gaussian, slope: Tensor | float, slope_var: float = 0.0) -> Gaussian:

@@ -1,4 +1,6 @@
-"""The layer in one step, against the plain functions it stands for."""
+"""The layer in one step, against the plain functions it stands for. The backends have tests of their own."""
+
+import importlib
 
 import pytest
 import torch
@@ -6,76 +8,138 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from kalmannorm import Gaussian
 from kalmannorm.functional import kalman_update, normalize, observe
-from kalmannorm.kernels import layer
+from kalmannorm.kernels import Filter, Running, layer
+
+# The package's attribute of this name is the function.
+_module = importlib.import_module("kalmannorm.kernels.layer")
+
+OPTIONS = {
+    "plain": Filter(eps=1e-3),
+    "no spread": Filter(spread=False, eps=1e-3),
+    "learned": Filter(gain_slope=-1.0, gain_offset=0.2, noise_scale=0.1, eps=1e-3),
+    "relu": Filter(gain_slope=1.0, gain_offset=-0.3, eps=1e-3, relu=True),
+}
 
 
-def inputs(shape, dtype=torch.float64):
+def inputs(shape, dtype=torch.float64, groups=1):
     torch.manual_seed(0)
     channels = shape[1]
     x = (torch.randn(shape, dtype=dtype) * 2 + 1).requires_grad_()
     wide = torch.promote_types(dtype, torch.float32)
-    prior_mean, weight, bias = (torch.randn(channels, dtype=wide).requires_grad_() for _ in range(3))
-    prior_var = torch.rand(channels, dtype=wide).add(0.2).requires_grad_()
+    prior_mean = torch.randn(groups, channels, dtype=wide).requires_grad_()
+    prior_var = torch.rand(groups, channels, dtype=wide).add(0.2).requires_grad_()
     gain = torch.tensor([0.3], dtype=wide).requires_grad_()
-    return x, prior_mean, prior_var, gain, weight, bias
+    noise = torch.rand(channels, dtype=wide).requires_grad_()
+    weight, bias = (torch.randn(channels, dtype=wide).requires_grad_() for _ in range(2))
+    return x, prior_mean, prior_var, gain, noise, weight, bias
 
 
-def plain(x, prior_mean, prior_var, gain, weight, bias, spread, eps):
-    prior = Gaussian(prior_mean[None], prior_var[None])
-    posterior = kalman_update(prior, observe(x), gain, spread=spread)
-    return normalize(x, posterior, weight, bias, eps), posterior.mean[0], posterior.var[0]
+def plain(x, prior_mean, prior_var, gain, noise, weight, bias, options):
+    q = torch.sigmoid(options.gain_slope * gain + options.gain_offset) if options.gain_slope else gain
+    noise = options.noise_scale * noise.exp() if options.noise_scale else noise
+    prior, seen = Gaussian(prior_mean, prior_var), observe(x, options.groups)
+    posterior = kalman_update(prior, seen, q, process_noise=noise, spread=options.spread)
+    y = normalize(x, posterior, weight, bias, options.eps)
+    return y.relu() if options.relu else y, posterior.mean, posterior.var
 
 
-@pytest.mark.parametrize("spread", [True, False])
+def outputs(given, options, posterior=True):
+    out = layer(*given, options, posterior=posterior)
+    return out.output, *(t.flatten(1) for t in (out.mean, out.var))
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("shape", [(3, 4), (3, 4, 5), (2, 3, 5, 7), (1, 3, 2, 3, 2), (1, 2, 1, 1)])
-def test_equals_the_plain_functions(shape, spread):
+def test_equals_the_plain_functions(shape, options):
     given = inputs(shape)
-    ours, theirs = layer(*given, spread, 1e-3)[:3], plain(*given, spread, 1e-3)
+    ours, theirs = outputs(given, options), plain(*given, options)
     upstream = [torch.randn_like(t) for t in ours]
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b)
-    gradients = (torch.autograd.grad(outputs, given, upstream) for outputs in (ours, theirs))
+    gradients = (torch.autograd.grad(results, given, upstream) for results in (ours, theirs))
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("spread", [True, False])
-def test_gradcheck_and_gradgradcheck(spread):
-    given = inputs((2, 2, 2, 2))
+@pytest.mark.parametrize("posterior", [True, False])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_gradcheck_and_gradgradcheck(options, groups, posterior):
+    options = options._replace(groups=groups)
 
     def run(*tensors):
-        return layer(*tensors, spread, 1e-3)[:3]
+        return outputs(tensors, options, posterior)
 
+    given = inputs((2, 2, 2, 2), groups=groups)
     assert gradcheck(run, given)
     assert gradgradcheck(run, given)
 
 
-def test_observation_is_returned_without_a_gradient():
+@pytest.mark.parametrize("relu", [False, True])
+def test_a_residual_gets_its_gradient(relu):
+    x, *rest = inputs((2, 3, 4))
+    other = torch.randn_like(x).requires_grad_()
+    options = Filter(eps=1e-3, relu=relu)
+    ours = layer(x, *rest, options, other=other).output
+    theirs = layer(x, *rest, options._replace(relu=False)).output + other
+    theirs = theirs.relu() if relu else theirs
+    torch.testing.assert_close(ours, theirs)
+    upstream = torch.randn_like(ours)
+    gradients = (torch.autograd.grad(y, (x, other), upstream) for y in (ours, theirs))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_the_plain_expression_moves_the_same_averages(groups):
+    """That of torch.func and of a compiler, beside the backends'."""
+    given = inputs((4, 3, 5), torch.float32)
+    running = [
+        Running(torch.zeros(3), torch.ones(3), torch.tensor(4), torch.tensor(0), 0.3) for _ in range(2)
+    ]  # fmt: skip
+    options = Filter(groups, gain_slope=-1.0, noise_scale=0.1)
+    ours = layer(*given, options, running=running[0])
+    theirs = _module._plain(given[0], None, *given[1:], running[1], options, False)
+    torch.testing.assert_close(ours.statistics, theirs[-1])
+    for a, b in zip(*running, strict=True):
+        torch.testing.assert_close(a, b)
+    assert running[0].batches == 5
+
+
+def test_statistics_are_returned_without_a_gradient():
     given = inputs((3, 4, 5))
-    *_, mean, var = layer(*given, True, 1e-3)
+    out = layer(*given, Filter())
     seen = observe(given[0])
-    torch.testing.assert_close(mean, seen.mean[0].detach())
-    torch.testing.assert_close(var, seen.var[0].detach())
-    assert not mean.requires_grad
+    torch.testing.assert_close(out.statistics[4], seen.mean.detach())
+    torch.testing.assert_close(out.statistics[5], seen.var.detach())
+    assert not out.statistics.requires_grad
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_has_statistics_in_float32(dtype):
     given = inputs((4, 3, 8, 8), dtype)
-    y, mean, var, *_ = layer(*given, True, 1e-3)
-    assert (y.dtype, mean.dtype, var.dtype) == (dtype, torch.float32, torch.float32)
-    exact = layer(*(t.detach().double().requires_grad_() for t in given), True, 1e-3)
-    torch.testing.assert_close(y.double(), exact[0], rtol=0.02, atol=0.02)
-    torch.testing.assert_close(var.double(), exact[2], rtol=1e-5, atol=1e-5)
-    upstream = torch.randn_like(y)
-    (dx,) = torch.autograd.grad(y, given[0], upstream, retain_graph=True)
+    out = layer(*given, Filter(eps=1e-3), posterior=True)
+    assert (out.output.dtype, out.mean.dtype, out.var.dtype) == (dtype, torch.float32, torch.float32)
+    exact = layer(*(t.detach().double() for t in given), Filter(eps=1e-3), posterior=True)
+    torch.testing.assert_close(out.output.double(), exact.output, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(out.var.double(), exact.var, rtol=1e-5, atol=1e-5)
+    (dx,) = torch.autograd.grad(out.output, given[0], torch.randn_like(out.output))
     assert dx.dtype == dtype
 
 
-def test_memory_format_is_kept():
-    x, *rest = inputs((2, 8, 4, 4))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_memory_format_is_kept(dtype, groups):
+    x, *rest = inputs((2, 8, 4, 4), dtype)
     x = x.detach().to(memory_format=torch.channels_last).requires_grad_()
-    y = layer(x, *rest, True, 1e-3)[0]
+    y = layer(x, *rest, Filter(groups)).output
     assert y.is_contiguous(memory_format=torch.channels_last)
     (dx,) = torch.autograd.grad(y.square().sum(), x)
     assert dx.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_any_strides_will_do():
+    x, *rest = inputs((2, 8, 4, 6), torch.float32)
+    strided = x.detach().mT.contiguous().mT
+    assert not strided.is_contiguous()
+    torch.testing.assert_close(layer(strided, *rest, Filter()).output, layer(x, *rest, Filter()).output)

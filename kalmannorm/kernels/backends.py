@@ -1,0 +1,28 @@
+"""Which of the backends computes: `on_cpu`, `on_gpu` or `on_torch`."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from kalmannorm.kernels import on_cpu, on_gpu, on_torch
+
+__all__ = ["backend_for"]
+
+_PLAIN_TENSORS = (Tensor, nn.Parameter)
+
+
+def backend_for(x: Tensor, *others: Tensor | None) -> ModuleType:
+    """Whose functions to call: compiled ones where there are any for a device and type."""
+    kind = x.device.type
+    if type(x) not in _PLAIN_TENSORS or kind not in ("cpu", "cuda") or (kind == "cpu" and x.dtype is not torch.float32):
+        return on_torch
+    for t in others:
+        if t is None:
+            continue
+        if t.dtype is not torch.float32 or type(t) not in _PLAIN_TENSORS or t.device != x.device:
+            return on_torch
+    backend: ModuleType = on_cpu if kind == "cpu" else on_gpu
+    return backend if backend.is_available() else on_torch

@@ -1,0 +1,29 @@
+"""How an activation lies in memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["dense", "is_channels_last", "is_dense"]
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def is_channels_last(t: Tensor) -> bool:
+    """Whether channels lie innermost; not where that makes no difference."""
+    if t.ndim not in _CHANNELS_LAST or t.is_contiguous():
+        return False
+    return t.is_contiguous(memory_format=_CHANNELS_LAST[t.ndim])
+
+
+def is_dense(t: Tensor) -> bool:
+    """Whether a tensor lies in one block of memory, channels first or last."""
+    return t.is_contiguous() or is_channels_last(t)
+
+
+def dense(t: Tensor, like: Tensor) -> Tensor:
+    """The tensor in the memory format of another one, which is dense; itself, where it is that already."""
+    if t.stride() == like.stride():
+        return t
+    return t.contiguous(memory_format=_CHANNELS_LAST[like.ndim] if is_channels_last(like) else torch.contiguous_format)

@@ -1,0 +1,674 @@
+/* The layer and the link on a CPU, float32. Loaded by on_cpu.py, which says how they are called; the mathematics is
+   in layer.py and link.py.
+
+   An activation is (N, C, P) in memory, or (N, P, C) where channels are last. A channel of a statistic group mostly fits
+   into the cache, so that its three visits (mean, variance, normalization) read main memory once. Sums are of short runs in
+   float32 and of the runs in float64. Work is divided statically, so results depend on the number of threads alone. */
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define RUN 1024
+#define RESTRICT __restrict__
+#define SMALL 32768 /* elements that one thread is through with before a second one has begun */
+
+typedef struct {
+    const float *prior_mean, *prior_var, *gain, *noise, *weight, *bias;
+    int64_t prior_groups;
+    float gain_slope, gain_offset, noise_scale, eps;
+    int32_t spread, relu;
+} Filter;
+
+typedef struct {
+    int64_t samples, channels, pixels, groups;
+    int32_t channels_last, threads;
+} Shape;
+
+static float gain_of(const Filter *f) {
+    if (!f->prior_mean) return 1.0f;
+    if (!f->gain) return f->gain_offset;
+    if (f->gain_slope == 0.0f) return f->gain[0];
+    return 1.0f / (1.0f + expf(-(f->gain_slope * f->gain[0] + f->gain_offset)));
+}
+
+static float noise_of(const Filter *f, int64_t c) {
+    if (!f->noise) return 0.0f;
+    return f->noise_scale == 0.0f ? f->noise[c] : f->noise_scale * expf(f->noise[c]);
+}
+
+static float weight_of(const Filter *f, int64_t c) { return f->weight ? f->weight[c] : 1.0f; }
+static float bias_of(const Filter *f, int64_t c) { return f->bias ? f->bias[c] : 0.0f; }
+
+/* statistics: (6, S, C), posterior mean and variance, output mean and variance, observed mean and variance. */
+static void fuse(const Filter *f, float q, int64_t size, int64_t channels, int64_t i, double mean, double var,
+                 float *statistics) {
+    int64_t c = i % channels;
+    float m = (float)mean, v = (float)var;
+    float posterior_mean = m, posterior_var = v;
+    if (f->prior_mean) {
+        int64_t p = f->prior_groups == 1 ? c : i;
+        float prior_mean = f->prior_mean[p], prior_var = f->prior_var[p] + noise_of(f, c);
+        float innovation = m - prior_mean;
+        posterior_mean = prior_mean + q * innovation;
+        posterior_var = prior_var + q * (v - prior_var);
+        if (f->spread) posterior_var += q * (1 - q) * innovation * innovation;
+    }
+    float gamma = weight_of(f, c);
+    statistics[i] = posterior_mean;
+    statistics[size + i] = posterior_var;
+    statistics[2 * size + i] = bias_of(f, c);
+    statistics[3 * size + i] = gamma * gamma * (posterior_var / (posterior_var + f->eps));
+    statistics[4 * size + i] = m;
+    statistics[5 * size + i] = v;
+}
+
+/* y = scale x + shift */
+static void line_of(const Filter *f, const float *statistics, int64_t size, int64_t channels, int64_t i, float *scale,
+                    float *shift) {
+    int64_t c = i % channels;
+    *scale = weight_of(f, c) / sqrtf(statistics[size + i] + f->eps);
+    *shift = bias_of(f, c) - statistics[i] * *scale;
+}
+
+/* Not fmax, which would make zero of NaN. */
+static double not_negative(double x) { return x < 0 ? 0.0 : x; }
+
+static double sum_run(const float *RESTRICT x, int64_t n) {
+    double total = 0;
+    for (int64_t start = 0; start < n; start += RUN) {
+        int64_t end = start + RUN < n ? start + RUN : n;
+        float part = 0;
+#pragma omp simd reduction(+ : part)
+        for (int64_t j = start; j < end; j++) part += x[j];
+        total += part;
+    }
+    return total;
+}
+
+static double squares_run(const float *RESTRICT x, int64_t n, float mean) {
+    double total = 0;
+    for (int64_t start = 0; start < n; start += RUN) {
+        int64_t end = start + RUN < n ? start + RUN : n;
+        float part = 0;
+#pragma omp simd reduction(+ : part)
+        for (int64_t j = start; j < end; j++) part += (x[j] - mean) * (x[j] - mean);
+        total += part;
+    }
+    return total;
+}
+
+static void apply_run(const float *RESTRICT x, const float *RESTRICT other, float *RESTRICT y, int64_t n, float scale,
+                      float shift, int relu) {
+    if (other) {
+        for (int64_t j = 0; j < n; j++) y[j] = x[j] * scale + shift + other[j];
+    } else {
+        for (int64_t j = 0; j < n; j++) y[j] = x[j] * scale + shift;
+    }
+    if (relu) /* not fmaxf, which would make zero of NaN */
+        for (int64_t j = 0; j < n; j++) y[j] = y[j] < 0 ? 0.0f : y[j];
+}
+
+static void forward_channels_first(const float *x, const float *other, float *y, const Filter *f, const Shape *shape,
+                                   float q, float *statistics) {
+    int64_t C = shape->channels, P = shape->pixels, rows = shape->samples / shape->groups, size = shape->groups * C;
+#pragma omp parallel for schedule(static) num_threads(shape->threads) if (size * rows * P > SMALL)
+    for (int64_t i = 0; i < size; i++) {
+        int64_t first = (i / C * rows * C + i % C) * P;
+        double n = (double)(rows * P), mean = 0, squares = 0;
+        for (int64_t r = 0; r < rows; r++) mean += sum_run(x + first + r * C * P, P);
+        mean /= n;
+        for (int64_t r = 0; r < rows; r++) squares += squares_run(x + first + r * C * P, P, (float)mean);
+        /* what the mean lost in float32 */
+        double lost = mean - (float)mean;
+        fuse(f, q, size, C, i, mean, not_negative(squares / n - lost * lost), statistics);
+        float scale, shift;
+        line_of(f, statistics, size, C, i, &scale, &shift);
+        for (int64_t r = 0; r < rows; r++) {
+            int64_t at = first + r * C * P;
+            apply_run(x + at, other ? other + at : NULL, y + at, P, scale, shift, f->relu);
+        }
+    }
+}
+
+/* Sums over rows of C values: of x, or of squared deviations from `mean`. */
+static void sum_rows(const float *RESTRICT x, int64_t rows, int64_t C, const float *RESTRICT mean,
+                     float *RESTRICT part, double *RESTRICT total) {
+    for (int64_t start = 0; start < rows; start += RUN) {
+        int64_t end = start + RUN < rows ? start + RUN : rows;
+        memset(part, 0, C * sizeof(float));
+        for (int64_t r = start; r < end; r++) {
+            const float *RESTRICT row = x + r * C;
+            if (mean) {
+                for (int64_t c = 0; c < C; c++) part[c] += (row[c] - mean[c]) * (row[c] - mean[c]);
+            } else {
+                for (int64_t c = 0; c < C; c++) part[c] += row[c];
+            }
+        }
+        for (int64_t c = 0; c < C; c++) total[c] += part[c];
+    }
+}
+
+static void sum_rows_in_threads(const float *x, int64_t rows, int64_t C, const float *mean, int threads, double *total) {
+    double *totals = calloc(threads * C, sizeof(double));
+    float *parts = malloc(threads * C * sizeof(float));
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int t = 0; t < threads; t++) {
+        int64_t from = rows * t / threads, to = rows * (t + 1) / threads;
+        sum_rows(x + from * C, to - from, C, mean, parts + t * C, totals + t * C);
+    }
+    for (int64_t c = 0; c < C; c++) {
+        total[c] = 0;
+        for (int t = 0; t < threads; t++) total[c] += totals[t * C + c];
+    }
+    free(totals);
+    free(parts);
+}
+
+static void forward_group_channels_last(const float *x, const float *other, float *y, const Filter *f,
+                                        const Shape *shape, float q, float *statistics, int64_t group, int threads) {
+    int64_t C = shape->channels, rows = shape->samples / shape->groups * shape->pixels, size = shape->groups * C;
+    int64_t first = group * rows * C;
+    double *total = malloc(2 * C * sizeof(double)), *mean = total + C;
+    float *line = malloc(2 * C * sizeof(float)), *shift = line + C;
+    sum_rows_in_threads(x + first, rows, C, NULL, threads, total);
+    for (int64_t c = 0; c < C; c++) {
+        mean[c] = total[c] / rows;
+        line[c] = (float)mean[c];
+    }
+    sum_rows_in_threads(x + first, rows, C, line, threads, total);
+    for (int64_t c = 0; c < C; c++) {
+        double lost = mean[c] - line[c];
+        fuse(f, q, size, C, group * C + c, mean[c], not_negative(total[c] / rows - lost * lost), statistics);
+        line_of(f, statistics, size, C, group * C + c, line + c, shift + c);
+    }
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t r = 0; r < rows; r++) {
+        int64_t at = first + r * C;
+        const float *RESTRICT in = x + at, *RESTRICT also = other ? other + at : NULL;
+        float *RESTRICT out = y + at;
+        if (other) {
+            for (int64_t c = 0; c < C; c++) out[c] = in[c] * line[c] + shift[c] + also[c];
+        } else {
+            for (int64_t c = 0; c < C; c++) out[c] = in[c] * line[c] + shift[c];
+        }
+        if (f->relu)
+            for (int64_t c = 0; c < C; c++) out[c] = out[c] < 0 ? 0.0f : out[c];
+    }
+    free(total);
+    free(line);
+}
+
+static void move_running(const Shape *shape, float q, const float *statistics, float *running_mean,
+                         float *running_var, int64_t *batches, int64_t *nonfinite, float momentum) {
+    int64_t C = shape->channels, S = shape->groups, size = S * C;
+    int64_t others = shape->samples / S * shape->pixels - 1;
+    float bessel = q / (float)(others > 1 ? others : 1);
+    int lost = 0;
+    for (int64_t c = 0; c < C; c++) {
+        float mean = 0, var = 0;
+        for (int64_t s = 0; s < S; s++) {
+            int64_t i = s * C + c;
+            mean += statistics[i];
+            var += statistics[size + i] + bessel * statistics[5 * size + i];
+        }
+        mean /= S;
+        var /= S;
+        if (isfinite(mean + var)) {
+            running_mean[c] += momentum * (mean - running_mean[c]);
+            running_var[c] += momentum * (var - running_var[c]);
+        } else {
+            lost = 1;
+        }
+    }
+    batches[0] += 1;
+    nonfinite[0] += lost;
+}
+
+void layer_forward(const float *x, const float *other, float *y, const Filter *f, const Shape *shape, float *statistics,
+                   float *running_mean, float *running_var, int64_t *batches, int64_t *nonfinite, float momentum) {
+    float q = gain_of(f);
+    if (shape->channels_last) {
+        int64_t S = shape->groups, all = shape->samples * shape->pixels * shape->channels;
+        int inside = S == 1 && all > SMALL ? shape->threads : 1;
+#pragma omp parallel for schedule(static) num_threads(shape->threads) if (S > 1 && all > SMALL)
+        for (int64_t s = 0; s < S; s++)
+            forward_group_channels_last(x, other, y, f, shape, q, statistics, s, inside);
+    } else {
+        forward_channels_first(x, other, y, f, shape, q, statistics);
+    }
+    if (running_mean)
+        move_running(shape, q, statistics, running_mean, running_var, batches, nonfinite, momentum);
+}
+
+/* ---- backward ---- */
+
+/* What comes from above, and where the gradients of a group and channel go: each (S, C), or NULL. */
+typedef struct {
+    const float *d_posterior_mean, *d_posterior_var, *d_output_mean, *d_output_var;
+    float *d_prior_mean, *d_prior_var, *d_gain, *d_noise, *d_weight, *d_bias;
+} Gradients;
+
+/* One group and channel's share of every gradient; `terms` is (5, S, C): prior mean, prior variance, gain, weight, bias. */
+static void gradients_of(const Filter *f, const Gradients *g, float q, int64_t size, int64_t channels, int64_t i, double n,
+                         const float *statistics, double sum_dy, double sum_dyx, float *terms, float *scale,
+                         float *slope, float *offset) {
+    int64_t c = i % channels;
+    float gamma = weight_of(f, c), eps = f->eps;
+    float v = statistics[size + i], mean = statistics[4 * size + i], var = statistics[5 * size + i];
+    float inverse = 1.0f / sqrtf(v + eps);
+    *scale = gamma * inverse;
+    float d_output_var = g->d_output_var ? g->d_output_var[i] : 0.0f;
+    float g_mean = (g->d_posterior_mean ? g->d_posterior_mean[i] : 0.0f) - *scale * (float)sum_dy;
+    float g_var = (g->d_posterior_var ? g->d_posterior_var[i] : 0.0f) - 0.5f * *scale * inverse * (float)sum_dyx;
+    float inverse2 = inverse * inverse;
+    g_var += d_output_var * gamma * gamma * eps * inverse2 * inverse2;
+    float by_observed = g_mean;
+    if (f->prior_mean) {
+        int64_t p = f->prior_groups == 1 ? c : i;
+        float innovation = mean - f->prior_mean[p], by_prior_mean = (1 - q) * g_mean;
+        float by_gain = var - f->prior_var[p] - noise_of(f, c);
+        by_observed = q * g_mean;
+        if (f->spread) {
+            float through = 2 * q * (1 - q) * innovation * g_var;
+            by_observed += through;
+            by_prior_mean -= through;
+            by_gain += (1 - 2 * q) * innovation * innovation;
+        }
+        terms[i] = by_prior_mean;
+        terms[size + i] = (1 - q) * g_var;
+        terms[2 * size + i] = g_mean * innovation + g_var * by_gain;
+    }
+    terms[3 * size + i] = (float)sum_dyx + 2 * d_output_var * gamma * v * inverse2;
+    terms[4 * size + i] = (float)sum_dy + (g->d_output_mean ? g->d_output_mean[i] : 0.0f);
+    /* The deviations of a constant channel are nothing but rounding: see moments.slope_by_variance. */
+    float rounding = mean * (8 * 1.1920929e-7f);
+    *slope = var > rounding * rounding ? (float)(2 * q * g_var / n) : 0.0f;
+    *offset = (float)(by_observed / n) - *slope * mean;
+}
+
+static void collect(const Filter *f, const Gradients *g, const Shape *shape, float q, const float *terms) {
+    int64_t C = shape->channels, S = shape->groups, size = S * C;
+    double by_gain = 0;
+    for (int64_t c = 0; c < C; c++) {
+        float by_mean = 0, by_var = 0, by_weight = 0, by_bias = 0;
+        for (int64_t s = 0; s < S; s++) {
+            int64_t i = s * C + c;
+            if (f->prior_mean) {
+                by_mean += terms[i];
+                by_var += terms[size + i];
+                by_gain += terms[2 * size + i];
+                if (f->prior_groups > 1) {
+                    g->d_prior_mean[i] = terms[i];
+                    g->d_prior_var[i] = terms[size + i];
+                }
+            }
+            by_weight += terms[3 * size + i];
+            by_bias += terms[4 * size + i];
+        }
+        if (f->prior_mean && f->prior_groups == 1) {
+            g->d_prior_mean[c] = by_mean;
+            g->d_prior_var[c] = by_var;
+        }
+        if (g->d_noise) g->d_noise[c] = f->prior_mean ? by_var * (f->noise_scale == 0.0f ? 1.0f : noise_of(f, c)) : 0.0f;
+        if (g->d_weight) g->d_weight[c] = by_weight;
+        if (g->d_bias) g->d_bias[c] = by_bias;
+    }
+    if (g->d_gain) g->d_gain[0] = (float)(by_gain * (f->gain_slope == 0.0f ? 1.0f : f->gain_slope * q * (1 - q)));
+}
+
+/* The ReLU's mask: of its output where that is given (a residual was added before), else computed again. */
+static inline float masked(float dy, float x, const float *y, int64_t j, float scale, float shift, int relu) {
+    if (!relu) return dy;
+    return (y ? y[j] : x * scale + shift) > 0 ? dy : 0.0f;
+}
+
+static void sums_run(const float *RESTRICT dy, const float *RESTRICT x, const float *RESTRICT y, int64_t n, float mean,
+                     float scale, float shift, int relu, double *sum_dy, double *sum_dyx) {
+    for (int64_t start = 0; start < n; start += RUN) {
+        int64_t end = start + RUN < n ? start + RUN : n;
+        float a = 0, b = 0;
+        if (!relu) {
+#pragma omp simd reduction(+ : a, b)
+            for (int64_t j = start; j < end; j++) {
+                a += dy[j];
+                b += dy[j] * (x[j] - mean);
+            }
+        } else if (y) {
+#pragma omp simd reduction(+ : a, b)
+            for (int64_t j = start; j < end; j++) {
+                float d = y[j] > 0 ? dy[j] : 0.0f;
+                a += d;
+                b += d * (x[j] - mean);
+            }
+        } else {
+#pragma omp simd reduction(+ : a, b)
+            for (int64_t j = start; j < end; j++) {
+                float d = x[j] * scale + shift > 0 ? dy[j] : 0.0f;
+                a += d;
+                b += d * (x[j] - mean);
+            }
+        }
+        *sum_dy += a;
+        *sum_dyx += b;
+    }
+}
+
+static void input_gradient_run(const float *RESTRICT dy, const float *RESTRICT x, const float *RESTRICT y,
+                               float *RESTRICT dx, float *RESTRICT d_other, int64_t n, float scale, float shift,
+                               float slope, float offset, int relu) {
+    if (!relu) {
+        for (int64_t j = 0; j < n; j++) dx[j] = scale * dy[j] + slope * x[j] + offset;
+    } else if (y) {
+        for (int64_t j = 0; j < n; j++) {
+            float d = y[j] > 0 ? dy[j] : 0.0f;
+            d_other[j] = d;
+            dx[j] = scale * d + slope * x[j] + offset;
+        }
+    } else {
+        for (int64_t j = 0; j < n; j++) {
+            float d = x[j] * scale + shift > 0 ? dy[j] : 0.0f;
+            dx[j] = scale * d + slope * x[j] + offset;
+        }
+    }
+}
+
+static void backward_channels_first(const float *dy, const float *x, const float *y, float *dx, float *d_other,
+                                    const Filter *f, const Gradients *g, const Shape *shape, float q,
+                                    const float *statistics, float *terms) {
+    int64_t C = shape->channels, P = shape->pixels, rows = shape->samples / shape->groups, size = shape->groups * C;
+#pragma omp parallel for schedule(static) num_threads(shape->threads) if (size * rows * P > SMALL)
+    for (int64_t i = 0; i < size; i++) {
+        int64_t first = (i / C * rows * C + i % C) * P;
+        float m = statistics[i], scale, shift, slope, offset;
+        line_of(f, statistics, size, C, i, &scale, &shift);
+        double sum_dy = 0, sum_dyx = 0;
+        for (int64_t r = 0; r < rows; r++) {
+            int64_t at = first + r * C * P;
+            sums_run(dy + at, x + at, y ? y + at : NULL, P, m, scale, shift, f->relu, &sum_dy, &sum_dyx);
+        }
+        sum_dyx /= sqrt(statistics[size + i] + f->eps);
+        gradients_of(f, g, q, size, C, i, (double)(rows * P), statistics, sum_dy, sum_dyx, terms, &scale, &slope, &offset);
+        for (int64_t r = 0; r < rows; r++) {
+            int64_t at = first + r * C * P;
+            input_gradient_run(dy + at, x + at, y ? y + at : NULL, dx + at, d_other ? d_other + at : NULL, P, scale,
+                               shift, slope, offset, f->relu);
+        }
+    }
+}
+
+static void sum_gradient_rows(const float *RESTRICT dy, const float *RESTRICT x, const float *RESTRICT y, int64_t rows,
+                              int64_t C, const float *RESTRICT mean, const float *RESTRICT scale,
+                              const float *RESTRICT shift, int relu, float *RESTRICT part, double *RESTRICT total) {
+    for (int64_t start = 0; start < rows; start += RUN) {
+        int64_t end = start + RUN < rows ? start + RUN : rows;
+        memset(part, 0, 2 * C * sizeof(float));
+        float *RESTRICT a = part, *RESTRICT b = part + C;
+        for (int64_t r = start; r < end; r++) {
+            int64_t at = r * C;
+            for (int64_t c = 0; c < C; c++) {
+                float d = masked(dy[at + c], x[at + c], y, at + c, scale[c], shift[c], relu);
+                a[c] += d;
+                b[c] += d * (x[at + c] - mean[c]);
+            }
+        }
+        for (int64_t c = 0; c < 2 * C; c++) total[c] += part[c];
+    }
+}
+
+static void backward_group_channels_last(const float *dy, const float *x, const float *y, float *dx, float *d_other,
+                                         const Filter *f, const Gradients *g, const Shape *shape, float q,
+                                         const float *statistics, float *terms, int64_t group, int threads) {
+    int64_t C = shape->channels, rows = shape->samples / shape->groups * shape->pixels, size = shape->groups * C;
+    int64_t first = group * rows * C;
+    float *line = malloc(4 * C * sizeof(float)), *shift = line + C, *slope = line + 2 * C, *offset = line + 3 * C;
+    double *totals = calloc(threads * 2 * C, sizeof(double));
+    float *parts = malloc(threads * 2 * C * sizeof(float));
+    for (int64_t c = 0; c < C; c++) line_of(f, statistics, size, C, group * C + c, line + c, shift + c);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int t = 0; t < threads; t++) {
+        int64_t from = rows * t / threads, to = rows * (t + 1) / threads, at = first + from * C;
+        sum_gradient_rows(dy + at, x + at, y ? y + at : NULL, to - from, C, statistics + group * C, line, shift, f->relu,
+                          parts + t * 2 * C, totals + t * 2 * C);
+    }
+    for (int64_t c = 0; c < C; c++) {
+        double sum_dy = 0, sum_dyx = 0;
+        for (int t = 0; t < threads; t++) {
+            sum_dy += totals[t * 2 * C + c];
+            sum_dyx += totals[t * 2 * C + C + c];
+        }
+        sum_dyx /= sqrt(statistics[size + group * C + c] + f->eps);
+        gradients_of(f, g, q, size, C, group * C + c, (double)rows, statistics, sum_dy, sum_dyx, terms, line + c,
+                     slope + c, offset + c);
+    }
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t r = 0; r < rows; r++) {
+        int64_t at = first + r * C;
+        for (int64_t c = 0; c < C; c++) {
+            float d = masked(dy[at + c], x[at + c], y, at + c, line[c], shift[c], f->relu);
+            if (d_other) d_other[at + c] = d;
+            dx[at + c] = line[c] * d + slope[c] * x[at + c] + offset[c];
+        }
+    }
+    free(line);
+    free(totals);
+    free(parts);
+}
+
+void layer_backward(const float *dy, const float *x, const float *y, float *dx, float *d_other, const Filter *f,
+                    const Gradients *g, const Shape *shape, const float *statistics) {
+    float q = gain_of(f);
+    int64_t S = shape->groups, all = shape->samples * shape->pixels * shape->channels;
+    float *terms = malloc(5 * S * shape->channels * sizeof(float));
+    if (shape->channels_last) {
+        int inside = S == 1 && all > SMALL ? shape->threads : 1;
+#pragma omp parallel for schedule(static) num_threads(shape->threads) if (S > 1 && all > SMALL)
+        for (int64_t s = 0; s < S; s++)
+            backward_group_channels_last(dy, x, y, dx, d_other, f, g, shape, q, statistics, terms, s, inside);
+    } else {
+        backward_channels_first(dy, x, y, dx, d_other, f, g, shape, q, statistics, terms);
+    }
+    collect(f, g, shape, q, terms);
+    free(terms);
+}
+
+/* ---- the link ---- */
+
+typedef struct {
+    int64_t groups, in, out, taps;
+    int32_t taps_inside; /* the weight is (out, in, taps) in memory, else (out, taps, in) */
+    int32_t relu, threads;
+} Link;
+
+static void standardize(float mean, float var, float *std, float *a, float *above, float *below, float *density) {
+    *std = sqrtf(var > 1.0842022e-19f ? var : 1.0842022e-19f);
+    *a = mean / *std;
+    *a = *a > 1e3f ? 1e3f : *a < -1e3f ? -1e3f : *a;
+    *above = 0.5f * erfcf(*a * -0.70710678f);
+    *below = 0.5f * erfcf(*a * 0.70710678f);
+    *density = expf(-0.5f * *a * *a) * 0.39894228f;
+}
+
+static void rectify(float *mean, float *var) {
+    float std, a, above, below, density;
+    standardize(*mean, *var, &std, &a, &above, &below, &density);
+    float positive = density + a * above, negative = density - a * below;
+    *mean = a > 30 ? *mean : std * positive;
+    float share = above - positive * negative;
+    *var *= share < 0 ? 0.0f : share;
+}
+
+/* A channel's moment at each of its taps, in the weight's order. */
+static void at_taps(const float *moment, const Link *l, float *each) {
+    for (int64_t j = 0; j < l->in; j++)
+        for (int64_t k = 0; k < l->taps; k++) each[l->taps_inside ? j * l->taps + k : k * l->in + j] = moment[j];
+}
+
+static void over_taps(const float *each, const Link *l, float *moment) {
+    for (int64_t j = 0; j < l->in; j++) {
+        float sum = 0;
+        for (int64_t k = 0; k < l->taps; k++) sum += each[l->taps_inside ? j * l->taps + k : k * l->in + j];
+        moment[j] = sum;
+    }
+}
+
+static void dot_row(const float *RESTRICT w, const float *RESTRICT m, const float *RESTRICT v, int64_t n, float *mean,
+                    float *var) {
+    float a = 0, b = 0;
+#pragma omp simd reduction(+ : a, b)
+    for (int64_t j = 0; j < n; j++) {
+        a += w[j] * m[j];
+        b += w[j] * w[j] * v[j];
+    }
+    *mean = a;
+    *var = b;
+}
+
+static float dot(const float *RESTRICT w, const float *RESTRICT m, int64_t n) {
+    float a = 0;
+#pragma omp simd reduction(+ : a)
+    for (int64_t j = 0; j < n; j++) a += w[j] * m[j];
+    return a;
+}
+
+/* A filter and its square, each summed over its taps. */
+static void fold_row(const float *RESTRICT w, const Link *l, float *RESTRICT sum, float *RESTRICT squares) {
+    memset(sum, 0, l->in * sizeof(float));
+    memset(squares, 0, l->in * sizeof(float));
+    for (int64_t k = 0; k < l->taps; k++)
+        for (int64_t j = 0; j < l->in; j++) {
+            float x = w[l->taps_inside ? j * l->taps + k : k * l->in + j];
+            sum[j] += x;
+            squares[j] += x * x;
+        }
+}
+
+/* moments: (2, S, in) after the ReLU; out: (2, S, out). */
+void link_forward(const float *mean, const float *var, const float *weight, const float *bias, const Link *l,
+                  float *rectified, float *out) {
+    int64_t S = l->groups, in = l->in, columns = in * l->taps;
+    const float *m = mean, *v = var;
+    if (l->relu) {
+        memcpy(rectified, mean, S * in * sizeof(float));
+        memcpy(rectified + S * in, var, S * in * sizeof(float));
+        for (int64_t j = 0; j < S * in; j++) rectify(rectified + j, rectified + S * in + j);
+        m = rectified;
+        v = rectified + S * in;
+    }
+    float *each = NULL, *folded = NULL;
+    if (S == 1 && l->taps > 1) {
+        each = malloc(2 * columns * sizeof(float));
+        at_taps(m, l, each);
+        at_taps(v, l, each + columns);
+        m = each;
+        v = each + columns;
+    }
+    if (S > 1) folded = malloc(l->threads * 2 * in * sizeof(float));
+#pragma omp parallel for schedule(static) num_threads(l->threads) if (S * l->out * columns > SMALL)
+    for (int t = 0; t < l->threads; t++) {
+        for (int64_t i = l->out * t / l->threads; i < l->out * (t + 1) / l->threads; i++) {
+            float *out_mean = out + i, *out_var = out + S * l->out + i, b = bias ? bias[i] : 0.0f;
+            if (S == 1) {
+                dot_row(weight + i * columns, m, v, columns, out_mean, out_var);
+                *out_mean += b;
+                continue;
+            }
+            float *sum = folded + t * 2 * in, *squares = sum + in;
+            fold_row(weight + i * columns, l, sum, squares);
+            for (int64_t s = 0; s < S; s++) {
+                out_mean[s * l->out] = dot(sum, m + s * in, in) + b;
+                out_var[s * l->out] = dot(squares, v + s * in, in);
+            }
+        }
+    }
+    free(each);
+    free(folded);
+}
+
+/* S = 1. below: (2, in * taps), this thread's own. */
+static void backward_row(const float *RESTRICT w, float *RESTRICT dw, const float *RESTRICT m, const float *RESTRICT v,
+                         float dm, float dv, int64_t n, float *RESTRICT below_mean, float *RESTRICT below_var) {
+    for (int64_t j = 0; j < n; j++) {
+        float x = w[j];
+        below_mean[j] += dm * x;
+        below_var[j] += dv * x * x;
+        dw[j] = dm * m[j] + 2 * dv * x * v[j];
+    }
+}
+
+/* S > 1. below: (2, S, in), this thread's own; row: (4, in), scratch. */
+static void backward_row_of_groups(const float *RESTRICT w, float *RESTRICT dw, const float *m, const float *v,
+                                   const float *dm, const float *dv, const Link *l, float *below, float *row) {
+    int64_t S = l->groups, in = l->in;
+    float *RESTRICT sum = row, *RESTRICT squares = row + in, *RESTRICT by_sum = row + 2 * in, *RESTRICT by_squares = row + 3 * in;
+    fold_row(w, l, sum, squares);
+    memset(by_sum, 0, 2 * in * sizeof(float));
+    for (int64_t s = 0; s < S; s++) {
+        float a = dm[s * l->out], b = dv[s * l->out];
+        float *RESTRICT below_mean = below + s * in, *RESTRICT below_var = below + (S + s) * in;
+        const float *RESTRICT ms = m + s * in, *RESTRICT vs = v + s * in;
+        for (int64_t j = 0; j < in; j++) {
+            below_mean[j] += a * sum[j];
+            below_var[j] += b * squares[j];
+            by_sum[j] += a * ms[j];
+            by_squares[j] += b * vs[j];
+        }
+    }
+    for (int64_t k = 0; k < l->taps; k++)
+        for (int64_t j = 0; j < in; j++) {
+            int64_t at = l->taps_inside ? j * l->taps + k : k * in + j;
+            dw[at] = by_sum[j] + 2 * w[at] * by_squares[j];
+        }
+}
+
+/* d_below: (2, S, in), of `mean` and `var`. */
+void link_backward(const float *mean, const float *var, const float *weight, const float *rectified, const float *d_mean,
+                   const float *d_var, const float *d_rectified_mean, const float *d_rectified_var, const Link *l,
+                   float *d_below, float *d_weight) {
+    int64_t S = l->groups, in = l->in, columns = in * l->taps, size = S * in;
+    const float *m = l->relu ? rectified : mean, *v = l->relu ? rectified + size : var;
+    float *each = NULL, *rows = NULL;
+    int64_t wide = S == 1 ? 2 * columns : 2 * size;
+    if (S == 1 && l->taps > 1) {
+        each = malloc(2 * columns * sizeof(float));
+        at_taps(m, l, each);
+        at_taps(v, l, each + columns);
+        m = each;
+        v = each + columns;
+    }
+    if (S > 1) rows = malloc(l->threads * 4 * in * sizeof(float));
+    float *below = calloc(l->threads * wide, sizeof(float));
+#pragma omp parallel for schedule(static) num_threads(l->threads) if (S * l->out * columns > SMALL)
+    for (int t = 0; t < l->threads; t++) {
+        float *own = below + t * wide;
+        for (int64_t i = l->out * t / l->threads; i < l->out * (t + 1) / l->threads; i++) {
+            const float *w = weight + i * columns;
+            if (S == 1)
+                backward_row(w, d_weight + i * columns, m, v, d_mean[i], d_var[i], columns, own, own + columns);
+            else
+                backward_row_of_groups(w, d_weight + i * columns, m, v, d_mean + i, d_var + i, l, own, rows + t * 4 * in);
+        }
+    }
+    for (int t = 1; t < l->threads; t++)
+        for (int64_t j = 0; j < wide; j++) below[j] += below[t * wide + j];
+    if (S == 1) {
+        over_taps(below, l, d_below);
+        over_taps(below + columns, l, d_below + in);
+    } else {
+        memcpy(d_below, below, wide * sizeof(float));
+    }
+    if (l->relu)
+        for (int64_t j = 0; j < size; j++) {
+            float std, a, above, under, density;
+            standardize(mean[j], var[j], &std, &a, &above, &under, &density);
+            float positive = density + a * above;
+            float dm = d_below[j] + (d_rectified_mean ? d_rectified_mean[j] : 0.0f);
+            float dv = d_below[size + j] + (d_rectified_var ? d_rectified_var[j] : 0.0f);
+            d_below[j] = dm * above + dv * (2 * std * positive * under);
+            d_below[size + j] = dm * (density / (2 * std)) + dv * (above - positive * density);
+        }
+    free(each);
+    free(rows);
+    free(below);
+}

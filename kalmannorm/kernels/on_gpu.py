@@ -1,0 +1,345 @@
+"""The layer and the link on a CUDA device, by the kernels of ``triton_layer.py`` and ``triton_link.py``. The signatures
+are those of `on_torch`.
+
+At batches of 1 to 4 samples a layer takes the GPU less time than the CPU takes to launch it, so what counts is the
+number of launches. Where a statistic group's channel fits into the registers of one program, the layer takes one launch
+forward, and one backward; with a prior, torch then sums the gain's gradient over channels. Larger ones take three
+launches each way: sums of chunks, a number a channel, the normalization. Several groups take one launch more each way:
+for the running statistics, and for sums over groups. A link takes one launch forward and two backward.
+
+Nothing about a shape is computed twice: see :func:`_walk`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kalmannorm.kernels.memory import dense, is_channels_last
+from kalmannorm.kernels.options import Filter, Running
+
+__all__ = ["is_available", "layer_backward", "layer_forward", "link_backward", "link_forward"]
+
+# Elements that one program can hold in its registers, backward too, where there are two tensors of them.
+_HELD = 16384
+# Bytes of a tile where a channel has more: two loads of 16 bytes a thread, of 8 warps.
+_TILE = 8192
+# Programs of 8 warps to divide large sums among: twelve for each multiprocessor of an H200, which runs three at a time.
+_PROGRAMS = 1584
+# An activation of so many bytes stays in a GPU's L2 cache.
+_CACHED = 2**23
+# Programs that can count themselves, of which a channel has one at most: see `_move` in `triton_layer`.
+_COUNTABLE = 32767
+
+
+@functools.cache
+def is_available() -> bool:
+    """Whether there is Triton, and all that it needs for this GPU."""
+    if importlib.util.find_spec("triton") is None or not torch.cuda.is_available():
+        return False
+    if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
+        return False
+    try:
+        importlib.import_module("triton.runtime").driver.active.get_current_device()
+    except Exception as error:  # a missing C compiler, mostly; Triton has no type for it
+        warnings.warn(f"kalmannorm runs without its CUDA kernels: Triton does not work here: {error}", stacklevel=2)
+        return False
+    return True
+
+
+@functools.cache
+def _kernels(name: str) -> Any:
+    """Triton is imported where it is needed: not all platforms have it."""
+    return importlib.import_module(f"kalmannorm.kernels.{name}")
+
+
+def _on_device_of(t: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, wherever its arguments are."""
+    if t.is_cuda and t.device.index != torch.cuda.current_device():
+        return torch.cuda.device(t.device)
+    return contextlib.nullcontext()
+
+
+def _empty(like: Tensor, *size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.float32, device=like.device)
+
+
+def _divide_up(number: int, by: int) -> int:
+    return -(-number // by)
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()
+
+
+def _aligned(length: int, itemsize: int) -> int:
+    """The largest power of two that divides a length, up to 16 bytes."""
+    return min(length & -length, 16 // itemsize)
+
+
+class _Walk(NamedTuple):
+    """How the kernels of the layer go over an activation ``(rows, channels, pixels)``."""
+
+    shape: tuple[int, int, int]
+    """Channels, pixels, and rows of a group."""
+    tile: tuple[int, int, int, bool, int]
+    """Rows, channels and pixels of a tile; whether channels are innermost; elements that the innermost length is a
+    multiple of."""
+    held: bool
+    """Whether a group's channel is one tile, which one program holds."""
+    programs: int
+    """Groups times blocks of channels."""
+    tiles: int
+    """Of each of these."""
+    chunk: int
+    """Tiles that one program goes over for its sums."""
+    chunks: int
+    warps: int
+
+
+@functools.lru_cache(maxsize=4096)
+def _walk(size: tuple[int, ...], last: bool, groups: int, itemsize: int) -> _Walk:
+    """Choose tiles for an activation of a size.
+
+    The innermost axis of a tile is the one that is contiguous in memory. Where a group's channel fits, a tile is all of
+    it, with a thread for each 8 elements up to 16 warps; a few channels side by side fill up what would be less than 32
+    bytes in a row. Else a tile has the shape that covers the activation with the least left over, where one of half the
+    elements must save a sixteenth; and chunks of tiles are so long that all multiprocessors have work.
+    """
+    samples, channels = size[:2]
+    pixels = functools.reduce(lambda a, b: a * b, size[2:], 1)
+    rows = samples // groups
+    wide = _power_of_two(channels)
+    last = last or pixels == 1
+    most = _TILE // itemsize
+    if last:
+        rows, pixels = rows * pixels, 1
+        long = _power_of_two(rows)
+        least = (16 if samples * channels * rows * itemsize <= _CACHED else 32) // itemsize
+        tile = (long, min(wide, max(least, min(4096 // long, 64))), 1)
+        held = tile[0] * tile[1] <= _HELD
+        if not held:
+            across = 128 // itemsize
+            across = min(wide, across // 2 if 0 < channels % across <= across // 2 else across)
+            tile = (most // across, across, 1)
+    else:
+        long = _power_of_two(pixels)
+        tile = (_power_of_two(rows), min(wide, max(1, 32 // long)), long)
+        held = tile[0] * tile[1] * tile[2] <= _HELD
+        if not held:
+            across = tile[1]
+            # Offsets within a tile have 32 bits.
+            room = max(1, 2**30 // (channels * pixels))
+            covers = []
+            for b in (long, *(most >> halvings for halvings in range(6))):
+                a = min(_power_of_two(rows), most // (b * across), 1 << (room.bit_length() - 1))
+                if a and b <= long:
+                    covered = _divide_up(rows, a) * a * _divide_up(pixels, b) * b
+                    covers.append((covered * (16 + most / (a * b * across)), (a, across, b)))
+            tile = min(covers)[1]
+    programs = groups * _divide_up(channels, tile[1])
+    tiles = _divide_up(rows, tile[0]) * _divide_up(pixels, tile[2])
+    chunk = _divide_up(tiles, min(tiles, _divide_up(_PROGRAMS, programs)))
+    elements = tile[0] * tile[1] * tile[2]
+    warps = min(16, max(1, elements // 256 if held else elements * itemsize // 1024))
+    return _Walk(
+        (channels, pixels, rows), (*tile, last, _aligned(channels if last else pixels, itemsize)), held, programs,
+        tiles, chunk, _divide_up(tiles, chunk), warps,
+    )  # fmt: skip
+
+
+def _merging(walk: _Walk, groups: int) -> tuple[int, int, int, int]:
+    """Programs that merge chunks, their warps, and how many chunks and channels one of them has at a time."""
+    chunks = min(_power_of_two(walk.chunks), 512)
+    return _divide_up(groups * walk.shape[0], 8), max(1, chunks // 64), chunks, 8
+
+
+def layer_forward(x: Tensor, other: Tensor | None, prior_mean: Tensor | None, prior_var: Tensor | None,
+                  gain: Tensor | None, noise: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+                  running: Running | None, options: Filter) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """See :func:`kalmannorm.kernels.on_torch.layer_forward`."""
+    kernels = _kernels("triton_layer")
+    groups, slope, offset, noise_scale, spread, eps, relu = options
+    walk = _walk(x.shape, is_channels_last(x), groups, x.itemsize)
+    channels, pixels, rows = walk.shape
+    if other is not None:
+        other = dense(other, x)
+    y = torch.empty_like(x)
+    statistics = _empty(x, 6, groups, channels)
+    prior_size = 0
+    if prior_mean is None:
+        gain, offset = None, 1.0
+    else:
+        prior_size = prior_mean.numel()
+    parameters = (prior_mean, prior_var, gain, noise, weight, bias)
+    buffers: tuple[Any, ...] = (None, None, None, None, 0.0) if running is None else running
+    moved_here = groups == 1 and channels <= _COUNTABLE
+    moved = buffers if moved_here else (None, None, None, None, 0.0)
+    with _on_device_of(x):
+        if walk.held:
+            kernels.forward_kernel[(walk.programs,)](
+                x, other, y, statistics, *parameters, *moved, channels, pixels, rows, groups, prior_size, slope, offset,
+                noise_scale, spread, eps, relu, *walk.tile, num_warps=walk.warps,
+            )  # fmt: skip
+        else:
+            parts = _empty(x, walk.chunks, 3, groups, channels)
+            kernels.moments_kernel[(walk.programs * walk.chunks,)](
+                x, parts, channels, pixels, rows, groups, walk.tiles, walk.chunk, *walk.tile, num_warps=walk.warps
+            )
+            programs, warps, *merged = _merging(walk, groups)
+            kernels.fuse_kernel[(programs,)](
+                parts, statistics, *parameters, *moved, channels, groups, walk.chunks, prior_size, slope, offset,
+                noise_scale, spread, eps, *merged, num_warps=warps,
+            )  # fmt: skip
+            kernels.apply_kernel[(walk.programs * walk.tiles,)](
+                x, other, y, statistics, weight, bias, channels, pixels, rows, groups, walk.tiles, eps, relu,
+                *walk.tile, num_warps=walk.warps,
+            )  # fmt: skip
+        if running is not None and not moved_here:
+            kernels.running_kernel[(_divide_up(channels, 128),)](
+                statistics, gain, *running, rows * pixels, channels, groups, slope, offset, 128
+            )
+    return y, statistics
+
+
+def _contiguous(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
+def layer_backward(dy: Tensor, x: Tensor, y: Tensor | None, prior_mean: Tensor | None, prior_var: Tensor | None,
+                   gain: Tensor | None, noise: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+                   statistics: Tensor, d_posterior_mean: Tensor | None, d_posterior_var: Tensor | None,
+                   d_output_mean: Tensor | None, d_output_var: Tensor | None,
+                   options: Filter) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """See :func:`kalmannorm.kernels.on_torch.layer_backward`."""
+    kernels = _kernels("triton_layer")
+    groups, *constants, relu = options
+    eps = options.eps
+    walk = _walk(x.shape, is_channels_last(x), groups, x.itemsize)
+    channels, pixels, rows = walk.shape
+    dy = dense(dy, x)
+    dx = torch.empty_like(x)
+    d_other = None if y is None else torch.empty_like(x)
+    terms = _empty(x, 6, groups * channels)
+    above = tuple([_contiguous(d) for d in (d_posterior_mean, d_posterior_var, d_output_mean, d_output_var)])
+    prior_size = 0 if prior_mean is None else prior_mean.numel()
+    with _on_device_of(x):
+        if walk.held:
+            kernels.backward_kernel[(walk.programs,)](
+                dy, x, y, dx, d_other, statistics, terms, *above, prior_mean, prior_var, gain, noise, weight, bias,
+                channels, pixels, rows, groups, prior_size, *constants, relu, *walk.tile, num_warps=walk.warps,
+            )  # fmt: skip
+        else:
+            parts = _empty(x, walk.chunks, 2, groups, channels)
+            line = _empty(x, 2, groups, channels)
+            kernels.sums_kernel[(walk.programs * walk.chunks,)](
+                dy, x, y, parts, statistics, weight, bias, channels, pixels, rows, groups, walk.tiles, walk.chunk, eps,
+                relu, *walk.tile, num_warps=walk.warps,
+            )  # fmt: skip
+            programs, warps, *merged = _merging(walk, groups)
+            kernels.gradients_kernel[(programs,)](
+                parts, line, statistics, terms, *above, prior_mean, prior_var, gain, noise, weight, rows * pixels,
+                channels, groups, walk.chunks, prior_size, *constants, *merged, num_warps=warps,
+            )  # fmt: skip
+            kernels.input_gradient_kernel[(walk.programs * walk.tiles,)](
+                dy, x, y, dx, d_other, line, statistics, weight, bias, channels, pixels, rows, groups, walk.tiles, eps,
+                relu, *walk.tile, num_warps=walk.warps,
+            )  # fmt: skip
+        return (dx, d_other, *_gradients(terms, groups, prior_mean, gain, noise, weight, bias))
+
+
+def _gradients(terms: Tensor, groups: int, prior_mean: Tensor | None, gain: Tensor | None, noise: Tensor | None,
+               weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Shares of groups and channels, ``(6, S * C)``, added up to gradients of prior, gain, noise, weight and bias."""
+    totals = terms if groups == 1 else terms.view(6, groups, -1).sum(1)
+    by_weight, by_bias, by_mean, by_var, by_gain, by_noise = totals.unbind(0)
+    d_weight = None if weight is None else by_weight
+    d_bias = None if bias is None else by_bias
+    if prior_mean is None:  # those rows were not written
+        d_gain, d_noise = (None if t is None else torch.zeros_like(t) for t in (gain, noise))
+        return None, None, d_gain, d_noise, d_weight, d_bias
+    if prior_mean.shape[0] != 1:
+        by_mean, by_var = terms[2], terms[3]
+    d_gain = None if gain is None else torch.sum(by_gain, 0, True)
+    d_noise = None if noise is None else by_noise
+    return by_mean.view_as(prior_mean), by_var.view_as(prior_mean), d_gain, d_noise, d_weight, d_bias
+
+
+class _Blocks(NamedTuple):
+    """How the kernels of the link go over a weight ``(rows, columns)``."""
+
+    taps: int
+    last: bool
+    align: int
+    forward: tuple[int, int, int]
+    """Rows and columns that a program reads at a time, and its warps."""
+    backward: tuple[int, int, int]
+    """Rows and columns of a program's tile, and its warps."""
+    chunks: int
+    """Of rows, whose sums go down to the moments."""
+    tiles: int
+
+
+@functools.lru_cache(maxsize=4096)
+def _blocks(size: tuple[int, ...], last: bool, itemsize: int) -> _Blocks:
+    """Choose blocks for a weight: few rows a program where there are few, so that all multiprocessors have some."""
+    rows, channels = size[:2]
+    taps = functools.reduce(lambda a, b: a * b, size[2:], 1)
+    columns = channels * taps
+    r = 4 if rows >= 2048 else 2 if rows >= 1024 else 1
+    f = max(32, min(4096 // r, _power_of_two(columns)))
+    forward = (r, f, max(1, r * f // 256))
+    r, f = 32, max(32, min(128, _power_of_two(columns)))
+    while r > 8 and _divide_up(rows, r) * _divide_up(columns, f) < _PROGRAMS // 2:
+        r //= 2
+    backward = (r, f, max(1, r * f // 512))
+    chunks = _divide_up(rows, r)
+    return _Blocks(taps, last, _aligned(columns, itemsize), forward, backward, chunks, chunks * _divide_up(columns, f))
+
+
+def link_forward(mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor | None,
+                 relu: bool) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """See :func:`kalmannorm.kernels.on_torch.link_forward`."""
+    groups, channels = mean.shape[:2]
+    rows = weight.shape[0]
+    blocks = _blocks(weight.shape, is_channels_last(weight), weight.itemsize)
+    out = _empty(mean, 2, groups, rows)
+    rectified = _empty(mean, 2, groups, channels) if relu else None
+    r, f, warps = blocks.forward
+    with _on_device_of(mean):
+        _kernels("triton_link").contract_kernel[(groups * _divide_up(rows, r),)](
+            mean, var, weight, bias, out, rectified, rows, channels, groups, blocks.taps, blocks.last, r, f,
+            blocks.align, num_warps=warps,
+        )  # fmt: skip
+    return out, rectified
+
+
+def link_backward(mean: Tensor, var: Tensor, weight: Tensor, after: Tensor | None, d_mean: Tensor, d_var: Tensor,
+                  d_rectified_mean: Tensor | None, d_rectified_var: Tensor | None,
+                  relu: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """See :func:`kalmannorm.kernels.on_torch.link_backward`."""
+    kernels = _kernels("triton_link")
+    groups, channels = mean.shape[:2]
+    rows = weight.shape[0]
+    blocks = _blocks(weight.shape, is_channels_last(weight), weight.itemsize)
+    d_weight = torch.empty_like(weight)
+    below = _empty(mean, 2, groups, channels)
+    parts = _empty(mean, blocks.chunks, 2, groups, channels * blocks.taps)
+    r, f, warps = blocks.backward
+    with _on_device_of(mean):
+        kernels.weight_gradient_kernel[(blocks.tiles,)](
+            mean, var, after, weight, d_mean.contiguous(), d_var.contiguous(), d_weight, parts, rows, channels, groups,
+            blocks.taps, blocks.last, r, f, blocks.align, num_warps=warps,
+        )  # fmt: skip
+        kernels.moment_gradients_kernel[(groups * _divide_up(channels, 8),)](
+            mean, var, _contiguous(d_rectified_mean), _contiguous(d_rectified_var), parts, below, channels, groups,
+            blocks.chunks, relu, blocks.taps, blocks.last, min(128, _power_of_two(blocks.chunks * blocks.taps)), 8,
+        )  # fmt: skip
+    return below, d_weight

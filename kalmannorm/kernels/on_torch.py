@@ -1,0 +1,304 @@
+"""The layer and the link by torch functions, on any device, in any type; `on_cpu` and `on_gpu` have the same functions.
+
+On a CPU, the fewest passes over an activation that torch offers: its statistics kernel, its normalization by given
+statistics, and the backward pass of that, which returns ``sum dy`` and ``sum dy (x - m) / s`` along with ``dx``.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kalmannorm.kernels.memory import dense
+from kalmannorm.kernels.moments import observe_channels, slope_by_variance
+from kalmannorm.kernels.options import Filter, Running
+from kalmannorm.kernels.rectify import rectified, rectified_gradients
+
+__all__ = ["gain_of", "layer_backward", "layer_forward", "link_backward", "link_forward", "move_running", "noise_of"]
+
+
+def gain_of(gain: Tensor | None, like: Tensor, options: Filter) -> Tensor:
+    """``q`` in (0, 1], ``(1,)``."""
+    if gain is None:
+        return like.new_full((1,), options.gain_offset)
+    return torch.sigmoid(options.gain_slope * gain + options.gain_offset) if options.gain_slope else gain
+
+
+def noise_of(noise: Tensor, options: Filter) -> Tensor:
+    """``R``, ``(C,)``."""
+    return options.noise_scale * noise.exp() if options.noise_scale else noise
+
+
+@torch.no_grad()
+def move_running(running: Running, mean: Tensor, var: Tensor) -> None:
+    """Move running statistics towards the newest, ``(S, C)`` each, averaged over groups. Channels whose newest are not
+    finite keep their last value.
+    """
+    dtype = running.mean.dtype
+    mean, var = ((t[0] if t.shape[0] == 1 else t.mean(0)).to(dtype) for t in (mean, var))
+    finite = (mean + var).isfinite()
+    running.batches.add_(1)
+    running.nonfinite.add_(finite.all().logical_not())
+    for average, newest in ((running.mean, mean), (running.var, var)):
+        average.lerp_(torch.where(finite, newest, average), running.momentum)
+
+
+def layer_forward(x: Tensor, other: Tensor | None, prior_mean: Tensor | None, prior_var: Tensor | None,
+                  gain: Tensor | None, noise: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+                  running: Running | None, options: Filter) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Observe, fuse, normalize, add, rectify.
+
+    Args:
+        x: ``(N, C, *)``, not empty, dense in memory.
+        other: None, or added to the normalized activation: like ``x``.
+        prior_mean: ``(S, C, ...)`` or ``(1, C, ...)``, axes behind of size 1; None without a prior, which is then no
+            prior at all: a gain of 1.
+        prior_var: likewise, without process noise.
+        gain: ``(1,)`` or None, see :class:`Filter`.
+        noise: ``(C,)`` or None, see :class:`Filter`.
+        weight: ``(C,)`` or None, as is ``bias``.
+        bias: see ``weight``.
+        running: what to move along, or None.
+        options: the rest.
+
+    Returns:
+        The output, like ``x``; and ``(6, S, C)``: posterior mean and variance, the output's mean and variance, observed
+        mean and (biased) variance.
+    """
+    groups, channels = options.groups, x.shape[1]
+    mean, var = _observe(x, groups)
+    posterior_mean, posterior_var, q = mean, var, torch.ones_like(mean[0, :1])
+    if prior_mean is not None and prior_var is not None:
+        prior_mean, prior_var = prior_mean.view(-1, channels), prior_var.view(-1, channels)
+        if noise is not None:
+            prior_var = prior_var + noise_of(noise, options)
+        q = gain_of(gain, prior_mean, options)
+        posterior_mean, posterior_var = torch.lerp(prior_mean, mean, q), torch.lerp(prior_var, var, q)
+        if options.spread:
+            innovation = mean - prior_mean
+            posterior_var.addcmul_(innovation * (q * (1 - q)), innovation)
+    shrinkage = posterior_var / (posterior_var + options.eps)
+    output_var = shrinkage if weight is None else shrinkage * weight.square()
+    output_mean = torch.zeros_like(mean) if bias is None else bias.expand_as(mean)
+    if running is not None:
+        others = max(x.numel() // (groups * channels) - 1, 1)
+        move_running(running, posterior_mean, posterior_var + q * var / others)
+    y = _normalize(x, posterior_mean, posterior_var, weight, bias, options.eps)
+    if other is not None:
+        y = y.add_(other)
+    if options.relu:
+        y = y.relu_()
+    return y, torch.stack([posterior_mean, posterior_var, output_mean, output_var, mean, var])
+
+
+def _blocks(x: Tensor, groups: int) -> tuple[Tensor, list[int]]:
+    """``(S, N / S, C, *)``, and the axes that statistics are taken over."""
+    return x.unflatten(0, (groups, -1)), [1, *range(3, x.ndim + 1)]
+
+
+def _along(t: Tensor, x: Tensor) -> Tensor:
+    """``(S, C)`` beside the blocks of ``x``."""
+    return t.view(t.shape[0], 1, -1, *[1] * (x.ndim - 2))
+
+
+def _observe(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    if groups == 1:
+        mean, var = observe_channels(x)
+        return mean[None], var[None]
+    blocks, dims = _blocks(x.to(torch.promote_types(x.dtype, torch.float32)), groups)
+    var, mean = torch.var_mean(blocks, dims, correction=0)
+    return mean, var
+
+
+def _normalize(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    if mean.shape[0] == 1:
+        return F.batch_norm(x, mean[0], var[0], weight, bias, False, 0.0, eps)
+    scale, shift = _line(mean, var, weight, bias, eps)
+    blocks, _ = _blocks(x, mean.shape[0])
+    y = torch.addcmul(_along(shift, x), blocks.to(scale.dtype), _along(scale, x)).flatten(0, 1)
+    return dense(y.to(x.dtype), x)
+
+
+def _line(mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """``y = scale x + shift``."""
+    scale = torch.rsqrt(var + eps)
+    scale = scale if weight is None else scale * weight
+    return scale, -mean * scale if bias is None else bias - mean * scale
+
+
+def layer_backward(dy: Tensor, x: Tensor, y: Tensor | None, prior_mean: Tensor | None, prior_var: Tensor | None,
+                   gain: Tensor | None, noise: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+                   statistics: Tensor, d_posterior_mean: Tensor | None, d_posterior_var: Tensor | None,
+                   d_output_mean: Tensor | None, d_output_var: Tensor | None,
+                   options: Filter) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """The gradients of :func:`layer_forward`; the formulas are in `kalmannorm.kernels.layer`.
+
+    Args:
+        dy: like ``x``.
+        x: see :func:`layer_forward`.
+        y: the output, given only where something was added before a ReLU: its sign is the ReLU's mask. Else the mask is
+            computed again.
+        prior_mean: see :func:`layer_forward`, as the others down to ``bias``.
+        prior_var: see ``prior_mean``.
+        gain: see ``prior_mean``.
+        noise: see ``prior_mean``.
+        weight: see ``prior_mean``.
+        bias: see ``prior_mean``.
+        statistics: as :func:`layer_forward` returned them.
+        d_posterior_mean: ``(S, C, ...)`` or None for zeros, as the next three.
+        d_posterior_var: see ``d_posterior_mean``.
+        d_output_mean: see ``d_posterior_mean``.
+        d_output_var: see ``d_posterior_mean``.
+        options: see :func:`layer_forward`.
+
+    Returns:
+        Gradients of ``x``, of what was added (where ``y`` was given), prior mean and variance, gain, noise, weight and
+        bias, each like its tensor, and None where that is None.
+    """
+    posterior_mean, posterior_var, _, _, mean, var = statistics
+    groups, channels = mean.shape
+    count = x.numel() // mean.numel()
+    inverse = torch.rsqrt(posterior_var + options.eps)
+    scale, _ = _line(posterior_mean, posterior_var, weight, bias, options.eps)
+    dy = dense(dy, x)
+    if options.relu:
+        before = y if y is not None else _normalize(x, posterior_mean, posterior_var, weight, bias, options.eps)
+        dy = torch.where(before > 0, dy, 0)
+    dx, sum_dyx, sum_dy = _through_normalization(dy, x, posterior_mean, posterior_var, weight, scale, inverse, options)
+
+    def sent(gradient: Tensor | None) -> Tensor:
+        return torch.zeros_like(mean) if gradient is None else gradient.view(groups, channels)
+
+    by_output_var = sent(d_output_var)
+    g_mean = sent(d_posterior_mean) - scale * sum_dy
+    g_var = sent(d_posterior_var) - 0.5 * scale * inverse * sum_dyx
+    gamma = torch.ones_like(mean[0]) if weight is None else weight
+    g_var = g_var + by_output_var * gamma.square() * options.eps * inverse.square().square()
+    by_observed, q = g_mean, torch.ones_like(mean[0, :1])
+    d_prior_mean = d_prior_var = d_gain = d_noise = None
+    if prior_mean is not None and prior_var is not None:
+        q = gain_of(gain, prior_mean, options)
+        noise_var = None if noise is None else noise_of(noise, options)
+        innovation = mean - prior_mean.view(-1, channels)
+        by_gain = var - prior_var.view(-1, channels)
+        if noise_var is not None:
+            by_gain = by_gain - noise_var
+        by_observed, by_prior_mean = q * g_mean, (1 - q) * g_mean
+        if options.spread:
+            through_spread = (2 * q * (1 - q)) * innovation * g_var
+            by_observed, by_prior_mean = by_observed + through_spread, by_prior_mean - through_spread
+            by_gain = by_gain + (1 - 2 * q) * innovation.square()
+        by_prior_var = (1 - q) * g_var
+        if gain is not None:
+            d_gain = (g_mean * innovation + g_var * by_gain).sum().view(1)
+            if options.gain_slope:
+                d_gain = d_gain * (options.gain_slope * q * (1 - q))
+        if noise is not None and noise_var is not None:
+            d_noise = by_prior_var.sum(0) * (noise_var if options.noise_scale else 1)
+        shared = prior_mean.shape[0] == 1
+        d_prior_mean, d_prior_var = (
+            (t.sum(0) if shared else t).view(prior_mean.shape) for t in (by_prior_mean, by_prior_var)
+        )
+    elif noise is not None:
+        d_noise = torch.zeros_like(noise)
+    if gain is not None and d_gain is None:
+        d_gain = torch.zeros_like(gain)
+    slope = slope_by_variance(g_var * (q * (2 / count)), mean, var)
+    offset = by_observed / count - slope * mean
+    dx = _add_line(dx, dy, x, scale, slope, offset)
+    by_output = 2 * by_output_var * gamma * posterior_var * inverse.square()
+    d_weight = None if weight is None else (sum_dyx + by_output).sum(0)
+    d_bias = None if bias is None else (sum_dy + sent(d_output_mean)).sum(0)
+    return dx, None if y is None else dy, d_prior_mean, d_prior_var, d_gain, d_noise, d_weight, d_bias
+
+
+def _through_normalization(dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, scale: Tensor,
+                           inverse: Tensor, options: Filter) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
+    """``scale dy``, where torch computes it in the same pass; ``sum dy (x - m) / s`` and ``sum dy``, ``(S, C)``."""
+    if mean.shape[0] == 1:
+        wanted = [x.dtype == mean.dtype, True, True]  # terms that cancel may each be too large for half precision
+        weight = torch.ones_like(mean[0]) if weight is None else weight
+        dx, sum_dyx, sum_dy = torch.ops.aten.native_batch_norm_backward(
+            dy, x, weight, mean[0], var[0], None, None, False, options.eps, wanted
+        )
+        return dx if wanted[0] else None, sum_dyx[None], sum_dy[None]
+    blocks, dims = _blocks(dy.to(mean.dtype), mean.shape[0])
+    centred = (_blocks(x.to(mean.dtype), mean.shape[0])[0] - _along(mean, x)) * _along(inverse, x)
+    return None, (blocks * centred).sum(dims), blocks.sum(dims)
+
+
+def _add_line(dx: Tensor | None, dy: Tensor, x: Tensor, scale: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
+    """``scale dy + slope x + offset``, in the memory of ``scale dy`` where there is that."""
+    if dx is not None:
+        shape = (1, -1, *[1] * (x.ndim - 2))
+        return dx.addcmul_(x, slope.view(shape)).add_(offset.view(shape))
+    (x_blocks, _), (dy_blocks, _) = (_blocks(t.to(scale.dtype), scale.shape[0]) for t in (x, dy))
+    moved = torch.addcmul(_along(offset, x), x_blocks, _along(slope, x)).addcmul_(dy_blocks, _along(scale, x))
+    return dense(moved.flatten(0, 1).to(x.dtype), x)
+
+
+def _fold(weight: Tensor, channels: int) -> tuple[Tensor, Tensor]:
+    """A filter ``(out, in, *taps)`` and its square, each summed over its taps: ``(out, in)``."""
+    if weight.ndim == 2:
+        return weight, weight.square()
+    taps = weight.flatten(2)
+    return taps.sum(-1), taps.square().sum(-1)
+
+
+def link_forward(mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor | None,
+                 relu: bool) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """A Gaussian, rectified or not, through a convolution or linear map.
+
+    Args:
+        mean: ``(S, C_in, ...)``, axes behind of size 1, as ``var``.
+        var: see ``mean``.
+        weight: ``(C_out, C_in, *taps)``, dense in memory.
+        bias: ``(C_out,)`` or None.
+        relu: whether it is rectified before.
+
+    Returns:
+        Mean and variance, ``(2, S, C_out)``; and rectified mean and variance, ``(2, S, C_in)``, or None.
+    """
+    mean, var = mean.flatten(1), var.flatten(1)
+    after = torch.stack(rectified(mean, var)) if relu else None
+    if after is not None:
+        mean, var = after
+    sums, squares = _fold(weight, mean.shape[1])
+    out_mean = F.linear(mean, sums, bias)
+    return torch.stack([out_mean, F.linear(var, squares)]), after
+
+
+def link_backward(mean: Tensor, var: Tensor, weight: Tensor, after: Tensor | None, d_mean: Tensor, d_var: Tensor,
+                  d_rectified_mean: Tensor | None, d_rectified_var: Tensor | None,
+                  relu: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The gradients of :func:`link_forward`.
+
+    Args:
+        mean: see :func:`link_forward`, as ``var`` and ``weight``.
+        var: see ``mean``.
+        weight: see ``mean``.
+        after: the rectified moments, as returned, or None.
+        d_mean: ``(S, C_out, ...)``, as ``d_var``.
+        d_var: see ``d_mean``.
+        d_rectified_mean: what other users of the rectified moments send, ``(S, C_in, ...)``, or None.
+        d_rectified_var: likewise.
+        relu: see :func:`link_forward`.
+
+    Returns:
+        Gradients of mean and variance, ``(2, S, C_in)``; and of the weight.
+    """
+    mean, var, d_mean, d_var = (t.flatten(1) for t in (mean, var, d_mean, d_var))
+    m, v = (mean, var) if after is None else after
+    sums, squares = _fold(weight, mean.shape[1])
+    below_mean, below_var = d_mean @ sums, d_var @ squares
+    taps = [1] * (weight.ndim - 2)
+    by_sum, by_square = ((a.mT @ b).view(*weight.shape[:2], *taps) for a, b in ((d_mean, m), (d_var, v)))
+    d_weight = torch.addcmul(by_sum, weight, by_square, value=2)
+    if relu:
+        if d_rectified_mean is not None:
+            below_mean = below_mean + d_rectified_mean.view_as(below_mean)
+        if d_rectified_var is not None:
+            below_var = below_var + d_rectified_var.view_as(below_var)
+        below_mean, below_var = rectified_gradients(mean, var, below_mean, below_var)
+    return torch.stack([below_mean, below_var]), d_weight

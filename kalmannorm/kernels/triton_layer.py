@@ -1,0 +1,502 @@
+"""Kernels of the layer on a GPU: observe, fuse with the prior, normalize; the residual sum and ReLU behind it.
+
+The mathematics is that of `layer`; `on_gpu` says which kernels are launched. An activation is ``(rows, C, pixels)`` in
+memory: ``(N, C, H * W)`` where it is contiguous, ``(N * H * W, C, 1)`` where channels are last. It is read in tiles
+``(A, K, B)`` of rows, channels and pixels, whose innermost axis is the one that is contiguous in memory: pixels, or
+channels (``LAST``). The length of that axis is a multiple of ``ALIGN`` elements, of 16 bytes if possible, so that a
+thread loads as much at once. A statistic group is a block of consecutive rows.
+
+A program has a group and a block of ``K`` channels. Sums over more than a tile are kept element by element of the tile,
+and reduced once, at the end. Chunks of tiles are merged in a fixed order, and no float is added atomically: two runs
+agree bit for bit.
+
+``statistics`` is ``(6, groups, channels)``: posterior mean and variance, output mean and variance, observed mean and
+variance. Pointers may be None: no prior, no affine map, and so on; each such choice is compiled for itself.
+"""
+# Triton has no types for mypy to check, and a kernel's arguments are its pointers and sizes.
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = [
+    "apply_kernel", "backward_kernel", "forward_kernel", "fuse_kernel", "gradients_kernel", "input_gradient_kernel",
+    "moments_kernel", "running_kernel", "sums_kernel",
+]  # fmt: skip
+
+# Sizes and small vectors vary from layer to layer without any gain from code of their own.
+_SIZES = ["channels", "pixels", "rows", "groups", "tiles", "chunk", "chunks", "prior_size", "count", "momentum"]
+_VECTORS = [
+    "prior_mean", "prior_var", "gain", "noise", "running_mean", "running_var", "d_posterior_mean", "d_posterior_var",
+    "d_output_mean", "d_output_var",
+]  # fmt: skip
+
+
+def _jit(function):
+    names = function.__code__.co_varnames[: function.__code__.co_argcount]
+    return triton.jit(
+        do_not_specialize=[name for name in _SIZES if name in names],
+        do_not_specialize_on_alignment=[name for name in _VECTORS if name in names],
+    )(function)
+
+
+# ---- walking over memory ----
+
+
+@triton.jit
+def _whole(length, ALIGN: tl.constexpr):
+    """The same number; but the compiler sees that it can be divided, and so loads several elements at once."""
+    return length // ALIGN * ALIGN
+
+
+@triton.jit
+def _tile(group, block, tile, channels, pixels, rows, A: tl.constexpr, K: tl.constexpr, B: tl.constexpr,
+          LAST: tl.constexpr, ALIGN: tl.constexpr):  # fmt: skip
+    """Where a tile of a group starts, its elements' offsets from there, which there are, and how many a channel."""
+    a = tl.arange(0, A)[:, None, None]
+    k = tl.arange(0, K)[None, :, None]
+    b = tl.arange(0, B)[None, None, :]
+    if LAST:
+        channels = _whole(channels, ALIGN)
+        row = tile * A
+        start = (group * rows + row).to(tl.int64) * channels + block * K
+        offset = a * channels + k + b
+        inside = (row + a < rows) & (block * K + k < channels) & (b < 1)
+        count = tl.minimum(rows - row, A)
+    else:
+        pixels = _whole(pixels, ALIGN)
+        along = tl.cdiv(pixels, B)
+        row, pixel = tile // along * A, tile % along * B
+        start = ((group * rows + row).to(tl.int64) * channels + block * K) * pixels + pixel
+        offset = a * (channels * pixels) + k * pixels + b
+        inside = (row + a < rows) & (block * K + k < channels) & (pixel + b < pixels)
+        count = tl.minimum(rows - row, A) * tl.minimum(pixels - pixel, B)
+    return start, offset, inside, count.to(tl.float32)
+
+
+@triton.jit
+def _place(channels, groups, K: tl.constexpr, LAST: tl.constexpr, ALIGN: tl.constexpr):
+    """Of a program: its group, its block of channels, and which chunk (or tile) of these it has.
+
+    Then its channels, and which of them there are; where their numbers are among those of all groups and channels, and
+    how many that is.
+    """
+    if LAST:
+        channels = _whole(channels, ALIGN)
+    blocks = tl.cdiv(channels, K)
+    program = tl.program_id(0) % (groups * blocks)
+    group, block = program // blocks, program % blocks
+    channel = block * K + tl.arange(0, K)
+    part = tl.program_id(0) // (groups * blocks)
+    return group, block, part, channel, channel < channels, group * channels + channel, groups * channels
+
+
+@triton.jit
+def _load(pointer, start, offset, inside):
+    return tl.load(pointer + start + offset, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store(pointer, start, offset, inside, value):
+    tl.store(pointer + start + offset, value.to(pointer.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _sum(tile):
+    """Of each channel."""
+    return tl.sum(tl.sum(tile, 2), 0)
+
+
+@triton.jit
+def _spread_out(vector):
+    """A number a channel, to meet a tile."""
+    return vector[None, :, None]
+
+
+@triton.jit
+def _or(pointer, at, here, default: tl.constexpr):
+    """A number a channel, or what it is where none is given."""
+    value = tl.zeros_like(at).to(tl.float32) + default
+    if pointer is not None:
+        value = tl.load(pointer + at, mask=here, other=default)
+    return value
+
+
+# ---- a number a channel ----
+
+
+@triton.jit
+def _gain(gain, GAIN_SLOPE: tl.constexpr, GAIN_OFFSET: tl.constexpr):
+    q = GAIN_OFFSET
+    if gain is not None:
+        q = tl.load(gain)
+        if GAIN_SLOPE != 0:
+            q = 1 / (1 + tl.exp(-(GAIN_SLOPE * q + GAIN_OFFSET)))
+    return q
+
+
+@triton.jit
+def _prior(prior_mean, prior_var, noise, at, channel, here, prior_size, NOISE_SCALE: tl.constexpr):
+    """Mean, variance with process noise, and the noise. A prior of one group serves all."""
+    added = _or(noise, channel, here, 0.0)
+    if noise is not None and NOISE_SCALE != 0:
+        added = NOISE_SCALE * tl.exp(added)
+    mean = tl.load(prior_mean + at % prior_size, mask=here, other=0.0)
+    var = tl.load(prior_var + at % prior_size, mask=here, other=0.0)
+    return mean, var + added, added
+
+
+@triton.jit
+def _move(running_mean, running_var, batches, nonfinite, momentum, channel, here, mean, var):
+    """Running statistics, of each channel for which the newest are finite; and the two counters.
+
+    No program knows of all channels, so each adds itself to ``batches``, above the 32 bits that count batches: 15 bits
+    of how many programs were here, and as many of how many saw a channel that is not finite. The last one to come
+    puts both counters right.
+    """
+    finite = tl.abs(mean + var) <= 3.4028235e38
+    moved = here & finite
+    last_mean = tl.load(running_mean + channel, mask=moved, other=0.0)
+    last_var = tl.load(running_var + channel, mask=moved, other=0.0)
+    tl.store(running_mean + channel, last_mean + momentum * (mean - last_mean), mask=moved)
+    tl.store(running_var + channel, last_var + momentum * (var - last_var), mask=moved)
+    lost = tl.max((here & (finite == 0)).to(tl.int32), 0).to(tl.int64)
+    own = (lost << 47) + 4294967296
+    seen = tl.atomic_add(batches, own) + own
+    last = ((seen >> 32) & 32767) == tl.num_programs(0)
+    tl.store(batches, (seen & 4294967295) + 1, mask=last)
+    lost_any = last & ((seen >> 47) != 0)
+    tl.store(nonfinite, tl.load(nonfinite, mask=lost_any, other=0) + 1, mask=lost_any)
+
+
+@triton.jit
+def _fuse(mean, var, n, at, channel, here, size, statistics, prior_mean, prior_var, gain, noise, weight, bias,
+          running_mean, running_var, batches, nonfinite, momentum, prior_size, GAIN_SLOPE: tl.constexpr,
+          GAIN_OFFSET: tl.constexpr, NOISE_SCALE: tl.constexpr, SPREAD: tl.constexpr, EPS: tl.constexpr):  # fmt: skip
+    """Write the statistics of some channels, and move what is running; return the posterior."""
+    q = 1.0
+    posterior_mean = mean
+    posterior_var = var
+    if prior_mean is not None:
+        q = _gain(gain, GAIN_SLOPE, GAIN_OFFSET)
+        p_mean, p_var, _ = _prior(prior_mean, prior_var, noise, at, channel, here, prior_size, NOISE_SCALE)
+        innovation = mean - p_mean
+        posterior_mean = p_mean + q * innovation
+        posterior_var = p_var + q * (var - p_var)
+        if SPREAD:
+            posterior_var += q * (1 - q) * innovation * innovation
+    gamma = _or(weight, channel, here, 1.0)
+    tl.store(statistics + at, posterior_mean, mask=here)
+    tl.store(statistics + size + at, posterior_var, mask=here)
+    tl.store(statistics + 2 * size + at, _or(bias, channel, here, 0.0), mask=here)
+    tl.store(statistics + 3 * size + at, gamma * gamma * (posterior_var / (posterior_var + EPS)), mask=here)
+    tl.store(statistics + 4 * size + at, mean, mask=here)
+    tl.store(statistics + 5 * size + at, var, mask=here)
+    if running_mean is not None:
+        newest_var = posterior_var + q * var / tl.maximum(n - 1, 1.0)
+        _move(running_mean, running_var, batches, nonfinite, momentum, channel, here, posterior_mean, newest_var)
+    return posterior_mean, posterior_var
+
+
+@triton.jit
+def _line(statistics, weight, bias, at, channel, here, size, EPS: tl.constexpr):
+    """``m``, ``1 / s``, ``gamma / s`` and ``beta``, to meet a tile."""
+    mean = tl.load(statistics + at, mask=here, other=0.0)
+    inverse = 1.0 / tl.sqrt(tl.load(statistics + size + at, mask=here, other=1.0) + EPS)
+    scale = _or(weight, channel, here, 1.0) * inverse
+    return _spread_out(mean), _spread_out(inverse), _spread_out(scale), _spread_out(_or(bias, channel, here, 0.0))
+
+
+@triton.jit
+def _gradients(sum_dy, sum_dyx, n, at, channel, here, size, statistics, prior_mean, prior_var, gain, noise, weight,
+               d_posterior_mean, d_posterior_var, d_output_mean, d_output_var, terms, prior_size,
+               GAIN_SLOPE: tl.constexpr, GAIN_OFFSET: tl.constexpr, NOISE_SCALE: tl.constexpr, SPREAD: tl.constexpr,
+               EPS: tl.constexpr):  # fmt: skip
+    """Write each group and channel's share of every gradient; return mean, slope and offset of ``dx``.
+
+    ``terms`` is ``(6, groups, channels)``: of weight, bias, prior mean, prior variance, gain and noise. Without a prior
+    only the first two are written.
+    """
+    v = tl.load(statistics + size + at, mask=here, other=1.0)
+    mean = tl.load(statistics + 4 * size + at, mask=here, other=0.0)
+    var = tl.load(statistics + 5 * size + at, mask=here, other=0.0)
+    gamma = _or(weight, channel, here, 1.0)
+    inverse = 1.0 / tl.sqrt(v + EPS)
+    scale = gamma * inverse
+    g_mean = _or(d_posterior_mean, at, here, 0.0) - scale * sum_dy
+    g_var = _or(d_posterior_var, at, here, 0.0) - 0.5 * scale * inverse * sum_dyx
+    by_weight = sum_dyx
+    if d_output_var is not None:
+        by_output = tl.load(d_output_var + at, mask=here, other=0.0)
+        g_var += by_output * (scale * scale * EPS * inverse * inverse)
+        by_weight += 2 * by_output * scale * v * inverse
+    tl.store(terms + at, by_weight, mask=here)
+    tl.store(terms + size + at, sum_dy + _or(d_output_mean, at, here, 0.0), mask=here)
+    by_observed = g_mean
+    q = 1.0
+    if prior_mean is not None:
+        q = _gain(gain, GAIN_SLOPE, GAIN_OFFSET)
+        p_mean, p_var, added = _prior(prior_mean, prior_var, noise, at, channel, here, prior_size, NOISE_SCALE)
+        innovation = mean - p_mean
+        by_observed = q * g_mean
+        by_prior_mean = (1 - q) * g_mean
+        by_gain = var - p_var
+        if SPREAD:
+            through_spread = 2 * q * (1 - q) * innovation * g_var
+            by_observed += through_spread
+            by_prior_mean -= through_spread
+            by_gain += (1 - 2 * q) * innovation * innovation
+        by_gain = g_mean * innovation + g_var * by_gain
+        if gain is not None and GAIN_SLOPE != 0:
+            by_gain *= GAIN_SLOPE * q * (1 - q)
+        tl.store(terms + 2 * size + at, by_prior_mean, mask=here)
+        tl.store(terms + 3 * size + at, (1 - q) * g_var, mask=here)
+        tl.store(terms + 4 * size + at, by_gain, mask=here)
+        if noise is not None:
+            by_noise = (1 - q) * g_var
+            if NOISE_SCALE != 0:
+                by_noise *= added
+            tl.store(terms + 5 * size + at, by_noise, mask=here)
+    # A constant channel's deviations are nothing but rounding: see `slope_by_variance`.
+    rounding = mean * (8 * 1.1920929e-7)
+    return mean, tl.where(var > rounding * rounding, g_var * (2 * q / n), 0.0), by_observed / n
+
+
+@triton.jit
+def _rectified(y, other, start, offset, inside, RELU: tl.constexpr):
+    if other is not None:
+        y += _load(other, start, offset, inside)
+    if RELU:
+        y = tl.where(y < 0, 0.0, y)  # a maximum would make zero of NaN
+    return y
+
+
+@triton.jit
+def _masked(dy, x, output, start, offset, inside, mean, scale, beta, RELU: tl.constexpr):
+    """The gradient in front of the ReLU. Its mask is computed again, but where that would need the residual."""
+    if RELU:
+        y = (x - mean) * scale + beta if output is None else _load(output, start, offset, inside)
+        dy = tl.where(y > 0, dy, 0.0)
+    return dy
+
+
+# ---- forward ----
+
+
+@_jit
+def forward_kernel(x, other, y, statistics, prior_mean, prior_var, gain, noise, weight, bias, running_mean, running_var,
+                   batches, nonfinite, momentum, channels, pixels, rows, groups, prior_size, GAIN_SLOPE: tl.constexpr,
+                   GAIN_OFFSET: tl.constexpr, NOISE_SCALE: tl.constexpr, SPREAD: tl.constexpr, EPS: tl.constexpr,
+                   RELU: tl.constexpr, A: tl.constexpr, K: tl.constexpr, B: tl.constexpr, LAST: tl.constexpr,
+                   ALIGN: tl.constexpr):  # fmt: skip
+    """All of the forward pass, where a group's channel is one tile. A program a group and channel block."""
+    group, block, _, channel, here, at, size = _place(channels, groups, K, LAST, ALIGN)
+    start, offset, inside, n = _tile(group, block, 0, channels, pixels, rows, A, K, B, LAST, ALIGN)
+    value = _load(x, start, offset, inside)
+    mean = _sum(value) / n
+    deviation = tl.where(inside, value - _spread_out(mean), 0.0)
+    var = _sum(deviation * deviation) / n
+    m, v = _fuse(
+        mean, var, n, at, channel, here, size, statistics, prior_mean, prior_var,
+        gain, noise, weight, bias, running_mean, running_var, batches, nonfinite, momentum, prior_size, GAIN_SLOPE,
+        GAIN_OFFSET, NOISE_SCALE, SPREAD, EPS,
+    )  # fmt: skip
+    scale = _spread_out(_or(weight, channel, here, 1.0) * (1.0 / tl.sqrt(v + EPS)))
+    value = (value - _spread_out(m)) * scale + _spread_out(_or(bias, channel, here, 0.0))
+    _store(y, start, offset, inside, _rectified(value, other, start, offset, inside, RELU))
+
+
+@_jit
+def moments_kernel(x, parts, channels, pixels, rows, groups, tiles, chunk, A: tl.constexpr, K: tl.constexpr,
+                   B: tl.constexpr, LAST: tl.constexpr, ALIGN: tl.constexpr):  # fmt: skip
+    """Count, mean and squared deviations of each chunk of tiles: ``parts`` is ``(chunks, 3, groups, channels)``.
+
+    Deviations are from the mean of the chunk's first tile. What they lose to rounding is at most that of deviations
+    from the chunk's own mean times the number of its tiles.
+    """
+    group, block, part, _, here, at, size = _place(channels, groups, K, LAST, ALIGN)
+    first = part * chunk
+    start, offset, inside, n = _tile(group, block, first, channels, pixels, rows, A, K, B, LAST, ALIGN)
+    value = _load(x, start, offset, inside)
+    centre = _sum(value) / n
+    sums = tl.where(inside, value - _spread_out(centre), 0.0)
+    squares = sums * sums
+    for tile in tl.range(first + 1, tl.minimum(first + chunk, tiles), loop_unroll_factor=4):
+        start, offset, inside, count = _tile(group, block, tile, channels, pixels, rows, A, K, B, LAST, ALIGN)
+        value = tl.where(inside, _load(x, start, offset, inside) - _spread_out(centre), 0.0)
+        sums += value
+        squares += value * value
+        n += count
+    shift = _sum(sums) / n
+    at = parts + part.to(tl.int64) * 3 * size + at
+    tl.store(at, n + tl.zeros_like(shift), mask=here)
+    tl.store(at + size, centre + shift, mask=here)
+    tl.store(at + 2 * size, tl.maximum(_sum(squares) - n * shift * shift, 0.0), mask=here)
+
+
+@_jit
+def fuse_kernel(parts, statistics, prior_mean, prior_var, gain, noise, weight, bias, running_mean, running_var, batches,
+                nonfinite, momentum, channels, groups, chunks, prior_size, GAIN_SLOPE: tl.constexpr,
+                GAIN_OFFSET: tl.constexpr, NOISE_SCALE: tl.constexpr, SPREAD: tl.constexpr, EPS: tl.constexpr,
+                P: tl.constexpr, C: tl.constexpr):  # fmt: skip
+    """Merge chunks, and fuse with the prior. A program for each ``C`` of ``groups * channels``."""
+    size = groups * channels
+    at = tl.program_id(0) * C + tl.arange(0, C)
+    here = at < size
+    first = tl.load(parts + size + at, mask=here, other=0.0)  # a mean, so that what is summed are differences
+    n = tl.zeros((C,), tl.float32)
+    total = tl.zeros((C,), tl.float32)
+    for start in range(0, chunks, P):
+        part = start + tl.arange(0, P)[:, None]
+        pointer = parts + part.to(tl.int64) * 3 * size + at[None, :]
+        inside = (part < chunks) & here[None, :]
+        count = tl.load(pointer, mask=inside, other=0.0)
+        n += tl.sum(count, 0)
+        total += tl.sum(count * (tl.load(pointer + size, mask=inside, other=0.0) - first[None, :]), 0)
+    n = tl.maximum(n, 1.0)
+    mean = first + total / n
+    squares = tl.zeros((C,), tl.float32)
+    for start in range(0, chunks, P):
+        part = start + tl.arange(0, P)[:, None]
+        pointer = parts + part.to(tl.int64) * 3 * size + at[None, :]
+        inside = (part < chunks) & here[None, :]
+        deviation = tl.load(pointer + size, mask=inside, other=0.0) - mean[None, :]
+        count = tl.load(pointer, mask=inside, other=0.0)
+        squares += tl.sum(count * deviation * deviation + tl.load(pointer + 2 * size, mask=inside, other=0.0), 0)
+    _fuse(
+        mean, squares / n, n, at, at % channels, here, size, statistics, prior_mean, prior_var, gain, noise, weight,
+        bias, running_mean, running_var, batches, nonfinite, momentum, prior_size, GAIN_SLOPE, GAIN_OFFSET, NOISE_SCALE,
+        SPREAD, EPS,
+    )  # fmt: skip
+
+
+@_jit
+def apply_kernel(x, other, y, statistics, weight, bias, channels, pixels, rows, groups, tiles, EPS: tl.constexpr,
+                 RELU: tl.constexpr, A: tl.constexpr, K: tl.constexpr, B: tl.constexpr, LAST: tl.constexpr,
+                 ALIGN: tl.constexpr):  # fmt: skip
+    """``y = gamma (x - m) / s + beta``, and what follows. A program a tile.
+
+    The last tile comes first: what was read last may still be in the cache.
+    """
+    group, block, tile, channel, here, at, size = _place(channels, groups, K, LAST, ALIGN)
+    start, offset, inside, _ = _tile(group, block, tiles - 1 - tile, channels, pixels, rows, A, K, B, LAST, ALIGN)
+    value = _load(x, start, offset, inside)
+    mean, _, scale, beta = _line(statistics, weight, bias, at, channel, here, size, EPS)
+    value = _rectified((value - mean) * scale + beta, other, start, offset, inside, RELU)
+    _store(y, start, offset, inside, value)
+
+
+@_jit
+def running_kernel(statistics, gain, running_mean, running_var, batches, nonfinite, momentum, count, channels, groups,
+                   GAIN_SLOPE: tl.constexpr, GAIN_OFFSET: tl.constexpr, C: tl.constexpr):  # fmt: skip
+    """Running statistics from the averages over groups. ``count`` elements a channel in a group; ``C`` channels."""
+    channel = tl.program_id(0) * C + tl.arange(0, C)
+    here = channel < channels
+    size = groups * channels
+    unbiased = _gain(gain, GAIN_SLOPE, GAIN_OFFSET) / tl.maximum(count - 1, 1).to(tl.float32)
+    mean = tl.zeros((C,), tl.float32)
+    var = tl.zeros((C,), tl.float32)
+    for group in range(groups):
+        at = statistics + group * channels + channel
+        mean += tl.load(at, mask=here, other=0.0)
+        var += tl.load(at + size, mask=here, other=0.0) + unbiased * tl.load(at + 5 * size, mask=here, other=0.0)
+    _move(running_mean, running_var, batches, nonfinite, momentum, channel, here, mean / groups, var / groups)
+
+
+# ---- backward ----
+
+
+@_jit
+def backward_kernel(dy, x, output, dx, d_other, statistics, terms, d_posterior_mean, d_posterior_var, d_output_mean,
+                    d_output_var, prior_mean, prior_var, gain, noise, weight, bias, channels, pixels, rows, groups,
+                    prior_size, GAIN_SLOPE: tl.constexpr, GAIN_OFFSET: tl.constexpr, NOISE_SCALE: tl.constexpr,
+                    SPREAD: tl.constexpr, EPS: tl.constexpr, RELU: tl.constexpr, A: tl.constexpr, K: tl.constexpr,
+                    B: tl.constexpr, LAST: tl.constexpr, ALIGN: tl.constexpr):  # fmt: skip
+    """All of the backward pass, where a group's channel is one tile. A program a group and channel block."""
+    group, block, _, channel, here, at, size = _place(channels, groups, K, LAST, ALIGN)
+    start, offset, inside, n = _tile(group, block, 0, channels, pixels, rows, A, K, B, LAST, ALIGN)
+    value = _load(x, start, offset, inside)
+    gradient = _load(dy, start, offset, inside)
+    mean, inverse, scale, beta = _line(statistics, weight, bias, at, channel, here, size, EPS)
+    gradient = _masked(gradient, value, output, start, offset, inside, mean, scale, beta, RELU)
+    if d_other is not None:
+        _store(d_other, start, offset, inside, gradient)
+    centre, slope, level = _gradients(
+        _sum(gradient), _sum(gradient * (value - mean) * inverse), n, at, channel, here, size, statistics, prior_mean,
+        prior_var, gain, noise, weight, d_posterior_mean, d_posterior_var, d_output_mean, d_output_var, terms,
+        prior_size, GAIN_SLOPE, GAIN_OFFSET, NOISE_SCALE, SPREAD, EPS,
+    )  # fmt: skip
+    value = scale * gradient + (value - _spread_out(centre)) * _spread_out(slope) + _spread_out(level)
+    _store(dx, start, offset, inside, value)
+
+
+@_jit
+def sums_kernel(dy, x, output, parts, statistics, weight, bias, channels, pixels, rows, groups, tiles, chunk,
+                EPS: tl.constexpr, RELU: tl.constexpr, A: tl.constexpr, K: tl.constexpr, B: tl.constexpr,
+                LAST: tl.constexpr, ALIGN: tl.constexpr):  # fmt: skip
+    """``sum dy`` and ``sum dy (x - m) / s`` of each chunk of tiles: ``parts`` is ``(chunks, 2, groups, channels)``."""
+    group, block, part, channel, here, at, size = _place(channels, groups, K, LAST, ALIGN)
+    mean, inverse, scale, beta = _line(statistics, weight, bias, at, channel, here, size, EPS)
+    sums = tl.zeros((A, K, B), tl.float32)
+    products = tl.zeros((A, K, B), tl.float32)
+    first = part * chunk
+    for tile in tl.range(first, tl.minimum(first + chunk, tiles), loop_unroll_factor=2):
+        start, offset, inside, _ = _tile(group, block, tile, channels, pixels, rows, A, K, B, LAST, ALIGN)
+        value = _load(x, start, offset, inside)
+        gradient = _load(dy, start, offset, inside)
+        gradient = _masked(gradient, value, output, start, offset, inside, mean, scale, beta, RELU)
+        sums += gradient
+        products += gradient * (value - mean)
+    at = parts + part.to(tl.int64) * 2 * size + at
+    tl.store(at, _sum(sums), mask=here)
+    tl.store(at + size, _sum(products * inverse), mask=here)
+
+
+@_jit
+def gradients_kernel(parts, line, statistics, terms, d_posterior_mean, d_posterior_var, d_output_mean, d_output_var,
+                     prior_mean, prior_var, gain, noise, weight, count, channels, groups, chunks, prior_size,
+                     GAIN_SLOPE: tl.constexpr, GAIN_OFFSET: tl.constexpr, NOISE_SCALE: tl.constexpr,
+                     SPREAD: tl.constexpr, EPS: tl.constexpr, P: tl.constexpr, C: tl.constexpr):  # fmt: skip
+    """Merge chunks; all gradients but that of ``x``, whose ``line`` is ``(2, groups, channels)``, slope and offset.
+
+    ``count`` elements a channel in a group. A program for each ``C`` of ``groups * channels``.
+    """
+    size = groups * channels
+    at = tl.program_id(0) * C + tl.arange(0, C)
+    here = at < size
+    sum_dy = tl.zeros((C,), tl.float32)
+    sum_dyx = tl.zeros((C,), tl.float32)
+    for start in range(0, chunks, P):
+        part = start + tl.arange(0, P)[:, None]
+        pointer = parts + part.to(tl.int64) * 2 * size + at[None, :]
+        inside = (part < chunks) & here[None, :]
+        sum_dy += tl.sum(tl.load(pointer, mask=inside, other=0.0), 0)
+        sum_dyx += tl.sum(tl.load(pointer + size, mask=inside, other=0.0), 0)
+    _, slope, level = _gradients(
+        sum_dy, sum_dyx, count.to(tl.float32), at, at % channels, here, size, statistics, prior_mean, prior_var, gain,
+        noise, weight, d_posterior_mean, d_posterior_var, d_output_mean, d_output_var, terms, prior_size, GAIN_SLOPE,
+        GAIN_OFFSET, NOISE_SCALE, SPREAD, EPS,
+    )  # fmt: skip
+    tl.store(line + at, slope, mask=here)
+    tl.store(line + size + at, level, mask=here)
+
+
+@_jit
+def input_gradient_kernel(dy, x, output, dx, d_other, line, statistics, weight, bias, channels, pixels, rows, groups,
+                          tiles, EPS: tl.constexpr, RELU: tl.constexpr, A: tl.constexpr, K: tl.constexpr,
+                          B: tl.constexpr, LAST: tl.constexpr, ALIGN: tl.constexpr):  # fmt: skip
+    """``dx``, and the residual's gradient. A program a tile, the last one first."""
+    group, block, tile, channel, here, at, size = _place(channels, groups, K, LAST, ALIGN)
+    start, offset, inside, _ = _tile(group, block, tiles - 1 - tile, channels, pixels, rows, A, K, B, LAST, ALIGN)
+    value = _load(x, start, offset, inside)
+    gradient = _load(dy, start, offset, inside)
+    mean, _, scale, beta = _line(statistics, weight, bias, at, channel, here, size, EPS)
+    gradient = _masked(gradient, value, output, start, offset, inside, mean, scale, beta, RELU)
+    if d_other is not None:
+        _store(d_other, start, offset, inside, gradient)
+    centre = _spread_out(tl.load(statistics + 4 * size + at, mask=here, other=0.0))
+    slope = _spread_out(tl.load(line + at, mask=here, other=0.0))
+    level = _spread_out(tl.load(line + size + at, mask=here, other=0.0))
+    _store(dx, start, offset, inside, scale * gradient + (value - centre) * slope + level)
