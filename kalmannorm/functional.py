@@ -26,7 +26,7 @@ class KalmanNormOutput(NamedTuple):
     """What :func:`kalman_norm` returns."""
 
     output: Tensor
-    """The normalized activation, shaped and typed as the input."""
+    """The normalized activation, shaped and typed as the input; with a residual and a ReLU, what they make of it."""
     posterior: Gaussian
     """The statistics it was normalized by, ``(S, C)``."""
     observation: Gaussian
@@ -150,9 +150,10 @@ def _affine(weight: Tensor | None, bias: Tensor | None, like: Tensor) -> tuple[T
 
 def kalman_norm(x: Tensor, prior: Gaussian | None, weight: Tensor | None = None, bias: Tensor | None = None, *,
                 gain: Tensor | float = 1.0, process_noise: Tensor | None = None, spread: bool = True,
-                guard: float | None = None, groups: int = 1, eps: float = 1e-5,
-                observation: Gaussian | None = None) -> KalmanNormOutput:  # fmt: skip
-    """Normalize by batch statistics fused with a prior (batch Kalman normalization).
+                guard: float | None = None, groups: int = 1, eps: float = 1e-5, observation: Gaussian | None = None,
+                residual: Tensor | None = None, relu: bool = False) -> KalmanNormOutput:  # fmt: skip
+    """Normalize by batch statistics fused with a prior (batch Kalman normalization); then add, then rectify, in the
+    same pass.
 
     Args:
         x: ``(N, C, *)``.
@@ -167,15 +168,20 @@ def kalman_norm(x: Tensor, prior: Gaussian | None, weight: Tensor | None = None,
         eps: added to the variance.
         observation: the moments to fuse with the prior, where they are not just those of ``x``:
             see :func:`synchronize`.
+        residual: added to the normalized activation, shaped as ``x``.
+        relu: rectify the result.
     """
     if observation is None and guard is None:
-        return _in_one_step(x, prior, weight, bias, gain, process_noise, spread, groups, eps)
+        return _in_one_step(
+            x, prior, weight, bias, gain, process_noise, spread, groups, eps, residual, relu
+        )  # fmt: skip
     wide = x.to(_wide(x.dtype))
     if observation is None:
         observation = observe(wide, groups)
     gain, posterior = _fuse(prior, observation, gain, process_noise, spread, guard)
     y = normalize(wide, posterior, weight, bias, eps).to(x.dtype)
-    return KalmanNormOutput(y, posterior, observation, gain)
+    y = y if residual is None else y + residual
+    return KalmanNormOutput(y.relu() if relu else y, posterior, observation, gain)
 
 
 def _fuse(prior: Gaussian | None, observation: Gaussian, gain: Tensor | float, process_noise: Tensor | None,
@@ -188,12 +194,15 @@ def _fuse(prior: Gaussian | None, observation: Gaussian, gain: Tensor | float, p
 
 
 def _in_one_step(x: Tensor, prior: Gaussian | None, weight: Tensor | None, bias: Tensor | None, gain: Tensor | float,
-                 process_noise: Tensor | None, spread: bool, groups: int, eps: float) -> KalmanNormOutput:  # fmt: skip
+                 process_noise: Tensor | None, spread: bool, groups: int, eps: float, residual: Tensor | None,
+                 relu: bool) -> KalmanNormOutput:  # fmt: skip
     """The common case by its kernel; the rest of :func:`kalman_norm` says what it computes."""
     prior_mean, prior_var = (None, None) if prior is None else (prior.mean, prior.var)
     given, offset = (gain, 0.0) if isinstance(gain, Tensor) else (None, gain)
-    options = Filter(groups=groups, gain_offset=offset, spread=spread, eps=eps)
-    out = layer(x, prior_mean, prior_var, given, process_noise, weight, bias, options, posterior=True)
+    options = Filter(groups=groups, gain_offset=offset, spread=spread, eps=eps, relu=relu)
+    out = layer(
+        x, prior_mean, prior_var, given, process_noise, weight, bias, options, other=residual, posterior=True
+    )  # fmt: skip
     shape = (groups, x.shape[1])
     posterior = Gaussian(out.mean.view(shape), out.var.view(shape))
     used = 1.0 if prior is None else gain

@@ -99,6 +99,23 @@ def test_compiled_by_inductor():
         torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-4)
 
 
+def test_compiled_into_cuda_graphs():
+    if DEVICE != "cuda":
+        pytest.skip("graphs are CUDA's")
+    model = kn.convert(net()).to(DEVICE)
+    compiled = copy.deepcopy(model)
+    run = torch.compile(compiled, mode="reduce-overhead")
+    for step in range(5):
+        images, labels = (t.to(DEVICE) for t in batch(seed=step))
+        torch.compiler.cudagraph_mark_step_begin()
+        losses = [F.cross_entropy(f(images), labels) for f in (model, run)]
+        for loss in losses:
+            loss.backward()
+        torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-4)
+    for a, b in zip(model.buffers(), compiled.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
 def test_captured_in_a_cuda_graph():
     if DEVICE != "cuda":
         pytest.skip("graphs are CUDA's")

@@ -42,7 +42,7 @@ from kalmannorm.kernels.apply import differentiable_gradients, is_transformed
 from kalmannorm.kernels.backends import backend_for
 from kalmannorm.kernels.memory import dense, is_dense
 from kalmannorm.kernels.moments import moments
-from kalmannorm.kernels.on_torch import gain_of, move_running, noise_of
+from kalmannorm.kernels.on_torch import fuse, gain_of, move_running
 from kalmannorm.kernels.options import Filter, Running
 from kalmannorm.kernels.standardize import standardize
 
@@ -70,17 +70,7 @@ def _plain(x: Tensor, other: Tensor | None, prior_mean: Tensor | None, prior_var
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     blocks = wide if groups == 1 else wide.unflatten(0, (groups, -1)).transpose(0, 1).flatten(1, 2)
     mean, var = (t.view(groups, channels) for t in moments(blocks))
-    posterior_mean, posterior_var, q = mean, var, torch.ones_like(mean[0, :1])
-    if prior_mean is not None and prior_var is not None:
-        prior_mean, prior_var = prior_mean.reshape(-1, channels), prior_var.reshape(-1, channels)
-        if noise is not None:
-            prior_var = prior_var + noise_of(noise, options)
-        q = gain_of(gain, prior_mean, options)
-        innovation = mean - prior_mean
-        posterior_mean = prior_mean + q * innovation
-        posterior_var = prior_var + q * (var - prior_var)
-        if options.spread:
-            posterior_var = posterior_var + q * (1 - q) * innovation.square()
+    posterior_mean, posterior_var, q = fuse(mean, var, prior_mean, prior_var, gain, noise, options)
     ones = torch.ones_like(mean)
     gamma, beta = (ones if weight is None else weight * ones), (0 * ones if bias is None else bias * ones)
     flat_mean, flat_var, flat_gamma, flat_beta = (t.reshape(-1) for t in (posterior_mean, posterior_var, gamma, beta))

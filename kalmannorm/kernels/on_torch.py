@@ -15,7 +15,7 @@ from kalmannorm.kernels.moments import observe_channels, slope_by_variance
 from kalmannorm.kernels.options import Filter, Running
 from kalmannorm.kernels.rectify import rectified, rectified_gradients
 
-__all__ = ["gain_of", "layer_backward", "layer_forward", "link_backward", "link_forward", "move_running", "noise_of"]
+__all__ = ["fuse", "gain_of", "layer_backward", "layer_forward", "link_backward", "link_forward", "move_running"]
 
 
 def gain_of(gain: Tensor | None, like: Tensor, options: Filter) -> Tensor:
@@ -28,6 +28,23 @@ def gain_of(gain: Tensor | None, like: Tensor, options: Filter) -> Tensor:
 def noise_of(noise: Tensor, options: Filter) -> Tensor:
     """``R``, ``(C,)``."""
     return options.noise_scale * noise.exp() if options.noise_scale else noise
+
+
+def fuse(mean: Tensor, var: Tensor, prior_mean: Tensor | None, prior_var: Tensor | None, gain: Tensor | None,
+         noise: Tensor | None, options: Filter) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Posterior mean and variance, ``(S, C)``, and the gain, ``(1,)``, by functions that autograd knows."""
+    if prior_mean is None or prior_var is None:
+        return mean, var, torch.ones_like(mean[0, :1])
+    prior_mean, prior_var = prior_mean.reshape(-1, mean.shape[1]), prior_var.reshape(-1, mean.shape[1])
+    if noise is not None:
+        prior_var = prior_var + noise_of(noise, options)
+    q = gain_of(gain, prior_mean, options)
+    innovation = mean - prior_mean
+    posterior_mean = prior_mean + q * innovation
+    posterior_var = prior_var + q * (var - prior_var)
+    if options.spread:
+        posterior_var = posterior_var + q * (1 - q) * innovation.square()
+    return posterior_mean, posterior_var, q
 
 
 @torch.no_grad()
@@ -68,16 +85,7 @@ def layer_forward(x: Tensor, other: Tensor | None, prior_mean: Tensor | None, pr
     """
     groups, channels = options.groups, x.shape[1]
     mean, var = _observe(x, groups)
-    posterior_mean, posterior_var, q = mean, var, torch.ones_like(mean[0, :1])
-    if prior_mean is not None and prior_var is not None:
-        prior_mean, prior_var = prior_mean.view(-1, channels), prior_var.view(-1, channels)
-        if noise is not None:
-            prior_var = prior_var + noise_of(noise, options)
-        q = gain_of(gain, prior_mean, options)
-        posterior_mean, posterior_var = torch.lerp(prior_mean, mean, q), torch.lerp(prior_var, var, q)
-        if options.spread:
-            innovation = mean - prior_mean
-            posterior_var.addcmul_(innovation * (q * (1 - q)), innovation)
+    posterior_mean, posterior_var, q = fuse(mean, var, prior_mean, prior_var, gain, noise, options)
     shrinkage = posterior_var / (posterior_var + options.eps)
     output_var = shrinkage if weight is None else shrinkage * weight.square()
     output_mean = torch.zeros_like(mean) if bias is None else bias.expand_as(mean)
