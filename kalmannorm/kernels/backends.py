@@ -12,12 +12,14 @@ from kalmannorm.kernels import on_cpu, on_gpu, on_torch
 __all__ = ["backend_for"]
 
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
+# What an activation may be.
+_DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
 
 
 def backend_for(x: Tensor, *others: Tensor | None) -> ModuleType:
     """Whose functions to call: compiled ones where there are any for a device and type."""
     kind = x.device.type
-    if type(x) not in _PLAIN_TENSORS or kind not in ("cpu", "cuda") or (kind == "cpu" and x.dtype is not torch.float32):
+    if type(x) not in _PLAIN_TENSORS or x.dtype not in _DTYPES.get(kind, ()):
         return on_torch
     for t in others:
         if t is None:

@@ -66,6 +66,9 @@ class TestChoice:
         monkeypatch.setattr(backends, "_PLAIN_TENSORS", (OnGpu,))
         monkeypatch.setattr(on_gpu, "is_available", lambda: True)
         assert backend_for(OnGpu()) is on_gpu
+        monkeypatch.setattr(OnGpu, "dtype", torch.float64)
+        assert backend_for(OnGpu()) is on_torch
+        monkeypatch.setattr(OnGpu, "dtype", torch.bfloat16)
         monkeypatch.setattr(on_gpu, "is_available", lambda: False)
         assert backend_for(OnGpu()) is on_torch
 
