@@ -193,7 +193,8 @@ def main(given=None):
         return 0
     if options.anew:
         options.output.unlink(missing_ok=True)
-    torch.backends.cudnn.benchmark = True
+    if options.device == "cuda":
+        torch.backends.cudnn.benchmark = True
     failed = False
     machine = rows.machine(options.device)
     start = time.perf_counter()

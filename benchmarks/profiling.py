@@ -64,7 +64,8 @@ def main(given=None):
     case = next((case for case in every if case.name == options.case), None)
     if case is None:
         parser.error(f"no case is called {options.case!r}")
-    torch.backends.cudnn.benchmark = True
+    if options.device == "cuda":
+        torch.backends.cudnn.benchmark = True
     about = {name: value for name, value in machine(options.device).items() if name in MACHINE}
     options.output.parent.mkdir(parents=True, exist_ok=True)
     new = not options.output.exists()

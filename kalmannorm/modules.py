@@ -152,7 +152,12 @@ class _Filter(nn.Module):
         return torch.float32
 
     def _prior(self, x: Tensor, groups: int) -> Gaussian | None:
-        """The prior of the input; None where it is unknown, or the gain leaves it no say."""
+        """The prior of the input, ``(S, C)``; None where it is unknown, or the gain leaves it no say."""
+        prior = self._prior_for_kernel(x, groups)
+        return None if prior is None else prior.per_channel(groups)
+
+    def _prior_for_kernel(self, x: Tensor, groups: int) -> Gaussian | None:
+        """The same, of the shapes of :func:`~kalmannorm.evaluation.belief_for`."""
         if self.ignores_prior:
             return None
         if is_recomputing() and is_reentrant():
@@ -343,7 +348,6 @@ class KalmanNorm(_Filter, _NormBase):
             if self.process_group is not None:
                 observation, samples, count = synchronize(input, self.process_group)
             prior = self._prior(input, groups)
-            prior = None if prior is None else prior.per_channel(groups)
             bias = self.bias if prior is not None else self._idle(self.bias, self.num_features)
             out = kalman_norm(
                 input, prior, self.weight, bias, gain=self.kalman_gain(samples), spread=self.spread,
@@ -365,7 +369,7 @@ class KalmanNorm(_Filter, _NormBase):
 
     def _in_one_step(self, x: Tensor, groups: int, relu: bool = False) -> Tensor:
         """The common case by its kernel, running statistics and all."""
-        prior = self._prior(x, groups)
+        prior = self._prior_for_kernel(x, groups)
         mean, var = (None, None) if prior is None else (prior.mean, prior.var)
         gain, slope, offset = self._gain_line(x.shape[0] // groups)
         out = layer(
@@ -544,7 +548,6 @@ class GroupKalmanNorm(_Filter):
             if input.numel() == 0:
                 return self._normalize_nothing(input)
             prior = self._prior(input, input.shape[0])
-            prior = None if prior is None else prior.per_channel(input.shape[0])
             bias = self.bias if prior is not None else self._idle(self.bias, self.num_channels)
             out = group_kalman_norm(
                 input, prior, self.num_groups, self.weight, bias,

@@ -124,8 +124,9 @@ def _normalize(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias
         return F.batch_norm(x, mean[0], var[0], weight, bias, False, 0.0, eps)
     scale, shift = _line(mean, var, weight, bias, eps)
     blocks, _ = _blocks(x, mean.shape[0])
-    y = torch.addcmul(_along(shift, x), blocks.to(scale.dtype), _along(scale, x)).flatten(0, 1)
-    return dense(y.to(x.dtype), x)
+    y = torch.empty_like(x)  # no view, which could not be changed in place
+    _blocks(y, mean.shape[0])[0].copy_(torch.addcmul(_along(shift, x), blocks.to(scale.dtype), _along(scale, x)))
+    return y
 
 
 def _line(mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from kalmannorm.kernels.options import Filter
 
 __all__ = ["layer", "link"]
 
-_OPTIONS = "int groups, float gain_slope, float gain_offset, float noise_scale, bool spread, float eps, bool relu"
+_OPTIONS = "SymInt groups, float gain_slope, float gain_offset, float noise_scale, bool spread, float eps, bool relu"
 _PARAMETERS = "Tensor? prior_mean, Tensor? prior_var, Tensor? gain, Tensor? noise, Tensor? weight, Tensor? bias"
 
 
