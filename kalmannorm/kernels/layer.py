@@ -40,13 +40,14 @@ from torch import Tensor
 from kalmannorm.kernels import on_cpu, on_torch, operators
 from kalmannorm.kernels.apply import differentiable_gradients, is_transformed
 from kalmannorm.kernels.backends import backend_for
-from kalmannorm.kernels.memory import dense, is_dense
+from kalmannorm.kernels.memory import as_dense, dense
 from kalmannorm.kernels.moments import moments
 from kalmannorm.kernels.on_torch import fuse, gain_of, move_running
 from kalmannorm.kernels.options import Filter, Running
 from kalmannorm.kernels.standardize import standardize
 
 __all__ = ["Layer", "layer", "rectify_output"]
+
 
 class Layer(NamedTuple):
     """What :func:`layer` returns."""
@@ -91,8 +92,6 @@ def _plain(x: Tensor, other: Tensor | None, prior_mean: Tensor | None, prior_var
 def _compiled(x: Tensor, other: Tensor | None, prior_mean: Tensor | None, prior_var: Tensor | None, gain: Tensor | None,
               noise: Tensor | None, weight: Tensor | None, bias: Tensor | None, running: Running | None,
               options: Filter, posterior: bool) -> Layer:  # fmt: skip
-    if prior_mean is not None and prior_var is not None:
-        prior_mean, prior_var = prior_mean.contiguous(), prior_var.contiguous()
     y, statistics = operators.layer(x, other, prior_mean, prior_var, gain, noise, weight, bias, *options)
     if running is not None:
         seen = statistics.detach()
@@ -188,14 +187,15 @@ def layer(x: Tensor, prior_mean: Tensor | None, prior_var: Tensor | None, gain: 
     dtype = torch.promote_types(x.dtype, torch.float32)
     prior_mean, prior_var, gain = _to(prior_mean, dtype), _to(prior_var, dtype), _to(gain, dtype)
     noise, weight, bias = _to(noise, dtype), _to(weight, dtype), _to(bias, dtype)
-    if torch.compiler.is_compiling() and x.device.type == "cpu" and on_cpu.is_available():
-        return _compiled(x, other, prior_mean, prior_var, gain, noise, weight, bias, running, options, posterior)
-    if is_transformed():
+    compiled = torch.compiler.is_compiling() and x.device.type == "cpu" and on_cpu.is_available()
+    if is_transformed() and not compiled:
         return Layer(*_plain(x, other, prior_mean, prior_var, gain, noise, weight, bias, running, options, posterior))
-    x = x if is_dense(x) else x.contiguous()
+    x = as_dense(x)
     other = None if other is None else dense(other, x)
     if prior_mean is not None and prior_var is not None:
         prior_mean, prior_var = prior_mean.contiguous(), prior_var.contiguous()
+    if compiled:
+        return _compiled(x, other, prior_mean, prior_var, gain, noise, weight, bias, running, options, posterior)
     buffers = () if running is None else (running.mean, running.var)
     backend = backend_for(x, prior_mean, prior_var, gain, noise, weight, bias, *buffers)
     return Layer(*_Layer.apply(  # type: ignore[no-untyped-call]

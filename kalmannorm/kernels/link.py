@@ -22,7 +22,7 @@ from torch import Tensor
 from kalmannorm.kernels import operators
 from kalmannorm.kernels.apply import differentiable_gradients, is_transformed
 from kalmannorm.kernels.backends import backend_for
-from kalmannorm.kernels.memory import is_dense
+from kalmannorm.kernels.memory import as_dense
 from kalmannorm.kernels.rectify import rectified
 
 __all__ = ["Link", "link"]
@@ -54,7 +54,7 @@ def _plain(mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor | None, relu:
 
 
 def _compiled(mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Link:
-    out, after = operators.link(mean.contiguous(), var.contiguous(), weight, bias, relu)
+    out, after = operators.link(mean, var, weight, bias, relu)
     rectified_mean, rectified_var = after.view(2, *mean.shape).unbind(0) if relu else (None, None)
     out_mean, out_var = out.view(2, mean.shape[0], weight.shape[0], *mean.shape[2:]).unbind(0)
     return Link(out_mean, out_var, rectified_mean, rectified_var)
@@ -101,11 +101,10 @@ def link(mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor | None = None, 
     """
     weight = weight.to(mean.dtype)
     bias = None if bias is None else bias.to(mean.dtype)
+    if is_transformed() and not torch.compiler.is_compiling():
+        return Link(*_plain(mean, var, weight, bias, relu))  # type: ignore[arg-type]
+    mean, var, weight = mean.contiguous(), var.contiguous(), as_dense(weight)
     if torch.compiler.is_compiling():
         return _compiled(mean, var, weight, bias, relu)
-    if is_transformed():
-        return Link(*_plain(mean, var, weight, bias, relu))  # type: ignore[arg-type]
-    weight = weight if is_dense(weight) else weight.contiguous()
-    mean, var = mean.contiguous(), var.contiguous()
     backend = backend_for(mean, var, weight, bias)
     return Link(*_Link.apply(mean, var, weight, bias, relu, backend))  # type: ignore[no-untyped-call]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["dense", "is_channels_last", "is_dense"]
+__all__ = ["as_dense", "dense", "is_channels_last"]
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -17,9 +17,9 @@ def is_channels_last(t: Tensor) -> bool:
     return t.is_contiguous(memory_format=_CHANNELS_LAST[t.ndim])
 
 
-def is_dense(t: Tensor) -> bool:
-    """Whether a tensor lies in one block of memory, channels first or last."""
-    return t.is_contiguous() or is_channels_last(t)
+def as_dense(t: Tensor) -> Tensor:
+    """The tensor in one block of memory, channels first or last; itself, where it is that already."""
+    return t if t.is_contiguous() or is_channels_last(t) else t.contiguous()
 
 
 def dense(t: Tensor, like: Tensor) -> Tensor:

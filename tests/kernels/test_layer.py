@@ -138,8 +138,13 @@ def test_memory_format_is_kept(dtype, groups):
     assert dx.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_any_strides_will_do():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_any_strides_will_do(compiled):
     x, *rest = inputs((2, 8, 4, 6), torch.float32)
-    strided = x.detach().mT.contiguous().mT
-    assert not strided.is_contiguous()
-    torch.testing.assert_close(layer(strided, *rest, Filter()).output, layer(x, *rest, Filter()).output)
+    run = torch.compile(layer, fullgraph=True, backend="aot_eager") if compiled else layer
+    expected = layer(x, *rest, Filter()).output
+    transposed = x.detach().mT.contiguous().mT
+    part = torch.cat([x.detach(), torch.randn_like(x)], 1)[:, :8]
+    for strided in (transposed, part):
+        assert not strided.is_contiguous()
+        torch.testing.assert_close(run(strided, *rest, Filter()).output, expected)

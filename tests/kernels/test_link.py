@@ -91,3 +91,13 @@ def test_torch_knows_the_operators():
     mean, var, weight, bias = inputs(1, 3, 5, (3,), torch.float32)
     for relu in (False, True):
         torch.library.opcheck(torch.ops.kalmannorm.link.default, (mean, var, weight, bias, relu))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_part_of_a_larger_weight(compiled):
+    mean, var, weight, bias = inputs(1, 4, 5, (3,), torch.float32)
+    larger = torch.cat([weight.detach(), torch.randn(5, 2, 3)], 1)
+    function = torch.compile(link, fullgraph=True, backend="aot_eager") if compiled else link
+    ours = function(mean, var, larger[:, :4], bias, relu=True)
+    for got, expected in zip(ours, link(mean, var, weight, bias, relu=True), strict=True):
+        torch.testing.assert_close(got, expected)
