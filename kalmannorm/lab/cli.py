@@ -20,6 +20,7 @@ COMMANDS = {
     "test": "kalmannorm.lab.commands:on_test",
     "compare": "kalmannorm.lab.compare:compare",
     "reproduce": "kalmannorm.lab.reproduce:reproduce",
+    "study": "kalmannorm.lab.study:study",
     "coverage": "kalmannorm.lab.coverage:coverage",
 }
 

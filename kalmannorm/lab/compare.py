@@ -6,7 +6,6 @@ import csv
 import difflib
 import json
 import math
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,8 +150,7 @@ class Outcome:
     @property
     def last_loss(self) -> float:
         """Mean training loss of the last tenth of the steps."""
-        losses = self.result.losses if self.result else [math.nan]
-        return statistics.fmean(losses[-max(1, len(losses) // 10) :])
+        return self.result.last_loss if self.result else math.nan
 
 
 def compare(

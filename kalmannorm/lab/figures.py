@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Runs", "filter_history", "learning", "prior_errors", "search", "variance_gaps"]
+__all__ = ["Runs", "arms", "filter_history", "learning", "prior_errors", "search", "variance_gaps"]
 
 # The estimates' colours, the same in all figures.
 COLOURS = {"prior": "#dd8452", "observation": "#8c8c8c", "posterior": "#4c72b0"}
@@ -108,6 +108,40 @@ def search(points: Mapping[str, Sequence[tuple[float, float]]], colours: Mapping
     axes.set_xticks(all_rates, [f"{rate:g}" for rate in all_rates])
     axes.set_xticks([], minor=True)
     axes.legend(frameon=False)
+    return drawing
+
+
+def arms(scores: Mapping[str, Mapping[str, Sequence[float]]], score_label: str) -> Figure:
+    """Mean scores with bars of one standard deviation over seeds.
+
+    With several columns these go from left to right, and each label has a line; with one, each label has a row.
+
+    Args:
+        scores: For each label and column, a number a seed; an arm without any is left out.
+        score_label: What the scores are, with their unit.
+    """
+    columns = list(dict.fromkeys(column for own in scores.values() for column in own))
+    several = len(columns) > 1
+    drawing = _figure(7, 3.8 if several else 1.2 + 0.45 * len(scores))
+    axes = drawing.subplots()
+    for row, (label, own) in enumerate(scores.items()):
+        found = {column: torch.tensor(values, dtype=torch.float64) for column, values in own.items() if len(values)}
+        means = [float(values.mean()) for values in found.values()]
+        spreads = [float(values.std(correction=min(1, len(values) - 1))) for values in found.values()]
+        if several:
+            # Beside one another, so that bars of equal scores can be told apart.
+            offset = 0.06 * (row - (len(scores) - 1) / 2)
+            places = [columns.index(column) + offset for column in found]
+            axes.errorbar(places, means, spreads, fmt="o-", capsize=3, markersize=5, color=f"C{row % 10}", label=label)
+        elif found:
+            axes.errorbar(means, [row], xerr=spreads, fmt="o", capsize=3, color=f"C{row % 10}")
+    if several:
+        _plain(axes, ylabel=score_label)
+        axes.set_xticks(range(len(columns)), columns)
+        axes.legend(frameon=False)
+    else:
+        _plain(axes, xlabel=score_label, ylim=(len(scores) - 0.5, -0.5))
+        axes.set_yticks(range(len(scores)), list(scores))
     return drawing
 
 

@@ -18,7 +18,10 @@ from kalmannorm.lab.configuration import Run, check_same
 from kalmannorm.lab.curve import Curve, RandomState
 from kalmannorm.lab.results import Result, environment, finished, write_atomically
 
-__all__ = ["Result", "finished", "fit", "is_first_process", "load", "score", "steps"]
+__all__ = ["Result", "Split", "finished", "fit", "is_first_process", "load", "score", "steps"]
+
+Split = Literal["validation", "test"]
+_LOADERS = {"validation": "val_dataloader", "test": "test_dataloader"}
 
 
 class _Folder(lightning.Callback):
@@ -67,6 +70,7 @@ def fit(
     folder: Path,
     tell: Callable[[int], None] = lambda step: None,
     overrides: Sequence[str] = (),
+    split: Split | None = None,
 ) -> Result:
     """Train and score; go on where an interrupted run of the same configuration was, and don't repeat a finished one.
 
@@ -76,9 +80,12 @@ def fit(
         folder: Where ``config.yaml``, ``last.ckpt``, ``curve.csv``, ``validations.csv`` and ``result.json`` go.
         tell: Called now and then with the number of steps done.
         overrides: More settings, as on a command line: ``["--trainer.max_steps=10"]``.
+        split: Which images are scored at the end; with ``"validation"`` no test image is looked at. None for the test
+            images, or those of validation where the data have no test split.
 
     Raises:
-        ValueError: A wrong configuration; or the folder holds another one, or another module's checkpoint.
+        ValueError: A wrong configuration; the data have no such split; or the folder holds another configuration, a
+            run that was scored on another split, or another module's checkpoint.
         MissingDataError: The data set is not there.
     """
     folder = Path(folder)
@@ -86,11 +93,14 @@ def fit(
     whole = run.complete()
     check_same(folder, whole)
     if finished(folder):
-        return Result.read(folder)
+        return _read(folder, split)
     if run.config.checkpoint_every < 1:
         raise ValueError(f"checkpoint_every must be at least 1; got {run.config.checkpoint_every}")
     curve = Curve(tell)
     trainer, module, data = run.build(curve, RandomState(), _Folder(folder, whole, run.config.checkpoint_every))
+    chosen: Split = split or ("test" if _has(data, "test_dataloader") else "validation")
+    if split is not None and not _has(data, _LOADERS[split]):
+        raise ValueError(f"{type(data).__name__} has no {split} split")
     last = folder / "last.ckpt"
     if last.exists():
         _check_fits(module, last)
@@ -98,14 +108,18 @@ def fit(
         trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.exists() else None)
     except SystemExit as ended:  # so Lightning ends after Ctrl-C
         raise KeyboardInterrupt from ended
+    scores = _scored(trainer, module, data, chosen)
+    if split is not None and not scores:
+        raise ValueError(f"{type(data).__name__} is configured without {split} images")
     result = Result(
         config=whole,
-        scores=_scored(trainer, module, data, "test" if _has(data, "test_dataloader") else "validation"),
+        scores=scores,
         seconds=curve.elapsed,
         seconds_per_step=statistics.median(curve.seconds),
         losses=curve.losses,
         validations=curve.validations,
         environment=environment(),
+        split=chosen,
     )
     if trainer.is_global_zero:
         result.write(folder)
@@ -130,7 +144,7 @@ def load(folder: Path) -> lightning.LightningModule:
     return module.eval()  # type: ignore[no-any-return]
 
 
-def score(folder: Path, split: Literal["validation", "test"], overrides: Sequence[str] = ()) -> dict[str, float]:
+def score(folder: Path, split: Split, overrides: Sequence[str] = ()) -> dict[str, float]:
     """Score a run's last checkpoint; its folder does not change.
 
     Args:
@@ -144,12 +158,19 @@ def score(folder: Path, split: Literal["validation", "test"], overrides: Sequenc
     run = _stored(folder, overrides)
     trainer, module, data = run.build()
     module.load_state_dict(_check_fits(module, Path(folder) / "last.ckpt"))
-    if not _has(data, "test_dataloader" if split == "test" else "val_dataloader"):
+    if not _has(data, _LOADERS[split]):
         raise ValueError(f"{type(data).__name__} has no {split} split")
     scores = _scored(trainer, module, data, split)
     if not scores:
         raise ValueError(f"{type(data).__name__} is configured without {split} images")
     return scores
+
+
+def _read(folder: Path, split: Split | None) -> Result:
+    result = Result.read(folder)
+    if split is not None and result.split not in ("", split):
+        raise ValueError(f"{folder} holds a run that was scored on {result.split} images; got split={split!r}")
+    return result
 
 
 def _stored(folder: Path, overrides: Sequence[str] = ()) -> Run:

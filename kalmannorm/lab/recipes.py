@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import yaml
 
-__all__ = ["CONFIGS", "Recipe", "Scale", "merge", "names", "read", "tables"]
+__all__ = ["CONFIGS", "Recipe", "Scale", "load", "merge", "names", "read", "tables"]
 
 CONFIGS = Path(__file__).parent / "configs"
 # Lengths of a training, which a scale multiplies.
@@ -136,6 +136,21 @@ def read(name: str | Path) -> Recipe:
     return Recipe(title, config, content.get("cell", {}), content.get("tiny", {}), run)
 
 
+def load(path: Path) -> dict[str, Any]:
+    """The content of a YAML file, without its bases.
+
+    Raises:
+        ValueError: The file is not YAML, or not of keys and values.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold keys and values; got {type(content).__name__}")
+    return content
+
+
 def _is_ours(path: Path) -> bool:
     return path.resolve().is_relative_to(CONFIGS)
 
@@ -144,12 +159,7 @@ def _merged(path: Path) -> dict[str, Any]:
     """A file's content on top of its bases'."""
     if not path.is_file():
         raise ValueError(f"there is no file {path} to base a recipe on")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold keys and values; got {type(content).__name__}")
+    content = load(path)
     bases = content.pop("base", [])
     merged: dict[str, Any] = {}
     for base in [bases] if isinstance(bases, str) else bases:

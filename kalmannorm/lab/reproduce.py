@@ -51,7 +51,7 @@ def reproduce(
     Returns:
         The exit code: 1 where a run failed.
     """
-    amount = _checked(scale, devices=devices, workers=workers, seeds=seeds)
+    amount = checked(scale, devices=devices, workers=workers, seeds=seeds)
     cells = [Cell(recipe, recipe.scaled(amount)) for recipe in _chosen(table, only)]
     quiet()
     with data_at(data, cells, output, amount):
@@ -100,11 +100,22 @@ def _write(
     console.print(f"Report: {page}", soft_wrap=True, highlight=False, markup=False)
 
 
-def _checked(scale: str, **counts: int | None) -> Scale:
+def checked(scale: str, *, devices: int = 1, **others: int | None) -> Scale:
+    """The scale that a command line gives, see `recipes.Recipe.scaled`, with its counts checked as well.
+
+    Args:
+        scale: ``"tiny"`` or a share.
+        devices: Devices a training.
+        others: Numbers that must be at least 1 where they are given, by the names of their options.
+
+    Raises:
+        ValueError: One of these is wrong; with its option.
+    """
+    counts = {"devices": devices, **others}
     for name, value in counts.items():
         if value is not None and value < 1:
             raise ValueError(f"--{name}: expected at least 1; got {value}")
-    if (counts["devices"] or 1) > 1 and (counts["workers"] or 1) > 1:
+    if devices > 1 and (counts.get("workers") or 1) > 1:
         raise ValueError("--workers: trainings on several devices run one after another; got both")
     if scale == "tiny":
         return "tiny"

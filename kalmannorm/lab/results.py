@@ -6,9 +6,11 @@ import csv
 import json
 import os
 import platform
+import statistics
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ class Result:
         losses: One a step.
         validations: Each a dict of ``step`` and of what was scored then.
         environment: Where it ran, and with what.
+        split: Whose scores these are, ``"test"`` or ``"validation"``; empty in runs from before this was kept.
     """
 
     config: dict[str, Any]
@@ -42,6 +45,7 @@ class Result:
     losses: list[float]
     validations: list[dict[str, float]]
     environment: dict[str, str]
+    split: str = ""
 
     @classmethod
     def read(cls, folder: Path) -> Result:
@@ -57,13 +61,18 @@ class Result:
         summary = json.loads((folder / "result.json").read_text(encoding="utf-8"))
         return cls(config=config, losses=[row["loss"] for row in curve], validations=validations, **summary)
 
+    @property
+    def last_loss(self) -> float:
+        """Mean training loss of the last tenth of the steps."""
+        return statistics.fmean(self.losses[-max(1, len(self.losses) // 10) :])
+
     def write(self, folder: Path) -> None:
         """Write everything but the config, ``result.json`` last."""
         curve = [{"step": step, "loss": loss} for step, loss in enumerate(self.losses, 1)]
         _write_csv(folder / "curve.csv", curve, ["step", "loss"])
         names = dict.fromkeys(name for each in self.validations for name in each)
         _write_csv(folder / "validations.csv", self.validations, list(names) or ["step"])
-        names_of_summary = ("scores", "seconds", "seconds_per_step", "environment")
+        names_of_summary = ("split", "scores", "seconds", "seconds_per_step", "environment")
         summary = {name: getattr(self, name) for name in names_of_summary}
         write_atomically(folder / "result.json", json.dumps(summary, indent=1) + "\n")
 
@@ -93,7 +102,7 @@ def _read_csv(path: Path) -> list[dict[str, Any]]:
 
 
 def environment() -> dict[str, str]:
-    """The machine, the versions, and the commit if this is a checkout."""
+    """The machine, the versions, the commit if this is a checkout, and today's date."""
     asked = ["git", "-C", str(Path(kalmannorm.__file__).parent), "rev-parse", "HEAD"]
     try:
         commit = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
@@ -107,4 +116,5 @@ def environment() -> dict[str, str]:
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "date": datetime.now(UTC).date().isoformat(),
     }

@@ -14,7 +14,10 @@ import yaml
 from kalmannorm.lab.recipes import CONFIGS, Recipe
 from kalmannorm.lab.results import Result
 
-__all__ = ["Cell", "Layout", "as_csv", "as_markdown", "format_value", "grid", "layout", "steps_to_reach", "summary"]
+__all__ = [
+    "Cell", "Layout", "as_csv", "as_markdown", "csv_text", "format_value", "grid", "layout", "steps_to_reach",
+    "summary",
+]  # fmt: skip
 
 # Numbers after the point, by the beginning of a metric's name; what is none of these is a share, shown in per cent.
 DIGITS = {"steps": 0, "parameters": 2, "images_per_second": 2, "ratio": 3, "variance_gap": 3}
@@ -126,7 +129,7 @@ def summary(cells: Sequence[Cell]) -> list[list[str]]:
     for cell in trained:
         runs = cell.runs.values()
         values = [format_value(name, cell.values(name)) for name in (*scores, "steps_to_baseline")]
-        last = [statistics.fmean(run.losses[-max(1, len(run.losses) // 10) :]) for run in runs]
+        last = [run.last_loss for run in runs]
         speed = f"{1000 * statistics.fmean(run.seconds_per_step for run in runs):.1f}"
         rows.append([cell.recipe.name, str(len(runs)), *values, format_value("ratio", last), speed])
     return rows
@@ -143,8 +146,17 @@ def as_markdown(rows: Sequence[Sequence[str]]) -> str:
 
 def as_csv(cells: Sequence[Cell], scale: str) -> str:
     """A line a run, and one for each cell without any; scores are shares, as the runs give them."""
-    records = [record for cell in cells for record in _records(cell, scale)]
-    names = list(dict.fromkeys(name for record in records for name in record))
+    return csv_text([record for cell in cells for record in _records(cell, scale)])
+
+
+def csv_text(records: Sequence[Mapping[str, Any]], names: Sequence[str] = ()) -> str:
+    """A line a record, under a header.
+
+    Args:
+        records: What is absent in one is left empty.
+        names: The columns; by default all that records have, in the order in which they first come.
+    """
+    names = names or list(dict.fromkeys(name for record in records for name in record))
     file = io.StringIO()
     writer = csv.DictWriter(file, names, restval="", lineterminator="\n")
     writer.writeheader()

@@ -57,6 +57,8 @@ class Classifier(lightning.LightningModule):
         weight_decay: On weights alone, see `parameter_groups`.
         score_online: Give ``accuracy_online`` too.
         compile: Train through ``torch.compile``.
+        channels_last: Keep the network's weights and its images ``(N, C, H, W)`` in channels-last memory, which suits
+            convolutions on GPUs in half precision: the same results but for rounding.
 
     Raises:
         ValueError: An unknown normalization or schedule, or one that doesn't suit the other arguments; and in
@@ -79,6 +81,7 @@ class Classifier(lightning.LightningModule):
         weight_decay: float = 1e-4,
         score_online: bool = True,
         compile: bool = False,
+        channels_last: bool = False,
     ) -> None:
         super().__init__()
         check_schedule(rate, steps, schedule, milestones)
@@ -86,6 +89,9 @@ class Classifier(lightning.LightningModule):
         stock = any(isinstance(layer, _BatchNorm) for layer in network.modules())
         self._was_batchnorm = normalization == "bn" and stock and statistics_batch is not None
         self.network = normalize(network, normalization, **options)
+        self._memory_format = torch.channels_last if channels_last else torch.preserve_format
+        if channels_last:
+            self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.method, self.statistics_batch = METHODS[normalization], statistics_batch
         self._optimization = (rate, steps, schedule, milestones, momentum, weight_decay)
         self.score_online = score_online
@@ -121,7 +127,7 @@ class Classifier(lightning.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The mean cross entropy of a batch."""
-        images, labels = batch
+        images, labels = batch[0].to(memory_format=self._memory_format), batch[1]
         self._check_statistics_batch(len(images))
         if self._was_batchnorm and len(images) == self.statistics_batch:
             to_batchnorm(self.network)  # one group of everything: torch's own layers do that, and faster
@@ -145,7 +151,7 @@ class Classifier(lightning.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Score a batch both ways."""
-        images, labels = batch
+        images, labels = batch[0].to(memory_format=self._memory_format), batch[1]
         self.running_accuracy.update(self.network(images), labels)
         if self.score_online:
             logits = online_logits(self.network, images, self.statistics_batch or len(images))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -16,17 +16,31 @@ from kalmannorm.lab.results import Result
 from kalmannorm.lab.tables import Cell, steps_to_reach
 from kalmannorm.lab.workers import Tell, available_cpus, in_turn, run_all
 
-__all__ = ["Job", "compare_with_baselines", "folder_of", "train"]
+if TYPE_CHECKING:
+    from kalmannorm.lab.fitting import Split
+
+__all__ = ["Job", "compare_with_baselines", "folder_of", "reason", "run_jobs", "train"]
 
 
 @dataclass(frozen=True)
 class Job:
-    """A training: a recipe's configuration with a seed, and its folder."""
+    """A training: a recipe's configuration with a seed, and its folder.
+
+    Attributes:
+        name: Such as ``"table8/resnet32-kn-bs2"``.
+        seed: Also in ``config``.
+        config: What ``fit`` takes.
+        folder: Where the run is kept.
+        split: Which images are scored, see `kalmannorm.lab.fitting.fit`.
+        keep: Keep the last checkpoint once the run has ended, and not the scores and curves alone.
+    """
 
     name: str
     seed: int
     config: dict[str, Any]
     folder: Path
+    split: Split | None = None
+    keep: bool = True
 
     def __str__(self) -> str:
         """What a progress bar calls it."""
@@ -63,18 +77,31 @@ def train(
     outcomes: Sequence[Result | Exception] = []
     if devices > 1:
         outcomes = in_turn(todo, lambda job: fit_on_devices(devices, job.config, job.folder), _steps, console)
-    elif todo:
-        count = workers or torch.cuda.device_count() or available_cpus()
-        outcomes = run_all(todo, _fit, _steps, count, console, keep_going=True)
+    else:
+        outcomes = run_jobs(todo, workers, console)
     results = dict(zip(jobs, outcomes, strict=True))
     for cell in cells:
         for seed in seeds:
             result = results[folder_of(runs, cell, seed)]
             if isinstance(result, Exception):
-                cell.problems.append(f"seed {seed} failed: {_reason(result)}")
+                cell.problems.append(f"seed {seed} failed: {reason(result)}")
             else:
                 cell.runs[seed] = result
     return any(isinstance(outcome, Exception) for outcome in outcomes)
+
+
+def run_jobs(jobs: Sequence[Job], workers: int | None, console: Console) -> list[Result | Exception]:
+    """What comes of trainings in a pool of processes, in their order: each a result, or what it raised.
+
+    Args:
+        jobs: To be done; what is finished is only read.
+        workers: Trainings at the same time, by default as many as there are GPUs, or else CPUs.
+        console: Where the progress bars are.
+    """
+    if not jobs:
+        return []
+    count = workers or torch.cuda.device_count() or available_cpus()
+    return run_all(jobs, _fit, _steps, count, console, keep_going=True)
 
 
 def _steps(job: Job) -> int:
@@ -85,10 +112,13 @@ def _fit(job: Job, tell: Tell) -> Result:
     # Lightning takes seconds to import, and only the processes that train need it.
     from kalmannorm.lab.fitting import fit  # noqa: PLC0415
 
-    return fit(job.config, job.folder, tell)
+    result = fit(job.config, job.folder, tell, split=job.split)
+    if not job.keep:
+        (job.folder / "last.ckpt").unlink(missing_ok=True)
+    return result
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """One line that says what went wrong; of jsonargparse's several, what the class itself said."""
     text = str(error)
     said = text.partition("Errors:\n  - ")[2].partition("\n")[0]

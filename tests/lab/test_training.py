@@ -183,3 +183,31 @@ def test_nothing_is_printed(capfd, recwarn):
     trainer.test(classifier, loader(*_data(), 8), verbose=False)
     out, err = capfd.readouterr()
     assert out + err == ""
+
+
+@pytest.mark.parametrize("method", ["bn", "kn"])
+def test_in_channels_last_memory_it_is_the_same_training(method):
+    def trained(**options):
+        torch.manual_seed(0)
+        classifier = _classifier(SmallConvNet(((8, 2), (16, 2))), normalization=method, **options)
+        layouts = []
+        convolution = next(m for m in classifier.modules() if isinstance(m, nn.Conv2d) and m.in_channels > 1)
+        convolution.register_forward_hook(
+            lambda layer, inputs, output: layouts.append(
+                [x.is_contiguous(memory_format=torch.channels_last) for x in (layer.weight, inputs[0])]
+            )
+        )
+        curve = Curve()
+        trainer = quiet_trainer(3, curve)
+        trainer.fit(classifier, loader(*_data(), 8, 0))
+        (scores,) = trainer.validate(classifier, loader(*_data(), 8), verbose=False)
+        return curve.losses, scores, dict(classifier.network.named_parameters()), layouts
+
+    plain_losses, plain_scores, plain, plain_layouts = trained()
+    losses, scores, parameters, layouts = trained(channels_last=True)
+    assert all(flag for both in layouts for flag in both)
+    assert not any(weight for weight, _ in plain_layouts)
+    assert losses == pytest.approx(plain_losses, rel=1e-4)
+    assert scores == pytest.approx(plain_scores)
+    for name, parameter in parameters.items():
+        assert torch.allclose(parameter, plain[name], atol=1e-4), name

@@ -26,19 +26,29 @@ def draw_moves(count: int, generator: torch.Generator, *, padding: int = 4, flip
     return torch.cat([corners, flips], 1)
 
 
-def crop_and_flip(images: Tensor, moves: Tensor, padding: int = 4) -> Tensor:
-    """Pad with zeros (black), cut each image out at its own place, and flip some left to right.
+def mean_colour(images: Tensor) -> Tensor:
+    """The mean of each channel of ``images`` ``(N, C, H, W)``, uint8, rounded: ``(C,)``, uint8."""
+    total = images.sum((0, 2, 3), dtype=torch.int64).double()
+    return (total / (images.numel() / images.shape[1])).round().to(torch.uint8)
+
+
+def crop_and_flip(images: Tensor, moves: Tensor, padding: int = 4, border: Tensor | None = None) -> Tensor:
+    """Pad, cut each image out at its own place, and flip some left to right.
 
     Args:
         images: ``(N, C, H, W)``, of any type.
         moves: ``(N, 3)``, from `draw_moves`, on the same device.
         padding: Pixels to add at each side.
+        border: Their colour, ``(C,)``, typed as the images; None for black.
 
     Returns:
         ``(N, C, H, W)``, of the same type.
     """
     count, channels, height, width = images.shape
     padded = F.pad(images, [padding] * 4)
+    if border is not None:
+        around = F.pad(torch.zeros_like(images[:1, :1]), [padding] * 4, fill=1).bool()
+        padded = torch.where(around, border[:, None, None], padded)
     top, left, flip = moves[:, :, None].unbind(1)
     rows = top + torch.arange(height, device=images.device)
     columns = left + torch.arange(width, device=images.device)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import lightning
 import torch
 
-from kalmannorm.lab.data.augmentation import SCALINGS, Scaling
+from kalmannorm.lab.data.augmentation import SCALINGS, Scaling, mean_colour
 from kalmannorm.lab.data.images import ImageSplits, load_images, open_images, source
 from kalmannorm.lab.data.memory import MemoryBatches
 from kalmannorm.lab.data.sharing import images_a_process
@@ -27,6 +27,9 @@ class ClassificationData(lightning.LightningDataModule):
             statistics is the layers' affair.
         score_batch: Images a batch in validation and test.
         augment: ``"crop_flip"``, ``"crop"`` (digits must not be flipped) or ``"none"``; in training alone.
+        border: What crops show beyond an image: ``"mean"``, the mean colour of the images trained on, so that zeros
+            reach the network (arXiv:1512.03385); or ``"black"``, which makes the statistics of training images other
+            than those of test images.
         scaling: ``"channel"``: mean 0 and standard deviation 1 in each channel; ``"pixel"``: as the paper's released
             code, pixels / 128 minus the mean at each pixel. Both are taken from the images trained on.
         validation: How many training images to hold out; with 0 there is no validation. ``"test"`` holds out none and
@@ -45,6 +48,7 @@ class ClassificationData(lightning.LightningDataModule):
         *,
         score_batch: int = 500,
         augment: str = "crop_flip",
+        border: Literal["mean", "black"] = "mean",
         scaling: str = "channel",
         validation: int | Literal["test"] = 5000,
         split_seed: int = 0,
@@ -58,7 +62,9 @@ class ClassificationData(lightning.LightningDataModule):
             raise ValueError(f"scaling must be one of {', '.join(SCALINGS)}; got {scaling!r}")
         self.dataset, self.num_classes = name, source(name).num_classes
         self.gradient_batch, self.score_batch = gradient_batch, score_batch
-        self.augment, self.scaling = augment, scaling
+        if border not in ("mean", "black"):
+            raise ValueError(f"border must be 'mean' or 'black'; got {border!r}")
+        self.augment, self.border, self.scaling = augment, border, scaling
         self.validation, self.split_seed, self.limit = validation, split_seed, limit
         self.drop_last, self.seed, self.device = drop_last, seed, device
         self._splits: ImageSplits | None = None
@@ -86,7 +92,7 @@ class ClassificationData(lightning.LightningDataModule):
 
     def _batches(self, split: str, batch_size: int, **options: Any) -> MemoryBatches:
         if self._splits is None or self._scale is None:
-            raise RuntimeError("call setup() before asking for batches; a Trainer does so by itself")
+            raise _not_set_up()
         images, labels = getattr(self._splits, split)
         return MemoryBatches(images, labels, batch_size, prepare=self._scale, **options)
 
@@ -96,7 +102,11 @@ class ClassificationData(lightning.LightningDataModule):
         Raises:
             ValueError: The gradient batch does not divide evenly among processes and accumulated batches.
         """
-        options: dict[str, Any] = {"seed": self.seed, "augment": self.augment, "drop_last": self.drop_last}
+        if self._splits is None:
+            raise _not_set_up()
+        border = mean_colour(self._splits.train[0]) if self.border == "mean" else None
+        options: dict[str, Any] = {"seed": self.seed, "augment": self.augment, "border": border}
+        options["drop_last"] = self.drop_last
         if trainer := self.trainer:
             options |= {"rank": trainer.global_rank, "replicas": trainer.world_size}
             options |= {"accumulated": trainer.accumulate_grad_batches}
@@ -111,3 +121,7 @@ class ClassificationData(lightning.LightningDataModule):
     def test_dataloader(self) -> MemoryBatches:
         """All test images in order, in every process."""
         return self._batches("test", self.score_batch)
+
+
+def _not_set_up() -> RuntimeError:
+    return RuntimeError("call setup() before asking for batches; a Trainer does so by itself")

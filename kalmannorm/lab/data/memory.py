@@ -25,6 +25,7 @@ class MemoryBatches(Resumable):
         prepare: What is done to a batch of images last, such as a `Scaling`.
         seed: Of the order and of the crops; None for the order of the tensors, without crops.
         augment: ``"none"``, ``"crop"`` (pad 4, crop at random) or ``"crop_flip"``; needs a seed.
+        border: Colour of the padding, see `crop_and_flip`.
         drop_last: Leave out an epoch's last images, too few for a gradient step of equal size.
         rank: Which of the processes this is. Each takes its own slice of ``batch_size * replicas`` consecutive
             images, so that neighbours stay together whatever the number of processes.
@@ -42,13 +43,14 @@ class MemoryBatches(Resumable):
         prepare: Callable[[Tensor], Tensor],
         seed: int | None = None,
         augment: str = "none",
+        border: Tensor | None = None,
         drop_last: bool = False,
         rank: int = 0,
         replicas: int = 1,
         accumulated: int = 1,
     ) -> None:
         self.images, self.labels, self.batch_size = images, labels, batch_size
-        self.prepare, self.seed, self.augment = prepare, seed, augment
+        self.prepare, self.seed, self.augment, self.border = prepare, seed, augment, border
         self.drop_last, self.rank, self.replicas, self.accumulated = drop_last, rank, replicas, accumulated
         if augment not in ("none", "crop", "crop_flip"):
             raise ValueError(f"augment must be 'none', 'crop' or 'crop_flip'; got {augment!r}")
@@ -94,6 +96,6 @@ class MemoryBatches(Resumable):
             here = self._slice(index)
             images = self.images[order[here]]
             if moves is not None:
-                images = crop_and_flip(images, moves[here])
+                images = crop_and_flip(images, moves[here], border=self.border)
             self.handed_out = index + 1
             yield self.prepare(images), self.labels[order[here]]

@@ -4,21 +4,25 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from kalmannorm.lab.data.augmentation import channel_scaling, crop_and_flip, draw_moves, pixel_scaling
+from kalmannorm.lab.data.augmentation import channel_scaling, crop_and_flip, draw_moves, mean_colour, pixel_scaling
 
 
 def images(count=6, height=8, width=10):
     return torch.randint(0, 256, (count, 3, height, width), dtype=torch.uint8)
 
 
+@pytest.mark.parametrize("colour", [None, (200, 0, 7)])
 @pytest.mark.parametrize("padding", [0, 1, 4])
-def test_each_image_is_cut_at_its_own_place(padding):
+def test_each_image_is_cut_at_its_own_place(padding, colour):
     batch = images(20)
     moves = draw_moves(20, torch.Generator().manual_seed(1), padding=padding)
-    cut = crop_and_flip(batch, moves, padding)
+    border = None if colour is None else torch.tensor(colour, dtype=torch.uint8)
+    cut = crop_and_flip(batch, moves, padding, border)
     assert cut.dtype == torch.uint8
     for image, (top, left, flip), got in zip(batch, moves.tolist(), cut, strict=True):
-        expected = F.pad(image, [padding] * 4)[:, top : top + 8, left : left + 10]
+        channels = zip(image, colour or (0, 0, 0), strict=True)
+        padded = torch.stack([F.pad(channel, [padding] * 4, value=value) for channel, value in channels])
+        expected = padded[:, top : top + 8, left : left + 10]
         assert torch.equal(got, expected.flip(2) if flip else expected)
 
 
@@ -38,6 +42,11 @@ def test_channel_scaling_gives_mean_0_and_deviation_1():
     std, mean = torch.std_mean(scaled, (0, 2, 3), correction=0)
     assert torch.allclose(mean, torch.zeros(3), atol=1e-4)
     assert torch.allclose(std, torch.ones(3), atol=1e-4)
+
+
+def test_mean_colour_is_the_nearest_to_the_mean():
+    batch = images(50)
+    assert (mean_colour(batch).float() - batch.float().mean((0, 2, 3))).abs().max() <= 0.5
 
 
 def test_a_channel_without_variance_stays_finite():

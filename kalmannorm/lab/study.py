@@ -1,0 +1,289 @@
+"""A question asked by an experiment: the same search for each arm, then trainings that count."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rich.console import Console
+
+from kalmannorm.lab import study_file
+from kalmannorm.lab.availability import data_at, with_data
+from kalmannorm.lab.data.roots import MissingDataError
+from kalmannorm.lab.recipes import Scale
+from kalmannorm.lab.reproduce import checked
+from kalmannorm.lab.results import Result, write_atomically
+from kalmannorm.lab.study_file import Arm, Study, shown
+from kalmannorm.lab.study_report import MEASURED, PLANNED, RUNS, write_report
+from kalmannorm.lab.tables import Cell, as_markdown, csv_text
+from kalmannorm.lab.training import quiet
+from kalmannorm.lab.trainings import Job, reason, run_jobs
+
+if TYPE_CHECKING:
+    from kalmannorm.lab.fitting import Split
+
+__all__ = ["Trial", "study"]
+
+WINDOWS = 50
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A training of an arm, and what came of it.
+
+    Attributes:
+        arm: What is trained.
+        kind: Of the search, or one of those that count.
+        settings: Of the searched ones.
+        seed: Of weights and order.
+        split: Which images it is scored on.
+        result: If it came to an end.
+        error: Why it does not count: what it raised, or how it diverged; empty where it does.
+        failed: It raised something, and not because it diverged.
+        chosen: Its settings won the search.
+    """
+
+    arm: Arm
+    kind: Literal["search", "final"]
+    settings: dict[str, Any]
+    seed: int
+    split: Split
+    result: Result | None = None
+    error: str = ""
+    failed: bool = False
+    chosen: bool = False
+
+
+def study(
+    name: str,
+    *,
+    only: str = "*",
+    scale: str = "1",
+    data: Path | None = None,
+    seeds: int | None = None,
+    workers: int | None = None,
+    output: Path = Path("runs/study"),
+    list: bool = False,
+    report: bool = False,
+) -> int:
+    """Search hyper-parameters for each arm of an experiment alike, train each from several seeds, and compare.
+
+    What is finished is not trained again, and what was interrupted goes on where it was.
+
+    Args:
+        name: Such as batch-sizes-cpu, or a YAML file; anything else lists what there is.
+        only: The arms to run, as a pattern: 'kn-*'.
+        scale: A share of the study's training steps, or tiny: seconds a run, on generated images.
+        data: The folder with the data sets, in place of the one that KALMANNORM_DATA names.
+        seeds: Trainings of each arm that count, with seeds 0, 1, ..., if not as many as the study says.
+        workers: Trainings at the same time, by default as many as there are GPUs, or else CPUs.
+        output: Folder for the runs and the tables.
+        list: Only say how many runs and steps there are.
+        report: Only make the table and the figure again, from the study's runs.csv in the output folder.
+
+    Returns:
+        The exit code: 1 where a run failed. One that diverged is a result.
+    """
+    amount = checked(scale, workers=workers, seeds=seeds)
+    whole = study_file.read(name)
+    asked = replace(whole, arms=_chosen(whole, only), seeds=seeds or whole.seeds)
+    folder = output / asked.name
+    console = Console()
+    trials: Sequence[Trial] = ()
+    if list:
+        print(_listed(asked, amount))
+        return 0
+    if not report:
+        trials = _trained(asked, amount, data, output, workers, console)
+        label = "tiny" if amount == "tiny" else f"{amount:g}"
+        write_atomically(folder / RUNS, _runs_csv(asked, trials, label))
+        write_atomically(folder / "curves.csv", _curves_csv(trials))
+    console.print(write_report(whole, folder), soft_wrap=True, highlight=False, markup=False)
+    console.print(f"Files: {folder}", soft_wrap=True, highlight=False, markup=False)
+    return int(any(trial.failed for trial in trials))
+
+
+def _chosen(asked: Study, only: str) -> tuple[Arm, ...]:
+    chosen = tuple(arm for arm in asked.arms if fnmatch(arm.name, only))
+    if not chosen:
+        arms = ", ".join(arm.name for arm in asked.arms)
+        raise ValueError(f"--only: no arm of {asked.name} is called {only!r}; there are {arms}")
+    return chosen
+
+
+def _listed(asked: Study, amount: Scale) -> str:
+    rows = [["arm", "runs of the search", "runs that count", "steps a run", "steps"]]
+    total = [0, 0, 0]
+    for arm in asked.arms:
+        points = arm.points()
+        each = int(arm.recipe.scaled(amount)["trainer"]["max_steps"])
+        searched = [int(arm.config(amount, point, 0)["trainer"]["max_steps"]) for point in points]
+        numbers = (len(points), asked.seeds, sum(searched) + each * asked.seeds)
+        total = [before + number for before, number in zip(total, numbers, strict=True)]
+        rows.append([arm.name, str(numbers[0]), str(numbers[1]), f"{each:,}", f"{numbers[2]:,}"])
+    return (
+        f"{asked.title}\n\n{as_markdown(rows)}\n{total[0] + total[1]} runs, {total[0]} of them of the search; "
+        f"{total[2]:,} steps."
+    )
+
+
+def _trained(
+    asked: Study, amount: Scale, data: Path | None, output: Path, workers: int | None, console: Console
+) -> list[Trial]:
+    """All runs: those of all arms' searches together, then those that count."""
+    cells = [Cell(arm.recipe, arm.recipe.scaled(amount)) for arm in asked.arms]
+    folder = output / asked.name
+    quiet()
+    with data_at(data, cells, output, amount):
+        with_data(cells)
+        absent = {arm.name: cell.problems[0] for arm, cell in zip(asked.arms, cells, strict=True) if cell.problems}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--output: cannot make the folder {folder}: {error.strerror}") from error
+        searches = [
+            Trial(arm, "search", point, asked.search_seed, "validation") for arm in asked.arms for point in arm.points()
+        ]
+        searched = _run(asked, searches, amount, folder, absent, workers, console)
+        finals = []
+        for arm in asked.arms:
+            own = [place for place, trial in enumerate(searched) if trial.arm is arm]
+            best = _best([searched[place] for place in own], asked.metric) if own else None
+            if best is not None:
+                searched[own[best]] = replace(searched[own[best]], chosen=True)
+            if best is not None or not own:
+                settings = searched[own[best]].settings if best is not None else {}
+                finals += [Trial(arm, "final", settings, seed, asked.scored) for seed in range(asked.seeds)]
+        return [*searched, *_run(asked, finals, amount, folder, absent, workers, console)]
+
+
+def _best(trials: Sequence[Trial], metric: str) -> int | None:
+    """The place of the highest score, of equal ones that of the lower training loss; None where none has one."""
+    found = {
+        place: (trial.result.scores[metric], -trial.result.last_loss)
+        for place, trial in enumerate(trials) if trial.result and not trial.error
+    }  # fmt: skip
+    return max(found, key=lambda place: found[place]) if found else None
+
+
+def _run(
+    asked: Study,
+    trials: Sequence[Trial],
+    amount: Scale,
+    folder: Path,
+    absent: Mapping[str, str],
+    workers: int | None,
+    console: Console,
+) -> list[Trial]:
+    """The trials with what came of them; those of arms without data are not tried."""
+    ready = [trial for trial in trials if trial.arm.name not in absent]
+    runs = folder / "runs" / ("tiny" if amount == "tiny" else f"{amount:g}")
+    jobs = [_job(asked, trial, amount, runs) for trial in ready]
+    found = iter(run_jobs(jobs, workers, console))
+    return [
+        _outcome(trial, MissingDataError(absent[trial.arm.name]) if trial.arm.name in absent else next(found), asked)
+        for trial in trials
+    ]
+
+
+def _job(asked: Study, trial: Trial, amount: Scale, runs: Path) -> Job:
+    settings = [f"{setting.rpartition('.')[2]} {shown(value)}" for setting, value in trial.settings.items()]
+    # Runs of other settings have other folders: a search may grow, and have another winner.
+    parts = [f"{setting}={shown(value)}" for setting, value in trial.settings.items()]
+    place = runs / trial.arm.name / (re.sub(r"[^\w.=,+-]+", "-", ",".join(parts)) or "as-it-is")
+    return Job(
+        f"{asked.name}/{' '.join([trial.arm.name, *settings])}",
+        trial.seed,
+        trial.arm.config(amount, trial.settings, trial.seed),
+        place / f"{trial.split}-seed-{trial.seed}",
+        trial.split,
+        keep=trial.kind == "final",
+    )
+
+
+def _outcome(trial: Trial, found: Result | Exception, asked: Study) -> Trial:
+    if isinstance(found, Exception):
+        # By which a module says that it diverged.
+        return replace(trial, error=reason(found), failed=not isinstance(found, FloatingPointError))
+    missing = asked.metric not in found.scores
+    error = _divergence(found)
+    if missing:
+        error = f"no score is called {asked.metric!r}; there are {', '.join(found.scores)}"
+    return replace(trial, result=found, error=error, failed=missing)
+
+
+def _divergence(result: Result) -> str:
+    """What is not finite at a run's end; empty where all is."""
+    if not math.isfinite(result.last_loss):
+        step = next(step for step, loss in enumerate(result.losses, 1) if not math.isfinite(loss))
+        return f"diverged: the loss was {result.losses[step - 1]} at step {step}"
+    wrong = [f"{name} is {value}" for name, value in result.scores.items() if not math.isfinite(value)]
+    return f"diverged: {', '.join(wrong)}" if wrong else ""
+
+
+def _settings(trials: Sequence[Trial]) -> list[str]:
+    return list(dict.fromkeys(setting for trial in trials for setting in trial.settings))
+
+
+def _scores(trials: Sequence[Trial]) -> list[str]:
+    return list(dict.fromkeys(name for trial in trials if trial.result for name in trial.result.scores))
+
+
+def _runs_csv(asked: Study, trials: Sequence[Trial], scale: str) -> str:
+    """A line a run; between the columns that all studies have, the searched settings and the scores."""
+    records = []
+    for trial in trials:
+        record: dict[str, Any] = {
+            "study": asked.name,
+            "arm": trial.arm.name,
+            "label": trial.arm.label,
+            "column": trial.arm.column,
+            "kind": trial.kind,
+            "seed": trial.seed,
+            **{setting: shown(value) for setting, value in trial.settings.items()},
+            "chosen": "yes" if trial.chosen else "",
+            "split": trial.split,
+            "scale": scale,
+            "error": trial.error,
+        }
+        if trial.result:
+            result = trial.result
+            numbers = {
+                **result.scores, "last_loss": result.last_loss, "seconds": result.seconds,
+                "seconds_per_step": result.seconds_per_step,
+            }  # fmt: skip
+            record |= {name: f"{value:.6g}" for name, value in numbers.items()}
+            record |= {"steps": len(result.losses), **result.environment}
+        records.append(record)
+    given = [*PLANNED[:-2], *_settings(trials), *PLANNED[-2:], *_scores(trials), *MEASURED]
+    others = (name for record in records for name in record)
+    return csv_text(records, list(dict.fromkeys([*given, *others])))
+
+
+def _curves_csv(trials: Sequence[Trial]) -> str:
+    """For each run, its loss in windows, at each one's last step, and its validations."""
+    records: list[dict[str, Any]] = []
+    for trial in trials:
+        if not trial.result:
+            continue
+        losses = trial.result.losses
+        windows = min(WINDOWS, len(losses))
+        edges = [len(losses) * place // windows for place in range(windows + 1)]
+        rows: dict[int, dict[str, float]] = {
+            end: {"loss": sum(losses[start:end]) / (end - start)} for start, end in itertools.pairwise(edges)
+        }
+        for each in trial.result.validations:
+            rows.setdefault(int(each["step"]), {}).update({k: v for k, v in each.items() if k != "step"})
+        common = {"arm": trial.arm.name, "kind": trial.kind, "seed": trial.seed}
+        common |= {setting: shown(value) for setting, value in trial.settings.items()}
+        for step in sorted(rows):
+            records.append({**common, "step": step, **{name: f"{value:.6g}" for name, value in rows[step].items()}})
+    names = ["arm", "kind", "seed", *_settings(trials), "step", "loss"]
+    others = (name for record in records for name in record)
+    return csv_text(records, list(dict.fromkeys([*names, *others])))

@@ -1,0 +1,360 @@
+"""Studies: what a file may say, an equal search, a winner by validation alone, and tables from the file of runs."""
+
+import csv
+import itertools
+import math
+
+import pytest
+import yaml
+from conftest import CONFIG
+
+from kalmannorm.lab import study_file, trainings
+from kalmannorm.lab.cli import main
+from kalmannorm.lab.data.classification import ClassificationData
+from kalmannorm.lab.fitting import fit
+from kalmannorm.lab.recipes import merge
+from kalmannorm.lab.results import Result
+from kalmannorm.lab.training import Classifier
+
+RATE = "model.init_args.rate"
+ENVIRONMENT = {"commit": "0123456789abcdef", "machine": "none", "date": "2026-01-01"}
+
+
+def of(normalization, **others):
+    return {"config": {"model": {"init_args": {"normalization": normalization}}}, **others}
+
+
+STUDY = {
+    "title": "Small batches",
+    "question": "Which one?",
+    "base": "base.yaml",
+    "config": {"trainer": {"max_steps": 4, "val_check_interval": 2}, "checkpoint_every": 2},
+    "search": {RATE: [0.01, 0.02, 0.03]},
+    "seeds": 2,
+    "arms": {
+        "bn-2": of("bn", label="BN", column=2),
+        "kn-2": of("kn", label="KN", column=2, note="The filter."),
+        "kn-4": of("kn", label="KN", column=4),
+    },
+}
+BASE = {**CONFIG, "cell": {"row": "of a table"}, "tiny": {"data": {"init_args": {"gradient_batch": 4}}}}
+
+
+@pytest.fixture
+def written(tmp_path):
+    """Writes a study's file with some changes, beside its base."""
+
+    def write(**changes):
+        (tmp_path / "base.yaml").write_text(yaml.safe_dump(BASE))
+        content = {key: value for key, value in merge(STUDY, changes).items() if value != "absent"}
+        (tmp_path / "ours.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+        return tmp_path / "ours.yaml"
+
+    return write
+
+
+def result(job, **changes):
+    """A run that is the better the nearer its rate is to 0.02, and the worse on test images."""
+    rate = job.config["model"]["init_args"]["rate"]
+    accuracy = 0.9 - abs(rate - 0.02) - job.seed / 1000 - (job.split == "test") / 10
+    scores = {"accuracy_running": accuracy, "accuracy_online": accuracy / 3}
+    steps = job.config["trainer"]["max_steps"]
+    validations = [{"step": steps, "accuracy_running": accuracy}]
+    given = {"scores": scores, "losses": [1.0] * steps, "validations": validations, **changes}
+    return Result(config=job.config, seconds=2.0, seconds_per_step=1 / 3, environment=ENVIRONMENT, **given)
+
+
+@pytest.fixture
+def here(monkeypatch, tmp_path, images):
+    """Runs in this process: `jobs` collects them, and `train` may be replaced."""
+
+    class Here:
+        def __init__(self):
+            self.output = tmp_path / "out"
+            self.jobs = []
+            self.train = lambda job, tell: result(job)
+
+        def run(self, path, *options):
+            return main(["study", str(path), "--output", str(self.output), *options])
+
+        def rows(self, name="runs.csv"):
+            with (self.output / "ours" / name).open(encoding="utf-8", newline="") as file:
+                return list(csv.DictReader(file))
+
+    def run_all(jobs, work, steps, workers, console, *, keep_going):
+        assert keep_going
+        found.jobs += jobs
+        return trainings.in_turn(jobs, lambda job: found.train(job, lambda step: None), steps, console)
+
+    found = Here()
+    monkeypatch.setattr(trainings, "run_all", run_all)
+    return found
+
+
+def test_arms_get_the_same_search_and_the_best_in_validation_counts(here, written, capsys):
+    assert here.run(written()) == 0
+    found = here.rows()
+    searched = [row for row in found if row["kind"] == "search"]
+    finals = [row for row in found if row["kind"] == "final"]
+    assert found == [*searched, *finals]
+    arms = list(STUDY["arms"])
+    assert [(row["arm"], row[RATE]) for row in searched] == list(itertools.product(arms, ("0.01", "0.02", "0.03")))
+    assert {(row["seed"], row["split"]) for row in searched} == {("100", "validation")}
+    assert [row[RATE] for row in searched if row["chosen"] == "yes"] == ["0.02"] * 3
+    assert [(row["arm"], row["seed"], row[RATE], row["split"]) for row in finals] == [
+        (arm, seed, "0.02", "test") for arm in arms for seed in ("0", "1")
+    ]
+    assert finals[1]["accuracy_running"] == "0.799"
+    assert (finals[0]["seconds_per_step"], finals[0]["steps"]) == ("0.333333", "4")
+    assert finals[0]["commit"] == ENVIRONMENT["commit"]
+    # The configurations: what the arms share, the arm's own, and the point of the search.
+    last = here.jobs[-1]
+    assert (last.config["seed_everything"], last.config["trainer"]["accelerator"]) == (1, "cpu")
+    assert last.config["model"]["init_args"]["normalization"] == "kn"
+    assert "cell" not in last.config
+    assert len({job.folder for job in here.jobs}) == len(here.jobs) == 15
+    out = capsys.readouterr().out
+    assert "BN | 79.95 ± 0.07 |" in out
+    assert "KN | 79.95 ± 0.07 | 79.95 ± 0.07 |" in out
+    assert "KN, 2: The filter." in out
+    assert "at the end" not in out
+    assert out.index("accuracy running") < out.index("accuracy online")
+    curves = here.rows("curves.csv")
+    assert [row["step"] for row in curves[:4]] == ["1", "2", "3", "4"]
+    assert (curves[3]["loss"], curves[3]["accuracy_running"], curves[2]["accuracy_running"]) == ("1", "0.79", "")
+
+
+def test_an_arm_may_have_a_search_of_its_own_or_none(here, written, capsys):
+    grid = {RATE: [0.02, 0.01], "model.init_args.weight_decay": [1e-4, 1e-3]}
+    arms = {"bn-2": {"search": grid}, "kn-2": {"search": {}}, "kn-4": {"search": {RATE: [0.01, 0.015]}}}
+    assert here.run(written(arms=arms)) == 0
+    found = here.rows()
+    counts = {arm: sum(row["arm"] == arm and row["kind"] == "search" for row in found) for arm in arms}
+    assert counts == {"bn-2": 4, "kn-2": 0, "kn-4": 2}
+    out = capsys.readouterr().out
+    assert "different sizes" in out
+    assert "KN, 4: the best rate, 0.015, is at the end of those searched (0.01 to 0.015)." in out
+    assert "rate 0.02, weight_decay 0.0001" in out
+    assert "as it is" in out
+
+
+def test_what_diverges_or_fails_never_wins_and_stops_nothing(here, written, capsys):
+    def train(job, tell):
+        rate = job.config["model"]["init_args"]["rate"]
+        method = job.config["model"]["init_args"]["normalization"]
+        if method == "bn":
+            raise RuntimeError("no\nmemory")
+        if rate == 0.02:  # the highest score
+            return result(job, losses=[1.0, math.nan, math.nan, math.nan])
+        if rate == 0.01:
+            raise FloatingPointError("the loss at step 3 is nan")
+        if job.seed == 1:
+            return result(job, scores={"accuracy_running": math.nan})
+        return result(job)
+
+    here.train = train
+    assert here.run(written(arms={"kn-4": {"label": "KN4"}})) == 1
+    found = here.rows()
+    assert {row[RATE] for row in found if row["chosen"]} == {"0.03"}
+    errors = {(row["arm"], row["kind"], row[RATE], row["seed"]): row["error"] for row in found if row["error"]}
+    assert errors["kn-2", "search", "0.02", "100"] == "diverged: the loss was nan at step 2"
+    assert errors["kn-2", "search", "0.01", "100"] == "FloatingPointError: the loss at step 3 is nan"
+    assert errors["kn-2", "final", "0.03", "1"] == "diverged: accuracy_running is nan"
+    assert not [row for row in found if row["arm"] == "bn-2" and row["kind"] == "final"]
+    out = capsys.readouterr().out
+    assert "79.00 (1 of 2 runs)" in out
+    assert "bn-2, search of rate 0.03, seed 100: RuntimeError: no memory" in out
+    assert "BN, 2: no run of the search came to an end" in out
+    assert "KN, 2: the best rate, 0.03, is at the end of those searched (0.01 to 0.03)." in out
+
+
+def test_a_score_that_there_is_not_is_said(here, written):
+    assert here.run(written(metric="accuracy"), "--only", "kn-2") == 1
+    assert "no score is called 'accuracy'; there are accuracy_running" in here.rows()[0]["error"]
+
+
+def test_divergence_alone_is_no_failure(here, written):
+    here.train = lambda job, tell: result(job, losses=[math.inf] * 4)
+    assert here.run(written()) == 0
+    assert not any(row["chosen"] for row in here.rows())
+    assert all(row["accuracy_running"] for row in here.rows())
+
+
+def test_the_report_is_of_the_file_of_runs_alone(here, written, capsys):
+    path = written()
+    assert here.run(path) == 0
+    folder = here.output / "ours"
+    before = {name: (folder / name).read_bytes() for name in ("table.md", "figure.svg")}
+    shown = capsys.readouterr().out
+    kept = here.output.parent / "kept" / "ours"
+    kept.mkdir(parents=True)
+    (folder / "runs.csv").rename(kept / "runs.csv")
+    trained = len(here.jobs)
+    assert main(["study", str(path), "--report", "--output", str(kept.parent)]) == 0
+    assert {name: (kept / name).read_bytes() for name in before} == before
+    assert capsys.readouterr().out.partition("Files:")[0] in shown
+    assert len(here.jobs) == trained
+    assert here.run(path, "--report") == 2
+    assert f"there is no {folder / 'runs.csv'}" in capsys.readouterr().err
+    (kept / "runs.csv").write_text("arm,label\nbn,BN\n")
+    assert main(["study", str(path), "--report", "--output", str(kept.parent)]) == 2
+    assert "is not a study's file of runs: it has no study, column" in capsys.readouterr().err
+
+
+def test_one_column_is_a_table_of_scores(here, written, capsys):
+    arms = {name: {"label": name, "column": "all"} for name in STUDY["arms"]}
+    assert here.run(written(arms=arms, seeds=1)) == 0
+    out = capsys.readouterr().out
+    assert "|      | accuracy running | accuracy online |" in out
+    assert "| kn-4 | 80.00            | 26.67           |" in out
+    assert "on test images; one seed." in out
+
+
+def test_no_run_looks_at_test_images_but_those_that_count(here, written, monkeypatch):
+    """Real trainings; and a second call trains nothing."""
+    seen, now = [], []
+    original = ClassificationData.test_dataloader
+    monkeypatch.setattr(ClassificationData, "test_dataloader", lambda self: (seen.append(now[-1]), original(self))[1])
+
+    def train(job, tell):
+        now.append(job)
+        return trainings._fit(job, tell)
+
+    here.train = train
+    path = written(search={RATE: [0.01, 0.02]}, seeds=1)
+    assert here.run(path, "--only", "kn-2") == 0
+    assert [(job.split, job.seed) for job in here.jobs] == [("validation", 100), ("validation", 100), ("test", 0)]
+    assert seen == here.jobs[2:]
+    found = here.rows()
+    # Of 16 validation images and 16 test images.
+    assert all(float(row["accuracy_running"]) * 16 % 1 == 0 for row in found)
+    assert [(job.folder / "last.ckpt").exists() for job in here.jobs] == [False, False, True]
+    results = {job.folder / "result.json": (job.folder / "result.json").stat().st_mtime_ns for job in here.jobs}
+    assert here.run(path, "--only", "kn-2") == 0
+    assert {path: path.stat().st_mtime_ns for path in results} == results
+    assert here.rows() == found
+    assert len(seen) == 1
+    # With validation images alone, the test images are never looked at.
+    assert here.run(written(search={RATE: [0.01, 0.02]}, seeds=1, scored="validation"), "--only", "kn-2") == 0
+    assert len(seen) == 1
+    assert {row["split"] for row in here.rows()} == {"validation"}
+
+
+def test_what_was_interrupted_goes_on_and_the_others_do_not_wait(here, written, monkeypatch, tmp_path):
+    original = Classifier.training_step
+    steps = []
+
+    def breaks(self, batch, index):
+        steps.append(self.trainer.global_step)
+        if steps == [0, 1, 2, 3]:
+            raise RuntimeError("broken off")
+        return original(self, batch, index)
+
+    here.train = trainings._fit
+    monkeypatch.setattr(Classifier, "training_step", breaks)
+    path = written(search="absent", seeds=2)
+    assert here.run(path, "--only", "bn-2") == 1
+    assert [row["error"] for row in here.rows()] == ["RuntimeError: broken off", ""]
+    assert steps == [0, 1, 2, 3, 0, 1, 2, 3]
+    assert here.run(path, "--only", "bn-2") == 0
+    # From the checkpoint of step 2 on, and the other run not again.
+    assert steps[8:] == [2, 3]
+    assert [row["error"] for row in here.rows()] == ["", ""]
+    unbroken = fit(here.jobs[0].config, tmp_path / "unbroken")
+    assert Result.read(here.jobs[0].folder).losses == unbroken.losses
+
+
+def test_fit_scores_what_it_is_told_and_refuses_a_run_scored_otherwise(images, config, tmp_path):
+    config["trainer"] |= {"max_steps": 2, "val_check_interval": 3}
+    found = fit(config, tmp_path / "run", split="validation")
+    assert found.split == "validation"
+    assert fit(config, tmp_path / "run", split="validation") == fit(config, tmp_path / "run") == found
+    with pytest.raises(ValueError, match="scored on validation images; got split='test'"):
+        fit(config, tmp_path / "run", split="test")
+    assert fit(config, tmp_path / "other").split == "test"
+    config["data"]["init_args"]["validation"] = 0
+    with pytest.raises(ValueError, match="ClassificationData is configured without validation images"):
+        fit(config, tmp_path / "none", split="validation")
+
+
+def test_the_list_counts_runs_and_steps_and_trains_nothing(here, written, capsys):
+    assert here.run(written(), "--list", "--seeds", "5", "--scale", "2") == 0
+    out = capsys.readouterr().out
+    assert "| kn-4 | 3                  | 5               | 8           | 64    |" in out
+    assert "24 runs, 9 of them of the search; 192 steps." in out
+    assert not here.jobs
+    assert not here.output.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sarch": {}}, "unknown key 'sarch'; known are title, question"),
+        ({"arms": {"bn-2": {"lable": "x"}}}, "arms.bn-2: unknown key 'lable'; known are label"),
+        ({"title": "absent"}, "got no title"),
+        ({"arms": "absent"}, "got no arms"),
+        ({"arms": {"bn-2": 3}}, "arms.bn-2 must hold keys and values; got 3"),
+        ({"arms": {"a/b": of("bn")}}, "an arm's name must be of letters, digits and '_.+-'; got 'a/b'"),
+        ({"arms": {"bn-2": {"label": "KN"}}}, "arms.kn-2 has the place of arms.bn-2 in the table"),
+        ({"scored": "train"}, "scored must be 'test' or 'validation'; got 'train'"),
+        ({"seeds": 0}, "seeds must be a whole number from 1 on; got 0"),
+        ({"search_seed": "x"}, "search_seed must be a whole number from 0 on; got 'x'"),
+        ({"search": {RATE: 0.1}}, "search.model.init_args.rate must be a list of values to try; got 0.1"),
+        ({"search": {RATE: [0.1, 0.1]}}, "must be of different values; got [0.1, 0.1]"),
+        ({"search": {RATE: [[0.1]]}}, "must be of plain, finite values; got [[0.1]]"),
+        ({"search": {"seed_everything": [1]}}, "settings such as model.init_args.rate; got 'seed_everything'"),
+        ({"base": "none.yaml"}, "none.yaml to base it on"),
+        ({"base": "absent"}, "arms.bn-2 must say model.class_path, itself, in config or in a base; got none"),
+        ({"config": {"data": {"init_args": {"validation": "test"}}}}, "must be a number above 0; got 'test'"),
+        ({"tiny": {"data": {"init_args": {"validation": 0}}}}, "must be a number above 0; got 0"),
+        ({"metric": ""}, "metric must be the name of a score; got ''"),
+    ],
+)
+def test_a_file_of_another_form_is_refused_in_one_line(written, changes, message, tmp_path, capsys):
+    path = written(**changes)
+    assert main(["study", str(path), "--output", str(tmp_path / "out")]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert message in err
+    assert str(tmp_path) in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nothing"], ["no study or file 'nothing'", *study_file.names()]),
+        (["batch-sizes-cpu", "--only", "xn-*"], ["--only", "'xn-*'", "kn-2"]),
+        (["batch-sizes-cpu", "--scale", "small"], ["--scale", "small"]),
+        (["batch-sizes-cpu", "--seeds", "0"], ["--seeds", "got 0"]),
+        (["batch-sizes-cpu", "--report", "--output", "/nowhere"], ["--output", "/nowhere"]),
+        ([], ["name"]),
+    ],
+)
+def test_bad_input_is_one_line(arguments, words, capsys):
+    assert main(["study", *arguments]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert all(word in err for word in words)
+
+
+@pytest.mark.parametrize("name", study_file.names())
+def test_the_studies_that_come_along_can_be_built(name):
+    from kalmannorm.lab.configuration import Run
+
+    study = study_file.read(name)
+    for arm in study.arms:
+        assert Run(arm.config("tiny", (arm.points() or [{}])[0], 7)).config.seed_everything == 7
+
+
+@pytest.mark.slow
+def test_in_a_pool_of_processes(written, tmp_path, images):
+    tiny = {"trainer": {"max_steps": 2}}
+    path = written(seeds=1, search="absent", tiny=tiny)
+    options = ["--scale", "tiny", "--workers", "1", "--only", "kn-2", "--output", str(tmp_path / "out")]
+    assert main(["study", str(path), *options]) == 0
+    with (tmp_path / "out" / "ours" / "runs.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["kind"], row["scale"], row["steps"], row["error"]) for row in rows] == [("final", "tiny", "2", "")]
+    assert "Scaled down (tiny)" in (tmp_path / "out" / "ours" / "table.md").read_text(encoding="utf-8")
