@@ -8,6 +8,7 @@ from torch import nn
 
 from kalmannorm.lab.models.cifar_resnet import CifarResNet
 from kalmannorm.lab.models.inception_v2 import InceptionV2
+from kalmannorm.lab.models.unet3d import UNet3d
 
 
 class UnavailableError(Exception):
@@ -23,7 +24,7 @@ def build(case):
         return CifarResNet(int(case.network.removeprefix("cifar_resnet")))
     makers = {
         "inception_v2": InceptionV2,
-        "unet3d": UNet3d,
+        "unet3d": lambda: UNet3d(width=16, levels=4),
         "monai_unet3d": monai_unet,
         "chain": lambda: chain(case.channels, case.depth),
         # In place: what torchvision's networks have behind their norms.
@@ -58,35 +59,6 @@ def chain(width, depth):
         for a, b in itertools.pairwise(widths)
     ]
     return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
-
-
-class UNet3d(nn.Module):
-    """A 3-d U-Net (Çiçek et al., 2016, arXiv:1606.06650), an eighth of its channels on top: it needs no library."""
-
-    def __init__(self, widths=(16, 32, 64, 128), classes=2):
-        super().__init__()
-        self.down = nn.ModuleList(double(a, b) for a, b in zip((1, *widths), widths, strict=False))
-        pairs = list(itertools.pairwise(widths))[::-1]
-        self.up = nn.ModuleList(nn.ConvTranspose3d(deep, shallow, 2, 2) for shallow, deep in pairs)
-        self.merge = nn.ModuleList(double(2 * shallow, shallow) for shallow, _ in pairs)
-        self.pool = nn.MaxPool3d(2)
-        self.head = nn.Conv3d(widths[0], classes, 1)
-
-    def forward(self, x):
-        kept = []
-        for level, block in enumerate(self.down):
-            x = block(x if level == 0 else self.pool(x))
-            kept.append(x)
-        kept.pop()
-        for up, merge in zip(self.up, self.merge, strict=True):
-            x = merge(torch.cat((kept.pop(), up(x)), 1))
-        return self.head(x)
-
-
-def double(a, b):
-    """Two units of convolution, norm and ReLU."""
-    unit = lambda a: (nn.Conv3d(a, b, 3, padding=1, bias=False), nn.BatchNorm3d(b), nn.ReLU(inplace=True))  # noqa: E731
-    return nn.Sequential(*unit(a), *unit(b))
 
 
 def monai_unet():

@@ -276,11 +276,6 @@ def test_pieces_give_the_gradients_of_the_whole_batch():
     torch.testing.assert_close(*found)
 
 
-def test_the_volumes_network_keeps_its_shape():
-    net = networks.UNet3d((2, 4, 8))
-    assert net(torch.randn(2, 1, 8, 8, 8)).shape == (2, 2, 8, 8, 8)
-
-
 def test_a_profile_names_operators(tmp_path, capsys):
     path = tmp_path / "profile.csv"
     given = ["--tiny", "--device", "cpu", "--steps", "1", "--warm-up", "1", "--top", "5", "--output", str(path)]

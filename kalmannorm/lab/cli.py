@@ -21,6 +21,7 @@ COMMANDS = {
     "compare": "kalmannorm.lab.compare:compare",
     "reproduce": "kalmannorm.lab.reproduce:reproduce",
     "study": "kalmannorm.lab.study:study",
+    "layers": "kalmannorm.lab.layers:layers",
     "coverage": "kalmannorm.lab.coverage:coverage",
 }
 

@@ -18,7 +18,7 @@ from kalmannorm.lab.configuration import Run, check_same
 from kalmannorm.lab.curve import Curve, RandomState
 from kalmannorm.lab.results import Result, environment, finished, write_atomically
 
-__all__ = ["Result", "Split", "finished", "fit", "is_first_process", "load", "score", "steps"]
+__all__ = ["Result", "Split", "finished", "fit", "is_first_process", "load", "load_with_data", "score", "steps"]
 
 Split = Literal["validation", "test"]
 _LOADERS = {"validation": "val_dataloader", "test": "test_dataloader"}
@@ -137,11 +137,25 @@ def load(folder: Path) -> lightning.LightningModule:
     Raises:
         ValueError: The folder holds no run, or another module's checkpoint.
     """
-    run = _stored(folder)
-    _, module, _ = run.build()
-    state = _check_fits(module, Path(folder) / "last.ckpt")
-    module.load_state_dict(state)
-    return module.eval()  # type: ignore[no-any-return]
+    return _loaded(folder)[0]
+
+
+def load_with_data(folder: Path) -> tuple[lightning.LightningModule, Any]:
+    """As `load`, and the data that it was trained on, set up.
+
+    Raises:
+        ValueError: See `load`.
+        MissingDataError: The data set is not there.
+    """
+    module, data = _loaded(folder)
+    data.setup()
+    return module, data
+
+
+def _loaded(folder: Path) -> tuple[lightning.LightningModule, Any]:
+    _, module, data = _stored(folder).build()
+    module.load_state_dict(_check_fits(module, Path(folder) / "last.ckpt"))
+    return module.eval(), data
 
 
 def score(folder: Path, split: Split, overrides: Sequence[str] = ()) -> dict[str, float]:

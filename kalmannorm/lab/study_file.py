@@ -2,6 +2,7 @@
 
 A file of ``studies`` has ``title``, ``question`` and ``arms``, and perhaps:
 
+- ``of``: another study's file beside this one, that this one is merged onto: the same arms at another size.
 - ``base``: a recipe's file, or several, relative to this one, that all configurations are merged onto.
 - ``config``: what all arms have in common, as ``kalmannorm fit`` takes it.
 - ``search``: from a setting, as ``model.init_args.rate``, to the values to try; a grid over several. Every arm is
@@ -34,7 +35,7 @@ __all__ = ["STUDIES", "Arm", "Study", "names", "read", "shown"]
 
 STUDIES = Path(__file__).parent / "studies"
 _NEEDED = ("title", "question", "arms")
-_KEYS = (*_NEEDED, "base", "config", "scored", "metric", "search", "search_seed", "seeds", "tiny")
+_KEYS = (*_NEEDED, "of", "base", "config", "scored", "metric", "search", "search_seed", "seeds", "tiny")
 _KEYS_OF_ARM = ("label", "column", "config", "search", "note", "tiny")
 
 
@@ -119,13 +120,13 @@ def read(name: str | Path) -> Study:
 
     Example:
         >>> [arm.name for arm in read("batch-sizes-cpu").arms]
-        ['bn-128', 'bn-2', 'gn-2', 'kn-2']
+        ['bn-128', 'bn-2', 'gn-2', 'brn-2', 'kn-128', 'kn-2', 'kn-1', 'bn-1']
     """
     own = STUDIES / f"{name}.yaml"
     path = own if own.is_file() else Path(name)
     if not path.is_file():
         raise ValueError(f"no study or file {str(name)!r}; studies are {', '.join(names())}")
-    content = recipes.load(path)
+    content = _content(path)
     _check_keys(path, "", content, _KEYS)
     for key in _NEEDED:
         if not content.get(key):
@@ -144,6 +145,17 @@ def read(name: str | Path) -> Study:
         _check_data(path, arm, scored)
     title, question = (" ".join(str(content[key]).split()) for key in ("title", "question"))
     return Study(path.stem, title, question, scored, metric, seeds["search_seed"], seeds["seeds"], arms)
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """A file, on top of the study that it is of."""
+    content: dict[str, Any] = recipes.load(path)
+    if "of" not in content:
+        return content
+    whole = path.parent / f"{content['of']}.yaml"
+    if not whole.is_file():
+        raise ValueError(f"{path}: there is no file {whole} that it could be of")
+    return merge(_content(whole), content)
 
 
 def shown(value: Any) -> str:

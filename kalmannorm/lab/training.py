@@ -127,17 +127,21 @@ class Classifier(lightning.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The mean cross entropy of a batch."""
-        images, labels = batch[0].to(memory_format=self._memory_format), batch[1]
+        images, labels = batch
+        loss = F.cross_entropy(self.training_logits(images), labels)
+        self.log("loss", loss.detach())
+        return loss
+
+    def training_logits(self, images: Tensor) -> Tensor:
+        """Logits of a batch that is normalized as the method says."""
+        images = images.to(memory_format=self._memory_format)
         self._check_statistics_batch(len(images))
         if self._was_batchnorm and len(images) == self.statistics_batch:
             to_batchnorm(self.network)  # one group of everything: torch's own layers do that, and faster
             self._was_batchnorm = False
         whole = self.method.statistics != "batch" or self.statistics_batch is None
         parts = (images,) if whole else images.split(self.statistics_batch)
-        logits = torch.cat([self._forward(part) for part in parts])
-        loss = F.cross_entropy(logits, labels)
-        self.log("loss", loss.detach())
-        return loss
+        return torch.cat([self._forward(part) for part in parts])
 
     def on_after_backward(self) -> None:
         """Average the running statistics over processes: those of all images, as in a single process."""

@@ -122,3 +122,19 @@ def test_the_search_is_a_line_a_method_in_order_of_the_rates():
     assert len(empty.get_xdata()) == 0
     assert axes.get_xscale() == "log"
     assert [text.get_text() for text in axes.get_xticklabels()] == ["0.01", "0.1"]
+
+
+def test_arms_are_means_with_bars_of_a_deviation():
+    several = drawn(figures.arms({"BN": {"128": [90.0, 92.0], "2": [60.0]}, "KN": {"2": [88.0, 90.0]}}, "accuracy, %"))
+    (axes,) = several.axes
+    bn, kn = axes.containers
+    np.testing.assert_allclose(np.asarray(bn[0].get_ydata(), float), [91, 60])
+    np.testing.assert_allclose(np.asarray(bn[0].get_xdata(), float), [0, 1], atol=0.1)
+    np.testing.assert_allclose(np.asarray(kn[0].get_ydata(), float), [89])
+    (segment,) = kn[2][0].get_segments()
+    np.testing.assert_allclose(segment[:, 1], [89 - math.sqrt(2), 89 + math.sqrt(2)])
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["128", "2"]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["BN", "KN"]
+    (axes,) = drawn(figures.arms({"BN": {"all": []}, "KN": {"all": [88.0, 90.0]}}, "accuracy, %")).axes
+    np.testing.assert_allclose(np.asarray(axes.containers[0][0].get_xdata(), float), [89])
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["BN", "KN"]

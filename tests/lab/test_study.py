@@ -286,9 +286,21 @@ def test_the_list_counts_runs_and_steps_and_trains_nothing(here, written, capsys
     assert not here.output.exists()
 
 
+def test_a_study_may_be_another_one_at_another_size(written, tmp_path):
+    whole = study_file.read(written())
+    small = {"title": "Smaller", "of": "ours", "seeds": 1, "config": {"trainer": {"max_steps": 2}}}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(small))
+    found = study_file.read(tmp_path / "small.yaml")
+    assert (found.name, found.title, found.question, found.seeds) == ("small", "Smaller", whole.question, 1)
+    for arm, other in zip(found.arms, whole.arms, strict=True):
+        assert (arm.label, arm.search) == (other.label, other.search)
+        assert arm.recipe.config == merge(other.recipe.config, {"trainer": {"max_steps": 2}})
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"of": "nothing"}, "nothing.yaml that it could be of"),
         ({"sarch": {}}, "unknown key 'sarch'; known are title, question"),
         ({"arms": {"bn-2": {"lable": "x"}}}, "arms.bn-2: unknown key 'lable'; known are label"),
         ({"title": "absent"}, "got no title"),

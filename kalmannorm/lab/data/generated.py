@@ -30,7 +30,7 @@ def generate_for(data: Mapping[str, Any], root: Path) -> Path:
         root: The folder for data sets.
 
     Returns:
-        The set's folder.
+        The set's folder; ``root`` itself for data that need no files.
 
     Raises:
         ValueError: A data module that there are no generated sets for.
@@ -43,6 +43,8 @@ def generate_for(data: Mapping[str, Any], root: Path) -> Path:
         return root / folder if (root / folder).exists() else generate_folders(root, folder)
     if kind == "DetectionData":
         return generate_objects(root, options["name"])
+    if kind in ("SignalData", "VolumeData"):
+        return root  # which come without files
     raise ValueError(f"there are no generated images for {kind}")
 
 

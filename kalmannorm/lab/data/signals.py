@@ -1,0 +1,90 @@
+"""Real data without an image, from sets that ship with scikit-learn: nothing is downloaded."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kalmannorm.lab.data.memory_data import MemoryData, Splits
+
+__all__ = ["SignalData"]
+
+# Inputs, classes, and the shape of one input.
+SETS: dict[str, tuple[int, int, tuple[int, ...]]] = {"digits": (1797, 10, (1, 64)), "breast_cancer": (569, 2, (30,))}
+
+
+def load_set(name: str) -> tuple[Tensor, Tensor]:
+    """All of a set: inputs ``(N, *)``, float32, as `SignalData` says, and labels ``(N,)``, int64, in its own order.
+
+    Raises:
+        ValueError: There is no set of this name.
+    """
+    from sklearn import datasets  # noqa: PLC0415  (slow to import, and only needed here)
+
+    if name not in SETS:
+        raise ValueError(f"name must be one of {', '.join(SETS)}; got {name!r}")
+    found = getattr(datasets, f"load_{name}")()
+    return torch.from_numpy(found.data).float().unflatten(1, SETS[name][2]), torch.from_numpy(found.target).long()
+
+
+class SignalData(MemoryData):
+    """Signals or rows to classify, in memory, each channel scaled by what is trained on.
+
+    ``"digits"``: 1797 scanned digits (10 classes) read row by row, as signals ``(1, 64)``. ``"breast_cancer"``: 569
+    tumours (2 classes), each a row of 30 measurements ``(30,)``.
+
+    Example:
+        >>> data = SignalData("breast_cancer", gradient_batch=2)
+        >>> data.setup()
+        >>> next(iter(data.train_dataloader()))[0].shape
+        torch.Size([2, 30])
+
+    Args:
+        name: ``"digits"`` or ``"breast_cancer"``.
+        gradient_batch: Inputs a gradient step, over all processes and accumulated batches.
+        score_batch: Inputs a batch in validation and test.
+        validation: How many inputs to hold out; None for a fifth of the set.
+        test: How many others to keep for the test; None for a quarter.
+        split_seed: Decides which, apart from ``seed`` so that all runs are compared on the same inputs.
+        drop_last: Leave out an epoch's last batch of fewer inputs, in training.
+        seed: Of the order.
+        device: Where the tensors are kept; by default where the trainer's model is.
+
+    Raises:
+        ValueError: There is no set of this name, or the splits leave nothing to train on.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        gradient_batch: int = 2,
+        *,
+        score_batch: int = 500,
+        validation: int | None = None,
+        test: int | None = None,
+        split_seed: int = 0,
+        drop_last: bool = True,
+        seed: int = 0,
+        device: str | torch.device | None = None,
+    ) -> None:
+        super().__init__(gradient_batch, score_batch=score_batch, drop_last=drop_last, seed=seed, device=device)
+        if name not in SETS:
+            raise ValueError(f"name must be one of {', '.join(SETS)}; got {name!r}")
+        count, self.num_classes, _ = SETS[name]
+        self.dataset, self.split_seed = name, split_seed
+        self.validation = count // 5 if validation is None else validation
+        self.test = count // 4 if test is None else test
+        if min(self.validation, self.test) < 1 or self.validation + self.test >= count:
+            raise ValueError(
+                f"validation and test must be at least 1 and leave some of the {count} inputs to train on; got "
+                f"validation={self.validation} and test={self.test}"
+            )
+
+    def load(self) -> Splits:
+        """The three splits, disjoint; the same for the same ``split_seed`` and sizes."""
+        inputs, labels = load_set(self.dataset)
+        shuffled = torch.from_numpy(np.random.default_rng(self.split_seed).permutation(len(labels)))
+        # The test inputs first: they stay the same whatever the size of the validation split.
+        test, validation, train = shuffled.tensor_split([self.test, self.test + self.validation])
+        return Splits(*((inputs[chosen], labels[chosen]) for chosen in (train, validation, test)))

@@ -1,0 +1,192 @@
+"""Generated volumes to segment: ellipsoids and tubes among clutter, each volume scanned in its own way.
+
+As in magnetic resonance images, a voxel's value says little by itself: brightness, contrast, a smooth bias over the
+field and noise are each volume's own. What is to be found differs from the clutter by its form alone: ellipsoids (class
+1), tubes (class 2), and, left to the background (class 0), sheets and small balls of the same brightness.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kalmannorm.lab.data.memory_data import MemoryData, Splits
+
+__all__ = ["Scan", "Split", "VolumeData", "generate_volumes"]
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+NUM_CLASSES = 3
+
+
+@dataclass(frozen=True)
+class Scan:
+    """How hard the task is. Lengths are in voxels of a volume with 24 a side, and grow with it.
+
+    Attributes:
+        ellipsoids: How many a volume has.
+        axes: Smallest and largest half axis of an ellipsoid.
+        tubes: How many a volume has.
+        radius: Smallest and largest radius of a tube.
+        sheets: How many a volume has.
+        thickness: Half of a sheet's.
+        balls: How many small ones a volume has.
+        ball: Their radius.
+        texture: Standard deviation of the smooth structure of all tissue, where objects are 1 brighter than it.
+        brightness: Standard deviation of a volume's offset.
+        contrast: Smallest and largest contrast of a volume, spread evenly on a logarithmic scale.
+        bias: Standard deviation of the logarithm of the bias field.
+        noise: Smallest and largest standard deviation of a volume's noise, where its contrast is 1.
+    """
+
+    ellipsoids: int = 3
+    axes: tuple[float, float] = (2.5, 5.0)
+    tubes: int = 2
+    radius: tuple[float, float] = (1.2, 1.8)
+    sheets: int = 1
+    thickness: float = 0.7
+    balls: int = 4
+    ball: float = 1.2
+    texture: float = 0.3
+    brightness: float = 1.0
+    contrast: tuple[float, float] = (0.3, 2.0)
+    bias: float = 0.2
+    noise: tuple[float, float] = (0.1, 0.4)
+
+
+def generate_volumes(
+    split: Split, count: int, size: int = 24, seed: int = 0, scan: Scan | None = None
+) -> tuple[Tensor, Tensor]:
+    """Make ``count`` volumes; the same arguments give the same ones, and the first are the same whatever their count.
+
+    Args:
+        split: ``"train"``, ``"validation"`` or ``"test"``: each draws volumes of its own.
+        count: Number of volumes, at least 1.
+        size: Voxels a side, at least 8.
+        seed: Of the whole set.
+        scan: How hard the task is.
+
+    Returns:
+        Volumes ``(count, 1, size, size, size)``, float32, and classes ``(count, size, size, size)``, int64, 0 to 2.
+
+    Raises:
+        ValueError: No such split, no volume, or too small ones.
+
+    Example:
+        >>> volumes, classes = generate_volumes("train", 2, size=16)
+        >>> volumes.shape, classes.shape
+        (torch.Size([2, 1, 16, 16, 16]), torch.Size([2, 16, 16, 16]))
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")
+    if count < 1 or size < 8:
+        raise ValueError(f"expected at least 1 volume of at least 8 voxels a side; got count={count}, size={size}")
+    how = scan or Scan()
+    made = [_volume(np.random.default_rng([seed, SPLITS.index(split), index]), size, how) for index in range(count)]
+    volumes, classes = zip(*made, strict=True)
+    return torch.from_numpy(np.stack(volumes))[:, None], torch.from_numpy(np.stack(classes))
+
+
+def _volume(rng: np.random.Generator, size: int, how: Scan) -> tuple[np.ndarray, np.ndarray]:
+    """One volume ``(size, size, size)``, float32, and its classes, int64."""
+    unit = size / 24
+    sides = (np.arange(size) + 0.5) / unit
+    place = np.stack(np.meshgrid(sides, sides, sides, indexing="ij"), -1)  # (size, size, size, 3), 0 to 24
+    clutter = np.zeros((size,) * 3, dtype=bool)
+    classes = np.zeros((size,) * 3, dtype=np.int64)
+    for _ in range(how.sheets):
+        normal = _direction(rng)
+        clutter |= np.abs((place - rng.uniform(6, 18, 3)) @ normal) < how.thickness
+    for _ in range(how.balls):
+        clutter |= np.square(place - rng.uniform(2, 22, 3)).sum(-1) < how.ball**2
+    for _ in range(how.ellipsoids):
+        turn = np.linalg.qr(rng.standard_normal((3, 3)))[0]
+        off = (place - rng.uniform(5, 19, 3)) @ turn / rng.uniform(*how.axes, 3)
+        classes[np.square(off).sum(-1) < 1] = 1
+    for _ in range(how.tubes):
+        classes[_tube(rng, place) < rng.uniform(*how.radius)] = 2
+    tissue = ((classes > 0) | clutter) + how.texture * _smooth(rng, size, 6)
+    tissue += rng.uniform(*how.noise) * rng.standard_normal(tissue.shape)
+    low, high = np.log(how.contrast)
+    field = np.exp(rng.uniform(low, high) + how.bias * _smooth(rng, size, 3))
+    return (tissue * field + how.brightness * rng.standard_normal()).astype(np.float32), classes
+
+
+def _direction(rng: np.random.Generator) -> np.ndarray:
+    """A vector ``(3,)`` of length 1, in any direction alike."""
+    drawn = rng.standard_normal(3)
+    return np.asarray(drawn / np.linalg.norm(drawn))
+
+
+def _tube(rng: np.random.Generator, place: np.ndarray) -> np.ndarray:
+    """How far each place ``(size, size, size, 3)`` is from a bent line through the volume: ``(size, size, size)``."""
+    axis = rng.integers(3)
+    points = rng.uniform(4, 20, (3, 3))
+    points[:, axis] = -2, 12, 26
+    along = np.linspace(0, 1, 48)[:, None]
+    line = (1 - along) ** 2 * points[0] + 2 * along * (1 - along) * points[1] + along**2 * points[2]
+    # |p - q|^2 by its parts: no array of all pairs' vectors.
+    squares = np.square(place).sum(-1)[..., None] - 2 * place @ line.T + np.square(line).sum(-1)
+    return np.asarray(np.sqrt(squares.min(-1).clip(0)))
+
+
+def _smooth(rng: np.random.Generator, size: int, knots: int) -> np.ndarray:
+    """A smooth random field ``(size, size, size)`` of standard deviation 1, from so many knots a side."""
+    drawn = torch.from_numpy(rng.standard_normal((1, 1, knots, knots, knots)))
+    field = F.interpolate(drawn, size=(size,) * 3, mode="trilinear", align_corners=True)[0, 0].numpy()
+    return np.asarray((field - field.mean()) / field.std())
+
+
+class VolumeData(MemoryData):
+    """`generate_volumes` in memory, scaled by the mean and the standard deviation of all that is trained on.
+
+    A volume's own brightness and contrast stay: they are what a normalization in the network has to deal with.
+
+    Example:
+        >>> data = VolumeData(train=4, validation=2, test=2, size=16)
+        >>> data.setup()
+        >>> next(iter(data.train_dataloader()))[1].shape
+        torch.Size([1, 16, 16, 16])
+
+    Args:
+        gradient_batch: Volumes a gradient step, over all processes and accumulated batches.
+        score_batch: Volumes a batch in validation and test.
+        train: How many volumes to train on.
+        validation: How many to choose hyper-parameters on.
+        test: How many to score.
+        size: Voxels a side.
+        data_seed: Of the volumes, apart from ``seed`` so that all runs are compared on the same ones.
+        drop_last: Leave out an epoch's last batch of fewer volumes, in training.
+        seed: Of the order.
+        device: Where the tensors are kept; by default where the trainer's model is.
+    """
+
+    num_classes = NUM_CLASSES
+
+    def __init__(
+        self,
+        gradient_batch: int = 1,
+        *,
+        score_batch: int = 8,
+        train: int = 100,
+        validation: int = 16,
+        test: int = 50,
+        size: int = 24,
+        data_seed: int = 0,
+        drop_last: bool = True,
+        seed: int = 0,
+        device: str | torch.device | None = None,
+    ) -> None:
+        super().__init__(gradient_batch, score_batch=score_batch, drop_last=drop_last, seed=seed, device=device)
+        self.counts: dict[Split, int] = {"train": train, "validation": validation, "test": test}
+        self.size, self.data_seed = size, data_seed
+
+    def load(self) -> Splits:
+        """The three splits."""
+        made = (generate_volumes(split, count, self.size, self.data_seed) for split, count in self.counts.items())
+        return Splits(*made)

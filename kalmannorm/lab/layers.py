@@ -1,0 +1,61 @@
+"""``kalmannorm layers``: what the filter is worth in a trained network, layer by layer, as a table."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from kalmannorm.lab import fitting
+from kalmannorm.lab.analysis import errors_of
+from kalmannorm.lab.results import write_atomically
+from kalmannorm.lab.seen import calls_of, first_element
+from kalmannorm.lab.tables import as_markdown, csv_text
+
+__all__ = ["COLUMNS", "layers"]
+
+COLUMNS = ("layer", "estimate", "reference", "mean", "log_ratio", "log_ratio_rms", "variance_gap")
+
+
+def layers(*, run: Path, batches: int = 200, output: Path | None = None) -> None:
+    """Show how far prior, observation and posterior are from the population, in each layer of a trained network.
+
+    Columns: ``mean``, the squared error of the mean in units of the population's variance; ``log_ratio``, the mean of
+    the logarithm of the estimated variance over the population's (below 0: too narrow), and ``log_ratio_rms``; and
+    ``variance_gap``, the mean of |variance - running variance| over the mean running variance (Fig. 5).
+
+    Args:
+        run: The folder of a finished run of a classifier.
+        batches: How many statistics batches of validation images to look at.
+        output: A CSV file to write, beside what is shown.
+    """
+    if batches < 1:
+        raise ValueError(f"--batches: expected at least 1; got {batches}")
+    module, data = fitting.load_with_data(run)
+    size = getattr(module, "statistics_batch", None)
+    network: Any = getattr(module, "network", None)
+    if network is None or not isinstance(size, int):
+        kind = type(module).__name__
+        raise ValueError(f"--run: {run} trained a {kind} with statistics_batch={size}, expected a classifier with one")
+    groups = (part for images, _ in data.val_dataloader() for part in images.split(size) if len(part) == size)
+    seen = calls_of(network, islice(groups, batches), first_element)
+    rows: list[dict[str, Any]] = []
+    for error in errors_of(network, seen):
+        row = {name: value for name, value in error._asdict().items()}
+        if error.reference == "population":
+            row["variance_gap"] = _gap(network, error.layer, error.estimate, seen[error.layer])
+        rows.append({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()})
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(output, csv_text(rows, list(COLUMNS)))
+    table = as_markdown([list(COLUMNS), *([str(row.get(name, "")) for name in COLUMNS] for row in rows)])
+    Console().print(table, soft_wrap=True, highlight=False, markup=False, end="")
+
+
+def _gap(network: Any, layer: str, estimate: str, calls: Any) -> float:
+    running = network.get_submodule(layer).running_var
+    moments = [getattr(call, estimate) for call in calls if getattr(call, estimate) is not None]
+    total = sum(float((each.var - running).abs().mean()) for each in moments)
+    return total / len(moments) / float(running.mean())

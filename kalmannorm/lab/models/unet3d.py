@@ -1,0 +1,82 @@
+"""A U-Net for volumes: what medical segmentation trains at one or two volumes a device.
+
+Çiçek et al., "3D U-Net: Learning Dense Volumetric Segmentation from Sparse Annotation" (arXiv:1606.06650): two 3x3x3
+convolutions on each level, each with norm and ReLU; max pooling on the way down, transposed convolutions on the way up,
+and what each level of the way down found beside what comes up.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["UNet3d"]
+
+Norm = Callable[[int], nn.Module]
+
+
+class UNet3d(nn.Module):
+    """A 3-d U-Net; the paper's has a width of 64 on top and four levels.
+
+    Args:
+        width: Channels of the first level; each further one has twice as many on half the voxels a side.
+        levels: Resolutions, 1 or more.
+        num_classes: Logits a voxel, the background's included.
+        in_channels: Channels of the volumes.
+        norm_layer: Makes a normalization layer of so many channels.
+
+    Raises:
+        ValueError: No level; and in use, volumes whose sides the levels don't halve evenly.
+
+    Example:
+        >>> UNet3d(width=4, levels=2)(torch.zeros(1, 1, 8, 8, 8)).shape
+        torch.Size([1, 2, 8, 8, 8])
+    """
+
+    def __init__(
+        self,
+        width: int = 16,
+        levels: int = 3,
+        num_classes: int = 2,
+        in_channels: int = 1,
+        norm_layer: Norm = nn.BatchNorm3d,
+    ) -> None:
+        super().__init__()
+        if levels < 1:
+            raise ValueError(f"UNet3d got levels={levels}, expected at least 1")
+        widths = [width * 2**level for level in range(levels)]
+        pairs = list(itertools.pairwise(widths))[::-1]
+        self.down = nn.ModuleList(_double(a, b, norm_layer) for a, b in itertools.pairwise([in_channels, *widths]))
+        self.up = nn.ModuleList(nn.ConvTranspose3d(deep, shallow, 2, 2) for shallow, deep in pairs)
+        self.merge = nn.ModuleList(_double(2 * shallow, shallow, norm_layer) for shallow, _ in pairs)
+        self.pool = nn.MaxPool3d(2)
+        self.head = nn.Conv3d(width, num_classes, 1)
+
+    def forward(self, volumes: Tensor) -> Tensor:
+        """Volumes ``(N, in_channels, D, H, W)`` to logits ``(N, num_classes, D, H, W)``."""
+        factor = 2 ** len(self.up)
+        if any(side % factor for side in volumes.shape[2:]):
+            raise ValueError(
+                f"UNet3d with {len(self.down)} levels got volumes of {tuple(volumes.shape[2:])} voxels, expected sides "
+                f"that are multiples of {factor}"
+            )
+        x, kept = volumes, []
+        for level, block in enumerate(self.down):
+            x = block(x if level == 0 else self.pool(x))
+            kept.append(x)
+        kept.pop()
+        for up, merge in zip(self.up, self.merge, strict=True):
+            x = merge(torch.cat((kept.pop(), up(x)), 1))
+        logits: Tensor = self.head(x)
+        return logits
+
+
+def _double(in_channels: int, channels: int, norm_layer: Norm) -> nn.Sequential:
+    """Two units of convolution, norm and ReLU."""
+    units: list[nn.Module] = []
+    for before in (in_channels, channels):
+        units += [nn.Conv3d(before, channels, 3, padding=1, bias=False), norm_layer(channels), nn.ReLU(inplace=True)]
+    return nn.Sequential(*units)

@@ -1,0 +1,48 @@
+"""kalmannorm layers: a trained network's table."""
+
+import csv
+
+import pytest
+import yaml
+
+from kalmannorm.lab import fitting
+from kalmannorm.lab.analysis import prior_errors, variance_gaps
+from kalmannorm.lab.cli import main
+
+
+@pytest.fixture
+def run(images, config, tmp_path):
+    config["trainer"] |= {"max_steps": 2, "val_check_interval": 2}
+    config["model"]["init_args"] |= {"normalization": "kn", "statistics_batch": 2}
+    fitting.fit(config, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_the_table_is_of_the_networks_layers(run, tmp_path, capsys):
+    path = tmp_path / "out" / "layers.csv"
+    assert main(["layers", "--run", str(run), "--batches", "3", "--output", str(path)]) == 0
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    module, data = fitting.load_with_data(run)
+    batches = next(iter(data.val_dataloader()))[0].split(2)[:3]
+    expected = prior_errors(module.network, batches)
+    assert [(row["layer"], row["estimate"], row["reference"]) for row in rows] == [error[:3] for error in expected]
+    for row, error in zip(rows, expected, strict=True):
+        assert float(row["log_ratio"]) == pytest.approx(error.log_ratio, rel=1e-4)
+    gaps = variance_gaps(module.network, batches)
+    found = {row["layer"]: float(row["variance_gap"]) for row in rows if row["estimate"] == "posterior"}
+    assert len(found) == len(gaps) - 1  # the first layer has no prior
+    for name, gap in found.items():
+        running = module.network.get_submodule(name).running_var
+        assert gap == pytest.approx(float(gaps[name].mean() / running.mean()), rel=1e-4)
+    assert capsys.readouterr().out.count("\n") == 2 + len(rows)
+
+
+def test_a_run_without_a_statistics_batch_is_refused(run, capsys):
+    path = run / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    config["model"]["init_args"]["statistics_batch"] = None
+    path.write_text(yaml.safe_dump(config))
+    assert main(["layers", "--run", str(run)]) == 2
+    assert "statistics_batch=None" in capsys.readouterr().err
+    assert main(["layers", "--run", str(run), "--batches", "0"]) == 2

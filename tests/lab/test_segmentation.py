@@ -1,0 +1,170 @@
+"""Training and scoring a segmentation: what Dice is the mean of, both ways of scoring, and that it learns."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.segmentation import DiceScore
+
+import kalmannorm
+from kalmannorm.convert import kalman_layers
+from kalmannorm.lab import fitting, study_file
+from kalmannorm.lab.costs import build
+from kalmannorm.lab.curve import Curve
+from kalmannorm.lab.data.volumes import VolumeData
+from kalmannorm.lab.models.unet3d import UNet3d
+from kalmannorm.lab.segmentation import Segmenter, soft_dice_loss
+from kalmannorm.lab.training import quiet_trainer
+
+
+class Said(nn.Module):
+    """Says of each voxel what stands in it."""
+
+    def forward(self, volumes):
+        return torch.stack([-(volumes[:, 0] - each).abs() for each in range(3)], 1)
+
+
+def scores(network, volumes, classes, batch=2, **options):
+    module = Segmenter(network, **options)
+    batches = DataLoader(TensorDataset(volumes, classes), batch)
+    (found,) = quiet_trainer(1).validate(module, batches, verbose=False)
+    return found
+
+
+def data(**options):
+    return VolumeData(**{"train": 4, "validation": 2, "test": 2, "size": 8} | options)
+
+
+def segmenter(method="bn", **options):
+    given = {"statistics_batch": 1, "rate": 0.02, "steps": 30} | options
+    return Segmenter(UNet3d(4, 2, num_classes=3), method, **given)
+
+
+def test_a_perfect_prediction_scores_one_and_an_empty_one_zero():
+    classes = torch.arange(3).repeat(2, 6, 6, 2)
+    assert scores(Said(), classes[:, None].float(), classes) == {"dice_running": 1.0, "dice_online": 1.0}
+    nothing = torch.zeros(2, 1, 6, 6, 6)
+    assert scores(Said(), nothing, classes) == {"dice_running": 0.0, "dice_online": 0.0}
+
+
+def test_dice_is_the_mean_over_images_of_the_mean_over_the_classes_but_the_background():
+    classes = torch.zeros(3, 1, 1, 8, dtype=torch.int64)
+    said = classes.clone()
+    classes[0, ..., :4], said[0, ..., 2:4] = 1, 1  # 2 * 2 / (4 + 2)
+    classes[0, ..., 4:6], said[0, ..., 4:8] = 2, 2  # 2 * 2 / (2 + 4)
+    classes[1, ..., :2], said[1, ..., :2] = 1, 1  # 1, and neither has class 2
+    classes[2, ..., :2], said[2, ..., 4:6] = 2, 1  # 0 and 0
+    found = scores(Said(), said[:, None].float(), classes)
+    assert found["dice_running"] == pytest.approx((2 / 3 + 1 + 0) / 3)
+
+
+def test_scores_are_plain_eval_and_volumes_that_normalize_themselves():
+    model, volumes = UNet3d(4, 2, num_classes=3), torch.randn(6, 1, 8, 8, 8) * torch.arange(1, 7).view(6, 1, 1, 1, 1)
+    for _ in range(20):
+        model(volumes)
+    model.eval()
+    with torch.no_grad():
+        plain = model(volumes).argmax(1)
+        with kalmannorm.online_statistics(model):
+            online = torch.cat([model(each) for each in volumes.split(1)]).argmax(1)
+    assert not torch.equal(plain, online)
+    for classes, own, other in ((plain, "dice_running", "dice_online"), (online, "dice_online", "dice_running")):
+        found = scores(model, volumes, classes, batch=3, statistics_batch=1)
+        assert found[own] == 1.0
+        assert found[other] < 1.0
+
+
+def test_online_scores_can_be_left_out():
+    classes = torch.zeros(2, 6, 6, 6, dtype=torch.int64)
+    classes[:, 0] = 1
+    assert set(scores(Said(), classes[:, None].float(), classes, score_online=False)) == {"dice_running"}
+
+
+def test_soft_dice_is_dice_where_probabilities_are_certain():
+    classes, said = torch.randint(0, 3, (2, 4, 4, 4)), torch.randint(0, 3, (2, 4, 4, 4))
+    dice = DiceScore(3, include_background=False, average="macro", input_format="index")(said, classes)
+    certain = 100 * F.one_hot(said, 3).movedim(-1, 1).float()
+    assert soft_dice_loss(certain, classes).item() == pytest.approx(1 - dice.item(), abs=1e-5)
+    assert soft_dice_loss(100 * F.one_hot(classes, 3).movedim(-1, 1).float(), classes) == pytest.approx(0, abs=1e-5)
+
+
+def test_a_class_that_is_nowhere_is_no_reason_to_change():
+    logits = 100 * F.one_hot(torch.zeros(1, 8, dtype=torch.int64), 3).mT.float()
+    assert soft_dice_loss(logits, torch.zeros(1, 8, dtype=torch.int64)) == 0
+    uncertain = torch.zeros(1, 3, 8, requires_grad=True)
+    soft_dice_loss(uncertain, torch.zeros(1, 8, dtype=torch.int64)).backward()
+    assert uncertain.grad.isfinite().all()
+
+
+def test_the_loss_is_the_sum_of_both():
+    losses = []
+    for weight in (0.0, 0.5):
+        torch.manual_seed(0)
+        recorder = Curve()
+        module = segmenter("gn", dice_weight=weight, normalization_options={"groups": 2})
+        network = copy.deepcopy(module.network)
+        quiet_trainer(1, recorder, limit_val_batches=0).fit(module, data(train=1))
+        losses.append(recorder.losses[0])
+    given = data(train=1)
+    given.setup()
+    volumes, classes = next(iter(given.train_dataloader()))
+    assert losses[0] == pytest.approx(F.cross_entropy(network(volumes), classes).item(), rel=1e-5)
+    assert losses[1] - losses[0] == pytest.approx(0.5 * soft_dice_loss(network(volumes), classes).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["bn", "kn"])
+def test_one_volume_can_be_learned_by_heart(method):
+    recorder = Curve()
+    quiet_trainer(60, recorder, limit_val_batches=0).fit(segmenter(method, rate=0.05, steps=60), data(train=1))
+    assert recorder.losses[-1] < 0.6 * recorder.losses[0]
+
+
+def test_batchnorm_of_one_volume_is_torchs_own():
+    module = segmenter("bn")
+    quiet_trainer(1).fit(module, data())
+    assert any(type(layer) is nn.BatchNorm3d for layer in module.network.modules())
+
+
+def test_planes_are_segmented_too():
+    network = nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.BatchNorm2d(3))
+    module = Segmenter(network, "kn", statistics_batch=2, rate=0.05, steps=5)
+    images, classes = torch.randn(4, 1, 8, 8), torch.randint(0, 3, (4, 8, 8))
+    quiet_trainer(2).fit(module, DataLoader(TensorDataset(images, classes), 2))
+    assert set(scores(network, images, classes)) == {"dice_running", "dice_online"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_classes": 1}, "num_classes must be at least 2, .*; got 1"),
+        ({"dice_weight": -1.0}, "dice_weight must be at least 0; got -1.0"),
+        ({"normalization": "batch"}, "got 'batch'"),
+        ({"rate": 0.0}, "rate above 0"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Segmenter(UNet3d(4, 2), **options)
+
+
+@pytest.mark.parametrize("name", ["volumes", "signals", "tabular"])
+def test_each_arm_of_the_study_trains_and_kalman_layers_know_the_input(name, tmp_path):
+    study = study_file.read(name)
+    configs = {arm.name: arm.config("tiny", {}, 0) for arm in study.arms}
+    data = build(configs["kn"], "data")
+    data.setup()
+    inputs, _ = next(iter(data.train_dataloader()))
+    for arm, config in configs.items():
+        module, recorder = build(config, "model"), Curve()
+        quiet_trainer(2, recorder, limit_val_batches=0).fit(module, data)
+        assert torch.isfinite(torch.tensor(recorder.losses)).all(), arm
+        filters = [layer for _, layer in kalman_layers(module) if not layer.ignores_prior]
+        assert bool(filters) == (arm == "kn"), arm
+        if filters:
+            description = kalmannorm.describe(module.network, inputs)
+            assert description.with_prior == len(description.rows) == len(filters), str(description)
+    result = fitting.fit(configs["kn"], tmp_path / "run", split="validation")
+    assert 0 <= result.scores[study.metric] <= 1
