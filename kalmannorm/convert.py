@@ -60,7 +60,9 @@ _HOOKS = (
 )  # fmt: skip
 _KINDS = tuple(_STOCK)
 _FOLDED_INTO = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-_OPTIONS = ("gain", "process_noise", "spread", "carry", "estimator", "stats_batch_size", "guard", "process_group")
+_OPTIONS = (
+    "gain", "process_noise", "spread", "carry", "carry_gain", "estimator", "stats_batch_size", "guard", "process_group",
+)  # fmt: skip
 
 
 def convert(model: _M, *, layers: Sequence[str] = ("batch",),
