@@ -1,16 +1,17 @@
-# make demo | test | check | bench: each sets up .venv once, and re-uses it.
+# make demo | test | check | bench | report: each sets up .venv once, and re-uses it.
 PYTHON ?= python3
 BIN := .venv/bin
 # One file stands for "set up": it is older than pyproject.toml when that changed.
 READY := .venv/.ready
 
-.PHONY: help demo test check bench clean
+.PHONY: help demo test check bench report clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    BatchNorm, GroupNorm and Kalman Normalization at two samples a batch (4 minutes)"
 	@echo "make test    run the tests"
 	@echo "make check   ruff and mypy"
+	@echo "make report  the tables and figures of docs/results/studies again, from their runs.csv"
 	@echo "make bench   speed and memory beside torch's layers, into docs/results/speed (20 to 25 minutes)"
 
 $(READY): pyproject.toml
@@ -32,6 +33,9 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks --device cpu --anew --output docs/results/speed/cpu.csv
 	$(BIN)/python -m benchmarks.plot docs/results/speed/*.csv --page docs/speed.md --figures docs/results/speed
 	$(BIN)/python -m benchmarks.operations --output docs/results/operations.csv
+
+report: $(READY)
+	for study in $$(ls docs/results/studies); do $(BIN)/kalmannorm study $$study --report --output docs/results/studies; done
 
 clean:
 	rm -rf .venv

@@ -34,7 +34,6 @@ Carry = Literal["output", "posterior"]
 _INITIAL_STRENGTH = 18.0
 _INITIAL_GAIN = 0.1
 _INITIAL_NOISE = 0.01
-_CARRY_GAIN = 0.3
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"gain": "learned", "process_noise": True, "spread": False, "carry": "posterior",
@@ -75,7 +74,8 @@ class _Filter(nn.Module):
     frozen = False
 
     def _init_filter(self, channels: int, gain: Gain, process_noise: bool, spread: bool, carry: Carry,
-                     carry_gain: float, estimator: Estimator, guard: float | None, device: Any, dtype: Any) -> None:  # fmt: skip
+                     carry_gain: float, estimator: Estimator, guard: float | None, device: Any,
+                     dtype: Any) -> None:  # fmt: skip
         self.layer_name = ""
         self.spread = bool(spread)
         self.carry = self._one_of("carry", carry, ("output", "posterior"))
@@ -275,8 +275,8 @@ class KalmanNorm(_Filter, _NormBase):
         spread: count the distance of the two means into the fused variance.
         carry: hand on the belief of the layer's ``"output"``, or the ``"posterior"`` of its input.
         carry_gain: the least gain of that belief of the output, in [0, 1]: it has the larger of this and the gain. A
-            prior is off by a factor where activations are correlated; what is handed on has to say so, or each layer
-            repeats it. 0 for the same gain in both.
+            prior is off by a factor where activations are correlated, and what is handed on can say so; but it makes
+            priors depend on the batch, and running statistics fail with single images. 0 for one gain in both.
         estimator: move beliefs by ``"exact"`` rules, or by ``"monte_carlo"`` draws, as the paper.
         stats_batch_size: normalize groups of so many consecutive samples; None for the whole batch.
         guard: see :func:`kalmannorm.functional.trusted_gain`.
@@ -304,7 +304,7 @@ class KalmanNorm(_Filter, _NormBase):
 
     def __init__(self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True,
                  track_running_stats: bool = True, *, gain: Gain = "prior-strength", process_noise: bool = True,
-                 spread: bool = True, carry: Carry = "output", carry_gain: float = _CARRY_GAIN,
+                 spread: bool = True, carry: Carry = "output", carry_gain: float = 0.0,
                  estimator: Estimator = "exact", stats_batch_size: int | None = None, guard: float | None = None,
                  process_group: dist.ProcessGroup | None = None, device: Any = None, dtype: Any = None,
                  bias: bool = True) -> None:  # fmt: skip

@@ -497,7 +497,7 @@ def test_constant_input_is_not_nan(constant):
 @pytest.mark.parametrize("gain", [0.1, 0.6, "prior-strength"])
 def test_what_is_handed_on_by_the_kernel_and_without_it(gain, spread):
     """A guard that never trips takes the other way."""
-    outputs, gradients, priors = [], [], []
+    outputs, gradients = [], []
     for guard in (None, 1e30):
         torch.manual_seed(0)
         model = three_layers(gain=gain, spread=spread, carry_gain=0.4, guard=guard)
@@ -525,5 +525,5 @@ def test_the_belief_of_an_output_has_the_carry_gain():
 
 
 def test_a_channel_group_has_no_carry_gain():
-    with pytest.raises(ValueError, match="carry_gain=0.3, expected 0"):
+    with pytest.raises(ValueError, match=r"carry_gain=0\.3, expected 0"):
         kn.GroupKalmanNorm(2, 4, carry_gain=0.3)

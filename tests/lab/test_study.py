@@ -3,6 +3,7 @@
 import csv
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import yaml
@@ -14,6 +15,7 @@ from kalmannorm.lab.data.classification import ClassificationData
 from kalmannorm.lab.fitting import fit
 from kalmannorm.lab.recipes import merge
 from kalmannorm.lab.results import Result
+from kalmannorm.lab.study_report import write_report
 from kalmannorm.lab.training import Classifier
 
 RATE = "model.init_args.rate"
@@ -370,3 +372,13 @@ def test_in_a_pool_of_processes(written, tmp_path, images):
         rows = list(csv.DictReader(file))
     assert [(row["kind"], row["scale"], row["steps"], row["error"]) for row in rows] == [("final", "tiny", "2", "")]
     assert "Scaled down (tiny)" in (tmp_path / "out" / "ours" / "table.md").read_text(encoding="utf-8")
+
+
+KEPT = Path(__file__).parents[2] / "docs" / "results" / "studies"
+
+
+@pytest.mark.parametrize("name", sorted(folder.name for folder in KEPT.iterdir()))
+def test_the_tables_that_are_kept_are_of_the_runs_that_are_kept(name, tmp_path):
+    (tmp_path / "runs.csv").write_bytes((KEPT / name / "runs.csv").read_bytes())
+    write_report(study_file.read(name), tmp_path)
+    assert (tmp_path / "table.md").read_text() == (KEPT / name / "table.md").read_text()
