@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import CONFIG
 
 from kalmannorm.lab import study_file, trainings
 from kalmannorm.lab.cli import main
@@ -39,15 +38,15 @@ STUDY = {
         "kn-4": of("kn", label="KN", column=4),
     },
 }
-BASE = {**CONFIG, "cell": {"row": "of a table"}, "tiny": {"data": {"init_args": {"gradient_batch": 4}}}}
+BASE = {"cell": {"row": "of a table"}, "tiny": {"data": {"init_args": {"gradient_batch": 4}}}}
 
 
 @pytest.fixture
-def written(tmp_path):
+def written(tmp_path, config):
     """Writes a study's file with some changes, beside its base."""
 
     def write(**changes):
-        (tmp_path / "base.yaml").write_text(yaml.safe_dump(BASE))
+        (tmp_path / "base.yaml").write_text(yaml.safe_dump({**config, **BASE}))
         content = {key: value for key, value in merge(STUDY, changes).items() if value != "absent"}
         (tmp_path / "ours.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
         return tmp_path / "ours.yaml"
