@@ -189,16 +189,20 @@ def test_ctrl_c_ends_it_at_once_with_one_line(tmp_path):
         text=True,
         start_new_session=True,
     )
-    while not (tmp_path / "out").exists():  # made once the command line has been read
-        assert process.poll() is None
-        time.sleep(0.1)
-    time.sleep(8)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to parent and workers alike
-    _, err = process.communicate(timeout=20)
-    assert process.returncode == 130
-    assert err.splitlines()[-1] == "kalmannorm: interrupted"
-    patience = time.monotonic() + 10  # the system takes a moment to clean up after the dead
-    while _group_exists(process.pid) and time.monotonic() < patience:
-        time.sleep(0.1)
-    assert not _group_exists(process.pid)
+    try:
+        while not (tmp_path / "out").exists():  # made once the command line has been read
+            assert process.poll() is None
+            time.sleep(0.1)
+        time.sleep(8)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to parent and workers alike
+        _, err = process.communicate(timeout=20)
+        assert process.returncode == 130
+        assert err.splitlines()[-1] == "kalmannorm: interrupted"
+        patience = time.monotonic() + 10  # the system takes a moment to clean up after the dead
+        while _group_exists(process.pid) and time.monotonic() < patience:
+            time.sleep(0.1)
+        assert not _group_exists(process.pid)
+    finally:  # or it would train on
+        if _group_exists(process.pid):
+            os.killpg(process.pid, signal.SIGKILL)
     assert not list((tmp_path / "out").iterdir())
