@@ -121,6 +121,8 @@ def soft_dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
         A scalar, 0 to 1.
 
     Example:
+        >>> import torch
+        >>> from torch.nn import functional as F
         >>> labels = torch.tensor([[0, 1, 2, 2]])
         >>> soft_dice_loss(100 * F.one_hot(labels).mT.float(), labels)
         tensor(0.)
