@@ -13,6 +13,8 @@ Variants:
 - ``calibrated, gradient of 128``: the same forward pass, but the statistics' gradient is BatchNorm's of the whole
   gradient batch: what a device would know that saw all 128 images. Not a method; it tells what the prior's
   gradient costs.
+- ``inflated``: the prior's variance times a constant, or a factor a layer that is learned: what ensemble Kalman
+  filters do, whose forecasts are too narrow for the same reason (multiplicative covariance inflation).
 - ``channel correlations``: the prior's variance of a convolution is w'Rw with a remembered correlation of the input's
   channels, and one number for the correlation of neighbouring pixels.
 - ``patch correlations``: the same with the whole correlation matrix of the input's patches.
@@ -59,6 +61,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "handed on: gain 0.3": {"hand_on": 0.3},
     "handed on: gain 0.7": {"hand_on": 0.7},
     "handed on: remembered": {"remember": 0.1},
+    "inflated by 1.5": {"inflate": 1.5},
+    "inflated by 2": {"inflate": 2.0},
+    "inflated by 3": {"inflate": 3.0},
+    "inflated, learned from 2": {"inflate": 2.0, "learn": True},
     "calibrated": {"calibrate": 0.1},
     "calibrated, weight 0.01": {"calibrate": 0.01},
     "calibrated, gradient of 128": {"calibrate": 0.1, "whole_gradient": True},
@@ -75,6 +81,8 @@ class Layer(kn.KalmanNorm2d):
     whole_gradient = False
     hand_on: float | None = None
     remember: float = 0.0
+    inflate: float | None = None
+    log_inflation: nn.Parameter | None = None
     calls = 0
 
     def forward(self, input: Tensor) -> Tensor:
@@ -90,6 +98,10 @@ class Layer(kn.KalmanNorm2d):
             mean, var = prior.mean, prior.var
             if self.calibrate:
                 mean, var = self._calibrated(mean, var, seen_mean.detach(), seen_var.detach())
+            if self.log_inflation is not None:
+                var = var * self.log_inflation.exp()
+            elif self.inflate is not None:
+                var = var * self.inflate
             var = var + self.process_variance()
             q = self.kalman_gain(len(input) // groups)
             innovation = seen_mean - mean
@@ -234,10 +246,13 @@ def build(method: str, group: int, options: dict[str, Any]) -> nn.Module:
             layer.calibrate = options.get("calibrate", 0.0)
             layer.hand_on, layer.remember = options.get("hand_on"), options.get("remember", 0.0)
             layer.whole_gradient = options.get("whole_gradient", False)
+            layer.inflate = options.get("inflate")
+            if options.get("learn"):
+                layer.log_inflation = nn.Parameter(torch.full((1,), math.log(options["inflate"])))
     return network
 
 
-def run(name: str, method: str, group: int, options: dict[str, Any], schedule: str, seed: int) -> dict[str, Any]:
+def run(name: str, method: str, group: int, options: dict[str, Any], schedule: str, seed: int, rate: float = RATE) -> dict[str, Any]:
     """Train and score one variant."""
     splits = load_images("cifar10", validation=5000)
     images, labels = (t[:IMAGES] for t in splits.train)
@@ -245,7 +260,7 @@ def run(name: str, method: str, group: int, options: dict[str, Any], schedule: s
     torch.manual_seed(seed)
     network = build(method, group, options)
     steps = EPOCHS * (IMAGES // BATCH)
-    made = sgd(network, RATE, steps, schedule=schedule, weight_decay=2e-4)  # type: ignore[arg-type]
+    made = sgd(network, rate, steps, schedule=schedule, weight_decay=2e-4)  # type: ignore[arg-type]
     optimizer, scheduler = made["optimizer"], made["lr_scheduler"]["scheduler"]
     draws = torch.Generator().manual_seed(1000 + seed)
     losses: list[float] = []
@@ -274,7 +289,7 @@ def run(name: str, method: str, group: int, options: dict[str, Any], schedule: s
                 right += int((logits.argmax(1) == truth).sum())
             score[f"validation_{how}"] = right / 3000
     last = losses[-(len(losses) // 8) :]
-    return {"variant": name, "statistics_batch": group, "schedule": schedule, "seed": seed,
+    return {"variant": name, "statistics_batch": group, "schedule": schedule, "rate": rate, "seed": seed,
             "last_loss": f"{sum(last) / len(last):.4f}", **{k: f"{v:.4f}" for k, v in score.items()},
             "cpu_seconds": f"{time.process_time() - start:.0f}", **environment()}  # fmt: skip
 
@@ -287,6 +302,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--group", type=int, default=GROUP, help="images normalized together")
+    parser.add_argument("--rate", type=float, default=RATE)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, required=True)
     given = parser.parse_args()
@@ -296,7 +312,7 @@ def main() -> None:
     for name, method, group, options in plan:
         for seed in range(given.first_seed, given.first_seed + given.seeds):
             if fnmatch(name, given.only):
-                row = run(name, method, group, options, given.schedule, seed)
+                row = run(name, method, group, options, given.schedule, seed, given.rate)
                 new = not given.output.exists()
                 with given.output.open("a", newline="", encoding="utf-8") as file:
                     writer = csv.DictWriter(file, list(row))
