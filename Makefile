@@ -4,12 +4,13 @@ BIN := .venv/bin
 # One file stands for "set up": it is older than pyproject.toml when that changed.
 READY := .venv/.ready
 
-.PHONY: help demo test check bench report clean
+.PHONY: help demo test test-oldest check bench report clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    BatchNorm, GroupNorm and Kalman Normalization at two samples a batch (4 minutes)"
 	@echo "make test    run the tests"
+	@echo "make test-oldest  run the core's tests on the oldest torch that is supported, in .venv-oldest (a large download)"
 	@echo "make check   ruff and mypy"
 	@echo "make report  the tables and figures of docs/results/studies again, from their runs.csv"
 	@echo "make bench   speed and memory beside torch's layers, into docs/results/speed (20 to 25 minutes)"
@@ -25,6 +26,14 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -n auto
 
+# The core's tests alone: the laboratory, the examples and the benchmarks need other packages, and newer ones.
+test-oldest:
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install -q --disable-pip-version-check \
+		-e . "torch==2.11.*" torchvision pytest pytest-xdist "hypothesis>=6.100" expecttest
+	.venv-oldest/bin/python -m pytest -n auto tests \
+		--ignore tests/lab --ignore tests/test_benchmarks.py --ignore tests/test_examples.py
+
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -38,4 +47,4 @@ report: $(READY)
 	for study in $$(ls docs/results/studies); do $(BIN)/kalmannorm study $$study --report --output docs/results/studies; done
 
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-oldest

@@ -9,7 +9,11 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
-NEEDED = ("jsonargparse", "lightning", "matplotlib", "rich", "sklearn", "torchmetrics")
+# What the extra brings, by the names that are imported.
+NEEDED = (
+    "datasets", "jsonargparse", "lightning", "matplotlib", "pycocotools", "rich", "sklearn", "tensorboard",
+    "torchmetrics", "torchvision", "yaml",
+)  # fmt: skip
 
 # A function each, whose keyword arguments are the options; its docstring is the help. A bool that is False by default
 # is a flag, and what is not an option of its own goes to an argument `settings`, if there is one.
@@ -38,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        print(f"kalmannorm: {', '.join(missing)} not found: pip install kalmannorm[lab]", file=sys.stderr)
+        print(f'kalmannorm: {", ".join(missing)} not found: pip install "kalmannorm[lab]"', file=sys.stderr)
         return 1
     # Only now: all of these need the extra.
     from jsonargparse import ArgumentError, ArgumentParser  # noqa: PLC0415

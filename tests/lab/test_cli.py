@@ -52,7 +52,7 @@ def test_a_missing_extra_is_one_line_that_says_what_to_install(monkeypatch, caps
     assert main(["demo"]) == 1
     err = capsys.readouterr().err
     assert "lightning" in err
-    assert "pip install kalmannorm[lab]" in err
+    assert 'pip install "kalmannorm[lab]"' in err
     assert err.count("\n") == 1
 
 
