@@ -1,0 +1,284 @@
+"""Makes the figures of docs/how-it-works.md: ``python docs/figures/make.py [FOLDER]``; about ten seconds on a CPU."""
+
+from __future__ import annotations
+
+import csv
+import math
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib as mpl
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.nn import functional as F
+
+import kalmannorm as kn
+from kalmannorm.lab.data.digits import cluttered_digits
+from kalmannorm.lab.figures import COLOURS
+from kalmannorm.lab.models.small import SmallConvNet
+
+HERE = Path(__file__).parent
+LAYERS = HERE.parent / "results" / "priors" / "layers-kn-2.csv"
+# Text stays text, in the reader's own font; ids are the same in each run. Narrow figures with large letters: on a
+# phone they are shown at half of their width.
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "kalmannorm",
+    "font.family": ["DejaVu Sans", "sans-serif"],
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+}
+SIZES = (1, 2, 4, 8, 16, 32, 64)
+ALIKE = "#c44e52"
+
+
+# -- (a) What a batch shows
+
+
+class Noise(NamedTuple):
+    """How far a batch's moments are from the population's, by batch size; the mean over channels."""
+
+    pixels: int
+    """Of an image, in this layer."""
+    mean: list[float]
+    """Root mean square of the mean's error, in deviations of the population."""
+    var: list[float]
+    """Root mean square of log(variance / population's)."""
+    independent: list[float]
+    """What ``mean`` were if the pixels of an image were independent: ``1 / sqrt(images * pixels)``."""
+    worth: float
+    """How many independent samples one image is worth for the mean."""
+
+
+def batch_noise(count: int = 1000, draws: int = 400) -> dict[str, Noise]:
+    """Noise of the first and of the last layer of the demo's network, at its initial weights.
+
+    Args:
+        count: Images, all of which normalize the network together, so that nothing but the choice of a batch varies.
+        draws: Batches of each size, drawn with replacement.
+    """
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        network = SmallConvNet()
+    images, _ = cluttered_digits("train", count)
+    seen: list[Tensor] = []
+    for norm in network.norms:
+        norm.register_forward_pre_hook(lambda layer, args: seen.append(args[0]))
+    with torch.no_grad():
+        network(images)
+    return {name: _noise(x, draws, generator) for name, x in (("first layer", seen[0]), ("last layer", seen[-1]))}
+
+
+def _noise(x: Tensor, draws: int, generator: torch.Generator) -> Noise:
+    x = x.double().flatten(2)
+    first, second = x.mean(2), x.square().mean(2)  # of each image
+    mean = first.mean(0)
+    var = second.mean(0) - mean.square()
+    pixels = x.shape[2]
+    means, variances = [], []
+    for size in SIZES:
+        chosen = torch.randint(len(x), (draws, size), generator=generator)
+        m = first[chosen].mean(1)
+        v = second[chosen].mean(1) - m.square()
+        means.append(float(((m - mean).square() / var).mean().sqrt()))
+        variances.append(float((v / var).log().square().mean().sqrt()))
+    worth = 1 / float(((first - mean).square().mean(0) / var).mean())
+    return Noise(pixels, means, variances, [1 / math.sqrt(size * pixels) for size in SIZES], worth)
+
+
+def draw_noise(noise: dict[str, Noise]) -> Figure:
+    """Left the mean, right the variance, a colour a layer."""
+    drawing = Figure(figsize=(6, 3.4), layout="constrained")
+    left, right = drawing.subplots(1, 2, sharey=True)
+    for colour, (name, found) in zip(("#4c72b0", "#dd8452"), noise.items(), strict=True):
+        left.plot(SIZES, found.mean, "o-", color=colour, markersize=4)
+        label = f"{name},\n{found.pixels} pixels an image"
+        right.plot(SIZES, found.var, "o-", color=colour, markersize=4, label=label)
+    first = noise["first layer"]
+    label = f"first layer, were its\n{first.pixels} pixels independent"
+    left.plot(SIZES, first.independent, ":", color="#4c72b0", label=label)
+    for axes, title in ((left, "mean"), (right, "log variance")):
+        axes.set(xscale="log", yscale="log", title=title, xlabel="images in a batch", ylim=(0.002, 3))
+        axes.set_xticks([1, 4, 16, 64], ["1", "4", "16", "64"])
+        axes.set_xticks([], minor=True)
+        axes.legend(fontsize=9, loc="lower left", handlelength=1.2, borderpad=0)
+    left.set_yticks([0.01, 0.1, 1], ["0.01", "0.1", "1"])
+    left.set_yticks([], minor=True)
+    left.set_ylabel("error, rms")
+    return drawing
+
+
+# -- (b) One update
+
+
+PRIOR = kn.Gaussian(torch.tensor([[0.0]]), torch.tensor([[1.0]]))
+OBSERVATION = kn.functional.observe(torch.tensor([[0.9], [2.1]]))
+STRENGTH = 18
+
+
+def updates() -> dict[int, kn.Gaussian]:
+    """The posterior by the number of images that showed the observation, where the prior is worth 18."""
+    return {n: kn.functional.kalman_update(PRIOR, OBSERVATION, n / (n + STRENGTH)) for n in (2, 18)}
+
+
+def draw_update(posteriors: dict[int, kn.Gaussian]) -> Figure:
+    """A panel a batch size: three densities."""
+    drawing = Figure(figsize=(6, 3), layout="constrained")
+    panels = drawing.subplots(1, len(posteriors), sharey=True)
+    z = torch.linspace(-3.2, 3.7, 200)
+    for axes, (n, posterior) in zip(panels, posteriors.items(), strict=True):
+        for name, moments in (("prior", PRIOR), ("observation", OBSERVATION), ("posterior", posterior)):
+            axes.plot(z, _density(z, moments), color=COLOURS[name], label=name)
+        axes.fill_between(z, _density(z, posterior), color=COLOURS["posterior"], alpha=0.15, linewidth=0)
+        axes.set(title=f"{n} images: q = {n / (n + STRENGTH):g}", yticks=[], ylim=(0, 0.85))
+        axes.spines["left"].set_visible(False)
+    panels[0].legend(fontsize=10, loc="upper left")
+    return drawing
+
+
+def _density(z: Tensor, moments: kn.Gaussian) -> Tensor:
+    return torch.distributions.Normal(moments.mean.flatten(), moments.std.flatten()).log_prob(z).exp()
+
+
+# -- (c) A belief on its way
+
+
+class Stage(NamedTuple):
+    """One channel's values after a function."""
+
+    title: str
+    belief: kn.Gaussian
+    independent: Tensor
+    """Draws with independent pixels and channels, as the rules assume, put through the real functions."""
+    smooth: Tensor
+    """The same with neighbouring pixels alike, of the same mean and variance."""
+
+
+def way(side: int = 256, channels: int = 4) -> list[Stage]:
+    """A belief through a convolution and a ReLU, and added to a shortcut; and what draws make of it.
+
+    The filter is a blur of each channel, with weights of its own: of what neighbours share it keeps more than the rules
+    expect.
+    """
+    generator = torch.Generator().manual_seed(0)
+    mean = torch.tensor([0.3, -0.2, 0.5, 0.0]).view(1, channels, 1, 1)
+    belief = kn.Gaussian(mean, torch.ones_like(mean))
+    shortcut = kn.Gaussian(torch.full((1, 1, 1, 1), 0.4), torch.full((1, 1, 1, 1), 0.3))
+    weight = torch.tensor([0.6, -0.5, 0.4, 0.3]).view(1, channels, 1, 1) * torch.full((1, channels, 3, 3), 1 / 3)
+    bias = torch.tensor([-1.0])
+
+    def draws(smooth: bool) -> list[Tensor]:
+        noise = [torch.randn(1, c, side, side, generator=generator) for c in (channels, 1)]
+        x, other = [_smoothed(n) for n in noise] if smooth else noise
+        convolved = F.conv2d(mean + x, weight, bias)
+        added = F.relu(convolved) + (shortcut.mean + shortcut.std * other)[..., 1:-1, 1:-1]
+        return [t.flatten() for t in (convolved, F.relu(convolved), added)]
+
+    rules = kn.rules.RULES
+    convolved = rules[F.conv2d](belief, weight, bias)
+    rectified = rules[F.relu](convolved)
+    beliefs = (convolved, rectified, rules[torch.add](rectified, shortcut))
+    titles = ("convolution", "ReLU", "sum with a shortcut")
+    return [Stage(*each) for each in zip(titles, beliefs, draws(False), draws(True), strict=True)]
+
+
+def _smoothed(noise: Tensor) -> Tensor:
+    """Neighbouring pixels alike; each channel with mean 0 and variance 1."""
+    kernel = torch.tensor([1.0, 2.0, 1.0]) / 4
+    kernel = (kernel[:, None] * kernel).expand(noise.shape[1], 1, 3, 3)
+    x = F.conv2d(F.pad(noise, (1, 1, 1, 1), mode="circular"), kernel, groups=noise.shape[1])
+    var, mean = torch.var_mean(x, (2, 3), keepdim=True)
+    return (x - mean) / var.sqrt()
+
+
+def draw_way(stages: list[Stage]) -> Figure:
+    """A row a function: histograms of the draws; above them mean and deviation, believed and drawn."""
+    drawing = Figure(figsize=(5, 6), layout="constrained")
+    for axes, stage in zip(drawing.subplots(3, 1, sharex=True), stages, strict=True):
+        bins = torch.linspace(-4, 4, 65).tolist()
+        axes.hist(stage.independent.numpy(), bins, density=True, histtype="stepfilled", color="#c4c4c4")
+        axes.hist(stage.smooth.numpy(), bins, density=True, histtype="step", color=ALIKE, linewidth=1.3)
+        rows = (
+            (stage.belief.mean, stage.belief.std, COLOURS["prior"], "believed"),
+            (stage.independent.mean(), stage.independent.std(), COLOURS["observation"], "drawn, pixels independent"),
+            (stage.smooth.mean(), stage.smooth.std(), ALIKE, "drawn, neighbours alike"),
+        )
+        for row, (mean, deviation, colour, label) in enumerate(rows):
+            axes.errorbar([float(mean)], [0.96 - 0.1 * row], xerr=[float(deviation)], fmt="o", color=colour, capsize=3,
+                          markersize=4, label=label)  # fmt: skip
+        axes.set(title=stage.title, yticks=[], ylim=(0, 1.04), xlim=(-3.5, 3.5))
+        axes.spines["left"].set_visible(False)
+    drawing.legend(*drawing.axes[0].get_legend_handles_labels(), loc="outside lower center", fontsize=10,
+                   title="mean ± deviation", title_fontsize=10)  # fmt: skip
+    return drawing
+
+
+# -- (d) A trained network
+
+
+def by_depth(path: Path = LAYERS) -> dict[str, tuple[list[float], list[float]]]:
+    """Of each estimate the squared error of its mean and its variance over the population's, from layer to layer."""
+    found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in COLOURS}
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            if row["reference"] == "population":
+                means, ratios = found[row["estimate"]]
+                means.append(float(row["mean"]))
+                ratios.append(math.exp(float(row["log_ratio"])))
+    return found
+
+
+def draw_depth(found: dict[str, tuple[list[float], list[float]]]) -> Figure:
+    """Above the mean, below the variance."""
+    drawing = Figure(figsize=(5, 5.4), layout="constrained")
+    above, below = drawing.subplots(2, 1, sharex=True)
+    for name, (means, ratios) in found.items():
+        places = range(1, len(means) + 1)
+        above.plot(places, means, "o-", color=COLOURS[name], markersize=4, label=name)
+        below.plot(places, ratios, "o-", color=COLOURS[name], markersize=4)
+    below.axhline(1, color="#333333", linewidth=0.8)
+    above.set(ylabel="squared error of the mean,\nin population variances", ylim=(0, None))
+    _decades(below, [0.1, 0.2, 0.5, 1], "variance / population's")
+    below.set(xlabel="normalization layer", ylim=(0.07, 1.3), xticks=[1, 4, 7, 10, 13])
+    above.legend(fontsize=10, loc="upper left")
+    return drawing
+
+
+def _decades(axes: Axes, ticks: list[float], label: str) -> None:
+    axes.set(yscale="log", ylabel=label)
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_yticks([], minor=True)
+
+
+def main(folder: Path = HERE) -> list[Path]:
+    """Make all figures.
+
+    Returns:
+        Their paths.
+    """
+    written = []
+    with mpl.rc_context(STYLE):
+        drawings = {
+            "noise": draw_noise(batch_noise()),
+            "update": draw_update(updates()),
+            "way": draw_way(way()),
+            "depth": draw_depth(by_depth()),
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, drawing in drawings.items():
+            written.append(folder / f"{name}.svg")
+            drawing.savefig(written[-1], metadata={"Date": None})
+    return written
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for path in main(*map(Path, sys.argv[1:2])):
+        print(path)
