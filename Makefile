@@ -1,10 +1,10 @@
-# make demo | test | check | bench | report: each sets up .venv once, and re-uses it.
+# make demo | test | check | docs | bench | report: each sets up .venv once, and re-uses it.
 PYTHON ?= python3
 BIN := .venv/bin
 # One file stands for "set up": it is older than pyproject.toml when that changed.
 READY := .venv/.ready
 
-.PHONY: help demo test test-oldest check bench report clean
+.PHONY: help demo test test-oldest check docs bench report clean
 .DEFAULT_GOAL := help
 
 help:
@@ -12,6 +12,7 @@ help:
 	@echo "make test    run the tests"
 	@echo "make test-oldest  run the core's tests on the oldest torch that is supported, in .venv-oldest (a large download)"
 	@echo "make check   ruff and mypy"
+	@echo "make docs    the site, into docs/_build/html; a warning is an error"
 	@echo "make report  the tables and figures of docs/results/studies again, from their runs.csv"
 	@echo "make bench   speed and memory beside torch's layers, into docs/results/speed (20 to 25 minutes)"
 
@@ -37,6 +38,9 @@ test-oldest:
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: $(READY)
+	$(BIN)/python -m sphinx -W --keep-going -q -d docs/_build/doctrees docs docs/_build/html
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks --device cpu --anew --output docs/results/speed/cpu.csv

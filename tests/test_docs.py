@@ -1,0 +1,302 @@
+"""The documentation: its code runs, its commands exist, its links lead somewhere, its lists are complete."""
+
+import ast
+import doctest
+import functools
+import inspect
+import re
+import shlex
+import socket
+import sys
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+
+import kalmannorm as kn
+from kalmannorm import functional, rules
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PACKAGE = ROOT / "kalmannorm"
+PAGES = sorted(path for path in DOCS.rglob("*.md") if "_build" not in path.parts)
+ALL = [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+FENCE = re.compile(r"^(?P<fence>`{3,}|:{3,}) *(?P<language>[^\n]*)\n(?P<text>.*?)^(?P=fence) *$", re.M | re.S)
+
+
+def named(path):
+    return str(path.relative_to(ROOT))
+
+
+def blocks(path):
+    """Each fenced block of a page: language, text and the line of the page that it begins on."""
+    page = path.read_text(encoding="utf-8")
+    for found in FENCE.finditer(page):
+        yield found["language"].strip(), found["text"], page[: found.start()].count("\n") + 1
+
+
+def is_notebook(path):
+    """Run by the build of the site."""
+    return path.read_text(encoding="utf-8").startswith("---") or path.parent.name == "notebooks"
+
+
+WITH_CODE = [p for p in PAGES if not is_notebook(p) and any(language == "python" for language, *_ in blocks(p))]
+
+
+@pytest.fixture
+def _alone(monkeypatch, tmp_path):
+    """As torchrun with one process would start a script, in a folder of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.chdir(tmp_path)
+    kept = dict(rules.RULES)
+    yield
+    rules.RULES.clear()
+    rules.RULES.update(kept)
+
+
+class Runner(doctest.DocTestRunner):
+    """Blocks with prompts are doctests, which share their names with the blocks before and behind."""
+
+    def __init__(self):
+        flags = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+        super().__init__(optionflags=flags, verbose=False)
+
+
+@pytest.mark.usefixtures("_alone")
+@pytest.mark.parametrize("path", WITH_CODE, ids=named)
+def test_the_code_of_a_page_runs_from_top_to_bottom(path, tmp_path, capsys):
+    names = {"__name__": "__main__", "tmp": tmp_path}
+    if path.name == "index.md":  # which shows what a user's script has
+        import torchvision
+
+        names["model"] = torchvision.models.resnet18(num_classes=2)
+    parser, runner = doctest.DocTestParser(), Runner()
+    for language, text, line in blocks(path):
+        if language != "python":
+            continue
+        if text.lstrip().startswith(">>>"):
+            test = parser.get_doctest(text, names, path.name, str(path), line)
+            failed = runner.run(test, clear_globs=False, out=lambda text: None).failed
+            if failed:
+                runner.run(test, clear_globs=False)
+                pytest.fail(f"{named(path)}, block at line {line}:\n{capsys.readouterr().out}")
+            names.update(test.globs)
+        else:
+            exec(compile("\n" * line + text, str(path), "exec"), names)
+
+
+def commands(path):
+    """The lines of a page that call a program: in its blocks without a language of their own, and in backticks."""
+    page = path.read_text(encoding="utf-8")
+    found = []
+    for language, text, _ in blocks(path):
+        if language in ("", "sh", "bash", "console"):
+            found += re.sub(r"\\\n", " ", text).splitlines()
+    found += re.findall(r"`((?:kalmannorm|make) [^`]+)`", FENCE.sub("", page).replace("\n", " "))
+    for line in found:
+        words = shlex.split(line.removeprefix("$ ").strip(), comments=True)
+        while words and re.match(r"[A-Z_]+=", words[0]):
+            del words[0]
+        if words and words[0] in ("kalmannorm", "make"):
+            yield words
+
+
+def of_a_page(words):
+    """Whether a command is whole: not a pattern of one, such as `kalmannorm fit ...`."""
+    return words[-1] != "--methods" and "..." not in words and not any(word.isupper() for word in words[1:])
+
+
+COMMANDS = sorted({tuple(words) for path in ALL for words in commands(path) if of_a_page(words)})
+
+
+def test_commands_are_found():
+    assert ("make", "demo") in COMMANDS
+    assert ("kalmannorm", "reproduce", "table8", "--scale", "tiny") in COMMANDS
+    assert len(COMMANDS) > 15
+
+
+@pytest.mark.parametrize("words", [words for words in COMMANDS if words[0] == "make"], ids=" ".join)
+def test_make_has_the_target(words):
+    makefile = (ROOT / "Makefile").read_text()
+    for target in words[1:]:
+        assert re.search(rf"^{re.escape(target)}:", makefile, re.M), target
+
+
+@pytest.mark.parametrize("words", [words for words in COMMANDS if words[0] == "kalmannorm"], ids=" ".join)
+def test_the_command_line_takes_the_command(words, monkeypatch, capsys):
+    from kalmannorm.lab import cli
+
+    called = {}
+    load = cli._load
+
+    def stub(place):
+        real = load(place)
+
+        @functools.wraps(real)
+        def instead(*args, **kwargs):
+            called.update(inspect.signature(real).bind(*args, **kwargs).arguments)
+            return 0
+
+        return instead
+
+    monkeypatch.setattr(cli, "_load", stub)
+    monkeypatch.setattr(cli, "NEEDED", ())
+    if words[1:2] and words[1] in cli.COMMANDS and len(words) == 2 and "TABLE" not in words:
+        assert callable(load(cli.COMMANDS[words[1]]))
+        return
+    assert cli.main(words[1:]) == 0, capsys.readouterr().err
+    check(words[1], called)
+
+
+def check(command, called):
+    """What a command names is there: tables and cells, studies, recipes."""
+    from kalmannorm.lab import recipes, study_file
+
+    if command == "reproduce":
+        cells = recipes.names(called["table"])
+        assert cells, called
+        pattern = called.get("only", "*")
+        assert any(fnmatch(name.partition("/")[2], pattern) for name in cells), called
+    elif command == "study":
+        assert called["name"] in study_file.names(), called
+    elif command == "fit":
+        recipes.read(called["config"])
+
+
+def slug(heading):
+    """The anchor that a code host, and MyST, give to a heading."""
+    text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).replace("`", "").strip().lower()
+    return re.sub(r"[^\w\- ]", "", text).replace(" ", "-")
+
+
+def anchors(path):
+    text = FENCE.sub("", path.read_text(encoding="utf-8"))
+    return {slug(heading) for heading in re.findall(r"^#{1,6} +(.*)$", text, re.M)}
+
+
+LINK = re.compile(r"(?<!\\)!?\[(?:[^][]|\[[^]]*\])*\]\(<?([^)\s>]+)>?\)")
+
+
+@pytest.mark.parametrize("path", ALL, ids=named)
+def test_links_within_the_repository_lead_somewhere(path):
+    text = re.sub(r"`[^`\n]*`", "", FENCE.sub("", path.read_text(encoding="utf-8")))
+    for target in LINK.findall(text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        place, _, anchor = target.partition("#")
+        there = (path.parent / place).resolve() if place else path
+        assert there.exists(), target
+        assert there.is_relative_to(ROOT), target
+        if anchor:
+            assert anchor in anchors(there), target
+
+
+def test_every_page_is_in_the_site():
+    """In a table of contents; studies are by a pattern."""
+    listed = set()
+    for path in PAGES:
+        for language, text, _ in blocks(path):
+            if language == "{toctree}":
+                for line in text.splitlines():
+                    name = re.sub(r"^.*<(.*)>$", r"\1", line.strip())
+                    if name and not name.startswith(":"):
+                        listed |= {p.resolve() for p in path.parent.glob(name + ".md")}
+                        listed |= {p.resolve() for p in [(path.parent / (name + ".md"))] if p.exists()}
+    assert {p.resolve() for p in PAGES} - listed == {DOCS / "index.md"}
+
+
+def test_the_page_of_the_api_has_every_public_name():
+    page = (DOCS / "api.md").read_text()
+    documented = set(re.findall(r"^\.\. (?:auto\w+|py:data):: (\S+)$", page, re.M))
+    members = {
+        module: set(re.findall(r"\w+", found[1])) if (found := re.search(
+            rf"automodule:: {re.escape(module.__name__)}\n   :members:(.*)$", page, re.M)) else None
+        for module in (functional, rules.pointwise, rules.attention, rules.pooling, rules.shape)
+    }  # fmt: skip
+    for name in set(kn.__all__) - {"functional", "rules"}:
+        assert name in documented, name
+    for module, shown in members.items():
+        assert shown is not None, module
+        assert not shown or shown == set(module.__all__), module
+    for name in rules.__all__:
+        assert documented & {name, f"kalmannorm.rules.{name}", f"kalmannorm.rules.table.{name}"} or (
+            f"automodule:: kalmannorm.rules.{name}\n" in page
+        ), name
+
+
+# What a call in the library says, with … for each part that is filled in.
+SAYS = {"ValueError", "TypeError", "RuntimeError", "NotImplementedError", "warn", "Unknown"}
+
+
+def template(node):
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.JoinedStr):
+        return "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+    return None
+
+
+def messages():
+    """Every message of the core: of errors, warnings, and of beliefs that end."""
+    for path in PACKAGE.rglob("*.py"):
+        if "lab" in path.relative_to(PACKAGE).parts:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and node.args:
+                name = getattr(node.func, "id", getattr(node.func, "attr", ""))
+                text = template(node.args[0]) if name in SAYS else None
+                # An option that the documentation does not speak of yet.
+                if text is not None and "carry_gain" not in text:
+                    yield text
+
+
+def test_the_page_of_errors_has_every_message_and_no_other():
+    page = (DOCS / "guide" / "troubleshooting.md").read_text()
+    page = re.sub(r"\n +", " ", FENCE.sub("", page))
+    # An entry begins with what is on the screen, or with several of a kind.
+    entries = re.findall(r"^- (`[^`]+`(?:, `[^`]+`)*)", page, re.M)
+    shown = {text for entry in entries for text in re.findall(r"`([^`]+)`", entry)}
+    patterns = {text: re.compile(".*".join(map(re.escape, text.split("…")))) for text in shown}
+    said = set(messages())
+    assert len(said) > 60
+    assert not {message for message in said if not any(pattern.match(message) for pattern in patterns.values())}
+    rows = (PACKAGE / "describe.py").read_text()
+    stale = {text for text, pattern in patterns.items() if not any(map(pattern.match, said))}
+    assert stale == {text for text in stale if f'reason = "{text}"' in rows} | CALLED & stale | TORCHS
+
+
+# A row of `describe` that is made where no step is; and what torch says.
+CALLED = {"the layer was not called"}
+TORCHS = {"CheckpointError", "setattr() on unsupported type"}
+
+
+SITE = DOCS / "_build" / "html"
+
+
+@pytest.mark.skipif(not (SITE / "index.html").exists(), reason="the site is not built: make docs")
+@pytest.mark.parametrize("page", ["index", "start", "which-normalization", "compared", "api", "guide/troubleshooting"])
+def test_pages_fit_on_a_phone(page, phone):
+    phone.goto((SITE / f"{page}.html").as_uri())
+    facts = phone.evaluate("""() => ({
+        over: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+        broken: [...document.images].filter(i => !(i.complete && i.naturalWidth)).map(i => i.src),
+    })""")
+    assert facts == {"over": 0, "broken": []}
+
+
+@pytest.fixture(scope="module")
+def phone():
+    """A page as wide as a phone, which asks nothing of the network."""
+    sys.path.append(str(Path(__file__).parent / "lab"))
+    import browser
+
+    with browser.started() as started:
+        page = started.new_page(viewport={"width": browser.PHONE[0], "height": browser.PHONE[1]})
+        asked = []
+        page.on("request", lambda r: None if r.url.startswith(("file:", "data:")) else asked.append(r.url))
+        yield page
+        assert not asked
