@@ -77,5 +77,5 @@ def test_depth_is_the_file_and_the_page_says_what_is_in_it(make):
     narrow = {name: 1 / each[2:] for name, each in ratios.items()}
     assert 4.5 < float(narrow["prior"].min()) < float(narrow["prior"].max()) < 11
     assert 3 < float(narrow["posterior"].min()) < float(narrow["posterior"].max()) < 6
-    assert float(ratios["observation"][2:].min()) > 7 / 8
+    assert float(ratios["observation"][2:].min()) > 5 / 6
     assert float(means["prior"].median()) < float(means["observation"].median()) * 1.2
