@@ -271,23 +271,25 @@ static void gradients_of(const Filter *f, const Gradients *g, float q, int64_t s
     float g_mean = (g->d_posterior_mean ? g->d_posterior_mean[i] : 0.0f) - *scale * (float)sum_dy;
     float g_var = (g->d_posterior_var ? g->d_posterior_var[i] : 0.0f) - 0.5f * *scale * inverse * (float)sum_dyx;
     float inverse2 = inverse * inverse, off = d_output_mean * *scale, by_output_var = d_output_var * *scale * *scale;
-    float by_observed = g_mean, by_observed_var = g_var + by_output_var * eps * inverse2;
+    g_var += by_output_var * eps * inverse2;
+    float by_observed = g_mean, by_observed_var = q * g_var;
     if (f->prior_mean) {
         int64_t p = f->prior_groups == 1 ? c : i;
         float h = carried_gain(f, q), innovation = mean - f->prior_mean[p], square = 0;
         float excess = var - f->prior_var[p] - noise_of(f, c);
         if (f->spread) square = innovation * innovation;
         apart = (h - q) * innovation;
-        carried_var = var - (1 - h) * excess + h * (1 - h) * square;
-        g_var -= inverse2 * (0.5f * off * apart + by_output_var * carried_var);
+        float more = (h - q) * excess + (h - q) * (1 - h - q) * square, extra = (h - q) * by_output_var;
+        carried_var = v + more;
+        g_var -= inverse2 * (0.5f * off * apart + by_output_var * more);
         float through = (h - q) * off;
-        if (f->spread) through += 2 * innovation * (q * (1 - q) * g_var + h * (1 - h) * by_output_var);
+        if (f->spread) through += 2 * innovation * (q * (1 - q) * g_var + (1 - h - q) * extra);
         by_observed = q * g_mean + through;
-        by_observed_var = q * g_var + h * by_output_var;
+        by_observed_var = q * g_var + extra;
         terms[i] = (1 - q) * g_mean - through;
-        terms[size + i] = (1 - q) * g_var + (1 - h) * by_output_var;
-        terms[2 * size + i] = (g_mean - off) * innovation + g_var * (excess + (1 - 2 * q) * square);
-        if (h == q) terms[2 * size + i] += off * innovation + by_output_var * (excess + (1 - 2 * h) * square);
+        terms[size + i] = (1 - q) * g_var - extra;
+        terms[2 * size + i] = g_mean * innovation + g_var * (excess + (1 - 2 * q) * square);
+        if (h != q) terms[2 * size + i] -= off * innovation + by_output_var * (excess + (1 - 2 * q) * square);
     }
     terms[3 * size + i] = (float)sum_dyx + (d_output_mean * apart + 2 * d_output_var * *scale * carried_var) * inverse;
     terms[4 * size + i] = (float)sum_dy + d_output_mean;

@@ -207,14 +207,14 @@ def layer_backward(dy: Tensor, x: Tensor, y: Tensor | None, prior_mean: Tensor |
         return torch.zeros_like(mean) if gradient is None else gradient.view(groups, channels)
 
     g_mean = sent(d_posterior_mean) - scale * sum_dy
-    g_var = sent(d_posterior_var) - 0.5 * scale * inverse * sum_dyx
     off, by_output_var = sent(d_output_mean) * scale, sent(d_output_var) * scale.square()
+    g_var = sent(d_posterior_var) - 0.5 * scale * inverse * sum_dyx + by_output_var * options.eps * inverse.square()
     d_prior_mean = d_prior_var = d_gain = d_noise = None
     if prior_mean is not None and prior_var is not None:
         noise_var = None if noise is None else noise_of(noise, options)
         prior = (prior_mean.view(-1, channels), prior_var.view(-1, channels))
         back = _through_filter(g_mean, g_var, off, by_output_var, inverse, (mean, var), prior, gain, noise_var, options)
-        by_observed, by_observed_var, by_prior_mean, by_prior_var, by_gain, apart, carried_var = back
+        by_observed, by_observed_var, by_prior_mean, by_prior_var, by_gain, apart, more = back
         if gain is not None:
             d_gain = by_gain.sum().view(1)
         if noise is not None and noise_var is not None:
@@ -224,8 +224,8 @@ def layer_backward(dy: Tensor, x: Tensor, y: Tensor | None, prior_mean: Tensor |
             (t.sum(0) if shared else t).view(prior_mean.shape) for t in (by_prior_mean, by_prior_var)
         )
     else:
-        by_observed, by_observed_var = g_mean, g_var + by_output_var * options.eps * inverse.square()
-        apart, carried_var = torch.zeros_like(mean), var
+        by_observed, by_observed_var = g_mean, g_var
+        apart = more = torch.zeros_like(mean)
         d_gain = None if gain is None else torch.zeros_like(gain)
         d_noise = None if noise is None else torch.zeros_like(noise)
     slope = slope_by_variance(by_observed_var * (2 / count), mean, var)
@@ -233,7 +233,7 @@ def layer_backward(dy: Tensor, x: Tensor, y: Tensor | None, prior_mean: Tensor |
     dx = _add_line(dx, dy, x, scale, slope, offset)
     d_weight = None
     if weight is not None:
-        by_output = sent(d_output_mean) * apart + sent(d_output_var) * (2 * scale) * carried_var
+        by_output = sent(d_output_mean) * apart + sent(d_output_var) * (2 * scale) * (posterior_var + more)
         d_weight = (sum_dyx + by_output * inverse).sum(0)
     d_bias = None if bias is None else (sum_dy + sent(d_output_mean)).sum(0)
     return dx, None if y is None else dy, d_prior_mean, d_prior_var, d_gain, d_noise, d_weight, d_bias
@@ -243,7 +243,7 @@ def _through_filter(g_mean: Tensor, g_var: Tensor, off: Tensor, by_output_var: T
                     observed: tuple[Tensor, Tensor], prior: tuple[Tensor, Tensor], gain: Tensor | None,
                     noise_var: Tensor | None, options: Filter) -> tuple[Tensor, ...]:  # fmt: skip
     """Back through the update, in the names of `layer`: gradients of the observed and the prior's mean and variance and
-    of the gain, each ``(S, C)``; and ``(h - q) d`` and ``v'``.
+    of the gain, each ``(S, C)``; and ``(h - q) d`` and ``v' - v``.
     """
     q = gain_of(gain, prior[0], options)
     h = q.clamp(min=options.carry_gain)
@@ -252,18 +252,19 @@ def _through_filter(g_mean: Tensor, g_var: Tensor, off: Tensor, by_output_var: T
     if noise_var is not None:
         excess = excess - noise_var
     square = innovation.square() if options.spread else torch.zeros_like(innovation)
-    apart, carried_var = (h - q) * innovation, observed[1] - (1 - h) * excess + h * (1 - h) * square
-    g_var = g_var - inverse.square() * (0.5 * off * apart + by_output_var * carried_var)
+    apart, more = (h - q) * innovation, (h - q) * (excess + (1 - h - q) * square)
+    extra = (h - q) * by_output_var
+    g_var = g_var - inverse.square() * (0.5 * off * apart + by_output_var * more)
     through = (h - q) * off
     if options.spread:
-        through = through + 2 * innovation * (q * (1 - q) * g_var + h * (1 - h) * by_output_var)
-    by_gain = (g_mean - off) * innovation + g_var * (excess + (1 - 2 * q) * square)
-    by_carried = off * innovation + by_output_var * (excess + (1 - 2 * h) * square)
-    by_gain = by_gain + (q >= options.carry_gain) * by_carried
+        through = through + 2 * innovation * (q * (1 - q) * g_var + (1 - h - q) * extra)
+    by_variance = excess + (1 - 2 * q) * square
+    by_gain = g_mean * innovation + g_var * by_variance
+    by_gain = by_gain - (q < options.carry_gain) * (off * innovation + by_output_var * by_variance)
     if options.gain_slope:
         by_gain = by_gain * (options.gain_slope * q * (1 - q))
-    by_observed_var, by_prior_var = q * g_var + h * by_output_var, (1 - q) * g_var + (1 - h) * by_output_var
-    return q * g_mean + through, by_observed_var, (1 - q) * g_mean - through, by_prior_var, by_gain, apart, carried_var
+    by_observed_var, by_prior_var = q * g_var + extra, (1 - q) * g_var - extra
+    return q * g_mean + through, by_observed_var, (1 - q) * g_mean - through, by_prior_var, by_gain, apart, more
 
 
 def _through_normalization(dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, scale: Tensor,

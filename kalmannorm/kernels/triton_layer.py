@@ -239,10 +239,11 @@ def _gradients(sum_dy, sum_dyx, n, at, channel, here, size, statistics, prior_me
     d_var = _or(d_output_var, at, here, 0.0)
     off = d_mean * scale
     by_output = d_var * scale * scale
+    g_var += by_output * (EPS * inverse * inverse)
     carried_var = v
     apart = tl.zeros_like(mean)
     by_observed = g_mean
-    by_observed_var = g_var + by_output * (EPS * inverse * inverse)
+    by_observed_var = g_var
     if prior_mean is not None:
         q = _gain(gain, GAIN_SLOPE, GAIN_OFFSET)
         h = tl.maximum(q, CARRY)
@@ -250,17 +251,19 @@ def _gradients(sum_dy, sum_dyx, n, at, channel, here, size, statistics, prior_me
         innovation = mean - p_mean
         square = innovation * innovation if SPREAD else tl.zeros_like(mean)
         apart = (h - q) * innovation
-        carried_var = p_var + h * (var - p_var) + h * (1 - h) * square
-        g_var -= inverse * inverse * (0.5 * off * apart + by_output * carried_var)
+        more = (h - q) * (var - p_var + (1 - h - q) * square)
+        extra = (h - q) * by_output
+        carried_var = v + more
+        g_var -= inverse * inverse * (0.5 * off * apart + by_output * more)
         through = (h - q) * off
         if SPREAD:
-            through += 2 * innovation * (q * (1 - q) * g_var + h * (1 - h) * by_output)
+            through += 2 * innovation * (q * (1 - q) * g_var + (1 - h - q) * extra)
         by_observed = q * g_mean + through
-        by_observed_var = q * g_var + h * by_output
-        by_prior_var = (1 - q) * g_var + (1 - h) * by_output
-        by_gain = (g_mean - off) * innovation + g_var * (var - p_var + (1 - 2 * q) * square)
-        by_carried = off * innovation + by_output * (var - p_var + (1 - 2 * h) * square)
-        by_gain += tl.where(h == q, by_carried, 0.0)
+        by_observed_var = q * g_var + extra
+        by_prior_var = (1 - q) * g_var - extra
+        by_variance = var - p_var + (1 - 2 * q) * square
+        by_gain = g_mean * innovation + g_var * by_variance
+        by_gain -= tl.where(h == q, 0.0, off * innovation + by_output * by_variance)
         if gain is not None and GAIN_SLOPE != 0:
             by_gain *= GAIN_SLOPE * q * (1 - q)
         tl.store(terms + 2 * size + at, (1 - q) * g_mean - through, mask=here)
