@@ -174,11 +174,15 @@ def drawn(step: Step, groups: int) -> Tensor | Unknown:
 
     def kept(step: Step) -> Tensor | Unknown | None:
         draws = step.draws
-        return draws if draws is not None and may_use(step.draws_in, step, now) else None
+        if draws is None or not may_use(step.draws_in, step, now):
+            return None
+        enough = isinstance(draws, Unknown) or step.groups_drawn == groups
+        return draws if enough else None
 
     def draw(step: Step) -> None:
         draws = _draw(step, groups) if step.function is None else _by_call(step, *_operands(step, kept))
         step.draws, step.draws_in, step.depth = draws, computed_in(step.draws, now), 0
+        step.groups_drawn = groups
 
     _evaluate(step, kept, draw)
     draws = kept(step)
@@ -201,8 +205,9 @@ def _by_call(step: Step, args: Any, kwargs: dict[str, Any]) -> Tensor | Unknown:
     name = step.function.__name__  # type: ignore[union-attr]
     if kwargs.get("training") and "norm" in name:
         return Unknown(f"{function_name(step.function)} changes buffers, so it is not put to draws")
-    # The function may work in place, and other steps still need these draws.
-    if name.endswith("_") or kwargs.get("inplace"):
+    # The function may work in place, and other steps still need these draws. (A compiler drops copies that nobody
+    # needs, and torch 2.14's does not know the names of functions.)
+    if torch.compiler.is_compiling() or name.endswith("_") or kwargs.get("inplace"):
         args = replace(args, Tensor, Tensor.clone)
     try:
         with torch.set_grad_enabled(step.grad and torch.is_grad_enabled()):

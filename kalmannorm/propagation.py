@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from kalmannorm.checkpoints import enter_again
 from kalmannorm.gaussian import Gaussian, Unknown
 from kalmannorm.kernels import rectify_output
+from kalmannorm.kernels.apply import alias
 from kalmannorm.rules import FACTORIES, LIKE, Belief
 from kalmannorm.steps import SCALARS, Step, put, step_of
 
@@ -61,6 +62,8 @@ class Propagation(TorchFunctionMode):
             if func != _BASE:  # who looks at what a view is a view of computes nothing
                 self._record(func, args, kwargs, output, None)
         elif isinstance(output, tuple | list) and not isinstance(output, torch.Size):
+            if torch.compiler.is_dynamo_compiling():
+                output = type(output)([alias(each) if isinstance(each, Tensor) else each for each in output])
             for i, each in enumerate(output):
                 if isinstance(each, Tensor):
                     self._record(func, args, kwargs, each, i)

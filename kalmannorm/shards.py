@@ -54,6 +54,7 @@ def _without_shards(step: Step, module: Any, layers: Sequence[Any]) -> Step:
     if (groups := _groups_of_draws(layers, step)) is not None:
         draws = drawn(step, groups)
         new.draws = draws if isinstance(draws, Unknown) else _gathered(draws, module)
+        new.groups_drawn = groups
     return new
 
 

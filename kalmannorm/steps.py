@@ -47,9 +47,8 @@ class Step:
     """
 
     __slots__ = (
-        "args", "belief", "belief_in", "depth", "draws", "draws_in", "function", "grad", "hooks", "index",
-        "is_used", "kwargs",
-        "parents", "shape", "source",
+        "args", "belief", "belief_in", "depth", "draws", "draws_in", "function", "grad", "groups_drawn",
+        "hooks", "index", "is_used", "kwargs", "parents", "shape", "source",
     )  # fmt: skip
 
     def __init__(self, function: Callable[..., Any] | None, args: tuple[Any, ...], kwargs: dict[str, Any],
@@ -63,6 +62,7 @@ class Step:
         self.source = source
         self.belief = belief
         self.draws: Tensor | Unknown | None = None
+        self.groups_drawn = 0
         self.is_used = False  # by a function that was called with its tensor
         self.grad = torch.is_grad_enabled()
         self.hooks = self.belief_in = self.draws_in = saved_tensor_hooks()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["differentiable_gradients", "direct", "is_transformed", "saved_tensor_hooks"]
+__all__ = ["alias", "differentiable_gradients", "direct", "is_transformed", "saved_tensor_hooks"]
 
 
 def is_transformed() -> bool:
@@ -21,6 +21,13 @@ def is_transformed() -> bool:
     if torch.compiler.is_compiling():
         return True
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def alias(t: Tensor) -> Tensor:
+    """The same tensor under another name: what ``torch.compile`` of torch 2.14 needs of one of several outputs, if an
+    attribute is to be set on it.
+    """
+    return torch.ops.aten.alias.default(t)  # type: ignore[no-any-return]
 
 
 def saved_tensor_hooks() -> Any:
