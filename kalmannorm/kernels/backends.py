@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kalmannorm.kernels import on_cpu, on_gpu, on_torch
+from kalmannorm.kernels.memory import is_channels_last
 
 __all__ = ["backend_for"]
 
@@ -25,6 +26,8 @@ def backend_for(x: Tensor, *others: Tensor | None) -> ModuleType:
         if t is None:
             continue
         if t.dtype is not torch.float32 or type(t) not in _PLAIN_TENSORS or t.device != x.device:
+            return on_torch
+        if not t.is_contiguous() and not is_channels_last(t):  # a compiled kernel reads memory from its start on
             return on_torch
     backend: ModuleType = on_cpu if kind == "cpu" else on_gpu
     return backend if backend.is_available() else on_torch

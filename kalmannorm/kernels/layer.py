@@ -43,7 +43,7 @@ import torch
 from torch import Tensor
 
 from kalmannorm.kernels import on_cpu, on_torch, operators
-from kalmannorm.kernels.apply import differentiable_gradients, is_transformed
+from kalmannorm.kernels.apply import alias, differentiable_gradients, is_transformed
 from kalmannorm.kernels.backends import backend_for
 from kalmannorm.kernels.memory import as_dense, dense
 from kalmannorm.kernels.moments import moments
@@ -106,7 +106,7 @@ def _compiled(x: Tensor, other: Tensor | None, prior_mean: Tensor | None, prior_
         move_running(running, seen[0], seen[1] + q * seen[5] / others)
     rows = statistics.view(6, options.groups, x.shape[1], *[1] * (x.ndim - 2)).unbind(0)
     first = 0 if posterior else 2
-    return Layer(y, rows[first], rows[first + 1], statistics.detach())
+    return Layer(alias(y), rows[first], rows[first + 1], statistics.detach())
 
 
 class _Layer(torch.autograd.Function):
@@ -171,6 +171,29 @@ def _to(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return t if t is None or t.dtype is dtype else t.to(dtype)
 
 
+def _check_sizes(x: Tensor, other: Tensor | None, prior_mean: Tensor | None, prior_var: Tensor | None,
+                 noise: Tensor | None, weight: Tensor | None, bias: Tensor | None, running: Running | None,
+                 groups: int) -> None:  # fmt: skip
+    channels = x.shape[1]
+    if x.shape[0] % groups:
+        raise ValueError(f"got a batch of {x.shape[0]}, expected a multiple of the {groups} statistic groups")
+    if other is not None and other.shape != x.shape:
+        raise ValueError(f"got a residual of shape {tuple(other.shape)}, expected {tuple(x.shape)}, the input's")
+    of_channels = [("process_noise", noise), ("weight", weight), ("bias", bias)]
+    if running is not None:
+        of_channels += [("running_mean", running.mean), ("running_var", running.var)]
+    for name, t in of_channels:
+        if t is not None and (t.ndim != 1 or t.shape[0] != channels):
+            raise ValueError(f"got {name} of shape {tuple(t.shape)}, expected ({channels},), one a channel")
+    for name, t in (("mean", prior_mean), ("variance", prior_var)):
+        if t is not None and (t.ndim < 2 or t.shape[1] != channels or t.shape[0] not in (1, groups)
+                              or t.numel() != t.shape[0] * channels):  # fmt: skip
+            raise ValueError(
+                f"got a prior {name} of shape {tuple(t.shape)}, expected ({groups}, {channels}) or (1, {channels}): "
+                "one a statistic group and channel of the input"
+            )
+
+
 def layer(x: Tensor, prior_mean: Tensor | None, prior_var: Tensor | None, gain: Tensor | None, noise: Tensor | None,
           weight: Tensor | None, bias: Tensor | None, options: Filter, *, other: Tensor | None = None,
           running: Running | None = None, posterior: bool = False) -> Layer:  # fmt: skip
@@ -189,7 +212,11 @@ def layer(x: Tensor, prior_mean: Tensor | None, prior_var: Tensor | None, gain: 
         other: added to the normalized activation, shaped and typed as ``x``.
         running: running statistics to move along in place.
         posterior: hand on the posterior of the input, not what is believed of the output.
+
+    Raises:
+        ValueError: for a tensor of another size. A compiled kernel would read and write whatever lies behind it.
     """
+    _check_sizes(x, other, prior_mean, prior_var, noise, weight, bias, running, options.groups)
     dtype = torch.promote_types(x.dtype, torch.float32)
     prior_mean, prior_var, gain = _to(prior_mean, dtype), _to(prior_var, dtype), _to(gain, dtype)
     noise, weight, bias = _to(noise, dtype), _to(weight, dtype), _to(bias, dtype)

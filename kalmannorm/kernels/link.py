@@ -98,7 +98,15 @@ def link(mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor | None = None, 
         weight: ``(C_out, C_in)``, or ``(C_out, C_in, *taps)``, whose taps all meet the same moments.
         bias: ``(C_out,)`` or None.
         relu: rectify the Gaussian before.
+
+    Raises:
+        ValueError: for moments of another number of channels than the weight's.
     """
+    if mean.shape[1] != weight.shape[1] or var.shape != mean.shape:
+        raise ValueError(
+            f"got a mean and a variance of shapes {tuple(mean.shape)} and {tuple(var.shape)}, expected both of "
+            f"{weight.shape[1]} channels, as the weight of shape {tuple(weight.shape)} has"
+        )
     weight = weight.to(mean.dtype)
     bias = None if bias is None else bias.to(mean.dtype)
     if is_transformed() and not torch.compiler.is_compiling():

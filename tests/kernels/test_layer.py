@@ -8,7 +8,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from kalmannorm import Gaussian
 from kalmannorm.functional import kalman_update, normalize, observe
-from kalmannorm.kernels import Filter, Running, layer
+from kalmannorm.kernels import Filter, Running, layer, link
 
 # The package's attribute of this name is the function.
 _module = importlib.import_module("kalmannorm.kernels.layer")
@@ -150,3 +150,57 @@ def test_any_strides_will_do(compiled):
     for strided in (transposed, part):
         assert not strided.is_contiguous()
         torch.testing.assert_close(run(strided, *rest, Filter()).output, expected)
+
+
+def strided(t):
+    """The same numbers, every second of a longer vector."""
+    return torch.stack([t, 1e6 * torch.ones_like(t)], 1).flatten()[::2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_small_vectors_may_have_strides(dtype):
+    """A kernel that took them for dense would read, and with running statistics write, what lies between."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 8, 5, 5, dtype=dtype)
+    mean, var, weight, bias, noise = (torch.rand(8, dtype=dtype) + 0.5 for _ in range(5))
+    options = Filter(gain_offset=0.3)
+    results = []
+    for form in (lambda t: t, strided):
+        buffer = form(torch.zeros(8, dtype=dtype)), form(torch.ones(8, dtype=dtype))
+        running = Running(*buffer, torch.tensor(0), torch.tensor(0), 0.1)
+        inputs = [form(t) for t in (noise, weight, bias)]
+        out = layer(x, form(mean)[None], form(var)[None], None, *inputs, options, running=running)
+        results.append((*out, running.mean, running.var))
+    torch.testing.assert_close(*results)
+    wide = torch.tensor([2.0], dtype=dtype).expand(8)
+    flat = layer(x, None, None, None, None, wide, None, options).output
+    torch.testing.assert_close(flat, layer(x, None, None, None, None, wide.clone(), None, options).output)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("weight", {"weight": torch.ones(4)}),
+        ("bias", {"bias": torch.ones(4)}),
+        ("process_noise", {"noise": torch.ones(1)}),
+        ("a prior mean", {"prior_mean": torch.zeros(1, 4)}),
+        ("a prior variance", {"prior_var": torch.ones(2, 8)}),
+        ("a residual", {"other": torch.ones(4, 8, 1, 1)}),
+        ("running_mean", {"running": Running(*torch.zeros(2, 4), torch.tensor(0), torch.tensor(0), 0.1)}),
+        ("a batch of 4", {"options": Filter(groups=3, gain_offset=0.3)}),
+    ],
+)
+def test_what_has_another_size_is_refused(name, change, dtype):
+    given = {
+        "prior_mean": torch.zeros(1, 8), "prior_var": torch.ones(1, 8), "gain": None, "noise": torch.ones(8),
+        "weight": torch.ones(8), "bias": torch.ones(8), "options": Filter(gain_offset=0.3), **change,
+    }  # fmt: skip
+    given = {key: t.to(dtype) if isinstance(t, torch.Tensor) else t for key, t in given.items()}
+    with pytest.raises(ValueError, match=f"got {name}.*expected"):
+        layer(torch.randn(4, 8, 5, 5, dtype=dtype), **given)
+
+
+def test_a_link_of_another_number_of_channels_is_refused():
+    with pytest.raises(ValueError, match=r"expected both of 8 channels, as the weight of shape \(3, 8, 1, 1\) has"):
+        link(torch.zeros(1, 4, 1, 1), torch.ones(1, 4, 1, 1), torch.ones(3, 8, 1, 1))
