@@ -63,6 +63,8 @@ _FOLDED_INTO = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 _OPTIONS = (
     "gain", "process_noise", "spread", "carry", "carry_gain", "estimator", "stats_batch_size", "guard", "process_group",
 )  # fmt: skip
+# A channel group has one sample.
+_OF_BATCHES = ("carry_gain", "stats_batch_size", "process_group")
 
 
 def convert(model: _M, *, layers: Sequence[str] = ("batch",),
@@ -146,8 +148,8 @@ def _kalman_layer(layer: nn.Module, name: str, kinds: Sequence[str], options: di
             stacklevel=3,
         )
         return None
-    if kind != "batch" and "batch" in kinds:  # a group never has more than one sample
-        options = {name: value for name, value in options.items() if name not in ("stats_batch_size", "process_group")}
+    if kind != "batch" and "batch" in kinds:
+        options = {name: value for name, value in options.items() if name not in _OF_BATCHES}
     make = _from_batch_norm if kind == "batch" else _from_group_norm
     new: KalmanLayer = make(layer, name, kalman, _on(layer, options))
     if type(layer).__module__.split(".")[0] != "torch" and isinstance(layer, (_NormBase, nn.GroupNorm)):

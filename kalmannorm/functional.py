@@ -193,8 +193,8 @@ def _fuse(prior: Gaussian | None, observation: Gaussian, gain: Tensor | float, p
     return gain, kalman_update(prior, observation, gain, spread=spread)
 
 
-def carried(out: KalmanNormOutput, prior: Gaussian | None, process_noise: Tensor | None, carry_gain: float, *,
-            spread: bool = True) -> Gaussian:  # fmt: skip
+def carried(out: KalmanNormOutput, prior: Gaussian | None, process_noise: Tensor | None,
+            carry_gain: Tensor | float, *, spread: bool = True) -> Gaussian:  # fmt: skip
     """The moments of a layer's input with a gain of at least ``carry_gain``: what the belief of its output is made of.
 
     What normalizes must not be noisy, so its gain is small; what is handed on must not be wrong in scale, or the error
@@ -204,7 +204,7 @@ def carried(out: KalmanNormOutput, prior: Gaussian | None, process_noise: Tensor
         out: what :func:`kalman_norm` returned.
         prior: what it was given, as ``process_noise`` and ``spread``.
         process_noise: see ``prior``.
-        carry_gain: in [0, 1]; at or below the gain, the posterior is returned.
+        carry_gain: in [0, 1], a number or a scalar tensor; at or below the gain, the posterior is returned.
         spread: see ``prior``.
 
     Returns:

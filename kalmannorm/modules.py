@@ -34,6 +34,7 @@ Carry = Literal["output", "posterior"]
 _INITIAL_STRENGTH = 18.0
 _INITIAL_GAIN = 0.1
 _INITIAL_NOISE = 0.01
+_CARRY_GAIN = 0.3
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"gain": "learned", "process_noise": True, "spread": False, "carry": "posterior",
@@ -275,8 +276,8 @@ class KalmanNorm(_Filter, _NormBase):
         spread: count the distance of the two means into the fused variance.
         carry: hand on the belief of the layer's ``"output"``, or the ``"posterior"`` of its input.
         carry_gain: the least gain of that belief of the output, in [0, 1]: it has the larger of this and the gain. A
-            prior is off by a factor where activations are correlated, and what is handed on can say so; but it makes
-            priors depend on the batch, and running statistics fail with single images. 0 for one gain in both.
+            prior is off by a factor where activations are correlated, and what is handed on can say so. With one sample
+            a group the gain alone counts: what is handed on would be of that sample, and running statistics of none.
         estimator: move beliefs by ``"exact"`` rules, or by ``"monte_carlo"`` draws, as the paper.
         stats_batch_size: normalize groups of so many consecutive samples; None for the whole batch.
         guard: see :func:`kalmannorm.functional.trusted_gain`.
@@ -304,7 +305,7 @@ class KalmanNorm(_Filter, _NormBase):
 
     def __init__(self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True,
                  track_running_stats: bool = True, *, gain: Gain = "prior-strength", process_noise: bool = True,
-                 spread: bool = True, carry: Carry = "output", carry_gain: float = 0.0,
+                 spread: bool = True, carry: Carry = "output", carry_gain: float = _CARRY_GAIN,
                  estimator: Estimator = "exact", stats_batch_size: int | None = None, guard: float | None = None,
                  process_group: dist.ProcessGroup | None = None, device: Any = None, dtype: Any = None,
                  bias: bool = True) -> None:  # fmt: skip
@@ -371,7 +372,8 @@ class KalmanNorm(_Filter, _NormBase):
                 self.collect(out.posterior, groups * samples)
             better = None
             if self.carry_gain and is_open():
-                better = carried(out, prior, self.process_variance(), self.carry_gain, spread=self.spread)
+                least = self.carry_gain * (samples > 1)
+                better = carried(out, prior, self.process_variance(), least, spread=self.spread)
             self._hand_on(out.output, out.posterior, better)
             return out.output
 
@@ -385,10 +387,12 @@ class KalmanNorm(_Filter, _NormBase):
         """The common case by its kernel, running statistics and all."""
         prior = self._prior_for_kernel(x, groups)
         mean, var = (None, None) if prior is None else (prior.mean, prior.var)
-        gain, slope, offset = self._gain_line(x.shape[0] // groups)
+        samples = x.shape[0] // groups
+        gain, slope, offset = self._gain_line(samples)
+        carry_gain = self.carry_gain if samples > 1 else 0.0
         out = layer(
             x, mean, var, gain, self.process_noise, self.weight, self.bias,
-            Filter(groups, slope, offset, _INITIAL_NOISE, self.spread, self.eps, self.carry_gain, relu),
+            Filter(groups, slope, offset, _INITIAL_NOISE, self.spread, self.eps, carry_gain, relu),
             running=self._running() if self.training else None, posterior=self.carry == "posterior",
         )  # fmt: skip
         if self.collect is not None:

@@ -524,6 +524,18 @@ def test_the_belief_of_an_output_has_the_carry_gain():
     assert found.var.item() == pytest.approx(9 * 6.5 / 6.25)
 
 
+@pytest.mark.parametrize("guard", [None, 1e30])
+def test_with_one_sample_a_group_the_gain_alone_is_carried(guard):
+    x = torch.randn(4, 2, 7, 7, dtype=torch.float64)
+    for size in (1, 2):
+        outputs = []
+        for carry_gain in (0.0, 0.9):
+            torch.manual_seed(0)
+            options = {"carry_gain": carry_gain, "stats_batch_size": size, "guard": guard}
+            outputs.append(three_layers(**options)(x))
+        assert torch.equal(*outputs) == (size == 1)
+
+
 def test_a_channel_group_has_no_carry_gain():
     with pytest.raises(ValueError, match=r"carry_gain=0\.3, expected 0"):
         kn.GroupKalmanNorm(2, 4, carry_gain=0.3)
