@@ -1,4 +1,4 @@
-"""What was tried to make KN's prior better, beside the default: a screen of one seed, on the CPU.
+"""What was tried to make KN's prior better, beside the layer with a single gain: a screen of one seed, on the CPU.
 
 Pre-activation ResNet-14 of half the width, the first 10,000 of 45,000 training images of CIFAR-10, 5 epochs of 78 steps
 of 128, statistics batches of 2, rate 0.3 with a warm-up or without; 3,000 validation images. The layer is written out
@@ -61,6 +61,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "handed on: gain 0.3": {"hand_on": 0.3},
     "handed on: gain 0.7": {"hand_on": 0.7},
     "handed on: remembered": {"remember": 0.1},
+    "inflated by 0.5": {"inflate": 0.5},
     "inflated by 1.5": {"inflate": 1.5},
     "inflated by 2": {"inflate": 2.0},
     "inflated by 3": {"inflate": 3.0},
@@ -252,7 +253,9 @@ def build(method: str, group: int, options: dict[str, Any]) -> nn.Module:
     return network
 
 
-def run(name: str, method: str, group: int, options: dict[str, Any], schedule: str, seed: int, rate: float = RATE) -> dict[str, Any]:
+def run(
+    name: str, method: str, group: int, options: dict[str, Any], schedule: str, seed: int, rate: float = RATE
+) -> dict[str, Any]:
     """Train and score one variant."""
     splits = load_images("cifar10", validation=5000)
     images, labels = (t[:IMAGES] for t in splits.train)
