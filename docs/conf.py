@@ -24,6 +24,8 @@ extensions = [
     "docstrings",
 ]
 exclude_patterns = ["_build", "_ext", "**/.ipynb_checkpoints"]
+# results/demo-search.md has no heading; its entry in results.md has.
+suppress_warnings = ["toc.no_title"]
 nitpicky = True
 # Of other projects, whose pages are not here: a build asks nothing of the network.
 nitpick_ignore_regex = [
@@ -34,7 +36,7 @@ nitpick_ignore_regex = [
 # Pages that are run when the site is built (docs/notebooks) may not fail; all others are run by tests/test_docs.py.
 nb_execution_mode = "auto"
 nb_execution_raise_on_error = True
-nb_execution_timeout = 300
+nb_execution_timeout = 900
 nb_execution_show_tb = True
 nb_merge_streams = True
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
@@ -57,10 +59,13 @@ html_css_files = ["site.css"]
 html_show_sourcelink = False
 html_copy_source = False
 html_math_renderer = "mathml"
+# A sidebar where there is a section to go through.
+_ALONE = ("index", "start", "which-normalization", "how-it-works", "teach-a-function", "api", "compared", "releases")
+html_sidebars = {page: [] for page in _ALONE}
 html_theme_options = {
     "navbar_align": "left",
     "navbar_persistent": ["search-button"],
-    "header_links_before_dropdown": 7,
+    "header_links_before_dropdown": 6,
     "secondary_sidebar_items": ["page-toc"],
     "show_prev_next": True,
     "footer_start": ["copyright"],
