@@ -84,7 +84,8 @@ def convert(model: _M, *, layers: Sequence[str] = ("batch",),
         input_stats: mean and standard deviation of the network's first input as it is fed in, one
             number a channel each: after the usual normalization, zeros and ones. The first layer gets
             its prior from them.
-        options: keyword options of :class:`KalmanNorm2d`, for every layer.
+        options: keyword options of :class:`KalmanNorm2d`, for every layer. What stands in for SyncBatchNorm shares
+            statistics if ``torch.distributed`` is initialized, unless ``stats_batch_size`` asks for smaller groups.
 
     Returns:
         The model.
@@ -230,7 +231,7 @@ def _from_batch_norm(layer: Any, name: str, kalman: Any, options: dict[str, Any]
     if isinstance(layer.weight, nn.parameter.UninitializedParameter):
         raise ValueError(f"{type(layer).__name__} {name!r} is lazy: run the model once before kalmannorm.convert")
     synchronizes = isinstance(layer, nn.SyncBatchNorm) and torch.distributed.is_initialized()
-    if synchronizes and "process_group" not in options:
+    if synchronizes and "process_group" not in options and options.get("stats_batch_size") is None:
         options["process_group"] = layer.process_group or torch.distributed.group.WORLD
     new: KalmanNorm = kalman(
         layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats, **options

@@ -114,7 +114,8 @@ def describe(model: nn.Module, *inputs: Any, **kwargs: Any) -> Description:
             module.training = flag
         with torch.no_grad():
             for name, buffer in model.named_buffers():
-                buffer.copy_(buffers[name])
+                if name in buffers:  # not one that the call itself made
+                    buffer.copy_(buffers[name])
     for name, layer in layers.items():
         if name not in rows:
             rows[name] = Row(name, type(layer).__name__, 1.0, (), (), "the layer was not called")

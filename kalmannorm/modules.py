@@ -627,8 +627,8 @@ class KalmanNormAct2d(_ThenActivation, KalmanNorm2d):
         """Whether all that follows is a ReLU, which nobody listens to."""
         if type(self.act) is not nn.ReLU or type(self.drop) is not nn.Identity:
             return False
-        listening = (self.act._forward_hooks, self.act._forward_pre_hooks, self.act._backward_hooks)
-        return not any((*listening, self.drop._forward_hooks, self.drop._forward_pre_hooks))
+        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        return not any(getattr(each, name) for each in (self.act, self.drop) for name in hooks)
 
 
 class GroupKalmanNormAct(_ThenActivation, GroupKalmanNorm):

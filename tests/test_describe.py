@@ -84,3 +84,17 @@ def test_frozen_layers_use_no_prior():
     kn.freeze(model[3])
     rows = kn.describe(model, torch.randn(2, 3, 6, 6)).rows
     assert rows[1].reason == "it is frozen"
+
+
+def test_a_buffer_that_the_call_makes_is_no_trouble():
+    class Caching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(2)
+
+        def forward(self, x):
+            if not hasattr(self, "cache"):
+                self.register_buffer("cache", torch.ones(2))
+            return self.norm(x * self.cache)
+
+    assert len(kn.describe(kn.convert(Caching()), torch.randn(4, 2)).rows) == 1

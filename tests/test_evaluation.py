@@ -113,3 +113,19 @@ def test_a_rule_of_the_wrong_kind_is_named():
         assert prior_after(lambda net, y: torch.frac(y)).through == ("torch.frac",)
     finally:
         del RULES[torch.frac]
+
+
+def test_layers_may_draw_in_groups_of_different_sizes():
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.conv = nn.BatchNorm2d(2), nn.Conv2d(2, 4, 1)
+            self.batch, self.group = nn.BatchNorm2d(4), nn.GroupNorm(2, 4)
+
+        def forward(self, x):
+            x = self.conv(self.first(x))
+            return self.batch(x), self.group(x)
+
+    model = kn.convert(Branches(), layers=("batch", "group"), estimator="monte_carlo")
+    for y in model(torch.randn(3, 2, 8, 8)):
+        assert y.isfinite().all()

@@ -66,13 +66,13 @@ def variance_gaps(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, Te
     """
     from kalmannorm.lab.analysis import variance_gaps as gaps_of  # noqa: PLC0415
     from kalmannorm.lab.fitting import load  # noqa: PLC0415
+    from kalmannorm.lab.seen import statistics_batches  # noqa: PLC0415
 
     network: Any = load(folder).network
     data = build(config, "data")
     data.setup()
     size = config["model"]["init_args"]["statistics_batch"]
-    groups = (part for images, _ in data.test_dataloader() for part in images.split(size))
-    gaps = gaps_of(network, list(islice(groups, BATCHES)))
+    gaps = gaps_of(network, list(islice(statistics_batches(data.test_dataloader(), size), BATCHES)))
     return gaps, {name: network.get_submodule(name).running_var for name in gaps}
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from kalmannorm.lab import fitting
 from kalmannorm.lab.analysis import errors_of
 from kalmannorm.lab.results import write_atomically
-from kalmannorm.lab.seen import calls_of, first_element
+from kalmannorm.lab.seen import calls_of, first_element, statistics_batches
 from kalmannorm.lab.tables import as_markdown, csv_text
 
 __all__ = ["COLUMNS", "layers"]
@@ -39,7 +39,7 @@ def layers(*, run: Path, batches: int = 200, output: Path | None = None) -> None
     if network is None or not isinstance(size, int):
         kind = type(module).__name__
         raise ValueError(f"--run: {run} trained a {kind} with statistics_batch={size}, expected a classifier with one")
-    groups = (part for images, _ in data.val_dataloader() for part in images.split(size) if len(part) == size)
+    groups = statistics_batches(data.val_dataloader(), size)
     seen = calls_of(network, islice(groups, batches), first_element)
     rows: list[dict[str, Any]] = []
     for error in errors_of(network, seen):

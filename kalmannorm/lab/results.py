@@ -9,6 +9,7 @@ import platform
 import statistics
 import subprocess
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -19,6 +20,7 @@ import torch
 import yaml
 
 import kalmannorm
+from kalmannorm.lab.workers import available_cpus
 
 __all__ = ["Result", "environment", "finished", "write_atomically"]
 
@@ -102,19 +104,22 @@ def _read_csv(path: Path) -> list[dict[str, Any]]:
 
 
 def environment() -> dict[str, str]:
-    """The machine, the versions, the commit if this is a checkout, and today's date."""
-    asked = ["git", "-C", str(Path(kalmannorm.__file__).parent), "rev-parse", "HEAD"]
-    try:
-        commit = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        commit = "unknown"
+    """The machine, the versions, the commit if this is a checkout (with "-dirty" where it has changes), and today's
+    date.
+    """
+    checkout = Path(kalmannorm.__file__).parents[1]
+    asked = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    commit = "unknown"
+    if (checkout / ".git").exists():  # else it is installed, perhaps inside of somebody else's
+        with suppress(OSError, subprocess.SubprocessError):
+            commit = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     return {
         "commit": commit,
         "kalmannorm": kalmannorm.__version__,
         "torch": str(torch.__version__),
         "lightning": version("lightning"),
         "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
+        "machine": f"{platform.system()} {platform.machine()}, {available_cpus()} CPUs",
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "date": datetime.now(UTC).date().isoformat(),
     }

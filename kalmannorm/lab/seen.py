@@ -17,7 +17,7 @@ from kalmannorm.inference import online_statistics
 from kalmannorm.modules import KalmanNorm
 from kalmannorm.propagation import paused
 
-__all__ = ["Forward", "Seen", "calls_of", "first_element", "is_watched", "watched"]
+__all__ = ["Forward", "Seen", "calls_of", "first_element", "is_watched", "statistics_batches", "watched"]
 
 Forward = Callable[[nn.Module, Any], object]
 
@@ -136,3 +136,10 @@ def calls_of(network: nn.Module, batches: Iterable[Any], forward: Forward) -> di
     if not layers:
         raise ValueError(f"{type(network).__name__} saw no batch: expected at least one")
     return layers
+
+
+def statistics_batches(loader: Iterable[Any], size: int) -> Iterator[Tensor]:
+    """The images of a loader of ``(images, labels)`` in statistics batches of ``size``; what is left of a batch is left
+    out.
+    """
+    return (part for images, _ in loader for part in images.split(size) if len(part) == size)

@@ -279,8 +279,9 @@ def absolute(x: Gaussian) -> Gaussian:
 @rule(*aliases("exp", "exp_"))
 def exp(x: Gaussian) -> Gaussian:
     """A log-normal, of mean ``e^(m + v / 2)`` and variance ``(e^v - 1) e^(2 m + v)``."""
-    mean = torch.exp(x.mean + x.var / 2)
-    return Gaussian(mean, torch.expm1(x.var) * mean.square())
+    # A belief may be too wide, and infinity would end in the output: so no exponent is larger than 20.
+    mean = torch.exp((x.mean + x.var / 2).clamp_max(20))
+    return Gaussian(mean, torch.expm1(x.var.clamp_max(20)) * mean.square())
 
 
 @rule(*aliases("expm1", "expm1_"))

@@ -148,7 +148,7 @@ def repeat(x: Gaussian, *sizes: Any) -> Gaussian:
     x = expand(x, *times)
     shape = (1,) * (x.ndim - len(x.shape)) + tuple(x.shape)
     x = Gaussian(x.mean, x.var, shape)
-    varies = [d for d in range(x.ndim) if times[d] > 1 and x.mean.shape[d] > 1]
+    varies = [d for d in range(x.ndim) if times[d] > 1 and _varies(x, d)]
     return x.full(varies).map(lambda t: t.repeat(*(n if d in varies else 1 for d, n in enumerate(times))))
 
 
@@ -279,7 +279,7 @@ def getitem(x: Gaussian, index: Any) -> Belief:
         if part is Ellipsis:
             axis += rest
         elif part is not None:
-            if isinstance(part, slice) and x.mean.shape[axis] == 1:
+            if isinstance(part, slice) and not _varies(x, axis):
                 parts[i] = slice(None)
             elif not isinstance(part, slice) or part != slice(None):
                 x = x.full([axis])

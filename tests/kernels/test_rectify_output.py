@@ -157,3 +157,13 @@ def test_a_layer_with_its_activation_takes_one_step():
     rows = [kn.describe(model, images()).rows[1] for model in (stock, apart)]
     assert rows[0].through == rows[1].through
     assert rows[0].prior_from == rows[1].prior_from
+
+
+@pytest.mark.parametrize("listen", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook",
+                                    "register_full_backward_pre_hook"])  # fmt: skip
+def test_an_activation_that_is_listened_to_is_called(listen):
+    layer = kn.KalmanNormAct2d(4, act=nn.ReLU())
+    heard = []
+    getattr(layer.act, listen)(lambda *_: heard.append(1))
+    layer(torch.randn(2, 4, 3, 3)).sum().backward()
+    assert heard == [1]

@@ -1,10 +1,12 @@
 """What a run leaves behind reads back as it was."""
 
 import math
+import subprocess
 
 import pytest
 import yaml
 
+import kalmannorm
 from kalmannorm.lab.results import Result, environment, finished
 
 RESULT = Result(
@@ -48,3 +50,10 @@ def test_the_environment_is_named():
     found = environment()
     assert {"commit", "torch", "lightning", "machine", "accelerator"} <= set(found)
     assert all(isinstance(value, str) and value for value in found.values())
+
+
+def test_a_commit_is_of_this_checkout_alone(tmp_path, monkeypatch):
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    installed = tmp_path / "site-packages" / "kalmannorm" / "__init__.py"
+    monkeypatch.setattr(kalmannorm, "__file__", str(installed))
+    assert environment()["commit"] == "unknown"

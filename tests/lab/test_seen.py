@@ -8,7 +8,7 @@ from torch import nn
 
 import kalmannorm as kn
 from kalmannorm.functional import kalman_update
-from kalmannorm.lab.seen import calls_of, first_element, watched
+from kalmannorm.lab.seen import calls_of, first_element, statistics_batches, watched
 
 
 def network(**options):
@@ -31,7 +31,7 @@ def inputs(count=4):
 
 
 def test_prior_observation_and_posterior_by_hand():
-    model = network(gain=0.25, stats_batch_size=2)
+    model = network(gain=0.25, carry_gain=0.25, stats_batch_size=2)
     x = inputs()
     with watched(model) as seen:
         model(x)
@@ -126,3 +126,8 @@ def test_calls_are_sorted_by_layer_and_batches_may_be_tuples():
         calls_of(model, [], first_element)
     with pytest.raises(ValueError, match="no KalmanNorm and no BatchNorm"):
         calls_of(nn.Sequential(nn.GroupNorm(1, 3)), [inputs()], first_element)
+
+
+def test_statistics_batches_are_full():
+    loader = [(torch.arange(7), None), (torch.arange(2), None)]
+    assert [part.tolist() for part in statistics_batches(loader, 3)] == [[0, 1, 2], [3, 4, 5]]

@@ -341,6 +341,12 @@ def test_slices_of_space_leave_the_belief_small():
     assert y.mean.shape == (1, 4, 1, 1)
 
 
+def test_a_slice_cuts_a_variance_that_varies_alone():
+    belief = Gaussian(torch.zeros(1, 1), torch.arange(8.0).view(1, 8), (4, 8))
+    y = RULES[torch.Tensor.__getitem__](belief, (slice(None), slice(2, 6)))
+    assert y.var.tolist() == [[2, 3, 4, 5]]
+
+
 @covers(*aliases("chunk", "tensor_split"))
 @given(x=beliefs(), data=st.data())
 def test_chunks(function, x, data):
