@@ -165,5 +165,5 @@ def test_an_activation_that_is_listened_to_is_called(listen):
     layer = kn.KalmanNormAct2d(4, act=nn.ReLU())
     heard = []
     getattr(layer.act, listen)(lambda *_: heard.append(1))
-    layer(torch.randn(2, 4, 3, 3)).sum().backward()
+    kn.connect(nn.Sequential(nn.Conv2d(3, 4, 1), layer))(torch.randn(2, 3, 5, 5)).sum().backward()
     assert heard == [1]
