@@ -12,8 +12,9 @@ from torch.overrides import resolve_name
 
 from kalmannorm.gaussian import Gaussian, Unknown
 from kalmannorm.kernels.apply import is_transformed, saved_tensor_hooks
-from kalmannorm.rules import BELIEF_FIRST, RULES, Belief
+from kalmannorm.rules import RULES, Belief
 from kalmannorm.rules.pointwise import Rectified
+from kalmannorm.rules.table import BELIEF_FIRST
 from kalmannorm.steps import SCALARS, Step, computed_in, may_use, replace, step_of
 
 __all__ = ["Estimator", "belief_for", "drawn", "exact", "function_name", "prior_of", "without_autocast"]

@@ -17,8 +17,7 @@ from kalmannorm.gaussian import Gaussian
 from kalmannorm.kernels import Filter, all_reduce, layer, moments, standardize
 
 __all__ = [
-    "KalmanNormOutput", "carried", "group_kalman_norm", "kalman_norm", "kalman_update", "normalize", "observe",
-    "synchronize", "trusted_gain",
+    "KalmanNormOutput", "group_kalman_norm", "kalman_norm", "kalman_update", "observe", "trusted_gain",
 ]  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from kalmannorm.checkpoints import is_recomputing, is_reentrant
 from kalmannorm.evaluation import Estimator, belief_for
 from kalmannorm.functional import KalmanNormOutput, carried, group_kalman_norm, kalman_norm, synchronize
 from kalmannorm.gaussian import Gaussian, Unknown
-from kalmannorm.kernels import Filter, Running, layer
+from kalmannorm.kernels import Filter, Running, layer, move_running
 from kalmannorm.kernels.apply import is_transformed
 from kalmannorm.propagation import attach, attach_step, is_open, paused
 
@@ -409,7 +409,9 @@ class KalmanNorm(_Filter, _NormBase):
         batches, nonfinite = self.num_batches_tracked, self.nonfinite_batches
         if mean is None or var is None or batches is None or nonfinite is None or is_recomputing():
             return None
-        momentum = self.momentum if self.momentum is not None else 1 / (int(batches) + 1)
+        momentum: float | Tensor | None = self.momentum
+        if momentum is None:
+            momentum = (batches + 1).double().reciprocal() if is_transformed() else 1 / (int(batches) + 1)
         return Running(mean, var, batches, nonfinite, momentum)
 
     def _groups(self, samples: int) -> int:
@@ -431,16 +433,14 @@ class KalmanNorm(_Filter, _NormBase):
             self._hand_on(y, Gaussian(self.running_mean[None].to(dtype), self.running_var[None].to(dtype)))
         return y
 
-    @torch.no_grad()
     def _remember(self, out: KalmanNormOutput, count: int | Tensor) -> None:
-        """Move the running averages, of the fused mean and (unbiased, as BatchNorm's) variance.
-
-        Channels whose statistics are not finite keep their last value.
-        """
-        if self.running_mean is None or self.running_var is None or is_recomputing():
+        """Move the running averages, of the fused mean and (unbiased, as BatchNorm's) variance."""
+        running = self._running()
+        if running is None:
             return
+        others = (count - 1).clamp_min(1) if isinstance(count, Tensor) else max(count - 1, 1)
         try:
-            self._average(out, count)
+            move_running(running, out.posterior.mean, out.posterior.var + out.gain * out.observation.var / others)
         except RuntimeError as error:
             if not is_transformed():
                 raise
@@ -448,23 +448,6 @@ class KalmanNorm(_Filter, _NormBase):
                 f"{self._label()} cannot update its running statistics in place inside of this transform, expected "
                 "eval(), track_running_stats=False, or buffers that are the transformed function's own"
             ) from error
-
-    def _average(self, out: KalmanNormOutput, count: int | Tensor) -> None:
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
-        assert self.nonfinite_batches is not None
-        self.num_batches_tracked.add_(1)
-        share = self.momentum if self.momentum is not None else self.num_batches_tracked.double().reciprocal()
-        others = (count - 1).clamp_min(1) if isinstance(count, Tensor) else max(count - 1, 1)
-        mean, var = out.posterior.mean, out.posterior.var + out.gain * out.observation.var / others
-        dtype = self.running_mean.dtype
-        mean, var = ((t[0] if t.shape[0] == 1 else t.mean(0)).to(dtype) for t in (mean, var))
-        finite = (mean + var).isfinite()
-        self.nonfinite_batches.add_(finite.all().logical_not())
-        for running, newest in ((self.running_mean, mean), (self.running_var, var)):
-            weight = share.to(dtype) if isinstance(share, Tensor) else share
-            running.lerp_(torch.where(finite, newest, running), weight)
 
     def extra_repr(self) -> str:
         """The options, in the order of the constructor."""

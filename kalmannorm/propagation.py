@@ -20,7 +20,8 @@ from kalmannorm.checkpoints import enter_again
 from kalmannorm.gaussian import Gaussian, Unknown
 from kalmannorm.kernels import rectify_output
 from kalmannorm.kernels.apply import alias
-from kalmannorm.rules import FACTORIES, LIKE, Belief
+from kalmannorm.rules import Belief
+from kalmannorm.rules.table import FACTORIES, LIKE
 from kalmannorm.steps import SCALARS, Step, put, step_of
 
 __all__ = ["Propagation", "attach", "attach_step", "current", "is_open", "paused"]

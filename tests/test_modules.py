@@ -511,7 +511,7 @@ def test_what_is_handed_on_by_the_kernel_and_without_it(gain, spread):
 
 
 def test_the_belief_of_an_output_has_the_carry_gain():
-    layer = kn.KalmanNorm1d(1, gain=0.25, carry_gain=0.5, process_noise=False, eps=0.0, dtype=torch.float64)
+    layer = kn.KalmanNorm1d(1, gain=0.25, carry_gain=0.5, process_noise=False, eps=1e-14, dtype=torch.float64)
     with torch.no_grad():
         layer.weight.fill_(3.0)
         layer.bias.fill_(7.0)

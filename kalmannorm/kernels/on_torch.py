@@ -85,8 +85,9 @@ def move_running(running: Running, mean: Tensor, var: Tensor) -> None:
     finite = (mean + var).isfinite()
     running.batches.add_(1)
     running.nonfinite.add_(finite.all().logical_not())
+    momentum = running.momentum.to(dtype) if isinstance(running.momentum, Tensor) else running.momentum
     for average, newest in ((running.mean, mean), (running.var, var)):
-        average.lerp_(torch.where(finite, newest, average), running.momentum)
+        average.lerp_(torch.where(finite, newest, average), momentum)
 
 
 def layer_forward(x: Tensor, other: Tensor | None, prior_mean: Tensor | None, prior_var: Tensor | None,

@@ -38,5 +38,5 @@ class Running(NamedTuple):
     """How many there were, a scalar."""
     nonfinite: Tensor
     """How many of them had a channel whose statistics were not finite, which kept its last value."""
-    momentum: float
-    """Weight of the newest batch."""
+    momentum: float | Tensor
+    """Weight of the newest batch; a tensor under torch.func alone."""

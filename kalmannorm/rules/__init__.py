@@ -1,9 +1,9 @@
 """How each torch function moves a belief: one pure function an operation, and a table of them."""
 
 from kalmannorm.rules import arithmetic, attention, linear, normalization, pointwise, pooling, shape
-from kalmannorm.rules.table import BELIEF_FIRST, FACTORIES, LIKE, RULES, Belief, Rule, aliases, rule
+from kalmannorm.rules.table import RULES, Belief, Rule, aliases, rule
 
 __all__ = [
-    "BELIEF_FIRST", "FACTORIES", "LIKE", "RULES", "Belief", "Rule", "aliases", "arithmetic", "attention", "linear",
+    "RULES", "Belief", "Rule", "aliases", "arithmetic", "attention", "linear",
     "normalization", "pointwise", "pooling", "rule", "shape",
 ]  # fmt: skip
