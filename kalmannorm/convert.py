@@ -17,6 +17,7 @@ from kalmannorm.gaussian import Gaussian
 from kalmannorm.modules import (
     GroupKalmanNorm,
     GroupKalmanNormAct,
+    KalmanLayer,
     KalmanNorm,
     KalmanNorm1d,
     KalmanNorm2d,
@@ -28,8 +29,6 @@ from kalmannorm.watch import Watch
 __all__ = ["connect", "convert", "fuse", "kalman_layers", "to_batchnorm"]
 
 _M = TypeVar("_M", bound=nn.Module)
-KalmanLayer = KalmanNorm | GroupKalmanNorm
-
 # What takes the place of a stock layer, and of a subclass that has its forward.
 _STOCK: dict[str, dict[type[nn.Module], type[KalmanLayer]]] = {
     "batch": {

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kalmannorm.convert import KalmanLayer, kalman_layers
+from kalmannorm.convert import kalman_layers
 from kalmannorm.evaluation import drawn, exact, function_name, without_autocast
 from kalmannorm.gaussian import Unknown
-from kalmannorm.modules import GroupKalmanNorm
+from kalmannorm.modules import KalmanLayer
 from kalmannorm.propagation import is_open, paused
 from kalmannorm.steps import Step, step_of
 
@@ -136,7 +136,7 @@ def _row(name: str, layer: KalmanLayer, x: Tensor) -> Row:
         reason = "its input does not depend on the network's input"
     else:
         with without_autocast(x.device):
-            value = exact(step) if layer.estimator == "exact" else drawn(step, _groups(layer, x))
+            value = exact(step) if layer.estimator == "exact" else drawn(step, layer._groups(x.shape[0]))
         reason = value.reason if isinstance(value, Unknown) else ""
     if reason or step is None:
         return Row(name, kind, 1.0, (), (), reason)
@@ -165,15 +165,8 @@ def _ancestors(step: Step) -> list[Step]:
     return list(found)
 
 
-def _groups(layer: KalmanLayer, x: Tensor) -> int:
-    return x.shape[0] if isinstance(layer, GroupKalmanNorm) else layer._groups(x.shape[0])
-
-
 def _gain(layer: KalmanLayer, x: Tensor) -> float:
-    if isinstance(layer, GroupKalmanNorm):
-        gain = layer.kalman_gain(layer.num_channels // layer.num_groups)
-    else:
-        gain = layer.kalman_gain(x.shape[0] // _groups(layer, x))
+    gain = layer.kalman_gain(layer.observed_maps(x.shape[0]))
     unknown = isinstance(gain, Tensor) and gain.is_meta
     return math.nan if unknown else float(gain)
 

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from kalmannorm.modules import GroupKalmanNorm, KalmanNorm
+from kalmannorm.modules import KalmanLayer
 
 __all__ = ["freeze", "is_frozen", "let_go"]
 
@@ -43,7 +43,7 @@ def freeze(model: _M, frozen: bool = True) -> _M:
         >>> [name for name, parameter in kn.freeze(model).named_parameters() if parameter.requires_grad]
         ['0.weight', '0.bias']
     """
-    layers = [m for m in model.modules() if isinstance(m, KalmanNorm | GroupKalmanNorm | _BatchNorm)]
+    layers = [m for m in model.modules() if isinstance(m, KalmanLayer | _BatchNorm)]
     if not layers:
         raise ValueError(f"{type(model).__name__} has nothing to freeze: no Kalman layer and no BatchNorm layer")
     for layer in layers:
@@ -63,7 +63,7 @@ def freeze(model: _M, frozen: bool = True) -> _M:
 
 def is_frozen(layer: nn.Module) -> bool:
     """Whether :func:`freeze` has frozen a layer."""
-    if isinstance(layer, KalmanNorm | GroupKalmanNorm):
+    if isinstance(layer, KalmanLayer):
         return layer.frozen
     return _to_eval in layer._forward_pre_hooks.values()
 

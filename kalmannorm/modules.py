@@ -23,8 +23,8 @@ from kalmannorm.kernels.apply import is_transformed
 from kalmannorm.propagation import attach, attach_step, is_open, paused
 
 __all__ = [
-    "PRESETS", "GroupKalmanNorm", "GroupKalmanNormAct", "KalmanNorm", "KalmanNorm1d", "KalmanNorm2d", "KalmanNorm3d",
-    "KalmanNormAct2d", "preset",
+    "GroupKalmanNorm", "GroupKalmanNormAct", "KalmanLayer", "KalmanNorm", "KalmanNorm1d", "KalmanNorm2d",
+    "KalmanNorm3d", "KalmanNormAct2d", "preset",
 ]  # fmt: skip
 
 Gain = float | Literal["prior-strength", "learned"]
@@ -36,7 +36,7 @@ _INITIAL_GAIN = 0.1
 _INITIAL_NOISE = 0.01
 _CARRY_GAIN = 0.3
 
-PRESETS: dict[str, dict[str, Any]] = {
+_PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"gain": "learned", "process_noise": True, "spread": False, "carry": "posterior",
               "carry_gain": 0.0, "estimator": "monte_carlo", "guard": None},
     "released": {"gain": 0.1, "process_noise": False, "spread": True, "carry": "posterior",
@@ -55,18 +55,19 @@ def preset(name: str) -> dict[str, Any]:
     Raises:
         ValueError: for another name.
     """
-    if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}, expected one of {sorted(PRESETS)}")
-    return dict(PRESETS[name])
+    if name not in _PRESETS:
+        raise ValueError(f"unknown preset {name!r}, expected one of {sorted(_PRESETS)}")
+    return dict(_PRESETS[name])
 
 
-class _Filter(nn.Module):
+class KalmanLayer(nn.Module):
     """What the layers share: the options of the filter, its parameters, and how a belief is handed on."""
 
     weight: Any
     bias: Any
     eps: float
     layer_name: str
+    _groups: Callable[[int], int]  # how many statistic groups so many samples make
     process_noise: nn.Parameter | None
     # The layer whose place it took, emptied of its tensors, where that is not a plain torch.nn one: in a
     # tuple, so that it is no submodule.
@@ -143,6 +144,10 @@ class _Filter(nn.Module):
             assert isinstance(gain, Tensor)
             return gain, 0.0, 0.0
         return self.gain, -1.0, math.log(samples / _INITIAL_STRENGTH)
+
+    def observed_maps(self, samples: int) -> int:
+        """The ``n`` of :meth:`kalman_gain` for a batch: how many feature maps a statistic is taken over."""
+        return samples // self._groups(samples)
 
     def process_variance(self) -> Tensor | None:
         """``R``, ``(C,)``: what the path from the layer below adds to the prior's variance."""
@@ -255,7 +260,7 @@ class _Filter(nn.Module):
         missing_keys.extend(key for key in missing if key not in optional)
 
 
-class KalmanNorm(_Filter, _NormBase):
+class KalmanNorm(KalmanLayer, _NormBase):
     """Kalman normalization of 2-d to 5-d inputs; :class:`KalmanNorm2d` and the like check the rank.
 
     In training, each channel is normalized by the batch's statistics fused with what the layers below
@@ -354,7 +359,7 @@ class KalmanNorm(_Filter, _NormBase):
             groups = self._groups(input.shape[0])
             if self._is_one_step():
                 return self._in_one_step(input, groups)
-            samples: int | Tensor = input.shape[0] // groups
+            samples: int | Tensor = self.observed_maps(input.shape[0])
             count: int | Tensor = input.numel() // (groups * self.num_features)
             observation = None
             if self.process_group is not None:
@@ -473,7 +478,7 @@ class KalmanNorm3d(KalmanNorm):
     _ranks = (5,)
 
 
-class GroupKalmanNorm(_Filter):
+class GroupKalmanNorm(KalmanLayer):
     """Group Kalman normalization (section 3.3 of the paper): stands in for ``torch.nn.GroupNorm``.
 
     Each sample's channel groups are normalized by their own statistics, fused with what the layers
@@ -547,6 +552,10 @@ class GroupKalmanNorm(_Filter):
     def _groups(self, samples: int) -> int:
         return samples
 
+    def observed_maps(self, samples: int) -> int:
+        """As the batch layers': the feature maps of a channel group."""
+        return self.num_channels // self.num_groups
+
     def _stock_name(self) -> str:
         return "GroupNorm"
 
@@ -560,7 +569,7 @@ class GroupKalmanNorm(_Filter):
             bias = self.bias if prior is not None else self._idle(self.bias, self.num_channels)
             out = group_kalman_norm(
                 input, prior, self.num_groups, self.weight, bias,
-                gain=self.kalman_gain(self.num_channels // self.num_groups),
+                gain=self.kalman_gain(self.observed_maps(input.shape[0])),
                 process_noise=self.process_variance(), spread=self.spread, guard=self.guard, eps=self.eps,
             )  # fmt: skip
             self._hand_on(out.output, out.posterior)

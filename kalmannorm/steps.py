@@ -44,6 +44,8 @@ class Step:
         source: where the belief starts: the layer's name, or "input".
         belief: the belief that starts there, known at once.
         parents: the steps among the arguments; found there, where they aren't given.
+
+    Its ``depth`` is the length of the longest chain below it that nobody has evaluated yet.
     """
 
     __slots__ = (
