@@ -10,10 +10,17 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import kalmannorm
-from kalmannorm.lab.baselines import BASELINES
+from kalmannorm.lab.baselines.cross_iteration import to_cross_iteration
+from kalmannorm.lab.baselines.evonorm import to_evonorm
+from kalmannorm.lab.baselines.frn import to_frn
+from kalmannorm.lab.baselines.frozen import to_frozen
 from kalmannorm.lab.baselines.ghost import to_ghost
 from kalmannorm.lab.baselines.group import to_groupnorm
+from kalmannorm.lab.baselines.layer_instance import to_instancenorm, to_layernorm
+from kalmannorm.lab.baselines.moving_average import to_moving_average
 from kalmannorm.lab.baselines.renorm import RenormSchedule, to_batch_renorm
+from kalmannorm.lab.baselines.synchronized import to_sync
+from kalmannorm.lab.baselines.weight_norm import to_weight_norm
 
 __all__ = ["METHODS", "Method", "normalize"]
 
@@ -83,20 +90,23 @@ def _cross_iteration_timed(steps: int) -> dict[str, Any]:
 
 _KALMAN: dict[str, Any] = {"statistics": "groups", "samples": "stats_batch_size"}
 
+# Without options each has its defaults, so steps are counted in the papers' units: what is `timed` wants shorter
+# schedules in a short training. "evonorm" and "frn" trace the network (see `activated`), and "ghost" wants batches of
+# an even size.
 METHODS = {
     "bn": Method("BatchNorm", "#c44e52", _batchnorm, "groups"),
     "brn": Method("Batch Renorm", "#8172b3", _renorm, "groups", timed=_renorm_timed),
-    "gn": Method("GroupNorm", "#8c8c8c", BASELINES["gn"]),
-    "ln": Method("LayerNorm", "#ccb974", BASELINES["ln"]),
-    "in": Method("InstanceNorm", "#64b5cd", BASELINES["in"]),
-    "wn": Method("WeightNorm", "#937860", BASELINES["wn"]),
-    "frozen": Method("BatchNorm, frozen", "#e3a8aa", BASELINES["frozen"]),
-    "ghost": Method("Ghost BatchNorm", "#da8bc3", BASELINES["ghost"], "groups"),
-    "sync": Method("SyncBatchNorm", "#7a1f2b", BASELINES["sync"], "batch"),
-    "mabn": Method("MABN", "#3f7d8c", BASELINES["mabn"], "groups", timed=_moving_average_timed),
-    "cbn": Method("CBN", "#a05d2c", BASELINES["cbn"], "batch", timed=_cross_iteration_timed),
-    "evonorm": Method("EvoNorm-S0", "#6b8e23", BASELINES["evonorm"]),
-    "frn": Method("FRN", "#b5b34a", BASELINES["frn"]),
+    "gn": Method("GroupNorm", "#8c8c8c", to_groupnorm),
+    "ln": Method("LayerNorm", "#ccb974", to_layernorm),
+    "in": Method("InstanceNorm", "#64b5cd", to_instancenorm),
+    "wn": Method("WeightNorm", "#937860", to_weight_norm),
+    "frozen": Method("BatchNorm, frozen", "#e3a8aa", to_frozen),
+    "ghost": Method("Ghost BatchNorm", "#da8bc3", to_ghost, "groups"),
+    "sync": Method("SyncBatchNorm", "#7a1f2b", to_sync, "batch"),
+    "mabn": Method("MABN", "#3f7d8c", to_moving_average, "groups", timed=_moving_average_timed),
+    "cbn": Method("CBN", "#a05d2c", to_cross_iteration, "batch", timed=_cross_iteration_timed),
+    "evonorm": Method("EvoNorm-S0", "#6b8e23", to_evonorm),
+    "frn": Method("FRN", "#b5b34a", to_frn),
     "kn": Method("KalmanNorm (default)", "#4c72b0", kalmannorm.convert, **_KALMAN),
     "kn-paper": Method("KalmanNorm (paper)", "#dd8452", _preset("paper"), **_KALMAN),
     "kn-released": Method("KalmanNorm (released)", "#55a868", _preset("released"), **_KALMAN),

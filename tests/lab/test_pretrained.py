@@ -6,7 +6,7 @@ from torch import nn
 from torchvision.models import resnet50
 
 import kalmannorm
-from kalmannorm.lab.baselines import BASELINES
+from kalmannorm.lab.baselines.group import to_groupnorm
 from kalmannorm.lab.detection import Detector
 from kalmannorm.lab.models.detection import mask_rcnn_c4, mask_rcnn_fpn
 from kalmannorm.lab.pretrained import resnet_of, trained_weights
@@ -57,7 +57,7 @@ def test_batchnorm_weights_keep_their_scales_under_other_methods(make, tmp_path)
 @both
 @pytest.mark.parametrize("method", ["kn", "gn"])
 def test_weights_of_the_method_itself_are_loaded_after_the_conversion(make, method, tmp_path):
-    replace = {"kn": kalmannorm.convert, "gn": BASELINES["gn"]}
+    replace = {"kn": kalmannorm.convert, "gn": to_groupnorm}
     network = trained(replace[method])
     detector = Detector(make(3), method, weights=write(network, tmp_path / "r.pt"))
     assert not assert_taken_over(detector, network)

@@ -8,7 +8,7 @@ from learning import stripes
 from torch import nn
 from torch.nn import functional as F
 
-from kalmannorm.lab.baselines import BASELINES
+from kalmannorm.lab.methods import METHODS
 from kalmannorm.lab.models.small import SmallConvNet
 
 
@@ -41,44 +41,44 @@ def train(model, steps=3):
     return model
 
 
-@pytest.mark.parametrize("method", BASELINES)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("build", [small, Block])
 class TestEvery:
     def test_each_parameter_learns(self, method, build):
-        model = BASELINES[method](build())
+        model = METHODS[method].replace(build())
         train(model, 1)
         for name, parameter in model.named_parameters():
             assert (parameter.grad is not None) == parameter.requires_grad, name
             assert parameter.grad is None or parameter.grad.isfinite().all(), name
 
     def test_no_batchnorm_of_its_own_is_left(self, method, build):
-        model = BASELINES[method](build())
+        model = METHODS[method].replace(build())
         stock = [type(module) for module in model.modules() if type(module) is nn.BatchNorm2d]
         assert len(stock) == (2 if method in ("bn", "frozen") else 0)
 
     def test_eval_sees_each_image_by_itself(self, method, build):
-        model = train(BASELINES[method](build()), 2).eval()
+        model = train(METHODS[method].replace(build()), 2).eval()
         images, _ = stripes(4)
         assert torch.allclose(model(images)[:1], model(images[:1]), atol=1e-5)
 
     def test_checkpoint(self, method, build):
-        model, again = train(BASELINES[method](build())), BASELINES[method](build())
+        model, again = train(METHODS[method].replace(build())), METHODS[method].replace(build())
         again.load_state_dict(model.state_dict())
         images, _ = stripes(4)
         assert torch.equal(again.eval()(images), model.eval()(images))
 
     def test_double_precision_and_copies(self, method, build):
-        model = train(BASELINES[method](build())).double()
+        model = train(METHODS[method].replace(build())).double()
         twin = copy.deepcopy(model)
         images = stripes(4)[0].double()
         assert model(images).dtype == torch.float64
         assert torch.equal(twin.eval()(images), twin.eval()(images))
 
 
-@pytest.mark.parametrize("method", BASELINES)
+@pytest.mark.parametrize("method", METHODS)
 def test_timm_resnet(method):
     timm = pytest.importorskip("timm")
-    model = BASELINES[method](timm.create_model("resnet10t", num_classes=2))
+    model = METHODS[method].replace(timm.create_model("resnet10t", num_classes=2))
     y = model(torch.randn(4, 3, 64, 64))
     y.sum().backward()
     assert y.isfinite().all()
