@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
 import lightning
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from kalmannorm import convert, first_nonfinite, online_statistics, recalibrate
 from kalmannorm.convert import kalman_layers, stand_in
+from kalmannorm.lab.seen import network_of
 from kalmannorm.modules import KalmanNorm
 
 __all__ = ["KalmanNormCallback"]
@@ -63,7 +64,7 @@ class KalmanNormCallback(lightning.Callback):
         if next(kalman_layers(pl_module), None) is None:
             layers = self.convert_options.get("layers", ("batch",))
             kinds = (layers,) if isinstance(layers, str) else tuple(layers)
-            convert(_network(pl_module, lambda layer: stand_in(layer)[0] in kinds), **self.convert_options)
+            convert(network_of(pl_module, lambda layer: stand_in(layer)[0] in kinds), **self.convert_options)
         if getattr(trainer.strategy, "_layer_sync", None) is not None and dist.is_initialized():
             self._synchronized = [
                 layer for layer in pl_module.modules()
@@ -97,7 +98,7 @@ class KalmanNormCallback(lightning.Callback):
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Recalibrate."""
         if self.recalibrate is not None:
-            network = _network(pl_module, lambda layer: isinstance(layer, KalmanNorm))
+            network = network_of(pl_module, lambda layer: isinstance(layer, KalmanNorm))
             loader: Any = trainer.train_dataloader
             batches = map(trainer.strategy.batch_to_device, loader)
             with trainer.precision_plugin.forward_context():
@@ -116,15 +117,6 @@ class KalmanNormCallback(lightning.Callback):
     on_test_start = on_predict_start = on_validation_start
     on_test_end = on_predict_end = on_validation_end
     on_exception = teardown  # type: ignore[assignment]
-
-
-def _network(pl_module: lightning.LightningModule, wanted: Callable[[nn.Module], bool]) -> nn.Module:
-    """The one part of a LightningModule that contains such layers; all of it, where they are in several.
-
-    Training steps call the parts, so what is said of the network's input must be said of the part's.
-    """
-    parts = [part for part in pl_module.children() if any(wanted(layer) for layer in part.modules())]
-    return parts[0] if len(parts) == 1 and not wanted(parts[0]) else pl_module
 
 
 def _cause(pl_module: lightning.LightningModule) -> str:

@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from kalmannorm.lab.analysis import errors_of
-from kalmannorm.lab.callbacks import _network
-from kalmannorm.lab.seen import Forward, calls_of, first_element, is_watched
+from kalmannorm.lab.seen import Forward, calls_of, first_element, is_watched, network_of
 from kalmannorm.modules import KalmanNorm
 
 __all__ = ["FilterHistory"]
@@ -47,7 +46,8 @@ class FilterHistory(lightning.Callback):
         if step % self.every or (self.rows and self.rows[-1]["step"] == step) or not step:
             return
         with trainer.precision_plugin.forward_context():
-            self.rows += [{"step": step, **row} for row in _rows(_network(pl_module, is_watched), batch, self.forward)]
+            network = network_of(pl_module, is_watched)
+            self.rows += [{"step": step, **row} for row in _rows(network, batch, self.forward)]
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Write the rows, if they are to be."""
