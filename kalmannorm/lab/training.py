@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
+from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from kalmannorm import to_batchnorm
@@ -63,7 +64,12 @@ class Classifier(lightning.LightningModule):
     Raises:
         ValueError: An unknown normalization or schedule, or one that doesn't suit the other arguments; and in
             training, a statistics batch that doesn't divide the images that a process takes at a time.
+
+    Attributes:
+        score: What the scores are called; `metric` and `loss` are what another task has others of.
     """
+
+    score = "accuracy"
 
     def __init__(
         self,
@@ -97,8 +103,15 @@ class Classifier(lightning.LightningModule):
         self.score_online = score_online
         # A function, and not the compiled network, which would be a second submodule.
         self._forward: Callable[[Tensor], Tensor] = torch.compile(self._plain) if compile else self._plain
-        self.running_accuracy = MulticlassAccuracy(num_classes, average="micro")
-        self.online_accuracy = MulticlassAccuracy(num_classes, average="micro")
+        self.running_metric, self.online_metric = self.metric(num_classes), self.metric(num_classes)
+
+    def metric(self, num_classes: int) -> Metric:
+        """What scores the likeliest classes."""
+        return MulticlassAccuracy(num_classes, average="micro")
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The mean cross entropy of a batch."""
+        return F.cross_entropy(logits, labels)
 
     def _plain(self, images: Tensor) -> Tensor:
         return self.network(images)  # type: ignore[no-any-return]
@@ -126,9 +139,9 @@ class Classifier(lightning.LightningModule):
             )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The mean cross entropy of a batch."""
+        """The loss of a batch."""
         images, labels = batch
-        loss = F.cross_entropy(self.training_logits(images), labels)
+        loss = self.loss(self.training_logits(images), labels)
         self.log("loss", loss.detach())
         return loss
 
@@ -156,18 +169,18 @@ class Classifier(lightning.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Score a batch both ways."""
         images, labels = batch[0].to(memory_format=self._memory_format), batch[1]
-        self.running_accuracy.update(self.network(images), labels)
+        self.running_metric.update(self.network(images).argmax(1), labels)
         if self.score_online:
             logits = online_logits(self.network, images, self.statistics_batch or len(images))
-            self.online_accuracy.update(logits, labels)
+            self.online_metric.update(logits.argmax(1), labels)
 
     def on_validation_epoch_end(self) -> None:
-        """Publish the accuracies."""
-        self.log("accuracy_running", self.running_accuracy.compute(), sync_dist=True)
-        self.running_accuracy.reset()
+        """Publish the scores."""
+        self.log(f"{self.score}_running", self.running_metric.compute(), sync_dist=True)
+        self.running_metric.reset()
         if self.score_online:
-            self.log("accuracy_online", self.online_accuracy.compute(), sync_dist=True)
-            self.online_accuracy.reset()
+            self.log(f"{self.score}_online", self.online_metric.compute(), sync_dist=True)
+            self.online_metric.reset()
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """As in validation."""

@@ -128,9 +128,10 @@ def test_batchnorm_of_one_volume_is_torchs_own():
     assert any(type(layer) is nn.BatchNorm3d for layer in module.network.modules())
 
 
-def test_planes_are_segmented_too():
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_planes_are_segmented_too(channels_last):
     network = nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.BatchNorm2d(3))
-    module = Segmenter(network, "kn", statistics_batch=2, rate=0.05, steps=5)
+    module = Segmenter(network, "kn", statistics_batch=2, rate=0.05, steps=5, channels_last=channels_last)
     images, classes = torch.randn(4, 1, 8, 8), torch.randint(0, 3, (4, 8, 8))
     quiet_trainer(2).fit(module, DataLoader(TensorDataset(images, classes), 2))
     assert set(scores(network, images, classes)) == {"dice_running", "dice_online"}
