@@ -21,10 +21,10 @@ from kalmannorm import to_batchnorm
 from kalmannorm.lab.baselines.weight_norm import initialize
 from kalmannorm.lab.data.sharing import images_a_process
 from kalmannorm.lab.methods import METHODS, normalize
-from kalmannorm.lab.optimization import Schedule, check_schedule, parameter_groups, sgd
+from kalmannorm.lab.optimization import Schedule, check_schedule, sgd
 from kalmannorm.lab.scoring import online_logits
 
-__all__ = ["Batch", "Classifier", "check_schedule", "loader", "parameter_groups", "quiet", "quiet_trainer", "sgd"]
+__all__ = ["Batch", "Classifier", "loader", "quiet", "quiet_trainer"]
 
 Batch = tuple[Tensor, Tensor]
 # Warnings that a run is not the place for.
@@ -52,10 +52,10 @@ class Classifier(lightning.LightningModule):
             all that a process takes at a time.
         rate: Learning rate, before the schedule's factor.
         steps: Optimizer steps the schedule is laid out for.
-        schedule: See `sgd`.
-        milestones: See `sgd`.
+        schedule: See `kalmannorm.lab.optimization.sgd`.
+        milestones: See `kalmannorm.lab.optimization.sgd`.
         momentum: SGD's.
-        weight_decay: On weights alone, see `parameter_groups`.
+        weight_decay: On weights alone, see `kalmannorm.lab.optimization.parameter_groups`.
         score_online: Give ``accuracy_online`` too.
         compile: Train through ``torch.compile``.
         channels_last: Keep the network's weights and its images ``(N, C, H, W)`` in channels-last memory, which suits

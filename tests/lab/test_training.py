@@ -8,8 +8,8 @@ import kalmannorm
 from kalmannorm.lab.baselines.group import to_groupnorm
 from kalmannorm.lab.curve import Curve
 from kalmannorm.lab.models.small import SmallConvNet
-from kalmannorm.lab.optimization import share_of_rate
-from kalmannorm.lab.training import Classifier, loader, parameter_groups, quiet_trainer
+from kalmannorm.lab.optimization import parameter_groups, share_of_rate
+from kalmannorm.lab.training import Classifier, loader, quiet_trainer
 
 
 def _data(count=32):
