@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import lightning
 import torch
+from torch import Tensor
 
 from kalmannorm.lab.data.augmentation import SCALINGS, Scaling, mean_colour
-from kalmannorm.lab.data.images import ImageSplits, load_images, open_images, source
-from kalmannorm.lab.data.memory import MemoryBatches
-from kalmannorm.lab.data.sharing import images_a_process
+from kalmannorm.lab.data.images import load_images, open_images, source
+from kalmannorm.lab.data.memory import MemoryBatches, Splits
+from kalmannorm.lab.data.memory_data import MemoryData
 
 
-class ClassificationData(lightning.LightningDataModule):
+class ClassificationData(MemoryData):
     """CIFAR-10, CIFAR-100 or SVHN in memory: batches are cropped, flipped and scaled on the trainer's device.
 
     Example:
@@ -57,71 +57,34 @@ class ClassificationData(lightning.LightningDataModule):
         seed: int = 0,
         device: str | torch.device | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(gradient_batch, score_batch=score_batch, drop_last=drop_last, seed=seed, device=device)
         if scaling not in SCALINGS:
             raise ValueError(f"scaling must be one of {', '.join(SCALINGS)}; got {scaling!r}")
         self.dataset, self.num_classes = name, source(name).num_classes
-        self.gradient_batch, self.score_batch = gradient_batch, score_batch
         if border not in ("mean", "black"):
             raise ValueError(f"border must be 'mean' or 'black'; got {border!r}")
         self.augment, self.border, self.scaling = augment, border, scaling
         self.validation, self.split_seed, self.limit = validation, split_seed, limit
-        self.drop_last, self.seed, self.device = drop_last, seed, device
-        self._splits: ImageSplits | None = None
-        self._scale: Scaling | None = None
 
     def prepare_data(self) -> None:
         """Download, in one process, if need be."""
         open_images(self.dataset)
 
-    def setup(self, stage: str | None = None) -> None:
-        """Load all splits, once, and move them to the device."""
-        if self._splits is not None:
-            return
+    def load(self) -> Splits:
+        """All images, in three splits."""
         held_out = 0 if self.validation == "test" else self.validation
-        splits = load_images(self.dataset, validation=held_out, split_seed=self.split_seed, limit=self.limit)
-        device = self._device()
-        train, validation, test = ((images.to(device), labels.to(device)) for images, labels in splits)
-        self._splits = ImageSplits(train, validation, test)
-        self._scale = SCALINGS[self.scaling](splits.train[0]).to(device)
+        return load_images(self.dataset, validation=held_out, split_seed=self.split_seed, limit=self.limit)
 
-    def _device(self) -> torch.device:
-        if self.device is not None:
-            return torch.device(self.device)
-        return self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+    def scaling_of(self, inputs: Tensor) -> Scaling:
+        """As ``scaling`` says."""
+        return SCALINGS[self.scaling](inputs)
 
-    def _batches(self, split: str, batch_size: int, **options: Any) -> MemoryBatches:
-        if self._splits is None or self._scale is None:
-            raise _not_set_up()
-        images, labels = getattr(self._splits, split)
-        return MemoryBatches(images, labels, batch_size, prepare=self._scale, **options)
-
-    def train_dataloader(self) -> MemoryBatches:
-        """Shuffled batches; each process gets its share.
-
-        Raises:
-            ValueError: The gradient batch does not divide evenly among processes and accumulated batches.
-        """
-        if self._splits is None:
-            raise _not_set_up()
-        border = mean_colour(self._splits.train[0]) if self.border == "mean" else None
-        options: dict[str, Any] = {"seed": self.seed, "augment": self.augment, "border": border}
-        options["drop_last"] = self.drop_last
-        if trainer := self.trainer:
-            options |= {"rank": trainer.global_rank, "replicas": trainer.world_size}
-            options |= {"accumulated": trainer.accumulate_grad_batches}
-        return self._batches("train", images_a_process(self.gradient_batch, trainer), **options)
+    def augmentation_of(self, inputs: Tensor) -> dict[str, Any]:
+        """As ``augment`` and ``border`` say."""
+        return {"augment": self.augment, "border": mean_colour(inputs) if self.border == "mean" else None}
 
     def val_dataloader(self) -> MemoryBatches | list[Any]:
         """All held-out images in order, in every process; none if none are held out."""
         if self.validation == "test":
             return self.test_dataloader()
-        return self._batches("validation", self.score_batch) if self.validation else []
-
-    def test_dataloader(self) -> MemoryBatches:
-        """All test images in order, in every process."""
-        return self._batches("test", self.score_batch)
-
-
-def _not_set_up() -> RuntimeError:
-    return RuntimeError("call setup() before asking for batches; a Trainer does so by itself")
+        return super().val_dataloader() if self.validation else []

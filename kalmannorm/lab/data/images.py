@@ -9,17 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import datasets
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
+from kalmannorm.lab.data.memory import Labelled, Splits
 from kalmannorm.lab.data.roots import find, missing
-
-Labelled = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -64,20 +62,6 @@ SOURCES = {
     # With the 531,131 easier images, which results near 98 % are usually trained on as well.
     "svhn_extra": Source(*_SVHN, training=("train", "extra")),
 }
-
-
-class ImageSplits(NamedTuple):
-    """Three disjoint sets of images ``(N, 3, 32, 32)``, uint8, with labels ``(N,)``, int64.
-
-    Attributes:
-        train: To train on.
-        validation: A part of the training images, held out to choose hyper-parameters on.
-        test: The set's own test images, to be scored once.
-    """
-
-    train: Labelled
-    validation: Labelled
-    test: Labelled
 
 
 def source(name: str) -> Source:
@@ -132,8 +116,8 @@ def _decoded(part: Any, known: Source, indices: np.ndarray) -> Labelled:
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels
 
 
-def load_images(name: str, *, validation: int = 5000, split_seed: int = 0, limit: int | None = None) -> ImageSplits:
-    """Load a whole set into memory; the same arguments give the same splits.
+def load_images(name: str, *, validation: int = 5000, split_seed: int = 0, limit: int | None = None) -> Splits:
+    """Load a whole set into memory, images ``(N, 3, 32, 32)``, uint8; the same arguments give the same splits.
 
     Args:
         name: ``"cifar10"``, ``"cifar100"``, ``"svhn"`` (without its extra images) or ``"svhn_extra"``.
@@ -156,7 +140,7 @@ def load_images(name: str, *, validation: int = 5000, split_seed: int = 0, limit
     shuffled = np.random.default_rng(split_seed).permutation(count)
     # In the order of the files again, so that `limit` keeps the first of them.
     held_out, kept = np.sort(shuffled[:validation]), np.sort(shuffled[validation:])
-    return ImageSplits(
+    return Splits(
         train=_decoded(training, known, kept[:limit]),
         validation=_decoded(training, known, held_out[:limit]),
         test=_decoded(test, known, np.arange(len(test))[:limit]),

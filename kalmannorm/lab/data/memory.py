@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,6 +11,22 @@ from torch import Tensor
 
 from kalmannorm.lab.data.augmentation import crop_and_flip, draw_moves
 from kalmannorm.lab.data.resumable import Resumable
+
+Labelled = tuple[Tensor, Tensor]
+
+
+class Splits(NamedTuple):
+    """Three disjoint sets of inputs ``(N, C, *)``, float32 or uint8, with labels ``(N,)`` or ``(N, *)``, int64.
+
+    Attributes:
+        train: To train on.
+        validation: To choose hyper-parameters on.
+        test: To be scored once.
+    """
+
+    train: Labelled
+    validation: Labelled
+    test: Labelled
 
 
 class MemoryBatches(Resumable):

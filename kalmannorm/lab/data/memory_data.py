@@ -1,41 +1,23 @@
-"""A LightningDataModule over tensors in memory, whatever is in them: the common part of signals, tables and volumes."""
+"""A LightningDataModule over tensors in memory, whatever is in them: images, signals, tables or volumes."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning
 import torch
 from torch import Tensor
 
 from kalmannorm.lab.data.augmentation import Scaling
-from kalmannorm.lab.data.memory import MemoryBatches
+from kalmannorm.lab.data.memory import MemoryBatches, Splits
 from kalmannorm.lab.data.sharing import images_a_process
 
-__all__ = ["Labelled", "MemoryData", "Splits"]
-
-Labelled = tuple[Tensor, Tensor]
-
-
-class Splits(NamedTuple):
-    """Three disjoint sets of inputs ``(N, C, *)``, float32, with labels ``(N,)`` or ``(N, *)``, int64.
-
-    Attributes:
-        train: To train on.
-        validation: To choose hyper-parameters on.
-        test: To be scored once.
-    """
-
-    train: Labelled
-    validation: Labelled
-    test: Labelled
+__all__ = ["MemoryData"]
 
 
 class MemoryData(lightning.LightningDataModule):
-    """Splits that a subclass loads, as batches; each channel of the inputs with mean 0 and standard deviation 1.
-
-    Both are taken from the inputs trained on, all of them together: the differences between inputs stay.
+    """Splits that a subclass loads, as batches that are scaled on the trainer's device.
 
     Args:
         gradient_batch: Inputs a gradient step, over all processes and accumulated batches.
@@ -58,19 +40,30 @@ class MemoryData(lightning.LightningDataModule):
         self.gradient_batch, self.score_batch = gradient_batch, score_batch
         self.drop_last, self.seed, self.device = drop_last, seed, device
         self._splits: Splits | None = None
+        self._scale: Scaling | None = None
 
     @abstractmethod
     def load(self) -> Splits:
         """All inputs, as they are; on the CPU."""
 
+    def scaling_of(self, inputs: Tensor) -> Scaling:
+        """What is done to every batch, from the inputs trained on: mean 0 and standard deviation 1 in each channel.
+
+        Both are of all inputs together: the differences between inputs stay.
+        """
+        return channel_scaling(inputs)
+
+    def augmentation_of(self, inputs: Tensor) -> dict[str, Any]:
+        """Which options of `MemoryBatches` there are in training alone, from the inputs trained on."""
+        return {}
+
     def setup(self, stage: str | None = None) -> None:
-        """Load, scale, and move to the device; once."""
+        """Load all splits, once, and move them to the device."""
         if self._splits is not None:
             return
         splits, device = self.load(), self._device()
-        scale = channel_scaling(splits.train[0])
-        scaled = [(scale(inputs).to(device), labels.to(device)) for inputs, labels in splits]
-        self._splits = Splits(*scaled)
+        self._scale = self.scaling_of(splits.train[0]).to(device)
+        self._splits = Splits(*((inputs.to(device), labels.to(device)) for inputs, labels in splits))
 
     def _device(self) -> torch.device:
         if self.device is not None:
@@ -78,10 +71,12 @@ class MemoryData(lightning.LightningDataModule):
         return self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
 
     def _batches(self, split: str, batch_size: int, **options: Any) -> MemoryBatches:
-        if self._splits is None:
+        if self._splits is None or self._scale is None:
             raise RuntimeError("call setup() before asking for batches; a Trainer does so by itself")
         inputs, labels = getattr(self._splits, split)
-        return MemoryBatches(inputs, labels, batch_size, prepare=_as_it_is, **options)
+        if split == "train":
+            options |= self.augmentation_of(inputs)
+        return MemoryBatches(inputs, labels, batch_size, prepare=self._scale, **options)
 
     def train_dataloader(self) -> MemoryBatches:
         """Shuffled batches; each process gets its share.
@@ -95,17 +90,13 @@ class MemoryData(lightning.LightningDataModule):
             options |= {"accumulated": trainer.accumulate_grad_batches}
         return self._batches("train", images_a_process(self.gradient_batch, trainer), **options)
 
-    def val_dataloader(self) -> MemoryBatches:
+    def val_dataloader(self) -> MemoryBatches | list[Any]:
         """All held-out inputs in order, in every process."""
         return self._batches("validation", self.score_batch)
 
     def test_dataloader(self) -> MemoryBatches:
         """All test inputs in order, in every process."""
         return self._batches("test", self.score_batch)
-
-
-def _as_it_is(inputs: Tensor) -> Tensor:
-    return inputs
 
 
 def channel_scaling(inputs: Tensor) -> Scaling:

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kalmannorm.lab.data.memory_data import MemoryData, Splits
+from kalmannorm.lab.data.memory import Splits
+from kalmannorm.lab.data.memory_data import MemoryData
 
 __all__ = ["SignalData"]
 

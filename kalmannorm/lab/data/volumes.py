@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kalmannorm.lab.data.memory_data import MemoryData, Splits
+from kalmannorm.lab.data.memory import Splits
+from kalmannorm.lab.data.memory_data import MemoryData
 
 __all__ = ["Scan", "Split", "VolumeData", "generate_volumes"]
 

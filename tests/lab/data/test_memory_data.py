@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from kalmannorm.lab.data.memory_data import MemoryData, Splits, channel_scaling
+from kalmannorm.lab.data.memory import Splits
+from kalmannorm.lab.data.memory_data import MemoryData, channel_scaling
 
 
 class Counted(MemoryData):
