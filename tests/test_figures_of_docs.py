@@ -1,4 +1,6 @@
-"""The figures of docs/how-it-works.md: the script makes those that are committed, and they show what the page says."""
+"""The figures of docs/how-it-works.md and of the README: the script makes those that are committed, and they show what the
+pages say.
+"""
 
 import importlib.util
 import math
@@ -29,7 +31,8 @@ def noise(make):
 
 def test_the_script_makes_what_the_page_shows_and_the_same_again(make, noise, tmp_path, monkeypatch):
     monkeypatch.setattr(make, "batch_noise", lambda: noise)
-    shown = set(re.findall(r"\(figures/(\w+\.svg)\)", (DOCS / "how-it-works.md").read_text()))
+    pages = (DOCS / "how-it-works.md", DOCS.parent / "README.md")
+    shown = {name for page in pages for name in re.findall(r"figures/(\w+\.svg)\)", page.read_text())}
     assert {path.name for path in (DOCS / "figures").glob("*.svg")} == shown
     first, second = make.main(tmp_path / "first"), make.main(tmp_path / "second")
     assert {path.name for path in first} == shown
@@ -79,3 +82,12 @@ def test_depth_is_the_file_and_the_page_says_what_is_in_it(make):
     assert 3 < float(narrow["posterior"].min()) < float(narrow["posterior"].max()) < 6
     assert float(ratios["observation"][2:].min()) > 5 / 6
     assert float(means["prior"].median()) < float(means["observation"].median()) * 1.2
+
+
+def test_the_front_figure_is_of_the_files(make):
+    losses, scores = make.demo_losses(), make.accuracies()
+    assert {key: len(seeds) for key, seeds in losses.items()} == {"bn": 3, "gn": 3, "kn": 3}
+    assert all(len(curve) == 12 for seeds in losses.values() for curve in seeds)
+    wanted = {(key, size) for key in ("bn", "kn") for size in make.TOGETHER} | {("gn", 2)}
+    assert set(scores) == wanted
+    assert all(len(seeds) >= 3 for seeds in scores.values())

@@ -1,9 +1,13 @@
-"""Makes the figures of docs/how-it-works.md: ``python docs/figures/make.py [FOLDER]``; about ten seconds on a CPU."""
+"""Makes the figures of docs/how-it-works.md and of the README: ``python docs/figures/make.py [FOLDER]``; about ten
+seconds on a CPU.
+"""
 
 from __future__ import annotations
 
 import csv
+import json
 import math
+import statistics
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +25,8 @@ from kalmannorm.lab.figures import COLOURS
 from kalmannorm.lab.models.small import SmallConvNet
 
 HERE = Path(__file__).parent
-LAYERS = HERE.parent / "results" / "priors" / "layers-kn-2.csv"
+RESULTS = HERE.parent / "results"
+LAYERS = RESULTS / "priors" / "layers-kn-2.csv"
 # Text stays text, in the reader's own font; ids are the same in each run. Narrow figures with large letters: on a
 # phone they are shown at half of their width.
 STYLE = {
@@ -251,6 +256,58 @@ def draw_depth(found: dict[str, tuple[list[float], list[float]]]) -> Figure:
     return drawing
 
 
+# -- The README's: what small batches do
+
+
+METHODS = {"bn": ("BatchNorm", "#c44e52"), "gn": ("GroupNorm", "#8c8c8c"), "kn": ("Kalman Normalization", "#4c72b0")}
+TOGETHER = (128, 2, 1)
+
+
+def demo_losses(path: Path = RESULTS / "demo.json", window: int = 250) -> dict[str, list[list[float]]]:
+    """Each method's training losses of `make demo`, a list a seed, in means of ``window`` steps."""
+    found: dict[str, list[list[float]]] = {key: [] for key in METHODS}
+    for run in json.loads(path.read_text(encoding="utf-8"))["runs"]:
+        if run["job"]["method"] in found:
+            losses = run["losses"]
+            means = [statistics.fmean(losses[i : i + window]) for i in range(0, len(losses) - window + 1, window)]
+            found[run["job"]["method"]].append(means)
+    return found
+
+
+def accuracies(path: Path = RESULTS / "studies" / "batch-sizes-cpu" / "runs.csv") -> dict[tuple[str, int], list[float]]:
+    """Test accuracy in per cent with running statistics, a number a seed, by method and images normalized together."""
+    found: dict[tuple[str, int], list[float]] = {}
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            method, _, size = row["arm"].partition("-")
+            if row["kind"] == "final" and method in METHODS and size.isdigit():
+                found.setdefault((method, int(size)), []).append(100 * float(row["accuracy_running"]))
+    return found
+
+
+def draw_front(losses: dict[str, list[list[float]]], scores: dict[tuple[str, int], list[float]]) -> Figure:
+    """Left learning curves at two images, right accuracy by images normalized together."""
+    drawing = Figure(figsize=(8, 3.6), layout="constrained")
+    left, right = drawing.subplots(1, 2)
+    for key, (name, colour) in METHODS.items():
+        for seed, curve in enumerate(losses[key]):
+            steps = [250 * (i + 0.5) for i in range(len(curve))]
+            left.plot(steps, curve, color=colour, alpha=0.8, linewidth=1.4, label=name if seed == 0 else None)
+        places = [i for i, size in enumerate(TOGETHER) if (key, size) in scores]
+        means = [statistics.fmean(scores[key, TOGETHER[i]]) for i in places]
+        if key == "gn":  # it takes each image by itself
+            right.axhline(means[0], color=colour, linestyle="--", linewidth=1.4)
+            continue
+        deviations = [statistics.stdev(scores[key, TOGETHER[i]]) for i in places]
+        right.errorbar(places, means, yerr=deviations, fmt="o-", color=colour, capsize=3, markersize=5)
+    left.set(title="cluttered digits, 2 images a step", xlabel="step", ylabel="training loss", ylim=(0, None))
+    right.set(title="CIFAR-10, small ResNet", xlabel="images normalized together", ylabel="test accuracy in %",
+              ylim=(0, 60), xlim=(-0.2, 2.2))  # fmt: skip
+    right.set_xticks(range(len(TOGETHER)), [str(size) for size in TOGETHER])
+    drawing.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=11)
+    return drawing
+
+
 def _decades(axes: Axes, ticks: list[float], label: str) -> None:
     axes.set(yscale="log", ylabel=label)
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -270,6 +327,7 @@ def main(folder: Path = HERE) -> list[Path]:
             "update": draw_update(updates()),
             "way": draw_way(way()),
             "depth": draw_depth(by_depth()),
+            "front": draw_front(demo_losses(), accuracies()),
         }
         folder.mkdir(parents=True, exist_ok=True)
         for name, drawing in drawings.items():
