@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-import csv
 import difflib
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning
 import torch
 from rich.console import Console
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from kalmannorm.lab import workers as pool
 from kalmannorm.lab.data.folders import FolderData
 from kalmannorm.lab.methods import METHODS, normalize
 from kalmannorm.lab.results import Result, finished, write_atomically
+from kalmannorm.lab.tables import csv_text
+from kalmannorm.lab.trainings import Job, reason, run_jobs
+from kalmannorm.lab.workers import available_cpus
 
-__all__ = ["Job", "Outcome", "Plan", "SearchData", "classifier", "compare"]
+if TYPE_CHECKING:
+    from kalmannorm.lab.fitting import Split
 
-
-class SearchData(FolderData):
-    """`FolderData` whose test images are out of sight, so a run on them is scored on validation images."""
-
-    test_dataloader = lightning.LightningDataModule.test_dataloader  # type: ignore[assignment]
+__all__ = ["Outcome", "Plan", "by_method", "classifier", "compare"]
 
 
 def classifier(name: str, num_classes: int) -> nn.Module:
@@ -68,9 +65,15 @@ class Plan:
     num_classes: int
     test_images: int
 
-    def config(self, method: str, rate: float, seed: int, search: bool) -> dict[str, Any]:
+    def trial(self, method: str, rate: float, seed: int, split: Split, output: Path) -> Outcome:
+        """A run that nothing has come of yet, in a folder below ``output``."""
+        kind, name = ("search", f"rate-{rate:g}") if split == "validation" else ("runs", f"seed-{seed}")
+        what = f"{kind}/{METHODS[method].label}, rate {rate:g}"
+        folder, config = output / kind / f"{method}-{name}", self.config(method, rate, seed)
+        return Outcome(method, rate, Job(what, seed, config, folder, split, keep=kind == "runs"))
+
+    def config(self, method: str, rate: float, seed: int) -> dict[str, Any]:
         """What `kalmannorm.lab.fitting.fit` takes."""
-        place = "kalmannorm.lab.compare.SearchData" if search else "kalmannorm.lab.data.folders.FolderData"
         network = {"name": self.network, "num_classes": self.num_classes}
         return {
             "seed_everything": seed,
@@ -86,7 +89,7 @@ class Plan:
                 },
             },
             "data": {
-                "class_path": place,
+                "class_path": "kalmannorm.lab.data.folders.FolderData",
                 "init_args": {
                     "folder": self.folder,
                     "gradient_batch": self.gradient_batch,
@@ -102,44 +105,21 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Job:
-    """A run: of the search, scored on validation images, or one of those that count, scored on test images."""
+class Outcome:
+    """A run, and what came of it.
 
-    plan: Plan
+    Attributes:
+        method: A key of METHODS.
+        rate: Learning rate.
+        job: The training; of the search if it is scored on validation images, one of those that count on test images.
+        result: If it came to an end.
+        error: Why it did not.
+    """
+
     method: str
     rate: float
-    seed: int
-    search: bool
-    output: Path
-
-    def __str__(self) -> str:
-        """What a progress bar calls it."""
-        what = f"rate {self.rate:g}" if self.search else f"seed {self.seed}"
-        return f"{METHODS[self.method].label}, {what}"
-
-    @property
-    def folder(self) -> Path:
-        """Where the run is kept."""
-        kind, name = ("search", f"rate-{self.rate:g}") if self.search else ("runs", f"seed-{self.seed}")
-        return self.output / kind / f"{self.method}-{name}"
-
-
-def _work(job: Job, tell: pool.Tell) -> Result:
-    from kalmannorm.lab import fitting  # noqa: PLC0415 - Lightning takes seconds to import
-
-    config = job.plan.config(job.method, job.rate, job.seed, job.search)
-    result = fitting.fit(config, job.folder, tell)
-    if job.search:  # of which only the score is needed again
-        (job.folder / "last.ckpt").unlink(missing_ok=True)
-    return result
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What came of a job: a result, or why there is none."""
-
     job: Job
-    result: Result | None
+    result: Result | None = None
     error: str = ""
 
     @property
@@ -199,19 +179,19 @@ def compare(
                 data.num_classes, len(data.test_set))  # fmt: skip
     _claim(output, plan)
     console = Console()
-    processes = workers or torch.cuda.device_count() or pool.available_cpus()
-    search = [Job(plan, key, rate, 0, True, output) for key in keys for rate in plan.rates]
+    processes = workers or torch.cuda.device_count() or available_cpus()
+    search = [plan.trial(key, rate, 0, "validation", output) for key in keys for rate in plan.rates]
     searched = _run(search, processes, console)
     best = {key: _best(outcomes) for key, outcomes in by_method(searched).items()}
     final = [
-        Job(plan, key, rate, seed, False, output)
+        plan.trial(key, rate, seed, "test", output)
         for key, rate in best.items() if rate is not None
         for seed in range(1, seeds + 1)
     ]  # fmt: skip
     if not final:
         raise ValueError(f"no run of any method came to an end; the first failed with: {searched[0].error}")
     counted = _run(final, processes, console)
-    _write_csv(output / "results.csv", [*searched, *counted])
+    write_atomically(output / "results.csv", _as_csv([*searched, *counted]))
 
     from kalmannorm.lab.compare_report import terminal_table, write_page  # noqa: PLC0415 - matplotlib is slow
 
@@ -224,7 +204,7 @@ def by_method(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
     """Outcomes that came to an end, by method; an empty list where none did."""
     groups: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
-        groups.setdefault(outcome.job.method, []).extend([outcome] if outcome.result else [])
+        groups.setdefault(outcome.method, []).extend([outcome] if outcome.result else [])
     return groups
 
 
@@ -233,23 +213,19 @@ def _best(outcomes: Sequence[Outcome]) -> float | None:
     if not outcomes:
         return None
     chosen = max(outcomes, key=lambda o: (o.accuracy, -o.last_loss if math.isfinite(o.last_loss) else -math.inf))
-    return chosen.job.rate
+    return chosen.rate
 
 
-def _run(jobs: Sequence[Job], workers: int, console: Console) -> list[Outcome]:
-    """What comes of the jobs, in their order; those that ended in an earlier call are only read."""
-    found: dict[Job, Result | Exception] = {job: Result.read(job.folder) for job in jobs if finished(job.folder)}
-    left = [job for job in jobs if job not in found]
-    if left:
-        new = pool.run_all(left, _work, lambda job: job.plan.steps, min(workers, len(left)), console, keep_going=True)
-        found.update(zip(left, new, strict=True))
-    return [_outcome(job, found[job]) for job in jobs]
+def _run(trials: Sequence[Outcome], workers: int, console: Console) -> list[Outcome]:
+    """The trials with what came of them; those that ended in an earlier call are only read."""
+    found = {trial.job.folder: Result.read(trial.job.folder) for trial in trials if finished(trial.job.folder)}
+    left = [trial.job for trial in trials if trial.job.folder not in found]
+    new = iter(run_jobs(left, workers, console))
+    return [_ended(trial, found.get(trial.job.folder) or next(new)) for trial in trials]
 
 
-def _outcome(job: Job, found: Result | Exception) -> Outcome:
-    if isinstance(found, Exception):
-        return Outcome(job, None, " ".join(str(found).split()) or type(found).__name__)
-    return Outcome(job, found)
+def _ended(trial: Outcome, found: Result | Exception) -> Outcome:
+    return replace(trial, error=reason(found)) if isinstance(found, Exception) else replace(trial, result=found)
 
 
 def _numbers(rates: str) -> tuple[float, ...]:
@@ -304,17 +280,17 @@ def _claim(output: Path, plan: Plan) -> None:
         raise ValueError(f"--output: cannot write to {output}: {error.strerror}") from error
 
 
-def _write_csv(path: Path, outcomes: Sequence[Outcome]) -> None:
+def _as_csv(outcomes: Sequence[Outcome]) -> str:
+    records = []
+    for outcome in outcomes:
+        job, result = outcome.job, outcome.result
+        numbers = {}
+        if result:
+            numbers = {**result.scores, "last_loss": result.last_loss, "seconds_per_step": result.seconds_per_step}
+        records.append({
+            "method": outcome.method, "rate": f"{outcome.rate:g}", "seed": job.seed, "split": job.split,
+            **{name: f"{number:.6g}" for name, number in numbers.items()}, "error": outcome.error,
+        })  # fmt: skip
     names = ["method", "rate", "seed", "split", "accuracy_running", "accuracy_online", "last_loss",
              "seconds_per_step", "error"]  # fmt: skip
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(names)
-        for outcome in outcomes:
-            job, result = outcome.job, outcome.result
-            split = "validation" if job.search else "test"
-            numbers: list[Any] = [""] * 4
-            if result:
-                scores = (result.scores["accuracy_running"], result.scores["accuracy_online"])
-                numbers = [f"{n:.6g}" for n in (*scores, outcome.last_loss, result.seconds_per_step)]
-            writer.writerow([job.method, f"{job.rate:g}", job.seed, split, *numbers, outcome.error])
+    return csv_text(records, names)

@@ -92,7 +92,7 @@ def _rows(finished: Sequence[Outcome]) -> list[list[str]]:
         losses = [outcome.last_loss for outcome in own]
         rows.append([
             METHODS[key].label,
-            f"{own[0].job.rate:g}",
+            f"{own[0].rate:g}",
             _percent([result.scores["accuracy_running"] for result in results]),
             _percent([result.scores["accuracy_online"] for result in results]),
             f"{statistics.fmean(losses):.3f}",
@@ -119,9 +119,9 @@ def _warnings(plan: Plan, searched: Sequence[Outcome], finished: Sequence[Outcom
     for key, own in by_method(finished).items():
         if not all(math.isfinite(outcome.last_loss) for outcome in own):
             found.append(f"{METHODS[key].label}: the loss of a run that counts is not finite.")
-        if own and len(plan.rates) > 1 and own[0].job.rate in (min(plan.rates), max(plan.rates)):
+        if own and len(plan.rates) > 1 and own[0].rate in (min(plan.rates), max(plan.rates)):
             found.append(
-                f"{METHODS[key].label}: the best rate, {own[0].job.rate:g}, is at an end of those searched; "
+                f"{METHODS[key].label}: the best rate, {own[0].rate:g}, is at an end of those searched; "
                 "a wider --rates may find a better one."
             )
     return found
@@ -172,9 +172,7 @@ def write_page(
         )
         for key, own in groups.items()
     ]
-    rates = {
-        METHODS[key].label: [(o.job.rate, 100 * o.accuracy) for o in own] for key, own in by_method(searched).items()
-    }
+    rates = {METHODS[key].label: [(o.rate, 100 * o.accuracy) for o in own] for key, own in by_method(searched).items()}
     first = next(outcome.result for own in groups.values() for outcome in own if outcome.result)
     warnings = [report.note(text) for text in _warnings(plan, searched, finished)]
     seeds = "1 seed" if plan.seeds == 1 else f"{plan.seeds} seeds"

@@ -1,19 +1,20 @@
 """The comparison: what it refuses, what it searches, what it says, and all of it once, small."""
 
 import csv
+import io
 import math
 import re
+from dataclasses import replace
+from pathlib import Path
 
 import browser
 import pytest
 import torch
 
 from kalmannorm.lab import cli, compare
-from kalmannorm.lab.compare import Job, Outcome, Plan, SearchData, classifier
+from kalmannorm.lab.compare import Plan, classifier
 from kalmannorm.lab.compare_report import terminal_table, verdict, write_page
-from kalmannorm.lab.data.folders import FolderData
 from kalmannorm.lab.data.generated import generate_folders
-from kalmannorm.lab.fitting import _has
 from kalmannorm.lab.results import Result
 
 
@@ -40,6 +41,8 @@ def test_a_comparison_from_beginning_to_end(folder, tmp_path, capsys):
     # Of 40 training images, a tenth is held out for validation; the 8 in val are the test.
     quarters = [4 * float(row["accuracy_running"]) for row in rows[:2]]
     assert quarters == [round(quarter) for quarter in quarters]
+    splits = {path.parts[-3]: Result.read(path.parent).split for path in (tmp_path / "out").rglob("result.json")}
+    assert splits == {"search": "validation", "runs": "test"}
     assert not list((tmp_path / "out" / "search").glob("*/last.ckpt"))
     assert len(list((tmp_path / "out" / "runs").glob("*/last.ckpt"))) == 2
     # Nothing is trained again; and another comparison does not go into the same folder.
@@ -87,20 +90,22 @@ def test_classifiers_give_logits_alone():
         assert classifier(name, 5)(torch.zeros(2, 3, size, size)).shape == (2, 5), name
 
 
-def test_the_search_sees_no_test_images():
-    assert not _has(SearchData("pets"), "test_dataloader")
-    assert _has(FolderData("pets"), "test_dataloader")
-
-
 PLAN = Plan("some/pets", ("bn", "gn", "kn"), 2, 4, "resnet18", 32, 10, (0.01, 0.1), 2, 4, 50)
 
 
-def outcome(method, rate, seed, accuracy, search=False, losses=(1.0,) * 10, error="", output=None):
-    job = Job(PLAN, method, rate, seed, search, output)
+def test_the_search_is_scored_on_validation_images_and_keeps_scores_alone(tmp_path):
+    searched, counted = (PLAN.trial("bn", 0.1, 0, split, tmp_path).job for split in ("validation", "test"))
+    assert (searched.split, searched.keep, searched.folder) == ("validation", False, tmp_path / "search/bn-rate-0.1")
+    assert (counted.split, counted.keep, counted.folder) == ("test", True, tmp_path / "runs/bn-seed-0")
+    assert searched.config == counted.config
+
+
+def outcome(method, rate, seed, accuracy, search=False, losses=(1.0,) * 10, error=""):
+    trial = PLAN.trial(method, rate, seed, "validation" if search else "test", Path("out"))
     scores = {"accuracy_running": accuracy, "accuracy_online": accuracy / 2}
     environment = {"torch": "2", "machine": "a long name of a machine " * 9}
     result = Result({"model": {"rate": rate}}, scores, 9.0, 0.02, list(losses), [], environment)
-    return Outcome(job, None if error else result, error)
+    return replace(trial, result=None if error else result, error=error)
 
 
 def test_the_best_rate_is_the_one_of_the_highest_accuracy_then_of_the_lowest_loss():
@@ -116,18 +121,27 @@ def test_the_best_rate_is_the_one_of_the_highest_accuracy_then_of_the_lowest_los
 
 
 def test_what_went_wrong_is_an_outcome_and_not_the_end(monkeypatch, tmp_path):
-    jobs = [Job(PLAN, "bn", rate, 0, True, tmp_path) for rate in (0.1, 0.2)]
+    trials = [PLAN.trial("bn", rate, 0, "validation", tmp_path) for rate in (0.1, 0.2)]
     result = outcome("bn", 0.2, 0, 0.5).result
-    monkeypatch.setattr(compare.pool, "run_all", lambda *rest, keep_going: [RuntimeError("no\nmemory"), result])
-    failed, fine = compare._run(jobs, 1, None)
-    assert (failed.result, failed.error, failed.accuracy) == (None, "no memory", 0.0)
+    monkeypatch.setattr(compare, "run_jobs", lambda *rest: [RuntimeError("no\nmemory"), result])
+    failed, fine = compare._run(trials, 1, None)
+    assert (failed.result, failed.error, failed.accuracy) == (None, "RuntimeError: no memory", 0.0)
     assert fine.accuracy == 0.5
     assert compare.by_method([failed, fine]) == {"bn": [fine]}
-    compare._write_csv(tmp_path / "r.csv", [failed, fine])
-    with (tmp_path / "r.csv").open(encoding="utf-8") as file:
-        first, second = csv.DictReader(file)
-    assert (first["accuracy_running"], first["error"]) == ("", "no memory")
+    first, second = csv.DictReader(io.StringIO(compare._as_csv([failed, fine])))
+    assert (first["accuracy_running"], first["error"]) == ("", "RuntimeError: no memory")
     assert (second["accuracy_online"], second["seconds_per_step"], second["error"]) == ("0.25", "0.02", "")
+
+
+def test_what_ended_before_is_only_read(monkeypatch, tmp_path):
+    ended, left = (PLAN.trial("bn", rate, 0, "validation", tmp_path) for rate in (0.1, 0.2))
+    ended.job.folder.mkdir(parents=True)
+    (ended.job.folder / "config.yaml").write_text("{}")
+    outcome("bn", 0.1, 0, 0.5).result.write(ended.job.folder)
+    monkeypatch.setattr(compare, "run_jobs", lambda jobs, *rest: [RuntimeError(job.name) for job in jobs])
+    first, second = compare._run([ended, left], 1, None)
+    assert (first.accuracy, first.error) == (0.5, "")
+    assert second.error == "RuntimeError: search/BatchNorm, rate 0.2"
 
 
 SECONDS = {"BN": 0.010, "GN": 0.012, "KN": 0.015}
@@ -181,9 +195,7 @@ def outcomes():
     accuracies = {"bn": 0.5, "kn": 0.9}
     searched = [outcome(key, rate, 0, score, True) for key, score in accuracies.items() for rate in (0.01, 0.1)]
     searched.append(outcome("gn", 0.01, 0, 0, True, error="it broke"))
-    finished = [
-        outcome(key, 0.1, seed, score + seed / 100) for key, score in accuracies.items() for seed in (1, 2)
-    ]
+    finished = [outcome(key, 0.1, seed, score + seed / 100) for key, score in accuracies.items() for seed in (1, 2)]
     return searched, finished
 
 
@@ -197,7 +209,7 @@ def test_the_report_is_readable_and_says_what_the_terminal_says(outcomes, tmp_pa
     text = found.facts["text"]
     assert terminal_table(PLAN, outcomes[1]).caption in text
     assert "KalmanNorm (default) has the highest accuracy, 91.5 ± 0.7 % of 50 test images" in text
-    assert "GroupNorm, rate 0.01 failed: it broke" in text
+    assert "GroupNorm, rate 0.01, seed 0 failed: it broke" in text
     assert "No run of GroupNorm came to an end." in text
     assert "the best rate, 0.1, is at an end of those searched" in text
     assert "kalmannorm compare some/pets --methods bn,gn,kn --statistics_batch 2 --gradient_batch 4" in text
