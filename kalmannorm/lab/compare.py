@@ -17,8 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from kalmannorm.lab.data.folders import FolderData
 from kalmannorm.lab.methods import METHODS, normalize
-from kalmannorm.lab.results import Result, finished, write_atomically
-from kalmannorm.lab.tables import csv_text
+from kalmannorm.lab.results import Result, csv_text, finished, write_atomically
 from kalmannorm.lab.trainings import Job, reason, run_jobs
 from kalmannorm.lab.workers import available_cpus
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from kalmannorm.lab.analysis import errors_of
+from kalmannorm.lab.results import csv_text, write_atomically
 from kalmannorm.lab.seen import Forward, calls_of, first_element, is_watched, network_of
 from kalmannorm.modules import KalmanNorm
 
@@ -70,10 +70,7 @@ class FilterHistory(lightning.Callback):
         """
         if not self.rows:
             raise ValueError(f"FilterHistory has no rows to write to {path}: no training reached step {self.every}")
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(dict.fromkeys(key for row in self.rows for key in row)))
-            writer.writeheader()
-            writer.writerows(self.rows)
+        write_atomically(path, csv_text(self.rows))
 
 
 def _rows(network: nn.Module, batch: Any, forward: Forward) -> list[dict[str, Any]]:

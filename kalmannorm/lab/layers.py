@@ -10,9 +10,9 @@ from rich.console import Console
 
 from kalmannorm.lab import fitting
 from kalmannorm.lab.analysis import errors_of
-from kalmannorm.lab.results import write_atomically
+from kalmannorm.lab.results import csv_text, write_atomically
 from kalmannorm.lab.seen import calls_of, first_element, statistics_batches
-from kalmannorm.lab.tables import as_markdown, csv_text
+from kalmannorm.lab.tables import as_markdown
 
 __all__ = ["COLUMNS", "layers"]
 

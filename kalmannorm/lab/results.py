@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import platform
@@ -22,7 +23,7 @@ import yaml
 import kalmannorm
 from kalmannorm.lab.workers import available_cpus
 
-__all__ = ["Result", "environment", "finished", "write_atomically"]
+__all__ = ["Result", "csv_text", "environment", "finished", "write_atomically"]
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,9 @@ class Result:
     def write(self, folder: Path) -> None:
         """Write everything but the config, ``result.json`` last."""
         curve = [{"step": step, "loss": loss} for step, loss in enumerate(self.losses, 1)]
-        _write_csv(folder / "curve.csv", curve, ["step", "loss"])
+        write_atomically(folder / "curve.csv", csv_text(curve, ["step", "loss"]))
         names = dict.fromkeys(name for each in self.validations for name in each)
-        _write_csv(folder / "validations.csv", self.validations, list(names) or ["step"])
+        write_atomically(folder / "validations.csv", csv_text(self.validations, list(names) or ["step"]))
         names_of_summary = ("split", "scores", "seconds", "seconds_per_step", "environment")
         summary = {name: getattr(self, name) for name in names_of_summary}
         write_atomically(folder / "result.json", json.dumps(summary, indent=1) + "\n")
@@ -91,10 +92,19 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(beside, path)
 
 
-def _write_csv(path: Path, rows: Sequence[Mapping[str, float]], names: list[str]) -> None:
-    # Python's shortest form of a number reads back as the very same number.
-    lines = [",".join(names), *(",".join(repr(row[name]) if name in row else "" for name in names) for row in rows)]
-    write_atomically(path, "\n".join(lines) + "\n")
+def csv_text(records: Sequence[Mapping[str, Any]], names: Sequence[str] = ()) -> str:
+    """A line a record, under a header; numbers in the shortest form that reads back as the very same.
+
+    Args:
+        records: What is absent in one is left empty.
+        names: The columns; by default all that records have, in the order in which they first come.
+    """
+    names = names or list(dict.fromkeys(name for record in records for name in record))
+    file = io.StringIO()
+    writer = csv.DictWriter(file, names, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return file.getvalue()
 
 
 def _read_csv(path: Path) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import statistics
@@ -20,6 +19,7 @@ from kalmannorm.lab import workers as pool
 from kalmannorm.lab.data.digits import Split, cluttered_digits
 from kalmannorm.lab.methods import METHODS
 from kalmannorm.lab.models.small import SmallConvNet
+from kalmannorm.lab.results import csv_text, write_atomically
 
 TRAIN_IMAGES, SCORED_IMAGES = 8000, 2000
 
@@ -118,12 +118,8 @@ def run_all(jobs: Sequence[Job], workers: int, console: Console) -> list[Result]
 def write_csv(path: Path, results: Sequence[Result]) -> None:
     """Write a line a run: its job and its numbers, without the curve."""
     numbers = ("accuracy_running", "accuracy_online", "last_loss", "seconds_per_step")
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([*asdict(results[0].job), *numbers])
-        for result in results:
-            cells = [f"{getattr(result, name):.6g}" for name in numbers]
-            writer.writerow([*asdict(result.job).values(), *cells])
+    records = [asdict(result.job) | {name: f"{getattr(result, name):.6g}" for name in numbers} for result in results]
+    write_atomically(path, csv_text(records))
 
 
 def write_json(path: Path, results: Sequence[Result], environment: dict[str, str]) -> None:

@@ -18,10 +18,10 @@ from kalmannorm.lab.availability import data_at, with_data
 from kalmannorm.lab.data.roots import MissingDataError
 from kalmannorm.lab.recipes import Scale
 from kalmannorm.lab.reproduce import checked
-from kalmannorm.lab.results import Result, write_atomically
+from kalmannorm.lab.results import Result, csv_text, write_atomically
 from kalmannorm.lab.study_file import Arm, Study, shown
 from kalmannorm.lab.study_report import MEASURED, PLANNED, RUNS, write_report
-from kalmannorm.lab.tables import Cell, as_markdown, csv_text
+from kalmannorm.lab.tables import Cell, as_markdown
 from kalmannorm.lab.training import quiet
 from kalmannorm.lab.trainings import Job, reason, run_jobs
 

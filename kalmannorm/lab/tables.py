@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,11 +10,10 @@ from typing import Any
 import yaml
 
 from kalmannorm.lab.recipes import CONFIGS, Recipe
-from kalmannorm.lab.results import Result
+from kalmannorm.lab.results import Result, csv_text
 
 __all__ = [
-    "Cell", "Layout", "as_csv", "as_markdown", "csv_text", "format_value", "grid", "layout", "steps_to_reach",
-    "summary",
+    "Cell", "Layout", "as_csv", "as_markdown", "format_value", "grid", "layout", "steps_to_reach", "summary",
 ]  # fmt: skip
 
 # Numbers after the point, by the beginning of a metric's name; what is none of these is a share, shown in per cent.
@@ -147,21 +144,6 @@ def as_markdown(rows: Sequence[Sequence[str]]) -> str:
 def as_csv(cells: Sequence[Cell], scale: str) -> str:
     """A line a run, and one for each cell without any; scores are shares, as the runs give them."""
     return csv_text([record for cell in cells for record in _records(cell, scale)])
-
-
-def csv_text(records: Sequence[Mapping[str, Any]], names: Sequence[str] = ()) -> str:
-    """A line a record, under a header.
-
-    Args:
-        records: What is absent in one is left empty.
-        names: The columns; by default all that records have, in the order in which they first come.
-    """
-    names = names or list(dict.fromkeys(name for record in records for name in record))
-    file = io.StringIO()
-    writer = csv.DictWriter(file, names, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
-    return file.getvalue()
 
 
 def _records(cell: Cell, scale: str) -> Iterator[dict[str, Any]]:
