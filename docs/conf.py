@@ -24,8 +24,6 @@ extensions = [
     "docstrings",
 ]
 exclude_patterns = ["_build", "_ext", "**/.ipynb_checkpoints"]
-# results/demo-search.md has no heading; its entry in results.md has.
-suppress_warnings = ["toc.no_title"]
 nitpicky = True
 # Of other projects, whose pages are not here: a build asks nothing of the network.
 nitpick_ignore_regex = [

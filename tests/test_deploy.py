@@ -61,7 +61,7 @@ def _trained(name):
     for layer in model.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
             layer.reset_parameters()  # torchvision's small ones take longer to tell images apart
-    optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
     x, target = images(name, 12), torch.arange(12) % CLASSES
     for step in range(40):
         part = torch.arange(4 * step, 4 * step + 4) % 12
