@@ -1,5 +1,5 @@
-"""The figures of docs/how-it-works.md and of the README: the script makes those that are committed, and they show what the
-pages say.
+"""The figures of docs/how-it-works.md and of the README: the script makes those that are committed, and they show
+what the pages say.
 """
 
 import importlib.util
