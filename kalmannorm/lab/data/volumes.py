@@ -146,7 +146,9 @@ def _smooth(rng: np.random.Generator, size: int, knots: int) -> np.ndarray:
 class VolumeData(MemoryData):
     """`generate_volumes` in memory, scaled by the mean and the standard deviation of all that is trained on.
 
-    A volume's own brightness and contrast stay: they are what a normalization in the network has to deal with.
+    With ``standardize`` each volume is first scaled by its own, as is usual for scans without units (nnU-Net,
+    arXiv:1809.10486; MONAI's ``NormalizeIntensity``). Without, a volume's own brightness and contrast stay: they are
+    then what a normalization in the network has to deal with.
 
     Example:
         >>> data = VolumeData(train=4, validation=2, test=2, size=16)
@@ -161,6 +163,7 @@ class VolumeData(MemoryData):
         validation: How many to choose hyper-parameters on.
         test: How many to score.
         size: Voxels a side.
+        standardize: Give each volume a mean of 0 and a standard deviation of 1.
         data_seed: Of the volumes, apart from ``seed`` so that all runs are compared on the same ones.
         drop_last: Leave out an epoch's last batch of fewer volumes, in training.
         seed: Of the order.
@@ -178,6 +181,7 @@ class VolumeData(MemoryData):
         validation: int = 16,
         test: int = 50,
         size: int = 24,
+        standardize: bool = False,
         data_seed: int = 0,
         drop_last: bool = True,
         seed: int = 0,
@@ -185,9 +189,15 @@ class VolumeData(MemoryData):
     ) -> None:
         super().__init__(gradient_batch, score_batch=score_batch, drop_last=drop_last, seed=seed, device=device)
         self.counts: dict[Split, int] = {"train": train, "validation": validation, "test": test}
-        self.size, self.data_seed = size, data_seed
+        self.size, self.standardize, self.data_seed = size, standardize, data_seed
 
     def load(self) -> Splits:
         """The three splits."""
         made = (generate_volumes(split, count, self.size, self.data_seed) for split, count in self.counts.items())
-        return Splits(*made)
+        return Splits(*((_standardized(volumes) if self.standardize else volumes, classes) for volumes, classes in made))
+
+
+def _standardized(volumes: Tensor) -> Tensor:
+    """Each volume ``(1, D, H, W)`` of ``(N, 1, D, H, W)`` with a mean of 0 and a standard deviation of 1."""
+    var, mean = torch.var_mean(volumes, (1, 2, 3, 4), correction=0, keepdim=True)
+    return (volumes - mean) / var.sqrt()

@@ -87,6 +87,12 @@ def test_the_data_module_hands_out_three_splits_and_scales_them_together():
     assert [len(each) for each, _ in data.test_dataloader()] == [2, 1]
 
 
+def test_standardized_volumes_have_a_mean_and_a_deviation_of_their_own():
+    for volumes, _ in VolumeData(train=3, validation=2, test=2, size=16, standardize=True).load():
+        assert volumes.flatten(1).mean(1).abs().max() < 1e-5
+        assert torch.allclose(volumes.flatten(1).std(1, correction=0), torch.ones(len(volumes)))
+
+
 def test_the_seed_of_the_order_does_not_change_the_volumes():
     first, second = (VolumeData(train=3, validation=1, test=1, size=16, seed=seed).load() for seed in (0, 1))
     assert torch.equal(first.train[0], second.train[0])
