@@ -59,11 +59,9 @@ _HOOKS = (
 )  # fmt: skip
 _KINDS = tuple(_STOCK)
 _FOLDED_INTO = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-_OPTIONS = (
-    "gain", "process_noise", "spread", "carry", "carry_gain", "estimator", "stats_batch_size", "guard", "process_group",
-)  # fmt: skip
+_OPTIONS = ("gain", "process_noise", "spread", "carry", "estimator", "stats_batch_size", "guard", "process_group")
 # A channel group has one sample.
-_OF_BATCHES = ("carry_gain", "stats_batch_size", "process_group")
+_OF_BATCHES = ("stats_batch_size", "process_group")
 
 
 def convert(model: _M, *, layers: Sequence[str] = ("batch",),

@@ -192,35 +192,6 @@ def _fuse(prior: Gaussian | None, observation: Gaussian, gain: Tensor | float, p
     return gain, kalman_update(prior, observation, gain, spread=spread)
 
 
-def carried(out: KalmanNormOutput, prior: Gaussian | None, process_noise: Tensor | None,
-            carry_gain: Tensor | float, *, spread: bool = True) -> Gaussian:  # fmt: skip
-    """The moments of a layer's input with a gain of at least ``carry_gain``: what the belief of its output is made of.
-
-    What normalizes must not be noisy, so its gain is small; what is handed on must not be wrong in scale, or the error
-    of one layer's prior is the next one's again.
-
-    Args:
-        out: what :func:`kalman_norm` returned.
-        prior: what it was given, as ``process_noise`` and ``spread``.
-        process_noise: see ``prior``.
-        carry_gain: in [0, 1], a number or a scalar tensor; at or below the gain, the posterior is returned.
-        spread: see ``prior``.
-
-    Returns:
-        Mean and variance, ``(S, C)``.
-    """
-    if prior is None:
-        return out.posterior
-    prior = add_process_noise(prior, process_noise)
-    q = torch.as_tensor(out.gain, dtype=prior.mean.dtype, device=prior.mean.device)
-    h = q.clamp(min=carry_gain)
-    # From the posterior, whose gradient is known, and not from the observation, whose isn't.
-    innovation = (out.posterior.mean - prior.mean) / q
-    square = innovation.square() if spread else torch.zeros_like(innovation)
-    excess = (out.posterior.var - prior.var) / q - (1 - q) * square
-    return Gaussian(prior.mean + h * innovation, prior.var + h * excess + h * (1 - h) * square)
-
-
 def _in_one_step(x: Tensor, prior: Gaussian | None, weight: Tensor | None, bias: Tensor | None, gain: Tensor | float,
                  process_noise: Tensor | None, spread: bool, groups: int, eps: float, residual: Tensor | None,
                  relu: bool) -> KalmanNormOutput:  # fmt: skip

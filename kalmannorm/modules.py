@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from kalmannorm.checkpoints import is_recomputing, is_reentrant
 from kalmannorm.evaluation import Estimator, belief_for
-from kalmannorm.functional import KalmanNormOutput, carried, group_kalman_norm, kalman_norm, synchronize
+from kalmannorm.functional import KalmanNormOutput, group_kalman_norm, kalman_norm, synchronize
 from kalmannorm.gaussian import Gaussian, Unknown
 from kalmannorm.kernels import Filter, Running, layer, move_running
 from kalmannorm.kernels.apply import is_transformed
@@ -34,13 +34,12 @@ Carry = Literal["output", "posterior"]
 _INITIAL_STRENGTH = 18.0
 _INITIAL_GAIN = 0.1
 _INITIAL_NOISE = 0.01
-_CARRY_GAIN = 0.3
 
 _PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"gain": "learned", "process_noise": True, "spread": False, "carry": "posterior",
-              "carry_gain": 0.0, "estimator": "monte_carlo", "guard": None},
+              "estimator": "monte_carlo", "guard": None},
     "released": {"gain": 0.1, "process_noise": False, "spread": True, "carry": "posterior",
-                 "carry_gain": 0.0, "estimator": "monte_carlo", "guard": 100.0},
+                 "estimator": "monte_carlo", "guard": 100.0},
 }  # fmt: skip
 
 
@@ -76,14 +75,10 @@ class KalmanLayer(nn.Module):
     frozen = False
 
     def _init_filter(self, channels: int, gain: Gain, process_noise: bool, spread: bool, carry: Carry,
-                     carry_gain: float, estimator: Estimator, guard: float | None, device: Any,
-                     dtype: Any) -> None:  # fmt: skip
+                     estimator: Estimator, guard: float | None, device: Any, dtype: Any) -> None:  # fmt: skip
         self.layer_name = ""
         self.spread = bool(spread)
         self.carry = self._one_of("carry", carry, ("output", "posterior"))
-        if isinstance(carry_gain, bool) or not isinstance(carry_gain, int | float) or not 0 <= carry_gain <= 1:
-            raise ValueError(f"{self._label()} got carry_gain={carry_gain!r}, expected a number in [0, 1]")
-        self.carry_gain = float(carry_gain)
         self.estimator: Estimator = self._one_of("estimator", estimator, ("exact", "monte_carlo"))
         if guard is not None and not guard > 0:
             raise ValueError(f"{self._label()} got guard={guard!r}, expected None or a number above 0")
@@ -196,24 +191,22 @@ class KalmanLayer(nn.Module):
     def _stock_name(self) -> str:
         return "BatchNorm"
 
-    def _hand_on(self, y: Tensor, statistics: Gaussian, better: Gaussian | None = None) -> None:
+    def _hand_on(self, y: Tensor, statistics: Gaussian) -> None:
         """Attach to the output what is believed of it.
 
-        ``carry="output"``: of what really leaves the layer, ``(beta, gamma^2 v / (v + eps))``; or with ``better``
-        moments ``(m', v')`` of its input ``(beta + gamma (m' - m) / s, gamma^2 v' / s^2)``.
+        ``carry="output"``: ``(beta, gamma^2 v / (v + eps))``, of what really leaves the layer.
         ``carry="posterior"``: ``(m, v)`` of its input, as the paper and the released code do.
         """
         if not is_open():
             return
         belief = statistics
         if self.carry == "output":
-            scale = torch.rsqrt(statistics.var + self.eps)
+            scale = statistics.var / (statistics.var + self.eps)
             if self.weight is not None:
-                scale = scale * self.weight.to(scale.dtype)
-            better = statistics if better is None else better
-            mean = (better.mean - statistics.mean) * scale
-            mean = mean if self.bias is None else mean + self.bias.to(scale.dtype)
-            belief = Gaussian(mean, better.var * scale.square())
+                scale = scale * self.weight.to(scale.dtype).square()
+            bias = self.bias
+            mean = torch.zeros_like(scale) if bias is None else bias.to(scale.dtype).expand_as(scale)
+            belief = Gaussian(mean, scale)
         pixels = [1] * (y.ndim - 2)
         attach(y, belief.map(lambda t: t.reshape(*t.shape, *pixels)), self.layer_name or type(self).__name__)
 
@@ -244,7 +237,7 @@ class KalmanLayer(nn.Module):
     def _options_repr(self) -> str:
         gain = self.gain if self.gain_rule == "fixed" else repr(self.gain_rule)
         text = f"gain={gain}, process_noise={self.process_noise is not None}, spread={self.spread}, "
-        text += f"carry={self.carry!r}, carry_gain={self.carry_gain}, estimator={self.estimator!r}"
+        text += f"carry={self.carry!r}, estimator={self.estimator!r}"
         text += f", guard={self.guard}" if self.guard is not None else ""
         return text + (", frozen=True" if self.frozen else "")
 
@@ -280,9 +273,6 @@ class KalmanNorm(KalmanLayer, _NormBase):
         process_noise: learn ``R``, ``(C,)``, added to the prior's variance.
         spread: count the distance of the two means into the fused variance.
         carry: hand on the belief of the layer's ``"output"``, or the ``"posterior"`` of its input.
-        carry_gain: the least gain of that belief of the output, in [0, 1]: it has the larger of this and the gain. A
-            prior is off by a factor where activations are correlated, and what is handed on can say so. With one sample
-            a group the gain alone counts: what is handed on would be of that sample, and running statistics of none.
         estimator: move beliefs by ``"exact"`` rules, or by ``"monte_carlo"`` draws, as the paper.
         stats_batch_size: normalize groups of so many consecutive samples; None for the whole batch.
         guard: see :func:`kalmannorm.functional.trusted_gain`.
@@ -310,16 +300,14 @@ class KalmanNorm(KalmanLayer, _NormBase):
 
     def __init__(self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True,
                  track_running_stats: bool = True, *, gain: Gain = "prior-strength", process_noise: bool = True,
-                 spread: bool = True, carry: Carry = "output", carry_gain: float = _CARRY_GAIN,
-                 estimator: Estimator = "exact", stats_batch_size: int | None = None, guard: float | None = None,
+                 spread: bool = True, carry: Carry = "output", estimator: Estimator = "exact",
+                 stats_batch_size: int | None = None, guard: float | None = None,
                  process_group: dist.ProcessGroup | None = None, device: Any = None, dtype: Any = None,
                  bias: bool = True) -> None:  # fmt: skip
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         if not bias:
             self.register_parameter("bias", None)
-        self._init_filter(
-            num_features, gain, process_noise, spread, carry, carry_gain, estimator, guard, device, dtype
-        )
+        self._init_filter(num_features, gain, process_noise, spread, carry, estimator, guard, device, dtype)
         if stats_batch_size is not None and (type(stats_batch_size) is not int or stats_batch_size < 1):
             raise ValueError(
                 f"{self._label()} got stats_batch_size={stats_batch_size!r}, expected None or an integer above 0"
@@ -375,11 +363,7 @@ class KalmanNorm(KalmanLayer, _NormBase):
                 self._remember(out, count)
             if self.collect is not None:
                 self.collect(out.posterior, groups * samples)
-            better = None
-            if self.carry_gain and is_open():
-                least = self.carry_gain * (samples > 1)
-                better = carried(out, prior, self.process_variance(), least, spread=self.spread)
-            self._hand_on(out.output, out.posterior, better)
+            self._hand_on(out.output, out.posterior)
             return out.output
 
     def _is_one_step(self) -> bool:
@@ -392,12 +376,10 @@ class KalmanNorm(KalmanLayer, _NormBase):
         """The common case by its kernel, running statistics and all."""
         prior = self._prior_for_kernel(x, groups)
         mean, var = (None, None) if prior is None else (prior.mean, prior.var)
-        samples = x.shape[0] // groups
-        gain, slope, offset = self._gain_line(samples)
-        carry_gain = self.carry_gain if samples > 1 else 0.0
+        gain, slope, offset = self._gain_line(x.shape[0] // groups)
         out = layer(
             x, mean, var, gain, self.process_noise, self.weight, self.bias,
-            Filter(groups, slope, offset, _INITIAL_NOISE, self.spread, self.eps, carry_gain, relu),
+            Filter(groups, slope, offset, _INITIAL_NOISE, self.spread, self.eps, relu),
             running=self._running() if self.training else None, posterior=self.carry == "posterior",
         )  # fmt: skip
         if self.collect is not None:
@@ -495,7 +477,6 @@ class GroupKalmanNorm(KalmanLayer):
         process_noise: as :class:`KalmanNorm`'s, as are ``spread``, ``carry``, ``estimator``, ``guard``.
         spread: see ``process_noise``.
         carry: see ``process_noise``.
-        carry_gain: only 0: a group's moments say nothing of the scale of its channels.
         estimator: see ``process_noise``.
         stats_batch_size: only None: a group never has more than one sample.
         guard: see ``process_noise``.
@@ -514,18 +495,13 @@ class GroupKalmanNorm(KalmanLayer):
 
     def __init__(self, num_groups: int, num_channels: int, eps: float = 1e-5, affine: bool = True, *,
                  gain: Gain = "prior-strength", process_noise: bool = True, spread: bool = True,
-                 carry: Carry = "output", carry_gain: float = 0.0, estimator: Estimator = "exact",
-                 stats_batch_size: int | None = None, guard: float | None = None,
-                 process_group: dist.ProcessGroup | None = None, device: Any = None,
+                 carry: Carry = "output", estimator: Estimator = "exact", stats_batch_size: int | None = None,
+                 guard: float | None = None, process_group: dist.ProcessGroup | None = None, device: Any = None,
                  dtype: Any = None, bias: bool = True) -> None:  # fmt: skip
         super().__init__()
         if num_channels % num_groups:
             raise ValueError(
                 f"{self._label()} got {num_channels} channels, expected a multiple of num_groups={num_groups}"
-            )
-        if carry_gain:
-            raise ValueError(
-                f"{self._label()} got carry_gain={carry_gain!r}, expected 0: its statistics are of a channel group"
             )
         if stats_batch_size is not None or process_group is not None:
             raise ValueError(
@@ -540,9 +516,7 @@ class GroupKalmanNorm(KalmanLayer):
             filled = torch.full((num_channels,), value, device=device, dtype=dtype)
             wanted = affine and (bias or name == "weight")
             self.register_parameter(name, nn.Parameter(filled) if wanted else None)
-        self._init_filter(
-            num_channels, gain, process_noise, spread, carry, carry_gain, estimator, guard, device, dtype
-        )
+        self._init_filter(num_channels, gain, process_noise, spread, carry, estimator, guard, device, dtype)
 
     @property
     def is_fusing(self) -> bool:

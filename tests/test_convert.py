@@ -329,7 +329,7 @@ def test_options_of_batch_layers_are_not_given_to_group_layers():
     def both():
         return nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.GroupNorm(2, 4))
 
-    model = kn.convert(both(), layers=("batch", "group"), stats_batch_size=2, carry_gain=0.5)
+    model = kn.convert(both(), layers=("batch", "group"), stats_batch_size=2)
     assert model[0].stats_batch_size == 2
     assert isinstance(model[2], kn.GroupKalmanNorm)
     with pytest.raises(ValueError, match="GroupKalmanNorm got stats_batch_size=2"):

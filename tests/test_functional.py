@@ -5,15 +5,7 @@ import torch
 from torch.autograd import gradcheck
 
 from kalmannorm import Gaussian
-from kalmannorm.functional import (
-    carried,
-    group_kalman_norm,
-    kalman_norm,
-    kalman_update,
-    normalize,
-    observe,
-    trusted_gain,
-)
+from kalmannorm.functional import group_kalman_norm, kalman_norm, kalman_update, normalize, observe, trusted_gain
 
 
 def belief(mean, var):
@@ -143,19 +135,3 @@ def test_residual_and_relu_follow_the_normalization(groups, guard):
         out = kalman_norm(x, prior, **options, **kwargs)
         torch.testing.assert_close(out.output, expected)
         torch.testing.assert_close(out.posterior.var, plain.posterior.var)
-
-
-def test_carried_moments_have_the_larger_of_the_two_gains():
-    prior, x = belief([2.0], [4.0]), torch.tensor([[[5.0, 7.0]]], dtype=torch.float64)  # observed: 6 and 1
-    out = kalman_norm(x, prior, gain=0.25)
-    # Half of each, and the distance of the means: 0.5 * 4 + 0.5 * 1 + 0.25 * 16.
-    half = carried(out, prior, None, 0.5)
-    assert (half.mean.item(), half.var.item()) == pytest.approx((4.0, 6.5))
-    plain = kalman_norm(x, prior, gain=0.25, spread=False)
-    assert carried(plain, prior, None, 0.5, spread=False).var.item() == pytest.approx(2.5)
-    for least in (0.0, 0.25):
-        same = carried(out, prior, None, least)
-        torch.testing.assert_close((same.mean, same.var), (out.posterior.mean, out.posterior.var))
-    assert carried(kalman_norm(x, None), None, None, 0.5).mean.item() == 6.0
-    noise = torch.tensor([1.0], dtype=torch.float64)
-    assert carried(kalman_norm(x, prior, gain=0.25, process_noise=noise), prior, noise, 0.5).var.item() == 7.0

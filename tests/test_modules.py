@@ -13,7 +13,6 @@ from torch.testing._internal.common_modules import module_db
 
 import kalmannorm as kn
 from kalmannorm.evaluation import prior_of
-from kalmannorm.propagation import Propagation, attach
 
 STOCK = {
     nn.BatchNorm1d: kn.KalmanNorm1d,
@@ -381,7 +380,6 @@ def test_only_channels_that_are_not_finite_keep_their_statistics():
         ({"gain": "learnt"}, r"gain='learnt', expected one of \['prior-strength', 'learned'\]"),
         ({"gain": None}, r"gain=None"),
         ({"carry": "input"}, r"carry='input', expected one of \['output', 'posterior'\]"),
-        ({"carry_gain": 1.5}, r"carry_gain=1.5, expected a number in \[0, 1\]"),
         ({"estimator": "mc"}, r"estimator='mc'"),
         ({"guard": -1.0}, r"guard=-1.0"),
         ({"stats_batch_size": 0}, r"stats_batch_size=0"),
@@ -491,51 +489,3 @@ def test_constant_input_is_not_nan(constant):
     y.square().sum().backward()
     assert y.isfinite().all()
     assert not any(p.grad.isnan().any() for p in model.parameters())  # that of a filter, times 1e18, may overflow
-
-
-@pytest.mark.parametrize("spread", [True, False])
-@pytest.mark.parametrize("gain", [0.1, 0.6, "prior-strength"])
-def test_what_is_handed_on_by_the_kernel_and_without_it(gain, spread):
-    """A guard that never trips takes the other way."""
-    outputs, gradients = [], []
-    for guard in (None, 1e30):
-        torch.manual_seed(0)
-        model = three_layers(gain=gain, spread=spread, carry_gain=0.4, guard=guard)
-        x = torch.randn(4, 2, 7, 7, dtype=torch.float64)
-        y = model(x)
-        y.square().sum().backward()
-        outputs.append(y)
-        gradients.append([parameter.grad for parameter in model.parameters()])
-    torch.testing.assert_close(*outputs)
-    torch.testing.assert_close(*gradients)
-
-
-def test_the_belief_of_an_output_has_the_carry_gain():
-    layer = kn.KalmanNorm1d(1, gain=0.25, carry_gain=0.5, process_noise=False, eps=1e-14, dtype=torch.float64)
-    with torch.no_grad():
-        layer.weight.fill_(3.0)
-        layer.bias.fill_(7.0)
-    x = torch.tensor([[5.0], [7.0]], dtype=torch.float64)  # observed: 6 and 1
-    with Propagation():
-        attach(x, kn.Gaussian(*(torch.tensor([[value]], dtype=torch.float64) for value in (2.0, 4.0))), "below")
-        found = prior_of(layer(x), 1)
-    # Posterior: 3 and 0.75 * 4 + 0.25 + 3 = 6.25; carried: 4 and 2 + 0.5 + 4 = 6.5.
-    assert found.mean.item() == pytest.approx(7 + 3 * (4 - 3) / 2.5)
-    assert found.var.item() == pytest.approx(9 * 6.5 / 6.25)
-
-
-@pytest.mark.parametrize("guard", [None, 1e30])
-def test_with_one_sample_a_group_the_gain_alone_is_carried(guard):
-    x = torch.randn(4, 2, 7, 7, dtype=torch.float64)
-    for size in (1, 2):
-        outputs = []
-        for carry_gain in (0.0, 0.9):
-            torch.manual_seed(0)
-            options = {"carry_gain": carry_gain, "stats_batch_size": size, "guard": guard}
-            outputs.append(three_layers(**options)(x))
-        assert torch.equal(*outputs) == (size == 1)
-
-
-def test_a_channel_group_has_no_carry_gain():
-    with pytest.raises(ValueError, match=r"carry_gain=0\.3, expected 0"):
-        kn.GroupKalmanNorm(2, 4, carry_gain=0.3)

@@ -7,28 +7,23 @@ noise ``R``, and ``k = q (1 - q)`` where the spread of the two means counts (els
     v = v_prior + q (S - v_prior) + k d^2
     y = gamma (x - m) / s + beta                     s = sqrt(v + eps)
 
-What is believed of the output trusts the batch more: with ``h`` the larger of ``q`` and the carry gain, and ``m'``,
-``v'`` the same two lines with ``h`` for ``q`` (``k' = h (1 - h)`` or 0), its mean and variance are
+and the output is believed to have mean ``beta`` and variance ``u = gamma^2 v / s^2``.
 
-    mu = gamma (m' - m) / s + beta                   u = gamma^2 v' / s^2
-
-Backward, with ``o = gamma / s dmu`` and ``b = gamma^2 / s^2 du``, the gradients of the posterior collect what comes
-through ``y`` and what the layers above send:
+Backward, the gradients of the posterior collect what comes through ``y`` and what the layers above send:
 
     g_m = dm - gamma / s sum dy
-    g_v = dv - gamma / (2 s^2) sum dy (x - m) / s - (o (h - q) d / 2 + b v') / s^2
+    g_v = dv - gamma / (2 s^2) sum dy (x - m) / s + du gamma^2 eps / s^4
 
 and reach the prior, the gain and the observation, and through it ``x``:
 
-    d v_prior = d R = (1 - q) g_v + (1 - h) b
-    d m_prior = (1 - q) g_m - t                      t = (h - q) o + 2 d (k g_v + k' b)
-    d q  = sum over groups and channels of  (g_m - o) d + g_v (S - v_prior + (1 - 2 q) d^2)
-    d h  = sum over groups and channels of  o d + b (S - v_prior + (1 - 2 h) d^2)       to q where h is q
-    dx = gamma / s dy + (q g_m + t + 2 (q g_v + h b) (x - x_bar)) / n
+    d v_prior = d R = (1 - q) g_v
+    d m_prior = (1 - q) g_m - 2 k d g_v
+    d q  = sum over groups and channels of  g_m d + g_v (S - v_prior + (1 - 2 q) d^2)
+    dx = gamma / s dy + (q g_m + 2 k d g_v + 2 q g_v (x - x_bar)) / n
 
 which is ``a dy + b x + c`` for each channel of a group. The affine map gets
 
-    d gamma = sum dy (x - m) / s + dmu (h - q) d / s + 2 du gamma v' / s^2        d beta = sum dy + dmu
+    d gamma = sum dy (x - m) / s + 2 du gamma v / s^2        d beta = sum dy + d(output mean)
 
 A gain that is learned is ``q = sigmoid(slope g + offset)``, with ``d g = slope q (1 - q) d q``; a process noise that is
 learned is ``R = scale exp(r)``, with ``d r = R d R``.
@@ -47,7 +42,7 @@ from kalmannorm.kernels.apply import alias, differentiable_gradients, is_transfo
 from kalmannorm.kernels.backends import backend_for
 from kalmannorm.kernels.memory import as_dense, dense
 from kalmannorm.kernels.moments import moments
-from kalmannorm.kernels.on_torch import believed, fuse, gain_of, move_running
+from kalmannorm.kernels.on_torch import fuse, gain_of, move_running
 from kalmannorm.kernels.options import Filter, Running
 from kalmannorm.kernels.standardize import standardize
 
@@ -76,8 +71,7 @@ def _plain(x: Tensor, other: Tensor | None, prior_mean: Tensor | None, prior_var
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     blocks = wide if groups == 1 else wide.unflatten(0, (groups, -1)).transpose(0, 1).flatten(1, 2)
     mean, var = (t.view(groups, channels) for t in moments(blocks))
-    fused = fuse(mean, var, prior_mean, prior_var, gain, noise, options)
-    posterior_mean, posterior_var, q = fused[:3]
+    posterior_mean, posterior_var, q = fuse(mean, var, prior_mean, prior_var, gain, noise, options)
     ones = torch.ones_like(mean)
     gamma, beta = (ones if weight is None else weight * ones), (0 * ones if bias is None else bias * ones)
     flat_mean, flat_var, flat_gamma, flat_beta = (t.reshape(-1) for t in (posterior_mean, posterior_var, gamma, beta))
@@ -85,13 +79,13 @@ def _plain(x: Tensor, other: Tensor | None, prior_mean: Tensor | None, prior_var
     y = (y if groups == 1 else y.unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 1)).to(x.dtype)
     y = y if other is None else y + other
     y = y.relu() if options.relu else y
-    output_mean, output_var = believed(fused, weight, bias, options.eps)
+    output_var = gamma.square() * (posterior_var / (posterior_var + options.eps))
     if running is not None:
         others = max(x.numel() // (groups * channels) - 1, 1)
         move_running(running, posterior_mean.detach(), (posterior_var + q * var / others).detach())
     shape = (groups, channels, *[1] * (x.ndim - 2))
-    carried = (posterior_mean, posterior_var) if posterior else (output_mean, output_var)
-    rows = [t.detach() for t in (posterior_mean, posterior_var, output_mean, output_var, mean, var)]
+    carried = (posterior_mean, posterior_var) if posterior else (beta, output_var)
+    rows = [t.detach() for t in (posterior_mean, posterior_var, beta, output_var, mean, var)]
     return (y, *(t.view(shape) for t in carried), torch.stack(rows))
 
 

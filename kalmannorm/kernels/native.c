@@ -17,7 +17,7 @@
 typedef struct {
     const float *prior_mean, *prior_var, *gain, *noise, *weight, *bias;
     int64_t prior_groups;
-    float gain_slope, gain_offset, noise_scale, eps, carry_gain;
+    float gain_slope, gain_offset, noise_scale, eps;
     int32_t spread, relu;
 } Filter;
 
@@ -41,15 +41,12 @@ static float noise_of(const Filter *f, int64_t c) {
 static float weight_of(const Filter *f, int64_t c) { return f->weight ? f->weight[c] : 1.0f; }
 static float bias_of(const Filter *f, int64_t c) { return f->bias ? f->bias[c] : 0.0f; }
 
-/* The gain of what is believed of the output. */
-static float carried_gain(const Filter *f, float q) { return q < f->carry_gain ? f->carry_gain : q; }
-
 /* statistics: (6, S, C), posterior mean and variance, output mean and variance, observed mean and variance. */
 static void fuse(const Filter *f, float q, int64_t size, int64_t channels, int64_t i, double mean, double var,
                  float *statistics) {
     int64_t c = i % channels;
     float m = (float)mean, v = (float)var;
-    float posterior_mean = m, posterior_var = v, apart = 0, carried_var = v;
+    float posterior_mean = m, posterior_var = v;
     if (f->prior_mean) {
         int64_t p = f->prior_groups == 1 ? c : i;
         float prior_mean = f->prior_mean[p], prior_var = f->prior_var[p] + noise_of(f, c);
@@ -57,16 +54,12 @@ static void fuse(const Filter *f, float q, int64_t size, int64_t channels, int64
         posterior_mean = prior_mean + q * innovation;
         posterior_var = prior_var + q * (v - prior_var);
         if (f->spread) posterior_var += q * (1 - q) * innovation * innovation;
-        float h = carried_gain(f, q);
-        apart = (h - q) * innovation;
-        carried_var = prior_var + h * (v - prior_var);
-        if (f->spread) carried_var += h * (1 - h) * innovation * innovation;
     }
-    float scale = weight_of(f, c) / sqrtf(posterior_var + f->eps);
+    float gamma = weight_of(f, c);
     statistics[i] = posterior_mean;
     statistics[size + i] = posterior_var;
-    statistics[2 * size + i] = bias_of(f, c) + apart * scale;
-    statistics[3 * size + i] = carried_var * scale * scale;
+    statistics[2 * size + i] = bias_of(f, c);
+    statistics[3 * size + i] = gamma * gamma * (posterior_var / (posterior_var + f->eps));
     statistics[4 * size + i] = m;
     statistics[5 * size + i] = v;
 }
@@ -263,39 +256,35 @@ static void gradients_of(const Filter *f, const Gradients *g, float q, int64_t s
                          float *slope, float *offset) {
     int64_t c = i % channels;
     float gamma = weight_of(f, c), eps = f->eps;
-    float v = statistics[size + i], carried_var = v, apart = 0, mean = statistics[4 * size + i], var = statistics[5 * size + i];
+    float v = statistics[size + i], mean = statistics[4 * size + i], var = statistics[5 * size + i];
     float inverse = 1.0f / sqrtf(v + eps);
     *scale = gamma * inverse;
-    float d_output_mean = g->d_output_mean ? g->d_output_mean[i] : 0.0f;
     float d_output_var = g->d_output_var ? g->d_output_var[i] : 0.0f;
     float g_mean = (g->d_posterior_mean ? g->d_posterior_mean[i] : 0.0f) - *scale * (float)sum_dy;
     float g_var = (g->d_posterior_var ? g->d_posterior_var[i] : 0.0f) - 0.5f * *scale * inverse * (float)sum_dyx;
-    float inverse2 = inverse * inverse, off = d_output_mean * *scale, by_output_var = d_output_var * *scale * *scale;
-    g_var += by_output_var * eps * inverse2;
-    float by_observed = g_mean, by_observed_var = q * g_var;
+    float inverse2 = inverse * inverse;
+    g_var += d_output_var * gamma * gamma * eps * inverse2 * inverse2;
+    float by_observed = g_mean;
     if (f->prior_mean) {
         int64_t p = f->prior_groups == 1 ? c : i;
-        float h = carried_gain(f, q), innovation = mean - f->prior_mean[p], square = 0;
-        float excess = var - f->prior_var[p] - noise_of(f, c);
-        if (f->spread) square = innovation * innovation;
-        apart = (h - q) * innovation;
-        float more = (h - q) * excess + (h - q) * (1 - h - q) * square, extra = (h - q) * by_output_var;
-        carried_var = v + more;
-        g_var -= inverse2 * (0.5f * off * apart + by_output_var * more);
-        float through = (h - q) * off;
-        if (f->spread) through += 2 * innovation * (q * (1 - q) * g_var + (1 - h - q) * extra);
-        by_observed = q * g_mean + through;
-        by_observed_var = q * g_var + extra;
-        terms[i] = (1 - q) * g_mean - through;
-        terms[size + i] = (1 - q) * g_var - extra;
-        terms[2 * size + i] = g_mean * innovation + g_var * (excess + (1 - 2 * q) * square);
-        if (h != q) terms[2 * size + i] -= off * innovation + by_output_var * (excess + (1 - 2 * q) * square);
+        float innovation = mean - f->prior_mean[p], by_prior_mean = (1 - q) * g_mean;
+        float by_gain = var - f->prior_var[p] - noise_of(f, c);
+        by_observed = q * g_mean;
+        if (f->spread) {
+            float through = 2 * q * (1 - q) * innovation * g_var;
+            by_observed += through;
+            by_prior_mean -= through;
+            by_gain += (1 - 2 * q) * innovation * innovation;
+        }
+        terms[i] = by_prior_mean;
+        terms[size + i] = (1 - q) * g_var;
+        terms[2 * size + i] = g_mean * innovation + g_var * by_gain;
     }
-    terms[3 * size + i] = (float)sum_dyx + (d_output_mean * apart + 2 * d_output_var * *scale * carried_var) * inverse;
-    terms[4 * size + i] = (float)sum_dy + d_output_mean;
+    terms[3 * size + i] = (float)sum_dyx + 2 * d_output_var * gamma * v * inverse2;
+    terms[4 * size + i] = (float)sum_dy + (g->d_output_mean ? g->d_output_mean[i] : 0.0f);
     /* The deviations of a constant channel are nothing but rounding: see moments.slope_by_variance. */
     float rounding = mean * (8 * 1.1920929e-7f);
-    *slope = var > rounding * rounding ? (float)(2 * by_observed_var / n) : 0.0f;
+    *slope = var > rounding * rounding ? (float)(2 * q * g_var / n) : 0.0f;
     *offset = (float)(by_observed / n) - *slope * mean;
 }
 

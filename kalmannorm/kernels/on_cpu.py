@@ -20,7 +20,7 @@ class _Filter(Structure):
     _fields_ = [
         *[(name, c_void_p) for name in ("prior_mean", "prior_var", "gain", "noise", "weight", "bias")],
         ("prior_groups", c_int64),
-        *[(name, c_float) for name in ("gain_slope", "gain_offset", "noise_scale", "eps", "carry_gain")],
+        *[(name, c_float) for name in ("gain_slope", "gain_offset", "noise_scale", "eps")],
         ("spread", c_int32), ("relu", c_int32),
     ]  # fmt: skip
 
@@ -81,7 +81,7 @@ def _filter(prior_mean: Tensor | None, prior_var: Tensor | None, gain: Tensor | 
     return _Filter(
         _at(prior_mean), _at(prior_var), _at(gain), _at(noise), _at(weight), _at(bias),
         1 if prior_mean is None else prior_mean.shape[0], options.gain_slope, options.gain_offset,
-        options.noise_scale, options.eps, options.carry_gain, options.spread, options.relu,
+        options.noise_scale, options.eps, options.spread, options.relu,
     )  # fmt: skip
 
 

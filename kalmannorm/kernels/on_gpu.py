@@ -166,7 +166,7 @@ def layer_forward(x: Tensor, other: Tensor | None, prior_mean: Tensor | None, pr
                   running: Running | None, options: Filter) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See :func:`kalmannorm.kernels.on_torch.layer_forward`."""
     kernels = _kernels("triton_layer")
-    groups, slope, offset, noise_scale, spread, eps, carry, relu = options
+    groups, slope, offset, noise_scale, spread, eps, relu = options
     walk = _walk(x.shape, is_channels_last(x), groups, x.itemsize)
     channels, pixels, rows = walk.shape
     if other is not None:
@@ -186,7 +186,7 @@ def layer_forward(x: Tensor, other: Tensor | None, prior_mean: Tensor | None, pr
         if walk.held:
             kernels.forward_kernel[(walk.programs,)](
                 x, other, y, statistics, *parameters, *moved, channels, pixels, rows, groups, prior_size, slope, offset,
-                noise_scale, spread, eps, carry, relu, *walk.tile, num_warps=walk.warps,
+                noise_scale, spread, eps, relu, *walk.tile, num_warps=walk.warps,
             )  # fmt: skip
         else:
             parts = _empty(x, walk.chunks, 3, groups, channels)
@@ -196,7 +196,7 @@ def layer_forward(x: Tensor, other: Tensor | None, prior_mean: Tensor | None, pr
             programs, warps, *merged = _merging(walk, groups)
             kernels.fuse_kernel[(programs,)](
                 parts, statistics, *parameters, *moved, channels, groups, walk.chunks, prior_size, slope, offset,
-                noise_scale, spread, eps, carry, *merged, num_warps=warps,
+                noise_scale, spread, eps, *merged, num_warps=warps,
             )  # fmt: skip
             kernels.apply_kernel[(walk.programs * walk.tiles,)](
                 x, other, y, statistics, weight, bias, channels, pixels, rows, groups, walk.tiles, eps, relu,

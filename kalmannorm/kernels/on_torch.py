@@ -6,8 +6,6 @@ statistics, and the backward pass of that, which returns ``sum dy`` and ``sum dy
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,47 +30,21 @@ def noise_of(noise: Tensor, options: Filter) -> Tensor:
     return options.noise_scale * noise.exp() if options.noise_scale else noise
 
 
-class Fused(NamedTuple):
-    """What :func:`fuse` returns."""
-
-    mean: Tensor
-    """Of the posterior, ``(S, C)``."""
-    var: Tensor
-    """Likewise."""
-    gain: Tensor
-    """``q``, ``(1,)``."""
-    carried_mean: Tensor
-    """The same with the gain ``h`` of what is handed on: what the output's belief follows from."""
-    carried_var: Tensor
-    """Likewise."""
-
-
 def fuse(mean: Tensor, var: Tensor, prior_mean: Tensor | None, prior_var: Tensor | None, gain: Tensor | None,
-         noise: Tensor | None, options: Filter) -> Fused:  # fmt: skip
-    """Fuse observed moments, ``(S, C)``, with the prior, by functions that autograd knows."""
+         noise: Tensor | None, options: Filter) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Posterior mean and variance, ``(S, C)``, and the gain, ``(1,)``, by functions that autograd knows."""
     if prior_mean is None or prior_var is None:
-        return Fused(mean, var, torch.ones_like(mean[0, :1]), mean, var)
+        return mean, var, torch.ones_like(mean[0, :1])
     prior_mean, prior_var = prior_mean.reshape(-1, mean.shape[1]), prior_var.reshape(-1, mean.shape[1])
     if noise is not None:
         prior_var = prior_var + noise_of(noise, options)
     q = gain_of(gain, prior_mean, options)
     innovation = mean - prior_mean
-
-    def at(gain: Tensor) -> tuple[Tensor, Tensor]:
-        fused_var = prior_var + gain * (var - prior_var)
-        if options.spread:
-            fused_var = fused_var + gain * (1 - gain) * innovation.square()
-        return prior_mean + gain * innovation, fused_var
-
-    return Fused(*at(q), q, *at(q.clamp(min=options.carry_gain)))
-
-
-def believed(fused: Fused, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """Mean and variance of the output, ``(S, C)``."""
-    inverse = torch.rsqrt(fused.var + eps)
-    scale = inverse if weight is None else inverse * weight
-    mean = (fused.carried_mean - fused.mean) * scale
-    return mean if bias is None else mean + bias, fused.carried_var * scale.square()
+    posterior_mean = prior_mean + q * innovation
+    posterior_var = prior_var + q * (var - prior_var)
+    if options.spread:
+        posterior_var = posterior_var + q * (1 - q) * innovation.square()
+    return posterior_mean, posterior_var, q
 
 
 @torch.no_grad()
@@ -114,9 +86,10 @@ def layer_forward(x: Tensor, other: Tensor | None, prior_mean: Tensor | None, pr
     """
     groups, channels = options.groups, x.shape[1]
     mean, var = _observe(x, groups)
-    fused = fuse(mean, var, prior_mean, prior_var, gain, noise, options)
-    posterior_mean, posterior_var, q = fused[:3]
-    output_mean, output_var = believed(fused, weight, bias, options.eps)
+    posterior_mean, posterior_var, q = fuse(mean, var, prior_mean, prior_var, gain, noise, options)
+    shrinkage = posterior_var / (posterior_var + options.eps)
+    output_var = shrinkage if weight is None else shrinkage * weight.square()
+    output_mean = torch.zeros_like(mean) if bias is None else bias.expand_as(mean)
     if running is not None:
         others = max(x.numel() // (groups * channels) - 1, 1)
         move_running(running, posterior_mean, posterior_var + q * var / others)
@@ -207,65 +180,47 @@ def layer_backward(dy: Tensor, x: Tensor, y: Tensor | None, prior_mean: Tensor |
     def sent(gradient: Tensor | None) -> Tensor:
         return torch.zeros_like(mean) if gradient is None else gradient.view(groups, channels)
 
+    by_output_var = sent(d_output_var)
     g_mean = sent(d_posterior_mean) - scale * sum_dy
-    off, by_output_var = sent(d_output_mean) * scale, sent(d_output_var) * scale.square()
-    g_var = sent(d_posterior_var) - 0.5 * scale * inverse * sum_dyx + by_output_var * options.eps * inverse.square()
+    g_var = sent(d_posterior_var) - 0.5 * scale * inverse * sum_dyx
+    gamma = torch.ones_like(mean[0]) if weight is None else weight
+    g_var = g_var + by_output_var * gamma.square() * options.eps * inverse.square().square()
+    by_observed, q = g_mean, torch.ones_like(mean[0, :1])
     d_prior_mean = d_prior_var = d_gain = d_noise = None
     if prior_mean is not None and prior_var is not None:
+        q = gain_of(gain, prior_mean, options)
         noise_var = None if noise is None else noise_of(noise, options)
-        prior = (prior_mean.view(-1, channels), prior_var.view(-1, channels))
-        back = _through_filter(g_mean, g_var, off, by_output_var, inverse, (mean, var), prior, gain, noise_var, options)
-        by_observed, by_observed_var, by_prior_mean, by_prior_var, by_gain, apart, more = back
+        innovation = mean - prior_mean.view(-1, channels)
+        by_gain = var - prior_var.view(-1, channels)
+        if noise_var is not None:
+            by_gain = by_gain - noise_var
+        by_observed, by_prior_mean = q * g_mean, (1 - q) * g_mean
+        if options.spread:
+            through_spread = (2 * q * (1 - q)) * innovation * g_var
+            by_observed, by_prior_mean = by_observed + through_spread, by_prior_mean - through_spread
+            by_gain = by_gain + (1 - 2 * q) * innovation.square()
+        by_prior_var = (1 - q) * g_var
         if gain is not None:
-            d_gain = by_gain.sum().view(1)
+            d_gain = (g_mean * innovation + g_var * by_gain).sum().view(1)
+            if options.gain_slope:
+                d_gain = d_gain * (options.gain_slope * q * (1 - q))
         if noise is not None and noise_var is not None:
             d_noise = by_prior_var.sum(0) * (noise_var if options.noise_scale else 1)
         shared = prior_mean.shape[0] == 1
         d_prior_mean, d_prior_var = (
             (t.sum(0) if shared else t).view(prior_mean.shape) for t in (by_prior_mean, by_prior_var)
         )
-    else:
-        by_observed, by_observed_var = g_mean, g_var
-        apart = more = torch.zeros_like(mean)
-        d_gain = None if gain is None else torch.zeros_like(gain)
-        d_noise = None if noise is None else torch.zeros_like(noise)
-    slope = slope_by_variance(by_observed_var * (2 / count), mean, var)
+    elif noise is not None:
+        d_noise = torch.zeros_like(noise)
+    if gain is not None and d_gain is None:
+        d_gain = torch.zeros_like(gain)
+    slope = slope_by_variance(g_var * (q * (2 / count)), mean, var)
     offset = by_observed / count - slope * mean
     dx = _add_line(dx, dy, x, scale, slope, offset)
-    d_weight = None
-    if weight is not None:
-        by_output = sent(d_output_mean) * apart + sent(d_output_var) * (2 * scale) * (posterior_var + more)
-        d_weight = (sum_dyx + by_output * inverse).sum(0)
+    by_output = 2 * by_output_var * gamma * posterior_var * inverse.square()
+    d_weight = None if weight is None else (sum_dyx + by_output).sum(0)
     d_bias = None if bias is None else (sum_dy + sent(d_output_mean)).sum(0)
     return dx, None if y is None else dy, d_prior_mean, d_prior_var, d_gain, d_noise, d_weight, d_bias
-
-
-def _through_filter(g_mean: Tensor, g_var: Tensor, off: Tensor, by_output_var: Tensor, inverse: Tensor,
-                    observed: tuple[Tensor, Tensor], prior: tuple[Tensor, Tensor], gain: Tensor | None,
-                    noise_var: Tensor | None, options: Filter) -> tuple[Tensor, ...]:  # fmt: skip
-    """Back through the update, in the names of `layer`: gradients of the observed and the prior's mean and variance and
-    of the gain, each ``(S, C)``; and ``(h - q) d`` and ``v' - v``.
-    """
-    q = gain_of(gain, prior[0], options)
-    h = q.clamp(min=options.carry_gain)
-    innovation = observed[0] - prior[0]
-    excess = observed[1] - prior[1]
-    if noise_var is not None:
-        excess = excess - noise_var
-    square = innovation.square() if options.spread else torch.zeros_like(innovation)
-    apart, more = (h - q) * innovation, (h - q) * (excess + (1 - h - q) * square)
-    extra = (h - q) * by_output_var
-    g_var = g_var - inverse.square() * (0.5 * off * apart + by_output_var * more)
-    through = (h - q) * off
-    if options.spread:
-        through = through + 2 * innovation * (q * (1 - q) * g_var + (1 - h - q) * extra)
-    by_variance = excess + (1 - 2 * q) * square
-    by_gain = g_mean * innovation + g_var * by_variance
-    by_gain = by_gain - (q < options.carry_gain) * (off * innovation + by_output_var * by_variance)
-    if options.gain_slope:
-        by_gain = by_gain * (options.gain_slope * q * (1 - q))
-    by_observed_var, by_prior_var = q * g_var + extra, (1 - q) * g_var - extra
-    return q * g_mean + through, by_observed_var, (1 - q) * g_mean - through, by_prior_var, by_gain, apart, more
 
 
 def _through_normalization(dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, scale: Tensor,

@@ -17,10 +17,7 @@ from kalmannorm.kernels.options import Filter
 
 __all__ = ["layer", "link"]
 
-_OPTIONS = (
-    "SymInt groups, float gain_slope, float gain_offset, float noise_scale, bool spread, float eps, float carry_gain, "
-    "bool relu"
-)
+_OPTIONS = "SymInt groups, float gain_slope, float gain_offset, float noise_scale, bool spread, float eps, bool relu"
 _PARAMETERS = "Tensor? prior_mean, Tensor? prior_var, Tensor? gain, Tensor? noise, Tensor? weight, Tensor? bias"
 
 
@@ -138,7 +135,7 @@ def _derive_layer(ctx: Any, dy: Tensor, d_statistics: Tensor) -> tuple[Tensor | 
     found = iter(_backward_of_layer(dy, x, y, *parameters, statistics, d_statistics, *ctx.options))
     dx = next(found)
     d_other = next(found) if y is not None else dy if ctx.has_other else None
-    return (dx, d_other, *(None if t is None else next(found) for t in parameters), *[None] * 8)
+    return (dx, d_other, *(None if t is None else next(found) for t in parameters), *[None] * 7)
 
 
 torch.library.register_autograd("kalmannorm::layer", _derive_layer, setup_context=_save_layer)

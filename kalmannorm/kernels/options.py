@@ -22,8 +22,6 @@ class Filter(NamedTuple):
     """0 where the process noise is given as it is; else it is ``scale * exp(noise)``."""
     spread: bool = True
     eps: float = 1e-5
-    carry_gain: float = 0.0
-    """The least gain of what is believed of the output, which has the larger of the two."""
     relu: bool = False
 
 

@@ -174,14 +174,11 @@ def _move(running_mean, running_var, batches, nonfinite, momentum, channel, here
 @triton.jit
 def _fuse(mean, var, n, at, channel, here, size, statistics, prior_mean, prior_var, gain, noise, weight, bias,
           running_mean, running_var, batches, nonfinite, momentum, prior_size, GAIN_SLOPE: tl.constexpr,
-          GAIN_OFFSET: tl.constexpr, NOISE_SCALE: tl.constexpr, SPREAD: tl.constexpr, EPS: tl.constexpr,
-          CARRY: tl.constexpr):  # fmt: skip
+          GAIN_OFFSET: tl.constexpr, NOISE_SCALE: tl.constexpr, SPREAD: tl.constexpr, EPS: tl.constexpr):  # fmt: skip
     """Write the statistics of some channels, and move what is running; return the posterior."""
     q = 1.0
     posterior_mean = mean
     posterior_var = var
-    carried_var = var
-    apart = tl.zeros_like(mean)
     if prior_mean is not None:
         q = _gain(gain, GAIN_SLOPE, GAIN_OFFSET)
         p_mean, p_var, _ = _prior(prior_mean, prior_var, noise, at, channel, here, prior_size, NOISE_SCALE)
@@ -190,16 +187,11 @@ def _fuse(mean, var, n, at, channel, here, size, statistics, prior_mean, prior_v
         posterior_var = p_var + q * (var - p_var)
         if SPREAD:
             posterior_var += q * (1 - q) * innovation * innovation
-        h = tl.maximum(q, CARRY)
-        apart = (h - q) * innovation
-        carried_var = p_var + h * (var - p_var)
-        if SPREAD:
-            carried_var += h * (1 - h) * innovation * innovation
-    scale = _or(weight, channel, here, 1.0) * (1.0 / tl.sqrt(posterior_var + EPS))
+    gamma = _or(weight, channel, here, 1.0)
     tl.store(statistics + at, posterior_mean, mask=here)
     tl.store(statistics + size + at, posterior_var, mask=here)
-    tl.store(statistics + 2 * size + at, _or(bias, channel, here, 0.0) + apart * scale, mask=here)
-    tl.store(statistics + 3 * size + at, carried_var * scale * scale, mask=here)
+    tl.store(statistics + 2 * size + at, _or(bias, channel, here, 0.0), mask=here)
+    tl.store(statistics + 3 * size + at, gamma * gamma * (posterior_var / (posterior_var + EPS)), mask=here)
     tl.store(statistics + 4 * size + at, mean, mask=here)
     tl.store(statistics + 5 * size + at, var, mask=here)
     if running_mean is not None:
@@ -221,7 +213,7 @@ def _line(statistics, weight, bias, at, channel, here, size, EPS: tl.constexpr):
 def _gradients(sum_dy, sum_dyx, n, at, channel, here, size, statistics, prior_mean, prior_var, gain, noise, weight,
                d_posterior_mean, d_posterior_var, d_output_mean, d_output_var, terms, prior_size,
                GAIN_SLOPE: tl.constexpr, GAIN_OFFSET: tl.constexpr, NOISE_SCALE: tl.constexpr, SPREAD: tl.constexpr,
-               EPS: tl.constexpr, CARRY: tl.constexpr):  # fmt: skip
+               EPS: tl.constexpr):  # fmt: skip
     """Write each group and channel's share of every gradient; return mean, slope and offset of ``dx``.
 
     ``terms`` is ``(6, groups, channels)``: of weight, bias, prior mean, prior variance, gain and noise. Without a prior
@@ -235,48 +227,41 @@ def _gradients(sum_dy, sum_dyx, n, at, channel, here, size, statistics, prior_me
     scale = gamma * inverse
     g_mean = _or(d_posterior_mean, at, here, 0.0) - scale * sum_dy
     g_var = _or(d_posterior_var, at, here, 0.0) - 0.5 * scale * inverse * sum_dyx
-    d_mean = _or(d_output_mean, at, here, 0.0)
-    d_var = _or(d_output_var, at, here, 0.0)
-    off = d_mean * scale
-    by_output = d_var * scale * scale
-    g_var += by_output * (EPS * inverse * inverse)
-    carried_var = v
-    apart = tl.zeros_like(mean)
+    by_weight = sum_dyx
+    if d_output_var is not None:
+        by_output = tl.load(d_output_var + at, mask=here, other=0.0)
+        g_var += by_output * (scale * scale * EPS * inverse * inverse)
+        by_weight += 2 * by_output * scale * v * inverse
+    tl.store(terms + at, by_weight, mask=here)
+    tl.store(terms + size + at, sum_dy + _or(d_output_mean, at, here, 0.0), mask=here)
     by_observed = g_mean
-    by_observed_var = g_var
+    q = 1.0
     if prior_mean is not None:
         q = _gain(gain, GAIN_SLOPE, GAIN_OFFSET)
-        h = tl.maximum(q, CARRY)
         p_mean, p_var, added = _prior(prior_mean, prior_var, noise, at, channel, here, prior_size, NOISE_SCALE)
         innovation = mean - p_mean
-        square = innovation * innovation if SPREAD else tl.zeros_like(mean)
-        apart = (h - q) * innovation
-        more = (h - q) * (var - p_var + (1 - h - q) * square)
-        extra = (h - q) * by_output
-        carried_var = v + more
-        g_var -= inverse * inverse * (0.5 * off * apart + by_output * more)
-        through = (h - q) * off
+        by_observed = q * g_mean
+        by_prior_mean = (1 - q) * g_mean
+        by_gain = var - p_var
         if SPREAD:
-            through += 2 * innovation * (q * (1 - q) * g_var + (1 - h - q) * extra)
-        by_observed = q * g_mean + through
-        by_observed_var = q * g_var + extra
-        by_prior_var = (1 - q) * g_var - extra
-        by_variance = var - p_var + (1 - 2 * q) * square
-        by_gain = g_mean * innovation + g_var * by_variance
-        by_gain -= tl.where(h == q, 0.0, off * innovation + by_output * by_variance)
+            through_spread = 2 * q * (1 - q) * innovation * g_var
+            by_observed += through_spread
+            by_prior_mean -= through_spread
+            by_gain += (1 - 2 * q) * innovation * innovation
+        by_gain = g_mean * innovation + g_var * by_gain
         if gain is not None and GAIN_SLOPE != 0:
             by_gain *= GAIN_SLOPE * q * (1 - q)
-        tl.store(terms + 2 * size + at, (1 - q) * g_mean - through, mask=here)
-        tl.store(terms + 3 * size + at, by_prior_var, mask=here)
+        tl.store(terms + 2 * size + at, by_prior_mean, mask=here)
+        tl.store(terms + 3 * size + at, (1 - q) * g_var, mask=here)
         tl.store(terms + 4 * size + at, by_gain, mask=here)
         if noise is not None:
-            tl.store(terms + 5 * size + at, by_prior_var * added if NOISE_SCALE != 0 else by_prior_var, mask=here)
-    by_weight = sum_dyx + (d_mean * apart + 2 * d_var * scale * carried_var) * inverse
-    tl.store(terms + at, by_weight, mask=here)
-    tl.store(terms + size + at, sum_dy + d_mean, mask=here)
+            by_noise = (1 - q) * g_var
+            if NOISE_SCALE != 0:
+                by_noise *= added
+            tl.store(terms + 5 * size + at, by_noise, mask=here)
     # A constant channel's deviations are nothing but rounding: see `slope_by_variance`.
     rounding = mean * (8 * 1.1920929e-7)
-    return mean, tl.where(var > rounding * rounding, by_observed_var * (2 / n), 0.0), by_observed / n
+    return mean, tl.where(var > rounding * rounding, g_var * (2 * q / n), 0.0), by_observed / n
 
 
 @triton.jit
@@ -304,8 +289,8 @@ def _masked(dy, x, output, start, offset, inside, mean, scale, beta, RELU: tl.co
 def forward_kernel(x, other, y, statistics, prior_mean, prior_var, gain, noise, weight, bias, running_mean, running_var,
                    batches, nonfinite, momentum, channels, pixels, rows, groups, prior_size, GAIN_SLOPE: tl.constexpr,
                    GAIN_OFFSET: tl.constexpr, NOISE_SCALE: tl.constexpr, SPREAD: tl.constexpr, EPS: tl.constexpr,
-                   CARRY: tl.constexpr, RELU: tl.constexpr, A: tl.constexpr, K: tl.constexpr, B: tl.constexpr,
-                   LAST: tl.constexpr, ALIGN: tl.constexpr):  # fmt: skip
+                   RELU: tl.constexpr, A: tl.constexpr, K: tl.constexpr, B: tl.constexpr, LAST: tl.constexpr,
+                   ALIGN: tl.constexpr):  # fmt: skip
     """All of the forward pass, where a group's channel is one tile. A program a group and channel block."""
     group, block, _, channel, here, at, size = _place(channels, groups, K, LAST, ALIGN)
     start, offset, inside, n = _tile(group, block, 0, channels, pixels, rows, A, K, B, LAST, ALIGN)
@@ -316,7 +301,7 @@ def forward_kernel(x, other, y, statistics, prior_mean, prior_var, gain, noise, 
     m, v = _fuse(
         mean, var, n, at, channel, here, size, statistics, prior_mean, prior_var,
         gain, noise, weight, bias, running_mean, running_var, batches, nonfinite, momentum, prior_size, GAIN_SLOPE,
-        GAIN_OFFSET, NOISE_SCALE, SPREAD, EPS, CARRY,
+        GAIN_OFFSET, NOISE_SCALE, SPREAD, EPS,
     )  # fmt: skip
     scale = _spread_out(_or(weight, channel, here, 1.0) * (1.0 / tl.sqrt(v + EPS)))
     value = (value - _spread_out(m)) * scale + _spread_out(_or(bias, channel, here, 0.0))
@@ -355,7 +340,7 @@ def moments_kernel(x, parts, channels, pixels, rows, groups, tiles, chunk, A: tl
 def fuse_kernel(parts, statistics, prior_mean, prior_var, gain, noise, weight, bias, running_mean, running_var, batches,
                 nonfinite, momentum, channels, groups, chunks, prior_size, GAIN_SLOPE: tl.constexpr,
                 GAIN_OFFSET: tl.constexpr, NOISE_SCALE: tl.constexpr, SPREAD: tl.constexpr, EPS: tl.constexpr,
-                CARRY: tl.constexpr, P: tl.constexpr, C: tl.constexpr):  # fmt: skip
+                P: tl.constexpr, C: tl.constexpr):  # fmt: skip
     """Merge chunks, and fuse with the prior. A program for each ``C`` of ``groups * channels``."""
     size = groups * channels
     at = tl.program_id(0) * C + tl.arange(0, C)
@@ -383,7 +368,7 @@ def fuse_kernel(parts, statistics, prior_mean, prior_var, gain, noise, weight, b
     _fuse(
         mean, squares / n, n, at, at % channels, here, size, statistics, prior_mean, prior_var, gain, noise, weight,
         bias, running_mean, running_var, batches, nonfinite, momentum, prior_size, GAIN_SLOPE, GAIN_OFFSET, NOISE_SCALE,
-        SPREAD, EPS, CARRY,
+        SPREAD, EPS,
     )  # fmt: skip
 
 
@@ -427,9 +412,8 @@ def running_kernel(statistics, gain, running_mean, running_var, batches, nonfini
 def backward_kernel(dy, x, output, dx, d_other, statistics, terms, d_posterior_mean, d_posterior_var, d_output_mean,
                     d_output_var, prior_mean, prior_var, gain, noise, weight, bias, channels, pixels, rows, groups,
                     prior_size, GAIN_SLOPE: tl.constexpr, GAIN_OFFSET: tl.constexpr, NOISE_SCALE: tl.constexpr,
-                    SPREAD: tl.constexpr, EPS: tl.constexpr, CARRY: tl.constexpr, RELU: tl.constexpr,
-                    A: tl.constexpr, K: tl.constexpr, B: tl.constexpr, LAST: tl.constexpr,
-                    ALIGN: tl.constexpr):  # fmt: skip
+                    SPREAD: tl.constexpr, EPS: tl.constexpr, RELU: tl.constexpr, A: tl.constexpr, K: tl.constexpr,
+                    B: tl.constexpr, LAST: tl.constexpr, ALIGN: tl.constexpr):  # fmt: skip
     """All of the backward pass, where a group's channel is one tile. A program a group and channel block."""
     group, block, _, channel, here, at, size = _place(channels, groups, K, LAST, ALIGN)
     start, offset, inside, n = _tile(group, block, 0, channels, pixels, rows, A, K, B, LAST, ALIGN)
@@ -442,7 +426,7 @@ def backward_kernel(dy, x, output, dx, d_other, statistics, terms, d_posterior_m
     centre, slope, level = _gradients(
         _sum(gradient), _sum(gradient * (value - mean) * inverse), n, at, channel, here, size, statistics, prior_mean,
         prior_var, gain, noise, weight, d_posterior_mean, d_posterior_var, d_output_mean, d_output_var, terms,
-        prior_size, GAIN_SLOPE, GAIN_OFFSET, NOISE_SCALE, SPREAD, EPS, CARRY,
+        prior_size, GAIN_SLOPE, GAIN_OFFSET, NOISE_SCALE, SPREAD, EPS,
     )  # fmt: skip
     value = scale * gradient + (value - _spread_out(centre)) * _spread_out(slope) + _spread_out(level)
     _store(dx, start, offset, inside, value)
@@ -474,8 +458,7 @@ def sums_kernel(dy, x, output, parts, statistics, weight, bias, channels, pixels
 def gradients_kernel(parts, line, statistics, terms, d_posterior_mean, d_posterior_var, d_output_mean, d_output_var,
                      prior_mean, prior_var, gain, noise, weight, count, channels, groups, chunks, prior_size,
                      GAIN_SLOPE: tl.constexpr, GAIN_OFFSET: tl.constexpr, NOISE_SCALE: tl.constexpr,
-                     SPREAD: tl.constexpr, EPS: tl.constexpr, CARRY: tl.constexpr, P: tl.constexpr,
-                     C: tl.constexpr):  # fmt: skip
+                     SPREAD: tl.constexpr, EPS: tl.constexpr, P: tl.constexpr, C: tl.constexpr):  # fmt: skip
     """Merge chunks; all gradients but that of ``x``, whose ``line`` is ``(2, groups, channels)``, slope and offset.
 
     ``count`` elements a channel in a group. A program for each ``C`` of ``groups * channels``.
@@ -494,7 +477,7 @@ def gradients_kernel(parts, line, statistics, terms, d_posterior_mean, d_posteri
     _, slope, level = _gradients(
         sum_dy, sum_dyx, count.to(tl.float32), at, at % channels, here, size, statistics, prior_mean, prior_var, gain,
         noise, weight, d_posterior_mean, d_posterior_var, d_output_mean, d_output_var, terms, prior_size, GAIN_SLOPE,
-        GAIN_OFFSET, NOISE_SCALE, SPREAD, EPS, CARRY,
+        GAIN_OFFSET, NOISE_SCALE, SPREAD, EPS,
     )  # fmt: skip
     tl.store(line + at, slope, mask=here)
     tl.store(line + size + at, level, mask=here)

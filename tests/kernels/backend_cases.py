@@ -53,10 +53,6 @@ LAYERS = {
     "no_prior": LayerCase((3, 4, 5), Filter(relu=True), prior_groups=None),
     "fixed_gain": LayerCase((3, 4, 5), Filter(gain_offset=0.25), learned=False),
     "no_spread": LayerCase((3, 4, 5), Filter(spread=False)),
-    "carry_gain": LayerCase((2, 5, 8, 8), Filter(**_SIGMOID, carry_gain=0.9), noise=True),
-    "carry_gain_no_spread": LayerCase((3, 4, 5), Filter(spread=False, gain_offset=0.25, carry_gain=0.5), learned=False),
-    "carry_gain_below": LayerCase((3, 4, 5), Filter(**_SIGMOID, carry_gain=0.01)),
-    "carry_gain_groups": LayerCase((6, 5, 3, 3), Filter(groups=3, carry_gain=0.8), prior_groups=3, last=True),
     "noise_exponential": LayerCase((3, 4, 5), Filter(**_SIGMOID, noise_scale=0.01), noise=True),
     "noise_itself": LayerCase((3, 4, 5), Filter(groups=3), noise=True),
     "no_affine": LayerCase((3, 4, 5), Filter(relu=True), affine=""),
@@ -156,7 +152,7 @@ def _layer_reference(x, other, prior_mean, prior_var, gain, noise, weight, bias,
     blocks = x.unflatten(0, (o.groups, -1)).transpose(1, 2).flatten(2)  # (S, C, n)
     mean, var = blocks.mean(-1), blocks.var(-1, correction=0)
     q = torch.ones((), dtype=x.dtype, device=x.device)
-    m, v = carried_mean, carried_var = mean, var
+    m, v = mean, var
     if prior_mean is not None:
         if gain is None:
             q = q * o.gain_offset
@@ -166,9 +162,6 @@ def _layer_reference(x, other, prior_mean, prior_var, gain, noise, weight, bias,
             prior_var = prior_var + (o.noise_scale * noise.exp() if o.noise_scale else noise)
         m = (1 - q) * prior_mean + q * mean
         v = (1 - q) * prior_var + q * var + (q * (1 - q) * (mean - prior_mean).square() if o.spread else 0)
-        h = q if q > o.carry_gain else torch.full_like(q, o.carry_gain)
-        carried_mean = (1 - h) * prior_mean + h * mean
-        carried_var = (1 - h) * prior_var + h * var + (h * (1 - h) * (mean - prior_mean).square() if o.spread else 0)
     gamma = torch.ones_like(mean) if weight is None else weight.expand_as(mean)
     beta = torch.zeros_like(mean) if bias is None else bias.expand_as(mean)
     y = (blocks - m[..., None]) * (gamma / (v + o.eps).sqrt())[..., None] + beta[..., None]
@@ -177,8 +170,7 @@ def _layer_reference(x, other, prior_mean, prior_var, gain, noise, weight, bias,
     y = y.relu() if o.relu else y
     n = blocks.shape[-1]
     newest = m.mean(0), (v + q * var / max(n - 1, 1)).mean(0)
-    output_mean = beta + gamma * (carried_mean - m) / (v + o.eps).sqrt()
-    return y, m, v, output_mean, gamma.square() * carried_var / (v + o.eps), mean, var, *newest
+    return y, m, v, beta, gamma.square() * v / (v + o.eps), mean, var, *newest
 
 
 def _draw_layer(case: LayerCase, device: str) -> tuple[list[Tensor | None], Tensor, list[Tensor | None]]:

@@ -16,8 +16,6 @@ _module = importlib.import_module("kalmannorm.kernels.layer")
 OPTIONS = {
     "plain": Filter(eps=1e-3),
     "no spread": Filter(spread=False, eps=1e-3),
-    "carry gain": Filter(gain_slope=1.0, gain_offset=-0.3, eps=1e-3, carry_gain=0.9),
-    "carry gain, no spread": Filter(spread=False, eps=1e-3, carry_gain=0.9),
     "learned": Filter(gain_slope=-1.0, gain_offset=0.2, noise_scale=0.1, eps=1e-3),
     "relu": Filter(gain_slope=1.0, gain_offset=-0.3, eps=1e-3, relu=True),
 }

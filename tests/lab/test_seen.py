@@ -31,7 +31,7 @@ def inputs(count=4):
 
 
 def test_prior_observation_and_posterior_by_hand():
-    model = network(gain=0.25, carry_gain=0.25, stats_batch_size=2)
+    model = network(gain=0.25, stats_batch_size=2)
     x = inputs()
     with watched(model) as seen:
         model(x)

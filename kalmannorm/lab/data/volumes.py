@@ -193,8 +193,10 @@ class VolumeData(MemoryData):
 
     def load(self) -> Splits:
         """The three splits."""
-        made = (generate_volumes(split, count, self.size, self.data_seed) for split, count in self.counts.items())
-        return Splits(*((_standardized(volumes) if self.standardize else volumes, classes) for volumes, classes in made))
+        made = [generate_volumes(split, count, self.size, self.data_seed) for split, count in self.counts.items()]
+        if self.standardize:
+            made = [(_standardized(volumes), classes) for volumes, classes in made]
+        return Splits(*made)
 
 
 def _standardized(volumes: Tensor) -> Tensor:
