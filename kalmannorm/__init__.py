@@ -1,6 +1,7 @@
 """Kalman Normalization for PyTorch: batch normalization that works at 1-4 samples a device."""
 
 from kalmannorm import functional, rules
+from kalmannorm.annealing import anneal
 from kalmannorm.convert import connect, convert, fuse, to_batchnorm
 from kalmannorm.describe import Description, describe, first_nonfinite
 from kalmannorm.freezing import freeze
@@ -22,6 +23,6 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Description", "Gaussian", "GroupKalmanNorm", "GroupKalmanNormAct", "KalmanNorm", "KalmanNorm1d", "KalmanNorm2d",
-    "KalmanNorm3d", "KalmanNormAct2d", "Unknown", "connect", "convert", "describe", "first_nonfinite", "freeze",
-    "functional", "fuse", "online_statistics", "preset", "recalibrate", "rule", "rules", "to_batchnorm",
+    "KalmanNorm3d", "KalmanNormAct2d", "Unknown", "anneal", "connect", "convert", "describe", "first_nonfinite",
+    "freeze", "functional", "fuse", "online_statistics", "preset", "recalibrate", "rule", "rules", "to_batchnorm",
 ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kalmannorm import convert, first_nonfinite, online_statistics, recalibrate
+from kalmannorm import anneal, convert, first_nonfinite, online_statistics, recalibrate
 from kalmannorm.convert import kalman_layers, stand_in
 from kalmannorm.lab.seen import network_of
 from kalmannorm.modules import KalmanNorm
@@ -36,6 +37,8 @@ class KalmanNormCallback(lightning.Callback):
         recalibrate: Replace running statistics by those of so many training batches when training ends,
             see `kalmannorm.recalibrate`; None leaves them. The network must take a batch, or its first
             element. Checkpoints saved before have running averages; `trainer.save_checkpoint` then has these.
+        anneal: What priors are worth at the end of training, in units of what they were worth at the start: each
+            optimizer step takes its share, see `kalmannorm.anneal`. 1 leaves gains to what is learned.
         log_gains: Log the layers' mean gain for a single feature map, as `kalman_gain`, after each epoch: near
             0 where the network trusts its priors, near 1 where it trusts the batch.
         stop_at_nonfinite: End training where a loss is not finite; looked at as often as the trainer logs.
@@ -43,7 +46,8 @@ class KalmanNormCallback(lightning.Callback):
             normalization layers is fed; of what the module itself is, where several attributes have them.
 
     Raises:
-        ValueError: In `setup`, from `kalmannorm.convert`, for example where there is nothing to convert.
+        ValueError: In `setup`, from `kalmannorm.convert`, for example where there is nothing to convert. For an
+            ``anneal`` that is not above 0, and in training, where that has no end.
         FloatingPointError: In training, for a loss that is not finite; it names the layer where it began.
 
     Example:
@@ -51,9 +55,11 @@ class KalmanNormCallback(lightning.Callback):
         >>> trainer = lightning.Trainer(max_epochs=10, callbacks=[callback])  # doctest: +SKIP
     """
 
-    def __init__(self, *, online: bool = False, recalibrate: int | None = None, log_gains: bool = False,
-                 stop_at_nonfinite: bool = True, **convert_options: Any) -> None:  # fmt: skip
-        self.online, self.recalibrate = online, recalibrate
+    def __init__(self, *, online: bool = False, recalibrate: int | None = None, anneal: float = 1.0,
+                 log_gains: bool = False, stop_at_nonfinite: bool = True, **convert_options: Any) -> None:  # fmt: skip
+        if not 0 < anneal < math.inf:
+            raise ValueError(f"KalmanNormCallback got anneal={anneal}, expected a number above 0")
+        self.online, self.recalibrate, self.anneal = online, recalibrate, anneal
         self.log_gains, self.stop_at_nonfinite = log_gains, stop_at_nonfinite
         self.convert_options = convert_options
         self._switched = ExitStack()
@@ -79,6 +85,22 @@ class KalmanNormCallback(lightning.Callback):
         for layer in self._synchronized:
             layer.process_group = None
         self._synchronized = []
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Find out how long training will be."""
+        steps = trainer.estimated_stepping_batches
+        if self.anneal != 1 and not 0 < steps < math.inf:
+            raise ValueError(
+                f"KalmanNormCallback got anneal={self.anneal} and a training of {steps} steps, expected a Trainer with "
+                "max_epochs or max_steps"
+            )
+        self._share = self.anneal ** (1 / steps)
+
+    def on_before_optimizer_step(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule,
+                                 optimizer: torch.optim.Optimizer) -> None:  # fmt: skip
+        """Anneal."""
+        if self.anneal != 1:
+            anneal(pl_module, self._share)
 
     def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule,
                            outputs: Tensor | Mapping[str, Any] | None, batch: Any, batch_idx: int) -> None:  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +18,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorData
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from kalmannorm import to_batchnorm
+import kalmannorm
 from kalmannorm.lab.baselines.weight_norm import initialize
 from kalmannorm.lab.data.sharing import images_a_process
 from kalmannorm.lab.methods import METHODS, normalize
@@ -58,12 +59,15 @@ class Classifier(lightning.LightningModule):
         weight_decay: On weights alone, see `kalmannorm.lab.optimization.parameter_groups`.
         score_online: Give ``accuracy_online`` too.
         compile: Train through ``torch.compile``.
+        anneal: What priors are worth in the end, in units of what they were worth at the start, see
+            `kalmannorm.anneal`; 1 leaves gains to what is learned.
         channels_last: Keep the network's weights and its images ``(N, C, H, W)`` in channels-last memory, which suits
             convolutions on GPUs in half precision: the same results but for rounding.
 
     Raises:
-        ValueError: An unknown normalization or schedule, or one that doesn't suit the other arguments; and in
-            training, a statistics batch that doesn't divide the images that a process takes at a time.
+        ValueError: An unknown normalization or schedule, or one that doesn't suit the other arguments; an
+            ``anneal`` that is not above 0; and in training, a statistics batch that doesn't divide the images that a
+            process takes at a time.
 
     Attributes:
         score: What the scores are called; `metric` and `loss` are what another task has others of.
@@ -88,9 +92,12 @@ class Classifier(lightning.LightningModule):
         score_online: bool = True,
         compile: bool = False,
         channels_last: bool = False,
+        anneal: float = 1.0,
     ) -> None:
         super().__init__()
         check_schedule(rate, steps, schedule, milestones)
+        if not 0 < anneal < math.inf:
+            raise ValueError(f"anneal must be above 0; got {anneal}")
         options = {"statistics_batch": statistics_batch, "steps": steps, **(normalization_options or {})}
         stock = any(isinstance(layer, _BatchNorm) for layer in network.modules())
         self._was_batchnorm = normalization == "bn" and stock and statistics_batch is not None
@@ -100,7 +107,7 @@ class Classifier(lightning.LightningModule):
             self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.method, self.statistics_batch = METHODS[normalization], statistics_batch
         self._optimization = (rate, steps, schedule, milestones, momentum, weight_decay)
-        self.score_online = score_online
+        self.score_online, self._anneal = score_online, anneal ** (1 / steps)
         # A function, and not the compiled network, which would be a second submodule.
         self._forward: Callable[[Tensor], Tensor] = torch.compile(self._plain) if compile else self._plain
         self.running_metric, self.online_metric = self.metric(num_classes), self.metric(num_classes)
@@ -150,7 +157,7 @@ class Classifier(lightning.LightningModule):
         images = images.to(memory_format=self._memory_format)
         self._check_statistics_batch(len(images))
         if self._was_batchnorm and len(images) == self.statistics_batch:
-            to_batchnorm(self.network)  # one group of everything: torch's own layers do that, and faster
+            kalmannorm.to_batchnorm(self.network)  # one group of everything: torch's own layers do that, and faster
             self._was_batchnorm = False
         whole = self.method.statistics != "batch" or self.statistics_batch is None
         parts = (images,) if whole else images.split(self.statistics_batch)
@@ -165,6 +172,11 @@ class Classifier(lightning.LightningModule):
                 dist.all_reduce(together)
                 for buffer, mean in zip(buffers, together.split([b.numel() for b in buffers]), strict=True):
                     buffer.copy_(mean.view_as(buffer) / dist.get_world_size())
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Lower the gains a little."""
+        if self._anneal != 1:
+            kalmannorm.anneal(self.network, self._anneal)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Score a batch both ways."""

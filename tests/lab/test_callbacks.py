@@ -1,5 +1,6 @@
 """The callback: who is converted and when, checkpoints, statistics in scoring, and what stops a training."""
 
+import math
 import os
 import subprocess
 import sys
@@ -194,6 +195,26 @@ def test_the_mean_gain_is_logged():
     trainer = trainer_of(KalmanNormCallback(log_gains=True, gain=0.5), -1, max_epochs=1)
     trainer.fit(module, loader())
     assert trainer.logged_metrics["kalman_gain"] == 0.5
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_gains_are_annealed_step_by_step(accumulated):
+    gains = {}
+    for factor in (1.0, 10.0):
+        module = Nested()
+        trainer = trainer_of(KalmanNormCallback(anneal=factor), -1, max_epochs=2, accumulate_grad_batches=accumulated)
+        trainer.fit(module, loader())
+        assert trainer.global_step == 8 // accumulated
+        gains[factor] = [layer.gain.item() for _, layer in kalman_layers(module)]
+    apart = [annealed - plain for annealed, plain in zip(gains[10.0], gains[1.0], strict=True)]
+    assert apart == pytest.approx([math.log(10)] * 2, abs=0.05)  # but for what was learned otherwise
+
+
+def test_without_an_end_of_training_nothing_can_be_annealed():
+    with pytest.raises(ValueError, match=r"anneal=10\.0 and a training of inf steps, expected a Trainer with"):
+        trainer_of(KalmanNormCallback(anneal=10.0), -1).fit(Nested(), loader())
+    with pytest.raises(ValueError, match="got anneal=0, expected a number above 0"):
+        KalmanNormCallback(anneal=0)
 
 
 class Breaking(lightning.Callback):

@@ -1,5 +1,7 @@
 """Training and scoring: who is decayed, in what order data come, and that both scores are what they say."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -16,6 +18,10 @@ def _data(count=32):
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(count, 1, 32, 32, generator=generator)
     return images, torch.randint(0, 10, (count,), generator=generator)
+
+
+def _kalman_layers(network):
+    return [layer for layer in network.modules() if isinstance(layer, kalmannorm.KalmanNorm)]
 
 
 def _classifier(model, **options):
@@ -71,6 +77,16 @@ def test_milestones_hold_from_their_share_of_the_training_on():
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.002)
 
 
+def test_priors_are_worth_what_was_asked_for_in_the_end():
+    gains = {}
+    for factor in (1.0, 10.0):
+        classifier = _classifier(SmallConvNet(), normalization="kn", statistics_batch=2, anneal=factor)
+        quiet_trainer(8).fit(classifier, loader(*_data(), 2, 0))
+        gains[factor] = [layer.gain.item() for layer in _kalman_layers(classifier.network)]
+    apart = [annealed - plain for annealed, plain in zip(gains[10.0], gains[1.0], strict=True)]
+    assert apart == pytest.approx([math.log(10)] * len(apart), abs=0.05)  # but for what was learned otherwise
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -81,6 +97,7 @@ def test_milestones_hold_from_their_share_of_the_training_on():
         ({"steps": 0}, "steps must be at least 1"),
         ({"rate": 0.0}, "rate above 0"),
         ({"normalization": "batch"}, "got 'batch'"),
+        ({"anneal": 0.0}, "anneal must be above 0; got 0.0"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(options, message):
