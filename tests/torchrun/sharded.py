@@ -88,10 +88,11 @@ def save_or_load(function, model, optimizer, folder):
 
 
 def save_and_go_on(model, folder, part=slice(None)):
-    """Two steps, a checkpoint, and the next step."""
+    """Two steps that anneal, a checkpoint, and the next step."""
     optimizer = adam(model)
     for step in range(2):
         train_step(model, optimizer, step, part)
+        kn.anneal(model, 3.0)
     saved = save_or_load(dcp.save, model, optimizer, folder)
     train_step(model, optimizer, 2, part)
     return {"checkpoint": saved, "next": state_of(model)}
