@@ -88,6 +88,6 @@ def test_the_front_figure_is_of_the_files(make):
     losses, scores = make.demo_losses(), make.accuracies()
     assert {key: len(seeds) for key, seeds in losses.items()} == {"bn": 3, "gn": 3, "kn": 3}
     assert all(len(curve) == 12 for seeds in losses.values() for curve in seeds)
-    wanted = {(key, size) for key in ("bn", "kn") for size in make.TOGETHER} | {("gn", 2)}
+    wanted = {(key, size) for key in ("bn", "kn") for size in make.TOGETHER} | {("gn", 2), (make.ANNEALED, 1)}
     assert set(scores) == wanted
     assert all(len(seeds) >= 3 for seeds in scores.values())

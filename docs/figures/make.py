@@ -260,7 +260,8 @@ def draw_depth(found: dict[str, tuple[list[float], list[float]]]) -> Figure:
 
 
 METHODS = {"bn": ("BatchNorm", "#c44e52"), "gn": ("GroupNorm", "#8c8c8c"), "kn": ("Kalman Normalization", "#4c72b0")}
-TOGETHER = (128, 2, 1)
+TOGETHER = (128, 8, 4, 2, 1)
+ANNEALED = "kn annealed"
 
 
 def demo_losses(path: Path = RESULTS / "demo.json", window: int = 250) -> dict[str, list[list[float]]]:
@@ -279,8 +280,9 @@ def accuracies(path: Path = RESULTS / "studies" / "batch-sizes-cpu" / "runs.csv"
     found: dict[tuple[str, int], list[float]] = {}
     with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            method, _, size = row["arm"].partition("-")
-            if row["kind"] == "final" and method in METHODS and size.isdigit():
+            method, size, *more = row["arm"].split("-")
+            method = " ".join((method, *more))
+            if row["kind"] == "final" and method in (*METHODS, ANNEALED):
                 found.setdefault((method, int(size)), []).append(100 * float(row["accuracy_running"]))
     return found
 
@@ -300,9 +302,14 @@ def draw_front(losses: dict[str, list[list[float]]], scores: dict[tuple[str, int
             continue
         deviations = [statistics.stdev(scores[key, TOGETHER[i]]) for i in places]
         right.errorbar(places, means, yerr=deviations, fmt="o-", color=colour, capsize=3, markersize=5)
+    falling = scores[ANNEALED, 1]
+    mean, deviation = [statistics.fmean(falling)], [statistics.stdev(falling)]
+    right.errorbar([len(TOGETHER) - 1], mean, yerr=deviation, fmt="o", capsize=3, color=METHODS["kn"][1],
+                   markerfacecolor="white", label="with a gain that falls")  # fmt: skip
+    right.legend(fontsize=10, loc="lower left", frameon=False)
     left.set(title="cluttered digits, 2 images a step", xlabel="step", ylabel="training loss", ylim=(0, None))
     right.set(title="CIFAR-10, small ResNet", xlabel="images normalized together", ylabel="test accuracy in %",
-              ylim=(0, 60), xlim=(-0.2, 2.2))  # fmt: skip
+              ylim=(0, 60), xlim=(-0.2, len(TOGETHER) - 0.8))  # fmt: skip
     right.set_xticks(range(len(TOGETHER)), [str(size) for size in TOGETHER])
     drawing.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=11)
     return drawing
