@@ -88,8 +88,10 @@ class KalmanNormCallback(lightning.Callback):
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Find out how long training will be."""
+        if self.anneal == 1:
+            return
         steps = trainer.estimated_stepping_batches
-        if self.anneal != 1 and not 0 < steps < math.inf:
+        if not 0 < steps < math.inf:
             raise ValueError(
                 f"KalmanNormCallback got anneal={self.anneal} and a training of {steps} steps, expected a Trainer with "
                 "max_epochs or max_steps"
