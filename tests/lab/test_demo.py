@@ -195,7 +195,7 @@ def test_ctrl_c_ends_it_at_once_with_one_line(tmp_path):
             time.sleep(0.1)
         time.sleep(8)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to parent and workers alike
-        _, err = process.communicate(timeout=20)
+        _, err = process.communicate(timeout=60)
         assert process.returncode == 130
         assert err.splitlines()[-1] == "kalmannorm: interrupted"
         patience = time.monotonic() + 10  # the system takes a moment to clean up after the dead
