@@ -42,6 +42,7 @@ class Method:
             smaller statistics batches take a forward pass each.
         samples: The option of ``replace`` that says how many images a group has.
         timed: The options that fit a training of so many steps.
+        capturable: A CUDA graph of one training step stands for all: no layer counts steps in Python.
     """
 
     label: str
@@ -50,6 +51,7 @@ class Method:
     statistics: Literal["sample", "groups", "batch"] = "sample"
     samples: str = "samples"
     timed: Callable[[int], dict[str, Any]] = lambda steps: {}
+    capturable: bool = True
 
 
 def _batchnorm(network: nn.Module, samples: int | None = None) -> nn.Module:
@@ -104,7 +106,7 @@ METHODS = {
     "ghost": Method("Ghost BatchNorm", "#da8bc3", to_ghost, "groups"),
     "sync": Method("SyncBatchNorm", "#7a1f2b", to_sync, "batch"),
     "mabn": Method("MABN", "#3f7d8c", to_moving_average, "groups", timed=_moving_average_timed),
-    "cbn": Method("CBN", "#a05d2c", to_cross_iteration, "batch", timed=_cross_iteration_timed),
+    "cbn": Method("CBN", "#a05d2c", to_cross_iteration, "batch", timed=_cross_iteration_timed, capturable=False),
     "evonorm": Method("EvoNorm-S0", "#6b8e23", to_evonorm),
     "frn": Method("FRN", "#b5b34a", to_frn),
     "kn": Method("KalmanNorm (default)", "#4c72b0", kalmannorm.convert, **_KALMAN),

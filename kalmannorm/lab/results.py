@@ -115,11 +115,11 @@ def _read_csv(path: Path) -> list[dict[str, Any]]:
 
 def environment() -> dict[str, str]:
     """The machine, the versions, the commit if this is a checkout (with "-dirty" where it has changes), and today's
-    date.
+    date. Where files travel without their history, KALMANNORM_COMMIT says which commit they are of.
     """
     checkout = Path(kalmannorm.__file__).parents[1]
     asked = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    commit = "unknown"
+    commit = os.environ.get("KALMANNORM_COMMIT", "unknown")
     if (checkout / ".git").exists():  # else it is installed, perhaps inside of somebody else's
         with suppress(OSError, subprocess.SubprocessError):
             commit = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

@@ -123,7 +123,8 @@ def _listed(asked: Study, amount: Scale) -> str:
     for arm in asked.arms:
         points = arm.points()
         each = int(arm.recipe.scaled(amount)["trainer"]["max_steps"])
-        searched = [int(arm.config(amount, point, 0)["trainer"]["max_steps"]) for point in points]
+        share = _length(asked, "search", amount)
+        searched = [int(arm.config(share, point, 0)["trainer"]["max_steps"]) for point in points]
         numbers = (len(points), asked.seeds, sum(searched) + each * asked.seeds)
         total = [before + number for before, number in zip(total, numbers, strict=True)]
         rows.append([arm.name, str(numbers[0]), str(numbers[1]), f"{each:,}", f"{numbers[2]:,}"])
@@ -200,11 +201,16 @@ def _job(asked: Study, trial: Trial, amount: Scale, runs: Path) -> Job:
     return Job(
         f"{asked.name}/{' '.join([trial.arm.name, *settings])}",
         trial.seed,
-        trial.arm.config(amount, trial.settings, trial.seed),
+        trial.arm.config(_length(asked, trial.kind, amount), trial.settings, trial.seed),
         place / f"{trial.split}-seed-{trial.seed}",
         trial.split,
         keep=trial.kind == "final",
     )
+
+
+def _length(asked: Study, kind: str, amount: Scale) -> Scale:
+    """How long a run is, as a share of the study's steps."""
+    return amount if amount == "tiny" or kind == "final" else amount * asked.search_scale
 
 
 def _outcome(trial: Trial, found: Result | Exception, asked: Study) -> Trial:

@@ -6,7 +6,8 @@ A file of ``studies`` has ``title``, ``question`` and ``arms``, and perhaps:
 - ``base``: a recipe's file, or several, relative to this one, that all configurations are merged onto.
 - ``config``: what all arms have in common, as ``kalmannorm fit`` takes it.
 - ``search``: from a setting, as ``model.init_args.rate``, to the values to try; a grid over several. Every arm is
-  searched so, by its ``metric`` on validation images, from the seed ``search_seed``.
+  searched so, by its ``metric`` on validation images, from the seed ``search_seed``, in runs of the share
+  ``search_scale`` of the steps (1).
 - ``seeds``: how many trainings of each arm count, with seeds 0, 1, ...; ``scored``: on which images, ``test`` or
   ``validation``. With ``validation``, no run looks at test images.
 - ``tiny``: what to change so that a training takes seconds on a CPU, on generated images.
@@ -35,7 +36,8 @@ __all__ = ["STUDIES", "Arm", "Study", "names", "read", "shown"]
 
 STUDIES = Path(__file__).parent / "studies"
 _NEEDED = ("title", "question", "arms")
-_KEYS = (*_NEEDED, "of", "base", "config", "scored", "metric", "search", "search_seed", "seeds", "tiny")
+_OPTIONAL = ("of", "base", "config", "scored", "metric", "search", "search_seed", "search_scale", "seeds", "tiny")
+_KEYS = (*_NEEDED, *_OPTIONAL)
 _KEYS_OF_ARM = ("label", "column", "config", "search", "note", "tiny")
 
 
@@ -90,6 +92,7 @@ class Study:
         scored: Which images the runs that count are scored on.
         metric: The score that the search maximizes, on validation images, and that the figure shows.
         search_seed: Of all runs of the search.
+        search_scale: The share of the steps that these take.
         seeds: How many runs of each arm count.
         arms: In the order of the table.
     """
@@ -100,6 +103,7 @@ class Study:
     scored: Split
     metric: str
     search_seed: int
+    search_scale: float
     seeds: int
     arms: tuple[Arm, ...]
 
@@ -142,11 +146,14 @@ def read(name: str | Path) -> Study:
     for key, least in (("seeds", 1), ("search_seed", 0)):
         if not isinstance(seeds[key], int) or seeds[key] < least:
             raise ValueError(f"{path}: {key} must be a whole number from {least} on; got {seeds[key]!r}")
+    share = content.get("search_scale", 1)
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
+        raise ValueError(f"{path}: search_scale must be a number above 0, up to 1; got {share!r}")
     arms = tuple(_arms(path, content, metric))
     for arm in arms:
         _check_data(path, arm, scored)
     title, question = (" ".join(str(content[key]).split()) for key in ("title", "question"))
-    return Study(path.stem, title, question, scored, metric, seeds["search_seed"], seeds["seeds"], arms)
+    return Study(path.stem, title, question, scored, metric, seeds["search_seed"], share, seeds["seeds"], arms)
 
 
 def _content(path: Path) -> dict[str, Any]:

@@ -194,6 +194,8 @@ def _notes(study: Study, runs: _Runs) -> str:
     sizes = {len(arm.search) for arm in runs.arms}
     if len(sizes) > 1:
         notes.append("The searches are of different sizes: see the column of how many were searched.")
+    if max(sizes) and study.search_scale != 1:
+        notes.append(f"A run of the search takes {study.search_scale:g} of the steps of one that counts.")
     hours = sum(float(row["seconds"]) for row in runs.rows if row["seconds"]) / 3600
     told = [f"{name} {' / '.join(values)}" for name in _TOLD if (values := _values(runs, name))]
     searched = f", {sum(len(arm.search) for arm in runs.arms)} of them of the search" if max(sizes) else ""

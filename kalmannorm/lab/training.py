@@ -20,6 +20,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 import kalmannorm
 from kalmannorm.lab.baselines.weight_norm import initialize
+from kalmannorm.lab.capturing import CapturedStep
 from kalmannorm.lab.data.sharing import images_a_process
 from kalmannorm.lab.methods import METHODS, normalize
 from kalmannorm.lab.optimization import Schedule, check_schedule, sgd
@@ -61,6 +62,10 @@ class Classifier(lightning.LightningModule):
         compile: Train through ``torch.compile``.
         anneal: What priors are worth in the end, in units of what they were worth at the start, see
             `kalmannorm.anneal`; 1 leaves gains to what is learned.
+        capture: Replay forward and backward passes as a CUDA graph, see `CapturedStep`: the same numbers, several times
+            faster where a network is small. On one GPU, in a precision without a gradient scaler, without accumulated
+            batches or clipped gradients, and for methods that don't count steps in Python; elsewhere steps run as they
+            are.
         channels_last: Keep the network's weights and its images ``(N, C, H, W)`` in channels-last memory, which suits
             convolutions on GPUs in half precision: the same results but for rounding.
 
@@ -93,6 +98,7 @@ class Classifier(lightning.LightningModule):
         compile: bool = False,
         channels_last: bool = False,
         anneal: float = 1.0,
+        capture: bool = False,
     ) -> None:
         super().__init__()
         check_schedule(rate, steps, schedule, milestones)
@@ -110,6 +116,8 @@ class Classifier(lightning.LightningModule):
         self.score_online, self._anneal = score_online, anneal ** (1 / steps)
         # A function, and not the compiled network, which would be a second submodule.
         self._forward: Callable[[Tensor], Tensor] = torch.compile(self._plain) if compile else self._plain
+        self._capture = capture and self.method.capturable
+        self._captured: CapturedStep | None = None
         self.running_metric, self.online_metric = self.metric(num_classes), self.metric(num_classes)
 
     def metric(self, num_classes: int) -> Metric:
@@ -128,8 +136,12 @@ class Classifier(lightning.LightningModule):
         return sgd(self.network, *self._optimization)
 
     def setup(self, stage: str) -> None:
-        """Before training: check the statistics batch, and initialize weight normalization by a batch."""
+        """Before training: what is captured, the statistics batch, and weight normalization's first batch."""
         data: Any = getattr(self.trainer, "datamodule", None)
+        if stage == "fit" and self._capture and _captures(self.trainer):
+            # Lightning would let go of gradients between the graph and the optimizer.
+            self.automatic_optimization = False
+            self._captured = CapturedStep(self._loss_of_batch, self.network.parameters())
         if stage != "fit" or data is None:
             return
         if hasattr(data, "gradient_batch"):
@@ -147,9 +159,21 @@ class Classifier(lightning.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of a batch."""
-        images, labels = batch
-        loss = self.loss(self.training_logits(images), labels)
+        loss = self._loss_of_batch(*batch) if self._captured is None else self._captured_step(*batch)
         self.log("loss", loss.detach())
+        return loss
+
+    def _loss_of_batch(self, images: Tensor, labels: Tensor) -> Tensor:
+        return self.loss(self.training_logits(images), labels)
+
+    def _captured_step(self, images: Tensor, labels: Tensor) -> Tensor:
+        """All that Lightning does in a step of automatic optimization."""
+        optimizer: Any = self.optimizers()
+        scheduler: Any = self.lr_schedulers()
+        assert self._captured is not None
+        loss = self._captured(images, labels)
+        optimizer.step()
+        scheduler.step()
         return loss
 
     def training_logits(self, images: Tensor) -> Tensor:
@@ -201,6 +225,13 @@ class Classifier(lightning.LightningModule):
     def on_test_epoch_end(self) -> None:
         """As in validation."""
         self.on_validation_epoch_end()
+
+
+def _captures(trainer: lightning.Trainer) -> bool:
+    """Whether a step is one forward and one backward pass on one GPU, and nothing between that and the optimizer."""
+    scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+    whole = trainer.accumulate_grad_batches == 1 and not trainer.gradient_clip_val
+    return trainer.strategy.root_device.type == "cuda" and trainer.world_size == 1 and whole and not scaled
 
 
 def loader(images: Tensor, labels: Tensor, batch_size: int, seed: int | None = None) -> DataLoader[Batch]:
