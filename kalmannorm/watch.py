@@ -53,6 +53,7 @@ class Watch:
     def _start_beliefs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Mark the inputs, so that all that comes of them is known to depend on them."""
         values = (*args, *kwargs.values())
+        self._move_belief(values)
         for tensor in found_in(values, Tensor):
             step = step_of(tensor)
             if step is None or step.source == "input":  # else from another part, whose beliefs go on here
@@ -69,6 +70,18 @@ class Watch:
             # A detector gets its images in a list; its first part gets them as a batch.
             if waiting is not None or self.mode.input_belief is not None:
                 self.mode.input_belief = waiting
+
+    def _move_belief(self, values: Any) -> None:
+        """Keep the belief where the inputs are: a copy at each call would make the device wait, and no CUDA graph may
+        hold one.
+        """
+        given = self.input_belief
+        device = next((t.device for t in found_in(values, Tensor) if t.is_floating_point()), None)
+        if given is None or device is None or device == given.mean.device:
+            return
+        moved = given.map(lambda t: t.to(device))
+        if type(moved.mean) is Tensor:  # and not a compiler's or an exporter's stand-in
+            self.input_belief = moved
 
 
 def _started_on_first(given: Gaussian, values: Any) -> Gaussian | None:
