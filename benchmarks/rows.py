@@ -20,6 +20,8 @@ MEASURED = ("method", "steps", "repeats", "median_ms", "quartile_1_ms", "quartil
             "error")  # fmt: skip
 MACHINE = ("device", "processor", "threads", "allocator", "torch", "commit", "dirty", "date")
 COLUMNS = (*CASE, *MEASURED, *MACHINE)
+# What stays text though it may look like a number, as the commit 3e69644 does.
+WORDS = {"case", "kind", "network", "mode", "dtype", "memory_format", "method", "error", *MACHINE} - {"threads"}
 ROOT = Path(__file__).parent.parent
 
 
@@ -96,12 +98,14 @@ def read(path):
     """
     with Path(path).open(newline="") as file:
         found = {(row["case"], row["method"]): row for row in csv.DictReader(file)}
-    return [{name: value_of(text) for name, text in row.items()} for row in found.values()]
+    return [{name: value_of(name, text) for name, text in row.items()} for row in found.values()]
 
 
-def value_of(text):
+def value_of(name, text):
     if not text:
         return None
+    if name in WORDS:
+        return text
     for kind in (int, float):
         try:
             return kind(text)

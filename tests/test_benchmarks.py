@@ -52,6 +52,15 @@ def row(case, method="kalman_norm", device="cuda", **values):
     return {**empty, "case": case, "method": method, "device": device, "kind": case.split("/")[0], **values}
 
 
+def test_a_commit_that_looks_like_a_number_stays_what_it_is(tmp_path):
+    path = tmp_path / "some.csv"
+    for commit in ("3e69644", "0123456"):
+        rows.append(path, [{"case": f"of {commit}", "method": "none", "commit": commit, "size": 32, "median_ms": 1.5}])
+    found = rows.read(path)
+    assert [row["commit"] for row in found] == ["3e69644", "0123456"]
+    assert (found[0]["size"], found[0]["median_ms"], found[0]["dirty"]) == (32, 1.5, None)
+
+
 def test_every_kind_of_case_has_its_numbers(measured):
     assert rows.header(measured) == rows.COLUMNS
     found = rows.read(measured)

@@ -18,7 +18,9 @@ from kalmannorm.lab.configuration import Run, check_same
 from kalmannorm.lab.curve import Curve, RandomState
 from kalmannorm.lab.results import Result, environment, finished, write_atomically
 
-__all__ = ["Result", "Split", "finished", "fit", "is_first_process", "load", "load_with_data", "score", "steps"]
+__all__ = [
+    "Result", "Split", "ended_run", "finished", "fit", "is_first_process", "load", "load_with_data", "score", "steps",
+]  # fmt: skip
 
 Split = Literal["validation", "test"]
 _LOADERS = {"validation": "val_dataloader", "test": "test_dataloader"}
@@ -124,6 +126,18 @@ def fit(
     if trainer.is_global_zero:
         result.write(folder)
     return result
+
+
+def ended_run(config: Mapping[str, Any], folder: Path, split: Split | None = None) -> Result | None:
+    """What `fit` gave of this configuration in this folder; None where it has not come to an end.
+
+    Raises:
+        ValueError: The folder holds another configuration, or a run that was scored on another split.
+    """
+    if not finished(folder):
+        return None
+    check_same(folder, Run(config).complete())
+    return _read(folder, split)
 
 
 def steps(config: Mapping[str, Any], overrides: Sequence[str] = ()) -> int:

@@ -115,16 +115,16 @@ def _read_csv(path: Path) -> list[dict[str, Any]]:
 
 def environment() -> dict[str, str]:
     """The machine, the versions, the commit if this is a checkout (with "-dirty" where it has changes), and today's
-    date. Where files travel without their history, KALMANNORM_COMMIT says which commit they are of.
+    date. KALMANNORM_COMMIT, if it is set, says which commit: of files that travel without their history, say.
     """
     checkout = Path(kalmannorm.__file__).parents[1]
     asked = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    commit = os.environ.get("KALMANNORM_COMMIT", "unknown")
-    if (checkout / ".git").exists():  # else it is installed, perhaps inside of somebody else's
+    commit = os.environ.get("KALMANNORM_COMMIT", "")
+    if not commit and (checkout / ".git").exists():  # else it is installed, perhaps inside of somebody else's
         with suppress(OSError, subprocess.SubprocessError):
             commit = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     return {
-        "commit": commit,
+        "commit": commit or "unknown",
         "kalmannorm": kalmannorm.__version__,
         "torch": str(torch.__version__),
         "lightning": version("lightning"),

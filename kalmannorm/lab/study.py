@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -71,6 +71,7 @@ def study(
     output: Path = Path("runs/study"),
     list: bool = False,
     report: bool = False,
+    collect: bool = False,
 ) -> int:
     """Search hyper-parameters for each arm of an experiment alike, train each from several seeds, and compare.
 
@@ -86,6 +87,8 @@ def study(
         output: Folder for the runs and the tables.
         list: Only say how many runs and steps there are.
         report: Only make the table and the figure again, from the study's runs.csv in the output folder.
+        collect: Train nothing: tell what has come to an end in the output folder, as of a study that was interrupted or
+            that ran elsewhere.
 
     Returns:
         The exit code: 1 where a run failed. One that diverged is a result.
@@ -99,8 +102,11 @@ def study(
     if list:
         print(_listed(asked, amount))
         return 0
-    if not report:
+    if collect:
+        trials = _collected(asked, amount, folder)
+    elif not report:
         trials = _trained(asked, amount, data, output, workers, console)
+    if not report:
         label = "tiny" if amount == "tiny" else f"{amount:g}"
         write_atomically(folder / RUNS, _runs_csv(asked, trials, label))
         write_atomically(folder / "curves.csv", _curves_csv(trials))
@@ -137,7 +143,7 @@ def _listed(asked: Study, amount: Scale) -> str:
 def _trained(
     asked: Study, amount: Scale, data: Path | None, output: Path, workers: int | None, console: Console
 ) -> list[Trial]:
-    """All runs: those of all arms' searches together, then those that count."""
+    """All runs, with what came of them."""
     cells = [Cell(arm.recipe, arm.recipe.scaled(amount)) for arm in asked.arms]
     folder = output / asked.name
     quiet()
@@ -148,20 +154,40 @@ def _trained(
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"--output: cannot make the folder {folder}: {error.strerror}") from error
-        searches = [
-            Trial(arm, "search", point, asked.search_seed, "validation") for arm in asked.arms for point in arm.points()
-        ]
-        searched = _run(asked, searches, amount, folder, absent, workers, console)
-        finals = []
-        for arm in asked.arms:
-            own = [place for place, trial in enumerate(searched) if trial.arm is arm]
-            best = _best([searched[place] for place in own], asked.metric) if own else None
-            if best is not None:
-                searched[own[best]] = replace(searched[own[best]], chosen=True)
-            if best is not None or not own:
-                settings = searched[own[best]].settings if best is not None else {}
-                finals += [Trial(arm, "final", settings, seed, asked.scored) for seed in range(asked.seeds)]
-        return [*searched, *_run(asked, finals, amount, folder, absent, workers, console)]
+        return _in_two(asked, lambda trials: _run(asked, trials, amount, folder, absent, workers, console))
+
+
+def _in_two(asked: Study, run: Callable[[list[Trial]], list[Trial]]) -> list[Trial]:
+    """The runs of all arms' searches together, then those that count, by the settings that were best."""
+    searched = run(
+        [Trial(arm, "search", point, asked.search_seed, "validation") for arm in asked.arms for point in arm.points()]
+    )
+    finals = []
+    for arm in asked.arms:
+        own = [place for place, trial in enumerate(searched) if trial.arm is arm]
+        best = _best([searched[place] for place in own], asked.metric) if own else None
+        if best is not None:
+            searched[own[best]] = replace(searched[own[best]], chosen=True)
+        if best is not None or not arm.search:
+            settings = searched[own[best]].settings if best is not None else {}
+            finals += [Trial(arm, "final", settings, seed, asked.scored) for seed in range(asked.seeds)]
+    return [*searched, *run(finals)]
+
+
+def _collected(asked: Study, amount: Scale, folder: Path) -> list[Trial]:
+    """The runs that have ended."""
+
+    def ended(trials: list[Trial]) -> list[Trial]:
+        from kalmannorm.lab.fitting import ended_run  # noqa: PLC0415 - slow
+
+        jobs = [_job(asked, trial, amount, _runs(folder, amount)) for trial in trials]
+        found = [ended_run(job.config, job.folder, job.split) for job in jobs]
+        return [_outcome(trial, result, asked) for trial, result in zip(trials, found, strict=True) if result]
+
+    trials = _in_two(asked, ended)
+    if not trials:
+        raise ValueError(f"--output: no run of {asked.name} has ended in {_runs(folder, amount)}")
+    return trials
 
 
 def _best(trials: Sequence[Trial], metric: str) -> int | None:
@@ -184,13 +210,17 @@ def _run(
 ) -> list[Trial]:
     """The trials with what came of them; those of arms without data are not tried."""
     ready = [trial for trial in trials if trial.arm.name not in absent]
-    runs = folder / "runs" / ("tiny" if amount == "tiny" else f"{amount:g}")
-    jobs = [_job(asked, trial, amount, runs) for trial in ready]
+    jobs = [_job(asked, trial, amount, _runs(folder, amount)) for trial in ready]
     found = iter(run_jobs(jobs, workers, console))
     return [
         _outcome(trial, MissingDataError(absent[trial.arm.name]) if trial.arm.name in absent else next(found), asked)
         for trial in trials
     ]
+
+
+def _runs(folder: Path, amount: Scale) -> Path:
+    """The folder of all runs of a scale."""
+    return folder / "runs" / ("tiny" if amount == "tiny" else f"{amount:g}")
 
 
 def _job(asked: Study, trial: Trial, amount: Scale, runs: Path) -> Job:

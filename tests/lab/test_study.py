@@ -241,6 +241,47 @@ def test_no_run_looks_at_test_images_but_those_that_count(here, written, monkeyp
     assert {row["split"] for row in here.rows()} == {"validation"}
 
 
+def test_what_has_ended_is_told_without_training_more(here, written, capsys):
+    here.train = trainings._fit
+    path = written(search={RATE: [0.01, 0.02]}, seeds=2)
+    assert here.run(path, "--collect") == 2
+    assert "no run of ours has ended" in capsys.readouterr().err
+    assert here.run(path, "--only", "kn-2") == 0
+    whole, trained = here.rows(), len(here.jobs)
+    assert here.run(path, "--collect") == 0  # of all arms: the others have no run
+    assert here.rows() == whole
+    # The second run that counts was cut off, and so was the search's best: the other one is then all there is.
+    best = next(job for job in here.jobs if job.split == "validation" and _has_chosen_rate(whole, job))
+    (here.jobs[-1].folder / "result.json").unlink()
+    assert here.run(path, "--collect") == 0
+    assert here.rows() == whole[:-1]
+    (best.folder / "result.json").unlink()
+    assert here.run(path, "--collect") == 0
+    assert [(row["kind"], row["chosen"]) for row in here.rows()] == [("search", "yes")]
+    assert len(here.jobs) == trained
+    # Another configuration in the same folder is not taken for this one.
+    assert here.run(written(search={RATE: [0.01, 0.02]}, config={"trainer": {"max_steps": 6}}), "--collect") == 2
+    assert "another configuration: trainer.max_steps is 4 there; got 6" in capsys.readouterr().err
+
+
+def _has_chosen_rate(rows, job):
+    rate = job.config["model"]["init_args"]["rate"]
+    return any(row["chosen"] == "yes" and float(row[RATE]) == rate for row in rows)
+
+
+def test_a_search_may_be_shorter(here, written, capsys):
+    path = written(search_scale=0.5, config={"trainer": {"max_steps": 8}})
+    assert here.run(path) == 0
+    lengths = {(job.split, job.config["trainer"]["max_steps"]) for job in here.jobs}
+    assert lengths == {("validation", 4), ("test", 8)}
+    assert "A run of the search takes 0.5 of the steps" in capsys.readouterr().out
+    assert main(["study", str(path), "--list"]) == 0
+    assert "| bn-2 | 3                  | 2               | 8           | 28    |" in capsys.readouterr().out
+    here.jobs.clear()
+    assert here.run(path, "--scale", "0.5") == 0
+    assert {(job.split, job.config["trainer"]["max_steps"]) for job in here.jobs} == {("validation", 2), ("test", 4)}
+
+
 def test_what_was_interrupted_goes_on_and_the_others_do_not_wait(here, written, monkeypatch, tmp_path):
     original = Classifier.training_step
     steps = []
@@ -311,6 +352,8 @@ def test_a_study_may_be_another_one_at_another_size(written, tmp_path):
         ({"arms": {"bn-2": {"label": "KN"}}}, "arms.kn-2 has the place of arms.bn-2 in the table"),
         ({"scored": "train"}, "scored must be 'test' or 'validation'; got 'train'"),
         ({"seeds": 0}, "seeds must be a whole number from 1 on; got 0"),
+        ({"search_scale": 0}, "search_scale must be a number above 0, up to 1; got 0"),
+        ({"search_scale": True}, "search_scale must be a number above 0, up to 1; got True"),
         ({"search_seed": "x"}, "search_seed must be a whole number from 0 on; got 'x'"),
         ({"search": {RATE: 0.1}}, "search.model.init_args.rate must be a list of values to try; got 0.1"),
         ({"search": {RATE: [0.1, 0.1]}}, "must be of different values; got [0.1, 0.1]"),
