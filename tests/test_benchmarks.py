@@ -4,6 +4,7 @@ import argparse
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -304,3 +305,29 @@ def test_errors_that_end_a_process_are_told_apart():
     assert command.is_fatal(RuntimeError("CUDA error: an illegal memory access was encountered"))
     assert not command.is_fatal(RuntimeError("CUDA error: out of memory"))
     assert not command.is_fatal(argparse.ArgumentTypeError("no"))
+
+
+def test_a_lent_gpu_s_study_leaves_what_has_ended_and_what_has_not(tmp_path):
+    """The script that a session with a GPU runs, rehearsed on a CPU; cut off before its end, and then to its end."""
+    script = ROOT / "benchmarks" / "lent_gpu.sh"
+    environment = {**os.environ, "OUT": str(tmp_path / "out"), "RUNS": str(tmp_path / "runs"), "SCALE": "tiny",
+                   "PYTHON": sys.executable}  # fmt: skip
+
+    def run(*arguments):
+        return subprocess.run(["bash", script, *arguments], env=environment, capture_output=True, text=True, check=False)
+
+    assert run("none").returncode == 2
+    cut = run("study", "signals", "0.5", "2")
+    assert "the study: 124" in cut.stdout, cut.stdout + cut.stderr
+    whole = run("study", "signals", "120", "2")
+    assert "the study: 0" in whole.stdout, whole.stdout + whole.stderr
+    with tarfile.open(tmp_path / "out" / "runs.tgz") as packed:
+        names = packed.getnames()
+    assert "./signals/runs.csv" in names
+    assert not [name for name in names if "ckpt" in name]
+    assert sum(name.endswith("result.json") for name in names) == 35
+    cut_off = next((tmp_path / "runs").rglob("test-seed-0/result.json"))
+    cut_off.unlink()
+    assert "the study: 124" in run("study", "signals", "0.5", "2").stdout
+    with tarfile.open(tmp_path / "out" / "checkpoints.tgz.aa") as packed:
+        assert packed.getnames() == [str(cut_off.with_name("last.ckpt").relative_to(tmp_path / "runs"))]

@@ -79,7 +79,7 @@ def study(
 
     Args:
         name: Such as batch-sizes-cpu, or a YAML file; anything else lists what there is.
-        only: The arms to run, as a pattern: 'kn-*'.
+        only: The arms to run, as a pattern or several: 'kn-*,bn-2'.
         scale: A share of the study's training steps, or tiny: seconds a run, on generated images.
         data: The folder with the data sets, in place of the one that KALMANNORM_DATA names.
         seeds: Trainings of each arm that count, with seeds 0, 1, ..., if not as many as the study says.
@@ -116,7 +116,8 @@ def study(
 
 
 def _chosen(asked: Study, only: str) -> tuple[Arm, ...]:
-    chosen = tuple(arm for arm in asked.arms if fnmatch(arm.name, only))
+    patterns = only.split(",")
+    chosen = tuple(arm for arm in asked.arms if any(fnmatch(arm.name, pattern) for pattern in patterns))
     if not chosen:
         arms = ", ".join(arm.name for arm in asked.arms)
         raise ValueError(f"--only: no arm of {asked.name} is called {only!r}; there are {arms}")

@@ -269,6 +269,11 @@ def _has_chosen_rate(rows, job):
     return any(row["chosen"] == "yes" and float(row[RATE]) == rate for row in rows)
 
 
+def test_several_patterns_choose_arms(here, written):
+    assert here.run(written(search={}), "--only", "bn-*,kn-4") == 0
+    assert list(dict.fromkeys(row["arm"] for row in here.rows())) == ["bn-2", "kn-4"]
+
+
 def test_a_search_may_be_shorter(here, written, capsys):
     path = written(search_scale=0.5, config={"trainer": {"max_steps": 8}})
     assert here.run(path) == 0

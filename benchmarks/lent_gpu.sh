@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# What a machine with one GPU does for this repository where it is lent for minutes: each part ends in time, and leaves
+# in OUT all that it has got so far, in few and small files.
+#
+#     OUT=/tmp/out KALMANNORM_DATA=../shared/data bash benchmarks/lent_gpu.sh tests
+#     OUT=/tmp/out bash benchmarks/lent_gpu.sh throughput
+#     OUT=/tmp/out bash benchmarks/lent_gpu.sh speed 300 'step/resnet50/*'
+#     OUT=/tmp/out bash benchmarks/lent_gpu.sh study batch-sizes-gpu 500 14
+#
+# tests: what only a GPU can show. throughput: how many steps a second, by how many processes. speed SECONDS PATTERN...:
+# cases of `python -m benchmarks`, added to what OUT has. study NAME SECONDS WORKERS: goes on with the study in RUNS
+# (default runs/gpu), with CUDA's multi-process service, and packs its runs; the checkpoints of those that have not
+# ended are in pieces, to be laid together (cat) and unpacked into RUNS before a later session goes on. Elsewhere
+# `kalmannorm study NAME --collect --output RUNS`, with the same torch, makes the tables.
+# ONLY='kn-1*,brn-2' are the arms, if not all. SCALE=tiny rehearses a study on a CPU. KALMANNORM_COMMIT names the commit where files travel without their history.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+: "${OUT:?a folder for what is to be kept}" "${PYTHON:=python3}" "${RUNS:=runs/gpu}" "${SCALE:=1}" "${ONLY:=*}"
+export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+mkdir -p "$OUT" "$RUNS"
+part=${1:?tests, throughput, speed or study}
+shift
+
+case $part in
+tests)
+    "$PYTHON" -m pytest -o addopts="" -q -n 8 -k "not interpreted and not compiles" \
+        tests/test_cuda.py tests/kernels/test_on_gpu.py tests/lab/test_capturing.py 2>&1 | tee "$OUT/tests.log" | tail -40
+    ;;
+throughput)
+    "$PYTHON" -m benchmarks.throughput 2>&1 | tee "$OUT/throughput.txt"
+    ;;
+speed)
+    seconds=$1
+    shift
+    timeout -k 5 "$seconds" "$PYTHON" -m benchmarks --device cuda --seconds 5 --resume --output "$OUT/cuda.csv" --only "$@"
+    ;;
+study)
+    name=$1 seconds=$2 workers=$3
+    export CUDA_MPS_PIPE_DIRECTORY=/tmp/mps CUDA_MPS_LOG_DIRECTORY=/tmp/mps
+    mkdir -p /tmp/mps
+    nvidia-cuda-mps-control -d 2>/dev/null && served=yes || served=
+    # Interrupted, it stops at once, and has a checkpoint of each run.
+    timeout -s INT -k 20 "$seconds" "$PYTHON" -m kalmannorm.lab.cli study "$name" --workers "$workers" --scale "$SCALE" \
+        --only "$ONLY" --output "$RUNS" >"$OUT/study.log" 2>&1
+    echo "the study: $?"
+    [ -n "$served" ] && echo quit | timeout 20 nvidia-cuda-mps-control
+    tar czf "$OUT/runs.tgz" -C "$RUNS" --exclude='*.ckpt*' .
+    find "$RUNS" -name last.ckpt | while read -r each; do
+        [ -e "$(dirname "$each")/result.json" ] || echo "${each#"$RUNS"/}"
+    done | tar czf - -C "$RUNS" -T - | split -b 15m - "$OUT/checkpoints.tgz."
+    tail -n 40 "$OUT/study.log"
+    ;;
+*)
+    echo "no part $part: tests, throughput, speed or study" >&2
+    exit 2
+    ;;
+esac
