@@ -73,11 +73,13 @@ class Watch:
 
     def _move_belief(self, values: Any) -> None:
         """Keep the belief where the inputs are: a copy at each call would make the device wait, and no CUDA graph may
-        hold one.
+        hold one. A compiled call makes its copy: what it changed here would be compiled again.
         """
+        if torch.compiler.is_compiling():
+            return
         given = self.input_belief
         device = next((t.device for t in found_in(values, Tensor) if t.is_floating_point()), None)
-        if given is None or device is None or device == given.mean.device:
+        if given is None or device is None or device == given.mean.device or device.type == "meta":
             return
         moved = given.map(lambda t: t.to(device))
         if type(moved.mean) is Tensor:  # and not a compiler's or an exporter's stand-in

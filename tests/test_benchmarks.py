@@ -314,7 +314,8 @@ def test_a_lent_gpu_s_study_leaves_what_has_ended_and_what_has_not(tmp_path):
                    "PYTHON": sys.executable}  # fmt: skip
 
     def run(*arguments):
-        return subprocess.run(["bash", script, *arguments], env=environment, capture_output=True, text=True, check=False)
+        command = ["bash", str(script), *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
     assert run("none").returncode == 2
     cut = run("study", "signals", "0.5", "2")

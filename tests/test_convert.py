@@ -187,6 +187,18 @@ def test_subclasses_with_a_forward_of_their_own_are_left_alone_and_named():
     assert type(model[1]) is kn.KalmanNorm2d
 
 
+def test_input_stats_outlive_a_call_without_values():
+    """They follow the inputs to their device, but not to one where they would be lost."""
+    model = kn.convert(small(), input_stats=([1.0, 2.0, 3.0], [1.0, 1.0, 1.0]))
+    expected = model(torch.ones(2, 3, 8, 8))
+    values = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.to("meta")(torch.empty(2, 3, 8, 8, device="meta"))
+    model.to_empty(device="cpu").load_state_dict(values)
+    for layer in (model[1], model[4]):
+        layer.nonfinite_batches.zero_()
+    torch.testing.assert_close(model(torch.ones(2, 3, 8, 8)), expected)
+
+
 def test_input_stats_give_the_first_layer_a_prior():
     model = kn.convert(small(), input_stats=([0.0, 0.0, 0.0], [1.0, 1.0, 1.0]))
     row = kn.describe(model, torch.randn(2, 3, 8, 8)).rows[0]

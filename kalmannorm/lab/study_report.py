@@ -136,9 +136,11 @@ def _read(path: Path) -> _Runs:
 
 
 def _table(study: Study, runs: _Runs) -> str:
-    seeds = max(len(arm.final) for arm in runs.arms)
+    counts = {len(arm.final) for arm in runs.arms if arm.final} or {0}
+    seeds = max(counts)
     split = next((row["split"] for row in runs.rows if row["kind"] == "final"), study.scored)
-    over = {0: "no run counts", 1: "one seed"}.get(seeds, f"mean ± standard deviation over {seeds} seeds")
+    several = f"{seeds}" if len(counts) == 1 else f"{min(counts)} to {seeds}"
+    over = {0: "no run counts", 1: "one seed"}.get(seeds, f"mean ± standard deviation over {several} seeds")
     scales = sorted({row["scale"] for row in runs.rows} - {"1"})
     parts = [f"# {study.title}", study.question]
     if scales:
@@ -165,7 +167,7 @@ def _grid(runs: _Runs, score: str) -> list[list[str]]:
 def _chosen(study: Study, runs: _Runs) -> str:
     """What each arm was trained with, and how its training went."""
     metric = study.metric.replace("_", " ")
-    rows = [["arm", "searched", "chosen", f"its {metric} in validation, %", "last loss", "ms a step"]]
+    rows = [["arm", "seeds", "searched", "chosen", f"its {metric} in validation, %", "last loss", "ms a step"]]
     for arm in runs.arms:
         best = arm.chosen
         settings = "as it is" if not arm.search else runs.said(best) if best else "-"
@@ -173,7 +175,7 @@ def _chosen(study: Study, runs: _Runs) -> str:
         last = format_value("ratio", [float(row["last_loss"]) for row in arm.counted])
         times = [1000 * float(row["seconds_per_step"]) for row in arm.counted]
         speed = f"{math.fsum(times) / len(times):.1f}" if times else "-"
-        rows.append([arm.name, str(len(arm.search)), settings, score, last, speed])
+        rows.append([arm.name, str(len(arm.final)), str(len(arm.search)), settings, score, last, speed])
     return as_markdown(rows)
 
 
