@@ -90,4 +90,6 @@ def test_the_front_figure_is_of_the_files(make):
     assert all(len(curve) == 12 for seeds in losses.values() for curve in seeds)
     wanted = {(key, size) for key in ("bn", "kn") for size in make.TOGETHER} | {("gn", 2), (make.ANNEALED, 1)}
     assert set(scores) == wanted
-    assert all(len(seeds) >= 3 for seeds in scores.values())
+    whole = make.accuracies(make.ON_A_GPU)
+    assert {(key, size) for key in ("bn", "kn") for size in make.WHOLE} | {("gn", 2)} <= set(whole)
+    assert all(len(seeds) >= 3 for seeds in (*scores.values(), *whole.values()))

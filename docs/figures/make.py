@@ -261,6 +261,8 @@ def draw_depth(found: dict[str, tuple[list[float], list[float]]]) -> Figure:
 
 METHODS = {"bn": ("BatchNorm", "#c44e52"), "gn": ("GroupNorm", "#8c8c8c"), "kn": ("Kalman Normalization", "#4c72b0")}
 TOGETHER = (128, 8, 4, 2, 1)
+WHOLE = (128, 2)
+ON_A_GPU = RESULTS / "studies" / "batch-sizes-gpu" / "runs.csv"
 ANNEALED = "kn annealed"
 
 
@@ -287,30 +289,37 @@ def accuracies(path: Path = RESULTS / "studies" / "batch-sizes-cpu" / "runs.csv"
     return found
 
 
-def draw_front(losses: dict[str, list[list[float]]], scores: dict[tuple[str, int], list[float]]) -> Figure:
-    """Left learning curves at two images, right accuracy by images normalized together."""
-    drawing = Figure(figsize=(8, 3.6), layout="constrained")
-    left, right = drawing.subplots(1, 2)
+def draw_front(
+    losses: dict[str, list[list[float]]],
+    whole: dict[tuple[str, int], list[float]],
+    scores: dict[tuple[str, int], list[float]],
+) -> Figure:
+    """Learning curves at two images; accuracy by images normalized together, of a whole network and of a small one."""
+    drawing = Figure(figsize=(10, 3.7), layout="constrained")
+    left, middle, right = drawing.subplots(1, 3, width_ratios=(1.1, 0.8, 1.1))
     for key, (name, colour) in METHODS.items():
         for seed, curve in enumerate(losses[key]):
             steps = [250 * (i + 0.5) for i in range(len(curve))]
             left.plot(steps, curve, color=colour, alpha=0.8, linewidth=1.4, label=name if seed == 0 else None)
-        places = [i for i, size in enumerate(TOGETHER) if (key, size) in scores]
-        means = [statistics.fmean(scores[key, TOGETHER[i]]) for i in places]
-        if key == "gn":  # it takes each image by itself
-            right.axhline(means[0], color=colour, linestyle="--", linewidth=1.4)
-            continue
-        deviations = [statistics.stdev(scores[key, TOGETHER[i]]) for i in places]
-        right.errorbar(places, means, yerr=deviations, fmt="o-", color=colour, capsize=3, markersize=5)
+        for axes, sizes, found in ((middle, WHOLE, whole), (right, TOGETHER, scores)):
+            places = [i for i, size in enumerate(sizes) if (key, size) in found]
+            means = [statistics.fmean(found[key, sizes[i]]) for i in places]
+            if key == "gn":  # it takes each image by itself
+                axes.axhline(means[0], color=colour, linestyle="--", linewidth=1.4)
+                continue
+            deviations = [statistics.stdev(found[key, sizes[i]]) for i in places]
+            axes.errorbar(places, means, yerr=deviations, fmt="o-", color=colour, capsize=3, markersize=5)
     falling = scores[ANNEALED, 1]
     mean, deviation = [statistics.fmean(falling)], [statistics.stdev(falling)]
     right.errorbar([len(TOGETHER) - 1], mean, yerr=deviation, fmt="o", capsize=3, color=METHODS["kn"][1],
                    markerfacecolor="white", label="with a gain that falls")  # fmt: skip
     right.legend(fontsize=10, loc="lower left", frameon=False)
     left.set(title="cluttered digits, 2 images a step", xlabel="step", ylabel="training loss", ylim=(0, None))
-    right.set(title="CIFAR-10, small ResNet", xlabel="images normalized together", ylabel="test accuracy in %",
-              ylim=(0, 60), xlim=(-0.2, len(TOGETHER) - 0.8))  # fmt: skip
-    right.set_xticks(range(len(TOGETHER)), [str(size) for size in TOGETHER])
+    middle.set(title="CIFAR-10, ResNet-32", ylabel="test accuracy in %", ylim=(80, 88))
+    right.set(title="CIFAR-10, small ResNet", ylim=(0, 60))
+    for axes, sizes in ((middle, WHOLE), (right, TOGETHER)):
+        axes.set(xlabel="images normalized together", xlim=(-0.2, len(sizes) - 0.8))
+        axes.set_xticks(range(len(sizes)), [str(size) for size in sizes])
     drawing.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=11)
     return drawing
 
@@ -334,7 +343,7 @@ def main(folder: Path = HERE) -> list[Path]:
             "update": draw_update(updates()),
             "way": draw_way(way()),
             "depth": draw_depth(by_depth()),
-            "front": draw_front(demo_losses(), accuracies()),
+            "front": draw_front(demo_losses(), accuracies(ON_A_GPU), accuracies()),
         }
         folder.mkdir(parents=True, exist_ok=True)
         for name, drawing in drawings.items():
