@@ -311,7 +311,7 @@ def test_a_lent_gpu_s_study_leaves_what_has_ended_and_what_has_not(tmp_path):
     """The script that a session with a GPU runs, rehearsed on a CPU; cut off before its end, and then to its end."""
     script = ROOT / "benchmarks" / "lent_gpu.sh"
     environment = {**os.environ, "OUT": str(tmp_path / "out"), "RUNS": str(tmp_path / "runs"), "SCALE": "tiny",
-                   "PYTHON": sys.executable}  # fmt: skip
+                   "ONLY": "bn,none-*", "PYTHON": sys.executable}  # fmt: skip
 
     def run(*arguments):
         command = ["bash", str(script), *arguments]
@@ -326,7 +326,7 @@ def test_a_lent_gpu_s_study_leaves_what_has_ended_and_what_has_not(tmp_path):
         names = packed.getnames()
     assert "./signals/runs.csv" in names
     assert not [name for name in names if "ckpt" in name]
-    assert sum(name.endswith("result.json") for name in names) == 35
+    assert sum(name.endswith("result.json") for name in names) == 7
     cut_off = next((tmp_path / "runs").rglob("test-seed-0/result.json"))
     cut_off.unlink()
     assert "the study: 124" in run("study", "signals", "0.5", "2").stdout
