@@ -117,6 +117,31 @@ def test_a_captured_training_is_the_same(options):
 
 
 @pytest.mark.usefixtures("_graphs_without_a_gpu")
+def test_a_captured_training_goes_on_where_it_was(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    images, labels = torch.randn(4, 1, 32, 32, generator=generator), torch.arange(4)
+
+    def fit(steps, resumed=None):
+        torch.manual_seed(0)
+        module = Classifier(
+            SmallConvNet(), "kn", num_classes=10, rate=0.05, steps=10, statistics_batch=4, schedule="warmup",
+            anneal=5.0, capture=True,
+        )  # fmt: skip
+        trainer = quiet_trainer(steps)
+        trainer.fit(module, loader(images, labels, 4, 0), ckpt_path=resumed)
+        assert trainer.global_step == steps
+        return trainer, module
+
+    _, whole = fit(10)
+    fit(5)[0].save_checkpoint(tmp_path / "half.ckpt")
+    _, parts = fit(10, tmp_path / "half.ckpt")
+    for (name, tensor), other in zip(
+        whole.network.state_dict().items(), parts.network.state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(other, tensor, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.usefixtures("_graphs_without_a_gpu")
 def test_methods_that_count_in_python_are_not_captured():
     images, labels = torch.randn(8, 1, 32, 32), torch.arange(8)
     module = Classifier(SmallConvNet(), "cbn", num_classes=10, rate=0.05, steps=2, statistics_batch=2, capture=True)
