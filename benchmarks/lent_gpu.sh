@@ -12,7 +12,8 @@
 # (default runs/gpu), with CUDA's multi-process service, and packs its runs; the checkpoints of those that have not
 # ended are in pieces, to be laid together (cat) and unpacked into RUNS before a later session goes on. Elsewhere
 # `kalmannorm study NAME --collect --output RUNS`, with the same torch, makes the tables.
-# ONLY='kn-1*,brn-2' are the arms, if not all. SCALE=tiny rehearses a study on a CPU. KALMANNORM_COMMIT names the commit where files travel without their history.
+# ONLY='kn-1*,brn-2' are the arms, if not all. SCALE=tiny rehearses a study on a CPU. KALMANNORM_COMMIT names the commit
+# where files travel without their history.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 : "${OUT:?a folder for what is to be kept}" "${PYTHON:=python3}" "${RUNS:=runs/gpu}" "${SCALE:=1}" "${ONLY:=*}"

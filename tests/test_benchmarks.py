@@ -26,6 +26,7 @@ from benchmarks import (  # noqa: E402 - the folder is no installed package
     rows,
     sides,
     tables,
+    throughput,
     timing,
 )  # fmt: skip
 from benchmarks.environment import KEEPING  # noqa: E402
@@ -305,6 +306,15 @@ def test_errors_that_end_a_process_are_told_apart():
     assert command.is_fatal(RuntimeError("CUDA error: an illegal memory access was encountered"))
     assert not command.is_fatal(RuntimeError("CUDA error: out of memory"))
     assert not command.is_fatal(argparse.ArgumentTypeError("no"))
+
+
+@pytest.mark.parametrize("of", [("bn", 128, "float32"), ("kn", 2, "bfloat16"), ("brn", 2, "float32")])
+def test_steps_a_second_are_of_whole_steps(of):
+    step = throughput.step_of(*of, "channels_last", "cpu", depth=8)
+    losses = torch.stack([step() for _ in range(3)])
+    assert losses.isfinite().all()
+    assert len(set(losses.tolist())) == 3  # it trains
+    assert 0 < throughput.rate(step, 0.01, "cpu") < 1000
 
 
 def test_a_lent_gpu_s_study_leaves_what_has_ended_and_what_has_not(tmp_path):

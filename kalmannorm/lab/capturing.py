@@ -38,7 +38,7 @@ class CapturedStep:
         self._batch: tuple[Tensor, ...] = ()
         self._gradients: list[Tensor | None] = []
         self._value = torch.empty(())
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._stream: torch.cuda.Stream | None = None
 
     def __call__(self, *batch: Tensor) -> Tensor:
         """The loss, detached; the gradients are in place when it returns."""
@@ -72,7 +72,7 @@ class CapturedStep:
         device = batch[0].device
         if device.type != "cuda":
             return self._plain(batch)
-        stream = self._streams.setdefault(device, torch.cuda.Stream(device))
+        stream = self._stream = self._stream or torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             value = self._plain(batch)
