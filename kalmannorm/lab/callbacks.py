@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kalmannorm import anneal, convert, first_nonfinite, online_statistics, recalibrate
 from kalmannorm.convert import kalman_layers, stand_in
+from kalmannorm.lab.optimization import annealing, check_annealing
 from kalmannorm.lab.seen import network_of
 from kalmannorm.modules import KalmanNorm
 
@@ -39,6 +40,7 @@ class KalmanNormCallback(lightning.Callback):
             element. Checkpoints saved before have running averages; `trainer.save_checkpoint` then has these.
         anneal: What priors are worth at the end of training, in units of what they were worth at the start: each
             optimizer step takes its share, see `kalmannorm.anneal`. 1 leaves gains to what is learned.
+        anneal_from: The share of the steps after which that begins: where the learning rate has come down.
         log_gains: Log the layers' mean gain for a single feature map, as `kalman_gain`, after each epoch: near
             0 where the network trusts its priors, near 1 where it trusts the batch.
         stop_at_nonfinite: End training where a loss is not finite; looked at as often as the trainer logs.
@@ -47,7 +49,7 @@ class KalmanNormCallback(lightning.Callback):
 
     Raises:
         ValueError: In `setup`, from `kalmannorm.convert`, for example where there is nothing to convert. For an
-            ``anneal`` that is not above 0, and in training, where that has no end.
+            ``anneal`` that is not above 0, an ``anneal_from`` that is no share, and in training, where that has no end.
         FloatingPointError: In training, for a loss that is not finite; it names the layer where it began.
 
     Example:
@@ -56,10 +58,10 @@ class KalmanNormCallback(lightning.Callback):
     """
 
     def __init__(self, *, online: bool = False, recalibrate: int | None = None, anneal: float = 1.0,
-                 log_gains: bool = False, stop_at_nonfinite: bool = True, **convert_options: Any) -> None:  # fmt: skip
-        if not 0 < anneal < math.inf:
-            raise ValueError(f"KalmanNormCallback got anneal={anneal}, expected a number above 0")
-        self.online, self.recalibrate, self.anneal = online, recalibrate, anneal
+                 anneal_from: float = 0.0, log_gains: bool = False, stop_at_nonfinite: bool = True,
+                 **convert_options: Any) -> None:  # fmt: skip
+        check_annealing("KalmanNormCallback: ", anneal, anneal_from)
+        self.online, self.recalibrate, self.anneal, self.anneal_from = online, recalibrate, anneal, anneal_from
         self.log_gains, self.stop_at_nonfinite = log_gains, stop_at_nonfinite
         self.convert_options = convert_options
         self._switched = ExitStack()
@@ -96,13 +98,16 @@ class KalmanNormCallback(lightning.Callback):
                 f"KalmanNormCallback got anneal={self.anneal} and a training of {steps} steps, expected a Trainer with "
                 "max_epochs or max_steps"
             )
-        self._share = self.anneal ** (1 / steps)
+        self._steps = int(steps)
 
     def on_before_optimizer_step(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule,
                                  optimizer: torch.optim.Optimizer) -> None:  # fmt: skip
         """Anneal."""
-        if self.anneal != 1:
-            anneal(pl_module, self._share)
+        if self.anneal == 1:
+            return
+        share = annealing(trainer.global_step, self._steps, self.anneal, self.anneal_from)
+        if share != 1:
+            anneal(pl_module, share)
 
     def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule,
                            outputs: Tensor | Mapping[str, Any] | None, batch: Any, batch_idx: int) -> None:  # fmt: skip

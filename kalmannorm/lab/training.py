@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-import math
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import lightning
@@ -23,7 +23,7 @@ from kalmannorm.lab.baselines.weight_norm import initialize
 from kalmannorm.lab.capturing import CapturedStep
 from kalmannorm.lab.data.sharing import images_a_process
 from kalmannorm.lab.methods import METHODS, normalize
-from kalmannorm.lab.optimization import Schedule, check_schedule, sgd
+from kalmannorm.lab.optimization import Schedule, annealing, check_annealing, check_schedule, sgd
 from kalmannorm.lab.scoring import online_logits
 
 __all__ = ["Batch", "Classifier", "loader", "quiet", "quiet_trainer"]
@@ -62,6 +62,7 @@ class Classifier(lightning.LightningModule):
         compile: Train through ``torch.compile``.
         anneal: What priors are worth in the end, in units of what they were worth at the start, see
             `kalmannorm.anneal`; 1 leaves gains to what is learned.
+        anneal_from: The share of the steps after which that begins.
         capture: Replay forward and backward passes as a CUDA graph, see `CapturedStep`: the same numbers, several times
             faster where a network is small. On one GPU, in a precision without a gradient scaler, without accumulated
             batches or clipped gradients, and for methods that don't count steps in Python; elsewhere steps run as they
@@ -71,8 +72,8 @@ class Classifier(lightning.LightningModule):
 
     Raises:
         ValueError: An unknown normalization or schedule, or one that doesn't suit the other arguments; an
-            ``anneal`` that is not above 0; and in training, a statistics batch that doesn't divide the images that a
-            process takes at a time.
+            ``anneal`` that is not above 0, or an ``anneal_from`` that is no share; and in training, a statistics batch
+            that doesn't divide the images that a process takes at a time.
 
     Attributes:
         score: What the scores are called; `metric` and `loss` are what another task has others of.
@@ -98,12 +99,12 @@ class Classifier(lightning.LightningModule):
         compile: bool = False,
         channels_last: bool = False,
         anneal: float = 1.0,
+        anneal_from: float = 0.0,
         capture: bool = False,
     ) -> None:
         super().__init__()
         check_schedule(rate, steps, schedule, milestones)
-        if not 0 < anneal < math.inf:
-            raise ValueError(f"anneal must be above 0; got {anneal}")
+        check_annealing("", anneal, anneal_from)
         options = {"statistics_batch": statistics_batch, "steps": steps, **(normalization_options or {})}
         stock = any(isinstance(layer, _BatchNorm) for layer in network.modules())
         self._was_batchnorm = normalization == "bn" and stock and statistics_batch is not None
@@ -113,7 +114,8 @@ class Classifier(lightning.LightningModule):
             self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.method, self.statistics_batch = METHODS[normalization], statistics_batch
         self._optimization = (rate, steps, schedule, milestones, momentum, weight_decay)
-        self.score_online, self._anneal = score_online, anneal ** (1 / steps)
+        self.score_online = score_online
+        self._anneal = partial(annealing, steps=steps, factor=anneal, start=anneal_from)
         # A function, and not the compiled network, which would be a second submodule.
         self._forward: Callable[[Tensor], Tensor] = torch.compile(self._plain) if compile else self._plain
         self._capture = capture and self.method.capturable
@@ -199,8 +201,8 @@ class Classifier(lightning.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Lower the gains a little."""
-        if self._anneal != 1:
-            kalmannorm.anneal(self.network, self._anneal)
+        if (share := self._anneal(self.global_step)) != 1:
+            kalmannorm.anneal(self.network, share)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Score a batch both ways."""

@@ -197,12 +197,13 @@ def test_the_mean_gain_is_logged():
     assert trainer.logged_metrics["kalman_gain"] == 0.5
 
 
-@pytest.mark.parametrize("accumulated", [1, 2])
-def test_gains_are_annealed_step_by_step(accumulated):
+@pytest.mark.parametrize(("accumulated", "start"), [(1, 0.0), (2, 0.0), (1, 0.5)])
+def test_gains_are_annealed_step_by_step(accumulated, start):
     gains = {}
     for factor in (1.0, 10.0):
         module = Nested()
-        trainer = trainer_of(KalmanNormCallback(anneal=factor), -1, max_epochs=2, accumulate_grad_batches=accumulated)
+        callback = KalmanNormCallback(anneal=factor, anneal_from=start)
+        trainer = trainer_of(callback, -1, max_epochs=2, accumulate_grad_batches=accumulated)
         trainer.fit(module, loader())
         assert trainer.global_step == 8 // accumulated
         gains[factor] = [layer.gain.item() for _, layer in kalman_layers(module)]
@@ -213,8 +214,10 @@ def test_gains_are_annealed_step_by_step(accumulated):
 def test_without_an_end_of_training_nothing_can_be_annealed():
     with pytest.raises(ValueError, match=r"anneal=10\.0 and a training of inf steps, expected a Trainer with"):
         trainer_of(KalmanNormCallback(anneal=10.0), -1).fit(Nested(), loader())
-    with pytest.raises(ValueError, match="got anneal=0, expected a number above 0"):
+    with pytest.raises(ValueError, match="KalmanNormCallback: anneal must be above 0; got 0"):
         KalmanNormCallback(anneal=0)
+    with pytest.raises(ValueError, match="KalmanNormCallback: anneal_from must be a share of the training"):
+        KalmanNormCallback(anneal=10.0, anneal_from=1.0)
 
 
 class Breaking(lightning.Callback):

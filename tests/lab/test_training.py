@@ -2,6 +2,7 @@
 
 import math
 
+import lightning
 import pytest
 import torch
 from torch import nn
@@ -10,7 +11,7 @@ import kalmannorm
 from kalmannorm.lab.baselines.group import to_groupnorm
 from kalmannorm.lab.curve import Curve
 from kalmannorm.lab.models.small import SmallConvNet
-from kalmannorm.lab.optimization import parameter_groups, share_of_rate
+from kalmannorm.lab.optimization import annealing, parameter_groups, share_of_rate
 from kalmannorm.lab.training import Classifier, loader, quiet_trainer
 
 
@@ -87,9 +88,31 @@ def test_priors_are_worth_what_was_asked_for_in_the_end():
     assert apart == pytest.approx([math.log(10)] * len(apart), abs=0.05)  # but for what was learned otherwise
 
 
+def test_annealing_may_begin_late():
+    gains = []
+
+    class Watch(lightning.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            gains.append(_kalman_layers(pl_module.network)[1].gain.item())
+
+    classifier = _classifier(SmallConvNet(), normalization="kn", rate=1e-9, anneal=16.0, anneal_from=0.5)
+    quiet_trainer(8, Watch()).fit(classifier, loader(*_data(), 2, 0))
+    expected = [0, 0, 0, 0, *(math.log(16) * done / 4 for done in (1, 2, 3, 4))]
+    assert gains == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(("steps", "start"), [(8, 0.0), (8, 0.5), (8, 0.99), (7, 0.3), (1, 0.9)])
+def test_shares_of_annealing_make_the_factor(steps, start):
+    shares = [annealing(step, steps, 10.0, start) for step in range(steps)]
+    assert math.prod(shares) == pytest.approx(10.0)
+    assert shares == sorted(shares)
+    assert sum(share == 1 for share in shares) == min(math.ceil(start * steps), steps - 1)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"anneal": 2.0, "anneal_from": 1.0}, "anneal_from must be a share of the training, 0 up to below 1; got 1.0"),
         ({"schedule": "steps"}, "got 'steps'"),
         ({"milestones": {0.5: 0.1}}, "milestones go with schedule='milestones'"),
         ({"schedule": "milestones"}, "got None with 'milestones'"),
