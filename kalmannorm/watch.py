@@ -75,11 +75,11 @@ class Watch:
         """Keep the belief where the inputs are: a copy at each call would make the device wait, and no CUDA graph may
         hold one. A compiled call makes its copy: what it changed here would be compiled again.
         """
-        if torch.compiler.is_compiling():
-            return
         given = self.input_belief
+        if given is None or torch.compiler.is_compiling():
+            return
         device = next((t.device for t in found_in(values, Tensor) if t.is_floating_point()), None)
-        if given is None or device is None or device == given.mean.device or device.type == "meta":
+        if device is None or device == given.mean.device or device.type == "meta":
             return
         moved = given.map(lambda t: t.to(device))
         if type(moved.mean) is Tensor:  # and not a compiler's or an exporter's stand-in

@@ -63,9 +63,7 @@ class CapturedStep:
             parameter.grad = None
 
     def _run(self) -> None:
-        value = self._loss(*self._batch)
-        value.backward()
-        self._value = value.detach()
+        self._value = self._plain(self._batch)
 
     def _as_it_is(self, *batch: Tensor) -> Tensor:
         self._forget()

@@ -140,10 +140,11 @@ class Classifier(lightning.LightningModule):
     def setup(self, stage: str) -> None:
         """Before training: what is captured, the statistics batch, and weight normalization's first batch."""
         data: Any = getattr(self.trainer, "datamodule", None)
-        if stage == "fit" and self._capture and _captures(self.trainer):
-            # Lightning would let go of gradients between the graph and the optimizer.
-            self.automatic_optimization = False
-            self._captured = CapturedStep(self._loss_of_batch, self.network.parameters())
+        if stage == "fit":
+            captures = self._capture and _captures(self.trainer)
+            self._captured = CapturedStep(self._loss_of_batch, self.network.parameters()) if captures else None
+            # Lightning's own would let go of gradients between the graph and the optimizer.
+            self.automatic_optimization = not captures
         if stage != "fit" or data is None:
             return
         if hasattr(data, "gradient_batch"):

@@ -142,6 +142,16 @@ def test_a_captured_training_goes_on_where_it_was(tmp_path):
 
 
 @pytest.mark.usefixtures("_graphs_without_a_gpu")
+def test_what_is_captured_on_one_device_is_not_on_the_next(monkeypatch):
+    images, labels = torch.randn(8, 1, 32, 32), torch.arange(8)
+    module = Classifier(SmallConvNet(), "kn", num_classes=10, rate=0.05, steps=2, statistics_batch=2, capture=True)
+    for captures in (True, False):
+        monkeypatch.setattr(training, "_captures", lambda trainer, found=captures: found)
+        quiet_trainer(2).fit(module, loader(images, labels, 4, 0))
+        assert module.automatic_optimization is not captures
+
+
+@pytest.mark.usefixtures("_graphs_without_a_gpu")
 def test_methods_that_count_in_python_are_not_captured():
     images, labels = torch.randn(8, 1, 32, 32), torch.arange(8)
     module = Classifier(SmallConvNet(), "cbn", num_classes=10, rate=0.05, steps=2, statistics_batch=2, capture=True)
