@@ -12,15 +12,6 @@ from kalmannorm.lab.models.small import SmallConvNet
 from kalmannorm.lab.training import Classifier, loader, quiet_trainer
 
 
-def _keep(step):
-    """As a graph: it is recorded without being done, and what is done again writes where it wrote."""
-
-    def again():
-        step()
-
-    return again
-
-
 def _loss(model):
     return lambda x, y: (model(x) - y).square().mean()
 
@@ -60,7 +51,17 @@ def test_the_first_batches_and_others_of_their_shape_run_as_they_are():
 
 def test_a_loss_is_not_overwritten_by_the_next():
     model = nn.Linear(3, 2)
-    step = CapturedStep(_loss(model), model.parameters(), warm_up=1, record=_keep)
+    written = []
+
+    def record(run):
+        def again():
+            run()
+            written.append(step._value)
+            step._value = written[0].copy_(step._value)  # a graph writes to one place
+
+        return again
+
+    step = CapturedStep(_loss(model), model.parameters(), warm_up=1, record=record)
     batches = _batches(3)
     losses = [step(*batch) for batch in batches]
     for loss, batch in zip(losses, batches, strict=True):
@@ -147,7 +148,7 @@ def test_what_is_captured_on_one_device_is_not_on_the_next(monkeypatch):
     module = Classifier(SmallConvNet(), "kn", num_classes=10, rate=0.05, steps=2, statistics_batch=2, capture=True)
     for captures in (True, False):
         monkeypatch.setattr(training, "_captures", lambda trainer, found=captures: found)
-        quiet_trainer(2).fit(module, loader(images, labels, 4, 0))
+        quiet_trainer(2, max_epochs=1).fit(module, loader(images, labels, 4, 0))
         assert module.automatic_optimization is not captures
 
 
