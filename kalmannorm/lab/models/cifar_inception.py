@@ -43,16 +43,34 @@ class CifarInception(nn.Module):
         num_classes: Number of logits.
         norm_layer: Makes a normalization layer of so many channels.
         in_channels: Channels of the images.
+        width: What all numbers of filters are multiplied by, and rounded: 0.25 for a network that a CPU trains.
+
+    Raises:
+        ValueError: A width that leaves a convolution without filters.
     """
 
-    def __init__(self, num_classes: int = 10, norm_layer: Norm = nn.BatchNorm2d, in_channels: int = 3) -> None:
+    def __init__(
+        self,
+        num_classes: int = 10,
+        norm_layer: Norm = nn.BatchNorm2d,
+        in_channels: int = 3,
+        width: float = 1.0,
+    ) -> None:
         super().__init__()
-        self.conv = unit(in_channels, 32, 3, norm_layer, stride=2)
+
+        def wide(filters: int) -> int:
+            return round(width * filters)
+
+        least = min(each for module in MODULES for each in (module[0], *module[1], *module[2], module[3]))
+        if wide(least) < 1:
+            raise ValueError(f"width must leave 1 or more of {least} filters; got {width}")
+        self.conv = unit(in_channels, wide(32), 3, norm_layer, stride=2)
         modules = []
-        channels = 32
-        for widths in MODULES:
-            modules.append(_module(channels, *widths, norm_layer))
-            channels = widths[0] + widths[1][1] + widths[2][1] + widths[3]
+        channels = wide(32)
+        for single, (before_three, three), (before_five, five), pooled in MODULES:
+            own = (wide(single), (wide(before_three), wide(three)), (wide(before_five), wide(five)), wide(pooled))
+            modules.append(_module(channels, *own, norm_layer))
+            channels = own[0] + own[1][1] + own[2][1] + own[3]
         self.inceptions = nn.ModuleList(modules)
         self.classifier = nn.Linear(channels, num_classes)
 

@@ -48,6 +48,19 @@ def test_parameters():
     assert parameters(kalmannorm.convert(model)) == 903_018 + CHANNELS + NORMS
 
 
+def test_a_quarter_of_the_width():
+    model = CifarInception(width=0.25)
+    found = [conv.out_channels for conv in model.modules() if isinstance(conv, nn.Conv2d)]
+    assert found == [each.out_channels // 4 for each in CifarInception().modules() if isinstance(each, nn.Conv2d)]
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("width", [0.03, 0.0, -1.0])
+def test_a_width_that_leaves_nothing(width):
+    with pytest.raises(ValueError, match=rf"width must leave 1 or more of 16 filters; got {width}"):
+        CifarInception(width=width)
+
+
 def test_group_norm_takes_every_place():
     model = CifarInception(norm_layer=group_norm)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
