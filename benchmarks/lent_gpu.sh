@@ -12,11 +12,13 @@
 # (default runs/gpu), with CUDA's multi-process service, and packs its runs; the checkpoints of those that have not
 # ended are in pieces, to be laid together (cat) and unpacked into RUNS before a later session goes on. Elsewhere
 # `kalmannorm study NAME --collect --output RUNS`, with the same torch, makes the tables.
-# ONLY='kn-1*,brn-2' are the arms, if not all. SCALE=tiny rehearses a study on a CPU. KALMANNORM_COMMIT names the commit
-# where files travel without their history.
+# ONLY='kn-1*,brn-2' are the arms, if not all. GROW=1 believes what docs/results tells of runs that ended before, and
+# trains what it does not tell of (there too, --collect then wants --grow, and that folder's CSV files). SCALE=tiny
+# rehearses a study on a CPU. KALMANNORM_COMMIT names the commit where files travel without their history.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 : "${OUT:?a folder for what is to be kept}" "${PYTHON:=python3}" "${RUNS:=runs/gpu}" "${SCALE:=1}" "${ONLY:=*}"
+: "${GROW:=}"
 export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 mkdir -p "$OUT" "$RUNS"
 part=${1:?tests, throughput, speed or study}
@@ -39,10 +41,14 @@ study)
     name=$1 seconds=$2 workers=$3
     export CUDA_MPS_PIPE_DIRECTORY=/tmp/mps CUDA_MPS_LOG_DIRECTORY=/tmp/mps
     mkdir -p /tmp/mps
+    if [ -n "$GROW" ] && [ ! -e "$RUNS/$name" ]; then
+        mkdir -p "$RUNS/$name"
+        cp "docs/results/studies/$name/"*.csv "$RUNS/$name"
+    fi
     nvidia-cuda-mps-control -d 2>/dev/null && served=yes || served=
     # Interrupted, it stops at once, and has a checkpoint of each run.
     timeout -s INT -k 20 "$seconds" "$PYTHON" -m kalmannorm.lab.cli study "$name" --workers "$workers" --scale "$SCALE" \
-        --only "$ONLY" --output "$RUNS" >"$OUT/study.log" 2>&1
+        --only "$ONLY" --output "$RUNS" ${GROW:+--grow} >"$OUT/study.log" 2>&1
     echo "the study: $?"
     [ -n "$served" ] && echo quit | timeout 20 nvidia-cuda-mps-control
     tar czf "$OUT/runs.tgz" -C "$RUNS" --exclude='*.ckpt*' .

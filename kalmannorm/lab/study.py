@@ -18,9 +18,10 @@ from kalmannorm.lab.availability import data_at, with_data
 from kalmannorm.lab.data.roots import MissingDataError
 from kalmannorm.lab.recipes import Scale
 from kalmannorm.lab.reproduce import checked
-from kalmannorm.lab.results import Result, csv_text, write_atomically
+from kalmannorm.lab.results import Result, finished
 from kalmannorm.lab.study_file import Arm, Study, shown
-from kalmannorm.lab.study_report import MEASURED, PLANNED, RUNS, write_report
+from kalmannorm.lab.study_report import write_report
+from kalmannorm.lab.study_rows import MEASURED, PLANNED, Key, Row, Rows, Table, Told, ToldRun
 from kalmannorm.lab.tables import Cell, as_markdown
 from kalmannorm.lab.training import quiet
 from kalmannorm.lab.trainings import Job, reason, run_jobs
@@ -47,6 +48,7 @@ class Trial:
         error: Why it does not count: what it raised, or how it diverged; empty where it does.
         failed: It raised something, and not because it diverged.
         chosen: Its settings won the search.
+        told: In place of a result, what the files in the output folder tell of it: its row, and those of its curve.
     """
 
     arm: Arm
@@ -58,6 +60,22 @@ class Trial:
     error: str = ""
     failed: bool = False
     chosen: bool = False
+    told: ToldRun | None = None
+
+    @property
+    def key(self) -> Key:
+        """What its rows are known by."""
+        settings = frozenset((setting, shown(value)) for setting, value in self.settings.items())
+        return self.arm.name, self.kind, str(self.seed), settings
+
+    def merit(self, metric: str) -> tuple[float, float] | None:
+        """By which the search's winner is found: the score, of equal ones the lower training loss; None without."""
+        if self.told is not None:
+            row = self.told[0]
+            return (float(row[metric]), -float(row["last_loss"])) if row.get(metric) and not row["error"] else None
+        if self.result is None or self.error:
+            return None
+        return self.result.scores[metric], -self.result.last_loss
 
 
 def study(
@@ -72,10 +90,12 @@ def study(
     list: bool = False,
     report: bool = False,
     collect: bool = False,
+    grow: bool = False,
 ) -> int:
     """Search hyper-parameters for each arm of an experiment alike, train each from several seeds, and compare.
 
-    What is finished is not trained again, and what was interrupted goes on where it was.
+    What is finished is not trained again, and what was interrupted goes on where it was. The files of runs and curves
+    keep what they say of arms that were not asked for.
 
     Args:
         name: Such as batch-sizes-cpu, or a YAML file; anything else lists what there is.
@@ -89,6 +109,9 @@ def study(
         report: Only make the table and the figure again, from the study's runs.csv in the output folder.
         collect: Train nothing: tell what has come to an end in the output folder, as of a study that was interrupted or
             that ran elsewhere.
+        grow: Believe what the output folder's runs.csv tells of runs whose own folders are gone, as where only that
+            file was kept, and train what it does not tell of: new values of a search, more seeds. Nobody can check that
+            these runs were of the same configuration.
 
     Returns:
         The exit code: 1 where a run failed. One that diverged is a result.
@@ -102,14 +125,17 @@ def study(
     if list:
         print(_listed(asked, amount))
         return 0
+    label = "tiny" if amount == "tiny" else f"{amount:g}"
+    before = Rows() if report else Rows.read(folder, label)
+    told = before.told() if grow else {}
     if collect:
-        trials = _collected(asked, amount, folder)
+        trials = _collected(asked, amount, folder, told)
     elif not report:
-        trials = _trained(asked, amount, data, output, workers, console)
+        trials = _trained(asked, amount, data, output, workers, console, told)
     if not report:
-        label = "tiny" if amount == "tiny" else f"{amount:g}"
-        write_atomically(folder / RUNS, _runs_csv(asked, trials, label))
-        write_atomically(folder / "curves.csv", _curves_csv(trials))
+        others = before.without({trial.arm.name for trial in trials})
+        rows = Rows(others.runs + _runs_table(asked, trials, label), others.curves + _curves_table(trials))
+        rows.write(folder, [arm.name for arm in whole.arms])
     console.print(write_report(whole, folder), soft_wrap=True, highlight=False, markup=False)
     console.print(f"Files: {folder}", soft_wrap=True, highlight=False, markup=False)
     return int(any(trial.failed for trial in trials))
@@ -142,9 +168,9 @@ def _listed(asked: Study, amount: Scale) -> str:
 
 
 def _trained(
-    asked: Study, amount: Scale, data: Path | None, output: Path, workers: int | None, console: Console
+    asked: Study, amount: Scale, data: Path | None, output: Path, workers: int | None, console: Console, told: Told
 ) -> list[Trial]:
-    """All runs, with what came of them."""
+    """All runs, with what came of them, or with what is told of them from before."""
     cells = [Cell(arm.recipe, arm.recipe.scaled(amount)) for arm in asked.arms]
     folder = output / asked.name
     quiet()
@@ -155,7 +181,12 @@ def _trained(
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"--output: cannot make the folder {folder}: {error.strerror}") from error
-        return _in_two(asked, lambda trials: _run(asked, trials, amount, folder, absent, workers, console))
+
+        def run(trials: list[Trial]) -> list[Trial]:
+            known = [replace(trial, told=told.get(trial.key)) for trial in trials]
+            return _run(asked, known, amount, folder, absent, workers, console)
+
+        return _in_two(asked, run)
 
 
 def _in_two(asked: Study, run: Callable[[list[Trial]], list[Trial]]) -> list[Trial]:
@@ -175,15 +206,19 @@ def _in_two(asked: Study, run: Callable[[list[Trial]], list[Trial]]) -> list[Tri
     return [*searched, *run(finals)]
 
 
-def _collected(asked: Study, amount: Scale, folder: Path) -> list[Trial]:
-    """The runs that have ended."""
+def _collected(asked: Study, amount: Scale, folder: Path, told: Told) -> list[Trial]:
+    """The runs that have ended, and those that are told of."""
 
     def ended(trials: list[Trial]) -> list[Trial]:
         from kalmannorm.lab.fitting import ended_run  # noqa: PLC0415 - slow
 
         jobs = [_job(asked, trial, amount, _runs(folder, amount)) for trial in trials]
         found = [ended_run(job.config, job.folder, job.split) for job in jobs]
-        return [_outcome(trial, result, asked) for trial, result in zip(trials, found, strict=True) if result]
+        known = [
+            _outcome(trial, result, asked) if result else replace(trial, told=told.get(trial.key))
+            for trial, result in zip(trials, found, strict=True)
+        ]
+        return [trial for trial in known if trial.result or trial.told]
 
     trials = _in_two(asked, ended)
     if not trials:
@@ -192,11 +227,8 @@ def _collected(asked: Study, amount: Scale, folder: Path) -> list[Trial]:
 
 
 def _best(trials: Sequence[Trial], metric: str) -> int | None:
-    """The place of the highest score, of equal ones that of the lower training loss; None where none has one."""
-    found = {
-        place: (trial.result.scores[metric], -trial.result.last_loss)
-        for place, trial in enumerate(trials) if trial.result and not trial.error
-    }  # fmt: skip
+    """The place of the greatest merit; None where none has any."""
+    found = {place: merit for place, trial in enumerate(trials) if (merit := trial.merit(metric)) is not None}
     return max(found, key=lambda place: found[place]) if found else None
 
 
@@ -209,14 +241,22 @@ def _run(
     workers: int | None,
     console: Console,
 ) -> list[Trial]:
-    """The trials with what came of them; those of arms without data are not tried."""
-    ready = [trial for trial in trials if trial.arm.name not in absent]
-    jobs = [_job(asked, trial, amount, _runs(folder, amount)) for trial in ready]
-    found = iter(run_jobs(jobs, workers, console))
-    return [
-        _outcome(trial, MissingDataError(absent[trial.arm.name]) if trial.arm.name in absent else next(found), asked)
-        for trial in trials
-    ]
+    """The trials with what came of them; those of arms without data are not tried, nor those that are told of."""
+    jobs = {}
+    for place, trial in enumerate(trials):
+        job = _job(asked, trial, amount, _runs(folder, amount))
+        if trial.arm.name not in absent and (trial.told is None or finished(job.folder)):
+            jobs[place] = job
+    found = dict(zip(jobs, run_jobs(list(jobs.values()), workers, console), strict=True))
+    outcomes = []
+    for place, trial in enumerate(trials):
+        if place in found:
+            outcomes.append(_outcome(trial, found[place], asked))
+        elif trial.told is not None:
+            outcomes.append(trial)
+        else:
+            outcomes.append(_outcome(trial, MissingDataError(absent[trial.arm.name]), asked))
+    return outcomes
 
 
 def _runs(folder: Path, amount: Scale) -> Path:
@@ -247,12 +287,12 @@ def _length(asked: Study, kind: str, amount: Scale) -> Scale:
 def _outcome(trial: Trial, found: Result | Exception, asked: Study) -> Trial:
     if isinstance(found, Exception):
         # By which a module says that it diverged.
-        return replace(trial, error=reason(found), failed=not isinstance(found, FloatingPointError))
+        return replace(trial, error=reason(found), failed=not isinstance(found, FloatingPointError), told=None)
     missing = asked.metric not in found.scores
     error = _divergence(found)
     if missing:
         error = f"no score is called {asked.metric!r}; there are {', '.join(found.scores)}"
-    return replace(trial, result=found, error=error, failed=missing)
+    return replace(trial, result=found, error=error, failed=missing, told=None)
 
 
 def _divergence(result: Result) -> str:
@@ -272,19 +312,23 @@ def _scores(trials: Sequence[Trial]) -> list[str]:
     return list(dict.fromkeys(name for trial in trials if trial.result for name in trial.result.scores))
 
 
-def _runs_csv(asked: Study, trials: Sequence[Trial], scale: str) -> str:
-    """A line a run; between the columns that all studies have, the searched settings and the scores."""
+def _runs_table(asked: Study, trials: Sequence[Trial], scale: str) -> Table:
+    """A row a run; between the columns that all studies have, the searched settings and the scores."""
     records = []
     for trial in trials:
-        record: dict[str, Any] = {
+        chosen = "yes" if trial.chosen else ""
+        if trial.told is not None:
+            records.append({**trial.told[0], "chosen": chosen})
+            continue
+        record = {
             "study": asked.name,
             "arm": trial.arm.name,
             "label": trial.arm.label,
             "column": trial.arm.column,
             "kind": trial.kind,
-            "seed": trial.seed,
+            "seed": str(trial.seed),
             **{setting: shown(value) for setting, value in trial.settings.items()},
-            "chosen": "yes" if trial.chosen else "",
+            "chosen": chosen,
             "split": trial.split,
             "scale": scale,
             "error": trial.error,
@@ -296,17 +340,19 @@ def _runs_csv(asked: Study, trials: Sequence[Trial], scale: str) -> str:
                 "seconds_per_step": result.seconds_per_step,
             }  # fmt: skip
             record |= {name: f"{value:.6g}" for name, value in numbers.items()}
-            record |= {"steps": len(result.losses), **result.environment}
+            record |= {"steps": str(len(result.losses)), **result.environment}
         records.append(record)
     given = [*PLANNED[:-2], *_settings(trials), *PLANNED[-2:], *_scores(trials), *MEASURED]
     others = (name for record in records for name in record)
-    return csv_text(records, list(dict.fromkeys([*given, *others])))
+    return Table(list(dict.fromkeys([*given, *others])), records)
 
 
-def _curves_csv(trials: Sequence[Trial]) -> str:
+def _curves_table(trials: Sequence[Trial]) -> Table:
     """For each run, its loss in windows, at each one's last step, and its validations."""
-    records: list[dict[str, Any]] = []
+    records: list[Row] = []
     for trial in trials:
+        if trial.told is not None:
+            records += trial.told[1]
         if not trial.result:
             continue
         losses = trial.result.losses
@@ -317,10 +363,11 @@ def _curves_csv(trials: Sequence[Trial]) -> str:
         }
         for each in trial.result.validations:
             rows.setdefault(int(each["step"]), {}).update({k: v for k, v in each.items() if k != "step"})
-        common = {"arm": trial.arm.name, "kind": trial.kind, "seed": trial.seed}
+        common = {"arm": trial.arm.name, "kind": trial.kind, "seed": str(trial.seed)}
         common |= {setting: shown(value) for setting, value in trial.settings.items()}
         for step in sorted(rows):
-            records.append({**common, "step": step, **{name: f"{value:.6g}" for name, value in rows[step].items()}})
+            numbers = {name: f"{value:.6g}" for name, value in rows[step].items()}
+            records.append({**common, "step": str(step), **numbers})
     names = ["arm", "kind", "seed", *_settings(trials), "step", "loss"]
     others = (name for record in records for name in record)
-    return csv_text(records, list(dict.fromkeys([*names, *others])))
+    return Table(list(dict.fromkeys([*names, *others])), records)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,18 +9,13 @@ from pathlib import Path
 
 from kalmannorm.lab import figures
 from kalmannorm.lab.study_file import Study
+from kalmannorm.lab.study_rows import MEASURED, PLANNED, RUNS, Row, Table, settings_of
 from kalmannorm.lab.tables import as_markdown, format_value
 
-__all__ = ["MEASURED", "PLANNED", "RUNS", "write_report"]
+__all__ = ["write_report"]
 
-RUNS = "runs.csv"
-# The searched settings are columns before the last two of the first, the scores between the two.
-PLANNED = ("study", "arm", "label", "column", "kind", "seed", "chosen", "split")
-MEASURED = ("last_loss", "steps", "scale", "seconds", "seconds_per_step", "error")
 # Columns that follow, of `results.environment`, that a reader of the table is told.
 _TOLD = ("commit", "torch", "machine", "accelerator", "date")
-
-Row = dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -119,13 +113,12 @@ def write_report(study: Study, folder: Path) -> str:
 def _read(path: Path) -> _Runs:
     if not path.is_file():
         raise ValueError(f"--output: there is no {path} to report on")
-    with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
-        header, rows = list(reader.fieldnames or ()), list(reader)
+    table = Table.read(path)
+    header, rows = table.columns, table.rows
     absent = [name for name in (*PLANNED, *MEASURED) if name not in header]
     if absent or not rows:
         raise ValueError(f"{path} is not a study's file of runs: it has no {', '.join(absent) or 'rows'}")
-    settings = header[header.index("seed") + 1 : header.index("chosen")]
+    settings = settings_of(header)
     scores = header[header.index("split") + 1 : header.index("last_loss")]
     arms = []
     for name in dict.fromkeys(row["arm"] for row in rows):

@@ -274,6 +274,93 @@ def test_several_patterns_choose_arms(here, written):
     assert list(dict.fromkeys(row["arm"] for row in here.rows())) == ["bn-2", "kn-4"]
 
 
+def test_arms_that_are_not_asked_for_keep_their_rows(here, written, capsys):
+    path = written()
+    assert here.run(path) == 0
+    whole, curves = here.rows(), here.rows("curves.csv")
+    here.train = lambda job, tell: result(job, losses=[3.0] * 4)
+    assert here.run(path, "--only", "kn-2") == 0
+    again = here.rows()
+    assert [(row["kind"], row["arm"]) for row in again] == [(row["kind"], row["arm"]) for row in whole]
+    assert {row["last_loss"] for row in again if row["arm"] == "kn-2"} == {"3"}
+    assert [row for row in again if row["arm"] != "kn-2"] == [row for row in whole if row["arm"] != "kn-2"]
+    assert len(here.rows("curves.csv")) == len(curves)
+    # An arm that the study has no longer stays, as the last. Searched settings of its own are its alone.
+    wider = {"model.init_args.weight_decay": [1e-4, 1e-3]}
+    content = yaml.safe_load(path.read_text())
+    del content["arms"]["bn-2"]
+    content["arms"]["new"] = of("gn", label="GN", column=2, search=wider)
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    assert here.run(path) == 0
+    left = here.rows()
+    assert list(dict.fromkeys(row["arm"] for row in left)) == ["kn-2", "kn-4", "new", "bn-2"]
+    path = written()
+    assert {row["model.init_args.weight_decay"] for row in left if row["arm"] != "new"} == {""}
+    gone = [{name: row[name] for name in whole[0]} for row in left if row["arm"] == "bn-2"]
+    assert gone == [row for row in whole if row["arm"] == "bn-2"]
+    # Runs of another size are other runs; where these files are all that there is of them, nothing is written over.
+    capsys.readouterr()
+    assert here.run(path, "--only", "kn-4", "--scale", "0.5") == 2
+    assert "tells of runs of scale 1, whose own folders are gone; got --scale 0.5" in capsys.readouterr().err
+    assert here.rows() == left
+    (here.output / "ours" / "runs" / "1").mkdir(parents=True)
+    assert here.run(path, "--only", "kn-4", "--scale", "0.5") == 0
+    assert {(row["arm"], row["scale"]) for row in here.rows()} == {("kn-4", "0.5")}
+
+
+def test_a_study_grows_by_what_its_files_do_not_tell(here, written):
+    assert here.run(written(search={RATE: [0.01, 0.04]})) == 0
+    first, here.jobs[:] = here.rows(), []
+    assert here.run(written(search={RATE: [0.01, 0.04, 0.02, 0.05]}, seeds=3), "--grow") == 0
+    trained = [(job.split, job.seed, job.config["model"]["init_args"]["rate"]) for job in here.jobs]
+    assert sorted(trained) == sorted(3 * [("validation", 100, 0.02), ("validation", 100, 0.05)]
+                                     + 3 * [("test", seed, 0.02) for seed in range(3)])  # fmt: skip
+    grown, curves = here.rows(), here.rows("curves.csv")
+    assert [row for row in first if row["kind"] == "search" and row[RATE] == "0.04"] == [
+        row for row in grown if row[RATE] == "0.04"
+    ]
+    # What was chosen before and its runs that counted give way; all is as if it had been trained at once.
+    here.output = here.output.with_name("anew")
+    assert here.run(written(search={RATE: [0.01, 0.04, 0.02, 0.05]}, seeds=3)) == 0
+    assert (grown, curves) == (here.rows(), here.rows("curves.csv"))
+    here.jobs.clear()
+    assert here.run(written(search={RATE: [0.01, 0.04, 0.02, 0.05]}, seeds=4), "--grow", "--only", "kn-*") == 0
+    assert [(job.seed, job.split) for job in here.jobs] == [(3, "test")] * 2
+    # An interrupted one is told of with what was told before.
+    whole = here.rows()
+    here.jobs.clear()
+    assert here.run(written(search={RATE: [0.01, 0.04, 0.02, 0.05]}, seeds=5), "--grow", "--collect") == 0
+    assert (here.rows(), here.jobs) == (whole, [])
+
+
+def test_what_is_told_to_have_diverged_is_believed_and_what_failed_is_tried_again(here, written):
+    def train(job, tell):
+        rate = job.config["model"]["init_args"]["rate"]
+        if rate == 0.02:
+            raise FloatingPointError("the loss at step 1 is nan")
+        if rate == 0.03:
+            raise RuntimeError("no memory")
+        return result(job, losses=[math.nan] * 4) if rate == 0.04 else result(job)
+
+    path, here.train = written(search={RATE: [0.01, 0.02, 0.03, 0.04]}, seeds=1), train
+    assert here.run(path, "--only", "kn-2") == 1
+    before, here.jobs[:], here.train = here.rows(), [], lambda job, tell: result(job)
+    assert here.run(path, "--only", "kn-2", "--grow") == 0
+    assert [job.config["model"]["init_args"]["rate"] for job in here.jobs] == [0.03]
+    assert [row["error"] for row in here.rows()] == [before[0]["error"], before[1]["error"], "", before[3]["error"], ""]
+    assert [row[RATE] for row in here.rows() if row["kind"] == "final"] == ["0.01"]
+
+
+def test_a_run_that_is_there_goes_before_what_is_told_of_it(here, written):
+    here.train = trainings._fit
+    path = written(search={}, seeds=1)
+    assert here.run(path, "--only", "kn-2") == 0
+    true = (here.output / "ours" / "runs.csv").read_text()
+    (here.output / "ours" / "runs.csv").write_text(true.replace(here.rows()[0]["accuracy_running"], "0.999"))
+    assert here.run(path, "--only", "kn-2", "--grow") == 0
+    assert (here.output / "ours" / "runs.csv").read_text() == true
+
+
 def test_a_search_may_be_shorter(here, written, capsys):
     path = written(search_scale=0.5, config={"trainer": {"max_steps": 8}})
     assert here.run(path) == 0
@@ -283,6 +370,7 @@ def test_a_search_may_be_shorter(here, written, capsys):
     assert main(["study", str(path), "--list"]) == 0
     assert "| bn-2 | 3                  | 2               | 8           | 28    |" in capsys.readouterr().out
     here.jobs.clear()
+    here.output = here.output.with_name("half")
     assert here.run(path, "--scale", "0.5") == 0
     assert {(job.split, job.config["trainer"]["max_steps"]) for job in here.jobs} == {("validation", 2), ("test", 4)}
 
