@@ -25,7 +25,7 @@ demo: $(READY)
 	$(BIN)/kalmannorm demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 # The core's tests alone: the laboratory, the examples and the benchmarks need other packages, and newer ones.
 # The interpreter of Triton that comes with this torch fails with numpy 2.4.
