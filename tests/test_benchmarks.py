@@ -342,3 +342,10 @@ def test_a_lent_gpu_s_study_leaves_what_has_ended_and_what_has_not(tmp_path):
     assert "the study: 124" in run("study", "signals", "0.5", "2").stdout
     with tarfile.open(tmp_path / "out" / "checkpoints.tgz.aa") as packed:
         assert packed.getnames() == [str(cut_off.with_name("last.ckpt").relative_to(tmp_path / "runs"))]
+    # What is told in docs/results is not trained again: nothing at all where all is told.
+    kept = ROOT / "docs" / "results" / "studies" / "signals" / "runs.csv"
+    environment |= {"GROW": "1", "SCALE": "1", "RUNS": str(tmp_path / "grown")}
+    assert "the study: 0" in run("study", "signals", "120", "2").stdout
+    grown = (tmp_path / "grown" / "signals" / "runs.csv").read_text().splitlines()
+    assert sorted(grown) == sorted(kept.read_text().splitlines())
+    assert not list((tmp_path / "grown").rglob("result.json"))
