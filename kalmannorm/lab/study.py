@@ -318,7 +318,7 @@ def _runs_table(asked: Study, trials: Sequence[Trial], scale: str) -> Table:
     for trial in trials:
         chosen = "yes" if trial.chosen else ""
         if trial.told is not None:
-            records.append({**trial.told[0], "chosen": chosen})
+            records.append(trial.told[0] | {"label": trial.arm.label, "column": trial.arm.column, "chosen": chosen})
             continue
         record = {
             "study": asked.name,
