@@ -260,7 +260,7 @@ def draw_depth(found: dict[str, tuple[list[float], list[float]]]) -> Figure:
 
 
 METHODS = {"bn": ("BatchNorm", "#c44e52"), "gn": ("GroupNorm", "#8c8c8c"), "kn": ("Kalman Normalization", "#4c72b0")}
-TOGETHER = (128, 8, 4, 2, 1)
+TOGETHER = (128, 32, 8, 4, 2, 1)
 WHOLE = (128, 2)
 ON_A_GPU = RESULTS / "studies" / "batch-sizes-gpu" / "runs.csv"
 ANNEALED = "kn annealed"

@@ -86,7 +86,7 @@ def write_report(study: Study, folder: Path) -> str:
     """Write ``table.md`` and ``figure.svg`` beside a study's ``runs.csv``; the same file gives the same two.
 
     Args:
-        study: For its words; the numbers, arms and settings are those of the file.
+        study: For its words and the order of its arms; the numbers, arms and settings are those of the file.
         folder: With the file.
 
     Returns:
@@ -95,7 +95,7 @@ def write_report(study: Study, folder: Path) -> str:
     Raises:
         ValueError: There is no such file, or it is not of a study's runs.
     """
-    runs = _read(folder / RUNS)
+    runs = _read(folder / RUNS, [arm.name for arm in study.arms])
     text = _table(study, runs)
     (folder / "table.md").write_text(text, encoding="utf-8")
     import matplotlib as mpl  # noqa: PLC0415 - slow
@@ -110,7 +110,7 @@ def write_report(study: Study, folder: Path) -> str:
     return text
 
 
-def _read(path: Path) -> _Runs:
+def _read(path: Path, order: Sequence[str]) -> _Runs:
     if not path.is_file():
         raise ValueError(f"--output: there is no {path} to report on")
     table = Table.read(path)
@@ -121,7 +121,9 @@ def _read(path: Path) -> _Runs:
     settings = settings_of(header)
     scores = header[header.index("split") + 1 : header.index("last_loss")]
     arms = []
-    for name in dict.fromkeys(row["arm"] for row in rows):
+    # Those of the study in its order, then what else the file has.
+    found = dict.fromkeys(row["arm"] for row in rows)
+    for name in [*(arm for arm in order if arm in found), *(arm for arm in found if arm not in order)]:
         own = [row for row in rows if row["arm"] == name]
         search, final = ([row for row in own if row["kind"] == kind] for kind in ("search", "final"))
         arms.append(_Arm(name, own[0]["label"], own[0]["column"], search, final))

@@ -361,6 +361,15 @@ def test_a_run_that_is_there_goes_before_what_is_told_of_it(here, written):
     assert (here.output / "ours" / "runs.csv").read_text() == true
 
 
+def test_the_table_has_arms_in_the_study_s_order(here, written, capsys):
+    """An arm without a search has its first row in the file after those of all searches."""
+    assert here.run(written(arms={"bn-2": {"search": {}}})) == 0
+    assert [row["arm"] for row in here.rows()][-6:-4] == ["bn-2", "bn-2"]
+    out = capsys.readouterr().out
+    assert out.index("| BN |") < out.index("| KN |")
+    assert out.index("| bn-2 ") < out.index("| kn-2 ") < out.index("| kn-4 ")
+
+
 def test_a_search_may_be_shorter(here, written, capsys):
     path = written(search_scale=0.5, config={"trainer": {"max_steps": 8}})
     assert here.run(path) == 0
