@@ -336,11 +336,11 @@ def test_a_study_grows_by_what_its_files_do_not_tell(here, written):
 def test_what_is_told_to_have_diverged_is_believed_and_what_failed_is_tried_again(here, written):
     def train(job, tell):
         rate = job.config["model"]["init_args"]["rate"]
-        if rate == 0.02:
+        if rate == 0.04:
             raise FloatingPointError("the loss at step 1 is nan")
         if rate == 0.03:
             raise RuntimeError("no memory")
-        return result(job, losses=[math.nan] * 4) if rate == 0.04 else result(job)
+        return result(job, losses=[math.nan] * 4) if rate == 0.02 else result(job)  # that with the best score
 
     path, here.train = written(search={RATE: [0.01, 0.02, 0.03, 0.04]}, seeds=1), train
     assert here.run(path, "--only", "kn-2") == 1
