@@ -50,6 +50,7 @@ bench: $(READY)
 
 report: $(READY)
 	for study in $$(ls docs/results/studies); do $(BIN)/kalmannorm study $$study --report --output docs/results/studies; done
+	$(BIN)/python docs/results/tables.py
 
 clean:
 	rm -rf .venv .venv-oldest

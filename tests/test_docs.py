@@ -195,6 +195,22 @@ def test_links_within_the_repository_lead_somewhere(path):
             assert anchor in anchors(there), target
 
 
+def test_each_mean_and_deviation_of_the_pages_is_in_a_table_of_results():
+    made = [path for path in DOCS.glob("results/**/*.md") if path.stem not in ("README", "PENDING")]
+    tables = "".join(path.read_text(encoding="utf-8") for path in made)
+    there = {(float(mean), float(spread)) for mean, spread in re.findall(r"(-?\d+\.\d+) ± (\d+\.\d+)", tables)}
+    assert len(there) > 200
+    told = [
+        (named(path), float(mean), float(spread))
+        for path in [ROOT / "README.md", *DOCS.glob("*.md"), *DOCS.glob("guide/*.md")]
+        for mean, spread in re.findall(r"(-?\d+\.\d+) ± (\d+\.\d+)", path.read_text(encoding="utf-8"))
+    ]
+    assert len(told) > 100
+    # The tables have two digits, the pages one of them.
+    away = lambda one, other: max(abs(one[0] - other[0]), abs(one[1] - other[1])) > 0.0501  # noqa: E731
+    assert [each for each in told if all(away(each[1:], other) for other in there)] == []
+
+
 def test_every_page_is_in_the_site():
     """In a table of contents; studies are by a pattern."""
     listed = set()

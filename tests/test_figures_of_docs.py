@@ -1,10 +1,11 @@
-"""The figures of docs/how-it-works.md and of the README: the script makes those that are committed, and they show
-what the pages say.
+"""The figures of docs/how-it-works.md and of the README, and tables of results: the scripts make those that are
+committed, and they show what the pages say.
 """
 
 import importlib.util
 import math
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -93,3 +94,10 @@ def test_the_front_figure_is_of_the_files(make):
     whole = make.accuracies(make.ON_A_GPU)
     assert {(key, size) for key in ("bn", "kn") for size in make.WHOLE} | {("gn", 2)} <= set(whole)
     assert all(len(seeds) >= 3 for seeds in (*scores.values(), *whole.values()))
+
+
+def test_the_tables_that_no_study_makes_are_of_the_files(tmp_path):
+    pytest.importorskip("pandas")
+    made = runpy.run_path(str(DOCS / "results" / "tables.py"))
+    made["main"](tmp_path / "tables.md")
+    assert (tmp_path / "tables.md").read_text() == (DOCS / "results" / "tables.md").read_text(), "make report"
