@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from kalmannorm.lab.data.objects import Target
 from kalmannorm.lab.methods import normalize
 from kalmannorm.lab.optimization import Schedule, check_schedule, sgd
 from kalmannorm.lab.pretrained import load_backbone, resnet_of, trained_weights
+from kalmannorm.lab.scoring import online
 
 __all__ = ["Detector"]
 
@@ -29,7 +31,8 @@ class Detector(lightning.LightningModule):
 
     Logs ``loss`` and its parts (``loss_classifier``, ``loss_box_reg``, ``loss_mask``, ``loss_objectness``,
     ``loss_rpn_box_reg``) in training, and in validation COCO's average precision, 0 to 1: ``box_ap`` and ``mask_ap``,
-    the mean over overlaps from 0.50 to 0.95, and ``box_ap50`` and ``mask_ap50``, at an overlap of 0.50.
+    the mean over overlaps from 0.50 to 0.95, and ``box_ap50`` and ``mask_ap50``, at an overlap of 0.50; by plain
+    ``eval()``, and with ``score_online`` again as ``box_ap_online`` and so on.
 
     Args:
         network: From `kalmannorm.lab.models.detection`, or a torchvision detector with masks built on a ResNet; with
@@ -45,6 +48,8 @@ class Detector(lightning.LightningModule):
         milestones: See `kalmannorm.lab.optimization.sgd`. A first one at 0 makes a warm-up: ``{0: 0.33, 0.002: 1}``.
         momentum: SGD's.
         weight_decay: On weights alone, see `kalmannorm.lab.optimization.parameter_groups`.
+        score_online: Score again by online statistics: each batch of images normalizes itself, and its boxes do in
+            the heads. See `kalmannorm.online_statistics`; a network without running statistics scores the same.
 
     Raises:
         ValueError: An unknown normalization or schedule; weights that don't fit; or frozen ones without any.
@@ -65,6 +70,7 @@ class Detector(lightning.LightningModule):
         milestones: dict[float, float] | None = None,
         momentum: float = 0.9,
         weight_decay: float = 1e-4,
+        score_online: bool = False,
     ) -> None:
         super().__init__()
         check_schedule(rate, steps, schedule, milestones)
@@ -84,7 +90,12 @@ class Detector(lightning.LightningModule):
             load_backbone(self.network, state)
         self._optimization = (rate, steps, schedule, milestones, momentum, weight_decay)
         # Processes gather by hand: the metric would wait forever where they have different numbers of images.
-        self.average_precision = MeanAveragePrecision(iou_type=("bbox", "segm"), sync_on_compute=False)
+        self.average_precision: Any = nn.ModuleDict(
+            {
+                way: MeanAveragePrecision(iou_type=("bbox", "segm"), sync_on_compute=False)
+                for way in ("running", "online")[: 1 + score_online]
+            }
+        )
 
     def configure_optimizers(self) -> Any:
         """SGD, with a schedule that moves every step."""
@@ -104,22 +115,25 @@ class Detector(lightning.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Find objects, and keep them beside those there are."""
         images, targets = batch
-        found = [
-            {key: each[key].cpu() for key in ("boxes", "labels", "scores")}
-            | {"masks": (each["masks"][:, 0] > 0.5).to("cpu", torch.uint8)}
-            for each in self.network(images)
-        ]
         there = [{key: each[key].cpu() for key in ("boxes", "labels", "masks", "iscrowd")} for each in targets]
-        self.average_precision.update(found, there)
+        for way, metric in self.average_precision.items():
+            with online(self.network) if way == "online" else nullcontext():
+                found = [
+                    {key: each[key].cpu() for key in ("boxes", "labels", "scores")}
+                    | {"masks": (each["masks"][:, 0] > 0.5).to("cpu", torch.uint8)}
+                    for each in self.network(images)
+                ]
+            metric.update(found, there)
 
     def on_validation_epoch_end(self) -> None:
         """Publish the average precisions, of the images of all processes."""
-        metric = self.average_precision
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            parts: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(parts, metric.metric_state)
-            for name in metric.metric_state:
-                setattr(metric, name, [each for part in parts for each in part[name]])
-        values = metric.compute()
-        self.log_dict({ours: values[theirs] for ours, theirs in SCORES.items()})
-        metric.reset()
+        for way, metric in self.average_precision.items():
+            if dist.is_initialized() and dist.get_world_size() > 1:
+                parts: list[Any] = [None] * dist.get_world_size()
+                dist.all_gather_object(parts, metric.metric_state)
+                for name in metric.metric_state:
+                    setattr(metric, name, [each for part in parts for each in part[name]])
+            values = metric.compute()
+            suffix = "_online" if way == "online" else ""
+            self.log_dict({f"{ours}{suffix}": values[theirs] for ours, theirs in SCORES.items()})
+            metric.reset()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from kalmannorm import KalmanNorm, online_statistics
 from kalmannorm.freezing import is_frozen
 
-__all__ = ["online_logits"]
+__all__ = ["online", "online_logits"]
+
+
+@contextmanager
+def online(network: nn.Module) -> Iterator[None]:
+    """As `kalmannorm.online_statistics`; nothing where a network has no running statistics, or frozen ones alone."""
+    kinds = (KalmanNorm, _BatchNorm)
+    known = any(isinstance(layer, kinds) and not is_frozen(layer) for layer in network.modules())
+    with online_statistics(network) if known else nullcontext():
+        yield
 
 
 def online_logits(network: nn.Module, images: Tensor, statistics_batch: int) -> Tensor:

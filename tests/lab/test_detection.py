@@ -62,6 +62,32 @@ def test_what_is_found_exactly_scores_one(data):
     assert scores(data, Oracle(data)) == pytest.approx(dict.fromkeys(NAMES, 1))
 
 
+class OfWideImages(Oracle):
+    """Finds what there is where what leaves a normalization layer has a deviation of more than a half."""
+
+    def __init__(self, data):
+        super().__init__(data)
+        self.norm = nn.BatchNorm2d(3)
+
+    def find(self, image):
+        found = super().find(image)
+        return found if self.norm(image[None]).std() > 0.5 else {name: each[:0] for name, each in found.items()}
+
+
+@pytest.mark.parametrize(
+    ("normalization", "options", "running", "online"),
+    [("kn", {}, 0, 1), ("bn", {}, 0, 1), ("gn", {"groups": 1}, 1, 1), ("frozen", {}, 0, 0)],
+)
+def test_online_each_image_normalizes_itself(data, normalization, options, running, online):
+    """The images have a deviation of some 0.1, and running statistics are still 0 and 1."""
+    detector = Detector(
+        OfWideImages(data), normalization, normalization_options=options, scratch=True, score_online=True
+    )
+    (found,) = quiet_trainer(1).validate(detector, datamodule=data, verbose=False)
+    expected = dict.fromkeys(NAMES, running) | dict.fromkeys([f"{name}_online" for name in NAMES], online)
+    assert found == pytest.approx(expected)
+
+
 def test_shifted_finds_score_at_low_overlap_alone(data):
     found = scores(data, Oracle(data, shift=2))
     assert found["box_ap50"] == found["mask_ap50"] == 1
