@@ -18,7 +18,7 @@ from kalmannorm.lab.optimization import annealing, check_annealing
 from kalmannorm.lab.seen import network_of
 from kalmannorm.modules import KalmanNorm
 
-__all__ = ["KalmanNormCallback"]
+__all__ = ["KalmanNormCallback", "recalibrate_by_training_batches"]
 
 
 class KalmanNormCallback(lightning.Callback):
@@ -128,11 +128,7 @@ class KalmanNormCallback(lightning.Callback):
         """Recalibrate."""
         if self.recalibrate is not None:
             network = network_of(pl_module, lambda layer: isinstance(layer, KalmanNorm))
-            loader: Any = trainer.train_dataloader
-            batches = map(trainer.strategy.batch_to_device, loader)
-            with trainer.precision_plugin.forward_context():
-                recalibrate(network, batches, max_batches=self.recalibrate, progress=False,
-                            process_group=dist.group.WORLD)  # fmt: skip
+            recalibrate_by_training_batches(network, trainer, self.recalibrate)
 
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Switch to online statistics."""
@@ -146,6 +142,14 @@ class KalmanNormCallback(lightning.Callback):
     on_test_start = on_predict_start = on_validation_start
     on_test_end = on_predict_end = on_validation_end
     on_exception = teardown  # type: ignore[assignment]
+
+
+def recalibrate_by_training_batches(network: torch.nn.Module, trainer: lightning.Trainer, max_batches: int) -> None:
+    """As `kalmannorm.recalibrate`, by the batches that a trainer trained on, of all its processes."""
+    loader: Any = trainer.train_dataloader
+    batches = map(trainer.strategy.batch_to_device, loader)
+    with trainer.precision_plugin.forward_context():
+        recalibrate(network, batches, max_batches=max_batches, progress=False, process_group=dist.group.WORLD)
 
 
 def _cause(pl_module: lightning.LightningModule) -> str:

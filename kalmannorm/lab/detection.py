@@ -12,11 +12,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torchmetrics.detection import MeanAveragePrecision
 
+from kalmannorm.lab.callbacks import recalibrate_by_training_batches
 from kalmannorm.lab.data.objects import Target
 from kalmannorm.lab.methods import normalize
 from kalmannorm.lab.optimization import Schedule, check_schedule, sgd
 from kalmannorm.lab.pretrained import load_backbone, resnet_of, trained_weights
-from kalmannorm.lab.scoring import online
+from kalmannorm.lab.scoring import has_running_statistics, online
 
 __all__ = ["Detector"]
 
@@ -50,9 +51,13 @@ class Detector(lightning.LightningModule):
         weight_decay: On weights alone, see `kalmannorm.lab.optimization.parameter_groups`.
         score_online: Score again by online statistics: each batch of images normalizes itself, and its boxes do in
             the heads. See `kalmannorm.online_statistics`; a network without running statistics scores the same.
+        recalibrate: Replace running statistics by those of so many training batches when training ends, see
+            `kalmannorm.recalibrate`: averages over the last few images are noise. None leaves them. Validations and
+            checkpoints in training have the running averages.
 
     Raises:
-        ValueError: An unknown normalization or schedule; weights that don't fit; or frozen ones without any.
+        ValueError: An unknown normalization or schedule; weights that don't fit; frozen ones without any; or a number
+            of batches below 1, or nothing, to recalibrate by.
         FloatingPointError: In training, for a loss that is not finite.
     """
 
@@ -71,6 +76,7 @@ class Detector(lightning.LightningModule):
         momentum: float = 0.9,
         weight_decay: float = 1e-4,
         score_online: bool = False,
+        recalibrate: int | None = None,
     ) -> None:
         super().__init__()
         check_schedule(rate, steps, schedule, milestones)
@@ -79,6 +85,8 @@ class Detector(lightning.LightningModule):
                 "normalization='frozen' keeps the statistics of a trained network: give weights=FILE, or scratch=True "
                 "to train without; got neither"
             )
+        if recalibrate is not None and recalibrate < 1:
+            raise ValueError(f"recalibrate must be None or at least 1; got {recalibrate}")
         state = None if weights is None else trained_weights(Path(weights))
         # Of a network with BatchNorm: before the conversion, which keeps its scales. Of one with the method itself:
         # after it.
@@ -88,6 +96,12 @@ class Detector(lightning.LightningModule):
         self.network = normalize(network, normalization, steps=steps, **(normalization_options or {}))
         if state is not None and not early:
             load_backbone(self.network, state)
+        if recalibrate is not None and not has_running_statistics(self.network):
+            raise ValueError(
+                f"recalibrate={recalibrate} is of running statistics, which a network with normalization="
+                f"{normalization!r} does not have, or holds fixed; expected None"
+            )
+        self.recalibrate = recalibrate
         self._optimization = (rate, steps, schedule, milestones, momentum, weight_decay)
         # Processes gather by hand: the metric would wait forever where they have different numbers of images.
         self.average_precision: Any = nn.ModuleDict(
@@ -111,6 +125,11 @@ class Detector(lightning.LightningModule):
             raise FloatingPointError(f"the loss at step {self.global_step} is {loss.item()} ({parts})")
         self.log_dict({"loss": loss.detach(), **{name: part.detach() for name, part in losses.items()}})
         return loss
+
+    def on_fit_end(self) -> None:
+        """Recalibrate: also where what went on had trained all its steps."""
+        if self.recalibrate is not None:
+            recalibrate_by_training_batches(self.network, self.trainer, self.recalibrate)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Find objects, and keep them beside those there are."""

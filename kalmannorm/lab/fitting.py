@@ -44,18 +44,19 @@ class _Folder(lightning.Callback):
                            batch: Any, batch_idx: int) -> None:  # fmt: skip
         # Lightning calls this before a validation at the same step, which one that resumes from here would skip.
         if self._is_due(trainer) and not _validates_now(trainer):
-            self._save(trainer)
+            self.save(trainer)
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         if trainer.state.fn == "fit" and self._is_due(trainer):
-            self._save(trainer)
+            self.save(trainer)
 
     def _is_due(self, trainer: lightning.Trainer) -> bool:
         # Between the batches that are accumulated to a step, gradients would be lost.
         whole = (trainer.fit_loop.total_batch_idx + 1) % trainer.accumulate_grad_batches == 0
         return whole and (trainer.global_step % self.every == 0 or trainer.global_step >= trainer.max_steps)
 
-    def _save(self, trainer: lightning.Trainer) -> None:
+    def save(self, trainer: lightning.Trainer) -> None:
+        """Write ``last.ckpt``, whole or not at all."""
         beside = self.folder / "last.ckpt.part"
         trainer.save_checkpoint(beside)
         if trainer.is_global_zero:
@@ -99,7 +100,8 @@ def fit(
     if run.config.checkpoint_every < 1:
         raise ValueError(f"checkpoint_every must be at least 1; got {run.config.checkpoint_every}")
     curve = Curve(tell)
-    trainer, module, data = run.build(curve, RandomState(), _Folder(folder, whole, run.config.checkpoint_every))
+    checkpoints = _Folder(folder, whole, run.config.checkpoint_every)
+    trainer, module, data = run.build(curve, RandomState(), checkpoints)
     chosen: Split = split or ("test" if _has(data, "test_dataloader") else "validation")
     if split is not None and not _has(data, _LOADERS[split]):
         raise ValueError(f"{type(data).__name__} has no {split} split")
@@ -110,6 +112,7 @@ def fit(
         trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.exists() else None)
     except SystemExit as ended:  # so Lightning ends after Ctrl-C
         raise KeyboardInterrupt from ended
+    checkpoints.save(trainer)  # with what the end of training changed, such as recalibrated statistics
     scores = _scored(trainer, module, data, chosen)
     if split is not None and not scores:
         raise ValueError(f"{type(data).__name__} is configured without {split} images")

@@ -12,16 +12,20 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from kalmannorm import KalmanNorm, online_statistics
 from kalmannorm.freezing import is_frozen
 
-__all__ = ["online", "online_logits"]
+__all__ = ["has_running_statistics", "online", "online_logits"]
 
 
 @contextmanager
 def online(network: nn.Module) -> Iterator[None]:
     """As `kalmannorm.online_statistics`; nothing where a network has no running statistics, or frozen ones alone."""
-    kinds = (KalmanNorm, _BatchNorm)
-    known = any(isinstance(layer, kinds) and not is_frozen(layer) for layer in network.modules())
-    with online_statistics(network) if known else nullcontext():
+    with online_statistics(network) if has_running_statistics(network) else nullcontext():
         yield
+
+
+def has_running_statistics(network: nn.Module) -> bool:
+    """Whether a network has any that are not frozen."""
+    kinds = (KalmanNorm, _BatchNorm)
+    return any(isinstance(layer, kinds) and not is_frozen(layer) for layer in network.modules())
 
 
 def online_logits(network: nn.Module, images: Tensor, statistics_batch: int) -> Tensor:

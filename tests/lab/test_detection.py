@@ -2,12 +2,12 @@
 
 import json
 
-import lightning
 import pytest
 import torch
 import yaml
 from torch import nn
 
+import kalmannorm as kn
 from kalmannorm.lab import fitting, recipes
 from kalmannorm.lab.data.generated_objects import generate_objects
 from kalmannorm.lab.data.objects import DetectionData
@@ -181,14 +181,46 @@ def tiny(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["table6/c4-frozen", "pennfudan/cpu-fpn-bn"])
-def test_a_recipe_trains_and_scores(tiny, tmp_path, name):
-    result = fitting.fit(tiny(name), tmp_path / "run")
+def test_a_recipe_trains_and_scores(tiny, tmp_path):
+    result = fitting.fit(tiny("table6/c4-frozen"), tmp_path / "run")
     assert set(result.scores) == set(NAMES)
     assert all(0 <= value <= 1 for value in result.scores.values())
     assert len(result.losses) == 4
     assert set(PARTS) <= set(result.validations[0])
-    assert isinstance(fitting.load(tmp_path / "run"), lightning.LightningModule)
+
+
+@pytest.mark.slow
+def test_recalibrated_statistics_are_kept_with_the_run(tiny, tmp_path, monkeypatch):
+    """And one that had trained all its steps, but was not recalibrated, is when it goes on."""
+    recalibrate, done = kn.recalibrate, []
+
+    def twice(network, batches, **options):
+        done.append(recalibrate(network, batches, **options))
+        if len(done) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("kalmannorm.lab.callbacks.recalibrate", twice)
+    options = {"model": {"init_args": {"recalibrate": 2, "score_online": True}}}
+    config = recipes.merge(tiny("pennfudan/cpu-fpn-bn"), options)
+    with pytest.raises(KeyboardInterrupt):
+        fitting.fit(config, tmp_path / "run")
+    averages = fitting.load(tmp_path / "run").network.backbone.body.bn1.running_mean
+    result = fitting.fit(config, tmp_path / "run")
+    assert len(done) == 2
+    assert len(result.losses) == 4
+    assert set(result.scores) == {*NAMES, *(f"{name}_online" for name in NAMES)}
+    kept = fitting.load(tmp_path / "run").network.state_dict()
+    assert all(torch.equal(kept[name], value) for name, value in done[1].state_dict().items())
+    assert not torch.equal(kept["backbone.body.bn1.running_mean"], averages)
+
+
+@pytest.mark.parametrize(
+    ("normalization", "batches", "words"),
+    [("bn", 0, "at least 1; got 0"), ("gn", 2, "normalization='gn'"), ("frozen", 2, "normalization='frozen'")],
+)
+def test_what_cannot_be_recalibrated_is_said_before_a_training(normalization, batches, words):
+    with pytest.raises(ValueError, match=words):
+        Detector(nn.Sequential(nn.BatchNorm2d(32)), normalization, scratch=True, recalibrate=batches)
 
 
 @pytest.mark.slow
