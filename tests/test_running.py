@@ -87,9 +87,9 @@ def compare_with_eager(model, inputs, **options):
 
 
 @pytest.mark.slow
-def test_resnet_50_compiles_as_one_graph_once(graphs):
+def test_resnet_18_compiles_as_one_graph_once(graphs):
     torchvision = pytest.importorskip("torchvision")
-    model = kn.convert(torchvision.models.resnet50(num_classes=4)).double()
+    model = kn.convert(torchvision.models.resnet18(num_classes=4)).double()
     compare_with_eager(model, torch.randn(2, 2, 3, 64, 64, dtype=torch.float64), backend="aot_eager")
     assert graphs() == 1
 

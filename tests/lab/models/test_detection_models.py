@@ -79,11 +79,9 @@ def test_one_step_then_detections(make, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("make", "kind"), [(mask_rcnn_c4, "kalman"), (mask_rcnn_fpn, "kalman"), (mask_rcnn_fpn, "batch")]
-)
-def test_learns(make, kind):
-    values = train(build(make, kind), 30)
+@both
+def test_learns(make):
+    values = train(build(make, "kalman"), 30)
     assert sum(values[-3:]) / 3 < values[0] / 2, values
 
 
