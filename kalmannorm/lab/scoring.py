@@ -24,8 +24,8 @@ def online(network: nn.Module) -> Iterator[None]:
 
 def has_running_statistics(network: nn.Module) -> bool:
     """Whether a network has any that are not frozen."""
-    kinds = (KalmanNorm, _BatchNorm)
-    return any(isinstance(layer, kinds) and not is_frozen(layer) for layer in network.modules())
+    layers = [layer for layer in network.modules() if isinstance(layer, KalmanNorm | _BatchNorm)]
+    return any(layer.running_mean is not None and not is_frozen(layer) for layer in layers)
 
 
 def online_logits(network: nn.Module, images: Tensor, statistics_batch: int) -> Tensor:
