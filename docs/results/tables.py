@@ -109,6 +109,13 @@ def sections() -> Iterator[tuple[str, str, str]]:
         "One seed, 3,000 validation images, accuracy in per cent. From `priors/screen.jsonl`.",
         by(screen, ["name"], ["loss", "run", "online"], scale=1),
     )
+    search = pd.read_csv(HERE / "priors/deeper-search.csv")
+    yield (
+        "A deeper network, with a search",
+        "ResNet-26; rows of seed 100 are the search, in half of the steps, on validation images; the others are of test "
+        "images. In per cent. From `priors/deeper-search.csv`.",
+        by(search.rename(columns={"model.init_args.rate": "rate"}), ["arm", "kind", "rate"], BOTH),
+    )
     handed, carry, first = "priors/handed-on-cpu/runs.csv", "kn-2-carry-03", "priors/batch-sizes-carry/runs.csv"
     yield (
         "Seed by seed",
