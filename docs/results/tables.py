@@ -112,8 +112,8 @@ def sections() -> Iterator[tuple[str, str, str]]:
     search = pd.read_csv(HERE / "priors/deeper-search.csv")
     yield (
         "A deeper network, with a search",
-        "ResNet-26; rows of seed 100 are the search, in half of the steps, on validation images; the others are of test "
-        "images. In per cent. From `priors/deeper-search.csv`.",
+        "ResNet-26; the search is of half of the steps, on validation images, with one seed; the others are of test images. "
+        "In per cent. From `priors/deeper-search.csv`.",
         by(search.rename(columns={"model.init_args.rate": "rate"}), ["arm", "kind", "rate"], BOTH),
     )
     detected = ["box_ap", "mask_ap", "box_ap50", "mask_ap50"]

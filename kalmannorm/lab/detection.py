@@ -52,8 +52,8 @@ class Detector(lightning.LightningModule):
         score_online: Score again by online statistics: each batch of images normalizes itself, and its boxes do in
             the heads. See `kalmannorm.online_statistics`; a network without running statistics scores the same.
         recalibrate: Replace running statistics by those of so many training batches when training ends, see
-            `kalmannorm.recalibrate`: averages over the last few images are noise. None leaves them. Validations and
-            checkpoints in training have the running averages.
+            `kalmannorm.recalibrate`; None leaves them. Validations and checkpoints in training have the running
+            averages.
 
     Raises:
         ValueError: An unknown normalization or schedule; weights that don't fit; frozen ones without any; or a number
