@@ -112,7 +112,7 @@ def sections() -> Iterator[tuple[str, str, str]]:
     search = pd.read_csv(HERE / "priors/deeper-search.csv")
     yield (
         "A deeper network, with a search",
-        "ResNet-26; the search is of half of the steps, on validation images, with one seed; the others of test images. "
+        "ResNet-26; the search is of half of the steps, on validation images, one seed; the others of test images. "
         "In per cent. From `priors/deeper-search.csv`.",
         by(search.rename(columns={"model.init_args.rate": "rate"}), ["arm", "kind", "rate"], BOTH),
     )
