@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,9 @@ from kalmannorm.freezing import is_frozen
 __all__ = ["has_running_statistics", "online", "online_logits"]
 
 
-@contextmanager
-def online(network: nn.Module) -> Iterator[None]:
+def online(network: nn.Module) -> AbstractContextManager[None]:
     """As `kalmannorm.online_statistics`; nothing where a network has no running statistics, or frozen ones alone."""
-    with online_statistics(network) if has_running_statistics(network) else nullcontext():
-        yield
+    return online_statistics(network) if has_running_statistics(network) else nullcontext()
 
 
 def has_running_statistics(network: nn.Module) -> bool:
