@@ -38,7 +38,7 @@ def demo(
     workers: int | None = None,
     output: Path = Path("runs/demo"),
 ) -> None:
-    """Compare normalizations at two images a step, in about three minutes on two cores.
+    """Compare normalizations at two images a step, in about four minutes on two cores.
 
     Args:
         methods: Which to compare, separated by commas: bn, gn, kn-paper, kn.
