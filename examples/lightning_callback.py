@@ -30,8 +30,9 @@ class Classifier(lightning.LightningModule):  # yours: nothing in it knows of Ka
 torch.manual_seed(0)
 labels = torch.arange(24) % 2
 images = 0.5 * torch.randn(24, 3, 32, 32) + labels[:, None, None, None] * torch.linspace(-1, 1, 32)
+images = (images - images.mean()) / images.std()  # as after the usual Normalize: what input_stats say
 loader = DataLoader(TensorDataset(images, labels), batch_size=2, shuffle=True)  # your images and labels
-callback = KalmanNormCallback(input_stats=([0.0] * 3, [1.0] * 3), recalibrate=12)
+callback = KalmanNormCallback(input_stats=([0.0] * 3, [1.0] * 3), recalibrate=12)  # in the end, by 12 training batches
 trainer = lightning.Trainer(max_epochs=4, accelerator="cpu", logger=False, enable_checkpointing=False,
                             enable_progress_bar=False, callbacks=[callback])  # fmt: skip
 trainer.fit(model := Classifier(), loader)

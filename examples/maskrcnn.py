@@ -19,8 +19,8 @@ def picture(size=64):
 
 torch.manual_seed(0)
 pictures = [picture() for _ in range(3)]
-# weights="DEFAULT" (then num_classes=91) brings FrozenBatchNorm2d layers, which are converted too. The last
-# four options make this quick; leave them out.
+# weights_backbone="DEFAULT" brings FrozenBatchNorm2d layers; after convert, kn.freeze(model.backbone)
+# keeps them as they were. The last four options make this quick; leave them out.
 model = maskrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=2, min_size=64, max_size=64,
                               rpn_post_nms_top_n_train=50, box_batch_size_per_image=16)  # fmt: skip
 model = kn.convert(model, input_stats=([0.0] * 3, [1.0] * 3))  # of the images as the model itself normalizes them
