@@ -40,6 +40,11 @@ class RenormSchedule:
         """The same course in `factor` times as many steps, for a shorter or longer training."""
         return RenormSchedule(self.start * factor, self.r_until * factor, self.d_until * factor, self.r_max, self.d_max)
 
+    def delayed(self, steps: float) -> RenormSchedule:
+        """The same course, `steps` later."""
+        moved = (self.start + steps, self.r_until + steps, self.d_until + steps)
+        return RenormSchedule(*moved, self.r_max, self.d_max)
+
     def limits(self, step: Tensor) -> tuple[Tensor, Tensor]:
         """``r_max`` and ``d_max`` after `step` steps."""
 
