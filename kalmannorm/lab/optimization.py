@@ -13,15 +13,20 @@ __all__ = ["Schedule", "annealing", "check_annealing", "check_schedule", "parame
 
 Schedule = Literal["cosine", "warmup", "milestones"]
 
+# What torch calls the `g` of ``w = g v / |v|``.
+_SCALE = "parametrizations.weight.original0"
+
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Decay the weights of convolutions and linear layers and nothing else.
 
-    Scales, shifts, biases, gains and process noise all have fewer than two dimensions; a decay would pull a
-    gain or a noise towards a value that nobody chose, and pull differently in each method.
+    Scales, shifts, biases, gains and process noise all have fewer than two dimensions, but for the scales of
+    weight normalization; a decay would pull a gain or a noise towards a value that nobody chose, and pull
+    differently in each method.
     """
-    weights = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
+    is_decayed = {p: p.ndim > 1 and not name.endswith(_SCALE) for name, p in model.named_parameters()}
+    weights = [p for p, decayed in is_decayed.items() if decayed]
+    others = [p for p, decayed in is_decayed.items() if not decayed]
     return [{"params": weights, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 

@@ -11,6 +11,7 @@ import kalmannorm
 from kalmannorm.lab.baselines.group import to_groupnorm
 from kalmannorm.lab.curve import Curve
 from kalmannorm.lab.models.small import SmallConvNet
+from kalmannorm.lab.methods import normalize
 from kalmannorm.lab.optimization import annealing, parameter_groups, share_of_rate
 from kalmannorm.lab.training import Classifier, loader, quiet_trainer
 
@@ -38,6 +39,14 @@ def test_only_weights_of_convolutions_and_linear_layers_are_decayed():
     assert {"gain", "process_noise"} <= names
     assert len(decayed["params"]) + len(others["params"]) == len(list(model.parameters()))
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+
+
+def test_the_scales_of_weight_normalization_are_not_decayed():
+    model = normalize(SmallConvNet(), "wn")
+    _, others = parameter_groups(model, 0.1)
+    ids = {id(p) for p in others["params"]}
+    undecayed = {name.rpartition(".")[2] for name, p in model.named_parameters() if id(p) in ids}
+    assert undecayed == {"original0", "bias"}
 
 
 def test_loader_repeats_its_order_by_seed_and_sees_every_image_once():
