@@ -103,8 +103,11 @@ def convert(model: _M, *, layers: Sequence[str] = ("batch",),
     _check_names("layers", kinds, _KINDS)
     _check_names("option", options, _OPTIONS)
     replaced: dict[nn.Module, nn.Module] = {}
+    first = next((t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()), None)
+    # Of layers that have no tensors to tell.
+    elsewhere = {} if first is None else {"device": first.device, "dtype": first.dtype}
     for name, layer in model.named_modules():
-        new = _kalman_layer(layer, name, kinds, options)
+        new = _kalman_layer(layer, name, kinds, elsewhere | options)
         if new is not None:
             replaced[layer] = new
     if not replaced:
@@ -210,6 +213,7 @@ def _emptied(layer: nn.Module) -> nn.Module:
 def _take_hooks(new: nn.Module, old: nn.Module) -> None:
     for name in _HOOKS:
         setattr(new, name, getattr(old, name))
+        setattr(old, name, type(getattr(old, name))())  # what is put on the old layer is not the new one's
 
 
 def _adopt(new: KalmanLayer, old: nn.Module) -> None:
@@ -271,7 +275,7 @@ def connect(model: _M, *, input_stats: tuple[Any, Any] | None = None) -> _M:
 
     Args:
         model: the network.
-        input_stats: see :func:`convert`.
+        input_stats: see :func:`convert`. None leaves what the network was told before.
 
     Returns:
         The model.
@@ -285,29 +289,34 @@ def connect(model: _M, *, input_stats: tuple[Any, Any] | None = None) -> _M:
         raise ValueError(f"{type(model).__name__} has no Kalman layer to connect, expected at least one")
     for layer, name in names.items():
         layer.layer_name = name
+    given = _input_belief(input_stats)
     for module in model.modules():
-        _disconnect(module)
+        known = _disconnect(module)
         inside = [layer for layer in module.modules() if layer in names and layer is not module]
         if inside:
-            watch = Watch(inside, _input_belief(input_stats) if module is model else None)
+            watch = Watch(inside, given if module is model and given is not None else known)
             module.register_forward_pre_hook(watch.open, with_kwargs=True, prepend=True)
             module.register_forward_hook(watch.close, always_call=True)
     return model
 
 
-def _disconnect(module: nn.Module) -> None:
+def _disconnect(module: nn.Module) -> Gaussian | None:
+    """Take the hooks away; return what was believed of the module's input."""
+    known = None
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for key, hook in list(hooks.items()):
-            if isinstance(getattr(hook, "__self__", None), Watch):
+            if isinstance(watch := getattr(hook, "__self__", None), Watch):
+                known = watch.given
                 del hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
                 module._forward_hooks_always_called.pop(key, None)
+    return known
 
 
 def _input_belief(input_stats: tuple[Any, Any] | None) -> Gaussian | None:
     if input_stats is None:
         return None
-    mean, std = (torch.as_tensor(t, dtype=torch.float32).detach().flatten() for t in input_stats)
+    mean, std = (torch.as_tensor(t, dtype=torch.float64).detach().flatten() for t in input_stats)
     if mean.shape != std.shape or not bool((std > 0).all()) or not bool(mean.isfinite().all()):
         raise ValueError(
             f"kalmannorm.convert got input_stats={input_stats!r}, expected (mean, std), one number a channel "

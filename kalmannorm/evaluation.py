@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
@@ -11,10 +12,10 @@ from torch import Tensor, nn
 from torch.overrides import resolve_name
 
 from kalmannorm.gaussian import Gaussian, Unknown
-from kalmannorm.kernels.apply import is_transformed, saved_tensor_hooks
-from kalmannorm.rules import RULES, Belief
+from kalmannorm.kernels.apply import in_grad_mode, is_transformed, saved_tensor_hooks
+from kalmannorm.rules import RULES, Belief, Rule
 from kalmannorm.rules.pointwise import Rectified
-from kalmannorm.rules.table import BELIEF_FIRST
+from kalmannorm.rules.table import BELIEF_FIRST, as_rule_is_called
 from kalmannorm.steps import SCALARS, Step, computed_in, may_use, replace, step_of
 
 __all__ = ["Estimator", "belief_for", "drawn", "exact", "function_name", "prior_of", "without_autocast"]
@@ -81,7 +82,8 @@ def exact(step: Step) -> Belief:
         args, kwargs = _operands(step, kept)
         belief: Belief | None = _unknown_in((*args, *kwargs.values()), may_be_freed)
         if belief is None:
-            belief = _by_rule(step, args, kwargs)
+            with in_grad_mode(step.grad):  # and not that of who asks: what is kept here is asked for again
+                belief = _by_rule(step, args, kwargs)
         if isinstance(belief, Gaussian):
             belief = belief.of(step.shape)
             belief = belief if step.grad else belief.detach()
@@ -147,9 +149,14 @@ def _by_rule(step: Step, args: Any, kwargs: dict[str, Any]) -> Belief:
     rule = RULES.get(step.function)  # type: ignore[arg-type]
     if rule is None:
         return Unknown(f"no rule for {function_name(step.function)}")
+    if kwargs or len(args) > 2:
+        known = as_rule_is_called(rule, args, kwargs)
+        if known is None:
+            return Unknown(f"{function_name(step.function)} was called with arguments that its rule does not take")
+        args, kwargs = known
     if args and isinstance(args[0], Tensor) and rule in BELIEF_FIRST:
         return Unknown(f"{function_name(step.function)} of a known tensor, by an activation")
-    belief = rule(*args, **kwargs)
+    belief = _asked(rule, step, args, kwargs)
     if type(belief) is tuple:
         belief = belief[step.index or 0]
     elif step.index:  # the indices of a pooling, say
@@ -165,6 +172,25 @@ def _by_rule(step: Step, args: Any, kwargs: dict[str, Any]) -> Belief:
             f"an output of shape {step.shape}, expected the same rank: size 1 along the axes where it does not vary"
         )
     return belief
+
+
+def _asked(rule: Rule, step: Step, args: Any, kwargs: dict[str, Any]) -> Any:
+    """What a rule answers. One that fails knows nothing: the network itself has got over this function."""
+    if torch.compiler.is_compiling():
+        return rule(*args, **kwargs)
+    try:
+        return rule(*args, **kwargs)
+    except torch.OutOfMemoryError:
+        raise
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        said = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
+        name = function_name(step.function)
+        warnings.warn(
+            f"the rule for {name} failed ({said}): what comes of it counts as unknown, and the next Kalman layer acts "
+            "without a prior",
+            stacklevel=2,
+        )
+        return Unknown(f"the rule for {name} failed ({said})")
 
 
 def drawn(step: Step, groups: int) -> Tensor | Unknown:
@@ -196,7 +222,8 @@ def _draw(step: Step, groups: int) -> Tensor | Unknown:
     if isinstance(belief, Unknown):
         return belief
     maps = groups if len(step.shape) > 2 else step.shape[0]
-    return belief.draw((maps, *step.shape[1:]))
+    with in_grad_mode(step.grad):
+        return belief.draw((maps, *step.shape[1:]))
 
 
 def _by_call(step: Step, args: Any, kwargs: dict[str, Any]) -> Tensor | Unknown:
@@ -211,13 +238,15 @@ def _by_call(step: Step, args: Any, kwargs: dict[str, Any]) -> Tensor | Unknown:
     if torch.compiler.is_compiling() or name.endswith("_") or kwargs.get("inplace"):
         args = replace(args, Tensor, Tensor.clone)
     try:
-        with torch.set_grad_enabled(step.grad and torch.is_grad_enabled()):
+        with in_grad_mode(step.grad):
             output = step.function(*args, **kwargs)  # type: ignore[misc]
+        output = output if step.index is None else output[step.index]
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         return Unknown(f"{function_name(step.function)} fails on draws: {str(error).splitlines()[0]}")
-    output = output if step.index is None else output[step.index]
     if not output.is_floating_point():
         return Unknown(f"{function_name(step.function)} is not continuous")
+    if output.ndim != len(step.shape):  # `squeeze` of one map, say, where there are several samples
+        return Unknown(f"{function_name(step.function)} gives draws of another rank than the activation's")
     return output  # type: ignore[no-any-return]
 
 

@@ -83,7 +83,7 @@ class KalmanLayer(nn.Module):
         if guard is not None and not guard > 0:
             raise ValueError(f"{self._label()} got guard={guard!r}, expected None or a number above 0")
         self.guard = guard
-        self._warned = False
+        self._warned: set[str] = set()
         if isinstance(gain, str):
             self.gain_rule: str = self._one_of("gain", gain, ("prior-strength", "learned"))
             # One dimension, as FSDP shards along it. Zero is the initial gain, so weight decay draws
@@ -98,6 +98,12 @@ class KalmanLayer(nn.Module):
             )
         noise = nn.Parameter(torch.zeros(channels, device=device, dtype=dtype)) if process_noise else None
         self.register_parameter("process_noise", noise)
+
+    def _reset_filter(self) -> None:
+        """Gain and process noise as they were at the start."""
+        for parameter in (self._parameters.get("gain"), self._parameters.get("process_noise")):
+            if parameter is not None:
+                nn.init.zeros_(parameter)
 
     def _one_of(self, option: str, value: Any, allowed: tuple[str, ...]) -> Any:
         if value not in allowed:
@@ -171,22 +177,20 @@ class KalmanLayer(nn.Module):
                 "and the gradients through it: expected torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
             )
         if self.training and not is_open():
-            self._warn_once()
+            self._warn_once(
+                f"{self._label()} sees no propagation and acts as {self._stock_name()}: no module above it was "
+                "connected. Build the model with kalmannorm.convert(model), or call kalmannorm.connect(model) once."
+            )
         prior = belief_for(x, groups, self.estimator)
         if isinstance(prior, Unknown):
             return None
         dtype = torch.promote_types(x.dtype, torch.float32)
         return prior if prior.mean.dtype == dtype else prior.map(lambda t: t.to(dtype))
 
-    def _warn_once(self) -> None:
-        if self._warned or torch.compiler.is_compiling():
-            return
-        self._warned = True
-        warnings.warn(
-            f"{self._label()} sees no propagation and acts as {self._stock_name()}: no module above it was connected. "
-            "Build the model with kalmannorm.convert(model), or call kalmannorm.connect(model) once.",
-            stacklevel=3,
-        )
+    def _warn_once(self, message: str) -> None:
+        if not torch.compiler.is_compiling() and message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, stacklevel=4)
 
     def _stock_name(self) -> str:
         return "BatchNorm"
@@ -323,6 +327,25 @@ class KalmanNorm(KalmanLayer, _NormBase):
         counter = torch.zeros((), dtype=torch.long, device=device) if track_running_stats else None
         self.register_buffer("nonfinite_batches", counter, persistent=False)
 
+    def reset_running_stats(self) -> None:
+        """Running statistics, and the counters, as they were at the start."""
+        super().reset_running_stats()
+        nonfinite = self._buffers.get("nonfinite_batches")
+        if nonfinite is not None:
+            nonfinite.zero_()
+
+    def reset_parameters(self) -> None:
+        """All parameters and running statistics as they were at the start: after ``to_empty``, for one."""
+        super().reset_parameters()
+        self._reset_filter()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """A counter that no checkpoint has must not stay behind on the meta device."""
+        super()._load_from_state_dict(*args, **kwargs)
+        mean, counter = self.running_mean, self.nonfinite_batches
+        if mean is not None and counter is not None and counter.is_meta and not mean.is_meta:
+            self.nonfinite_batches = torch.zeros_like(counter, device=mean.device)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> KalmanNorm:
         """A copy shares its process group, which cannot be copied."""
         memo[id(self.process_group)] = self.process_group
@@ -353,6 +376,8 @@ class KalmanNorm(KalmanLayer, _NormBase):
             if self.process_group is not None:
                 observation, samples, count = synchronize(input, self.process_group)
             prior = self._prior(input, groups)
+            if prior is None and not isinstance(count, Tensor):
+                self._check_values(count)
             bias = self.bias if prior is not None else self._idle(self.bias, self.num_features)
             out = kalman_norm(
                 input, prior, self.weight, bias, gain=self.kalman_gain(samples), spread=self.spread,
@@ -376,6 +401,8 @@ class KalmanNorm(KalmanLayer, _NormBase):
         """The common case by its kernel, running statistics and all."""
         prior = self._prior_for_kernel(x, groups)
         mean, var = (None, None) if prior is None else (prior.mean, prior.var)
+        if prior is None:
+            self._check_values(x.numel() // (groups * self.num_features))
         gain, slope, offset = self._gain_line(x.shape[0] // groups)
         out = layer(
             x, mean, var, gain, self.process_noise, self.weight, self.bias,
@@ -389,6 +416,15 @@ class KalmanNorm(KalmanLayer, _NormBase):
             if relu:
                 attach_step(out.output, F.relu)
         return out.output
+
+    def _check_values(self, count: int) -> None:
+        """Without a prior, one value a channel is its own mean: where BatchNorm raises its error."""
+        if count == 1 and self.training:
+            self._warn_once(
+                f"{self._label()} got one value a channel, and nothing is believed of its input: its output "
+                "is its bias, whatever comes in. Give kalmannorm.convert input_stats, or the layer more samples; "
+                "kalmannorm.describe says why there is no prior"
+            )
 
     def _running(self) -> Running | None:
         """What a call moves along, unless there is nothing, or a checkpoint runs it again."""
@@ -512,11 +548,20 @@ class GroupKalmanNorm(KalmanLayer):
         self.num_channels = num_channels
         self.eps = eps
         self.affine = affine
-        for name, value in (("weight", 1.0), ("bias", 0.0)):
-            filled = torch.full((num_channels,), value, device=device, dtype=dtype)
+        for name in ("weight", "bias"):
+            empty = torch.empty(num_channels, device=device, dtype=dtype)
             wanted = affine and (bias or name == "weight")
-            self.register_parameter(name, nn.Parameter(filled) if wanted else None)
+            self.register_parameter(name, nn.Parameter(empty) if wanted else None)
         self._init_filter(num_channels, gain, process_noise, spread, carry, estimator, guard, device, dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """All parameters as they were at the start: after ``to_empty``, for one."""
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+        self._reset_filter()
 
     @property
     def is_fusing(self) -> bool:

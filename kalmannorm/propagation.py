@@ -48,9 +48,12 @@ class Propagation(TorchFunctionMode):
         super().__init__()
         self.layers = layers
         self.input_belief: Gaussian | None = None  # one that no tensor has been found for yet
+        self.opener: Any = None  # the module that was entered
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if args and isinstance(args[0], Tensor):
+            step_of(args[0])  # notes if it was changed unseen: after a function that works in place, nobody could tell
         if func in _IN_PLACE_RELUS and _is_rectified_by_its_layer(func, args, kwargs):
             output = args[0]
         else:
@@ -72,8 +75,8 @@ class Propagation(TorchFunctionMode):
 
     def _record(self, func: Any, args: Any, kwargs: Any, output: Tensor, index: int | None) -> None:
         parents: list[Step] = []
-        recorded = tuple([a if type(a) in SCALARS else _recorded(a, parents) for a in args])
-        keywords = {k: _recorded(v, parents) for k, v in kwargs.items()} if kwargs else kwargs
+        recorded = tuple([a if type(a) in SCALARS else _recorded(a, parents, output) for a in args])
+        keywords = {k: _recorded(v, parents, output) for k, v in kwargs.items()} if kwargs else kwargs
         if not parents or (func in LIKE and not isinstance(recorded[0], Step)):
             return
         if func is Tensor.view_as and len(args) == 2 and args[0] is args[1]:
@@ -100,12 +103,12 @@ def _is_rectified_by_its_layer(func: Any, args: Any, kwargs: Any) -> bool:
     return step is not None and step.function is None and not step.is_used and rectify_output(args[0])
 
 
-def _recorded(value: Any, parents: list[Step]) -> Any:
+def _recorded(value: Any, parents: list[Step], output: Tensor) -> Any:
     """An argument, each tensor in it replaced by its step, if it has one; these are collected."""
     kind = type(value)
     if kind is tuple or kind is list:
-        return kind([_recorded(v, parents) for v in value])
-    if isinstance(value, Tensor) and (step := step_of(value)) is not None:
+        return kind([_recorded(v, parents, output) for v in value])
+    if isinstance(value, Tensor) and (step := step_of(value, as_it_was=value is output)) is not None:
         step.is_used = True
         parents.append(step)
         return step

@@ -9,7 +9,8 @@ with a step (they depend on the network's input; the step may lead to nothing kn
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -24,6 +25,7 @@ __all__ = ["SCALARS", "Step", "computed_in", "found_in", "may_use", "put", "repl
 _T = TypeVar("_T")
 
 _STEP = "_kalmannorm_step"
+_VERSION = "_kalmannorm_version"
 
 # Arguments that hold no tensor.
 SCALARS = frozenset((int, float, bool, str, type(None)))
@@ -111,15 +113,35 @@ def replace(value: Any, kind: type, by: Callable[[Any], Any]) -> Any:
     return value
 
 
-def step_of(tensor: Tensor) -> Step | None:
-    """The step recorded on a tensor, or on the one that it is an alias of."""
+def step_of(tensor: Tensor, as_it_was: bool = False) -> Step | None:
+    """The step recorded on a tensor, or on the one that it is an alias of.
+
+    Args:
+        tensor: any.
+        as_it_was: ask for what was recorded before a change in place that is being recorded now. Any other change since
+            then makes it unknown.
+    """
     step = getattr(tensor, _STEP, None)
     if step is None and type(tensor) is nn.Parameter:
         return None
     if step is None and not torch.compiler.is_dynamo_compiling() and (base := tensor._base) is not None:
         # Where nothing is watched, FSDP and DDP pass a tensor through an autograd function that returns it.
         step = getattr(base, _STEP, None) if _place(tensor) == _place(base) else None
-    return step if isinstance(step, Step) else None
+        tensor = base
+    if not isinstance(step, Step) or as_it_was:
+        return step if isinstance(step, Step) else None
+    noted, now = getattr(tensor, _VERSION, None), _version(tensor)
+    if noted is not None and now is not None and noted != now:
+        step = Step(None, (), {}, tuple(tensor.shape), belief=Unknown("it was changed in place where nothing watched"))
+        put(tensor, step)
+    return step
+
+
+def _version(tensor: Tensor) -> int | None:
+    """How often a tensor, or what it shares memory with, was changed in place; None where torch does not count."""
+    if torch.compiler.is_dynamo_compiling() or tensor.is_inference():
+        return None
+    return tensor._version
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
@@ -128,16 +150,19 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def put(tensor: Tensor, step: Step | None) -> None:
-    """Record a step on a tensor."""
+    """Record a step on a tensor, as it is now."""
     setattr(tensor, _STEP, step)
+    setattr(tensor, _VERSION, _version(tensor))
 
 
 def found_in(values: Any, kind: type[_T]) -> Iterator[_T]:
-    """What is of one kind, in lists, tuples and dicts too."""
+    """What is of one kind, in lists, tuples, mappings and dataclasses too."""
     for value in values:
         if isinstance(value, kind):
             yield value
         elif isinstance(value, list | tuple):
             yield from found_in(value, kind)
-        elif isinstance(value, dict):
+        elif isinstance(value, Mapping):
             yield from found_in(value.values(), kind)
+        elif is_dataclass(value) and not isinstance(value, type):
+            yield from found_in([getattr(value, field.name, None) for field in fields(value)], kind)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Any
 
 import torch
@@ -30,25 +31,52 @@ class Watch:
 
     def __init__(self, layers: list[Any], input_belief: Gaussian | None = None) -> None:
         self.layers = layers
-        self.input_belief = input_belief
+        self.given = input_belief
+        self.input_belief = input_belief  # where the inputs are, and of their type
+        self._warned = False
         # Made once: torch.compile must find the mode somewhere when it breaks a graph inside.
         self.mode = Propagation(layers)
 
     def open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook."""
-        if current() is self.mode and not _is_inside_itself(module):
-            self.close(module, args, None)  # an interrupt (not an error) had kept it from closing
+        while (mode := current()) is not None and self._was_left_open(mode, module):
+            mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         if current() is None and any(layer.is_fusing for layer in self.layers):
             watch_shards(module)
             self._start_beliefs(module, args, kwargs)
+            self.mode.opener = module
             self.mode.__enter__()  # type: ignore[no-untyped-call]
-        elif (mode := current()) is not None and mode.input_belief is not None:
+        elif mode is not None and mode.input_belief is not None:
             mode.input_belief = _started_on_first(mode.input_belief, (*args, *kwargs.values()))
 
     def close(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook; runs after an error too."""
-        if current() is self.mode and not _is_inside_itself(module):
+        if current() is self.mode and _calls_on_the_stack(module) < 2:
             self.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            if output is not None and self.mode.input_belief is not None and not torch.compiler.is_compiling():
+                self.mode.input_belief = None
+                self._warn_of_unused_belief(module)
+
+    def _was_left_open(self, mode: Propagation, module: nn.Module) -> bool:
+        """Whether an interrupt (an error closes it) has kept a mode from closing: who opened it is not being called."""
+        if mode.opener is None or torch.compiler.is_compiling():
+            return False
+        if mode is self.mode:
+            return _calls_on_the_stack(module) < 2
+        # Looked for only where another network is called: the parts of one find its mode open all the time.
+        return self.layers[0] not in mode.layers and _calls_on_the_stack(mode.opener) == 0
+
+    def _warn_of_unused_belief(self, module: nn.Module) -> None:
+        if self._warned or self.given is None:
+            return
+        self._warned = True
+        channels = self.given.mean.shape[0]
+        warnings.warn(
+            f"input_stats given to kalmannorm.convert describe {channels} channels, but {type(module).__name__} got no "
+            f"tensor of shape (N, {channels}, ...) that could be found, in lists, mappings and dataclasses too: the "
+            "first layer has no prior",
+            stacklevel=2,
+        )
 
     def _start_beliefs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Mark the inputs, so that all that comes of them is known to depend on them."""
@@ -75,13 +103,16 @@ class Watch:
         """Keep the belief where the inputs are: a copy at each call would make the device wait, and no CUDA graph may
         hold one. A compiled call makes its copy: what it changed here would be compiled again.
         """
-        given = self.input_belief
-        if given is None or torch.compiler.is_compiling():
+        known = self.input_belief
+        if self.given is None or known is None or torch.compiler.is_compiling():
             return
-        device = next((t.device for t in found_in(values, Tensor) if t.is_floating_point()), None)
-        if device is None or device == given.mean.device or device.type == "meta":
+        tensor = next((t for t in found_in(values, Tensor) if t.is_floating_point()), None)
+        if tensor is None or tensor.is_meta:
             return
-        moved = given.map(lambda t: t.to(device))
+        device, dtype = tensor.device, torch.promote_types(tensor.dtype, torch.float32)
+        if (device, dtype) == (known.mean.device, known.mean.dtype):
+            return
+        moved = self.given.map(lambda t: t.to(device, dtype))
         if type(moved.mean) is Tensor:  # and not a compiler's or an exporter's stand-in
             self.input_belief = moved
 
@@ -98,19 +129,23 @@ def _started_on_first(given: Gaussian, values: Any) -> Gaussian | None:
             return given
         step = step_of(tensor)
         if step is None or step.belief is None or isinstance(step.belief, Unknown):
-            mean, var = (t.to(tensor.device).view(1, -1, *[1] * (tensor.ndim - 2)) for t in (given.mean, given.var))
+            dtype, shape = torch.promote_types(tensor.dtype, torch.float32), (1, -1, *[1] * (tensor.ndim - 2))
+            mean, var = (t.to(tensor.device, dtype).view(shape) for t in (given.mean, given.var))
             attach(tensor, Gaussian(mean, var), "input")
         return None
     return given
 
 
-def _is_inside_itself(module: nn.Module) -> bool:
-    """Whether a module's hook runs in a call that the module made to itself, on its way through others."""
+def _calls_on_the_stack(module: nn.Module) -> int:
+    """How many calls of a module are under way, up to 2: it may call itself, on its way through others."""
     if torch.compiler.is_compiling():
-        return False
+        return 1
     calls = 0
     frame = sys._getframe()
     while frame is not None and calls < 2:
-        calls += frame.f_code.co_name == "_call_impl" and frame.f_locals.get("self") is module
+        name = frame.f_code.co_name
+        calls += name == "_call_impl" and frame.f_locals.get("self") is module
+        if name.startswith("torch_dynamo_resume"):  # where a graph was broken, frames are not what they were
+            return max(calls, 1)
         frame = frame.f_back  # type: ignore[assignment]
-    return calls == 2
+    return calls

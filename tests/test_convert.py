@@ -6,10 +6,12 @@ import pickle
 import pytest
 import torch
 import torchvision
+from networks import conv_net
 from torch import nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 import kalmannorm as kn
+from kalmannorm.steps import step_of
 
 
 def small(norm=nn.BatchNorm2d):
@@ -346,3 +348,43 @@ def test_options_of_batch_layers_are_not_given_to_group_layers():
     assert isinstance(model[2], kn.GroupKalmanNorm)
     with pytest.raises(ValueError, match="GroupKalmanNorm got stats_batch_size=2"):
         kn.convert(both(), layers=("group",), stats_batch_size=2)
+
+
+def test_layers_without_tensors_go_where_the_others_are():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, device="meta", dtype=torch.float64), nn.InstanceNorm2d(4))
+    layer = kn.convert(model, layers=("instance",))[1]
+    assert (layer.gain.device.type, layer.gain.dtype) == ("meta", torch.float64)
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3, device="meta"), nn.BatchNorm2d(4, affine=False, track_running_stats=False))
+    assert kn.convert(plain)[1].process_noise.is_meta
+
+
+def test_connecting_again_keeps_what_was_said_of_the_input():
+    model = kn.connect(conv_net(input_stats=([0.0] * 3, [1.0] * 3)))
+    x = torch.randn(2, 3, 8, 8)
+    assert kn.describe(model, x).with_prior == 2
+    kn.connect(model, input_stats=([5.0] * 3, [1.0] * 3))
+    assert kn.describe(model, x).rows[0].prior_from == ("input",)
+    assert model._forward_pre_hooks  # and it is the new one that counts
+    (watch,) = {hook.__self__ for hook in model._forward_pre_hooks.values()}
+    assert watch.given.mean.tolist() == [5.0] * 3
+
+
+def test_input_stats_are_of_the_inputs_type():
+    model = conv_net(input_stats=([0.1] * 3, [0.3] * 3)).double()
+    seen = []
+    model[0].register_forward_pre_hook(lambda module, args: seen.append(step_of(args[0]).belief))
+    model(torch.randn(2, 3, 8, 8, dtype=torch.float64))
+    assert seen[0].mean.dtype == torch.float64
+    assert seen[0].mean.flatten()[0].item() == 0.1
+    model.float()(torch.randn(2, 3, 8, 8))
+    assert seen[1].mean.dtype == torch.float32
+
+
+def test_a_hook_on_the_layer_that_was_replaced_is_not_one_on_the_new():
+    old = nn.BatchNorm2d(4)
+    called = []
+    old.register_forward_hook(lambda *args: called.append("before"))
+    model = kn.convert(nn.Sequential(old))
+    old.register_forward_hook(lambda *args: called.append("after"))
+    model(torch.randn(2, 4, 6, 6))
+    assert called == ["before"]

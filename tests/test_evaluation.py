@@ -129,3 +129,37 @@ def test_layers_may_draw_in_groups_of_different_sizes():
     model = kn.convert(Branches(), layers=("batch", "group"), estimator="monte_carlo")
     for y in model(torch.randn(3, 2, 8, 8)):
         assert y.isfinite().all()
+
+
+@pytest.mark.parametrize("estimator", ["exact", "monte_carlo"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_who_asks_first_without_gradients_takes_none_from_the_others(mode, estimator):
+    def gradient(asks_before):
+        torch.manual_seed(0)
+        stem = kn.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()), estimator=estimator)
+        teacher, student = (
+            kn.convert(nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)), estimator=estimator) for _ in range(2)
+        )
+        h = stem(torch.randn(2, 3, 8, 8))
+        if asks_before:
+            with mode():
+                torch.manual_seed(1)
+                teacher(h)
+        torch.manual_seed(1)
+        student(h).pow(3).sum().backward()
+        return stem[1].weight.grad, student[1].process_noise.grad
+
+    torch.testing.assert_close(gradient(True), gradient(False))
+
+
+@pytest.mark.parametrize("name", ["paper", "released"])
+def test_draws_that_lose_an_axis_give_no_prior(name):
+    """`squeeze` and `unbind` see one drawn map, where the batch has several samples."""
+    for between in (
+        lambda net, y: F.adaptive_avg_pool2d(y, 1).squeeze()[:, :, None, None],
+        lambda net, y: torch.stack([F.relu(t) for t in y]),
+        lambda net, y: torch.stack([F.relu(t) for t in y.unbind(0)]),
+    ):
+        model = kn.convert(Net(between), **kn.preset(name))
+        model(torch.randn(2, 4, 6, 6)).sum().backward()
+        assert model.second.weight.grad.isfinite().all()

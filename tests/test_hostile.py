@@ -12,6 +12,9 @@ from torch import nn
 import kalmannorm as kn
 from kalmannorm.functional import kalman_norm
 
+# Shapes of one value a channel are among those that come up.
+pytestmark = pytest.mark.filterwarnings("ignore:.*got one value a channel")
+
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # As far as each type goes; the square of float32's is still a number in float32.
 LARGEST = {torch.float64: 1e100, torch.float32: 1e18, torch.bfloat16: 1e4, torch.float16: 1e4}

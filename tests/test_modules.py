@@ -164,9 +164,13 @@ class TestPyTorchsOwn:
 
 
 def _silent(layer):
-    """A lone layer warns that nothing is connected; here that is meant."""
-    layer._warned = True
+    """A lone layer warns that nothing is connected, and of one value a channel; here both are meant."""
+    layer._warn_once = _say_nothing
     return layer
+
+
+def _say_nothing(message):
+    pass
 
 
 # -- the filter in a network -------------------------------------------------------------------------
@@ -306,6 +310,7 @@ def test_prior_strength_follows_the_batch():
     assert kn.KalmanNorm2d(4, gain="learned").kalman_gain(5).item() == pytest.approx(0.1)
 
 
+@pytest.mark.filterwarnings("ignore:.*got one value a channel")
 def test_one_sample_of_one_pixel_trains():
     stock = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
     with pytest.raises(ValueError, match="more than 1 value per channel"):
@@ -489,3 +494,49 @@ def test_constant_input_is_not_nan(constant):
     y.square().sum().backward()
     assert y.isfinite().all()
     assert not any(p.grad.isnan().any() for p in model.parameters())  # that of a filter, times 1e18, may overflow
+
+
+def test_parameters_and_counters_can_be_reset():
+    """`to_empty` and `reset_parameters` on every layer: how a model is initialized on a device of its own."""
+    for layer in (kn.KalmanNorm2d(4), kn.GroupKalmanNorm(2, 4), kn.KalmanNorm2d(4, gain=0.5, process_noise=False)):
+        fresh = copy.deepcopy(layer)
+        with torch.no_grad():
+            for tensor in (*layer.parameters(), *layer.buffers()):
+                tensor.fill_(7)
+        layer.reset_parameters()
+        for after, before in zip((*layer.parameters(), *layer.buffers()), (*fresh.parameters(), *fresh.buffers()),
+                                 strict=True):  # fmt: skip
+            assert torch.equal(after, before)
+
+
+def test_a_model_from_the_meta_device_trains():
+    stock = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    with torch.device("meta"):
+        model = kn.convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), gain=0.5, process_noise=False)
+    model.load_state_dict(stock.state_dict(), assign=True)
+    assert not any(buffer.is_meta for buffer in model.buffers())
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(model.train()(x), stock.train()(x))
+    torch.testing.assert_close(model[1].running_mean, stock[1].running_mean)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int32])
+def test_a_counter_of_another_type_counts(dtype):
+    """As from a checkpoint whose tensors were averaged, with `assign=True`."""
+    model = kn.convert(nn.Sequential(nn.BatchNorm2d(4)))
+    memory = torch.zeros(2, dtype=dtype)
+    model[0].num_batches_tracked = memory[0]
+    for _ in range(3):
+        model(torch.randn(2, 4, 6, 6))
+    assert memory.tolist() == [3, 0]
+
+
+def test_one_value_a_channel_without_a_prior_is_told_of_once():
+    def network():
+        return nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4), nn.BatchNorm1d(4))
+
+    model = kn.convert(network())
+    with pytest.warns(UserWarning, match="KalmanNorm1d '1' got one value a channel, and nothing is believed"):
+        model(torch.randn(1, 3))
+    model(torch.randn(1, 3))  # a second warning would be an error here
+    kn.convert(network(), input_stats=([0.0] * 3, [1.0] * 3))(torch.randn(1, 3))

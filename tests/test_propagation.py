@@ -2,17 +2,19 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import Checkpointed, prior_after
+from networks import Checkpointed, Net, conv_net_like, prior_after
 from torch import nn
 
 import kalmannorm as kn
+from kalmannorm import rules
 from kalmannorm.evaluation import exact
 from kalmannorm.gaussian import Gaussian
-from kalmannorm.propagation import is_open
-from kalmannorm.steps import Step
+from kalmannorm.propagation import Propagation, attach, is_open
+from kalmannorm.steps import Step, step_of
 
 
 def assign(net, y):
@@ -137,3 +139,91 @@ def test_a_known_tensor_in_an_activations_shape_is_a_constant():
 
 def _a_belief():
     return Gaussian(torch.zeros(4), torch.ones(4), (4,))
+
+
+WEIGHT, MATRIX = torch.linspace(-1, 1, 36).view(1, 4, 3, 3), torch.linspace(-1, 1, 12).view(2, 6)
+
+
+@pytest.mark.parametrize(
+    ("by_place", "by_name"),
+    [
+        (lambda h: F.conv2d(h, WEIGHT), lambda h: F.conv2d(input=h, weight=WEIGHT)),
+        (lambda h: F.linear(h, MATRIX), lambda h: F.linear(input=h, weight=MATRIX)),
+        (F.gelu, lambda h: F.gelu(input=h)),
+        (lambda h: F.max_pool2d(h, 2, 2), lambda h: F.max_pool2d(input=h, kernel_size=2, stride=2)),
+        (lambda h: torch.add(h, h * 2, alpha=3), lambda h: torch.add(input=h, other=h * 2, alpha=3)),
+        (lambda h: torch.mul(h, 2.0), lambda h: torch.mul(h, other=2.0)),
+        (lambda h: torch.mean(h, (2, 3)), lambda h: torch.mean(input=h, dim=(2, 3))),
+        (lambda h: torch.matmul(h, MATRIX.T), lambda h: torch.matmul(input=h, other=MATRIX.T)),
+        (lambda h: h[:, :, :1].expand(2, 4, 6, 6), lambda h: h[:, :, :1].expand(size=(2, 4, 6, 6))),
+        (lambda h: h.repeat(1, 1, 2, 2), lambda h: h.repeat(repeats=(1, 1, 2, 2))),
+        (lambda h: torch.transpose(h, 2, 3), lambda h: torch.transpose(input=h, dim0=2, dim1=3)),
+        (lambda h: torch.split(h, 2, 1)[1], lambda h: torch.split(tensor=h, split_size_or_sections=2, dim=1)[1]),
+        (lambda h: torch.cat([h, h], 1), lambda h: torch.cat(tensors=[h, h], dim=1)),
+        (lambda h: h.view(2, 4, 36), lambda h: h.view(size=(2, 4, 36))),
+        (lambda h: h[:, [0, 2]], lambda h: h[:, np.array([0, 2])]),
+    ],
+)
+def test_arguments_may_have_torchs_names(by_place, by_name):
+    believed = Gaussian(torch.linspace(-1, 1, 4).view(1, 4, 1, 1), torch.linspace(0.5, 2, 4).view(1, 4, 1, 1))
+    beliefs = []
+    for function in (by_place, by_name):
+        x = torch.zeros(2, 4, 6, 6)
+        attach(x, believed, "input")
+        with Propagation():
+            y = function(x)
+        beliefs.append(exact(step_of(y)))
+    assert torch.equal(beliefs[0].mean, beliefs[1].mean)
+    assert torch.equal(beliefs[0].var, beliefs[1].var)
+
+
+def test_arguments_that_a_rule_does_not_take_end_the_belief():
+    @kn.rule(torch.sinc)
+    def sinc(x):
+        return x
+
+    try:
+        assert prior_after(lambda net, y: torch.sinc(y)).prior_from == ("first",)
+        row = prior_after(lambda net, y: torch.sinc(y, out=torch.empty(0)))
+        assert row.reason == "torch.sinc was called with arguments that its rule does not take"
+    finally:
+        del rules.RULES[torch.sinc]
+
+
+def test_a_rule_that_fails_is_told_of_and_training_goes_on():
+    @kn.rule(torch.sinc)
+    def sinc(x):
+        raise IndexError("what is not there")
+
+    try:
+        model = kn.convert(Net(lambda net, y: torch.sinc(y)))
+        with pytest.warns(UserWarning, match=r"the rule for torch\.sinc failed \(IndexError: what is not there\)"):
+            y = model(torch.randn(2, 4, 6, 6))
+        y.sum().backward()
+        with pytest.warns(UserWarning, match="the rule for"):
+            reason = kn.describe(model, torch.randn(2, 4, 6, 6)).rows[1].reason
+        assert reason == "the rule for torch.sinc failed (IndexError: what is not there)"
+    finally:
+        del rules.RULES[torch.sinc]
+
+
+def test_a_change_in_place_that_nobody_watched_ends_the_belief():
+    first, second = conv_net_like(3), conv_net_like(4)
+    x = torch.randn(2, 3, 8, 8)
+    y = first(x)
+    assert kn.describe(second, y).rows[0].prior_from == ("3",)
+    for change in (lambda t: t.mul_(3), lambda t: F.relu(t, inplace=True), lambda t: t[:, 0].zero_()):
+        y = first(x)
+        with torch.no_grad():
+            change(y)
+        row = kn.describe(second, y).rows[0]
+        assert (row.prior_from, row.reason) == ((), "it was changed in place where nothing watched")
+
+
+def test_a_view_taken_before_a_change_in_place_is_not_believed_what_was():
+    def between(net, y):
+        before = y.view(2, 4, 36)
+        y.relu_()
+        return before.view(2, 4, 6, 6)
+
+    assert prior_after(between).reason == "it was changed in place where nothing watched"

@@ -1,6 +1,8 @@
 """When the mode opens and closes, and that nothing of it stays behind."""
 
+import collections
 import copy
+import dataclasses
 import threading
 
 import pytest
@@ -150,4 +152,78 @@ def test_a_graph_break_in_the_middle_changes_nothing():
     b.square().sum().backward()
     for p, q in zip(eager.parameters(), compiled.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-8, atol=1e-8)
+    assert not is_open()
+
+
+@dataclasses.dataclass
+class Pictures:
+    image: torch.Tensor
+    side: torch.Tensor
+
+
+@pytest.mark.parametrize("kind", [Pictures, collections.UserDict, dict])
+def test_inputs_are_found_where_a_batch_holds_them(kind):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+        def forward(self, batch):
+            image, side = (batch.image, batch.side) if kind is Pictures else (batch["image"], batch["side"])
+            return self.second(self.first(image) + side)
+
+    batch = kind(image=torch.randn(2, 3, 8, 8), side=torch.randn(2, 3, 8, 8))
+    told = kn.convert(Two(), input_stats=([0.0] * 3, [1.0] * 3))
+    assert kn.describe(told, batch).rows[0].prior_from == ("input",)
+    row = kn.describe(kn.convert(Two()), batch).rows[1]
+    assert (row.prior_from, row.reason) == ((), "the network's input")
+
+
+def test_input_stats_that_no_tensor_was_found_for_are_told_of_once():
+    class Hidden:
+        image = torch.randn(2, 3, 8, 8)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3)
+
+        def forward(self, batch):
+            return self.norm(batch.image)
+
+    model = kn.convert(Net(), input_stats=([0.0] * 3, [1.0] * 3))
+    with pytest.warns(UserWarning, match="describe 3 channels, but Net got no tensor of shape"):
+        model(Hidden())
+    model(Hidden())  # a second warning would be an error here
+
+
+def test_an_interrupt_in_one_network_does_not_reach_another():
+    stats = {"input_stats": ([0.0] * 3, [1.0] * 3)}
+    model, other, fresh = conv_net(**stats), conv_net(**stats), conv_net(**stats)
+    x = torch.randn(2, 3, 8, 8)
+    expected = fresh(x)
+
+    def interrupt(layer, args, output):
+        raise KeyboardInterrupt
+
+    model[3].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(x)
+    assert is_open()  # torch runs no hook then
+    torch.testing.assert_close(other(x), expected, rtol=0, atol=0)
+    assert not is_open()
+
+
+def test_a_network_within_another_ones_call_leaves_its_mode_open():
+    """As a frozen teacher that is called in a student's forward pass."""
+    outer, inner = conv_net(), conv_net_like(4)
+    open_after = []
+
+    def call(layer, args, output):
+        inner(output.detach())
+        open_after.append(is_open())
+
+    outer[2].register_forward_hook(call)
+    outer(torch.randn(2, 3, 8, 8))
+    assert open_after == [True]
     assert not is_open()

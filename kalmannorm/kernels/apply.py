@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["alias", "differentiable_gradients", "direct", "is_transformed", "saved_tensor_hooks"]
+__all__ = ["alias", "differentiable_gradients", "direct", "in_grad_mode", "is_transformed", "saved_tensor_hooks"]
+
+_NOTHING = nullcontext()
 
 
 def is_transformed() -> bool:
@@ -35,6 +38,19 @@ def saved_tensor_hooks() -> Any:
     if torch.compiler.is_dynamo_compiling():
         return None
     return torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+
+def in_grad_mode(grad: bool) -> AbstractContextManager[Any]:
+    """Compute with gradients, or without, whatever the mode of the caller is."""
+    if torch.is_grad_enabled() == grad:
+        return _NOTHING
+    return _outside_of_inference(grad) if torch.is_inference_mode_enabled() else torch.set_grad_enabled(grad)
+
+
+@contextmanager
+def _outside_of_inference(grad: bool) -> Iterator[None]:
+    with torch.inference_mode(False), torch.set_grad_enabled(grad):
+        yield
 
 
 def differentiable_gradients(plain: Callable[..., Any], inputs: Sequence[Any],

@@ -225,6 +225,9 @@ def layer(x: Tensor, prior_mean: Tensor | None, prior_var: Tensor | None, gain: 
         return _compiled(x, other, prior_mean, prior_var, gain, noise, weight, bias, running, options, posterior)
     buffers = () if running is None else (running.mean, running.var)
     backend = backend_for(x, prior_mean, prior_var, gain, noise, weight, bias, *buffers)
+    for counter in () if running is None else (running.batches, running.nonfinite):
+        if counter.dtype is not torch.int64 or counter.device != x.device:  # compiled kernels count in place
+            backend = on_torch
     return Layer(*_Layer.apply(  # type: ignore[no-untyped-call]
         x, other, prior_mean, prior_var, gain, noise, weight, bias, running, options, posterior, backend
     ))  # fmt: skip

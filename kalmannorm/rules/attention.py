@@ -110,7 +110,8 @@ def baddbmm(input: Gaussian | Tensor, batch1: Gaussian | Tensor, batch2: Gaussia
     product = matmul(batch1, batch2)
     if isinstance(product, Unknown) or beta == 0:
         return product if isinstance(product, Unknown) else mul(product, float(alpha))
-    return add(mul(product, float(alpha)), mul(input, float(beta)))
+    added = mul(input, float(beta)) if isinstance(input, Gaussian) else input * float(beta)
+    return add(mul(product, float(alpha)), added)
 
 
 @rule(*aliases("softmax"))

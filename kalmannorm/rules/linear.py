@@ -129,6 +129,9 @@ def linear(x: Gaussian, weight: Tensor, bias: Tensor | None = None) -> Belief:
         return linear(x, weight[None], bias).map(lambda t: t.squeeze(-1))  # type: ignore[union-attr]
     if x.ndim == 2:
         return through_weight(x, weight, bias)
+    if x.ndim == 1:
+        one = linear(x.full([0]).map(lambda t: t[None]), weight, bias)
+        return one.map(lambda t: t.squeeze(0))  # type: ignore[union-attr]
     x = x.full([x.ndim - 1])
     before = torch.broadcast_shapes(x.mean.shape, x.var.shape)[:-1]
     flat = x.map(lambda t: t.expand(*before, -1).flatten(0, -2))

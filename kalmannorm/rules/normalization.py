@@ -61,10 +61,12 @@ def layer_norm(x: Gaussian, normalized_shape: Sequence[int], weight: Tensor | No
 
 
 @rule(F.normalize)
-def normalize(x: Gaussian, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: object = None) -> Belief:
+def normalize(x: Gaussian, p: float = 2.0, dim: int | Sequence[int] = 1, eps: float = 1e-12,
+              out: object = None) -> Belief:  # fmt: skip
     """``x / |x|``: divided by ``sqrt(sum m^2 + v)``, the root of the norm's mean square."""
     if p != 2.0:
         return Unknown(f"normalize with p={p}")
-    full = x.full([dim % x.ndim])
-    mean_square = (full.mean.square() + full.var).sum(dim, keepdim=True)
+    dims = [d % x.ndim for d in ((dim,) if isinstance(dim, int) else dim)]
+    full = x.full(dims)
+    mean_square = (full.mean.square() + full.var).sum(dims, keepdim=True)
     return mul(x, mean_square.clamp_min(eps**2).rsqrt())

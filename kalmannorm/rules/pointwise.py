@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kalmannorm.gaussian import Gaussian, Unknown
 from kalmannorm.kernels import rectify
-from kalmannorm.kernels.apply import is_transformed, saved_tensor_hooks
+from kalmannorm.kernels.apply import in_grad_mode, is_transformed, saved_tensor_hooks
 from kalmannorm.rules.table import Belief, aliases, rule
 
 __all__ = ["Rectified", "piecewise", "quadrature"]
@@ -25,6 +25,8 @@ __all__ = ["Rectified", "piecewise", "quadrature"]
 # (ELU, CELU) faster, as its nodes lie closer, and the nodes are made on the device without a copy.
 _REACH = 8.0
 _NODES = 129
+# Beyond it the square of a number of float32 overflows.
+_FAR = 1e18
 
 
 def _phi(z: Tensor) -> Tensor:
@@ -108,13 +110,14 @@ class Rectified(Gaussian):
         below: what is rectified.
     """
 
-    __slots__ = ("_moments", "_where", "below")
+    __slots__ = ("_grad", "_moments", "_where", "below")
 
     def __init__(self, below: Gaussian) -> None:
         self.below = below
         self.shape = below.shape
         self._moments: tuple[Tensor, Tensor] | None = None
         self._where: object = None
+        self._grad = torch.is_grad_enabled()  # of who made it, who need not be who asks first
 
     @property
     def is_known(self) -> bool:
@@ -122,12 +125,14 @@ class Rectified(Gaussian):
         return self._moments is not None and self._where == saved_tensor_hooks()
 
     def keep(self, mean: Tensor, var: Tensor) -> None:
-        """Take the moments from who has computed them."""
-        self._moments, self._where = (mean, var), saved_tensor_hooks()
+        """Take the moments from who has computed them, unless without the gradients that others need."""
+        if torch.is_grad_enabled() or not self._grad:
+            self._moments, self._where = (mean, var), saved_tensor_hooks()
 
     def _known(self) -> tuple[Tensor, Tensor]:
         if not self.is_known:
-            self.keep(*rectify(self.below.mean, self.below.var))
+            with in_grad_mode(self._grad):
+                self.keep(*rectify(self.below.mean, self.below.var))
         assert self._moments is not None
         return self._moments
 
@@ -205,7 +210,17 @@ def rrelu(x: Gaussian, lower: float = 1 / 8, upper: float = 1 / 3, training: boo
 @rule(*aliases("hardtanh", "hardtanh_"))
 def hardtanh(x: Gaussian, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Gaussian:
     """``clamp(x, min_val, max_val)``, in closed form; ReLU6 arrives as this."""
-    return piecewise(x, [min_val, max_val], [(min_val, 0, 0), (0, 1, 0), (max_val, 0, 0)])
+    return _between(x, min_val, max_val)
+
+
+def _between(x: Gaussian, low: float, high: float) -> Gaussian:
+    """``clamp(x, low, high)``. A bound so far away that its square would overflow is none."""
+    breaks, pieces = [], [(0.0, 1.0, 0.0)]
+    if low > -_FAR:
+        breaks, pieces = [low], [(low, 0.0, 0.0), *pieces]
+    if high < _FAR:
+        breaks, pieces = [*breaks, high], [*pieces, (high, 0.0, 0.0)]
+    return piecewise(x, breaks, pieces) if breaks else x
 
 
 @rule(*aliases("relu6"))
@@ -219,13 +234,9 @@ def clamp(x: Gaussian, min: object = None, max: object = None) -> Belief:
     """``clamp(x, min, max)`` with numbers for bounds, in closed form."""
     if isinstance(min, Tensor | Gaussian) or isinstance(max, Tensor | Gaussian):
         return Unknown("clamp between tensors")
-    low: Any = min
-    high: Any = max
-    if low is not None and high is not None:
-        return hardtanh(x, float(low), float(high))
-    if low is not None:
-        return piecewise(x, [float(low)], [(float(low), 0, 0), (0, 1, 0)])
-    return piecewise(x, [float(high)], [(0, 1, 0), (float(high), 0, 0)])
+    low: Any = -math.inf if min is None else min
+    high: Any = math.inf if max is None else max
+    return _between(x, float(low), float(high))
 
 
 @rule(*aliases("clamp_min", "clamp_min_"))

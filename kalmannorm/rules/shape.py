@@ -267,12 +267,14 @@ def _resolve(sizes: Sequence[int], total: int) -> list[int]:
 def getitem(x: Gaussian, index: Any) -> Belief:
     """Indexing: slices along constant axes leave the belief as it is."""
     parts = list(index) if isinstance(index, tuple) else [index]
+    # Arrays and numbers of numpy.
+    parts = [p if isinstance(p, Tensor) or not hasattr(p, "__array__") else torch.as_tensor(p) for p in parts]
     if any(isinstance(p, Gaussian) for p in parts):
         return Unknown("an index computed from the input")
     if any(isinstance(p, Tensor) and p.dtype == torch.bool and p.ndim > 1 for p in parts):
         return Unknown("a mask over several axes")
     rest = x.ndim - sum(p is not None and p is not Ellipsis for p in parts)
-    if Ellipsis not in [p for p in parts if not isinstance(p, Tensor)]:
+    if not any(p is Ellipsis for p in parts):
         parts.append(Ellipsis)
     axis = 0
     for i, part in enumerate(parts):

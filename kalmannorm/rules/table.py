@@ -10,7 +10,7 @@ import torch
 
 from kalmannorm.gaussian import Gaussian, Unknown
 
-__all__ = ["BELIEF_FIRST", "FACTORIES", "LIKE", "RULES", "Belief", "Rule", "aliases", "rule"]
+__all__ = ["BELIEF_FIRST", "FACTORIES", "LIKE", "RULES", "Belief", "Rule", "aliases", "as_rule_is_called", "rule"]
 
 Belief = Gaussian | Unknown
 Rule = Callable[..., Any]
@@ -19,6 +19,11 @@ _R = TypeVar("_R", bound=Rule)
 RULES: dict[Callable[..., Any], Rule] = {}
 # Rules that say, by annotation, that their first argument is a belief: they are not asked about a known one.
 BELIEF_FIRST: set[Rule] = set()
+# The names of a rule's parameters, and how many it takes by position; None for any. Noted when it is taught, as a
+# compiler cannot ask for them.
+_TAKES: dict[Rule, tuple[frozenset[str] | None, int | None]] = {}
+# What torch calls the first and the second argument of a function: a rule has names of its own.
+_TORCHS_NAMES = (("input", "self", "tensor", "tensors", "inputs"), ("other", "mat2", "size", "shape", "repeats"))
 
 _HOMES = (torch, torch.Tensor, torch.nn.functional, torch.special)
 
@@ -50,14 +55,43 @@ def rule(*functions: Callable[..., Any]) -> Callable[[_R], _R]:
             raise TypeError(f"kn.rule takes torch functions, got {function!r}")
 
     def register(decorated: _R) -> _R:
-        first = next(iter(inspect.signature(decorated).parameters.values()), None)
-        if first is not None and first.annotation in (Gaussian, "Gaussian"):
+        parameters = list(inspect.signature(decorated).parameters.values())
+        if parameters and parameters[0].annotation in (Gaussian, "Gaussian"):
             BELIEF_FIRST.add(decorated)
+        kinds = [p.kind for p in parameters]
+        names = None if inspect.Parameter.VAR_KEYWORD in kinds else frozenset(p.name for p in parameters)
+        positions = sum(kind <= inspect.Parameter.POSITIONAL_OR_KEYWORD for kind in kinds)
+        _TAKES[decorated] = names, None if inspect.Parameter.VAR_POSITIONAL in kinds else positions
         for function in functions:
             RULES[function] = decorated
         return decorated
 
     return register
+
+
+def as_rule_is_called(rule: Rule, args: tuple[Any, ...],
+                      kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:  # fmt: skip
+    """The arguments of a function as its rule takes them: ``add(input=x, other=y)`` is the rule's ``add(x, y)``.
+
+    Args:
+        rule: the function's.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+
+    Returns:
+        Both, changed where that is needed; None for arguments that the rule does not know.
+    """
+    names, positions = _TAKES.get(rule, (None, None))
+    for place, of_torch in enumerate(_TORCHS_NAMES):
+        for name in of_torch:
+            if len(args) == place and name in kwargs and (names is None or name not in names):
+                kwargs = dict(kwargs)
+                args = (*args, kwargs.pop(name))
+    if positions is not None and len(args) > positions:
+        return None
+    if names is not None and not all(name in names for name in kwargs):
+        return None
+    return args, kwargs
 
 
 def aliases(*names: str) -> list[Callable[..., Any]]:

@@ -10,8 +10,8 @@ from torch import nn
 import kalmannorm
 from kalmannorm.lab.baselines.group import to_groupnorm
 from kalmannorm.lab.curve import Curve
-from kalmannorm.lab.models.small import SmallConvNet
 from kalmannorm.lab.methods import normalize
+from kalmannorm.lab.models.small import SmallConvNet
 from kalmannorm.lab.optimization import annealing, parameter_groups, share_of_rate
 from kalmannorm.lab.training import Classifier, loader, quiet_trainer
 

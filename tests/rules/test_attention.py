@@ -189,3 +189,13 @@ def test_attention_without_a_rule():
     check_unknown("causal, masked", F.scaled_dot_product_attention, x, x, x, is_causal=True)
     check_unknown("causal, masked", F.scaled_dot_product_attention, x, x, x, attn_mask=mask)
     check_unknown("does not depend on the input", F.scaled_dot_product_attention, x, values(2, 2, 4, 3), x)
+
+
+def test_baddbmm_with_a_known_summand():
+    """As of a bias by distance (ALiBi)."""
+    known, x, y = values(2, 3, 5), believe((2, 3, 4)), values(2, 4, 5)
+    belief = RULES[torch.baddbmm](known, x, y, beta=0.5, alpha=2.0)
+    product = RULES[torch.bmm](x, y)
+    torch.testing.assert_close(belief.var.expand(2, 3, 5).mean(), 4 * product.var.expand(2, 3, 5).mean())
+    expected = 0.5 * known.mean() + 2 * product.mean.expand(2, 3, 5).mean()
+    torch.testing.assert_close(belief.mean.expand(2, 3, 5).mean(), expected)

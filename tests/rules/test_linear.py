@@ -176,3 +176,11 @@ def test_half_weights(dtype):
     x = believe((4, 3, 5, 5), dtype=torch.float32)
     assert RULES[F.conv2d](x, values(2, 3, 3, 3).to(dtype)).mean.dtype == torch.float32
     assert RULES[F.conv_transpose2d](x, values(3, 2, 3, 3).to(dtype)).var.dtype == torch.float32
+
+
+def test_a_vector_without_a_batch_axis():
+    x = Gaussian(torch.tensor([0.5, -1.0, 2.0]).double(), torch.tensor([1.0, 0.5, 2.0]).double())
+    weight, bias = values(2, 3), values(2)
+    belief = RULES[F.linear](x, weight, bias)
+    torch.testing.assert_close(belief.mean, F.linear(x.mean, weight, bias))
+    torch.testing.assert_close(belief.var, F.linear(x.var, weight.square()))

@@ -104,3 +104,11 @@ def test_normalize_along_pixels_and_by_other_norms():
     assert belief.mean.shape == (1, 3, 1, 1)
     torch.testing.assert_close(belief.mean.square() + belief.var, torch.full((1, 3, 1, 1), 1 / 5).double())
     check_unknown("p=1", F.normalize, believe((2, 3)), p=1.0)
+
+
+def test_normalize_along_several_axes():
+    x = believe((6, 3, 4, 5), groups=2)
+    one, both = (RULES[F.normalize](x, dim=dim) for dim in (1, (1, 2)))
+    squares = [(b.mean.square() + b.var).expand(2, 3, 4, 5) for b in (one, both)]
+    torch.testing.assert_close(squares[0].sum(1), torch.ones(2, 4, 5).double())
+    torch.testing.assert_close(squares[1].sum((1, 2)), torch.ones(2, 5).double())

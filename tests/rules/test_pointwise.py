@@ -234,3 +234,13 @@ def test_gradients(rule):
     var = _tensor([[0.5, 0.02, 1.3, 4.0, 0.3]]).requires_grad_()
     assert torch.autograd.gradcheck(_moments(rule), (mean, var))
     assert torch.autograd.gradgradcheck(_moments(rule), (mean, var))
+
+
+@pytest.mark.parametrize("bounds", [(0.0, math.inf), (-math.inf, 1.0), (-1e20, 1e20), (None, 3e38), (-math.inf, None)])
+def test_bounds_that_are_out_of_reach_are_none(bounds):
+    x = Gaussian(torch.tensor([[0.3, -40.0, 1e6]]), torch.tensor([[2.0, 0.1, 5.0]]))
+    near = [bound if bound is not None and abs(bound) < 2 else None for bound in bounds]
+    clamped = RULES[torch.clamp](x, *bounds)
+    expected = x if near == [None, None] else RULES[torch.clamp](x, *near)
+    torch.testing.assert_close((clamped.mean, clamped.var), (expected.mean, expected.var))
+    assert clamped.mean.isfinite().all()
