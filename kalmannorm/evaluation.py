@@ -149,11 +149,10 @@ def _by_rule(step: Step, args: Any, kwargs: dict[str, Any]) -> Belief:
     rule = RULES.get(step.function)  # type: ignore[arg-type]
     if rule is None:
         return Unknown(f"no rule for {function_name(step.function)}")
-    if kwargs or len(args) > 2:
-        known = as_rule_is_called(rule, args, kwargs)
-        if known is None:
-            return Unknown(f"{function_name(step.function)} was called with arguments that its rule does not take")
-        args, kwargs = known
+    known = as_rule_is_called(rule, args, kwargs)
+    if known is None:
+        return Unknown(f"{function_name(step.function)} was called with arguments that its rule does not take")
+    args, kwargs = known
     if args and isinstance(args[0], Tensor) and rule in BELIEF_FIRST:
         return Unknown(f"{function_name(step.function)} of a known tensor, by an activation")
     belief = _asked(rule, step, args, kwargs)

@@ -82,6 +82,8 @@ def as_rule_is_called(rule: Rule, args: tuple[Any, ...],
         Both, changed where that is needed; None for arguments that the rule does not know.
     """
     names, positions = _TAKES.get(rule, (None, None))
+    if not kwargs:  # nearly always
+        return (args, kwargs) if positions is None or len(args) <= positions else None
     for place, of_torch in enumerate(_TORCHS_NAMES):
         for name in of_torch:
             if len(args) == place and name in kwargs and (names is None or name not in names):
