@@ -79,10 +79,10 @@ def _group_kalman(network: nn.Module, groups: int = 4, **options: Any) -> nn.Mod
 
 def _renorm_timed(steps: int) -> dict[str, Any]:
     # In the paper the averages have 50 times their own length before anything is corrected towards them. In a short
-    # training they must be quicker, and have three times their length, or they are still what they were at the start.
-    factor = min(1.0, steps / _RENORM_STEPS)
-    momentum = min(0.1, 0.01 / factor)
-    schedule = RenormSchedule().scaled(factor)
+    # training they get three times their length, or they are still what they were at the start, in a tenth of the
+    # steps: in fewer than 3,000 they are quicker than the paper's, but no quicker than BatchNorm's.
+    momentum = min(0.1, max(0.01, 30 / steps))
+    schedule = RenormSchedule().scaled(min(1.0, steps / _RENORM_STEPS))
     return {"schedule": schedule.delayed(max(0.0, 3 / momentum - schedule.start)), "momentum": momentum}
 
 
