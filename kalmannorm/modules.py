@@ -18,7 +18,7 @@ from kalmannorm.checkpoints import is_recomputing, is_reentrant
 from kalmannorm.evaluation import Estimator, belief_for
 from kalmannorm.functional import KalmanNormOutput, group_kalman_norm, kalman_norm, synchronize
 from kalmannorm.gaussian import Gaussian, Unknown
-from kalmannorm.kernels import Filter, Running, layer, move_running
+from kalmannorm.kernels import Filter, Running, layer, move_running, unbiased
 from kalmannorm.kernels.apply import is_transformed
 from kalmannorm.propagation import attach, attach_step, is_open, paused
 
@@ -461,9 +461,9 @@ class KalmanNorm(KalmanLayer, _NormBase):
         running = self._running()
         if running is None:
             return
-        others = (count - 1).clamp_min(1) if isinstance(count, Tensor) else max(count - 1, 1)
+        newest = unbiased(out.posterior.var, out.gain, out.observation.var, count)
         try:
-            move_running(running, out.posterior.mean, out.posterior.var + out.gain * out.observation.var / others)
+            move_running(running, out.posterior.mean, newest)
         except RuntimeError as error:
             if not is_transformed():
                 raise

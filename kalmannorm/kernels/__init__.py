@@ -6,12 +6,12 @@ from kalmannorm.kernels.all_reduce import all_reduce
 from kalmannorm.kernels.layer import layer, rectify_output
 from kalmannorm.kernels.link import link
 from kalmannorm.kernels.moments import moments
-from kalmannorm.kernels.on_torch import move_running
+from kalmannorm.kernels.on_torch import move_running, unbiased
 from kalmannorm.kernels.options import Filter, Running
 from kalmannorm.kernels.rectify import rectify
 from kalmannorm.kernels.standardize import standardize
 
 __all__ = [
     "Filter", "Running", "all_reduce", "layer", "link", "moments", "move_running", "rectify", "rectify_output",
-    "standardize",
+    "standardize", "unbiased",
 ]  # fmt: skip

@@ -42,7 +42,7 @@ from kalmannorm.kernels.apply import alias, differentiable_gradients, is_transfo
 from kalmannorm.kernels.backends import backend_for
 from kalmannorm.kernels.memory import as_dense, dense
 from kalmannorm.kernels.moments import moments
-from kalmannorm.kernels.on_torch import fuse, gain_of, move_running
+from kalmannorm.kernels.on_torch import fuse, gain_of, move_running, unbiased
 from kalmannorm.kernels.options import Filter, Running
 from kalmannorm.kernels.standardize import standardize
 
@@ -81,8 +81,8 @@ def _plain(x: Tensor, other: Tensor | None, prior_mean: Tensor | None, prior_var
     y = y.relu() if options.relu else y
     output_var = gamma.square() * (posterior_var / (posterior_var + options.eps))
     if running is not None:
-        others = max(x.numel() // (groups * channels) - 1, 1)
-        move_running(running, posterior_mean.detach(), (posterior_var + q * var / others).detach())
+        count = x.numel() // (groups * channels)
+        move_running(running, posterior_mean.detach(), unbiased(posterior_var, q, var, count).detach())
     shape = (groups, channels, *[1] * (x.ndim - 2))
     carried = (posterior_mean, posterior_var) if posterior else (beta, output_var)
     rows = [t.detach() for t in (posterior_mean, posterior_var, beta, output_var, mean, var)]
@@ -96,8 +96,8 @@ def _compiled(x: Tensor, other: Tensor | None, prior_mean: Tensor | None, prior_
     if running is not None:
         seen = statistics.detach()
         q = 1.0 if prior_mean is None else gain_of(gain, prior_mean, options).detach()
-        others = max(x.numel() // (options.groups * x.shape[1]) - 1, 1)
-        move_running(running, seen[0], seen[1] + q * seen[5] / others)
+        count = x.numel() // (options.groups * x.shape[1])
+        move_running(running, seen[0], unbiased(seen[1], q, seen[5], count))
     rows = statistics.view(6, options.groups, x.shape[1], *[1] * (x.ndim - 2)).unbind(0)
     first = 0 if posterior else 2
     return Layer(alias(y), rows[first], rows[first + 1], statistics.detach())

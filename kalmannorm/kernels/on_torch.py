@@ -15,7 +15,8 @@ from kalmannorm.kernels.moments import observe_channels, slope_by_variance
 from kalmannorm.kernels.options import Filter, Running
 from kalmannorm.kernels.rectify import rectified, rectified_gradients
 
-__all__ = ["fuse", "gain_of", "layer_backward", "layer_forward", "link_backward", "link_forward", "move_running"]
+__all__ = ["fuse", "gain_of", "layer_backward", "layer_forward", "link_backward", "link_forward", "move_running",
+           "unbiased"]  # fmt: skip
 
 
 def gain_of(gain: Tensor | None, like: Tensor, options: Filter) -> Tensor:
@@ -62,6 +63,19 @@ def move_running(running: Running, mean: Tensor, var: Tensor) -> None:
         average.lerp_(torch.where(finite, newest, average), momentum)
 
 
+def unbiased(posterior_var: Tensor, gain: Tensor | float, observed_var: Tensor, count: int | Tensor) -> Tensor:
+    """The fused variance, its observed share without bias: what running statistics average, as BatchNorm's do.
+
+    Args:
+        posterior_var: ``(S, C)``.
+        gain: the share.
+        observed_var: ``(S, C)``, biased.
+        count: elements a channel of a group.
+    """
+    others = (count - 1).clamp_min(1) if isinstance(count, Tensor) else max(count - 1, 1)
+    return posterior_var + gain * observed_var / others
+
+
 def layer_forward(x: Tensor, other: Tensor | None, prior_mean: Tensor | None, prior_var: Tensor | None,
                   gain: Tensor | None, noise: Tensor | None, weight: Tensor | None, bias: Tensor | None,
                   running: Running | None, options: Filter) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -91,8 +105,8 @@ def layer_forward(x: Tensor, other: Tensor | None, prior_mean: Tensor | None, pr
     output_var = shrinkage if weight is None else shrinkage * weight.square()
     output_mean = torch.zeros_like(mean) if bias is None else bias.expand_as(mean)
     if running is not None:
-        others = max(x.numel() // (groups * channels) - 1, 1)
-        move_running(running, posterior_mean, posterior_var + q * var / others)
+        count = x.numel() // (groups * channels)
+        move_running(running, posterior_mean, unbiased(posterior_var, q, var, count))
     y = _normalize(x, posterior_mean, posterior_var, weight, bias, options.eps)
     if other is not None:
         y = y.add_(other)
