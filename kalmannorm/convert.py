@@ -52,6 +52,9 @@ _ELSEWHERE: dict[str, tuple[str, type[KalmanLayer]]] = {
     "timm.layers.norm.GroupNorm1": ("group", GroupKalmanNorm),
 }
 _TENSORS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
+_RANKS: dict[type[nn.Module], tuple[int, ...]] = {
+    nn.InstanceNorm1d: (3,), nn.InstanceNorm2d: (4,), nn.InstanceNorm3d: (5,)
+}  # fmt: skip
 # What users register on a layer. The dicts themselves move, so that their handles still remove.
 _HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
@@ -263,6 +266,7 @@ def _from_group_norm(layer: Any, name: str, kalman: Any, options: dict[str, Any]
     else:
         groups = channels = layer.num_features
     new: GroupKalmanNorm = kalman(groups, channels, layer.eps, layer.affine, **options)
+    new._ranks = next((ranks for kind, ranks in _RANKS.items() if isinstance(layer, kind)), new._ranks)
     _adopt(new, layer)
     return new
 

@@ -529,6 +529,9 @@ class GroupKalmanNorm(KalmanLayer):
         TypeError: for an input that is not floating-point.
     """
 
+    # Fewer where it stands for instance normalization, which takes inputs without a batch axis for what they are.
+    _ranks: tuple[int, ...] = (2, 3, 4, 5)
+
     def __init__(self, num_groups: int, num_channels: int, eps: float = 1e-5, affine: bool = True, *,
                  gain: Gain = "prior-strength", process_noise: bool = True, spread: bool = True,
                  carry: Carry = "output", estimator: Estimator = "exact", stats_batch_size: int | None = None,
@@ -581,7 +584,7 @@ class GroupKalmanNorm(KalmanLayer):
     def forward(self, input: Tensor) -> Tensor:
         """Normalize ``(N, C, *)``."""
         with paused():
-            self._check_input(input, self.num_channels, (2, 3, 4, 5))
+            self._check_input(input, self.num_channels, self._ranks)
             if input.numel() == 0:
                 return self._normalize_nothing(input)
             prior = self._prior(input, input.shape[0])

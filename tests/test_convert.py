@@ -388,3 +388,11 @@ def test_a_hook_on_the_layer_that_was_replaced_is_not_one_on_the_new():
     old.register_forward_hook(lambda *args: called.append("after"))
     model(torch.randn(2, 4, 6, 6))
     assert called == ["before"]
+
+
+def test_instance_normalization_without_a_batch_axis_is_refused():
+    """`(C, H, W)` could be taken for `(N, C, L)` where `H` is `C`."""
+    model = kn.convert(nn.Sequential(nn.InstanceNorm2d(4)), layers=("instance",))
+    with pytest.raises(ValueError, match=r"'0' got an input of shape \(4, 4, 6\), expected \(N, 4, \*, \*\)"):
+        model(torch.randn(4, 4, 6))
+    assert model(torch.randn(2, 4, 6, 6)).shape == (2, 4, 6, 6)
