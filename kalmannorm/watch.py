@@ -44,7 +44,8 @@ class Watch:
         if current() is None and any(layer.is_fusing for layer in self.layers):
             watch_shards(module)
             self._start_beliefs(module, args, kwargs)
-            self.mode.opener = module
+            if not torch.compiler.is_compiling():
+                self.mode.opener = module
             self.mode.__enter__()  # type: ignore[no-untyped-call]
         elif mode is not None and mode.input_belief is not None:
             mode.input_belief = _started_on_first(mode.input_belief, (*args, *kwargs.values()))
@@ -53,13 +54,16 @@ class Watch:
         """Forward hook; runs after an error too."""
         if current() is self.mode and _calls_on_the_stack(module) < 2:
             self.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-            if output is not None and self.mode.input_belief is not None and not torch.compiler.is_compiling():
+            if torch.compiler.is_compiling():
+                return
+            self.mode.opener = None
+            if output is not None and self.mode.input_belief is not None:
                 self.mode.input_belief = None
                 self._warn_of_unused_belief(module)
 
     def _was_left_open(self, mode: Propagation, module: nn.Module) -> bool:
         """Whether an interrupt (an error closes it) has kept a mode from closing: who opened it is not being called."""
-        if mode.opener is None or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or mode.opener is None:
             return False
         if mode is self.mode:
             return _calls_on_the_stack(module) < 2
