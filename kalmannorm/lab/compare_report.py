@@ -13,6 +13,7 @@ from rich.table import Table
 from kalmannorm.lab import figures, report
 from kalmannorm.lab.compare import Outcome, Plan, by_method
 from kalmannorm.lab.methods import METHODS
+from kalmannorm.lab.tables import mean_and_deviation, with_spread
 
 __all__ = ["terminal_table", "verdict", "write_page"]
 
@@ -33,11 +34,12 @@ def verdict(
         guessing: Accuracy of a guess.
         images: Images that were scored.
     """
-    means = {label: statistics.fmean(values) for label, values in accuracies.items()}
+    found = {label: mean_and_deviation(values) for label, values in accuracies.items()}
+    means, deviations = ({label: pair[place] for label, pair in found.items()} for place in (0, 1))
     best, *others = sorted(means, key=lambda label: -means[label])
     said = f"{best} has the highest accuracy, {_percent(accuracies[best])} % of {images} test images"
     # The mean over seeds is surer than one of them.
-    error = _deviation(accuracies[best]) / math.sqrt(len(accuracies[best]))
+    error = deviations[best] / math.sqrt(len(accuracies[best]))
     if means[best] <= guessing + max(BEYOND * error, 1 / images):
         return f"No method learned anything in these runs: {said}, and guessing gives {100 * guessing:.1f} %."
     if min(len(values) for values in accuracies.values()) < 2:
@@ -47,7 +49,7 @@ def verdict(
     beaten, even = [], []
     for other in others:
         points = 100 * (means[best] - means[other])
-        spread = 100 * math.sqrt((_deviation(accuracies[best]) ** 2 + _deviation(accuracies[other]) ** 2) / 2)
+        spread = 100 * math.sqrt((deviations[best] ** 2 + deviations[other] ** 2) / 2)
         if points > max(BEYOND * spread, 100 / images):
             times = f"{points / spread:.2g} times the deviation between seeds" if spread else "all seeds alike"
             beaten.append(f"{other} by {points:.1f} points ({times})")
@@ -74,13 +76,8 @@ def _listed(texts: Sequence[str]) -> str:
     return texts[0] if len(texts) == 1 else ", ".join(texts[:-1]) + " and " + texts[-1]
 
 
-def _deviation(values: Sequence[float]) -> float:
-    return statistics.stdev(values) if len(values) > 1 else 0.0
-
-
 def _percent(values: Sequence[float]) -> str:
-    mean = f"{100 * statistics.fmean(values):.1f}"
-    return f"{mean} ± {100 * _deviation(values):.1f}" if len(values) > 1 else mean
+    return with_spread([100 * value for value in values], 1)
 
 
 def _rows(finished: Sequence[Outcome]) -> list[list[str]]:
@@ -95,7 +92,7 @@ def _rows(finished: Sequence[Outcome]) -> list[list[str]]:
             f"{own[0].rate:g}",
             _percent([result.scores["accuracy_running"] for result in results]),
             _percent([result.scores["accuracy_online"] for result in results]),
-            f"{statistics.fmean(losses):.3f}",
+            f"{mean_and_deviation(losses)[0]:.3f}",
             f"{1000 * statistics.median(result.seconds_per_step for result in results):.1f}",
         ])  # fmt: skip
     return rows

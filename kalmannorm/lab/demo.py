@@ -19,6 +19,7 @@ from kalmannorm.lab import figures, report
 from kalmannorm.lab.data.digits import Split
 from kalmannorm.lab.methods import METHODS
 from kalmannorm.lab.runs import RATES, SCORED_IMAGES, Job, Result, images, run_all, write_csv, write_json
+from kalmannorm.lab.tables import with_spread
 from kalmannorm.lab.workers import available_cpus
 
 if TYPE_CHECKING:
@@ -135,19 +136,14 @@ def _by_method(results: Sequence[Result]) -> dict[str, list[Result]]:
     return groups
 
 
-def _mean_and_spread(values: Sequence[float], digits: int) -> str:
-    mean = f"{statistics.fmean(values):.{digits}f}"
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
-
-
 def summarize(results: Sequence[Result]) -> list[list[str]]:
     """A row a method under `HEADER`: accuracies in %, mean and standard deviation over seeds."""
     return [
         [
             METHODS[key].label,
-            _mean_and_spread([100 * result.accuracy_running for result in own], 1),
-            _mean_and_spread([100 * result.accuracy_online for result in own], 1),
-            _mean_and_spread([result.last_loss for result in own], 3),
+            with_spread([100 * result.accuracy_running for result in own], 1),
+            with_spread([100 * result.accuracy_online for result in own], 1),
+            with_spread([result.last_loss for result in own], 3),
             f"{1000 * statistics.fmean([result.seconds_per_step for result in own]):.1f}",
         ]
         for key, own in _by_method(results).items()

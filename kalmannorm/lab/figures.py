@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kalmannorm.lab.analysis import PriorError
+from kalmannorm.lab.tables import mean_and_deviation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -86,7 +87,8 @@ def _curve(axes: Axes, runs: Runs) -> None:
     # A curve ends where a run diverged.
     smooth = torch.where(smooth.isfinite(), smooth, torch.nan)
     steps = ((torch.arange(smooth.shape[1]) + 0.5) * window).numpy()
-    mean, spread = smooth.mean(0).numpy(), smooth.std(0, correction=min(1, len(losses) - 1)).numpy()
+    pairs = [mean_and_deviation(each) for each in smooth.T.tolist()]
+    mean, spread = torch.tensor(pairs, dtype=torch.float64).T.numpy()
     axes.plot(steps, mean, color=runs.colour, label=runs.label)
     axes.fill_between(steps, mean - spread, mean + spread, color=runs.colour, alpha=0.2, linewidth=0)
 
@@ -125,9 +127,8 @@ def arms(scores: Mapping[str, Mapping[str, Sequence[float]]], score_label: str) 
     drawing = _figure(7, 3.8 if several else 1.2 + 0.45 * len(scores))
     axes = drawing.subplots()
     for row, (label, own) in enumerate(scores.items()):
-        found = {column: torch.tensor(values, dtype=torch.float64) for column, values in own.items() if len(values)}
-        means = [float(values.mean()) for values in found.values()]
-        spreads = [float(values.std(correction=min(1, len(values) - 1))) for values in found.values()]
+        found = {column: mean_and_deviation(values) for column, values in own.items() if len(values)}
+        means, spreads = ([pair[place] for pair in found.values()] for place in (0, 1))
         if several:
             # Beside one another, so that bars of equal scores can be told apart.
             offset = 0.06 * (row - (len(scores) - 1) / 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,8 @@ from kalmannorm.lab.recipes import CONFIGS, Recipe
 from kalmannorm.lab.results import Result, csv_text
 
 __all__ = [
-    "Cell", "Layout", "as_csv", "as_markdown", "format_value", "grid", "layout", "steps_to_reach", "summary",
+    "Cell", "Layout", "as_csv", "as_markdown", "format_value", "grid", "layout", "mean_and_deviation",
+    "steps_to_reach", "summary", "with_spread",
 ]  # fmt: skip
 
 # Numbers after the point, by the beginning of a metric's name; what is none of these is a share, shown in per cent.
@@ -96,13 +98,29 @@ def steps_to_reach(result: Result, metric: str, goal: float) -> int | None:
     return next((int(each["step"]) for each in result.validations if each.get(metric, -1.0) >= goal), None)
 
 
-def format_value(metric: str, values: Sequence[float]) -> str:
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation (over ``n - 1``; 0 of a single value); of values that are not finite, nan.
+
+    Example:
+        >>> mean_and_deviation([1.0, 3.0, 5.0]), mean_and_deviation([math.nan, 1.0])
+        ((3.0, 2.0), (nan, nan))
+    """
+    # `statistics.stdev` ends in an AttributeError where one is not finite.
+    if not all(map(math.isfinite, values)):
+        return sum(values) / len(values), math.nan
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def with_spread(values: Sequence[float], digits: int) -> str:
     """Mean, and the standard deviation over seeds if there are several."""
-    if not values:
-        return "-"
+    mean, deviation = mean_and_deviation(values)
+    return f"{mean:,.{digits}f} ± {deviation:,.{digits}f}" if len(values) > 1 else f"{mean:,.{digits}f}"
+
+
+def format_value(metric: str, values: Sequence[float]) -> str:
+    """As `with_spread`, in the digits of a metric; a dash without values."""
     digits = next((digits for name, digits in DIGITS.items() if metric.startswith(name)), 2)
-    mean = f"{statistics.fmean(values):,.{digits}f}"
-    return f"{mean} ± {statistics.stdev(values):,.{digits}f}" if len(values) > 1 else mean
+    return with_spread(values, digits) if values else "-"
 
 
 def grid(cells: Sequence[Cell], order: Layout) -> list[list[str]]:

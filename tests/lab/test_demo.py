@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import re
 import signal
@@ -135,6 +136,11 @@ def test_a_run_that_diverged_is_still_written(tmp_path):
     assert json.loads(text, parse_constant=pytest.fail)["runs"][0]["losses"] == [2.0, None, None]
     environment = dict.fromkeys(("command", "kalmannorm", "torch", "python", "machine", "seconds"), "?")
     assert "BatchNorm" in demo.write_page(tmp_path / "page.html", results, environment).read_text()
+
+
+def test_the_table_shows_that_one_of_several_runs_diverged():
+    results = [_result("bn", 0, 0.1, [math.nan] * 10), _result("bn", 1, 0.7, [1.0] * 10)]
+    assert demo.summarize(results) == [["BatchNorm", "40.0 ± 42.4", "50.0 ± 0.0", "nan ± nan", "4.0"]]
 
 
 def test_a_run_that_fails_ends_the_demo_with_its_error():

@@ -2,10 +2,24 @@
 
 import csv
 import io
+import math
+
+import pytest
 
 from kalmannorm.lab.recipes import Recipe
 from kalmannorm.lab.results import Result
-from kalmannorm.lab.tables import Cell, as_csv, as_markdown, format_value, grid, layout, steps_to_reach, summary
+from kalmannorm.lab.tables import (
+    Cell,
+    as_csv,
+    as_markdown,
+    format_value,
+    grid,
+    layout,
+    mean_and_deviation,
+    steps_to_reach,
+    summary,
+    with_spread,
+)
 
 CONFIG = {
     "model": {"init_args": {"normalization": "kn", "statistics_batch": 2}},
@@ -61,6 +75,16 @@ def test_numbers_have_their_unit():
     assert format_value("ratio", [1.0149]) == "1.015"
     assert format_value("steps_to_baseline", [170000.0, 160000.0]) == "165,000 ± 7,071"
     assert format_value("accuracy_running", []) == "-"
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_numbers_that_are_not_finite_are_shown_and_end_nothing(wrong):
+    mean, deviation = mean_and_deviation([wrong, 1.0])
+    assert str(mean) == str(wrong)
+    assert math.isnan(deviation)
+    assert mean_and_deviation([1.0, 2.0, 6.0]) == (3.0, pytest.approx(math.sqrt(7)))
+    assert mean_and_deviation([2.0]) == (2.0, 0.0)
+    assert format_value("ratio", [wrong, 1.0]) == with_spread([wrong, 1.0], 3) == f"{wrong} ± nan"
 
 
 def test_computed_numbers_are_shown_as_they_are():
