@@ -49,7 +49,7 @@ def reproduce(
         list: Only say what there is to do, and about how long it would take.
 
     Returns:
-        The exit code: 1 where a run failed.
+        The exit code: 1 where a run failed. One that diverged is named, and not in the mean.
     """
     amount = checked(scale, devices=devices, workers=workers, seeds=seeds)
     cells = [Cell(recipe, recipe.scaled(amount)) for recipe in _chosen(table, only)]

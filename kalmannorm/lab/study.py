@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +23,7 @@ from kalmannorm.lab.study_report import write_report
 from kalmannorm.lab.study_rows import MEASURED, PLANNED, Key, Row, Rows, Table, Told, ToldRun
 from kalmannorm.lab.tables import Cell, as_markdown
 from kalmannorm.lab.training import quiet
-from kalmannorm.lab.trainings import Job, reason, run_jobs
+from kalmannorm.lab.trainings import Job, divergence, reason, run_jobs
 
 if TYPE_CHECKING:
     from kalmannorm.lab.fitting import Split
@@ -289,19 +288,10 @@ def _outcome(trial: Trial, found: Result | Exception, asked: Study) -> Trial:
         # By which a module says that it diverged.
         return replace(trial, error=reason(found), failed=not isinstance(found, FloatingPointError), told=None)
     missing = asked.metric not in found.scores
-    error = _divergence(found)
+    error = divergence(found)
     if missing:
         error = f"no score is called {asked.metric!r}; there are {', '.join(found.scores)}"
     return replace(trial, result=found, error=error, failed=missing, told=None)
-
-
-def _divergence(result: Result) -> str:
-    """What is not finite at a run's end; empty where all is."""
-    if not math.isfinite(result.last_loss):
-        step = next(step for step, loss in enumerate(result.losses, 1) if not math.isfinite(loss))
-        return f"diverged: the loss was {result.losses[step - 1]} at step {step}"
-    wrong = [f"{name} is {value}" for name, value in result.scores.items() if not math.isfinite(value)]
-    return f"diverged: {', '.join(wrong)}" if wrong else ""
 
 
 def _settings(trials: Sequence[Trial]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from kalmannorm.lab.workers import Tell, available_cpus, in_turn, run_all
 if TYPE_CHECKING:
     from kalmannorm.lab.fitting import Split
 
-__all__ = ["Job", "compare_with_baselines", "folder_of", "reason", "run_jobs", "train"]
+__all__ = ["Job", "compare_with_baselines", "divergence", "folder_of", "reason", "run_jobs", "train"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ def train(
 ) -> bool:
     """Train each cell's network with each seed, and put the results, or the reasons why not, into the cells.
 
+    A run that diverged is a reason: its chance accuracy says nothing of the others'.
+
     Args:
         cells: Whose data are here.
         runs: Folder of all runs of a scale.
@@ -66,7 +69,7 @@ def train(
         console: Where the progress bars are.
 
     Returns:
-        Whether a training failed.
+        Whether a training failed; one that diverged did not.
     """
     jobs: dict[Path, Job] = {}
     for cell in cells:
@@ -85,9 +88,11 @@ def train(
             result = results[folder_of(runs, cell, seed)]
             if isinstance(result, Exception):
                 cell.problems.append(f"seed {seed} failed: {reason(result)}")
+            elif wrong := divergence(result):
+                cell.problems.append(f"seed {seed} {wrong}")
             else:
                 cell.runs[seed] = result
-    return any(isinstance(outcome, Exception) for outcome in outcomes)
+    return any(isinstance(each, Exception) and not isinstance(each, FloatingPointError) for each in outcomes)
 
 
 def run_jobs(jobs: Sequence[Job], workers: int | None, console: Console) -> list[Result | Exception]:
@@ -123,6 +128,15 @@ def reason(error: Exception) -> str:
     text = str(error)
     said = text.partition("Errors:\n  - ")[2].partition("\n")[0]
     return f"{type(error).__name__}: {said or ' '.join(text.split())[:300]}"
+
+
+def divergence(result: Result) -> str:
+    """What is not finite at a run's end; empty where all is."""
+    if not math.isfinite(result.last_loss):
+        step = next(step for step, loss in enumerate(result.losses, 1) if not math.isfinite(loss))
+        return f"diverged: the loss was {result.losses[step - 1]} at step {step}"
+    wrong = [f"{name} is {value}" for name, value in result.scores.items() if not math.isfinite(value)]
+    return f"diverged: {', '.join(wrong)}" if wrong else ""
 
 
 def compare_with_baselines(cells: Sequence[Cell]) -> None:

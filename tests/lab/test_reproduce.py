@@ -1,10 +1,12 @@
 """Tables from nothing but a command: trainings, resuming, what is missing, what fails, and the files."""
 
 import csv
+import math
 import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import browser
 import pytest
@@ -69,6 +71,25 @@ def test_a_table_with_its_numbers_failures_and_report(here, capsys):
     assert "kalmannorm reproduce table8 --scale tiny --seeds 2 --only inception-cifar10-kn-bs2" in page
     assert page.count("data:image/png;base64,") == 1
     assert "89.4" in (here / "table8" / "table.md").read_text(encoding="utf-8")
+
+
+def test_a_run_that_diverged_is_named_and_not_in_the_mean(here, capsys, monkeypatch):
+    def diverges(job, tell):
+        if job.seed == 2:
+            raise FloatingPointError("the loss at step 3 is nan")
+        found = fake_fit(job, tell)
+        return found if job.seed else replace(found, losses=[2.0, math.nan], scores=dict.fromkeys(SCORES, 0.1))
+
+    monkeypatch.setattr(trainings, "_fit", diverges)
+    assert run("table8", here, "--scale", "tiny", "--only", "inception-cifar10-kn-bs2", "--seeds", "4") == 0
+    out = capsys.readouterr().out
+    assert re.search(r"KN \(bs = 2\) +\| 52.00 ± 1.41 \(90.9\)", out)
+    assert "- table8/inception-cifar10-kn-bs2: seed 0 diverged: the loss was nan at step 2\n" in out
+    found = rows(here, "table8")
+    assert [row["seed"] for row in found] == ["1", "3", "", ""]
+    assert found[-1]["problem"] == "seed 2 failed: FloatingPointError: the loss at step 3 is nan"
+    assert "seed 0 diverged" in (here / "table8" / "report.html").read_text(encoding="utf-8")
+    assert "| 2     | 52.00 ± 1.41" in (here / "table8" / "table.md").read_text(encoding="utf-8")
 
 
 def test_a_training_that_two_tables_show_has_one_folder(here, monkeypatch):
