@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from kalmannorm.lab.data.folders import FolderData
 from kalmannorm.lab.methods import METHODS, normalize
 from kalmannorm.lab.results import Result, csv_text, finished, write_atomically
-from kalmannorm.lab.trainings import Job, reason, run_jobs
+from kalmannorm.lab.trainings import Job, divergence, reason, run_jobs
 from kalmannorm.lab.workers import available_cpus
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class Outcome:
         rate: Learning rate.
         job: The training; of the search if it is scored on validation images, one of those that count on test images.
         result: If it came to an end.
-        error: Why it did not.
+        error: Why it does not count: what it raised, or how it diverged; empty where it does.
     """
 
     method: str
@@ -123,13 +123,18 @@ class Outcome:
 
     @property
     def accuracy(self) -> float:
-        """By running statistics, as in plain ``eval()``; 0 to 1, and 0 where there is no result."""
-        return self.result.scores["accuracy_running"] if self.result else 0.0
+        """By running statistics, as in plain ``eval()``; 0 to 1, and 0 where the run does not count."""
+        return self.result.scores["accuracy_running"] if self.result and not self.error else 0.0
 
     @property
     def last_loss(self) -> float:
         """Mean training loss of the last tenth of the steps."""
         return self.result.last_loss if self.result else math.nan
+
+    @property
+    def said(self) -> str:
+        """Which run it is, and why it does not count."""
+        return f"{self.job} {'' if self.result else 'failed: '}{self.error}"
 
 
 def compare(
@@ -187,32 +192,33 @@ def compare(
         for key, rate in best.items() if rate is not None
         for seed in range(1, seeds + 1)
     ]  # fmt: skip
-    if not final:
-        raise ValueError(f"no run of any method came to an end; the first failed with: {searched[0].error}")
     counted = _run(final, processes, console)
     write_atomically(output / "results.csv", _as_csv([*searched, *counted]))
+    if not any(by_method(counted).values()):
+        first = next(outcome for outcome in (*counted, *searched) if outcome.error)
+        raise ValueError(f"each run failed or diverged, so there is nothing to compare; {first.said}")
 
     from kalmannorm.lab.compare_report import terminal_table, write_page  # noqa: PLC0415 - matplotlib is slow
 
     page = write_page(output / "report.html", plan, searched, counted, min(processes, len(final)))
     console.print(terminal_table(plan, counted))
+    for outcome in (*searched, *counted):
+        if outcome.error:
+            console.print(f"Left out: {outcome.said}", soft_wrap=True, highlight=False, markup=False)
     console.print(f"Report: {page}", soft_wrap=True, highlight=False)
 
 
 def by_method(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
-    """Outcomes that came to an end, by method; an empty list where none did."""
+    """Outcomes that neither failed nor diverged, by method; an empty list where all did."""
     groups: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
-        groups.setdefault(outcome.method, []).extend([outcome] if outcome.result else [])
+        groups.setdefault(outcome.method, []).extend([outcome] if outcome.result and not outcome.error else [])
     return groups
 
 
 def _best(outcomes: Sequence[Outcome]) -> float | None:
-    """The rate of the highest validation accuracy; of equal ones that of the lower training loss."""
-    if not outcomes:
-        return None
-    chosen = max(outcomes, key=lambda o: (o.accuracy, -o.last_loss if math.isfinite(o.last_loss) else -math.inf))
-    return chosen.rate
+    """The rate of the highest validation accuracy, of equal ones that of the lower training loss; of `by_method`."""
+    return max(outcomes, key=lambda o: (o.accuracy, -o.last_loss)).rate if outcomes else None
 
 
 def _run(trials: Sequence[Outcome], workers: int, console: Console) -> list[Outcome]:
@@ -224,7 +230,9 @@ def _run(trials: Sequence[Outcome], workers: int, console: Console) -> list[Outc
 
 
 def _ended(trial: Outcome, found: Result | Exception) -> Outcome:
-    return replace(trial, error=reason(found)) if isinstance(found, Exception) else replace(trial, result=found)
+    if isinstance(found, Exception):
+        return replace(trial, error=reason(found))
+    return replace(trial, result=found, error=divergence(found))
 
 
 def _numbers(rates: str) -> tuple[float, ...]:

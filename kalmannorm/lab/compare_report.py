@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -82,13 +83,15 @@ def _percent(values: Sequence[float]) -> str:
 
 def _rows(finished: Sequence[Outcome]) -> list[list[str]]:
     rows = []
+    planned = Counter(outcome.method for outcome in finished)
     for key, own in by_method(finished).items():
         results = [outcome.result for outcome in own if outcome.result]
         if not results:
             continue
         losses = [outcome.last_loss for outcome in own]
+        less = "" if len(own) == planned[key] else f" ({len(own)} of {planned[key]} runs)"
         rows.append([
-            METHODS[key].label,
+            METHODS[key].label + less,
             f"{own[0].rate:g}",
             _percent([result.scores["accuracy_running"] for result in results]),
             _percent([result.scores["accuracy_online"] for result in results]),
@@ -107,15 +110,13 @@ def _words(plan: Plan, finished: Sequence[Outcome]) -> str:
     }
     said = verdict(accuracies, seconds, 1 / plan.num_classes, plan.test_images)
     absent = [METHODS[key].label for key in plan.methods if METHODS[key].label not in groups]
-    return f"{said} No run of {_listed(absent)} came to an end." if absent else said
+    return f"{said} No run of {_listed(absent)} counts: each failed or diverged." if absent else said
 
 
 def _warnings(plan: Plan, searched: Sequence[Outcome], finished: Sequence[Outcome]) -> list[str]:
     """What to know before trusting the numbers."""
-    found = [f"{outcome.job} failed: {outcome.error}" for outcome in (*searched, *finished) if not outcome.result]
+    found = [f"Left out: {outcome.said}" for outcome in (*searched, *finished) if outcome.error]
     for key, own in by_method(finished).items():
-        if not all(math.isfinite(outcome.last_loss) for outcome in own):
-            found.append(f"{METHODS[key].label}: the loss of a run that counts is not finite.")
         if own and len(plan.rates) > 1 and own[0].rate in (min(plan.rates), max(plan.rates)):
             found.append(
                 f"{METHODS[key].label}: the best rate, {own[0].rate:g}, is at an end of those searched; "

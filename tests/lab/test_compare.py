@@ -105,19 +105,61 @@ def outcome(method, rate, seed, accuracy, search=False, losses=(1.0,) * 10, erro
     scores = {"accuracy_running": accuracy, "accuracy_online": accuracy / 2}
     environment = {"torch": "2", "machine": "a long name of a machine " * 9}
     result = Result({"model": {"rate": rate}}, scores, 9.0, 0.02, list(losses), [], environment)
-    return replace(trial, result=None if error else result, error=error)
+    return replace(trial, error=error) if error else compare._ended(trial, result)
 
 
 def test_the_best_rate_is_the_one_of_the_highest_accuracy_then_of_the_lowest_loss():
     low = [1.0] * 10
     assert compare._best([outcome("bn", 0.1, 0, 0.5), outcome("bn", 0.2, 0, 0.6)]) == 0.2
-    rows = [
-        outcome("bn", 0.1, 0, 0.5, losses=[2.0] * 10),
-        outcome("bn", 0.2, 0, 0.5, losses=low),
-        outcome("bn", 0.3, 0, 0.5, losses=[math.nan] * 10),
-    ]
+    rows = [outcome("bn", 0.1, 0, 0.5, losses=[2.0] * 10), outcome("bn", 0.2, 0, 0.5, losses=low)]
     assert compare._best(rows) == 0.2
     assert compare._best([]) is None
+
+
+@pytest.mark.parametrize("wrong", [{"losses": [1.0, math.nan]}, {"losses": [math.inf] * 2}, {"accuracy": math.nan}])
+def test_a_run_that_diverged_never_wins_the_search(wrong):
+    diverged = outcome("bn", 0.3, 0, **{"accuracy": 0.9, **wrong})
+    assert diverged.error.startswith("diverged: ")
+    assert diverged.accuracy == 0
+    assert compare.by_method([diverged, outcome("bn", 0.1, 0, 0.2)])["bn"][0].rate == 0.1
+    assert compare.by_method([diverged]) == {"bn": []}
+    assert next(csv.DictReader(io.StringIO(compare._as_csv([diverged]))))["error"] == diverged.error
+
+
+def some_diverge(jobs, workers, console):
+    """Trainings at a rate of 0.1, and one at another, whose accuracy is the higher and whose loss is nan."""
+
+    def result(job):
+        given = job.config["model"]["init_args"]
+        diverges = given["rate"] == 0.1 or (given["normalization"], job.seed) == ("kn", 2)
+        scores = dict.fromkeys(("accuracy_running", "accuracy_online"), 0.9 if diverges else 0.7)
+        return Result(job.config, scores, 1.0, 0.1, [1.0, math.nan if diverges else 1.0], [], {"torch": "2"})
+
+    return [result(job) for job in jobs]
+
+
+def test_what_diverged_is_named_and_left_out(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(compare, "run_jobs", some_diverge)
+    line = ["compare", str(folder), *LINE, "--rates", "0.01,0.1", "--seeds", "3", "--output", str(tmp_path / "out")]
+    assert cli.main(line) == 0
+    out = capsys.readouterr().out
+    left_out = "Left out: KalmanNorm (default), rate 0.01, seed 2 diverged: the loss was nan at step 2"
+    assert left_out in out
+    assert "Left out: BatchNorm, rate 0.1, seed 0 diverged" in out
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert left_out in page
+    cells = re.findall(r"<td>(.*?)</td>", page)
+    assert cells[:3] == ["BatchNorm", "0.01", "70.0 ± 0.0"]
+    assert cells[6:9] == ["KalmanNorm (default) (2 of 3 runs)", "0.01", "70.0 ± 0.0"]
+
+
+def test_where_all_diverged_there_is_nothing_to_compare(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(compare, "run_jobs", some_diverge)
+    line = ["compare", str(folder), *LINE, "--rates", "0.1", "--output", str(tmp_path / "out")]
+    assert cli.main(line) == 2
+    said = "nothing to compare; BatchNorm, rate 0.1, seed 0 diverged: the loss was nan at step 2"
+    assert said in capsys.readouterr().err
+    assert "diverged" in (tmp_path / "out" / "results.csv").read_text(encoding="utf-8")
 
 
 def test_what_went_wrong_is_an_outcome_and_not_the_end(monkeypatch, tmp_path):
@@ -210,7 +252,7 @@ def test_the_report_is_readable_and_says_what_the_terminal_says(outcomes, tmp_pa
     assert terminal_table(PLAN, outcomes[1]).caption in text
     assert "KalmanNorm (default) has the highest accuracy, 91.5 ± 0.7 % of 50 test images" in text
     assert "GroupNorm, rate 0.01, seed 0 failed: it broke" in text
-    assert "No run of GroupNorm came to an end." in text
+    assert "No run of GroupNorm counts: each failed or diverged." in text
     assert "the best rate, 0.1, is at an end of those searched" in text
     assert "kalmannorm compare some/pets --methods bn,gn,kn --statistics_batch 2 --gradient_batch 4" in text
     cells = re.findall(r"<td>(.*?)</td>", page.read_text(encoding="utf-8"))
