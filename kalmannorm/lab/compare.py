@@ -63,6 +63,8 @@ class Plan:
     seeds: int
     num_classes: int
     test_images: int
+    guessing: float
+    """Accuracy of who names the largest class of the test images each time."""
 
     def trial(self, method: str, rate: float, seed: int, split: Split, output: Path) -> Outcome:
         """A run that nothing has come of yet, in a folder below ``output``."""
@@ -180,7 +182,7 @@ def compare(
     data = _checked_data(folder, size, images)
     _check_methods(keys, network, data.num_classes, statistics_batch, size)
     plan = Plan(folder, keys, statistics_batch, images, network, size, steps, _numbers(rates), seeds,
-                data.num_classes, len(data.test_set))  # fmt: skip
+                data.num_classes, len(data.test_set), _largest_share(data))  # fmt: skip
     _claim(output, plan)
     console = Console()
     processes = workers or torch.cuda.device_count() or available_cpus()
@@ -253,6 +255,12 @@ def _checked_data(folder: str, size: int, images: int) -> FolderData:
     if images > len(data.train_set):
         raise ValueError(f"--gradient_batch: expected at most the {len(data.train_set)} training images; got {images}")
     return data
+
+
+def _largest_share(data: FolderData) -> float:
+    """Of the test images, the share of the class that most of them are of."""
+    labels = torch.tensor(data.test_set.dataset.targets)[data.test_set.indices]  # type: ignore[attr-defined]
+    return int(labels.bincount().max()) / len(labels)
 
 
 def _check_methods(methods: Sequence[str], name: str, num_classes: int, statistics_batch: int, size: int) -> None:

@@ -32,7 +32,7 @@ def verdict(
     Args:
         accuracies: For each method, by its label, a list over seeds, 0 to 1.
         seconds: For each, the seconds a step.
-        guessing: Accuracy of a guess.
+        guessing: Accuracy of a guess: the share of the largest class.
         images: Images that were scored.
     """
     found = {label: mean_and_deviation(values) for label, values in accuracies.items()}
@@ -108,7 +108,7 @@ def _words(plan: Plan, finished: Sequence[Outcome]) -> str:
         label: statistics.median(outcome.result.seconds_per_step for outcome in own if outcome.result)
         for label, own in groups.items()
     }
-    said = verdict(accuracies, seconds, 1 / plan.num_classes, plan.test_images)
+    said = verdict(accuracies, seconds, plan.guessing, plan.test_images)
     absent = [METHODS[key].label for key in plan.methods if METHODS[key].label not in groups]
     return f"{said} No run of {_listed(absent)} counts: each failed or diverged." if absent else said
 

@@ -88,9 +88,9 @@ class FolderData(lightning.LightningDataModule):
         score_batch: Images a batch in validation and test.
         size: Side of the images, in pixels.
         workers: Processes that load images.
-        validation: Share of the training images to hold out where there is no ``test``; and where there is no
-            ``val`` either, as many again for the test. ``"test"`` holds none out, and validates on the test images:
-            for curves as papers show them, not for choices.
+        validation: Share of each class's training images to hold out where there is no ``test``, one at least; and
+            where there is no ``val`` either, as many again for the test. ``"test"`` holds none out, and validates on
+            the test images: for curves as papers show them, not for choices.
         split_seed: Decides which; and with ``limit``, which ones are kept.
         limit: Keep so many images of each split, drawn from all classes.
         seed: Of the order, the crops and the flips.
@@ -125,7 +125,8 @@ class FolderData(lightning.LightningDataModule):
 
         Raises:
             MissingDataError: There is no such folder.
-            ValueError: ``train``, ``val`` and ``test`` differ in their classes, or too few images are to be split.
+            ValueError: ``train``, ``val`` and ``test`` differ in their classes, or a class has too few images to be in
+                each split.
         """
         if hasattr(self, "train_set"):
             return
@@ -133,12 +134,9 @@ class FolderData(lightning.LightningDataModule):
         if self.validation == "test" and "val" not in pictures:
             raise ValueError(f"{self.folder} has no test images to validate on: expected train/ and val/, or a share")
         self.classes, self.num_classes = _common_classes(self.folder, pictures), len(pictures["train"].classes)
-        splits = _splits({part: len(files) for part, files in pictures.items()}, self.validation, self.split_seed)
+        splits = _splits(pictures, self.validation, self.split_seed)
+        _check_classes(self.folder, splits, pictures["train"])
         for split, (part, indices) in splits.items():
-            if not len(indices):
-                raise ValueError(
-                    f"{self.folder} has too few images to hold out a share of {self.validation} for {split}"
-                )
             # Listed once: a large folder takes minutes.
             transformed = copy.copy(pictures[part])
             transformed.transform = image_transform(self.size, split == "train")
@@ -175,23 +173,60 @@ def _common_classes(place: str, folders: dict[str, Any]) -> list[str]:
     return known
 
 
-def _splits(counts: dict[str, int], share: float | Literal["test"], seed: int) -> dict[str, tuple[str, np.ndarray]]:
+def _splits(pictures: dict[str, Any], share: float | Literal["test"], seed: int) -> dict[str, tuple[str, np.ndarray]]:
     """From split to folder, and which of its images, in a random order.
 
     Args:
-        counts: Images in each folder there is.
-        share: Of the training images, to hold out for a split that has no folder; or "test".
+        pictures: Of each folder there is.
+        share: Of each class's training images, to hold out for a split that has no folder; or "test".
         seed: Of the order.
     """
-    order = {part: np.random.default_rng(seed).permutation(count) for part, count in counts.items()}
-    train = order["train"]
+    order = {part: np.random.default_rng(seed).permutation(len(files)) for part, files in pictures.items()}
+    whole = {part: (part, indices) for part, indices in order.items()}
     if share == "test":
-        test = "test" if "test" in counts else "val"
-        return {"train": ("train", train), "validation": (test, order[test]), "test": (test, order[test])}
-    held_out = round(share * counts["train"])
-    if "test" in counts:
-        return {"train": ("train", train), "validation": ("val", order["val"]), "test": ("test", order["test"])}
-    validation, rest = ("train", train[:held_out]), train[held_out:]
-    if "val" in counts:
-        return {"train": ("train", rest), "validation": validation, "test": ("val", order["val"])}
-    return {"train": ("train", rest[held_out:]), "validation": validation, "test": ("train", rest[:held_out])}
+        scored = whole["test" if "test" in pictures else "val"]
+        return {"train": whole["train"], "validation": scored, "test": scored}
+    if "test" in pictures:
+        return {"train": whole["train"], "validation": whole["val"], "test": whole["test"]}
+    labels = np.asarray(pictures["train"].targets)
+    if "val" in pictures:
+        validation, rest = _cut(order["train"], labels, share, 1)
+        return {"train": ("train", rest), "validation": ("train", validation), "test": whole["val"]}
+    validation, test, rest = _cut(order["train"], labels, share, 2)
+    return {"train": ("train", rest), "validation": ("train", validation), "test": ("train", test)}
+
+
+def _cut(order: np.ndarray, labels: np.ndarray, share: float, times: int) -> list[np.ndarray]:
+    """So many parts with a share of each class, but at least an image of it, and then the rest.
+
+    A share of all images would leave it to chance how many of a small class are among them.
+
+    Args:
+        order: Of the images; the parts keep it.
+        labels: Of the images, by their indices.
+        share: A part's.
+        times: Number of parts.
+    """
+    own = labels[order]
+    counts = np.bincount(own)
+    size = np.maximum(1, np.rint(share * counts)).astype(int)
+    # How many of its class come before an image.
+    place = np.empty_like(order)
+    place[np.argsort(own, kind="stable")] = np.concatenate([np.arange(count) for count in counts])
+    part = np.minimum(place // size[own], times)
+    return [order[part == number] for number in range(times + 1)]
+
+
+def _check_classes(place: str, splits: dict[str, tuple[str, np.ndarray]], training: Any) -> None:
+    """Refuse a split of the training images without an image of a class."""
+    cut = {split: indices for split, (part, indices) in splits.items() if part == "train"}
+    if len(cut) < 2:
+        return
+    labels = np.asarray(training.targets)
+    counts = np.bincount(labels, minlength=len(training.classes))
+    for split, indices in cut.items():
+        for absent in np.flatnonzero(np.bincount(labels[indices], minlength=len(counts)) == 0):
+            raise ValueError(
+                f"{place}: no image of class {training.classes[absent]!r} would be left for {split}; expected at least "
+                f"{len(cut)} to split into {', '.join(cut)}; got {counts[absent]}"
+            )

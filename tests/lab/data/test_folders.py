@@ -131,9 +131,31 @@ def test_a_share_that_is_none_is_named():
         FolderData(validation=0.5)
 
 
-def test_too_few_images_to_split_are_refused(tmp_path):
-    write_classes(tmp_path, 1)
-    with pytest.raises(ValueError, match=r"too few images to hold out a share of 0\.1 for validation"):
+def labels(subset):
+    return [subset.dataset.targets[index] for index in subset.indices]
+
+
+@pytest.mark.parametrize("split_seed", [0, 1])
+@pytest.mark.parametrize("folders", [(".",), ("train", "val")])
+def test_each_split_has_its_share_of_a_small_class(tmp_path, folders, split_seed):
+    for folder in folders:
+        write_classes(tmp_path / folder, 45, CLASSES[:1])
+        write_classes(tmp_path / folder, 5, CLASSES[1:2])
+    data = ready(tmp_path, validation=0.2, split_seed=split_seed)
+    counts = [torch.tensor(labels(part)).bincount().tolist() for part in (data.train_set, data.validation_set)]
+    assert counts == ([[27, 3], [9, 1]] if folders == (".",) else [[36, 4], [9, 1]])
+    assert torch.tensor(labels(data.test_set)).bincount().tolist() == ([9, 1] if folders == (".",) else [45, 5])
+
+
+@pytest.mark.parametrize(("folder", "count", "least", "absent"), [(".", 2, 3, "train"), ("train", 1, 2, "train"),
+                                                                  (".", 1, 3, "train")])  # fmt: skip
+def test_a_class_too_small_to_be_in_each_split_is_named(tmp_path, folder, count, least, absent):
+    write_classes(tmp_path / folder, 20, CLASSES[:2])
+    write_classes(tmp_path / folder, count, CLASSES[2:])
+    if folder == "train":
+        write_classes(tmp_path / "val", 2)
+    words = f"'dog' would be left for {absent}; expected at least {least} .*; got {count}"
+    with pytest.raises(ValueError, match=words):
         ready(tmp_path)
 
 

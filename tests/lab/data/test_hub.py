@@ -30,6 +30,7 @@ def test_an_item_is_a_picture_in_colour_and_its_label():
     assert len(images) == 4
     assert images.classes == CLASSES
     picture, label = images[2]
+    assert images.targets == [0, 1, 2, 0]
     assert picture.shape == (30, 40, 3)
     assert (picture == 2).all()
     assert label == 2
@@ -62,7 +63,7 @@ def test_from_the_hub_if_it_is_nowhere(root, monkeypatch):
         return part({"train": 10, "validation": 4}[split])
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    assert (len(ready().train_set), len(ready().test_set)) == (9, 4)
+    assert (len(ready().train_set), len(ready().test_set)) == (7, 4)
     assert set(asked) == {(REPOSITORY, "train"), (REPOSITORY, "validation")}
 
 
