@@ -51,10 +51,10 @@ def step_of(method, samples, dtype, layout, device, depth=32):
     """A whole training step, captured where there is a GPU."""
     torch.manual_seed(0)
     layout = getattr(torch, "contiguous_format" if layout == "contiguous" else layout)
-    prior = {"input_stats": [[0.0] * 3, [0.5] * 3]} if method == "kn" else {}
+    options = {"kn": {"input_stats": [[0.0] * 3, [0.5] * 3]}, "gn": {"groups": 4}}.get(method, {})
     whole = method == "bn" and samples == 128
     network = CifarResNet(depth)
-    network = network if whole else normalize(network, method, statistics_batch=samples, steps=1000, **prior)
+    network = network if whole else normalize(network, method, statistics_batch=samples, steps=1000, **options)
     network.to(device, memory_format=layout)
     images = torch.randn(128, 3, 32, 32, device=device).contiguous(memory_format=layout)
     labels = torch.randint(0, 10, (128,), device=device)

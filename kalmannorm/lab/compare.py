@@ -274,7 +274,10 @@ def _check_methods(methods: Sequence[str], name: str, num_classes: int, statisti
     for method in methods:
         if method not in METHODS:
             raise ValueError(f"--methods: unknown method {method!r}; expected some of {', '.join(METHODS)}")
-        normalize(classifier(name, num_classes), method, statistics_batch=statistics_batch)
+        try:
+            normalize(classifier(name, num_classes), method, statistics_batch=statistics_batch)
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"--methods: {method} does not suit {name}: {error}") from error
 
 
 def _claim(output: Path, plan: Plan) -> None:

@@ -73,7 +73,7 @@ def _preset(name: str) -> Callable[..., nn.Module]:
     return lambda network, **options: kalmannorm.convert(network, **{**kalmannorm.preset(name), **options})
 
 
-def _group_kalman(network: nn.Module, groups: int = 4, **options: Any) -> nn.Module:
+def _group_kalman(network: nn.Module, groups: int = 32, **options: Any) -> nn.Module:
     return kalmannorm.convert(to_groupnorm(network, groups), layers=("group",), **options)
 
 

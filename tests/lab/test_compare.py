@@ -81,6 +81,16 @@ def test_what_cannot_be_compared_is_said_in_one_line(folder, tmp_path, capsys, o
     assert not (tmp_path / "out").exists()
 
 
+def test_a_network_that_a_method_does_not_suit_is_named_with_it(folder, tmp_path, capsys, monkeypatch):
+    def normalize(network, method, **options):
+        if method == "kn":
+            raise ValueError("it cannot be traced")
+
+    monkeypatch.setattr(compare, "normalize", normalize)
+    assert cli.main(["compare", str(folder), *LINE, "--output", str(tmp_path / "out")]) == 2
+    assert "--methods: kn does not suit resnet18: it cannot be traced" in capsys.readouterr().err
+
+
 def test_missing_images_are_said_in_one_line(tmp_path, capsys):
     assert cli.main(["compare", str(tmp_path / "none"), "--output", str(tmp_path / "out")]) == 2
     assert f"the data set '{tmp_path / 'none'}' was not found" in capsys.readouterr().err

@@ -100,6 +100,13 @@ def test_methods_start_from_the_same_weights_and_see_the_same_images(few_images)
     assert runs.run(Job("gn", 3, 5, 1e-3)).losses != pytest.approx(first, rel=1e-2)
 
 
+def test_the_demos_groupnorm_has_the_groups_of_its_kept_results(few_images, monkeypatch):
+    networks = [SmallConvNet()]
+    monkeypatch.setattr(runs, "SmallConvNet", lambda: networks[0])
+    runs.run(Job("gn", 0, 1, 1e-3))
+    assert {norm.num_groups for norm in networks[0].norms} == {4}
+
+
 def test_every_method_replaces_what_it_says():
     kinds = {}
     for key in runs.RATES:

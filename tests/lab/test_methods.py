@@ -64,6 +64,7 @@ def test_options_go_to_the_method_and_before_what_follows_from_others():
     group = normalize(small(), "gkn", statistics_batch=2, groups=2, gain=0.5).norms[0]
     assert isinstance(group, GroupKalmanNorm)
     assert (group.num_groups, group.gain) == (2, 0.5)
+    assert [normalize(small(), key).norms[1].num_groups for key in ("gn", "gkn")] == [16, 16]
     # As they come from a file.
     assert normalize(small(), "brn", schedule=[3, 5], steps=100).norms[0].schedule == (3, 5)
     assert normalize(small(), "brn", schedule={"start": 7}).norms[0].schedule == RenormSchedule(start=7)

@@ -5,7 +5,7 @@ import re
 import pytest
 import yaml
 
-from kalmannorm.lab import recipes
+from kalmannorm.lab import recipes, study_file
 from kalmannorm.lab.computed import parameters
 from kalmannorm.lab.costs import build
 from kalmannorm.lab.recipes import merge, names, read, tables
@@ -87,6 +87,19 @@ def test_the_paper_schedule_on_cifar():
     for epoch, rate in epochs.items():
         share = share_of_rate(round(epoch / 400 * steps), steps, given["schedule"], given["milestones"])
         assert share * given["rate"] == pytest.approx(rate)
+
+
+def test_groups_do_not_follow_from_a_default():
+    """Of recipes and studies alike: results that are kept must not change their meaning with `to_groupnorm`."""
+    configs = {name: read(name).config for name in EVERY}
+    configs |= {f"{name}/{arm.name}": arm.recipe.config for name in study_file.names()
+                for arm in study_file.read(name).arms}  # fmt: skip
+    found = {name: init_args(config) for name, config in configs.items()
+             if init_args(config).get("normalization") in ("gn", "gkn")}  # fmt: skip
+    groups = {name: given.get("normalization_options", {}).get("groups") for name, given in found.items()}
+    assert groups["table8/resnet32-gn-bs2"] == groups["figure4/resnet32-gkn"] == groups["batch-sizes-cpu/gn-2"] == 4
+    assert groups["table1/resnet50-gn"] == 32
+    assert None not in groups.values()
 
 
 def test_several_bases_and_theirs_are_merged_in_order():

@@ -26,6 +26,12 @@ def test_an_image_no_longer_depends_on_its_neighbours():
     assert torch.allclose(model(images)[:1], model(images[:1]), atol=1e-5)
 
 
-def test_groups_that_do_not_divide_the_channels_raise():
-    with pytest.raises(ValueError, match="divisible"):
-        to_groupnorm(nn.Sequential(nn.BatchNorm2d(6)), 4)
+def test_groups_divide_the_channels_and_are_the_papers_32():
+    model = to_groupnorm(nn.Sequential(*(nn.BatchNorm2d(channels) for channels in (64, 48, 58, 5))))
+    assert [norm.num_groups for norm in model] == [32, 16, 2, 1]
+    assert to_groupnorm(nn.Sequential(nn.BatchNorm2d(6)), 4)[0].num_groups == 2
+
+
+def test_no_groups_raise():
+    with pytest.raises(ValueError, match="groups must be at least 1; got 0"):
+        to_groupnorm(nn.Sequential(nn.BatchNorm2d(6)), 0)
