@@ -160,7 +160,8 @@ def compare(
 
     Args:
         folder: Images, one folder a class; or with train, val and perhaps test folders around those.
-        methods: Which to compare, separated by commas: keys of kalmannorm.lab.methods.METHODS.
+        methods: Which to compare, separated by commas: some of bn, brn, gn, ln, in, wn, ghost, sync, mabn, cbn,
+            evonorm, frn, kn, kn-paper, kn-released, gkn.
         statistics_batch: Images that are normalized together.
         gradient_batch: Images a training step, if more than that.
         network: A classifier of torchvision with BatchNorm.
@@ -274,6 +275,10 @@ def _check_methods(methods: Sequence[str], name: str, num_classes: int, statisti
     for method in methods:
         if method not in METHODS:
             raise ValueError(f"--methods: unknown method {method!r}; expected some of {', '.join(METHODS)}")
+        if method == "frozen":
+            raise ValueError(
+                "--methods: 'frozen' keeps the statistics of a trained network, and these are untrained; leave it out"
+            )
         try:
             normalize(classifier(name, num_classes), method, statistics_batch=statistics_batch)
         except (ValueError, RuntimeError) as error:

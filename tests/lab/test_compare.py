@@ -16,6 +16,7 @@ from kalmannorm.lab import cli, compare
 from kalmannorm.lab.compare import Plan, classifier
 from kalmannorm.lab.compare_report import terminal_table, verdict, write_page
 from kalmannorm.lab.data.generated import generate_folders
+from kalmannorm.lab.methods import METHODS
 from kalmannorm.lab.results import Result
 
 
@@ -61,6 +62,7 @@ def test_a_comparison_from_beginning_to_end(folder, tmp_path, capsys):
     ("options", "message"),
     [
         (["--methods", "bn,xy"], "--methods: unknown method 'xy'; expected some of bn, brn"),
+        (["--methods", "bn,frozen"], "--methods: 'frozen' keeps the statistics of a trained network"),
         (["--methods", "gn", "--network", "resnet19"], "no classifier 'resnet19'; it has for example resnet18"),
         (["--network", "alexnet"], "alexnet has no BatchNorm"),
         (["--network", "inception_v3"], "--size: inception_v3 cannot take images of 32 pixels"),
@@ -93,7 +95,18 @@ def test_a_network_that_a_method_does_not_suit_is_named_with_it(folder, tmp_path
 
 def test_missing_images_are_said_in_one_line(tmp_path, capsys):
     assert cli.main(["compare", str(tmp_path / "none"), "--output", str(tmp_path / "out")]) == 2
-    assert f"the data set '{tmp_path / 'none'}' was not found" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert f"the folder '{tmp_path / 'none'}' was not found" in err
+    assert "expected one with images as CLASS/*.jpg, or as train/CLASS/*.jpg" in err
+    assert "image-net" not in err
+
+
+def test_the_help_lists_the_methods(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["compare", "--help"])
+    assert ended.value.code == 0
+    listed = ",".join(key for key in METHODS if key != "frozen")
+    assert f"someof{listed}." in "".join(capsys.readouterr().out.split())
 
 
 def test_classifiers_give_logits_alone():

@@ -15,7 +15,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from kalmannorm.lab.data.hub import REPOSITORY, HubImages, hub_parts, local_parts
-from kalmannorm.lab.data.roots import find, missing
+from kalmannorm.lab.data.roots import MissingDataError, data_root, find, missing
 from kalmannorm.lab.data.shuffling import OrderedBatches, ShuffledBatches
 
 # ImageNet's, of pixels from 0 to 1; what pretrained networks expect, whatever the images.
@@ -25,6 +25,11 @@ LAYOUT = ["train/*/*", "val/*/*"]
 ORIGIN = (
     "where it is published (ImageNet-1k: https://image-net.org/download-images, its validation images sorted into "
     "one folder a class as the training images are)"
+)
+# Of any other folder.
+OWN_LAYOUTS = (
+    "one with images as CLASS/*.jpg, or as train/CLASS/*.jpg, val/CLASS/*.jpg and perhaps test/CLASS/*.jpg "
+    "(or .png and the like)"
 )
 
 
@@ -61,7 +66,8 @@ def open_pictures(folder: str) -> dict[str, Any]:
     place = locate(folder)
     if place is None:
         if folder != "imagenet":
-            raise missing(folder, LAYOUT, ORIGIN)
+            under = f", neither as a path nor under {root}" if (root := data_root()) else ""
+            raise MissingDataError(f"the folder {folder!r} was not found{under}; expected {OWN_LAYOUTS}")
         try:
             return {part: HubImages(rows) for part, rows in hub_parts().items()}
         except OSError as error:  # also what the hub's errors are
@@ -70,6 +76,8 @@ def open_pictures(folder: str) -> dict[str, Any]:
         return {part: HubImages(rows) for part, rows in tables.items()}
     parts = {part: place / part for part in ("train", "val", "test") if (place / part).is_dir()}
     if parts and not {"train", "val"} <= set(parts):
+        if folder != "imagenet":
+            raise MissingDataError(f"{folder} has {' and '.join(parts)} of train, val and test; expected {OWN_LAYOUTS}")
         raise missing(folder, LAYOUT, ORIGIN)
     return {part: ImageFolder(str(path)) for part, path in (parts or {"train": place}).items()}
 

@@ -118,6 +118,17 @@ def test_a_part_alone_is_no_class(root, part):
         ready("imagenet")
 
 
+def test_of_a_folder_of_ones_own_the_layouts_are_told(root, tmp_path):
+    with pytest.raises(MissingDataError, match=rf"'pets' .* under {root}; expected .* CLASS/\*\.jpg") as raised:
+        ready("pets")
+    assert "image-net" not in str(raised.value)
+    write_classes(tmp_path / "own" / "train", 1)
+    write_classes(tmp_path / "own" / "test", 1)
+    with pytest.raises(MissingDataError, match=r"has train and test of train, val and test; expected") as raised:
+        ready(tmp_path / "own")
+    assert "image-net" not in str(raised.value)
+
+
 @pytest.mark.parametrize("part", ["val", "test"])
 def test_classes_that_differ_are_named(tmp_path, part):
     for name in ("train", "val", "test"):
