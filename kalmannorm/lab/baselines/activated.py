@@ -28,8 +28,9 @@ def replace_batchnorm_relu(model: nn.Module, make: Callable[[_BatchNorm, bool], 
     inside timm's ``BatchNormAct2d`` too.
 
     Tracing fixes what depends on Python values: the network cannot take other branches later, and ``F.dropout``
-    keeps the mode it was traced in (``nn.Dropout`` does not). A network that cannot be traced gets such layers when
-    it is built: give it them as ``norm_layer`` and ``nn.Identity`` as activation.
+    in a module with a BatchNorm or an activation keeps the mode it was traced in. Modules with neither, such as
+    ``nn.Dropout`` and stochastic depth, stay as they are. A network that cannot be traced gets such layers when it is
+    built: give it them as ``norm_layer`` and ``nn.Identity`` as activation.
 
     Args:
         model: Any network with BatchNorm layers.
@@ -48,16 +49,37 @@ def replace_batchnorm_relu(model: nn.Module, make: Callable[[_BatchNorm, bool], 
 
 
 class _Tracer(fx.Tracer):
+    def __init__(self, whole: set[nn.Module]) -> None:
+        super().__init__()
+        self.whole = whole
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Other libraries' BatchNorm layers stay whole, too."""
-        return isinstance(m, _BatchNorm) or super().is_leaf_module(m, module_qualified_name)
+        """Other libraries' BatchNorm layers stay whole, too, and what there is nothing to take from."""
+        return isinstance(m, _BatchNorm) or m in self.whole or super().is_leaf_module(m, module_qualified_name)
+
+
+def _has_nothing_to_take(module: nn.Module) -> bool:
+    """Whether a module is without BatchNorm and activation; False where that cannot be told.
+
+    Inside of others tracing would fix what they did in training, as stochastic depth draws.
+    """
+    if any(isinstance(layer, _BatchNorm) for layer in module.modules()):
+        return False
+    try:
+        graph = fx.Tracer().trace(module)
+    except Exception:  # whatever its own code raises; where it stands it may get other arguments
+        return False
+    modules = dict(module.named_modules(remove_duplicate=False))
+    *calls, output = graph.nodes
+    # A network may look into a list or a dict that it gets, which one call's output does not let it do.
+    return isinstance(output.args[0], fx.Node) and not any(_is_activation(node, modules) for node in calls)
 
 
 def _trace(model: nn.Module) -> fx.GraphModule:
     # A module that is a leaf of its own tracing would not be called at all.
     root = nn.Sequential(model) if isinstance(model, _BatchNorm) else model
     try:
-        graph = _Tracer().trace(root)
+        graph = _Tracer({module for module in root.modules() if _has_nothing_to_take(module)}).trace(root)
     except Exception as error:  # whatever the network's own code raises where it meets a proxy
         raise ValueError(
             f"{type(model).__name__} cannot be traced by torch.fx, which finds the ReLU behind each BatchNorm: "

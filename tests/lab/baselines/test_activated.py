@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torchvision.ops import StochasticDepth
 
 from kalmannorm.lab.baselines.activated import replace_batchnorm_relu
 from kalmannorm.lab.models.small import SmallConvNet
@@ -35,6 +36,25 @@ class Residual(nn.Module):
         return self.third(self.relu(x + y)).relu()
 
 
+class Dropping(nn.Module):
+    """A branch that training leaves out by chance, and a module that begins with an activation."""
+
+    def __init__(self, drop):
+        super().__init__()
+        self.drop, self.relu = drop, Relu()
+        self.first, self.second = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.relu(self.second(x + self.drop(self.first(x))))
+
+
+class Relu(nn.Module):
+    """In a module of its own, and called as a function."""
+
+    def forward(self, x):
+        return F.relu(x)
+
+
 def flags(model):
     return [layer.activation for layer in model.modules() if isinstance(layer, Activated)]
 
@@ -55,6 +75,20 @@ def test_a_relu_behind_an_addition_stays():
     replaced = replace_batchnorm_relu(model, Activated)
     assert flags(replaced) == [True, False, True]
     assert torch.allclose(replaced(x), expected)
+
+
+def drop_path(probability):
+    return pytest.importorskip("timm").layers.DropPath(probability)
+
+
+@pytest.mark.parametrize("drop", [lambda p: StochasticDepth(p, "row"), drop_path, nn.Dropout])
+def test_what_draws_in_training_does_not_in_eval(drop):
+    model, x = Dropping(drop(0.5)), torch.randn(16, 3, 4, 4)
+    replaced = replace_batchnorm_relu(model, Activated)
+    assert flags(replaced) == [False, True]
+    assert torch.equal(replaced.eval()(x), model.eval()(x))
+    assert not torch.equal(replaced.train()(x), replaced(x))
+    assert torch.equal(replaced.eval()(x), replaced(x))
 
 
 def test_timm_resnet_and_norm_act():
