@@ -19,6 +19,7 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 import kalmannorm
+from kalmannorm.lab.baselines.passes import count_in_steps
 from kalmannorm.lab.baselines.weight_norm import initialize
 from kalmannorm.lab.capturing import CapturedStep
 from kalmannorm.lab.data.sharing import images_a_process
@@ -112,7 +113,7 @@ class Classifier(lightning.LightningModule):
         self._memory_format = torch.channels_last if channels_last else torch.preserve_format
         if channels_last:
             self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.method, self.statistics_batch = METHODS[normalization], statistics_batch
+        self.method, self.statistics_batch, self._passes = METHODS[normalization], statistics_batch, 1
         self._optimization = (rate, steps, schedule, milestones, momentum, weight_decay)
         self.score_online = score_online
         self._anneal = partial(annealing, steps=steps, factor=anneal, start=anneal_from)
@@ -188,6 +189,9 @@ class Classifier(lightning.LightningModule):
             self._was_batchnorm = False
         whole = self.method.statistics != "batch" or self.statistics_batch is None
         parts = (images,) if whole else images.split(self.statistics_batch)
+        if len(parts) > self._passes:  # known only now, and an epoch may end with fewer
+            self._passes = len(parts)
+            count_in_steps(self.network, self._passes)
         return torch.cat([self._forward(part) for part in parts])
 
     def on_after_backward(self) -> None:

@@ -159,6 +159,28 @@ def test_a_loop_over_parts_trains_as_one_pass_in_groups(statistics_batch):
     assert loss != pytest.approx(_a_step("bn", 8, *data)[0], rel=1e-3)
 
 
+@pytest.mark.parametrize("method", ["sync", "cbn"])
+def test_passes_of_one_step_count_once(method):
+    """Four passes of the same images move the averages as one does."""
+    images, labels = _data(2)
+    _, _, once = _a_step(method, 2, images, labels)
+    _, _, looped = _a_step(method, 2, images.repeat(4, 1, 1, 1), labels.repeat(4))
+    for name, buffer in once.network.named_buffers():
+        if "running" in name:
+            assert torch.allclose(looped.network.get_buffer(name), buffer, atol=1e-6), name
+    assert once.network.norms[0].momentum == 0.1  # to the digit: nothing was rounded
+    assert looped.network.norms[0].momentum == pytest.approx(1 - 0.9**0.25)
+
+
+def test_cross_iteration_waits_for_steps_and_not_for_passes():
+    classifier = _classifier(SmallConvNet(((8, 2),)), normalization="cbn", steps=40)  # as BatchNorm for 2 of them
+    begun = []
+    hook = classifier.network.norms[0].register_forward_pre_hook(lambda layer, _: begun.append(layer._begun()))
+    quiet_trainer(3).fit(classifier, loader(*_data(32), 8, 0))
+    hook.remove()
+    assert begun == [False] * 8 + [True] * 4
+
+
 def test_batchnorm_over_all_images_is_torchs_own():
     whole, groups = (_a_step("bn", size, *_data(8))[2].network.norms[0] for size in (8, 4))
     assert type(whole) is nn.BatchNorm2d

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +51,10 @@ class CrossIterationNorm(_BatchNorm):
     over the last `window` iterations, or as many as there were. Gradients flow through the current iteration's
     statistics only. ``eval()`` is BatchNorm's, by moving averages of these means and variances.
 
+    An iteration is what happens under the same weights. Where it takes several forward passes, each is like a device
+    of its own: from the past it gets those batches that had its place among them. All are remembered, so memory grows
+    with their number. See `kalmannorm.lab.baselines.passes.count_in_steps`.
+
     How it finds the filters: the layer below tells, by a hook (`announce`). Where no convolution or linear layer
     stands right below, or where nothing is differentiated (`torch.no_grad`), the layer is BatchNorm and
     remembers nothing. That a bias below changes is not compensated. The past iterations are not in the
@@ -63,6 +67,9 @@ class CrossIterationNorm(_BatchNorm):
         affine: Learn ``weight`` and ``bias``, each ``(C,)``.
         window: Iterations whose statistics count (the paper's k).
         burn_in: Training steps as BatchNorm, before weights have calmed down.
+
+    Attributes:
+        passes: Forward passes an iteration, 1 by default.
     """
 
     def __init__(self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True, *,
@@ -71,7 +78,8 @@ class CrossIterationNorm(_BatchNorm):
         if window < 1:
             raise ValueError(f"CrossIterationNorm got window={window}, expected 1 or more")
         self.window, self.burn_in = window, burn_in
-        self._past: deque[_Iteration] = deque(maxlen=window - 1)
+        self.passes = 1
+        self._past: deque[_Iteration] = deque()
         self._steps = 0
 
     def forward(self, input: Tensor) -> Tensor:
@@ -87,8 +95,10 @@ class CrossIterationNorm(_BatchNorm):
         if below is not None and input.requires_grad:
             newest = _describe(input, below, own_mean.detach(), own_var.detach())
             if self._begun():
-                mean, var, pixels = _over_iterations(own_mean, own_var, newest, self._past)
+                mean, var, pixels = _over_iterations(own_mean, own_var, newest, self._of_this_place())
             self._past.append(newest)
+            while len(self._past) > (self.window - 1) * self.passes:
+                self._past.popleft()
         self._remember(mean.detach(), var.detach(), pixels)
         scale = (var + self.eps).rsqrt()
         shift = -mean * scale
@@ -98,7 +108,11 @@ class CrossIterationNorm(_BatchNorm):
         return (x * scale.view(shape) + shift.view(shape)).to(input.dtype)
 
     def _begun(self) -> bool:
-        return self._steps >= self.burn_in
+        return self._steps >= self.burn_in * self.passes
+
+    def _of_this_place(self) -> list[_Iteration]:
+        """What the same pass of each past iteration left."""
+        return list(self._past)[len(self._past) % self.passes :: self.passes]
 
     @torch.no_grad()
     def _remember(self, mean: Tensor, var: Tensor, pixels: int) -> None:
@@ -158,7 +172,7 @@ def _describe(x: Tensor, below: Any, mean: Tensor, var: Tensor) -> _Iteration:
 
 
 def _over_iterations(
-    mean: Tensor, var: Tensor, newest: _Iteration, past: deque[_Iteration]
+    mean: Tensor, var: Tensor, newest: _Iteration, past: Sequence[_Iteration]
 ) -> tuple[Tensor, Tensor, int]:
     """Mean and variance over iterations, and how many pixels they stand for.
 

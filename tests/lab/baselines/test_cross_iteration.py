@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from kalmannorm.lab.baselines.cross_iteration import CrossIterationNorm, to_cross_iteration
+from kalmannorm.lab.baselines.passes import count_in_steps
 from kalmannorm.lab.models.small import SmallConvNet
 
 
@@ -119,6 +120,21 @@ def test_burn_in_is_batchnorm():
         images = torch.randn(2, 2, 7, 7).double()
         stock = F.batch_norm(model[0](images), None, None, model[1].weight, model[1].bias, training=True)
         assert torch.allclose(model(images), stock) == (step < 2)
+
+
+def test_each_pass_of_a_step_has_the_window_of_its_place():
+    """As on a device of its own, which sees one batch a step."""
+    passes = 3
+    model = network(window=2, burn_in=1)
+    devices = [copy.deepcopy(model) for _ in range(passes)]
+    count_in_steps(model, passes)
+    for _ in range(4):
+        for device in devices:
+            device[0].load_state_dict(model[0].state_dict())
+            images = torch.randn(2, 2, 7, 7).double() + 1
+            assert torch.allclose(model(images), device(images))
+        shake(model)
+    assert len(model[1]._past) == passes
 
 
 @pytest.mark.parametrize("calls", [1, 3])
