@@ -20,7 +20,7 @@ from kalmannorm.lab.reproduce import checked
 from kalmannorm.lab.results import Result, finished
 from kalmannorm.lab.study_file import Arm, Study, shown
 from kalmannorm.lab.study_report import write_report
-from kalmannorm.lab.study_rows import MEASURED, PLANNED, Key, Row, Rows, Table, Told, ToldRun
+from kalmannorm.lab.study_rows import MEASURED, PLANNED, Key, Row, Rows, Table, Told, ToldRun, key_of, settings_of
 from kalmannorm.lab.tables import Cell, as_markdown
 from kalmannorm.lab.training import quiet
 from kalmannorm.lab.trainings import Job, divergence, reason, run_jobs
@@ -107,7 +107,7 @@ def study(
         list: Only say how many runs and steps there are.
         report: Only make the table and the figure again, from the study's runs.csv in the output folder.
         collect: Train nothing: tell what has come to an end in the output folder, as of a study that was interrupted or
-            that ran elsewhere.
+            that ran elsewhere, and what its runs.csv tells of runs whose own folders are gone.
         grow: Believe what the output folder's runs.csv tells of runs whose own folders are gone, as where only that
             file was kept, and train what it does not tell of: new values of a search, more seeds. Nobody can check that
             these runs were of the same configuration.
@@ -126,14 +126,16 @@ def study(
         return 0
     label = "tiny" if amount == "tiny" else f"{amount:g}"
     before = Rows() if report else Rows.read(folder, label)
-    told = before.told() if grow else {}
+    told = before.told() if grow or collect else {}
     if collect:
-        trials = _collected(asked, amount, folder, told)
+        trials = _collected(asked, amount, folder, told, grow)
     elif not report:
         trials = _trained(asked, amount, data, output, workers, console, told)
     if not report:
         others = before.without({trial.arm.name for trial in trials})
-        rows = Rows(others.runs + _runs_table(asked, trials, label), others.curves + _curves_table(trials))
+        rows = others + Rows(_runs_table(asked, trials, label), _curves_table(trials))
+        if grow or collect:
+            rows += _nowhere_else(before, trials, _runs(folder, amount))
         rows.write(folder, [arm.name for arm in whole.arms])
     console.print(write_report(whole, folder), soft_wrap=True, highlight=False, markup=False)
     console.print(f"Files: {folder}", soft_wrap=True, highlight=False, markup=False)
@@ -205,8 +207,8 @@ def _in_two(asked: Study, run: Callable[[list[Trial]], list[Trial]]) -> list[Tri
     return [*searched, *run(finals)]
 
 
-def _collected(asked: Study, amount: Scale, folder: Path, told: Told) -> list[Trial]:
-    """The runs that have ended, and those that are told of."""
+def _collected(asked: Study, amount: Scale, folder: Path, told: Told, grow: bool) -> list[Trial]:
+    """The runs that have ended, and those that are told of: of those that have not, with `grow` alone."""
 
     def ended(trials: list[Trial]) -> list[Trial]:
         from kalmannorm.lab.fitting import ended_run  # noqa: PLC0415 - slow
@@ -214,8 +216,10 @@ def _collected(asked: Study, amount: Scale, folder: Path, told: Told) -> list[Tr
         jobs = [_job(asked, trial, amount, _runs(folder, amount)) for trial in trials]
         found = [ended_run(job.config, job.folder, job.split) for job in jobs]
         known = [
-            _outcome(trial, result, asked) if result else replace(trial, told=told.get(trial.key))
-            for trial, result in zip(trials, found, strict=True)
+            _outcome(trial, result, asked)
+            if result
+            else replace(trial, told=told.get(trial.key) if grow or not job.folder.exists() else None)
+            for trial, job, result in zip(trials, jobs, found, strict=True)
         ]
         return [trial for trial in known if trial.result or trial.told]
 
@@ -223,6 +227,25 @@ def _collected(asked: Study, amount: Scale, folder: Path, told: Told) -> list[Tr
     if not trials:
         raise ValueError(f"--output: no run of {asked.name} has ended in {_runs(folder, amount)}")
     return trials
+
+
+def _nowhere_else(before: Rows, trials: Sequence[Trial], runs: Path) -> Rows:
+    """What the files tell of other runs of these arms than these, and of which there is no folder."""
+    arms = {trial.arm.name: trial.arm for trial in trials}
+    names = settings_of(before.runs.columns)
+    here, kept = {trial.key for trial in trials}, set()
+    for row in before.runs.rows:
+        arm = arms.get(row["arm"])
+        if arm is None or (key := key_of(row, names)) in here:
+            continue
+        # In the order of the search, as the folder is named.
+        given = {name: row[name] for name in dict.fromkeys([*arm.search, *names]) if row.get(name)}
+        if not _place(runs, arm.name, given, row["split"], row["seed"]).exists():
+            kept.add(key)
+    found = before.among(kept)
+    for row in found.runs.rows:
+        row |= {"label": arms[row["arm"]].label, "column": arms[row["arm"]].column, "chosen": ""}
+    return found
 
 
 def _best(trials: Sequence[Trial], metric: str) -> int | None:
@@ -265,17 +288,20 @@ def _runs(folder: Path, amount: Scale) -> Path:
 
 def _job(asked: Study, trial: Trial, amount: Scale, runs: Path) -> Job:
     settings = [f"{setting.rpartition('.')[2]} {shown(value)}" for setting, value in trial.settings.items()]
-    # Runs of other settings have other folders: a search may grow, and have another winner.
-    parts = [f"{setting}={shown(value)}" for setting, value in trial.settings.items()]
-    place = runs / trial.arm.name / (re.sub(r"[^\w.=,+-]+", "-", ",".join(parts)) or "as-it-is")
     return Job(
         f"{asked.name}/{' '.join([trial.arm.name, *settings])}",
         trial.seed,
         trial.arm.config(_length(asked, trial.kind, amount), trial.settings, trial.seed),
-        place / f"{trial.split}-seed-{trial.seed}",
+        _place(runs, trial.arm.name, trial.settings, trial.split, trial.seed),
         trial.split,
         keep=trial.kind == "final",
     )
+
+
+def _place(runs: Path, arm: str, settings: Mapping[str, Any], split: str, seed: int | str) -> Path:
+    """A run's folder; runs of other settings have other ones: a search may grow, and have another winner."""
+    parts = ",".join(f"{setting}={shown(value)}" for setting, value in settings.items())
+    return runs / arm / (re.sub(r"[^\w.=,+-]+", "-", parts) or "as-it-is") / f"{split}-seed-{seed}"
 
 
 def _length(asked: Study, kind: str, amount: Scale) -> Scale:

@@ -20,7 +20,7 @@ _TOLD = ("commit", "torch", "machine", "accelerator", "date")
 
 @dataclass(frozen=True)
 class _Arm:
-    """The rows of an arm."""
+    """The rows of an arm; those that count are of the settings that were chosen, or of none where none were."""
 
     name: str
     label: str
@@ -126,6 +126,9 @@ def _read(path: Path, order: Sequence[str]) -> _Runs:
     for name in [*(arm for arm in order if arm in found), *(arm for arm in found if arm not in order)]:
         own = [row for row in rows if row["arm"] == name]
         search, final = ([row for row in own if row["kind"] == kind] for kind in ("search", "final"))
+        chosen = next((row for row in search if row["chosen"]), {})
+        # Those of an earlier choice stay in the file.
+        final = [row for row in final if all(row[setting] == chosen.get(setting, "") for setting in settings)]
         arms.append(_Arm(name, own[0]["label"], own[0]["column"], search, final))
     return _Runs(arms, settings, scores, rows)
 
@@ -179,7 +182,7 @@ def _notes(study: Study, runs: _Runs) -> str:
     words = {arm.name: arm.note for arm in study.arms if arm.note}
     for arm in runs.arms:
         notes += [f"{runs.title(arm)}: {words[arm.name]}"] if arm.name in words else []
-        notes += _edges(arm, runs)
+        notes += [*_edges(arm, runs), *_better(arm, runs, study.metric)]
         if arm.search and not arm.chosen:
             notes.append(f"{runs.title(arm)}: no run of the search came to an end, so none was trained that counts.")
     for row in runs.rows:
@@ -195,9 +198,12 @@ def _notes(study: Study, runs: _Runs) -> str:
         notes.append(f"A run of the search takes {study.search_scale:g} of the steps of one that counts.")
     hours = sum(float(row["seconds"]) for row in runs.rows if row["seconds"]) / 3600
     told = [f"{name} {' / '.join(values)}" for name in _TOLD if (values := _values(runs, name))]
-    searched = f", {sum(len(arm.search) for arm in runs.arms)} of them of the search" if max(sizes) else ""
-    count = "1 run" if len(runs.rows) == 1 else f"{len(runs.rows)} runs"
-    notes.append(f"{count}{searched}, {hours:.2g} hours in all.{' ' * bool(told)}{'; '.join(told)}")
+    searched = sum(len(arm.search) for arm in runs.arms)
+    earlier = len(runs.rows) - searched - sum(len(arm.final) for arm in runs.arms)
+    parts = ["1 run" if len(runs.rows) == 1 else f"{len(runs.rows)} runs"]
+    parts += [f"{searched} of them of the search"] if searched else []
+    parts += [f"{earlier} of settings that were chosen before and do not count"] if earlier else []
+    notes.append(f"{', '.join(parts)}, {hours:.2g} hours in all.{' ' * bool(told)}{'; '.join(told)}")
     return "\n".join(f"- {note}" for note in notes)
 
 
@@ -215,6 +221,16 @@ def _edges(arm: _Arm, runs: _Runs) -> list[str]:
                     f"({min(numbers):g} to {max(numbers):g})."
                 )
     return notes
+
+
+def _better(arm: _Arm, runs: _Runs, metric: str) -> list[str]:
+    """What would have been chosen if it had still been among the values to try."""
+    best = arm.chosen
+    if best is None or not best.get(metric):
+        return []
+    ended = [row for row in arm.search if row[metric] and not row["error"]]
+    better = [row for row in ended if float(row[metric]) > float(best[metric])]
+    return [f"{runs.title(arm)}: {runs.said(row)} was better, but is no longer searched." for row in better]
 
 
 def _numbers(texts: set[str]) -> list[float]:

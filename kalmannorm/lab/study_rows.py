@@ -10,7 +10,9 @@ from typing import Any
 
 from kalmannorm.lab.results import csv_text, write_atomically
 
-__all__ = ["CURVES", "MEASURED", "PLANNED", "RUNS", "Key", "Row", "Rows", "Table", "Told", "ToldRun", "settings_of"]
+__all__ = [
+    "CURVES", "MEASURED", "PLANNED", "RUNS", "Key", "Row", "Rows", "Table", "Told", "ToldRun", "key_of", "settings_of",
+]  # fmt: skip
 
 RUNS, CURVES = "runs.csv", "curves.csv"
 # The searched settings are columns before the last two of the first, the scores between the two.
@@ -100,12 +102,24 @@ class Rows:
             for table in (self.runs, self.curves)
         ))  # fmt: skip
 
+    def among(self, keys: Collection[Key]) -> Rows:
+        """The runs of these keys alone."""
+        settings = settings_of(self.runs.columns)
+        return Rows(*(
+            Table(table.columns, [row for row in table.rows if key_of(row, settings) in keys])
+            for table in (self.runs, self.curves)
+        ))  # fmt: skip
+
+    def __add__(self, other: Rows) -> Rows:
+        """The runs of both."""
+        return Rows(self.runs + other.runs, self.curves + other.curves)
+
     def told(self) -> Told:
         """Of each run that came to an end or diverged, its row and those of its curve."""
         settings = settings_of(self.runs.columns)
-        found: Told = {_key(row, settings): (row, []) for row in self.runs.rows if not row["error"] or _diverged(row)}
+        found: Told = {key_of(row, settings): (row, []) for row in self.runs.rows if not row["error"] or _diverged(row)}
         for row in self.curves.rows:
-            if (key := _key(row, settings)) in found:
+            if (key := key_of(row, settings)) in found:
                 found[key][1].append(row)
         return found
 
@@ -125,6 +139,7 @@ def _diverged(row: Row) -> bool:
     return row["error"].startswith(("diverged: ", "FloatingPointError: "))
 
 
-def _key(row: Mapping[str, Any], settings: Sequence[str]) -> Key:
+def key_of(row: Mapping[str, Any], settings: Sequence[str]) -> Key:
+    """What a row's run is known by, with the columns of the searched settings."""
     given = frozenset((name, row[name]) for name in settings if row.get(name))
     return row["arm"], row["kind"], row["seed"], given

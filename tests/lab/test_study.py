@@ -3,6 +3,7 @@
 import csv
 import itertools
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -319,10 +320,18 @@ def test_a_study_grows_by_what_its_files_do_not_tell(here, written):
     assert [row for row in first if row["kind"] == "search" and row[RATE] == "0.04"] == [
         row for row in grown if row[RATE] == "0.04"
     ]
-    # What was chosen before and its runs that counted give way; all is as if it had been trained at once.
+    # What counted by the choice before stays in the file, and gives way in the table: it is as if trained at once.
+    earlier = [row for row in first if row["kind"] == "final"]
+    assert [row for row in grown if row["kind"] == "final" and row[RATE] == "0.01"] == earlier
+    grown = [row for row in grown if row not in earlier]
+    curves = [row for row in curves if row["kind"] == "search" or row[RATE] == "0.02"]
+    table = (here.output / "ours" / "table.md").read_text()
     here.output = here.output.with_name("anew")
     assert here.run(written(search={RATE: [0.01, 0.04, 0.02, 0.05]}, seeds=3)) == 0
     assert (grown, curves) == (here.rows(), here.rows("curves.csv"))
+    told = "27 runs, 12 of them of the search, 6 of settings that were chosen before and do not count, 0.015 hours"
+    anew = (here.output / "ours" / "table.md").read_text()
+    assert table == anew.replace("21 runs, 12 of them of the search, 0.012 hours", told)
     here.jobs.clear()
     assert here.run(written(search={RATE: [0.01, 0.04, 0.02, 0.05]}, seeds=4), "--grow", "--only", "kn-*") == 0
     assert [(job.seed, job.split) for job in here.jobs] == [(3, "test")] * 2
@@ -331,6 +340,42 @@ def test_a_study_grows_by_what_its_files_do_not_tell(here, written):
     here.jobs.clear()
     assert here.run(written(search={RATE: [0.01, 0.04, 0.02, 0.05]}, seeds=5), "--grow", "--collect") == 0
     assert (here.rows(), here.jobs) == (whole, [])
+
+
+@pytest.mark.parametrize("option", ["--grow", "--collect"])
+def test_runs_that_nothing_else_tells_of_stay(here, written, capsys, option):
+    """Of fewer seeds and of a narrower search, where only the files were kept."""
+    assert here.run(written(seeds=3)) == 0
+    first, curves = here.rows(), here.rows("curves.csv")
+    table = (here.output / "ours" / "table.md").read_text()
+    here.jobs.clear()
+    assert here.run(written(seeds=3), option, "--seeds", "1", "--only", "kn-2") == 0
+    assert (here.rows(), here.rows("curves.csv"), here.jobs) == (first, curves, [])
+    assert (here.output / "ours" / "table.md").read_text() == table
+    # Without the value that was best, and its runs that counted: they stay, and count no more.
+    assert here.run(written(search={RATE: [0.01, 0.03]}, seeds=3), "--grow", "--only", "kn-2") == 0
+    own = [row for row in here.rows() if row["arm"] == "kn-2"]
+    assert [(row[RATE], row["chosen"]) for row in own if row["kind"] == "search"] == [
+        ("0.01", "yes"), ("0.03", ""), ("0.02", ""),
+    ]  # fmt: skip
+    assert [(row[RATE], row["seed"]) for row in own if row["kind"] == "final"] == [
+        (rate, seed) for rate in ("0.01", "0.02") for seed in "012"
+    ]
+    out = capsys.readouterr().out
+    assert "| KN | 78.90 ± 0.10 | 79.90 ± 0.10 |" in out
+    assert "KN, 2: rate 0.02 was better, but is no longer searched." in out
+    assert "21 runs, 9 of them of the search, 3 of settings that were chosen before" in out
+
+
+def test_of_a_folder_that_is_gone_the_row_is_collected(here, written):
+    here.train = trainings._fit
+    path = written(search={RATE: [0.01, 0.02]}, seeds=2)
+    assert here.run(path, "--only", "kn-2") == 0
+    whole, curves = here.rows(), here.rows("curves.csv")
+    for gone in (here.jobs[-1], here.jobs[0]):  # one that counts, and one of the search
+        shutil.rmtree(gone.folder)
+        assert here.run(path, "--collect") == 0
+        assert (here.rows(), here.rows("curves.csv")) == (whole, curves)
 
 
 def test_what_is_told_to_have_diverged_is_believed_and_what_failed_is_tried_again(here, written):
