@@ -118,6 +118,7 @@ def study(
     amount = checked(scale, workers=workers, seeds=seeds)
     whole = study_file.read(name)
     asked = replace(whole, arms=_chosen(whole, only), seeds=seeds or whole.seeds)
+    study_file.check_search_seed("--seeds", asked)
     folder = output / asked.name
     console = Console()
     trials: Sequence[Trial] = ()

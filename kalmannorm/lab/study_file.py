@@ -8,8 +8,8 @@ A file of ``studies`` has ``title``, ``question`` and ``arms``, and perhaps:
 - ``search``: from a setting, as ``model.init_args.rate``, to the values to try; a grid over several. Every arm is
   searched so, by its ``metric`` on validation images, from the seed ``search_seed``, in runs of the share
   ``search_scale`` of the steps (1).
-- ``seeds``: how many trainings of each arm count, with seeds 0, 1, ...; ``scored``: on which images, ``test`` or
-  ``validation``. With ``validation``, no run looks at test images.
+- ``seeds``: how many trainings of each arm count, with seeds 0, 1, ..., of which ``search_seed`` is none; ``scored``:
+  on which images, ``test`` or ``validation``. With ``validation``, no run looks at test images.
 - ``tiny``: what to change so that a training takes seconds on a CPU, on generated images.
 
 An arm has a ``config`` of its own and perhaps a ``label`` (its row in the table), a ``column``, a ``search`` in place
@@ -32,7 +32,7 @@ from kalmannorm.lab.recipes import Recipe, Scale, merge
 if TYPE_CHECKING:
     from kalmannorm.lab.fitting import Split
 
-__all__ = ["STUDIES", "Arm", "Study", "names", "read", "shown"]
+__all__ = ["STUDIES", "Arm", "Study", "check_search_seed", "names", "read", "shown"]
 
 STUDIES = Path(__file__).parent / "studies"
 _NEEDED = ("title", "question", "arms")
@@ -144,7 +144,7 @@ def read(name: str | Path) -> Study:
         raise ValueError(f"{path}: metric must be the name of a score; got {metric!r}")
     seeds = {key: content.get(key, default) for key, default in (("seeds", 3), ("search_seed", 100))}
     for key, least in (("seeds", 1), ("search_seed", 0)):
-        if not isinstance(seeds[key], int) or seeds[key] < least:
+        if isinstance(seeds[key], bool) or not isinstance(seeds[key], int) or seeds[key] < least:
             raise ValueError(f"{path}: {key} must be a whole number from {least} on; got {seeds[key]!r}")
     share = content.get("search_scale", 1)
     if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
@@ -153,7 +153,22 @@ def read(name: str | Path) -> Study:
     for arm in arms:
         _check_data(path, arm, scored)
     title, question = (" ".join(str(content[key]).split()) for key in ("title", "question"))
-    return Study(path.stem, title, question, scored, metric, seeds["search_seed"], share, seeds["seeds"], arms)
+    study = Study(path.stem, title, question, scored, metric, seeds["search_seed"], share, seeds["seeds"], arms)
+    check_search_seed(str(path), study)
+    return study
+
+
+def check_search_seed(who: str, study: Study) -> None:
+    """Refuse a search from a seed that counts: what it chose would be good by that seed's luck.
+
+    Raises:
+        ValueError: Seeds 0 to ``seeds - 1`` have it, and an arm is searched.
+    """
+    if study.search_seed < study.seeds and any(arm.search for arm in study.arms):
+        raise ValueError(
+            f"{who}: search_seed must not be one of the {study.seeds} seeds that count, 0 to {study.seeds - 1}; got "
+            f"{study.search_seed}"
+        )
 
 
 def _content(path: Path) -> dict[str, Any]:

@@ -466,6 +466,10 @@ def test_fit_scores_what_it_is_told_and_refuses_a_run_scored_otherwise(images, c
         fit(config, tmp_path / "none", split="validation")
 
 
+def test_without_a_search_its_seed_is_none(written):
+    assert study_file.read(written(search="absent", search_seed=1)).search_seed == 1
+
+
 def test_the_list_counts_runs_and_steps_and_trains_nothing(here, written, capsys):
     assert here.run(written(), "--list", "--seeds", "5", "--scale", "2") == 0
     out = capsys.readouterr().out
@@ -499,6 +503,8 @@ def test_a_study_may_be_another_one_at_another_size(written, tmp_path):
         ({"arms": {"bn-2": {"label": "KN"}}}, "arms.kn-2 has the place of arms.bn-2 in the table"),
         ({"scored": "train"}, "scored must be 'test' or 'validation'; got 'train'"),
         ({"seeds": 0}, "seeds must be a whole number from 1 on; got 0"),
+        ({"seeds": True}, "seeds must be a whole number from 1 on; got True"),
+        ({"search_seed": 1}, "search_seed must not be one of the 2 seeds that count, 0 to 1; got 1"),
         ({"search_scale": 0}, "search_scale must be a number above 0, up to 1; got 0"),
         ({"search_scale": True}, "search_scale must be a number above 0, up to 1; got True"),
         ({"search_seed": "x"}, "search_seed must be a whole number from 0 on; got 'x'"),
@@ -531,6 +537,7 @@ def test_a_file_of_another_form_is_refused_in_one_line(written, changes, message
         (["batch-sizes-cpu", "--only", "xn-*"], ["--only", "'xn-*'", "kn-2"]),
         (["batch-sizes-cpu", "--scale", "small"], ["--scale", "small"]),
         (["batch-sizes-cpu", "--seeds", "0"], ["--seeds", "got 0"]),
+        (["batch-sizes-cpu", "--seeds", "101"], ["--seeds", "one of the 101 seeds that count", "got 100"]),
         (["batch-sizes-cpu", "--report", "--output", "/nowhere"], ["--output", "/nowhere"]),
         ([], ["name"]),
     ],
