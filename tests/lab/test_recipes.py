@@ -102,6 +102,18 @@ def test_groups_do_not_follow_from_a_default():
     assert None not in groups.values()
 
 
+IMAGENET = [name for name in EVERY if init_args(read(name).config, "data").get("folder") == "imagenet"]
+
+
+@pytest.mark.parametrize("name", [name for name in IMAGENET if isinstance(read(name).cell["note"], dict)])
+def test_a_note_tells_how_long_a_training_is(name):
+    recipe = read(name)
+    words = re.findall(r"([\d,]+) steps of (\d+) images \(([\d.]+) epochs\)", " ".join(recipe.notes))
+    steps, images = recipe.config["trainer"]["max_steps"], init_args(recipe.config, "data")["gradient_batch"]
+    assert words == [(f"{steps:,}", str(images), f"{float(f'{steps * images / 1_281_167:.2g}'):g}")]
+    assert not re.search(r"\d epochs", " ".join(recipe.notes).replace(f"({words[0][2]} epochs)", ""))
+
+
 def test_several_bases_and_theirs_are_merged_in_order():
     given = init_args(read("table8/inception-svhn-bn-bs128").config)
     assert given["statistics_batch"] == 128
