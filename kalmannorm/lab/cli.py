@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = ArgumentParser("kalmannorm", description="The laboratory of Kalman Normalization.", exit_on_error=False)
     subcommands = parser.add_subcommands(dest="command")
     for name, function in functions.items():
-        subparser = ArgumentParser(exit_on_error=False)
+        subparser = ArgumentParser(exit_on_error=False, epilog=_help(function, "settings"))
         flags = {option for option, default in _options(function) if default is False}
         subparser.add_function_arguments(
             function, as_group=False, as_positional=_has_positional(function), skip={*flags, "settings"}
@@ -96,8 +96,9 @@ def _has_positional(function: Callable[..., int | None]) -> bool:
 
 
 def _help(function: Callable[..., int | None], option: str) -> str:
-    found = re.search(rf"^ +{option}: (.*)$", function.__doc__ or "", re.MULTILINE)
-    return found[1] if found else ""
+    """What the docstring says of it, to the end of the lines that are indented deeper."""
+    found = re.search(rf"^( +){option}: (.*(?:\n\1 +\S.*)*)$", function.__doc__ or "", re.MULTILINE)
+    return " ".join(found[2].split()) if found else ""
 
 
 def _own_and_settings(
@@ -120,7 +121,8 @@ def _own_and_settings(
 def _one_line(message: str) -> str:
     line = " ".join(message.split())
     # jsonargparse recounts every type it has tried; the option, one type and the value are what one needs.
-    wrong = re.match(r"Parser key \"(?:.*\.)?(\w+)\".*?Expected an? <class '(\w+)'>.* value: (.*)$", line)
+    option = rf"Parser key \"(?:(?:{'|'.join(COMMANDS)})\.)?([\w.]+)\""
+    wrong = re.match(rf"{option}.*?Expected an? <class '(\w+)'>.* value: (.*)$", line)
     return "--{}: expected {}; got {}".format(*wrong.groups()) if wrong else line
 
 

@@ -67,3 +67,26 @@ def test_help_lists_the_demo(capsys):
         main(["--help"])
     assert ended.value.code == 0
     assert "Compare normalizations at two images a step" in capsys.readouterr().out
+
+
+def _help(capsys, command):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_help_tells_all_of_an_option(capsys):
+    text = _help(capsys, "study")
+    assert "Believe what the output folder's runs.csv tells of runs whose own folders are gone" in text
+    assert "Nobody can check that these runs were of the same configuration. (default: False) --list Only say" in text
+
+
+def test_help_tells_of_the_settings_of_the_configuration(capsys):
+    assert "Any setting of the configuration in its place, such as --trainer.max_steps 10." in _help(capsys, "fit")
+    assert "such as --trainer.accelerator cpu" in _help(capsys, "test")
+
+
+def test_a_wrong_setting_is_named_as_it_was_given(tmp_path, capsys):
+    given = ["--config", "table8/resnet32-kn-bs2", "--output", str(tmp_path), "--trainer.max_steps", "abc"]
+    assert main(["fit", *given]) == 2
+    assert capsys.readouterr().err == "kalmannorm: --trainer.max_steps: expected int; got abc\n"
