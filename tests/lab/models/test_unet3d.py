@@ -26,6 +26,17 @@ def test_size_and_shape(levels, in_channels):
     assert model(torch.randn(2, in_channels, 8, 4, 12)).shape == (2, 3, 8, 4, 12)
 
 
+def test_what_the_papers_size_comes_to():
+    """As the docstring says; the paper counts weights and biases of the convolutions, and none of the norms."""
+    with torch.device("meta"):
+        ours = UNet3d(64, 4, num_classes=3, in_channels=3)
+    assert round(sum(p.numel() for p in ours.parameters()) / 1e6, 1) == 22.4
+    down = [(3, 32), (32, 64), (64, 64), (64, 128), (128, 128), (128, 256), (256, 256), (256, 512)]
+    merge = [pair for shallow in (256, 128, 64) for pair in ((3 * shallow, shallow), (shallow, shallow))]
+    paper = sum(27 * a * b + b for a, b in down + merge) + sum(8 * deep**2 for deep in (512, 256, 128)) + 64 * 3 + 3
+    assert paper == 19_069_955
+
+
 def test_each_level_halves_the_sides_and_doubles_the_channels():
     model, shapes = UNet3d(2, 3), []
     for block in (*model.down, *model.merge):
