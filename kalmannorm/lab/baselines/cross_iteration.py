@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from kalmannorm.lab.baselines.replacing import replace_batchnorm
+from kalmannorm.lab.baselines.replacing import AnyBatchNorm, replace_batchnorm
 
 __all__ = ["CrossIterationNorm", "announce", "to_cross_iteration"]
 
@@ -39,7 +38,7 @@ class _Iteration:
         return mean, (square - mean.square()).clamp_min(0)
 
 
-class CrossIterationNorm(_BatchNorm):
+class CrossIterationNorm(AnyBatchNorm):
     """CBN: BatchNorm over the batches of the last iterations, as they would be under the weights of today.
 
     With the mean ``mu`` and second moment ``nu`` of iteration ``s``, and the filters ``theta`` of the convolution
@@ -136,13 +135,6 @@ class CrossIterationNorm(_BatchNorm):
         self._past.clear()
         steps: Any = self.num_batches_tracked
         self._steps = int(steps)
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        if not 2 <= input.ndim <= 5 or input.shape[1] != self.num_features:
-            raise ValueError(
-                f"{type(self).__name__} got an input of shape {tuple(input.shape)}, "
-                f"expected (N, {self.num_features}, *) with 2 to 5 dimensions"
-            )
 
     def extra_repr(self) -> str:
         """What `print` shows."""

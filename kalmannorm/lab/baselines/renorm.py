@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from kalmannorm.lab.baselines.replacing import in_groups, replace_batchnorm
+from kalmannorm.lab.baselines.replacing import AnyBatchNorm, in_groups, replace_batchnorm
 
 __all__ = ["BatchRenorm", "RenormSchedule", "to_batch_renorm"]
 
@@ -59,7 +58,7 @@ def _check_limits(who: str, r_max: float, d_max: float) -> None:
         raise ValueError(f"{who} got r_max={r_max} and d_max={d_max}, expected r_max >= 1 and d_max >= 0")
 
 
-class BatchRenorm(_BatchNorm):
+class BatchRenorm(AnyBatchNorm):
     """Batch Renormalization of 2-d to 5-d inputs: BatchNorm, corrected towards its moving averages.
 
     With the batch's mean ``m`` and ``s = sqrt(var + eps)``, the moving averages ``mu`` and ``sigma`` of both:
@@ -132,13 +131,6 @@ class BatchRenorm(_BatchNorm):
             return self.schedule.limits(step)
         r_max, d_max = self.schedule
         return step.new_tensor(r_max, dtype=torch.float32), step.new_tensor(d_max, dtype=torch.float32)
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        if not 2 <= input.ndim <= 5 or input.shape[1] != self.num_features:
-            raise ValueError(
-                f"{type(self).__name__} got an input of shape {tuple(input.shape)}, "
-                f"expected (N, {self.num_features}, *) with 2 to 5 dimensions"
-            )
 
 
 def to_batch_renorm(

@@ -7,10 +7,21 @@ from collections.abc import Callable, Iterator
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["in_groups", "replace_batchnorm"]
+__all__ = ["AnyBatchNorm", "in_groups", "replace_batchnorm"]
 
 # What a new layer takes over, if it has a tensor of this name and shape.
 _TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+
+class AnyBatchNorm(_BatchNorm):
+    """What layers are derived from that take the place of ``BatchNorm1d``, ``2d`` and ``3d`` alike."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if not 2 <= input.ndim <= 5 or input.shape[1] != self.num_features:
+            raise ValueError(
+                f"{type(self).__name__} got an input of shape {tuple(input.shape)}, "
+                f"expected (N, {self.num_features}, *) with 2 to 5 dimensions"
+            )
 
 
 def replace_batchnorm(model: nn.Module, make: Callable[[_BatchNorm], nn.Module]) -> nn.Module:

@@ -51,7 +51,7 @@ class MemoryData(lightning.LightningDataModule):
 
         Both are of all inputs together: the differences between inputs stay.
         """
-        return channel_scaling(inputs)
+        return standardization(inputs)
 
     def augmentation_of(self, inputs: Tensor) -> dict[str, Any]:
         """Which options of `MemoryBatches` there are in training alone, from the inputs trained on."""
@@ -99,8 +99,11 @@ class MemoryData(lightning.LightningDataModule):
         return self._batches("test", self.score_batch)
 
 
-def channel_scaling(inputs: Tensor) -> Scaling:
-    """Mean 0 and standard deviation 1 in each channel of ``inputs`` ``(N, C, *)``; constant ones become 0."""
+def standardization(inputs: Tensor) -> Scaling:
+    """Mean 0 and standard deviation 1 in each channel of ``inputs`` ``(N, C, *)``; constant ones become 0.
+
+    For bytes, `kalmannorm.lab.data.augmentation.channel_scaling` does so without a copy in double precision.
+    """
     over = [0, *range(2, inputs.ndim)]
     variance, mean = torch.var_mean(inputs.double(), over, correction=0, keepdim=True)
     std = variance.sqrt()

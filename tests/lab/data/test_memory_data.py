@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kalmannorm.lab.data.memory import Splits
-from kalmannorm.lab.data.memory_data import MemoryData, channel_scaling
+from kalmannorm.lab.data.memory_data import MemoryData, standardization
 
 
 class Counted(MemoryData):
@@ -49,7 +49,7 @@ def test_channels_are_scaled_by_what_is_trained_on():
 
 def test_a_channel_that_never_varies_becomes_zero():
     inputs = torch.stack([torch.full((4,), 3.0), torch.arange(4.0)], 1)
-    scaled = channel_scaling(inputs)(inputs)
+    scaled = standardization(inputs)(inputs)
     assert scaled.shape == inputs.shape
     assert torch.equal(scaled[:, 0], torch.zeros(4))
     assert scaled[:, 1].std(correction=0) == pytest.approx(1.0)
