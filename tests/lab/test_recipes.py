@@ -75,6 +75,21 @@ def test_the_width_compensated_network_has_as_many_parameters_as_kn():
     assert abs(wide["parameters"] - kn["parameters"]) < 0.001
 
 
+def test_methods_on_the_same_network_and_data_have_one_rate_and_schedule_but_for_weight_normalization():
+    """As docs/laboratory.md says."""
+    found = {}
+    for recipe in map(read, EVERY):
+        given, data = init_args(recipe.config), init_args(recipe.config, "data")
+        rate, method = given["rate"], given.get("normalization")
+        if method == "wn":
+            assert (rate, recipe.cell["table"] in ("table8", "peers")) == (0.001, True)
+            continue
+        key = (recipe.cell["table"], repr(given["network"]), repr(data), recipe.config["trainer"]["accelerator"])
+        found.setdefault(key, set()).add((rate, given["schedule"], repr(given.get("milestones"))))
+    assert len(found) > 20
+    assert {len(ways) for ways in found.values()} == {1}
+
+
 def test_the_paper_schedule_on_cifar():
     """Rate 0.1, from epoch 82 on 0.01, from 123 on 0.001, from 300 on 0.0002, to epoch 400."""
     from kalmannorm.lab.optimization import share_of_rate
