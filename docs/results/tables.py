@@ -45,6 +45,13 @@ MEANS = (
         ["arm", "kind", RATE],
         BOTH,
     ),
+    Means(
+        "Batch Renorm, its schedule shortened and nothing else",
+        "Test images (the search: validation images). In the studies its averages have forgotten their start.",
+        "priors/renorm-shortened.csv",
+        ["study", "kind", RATE],
+        BOTH,
+    ),
     Means("Looks", "One or two seeds each, validation.", "priors/looks.csv", ["task", "what"], ["running", "online"]),
     *(
         Means(
