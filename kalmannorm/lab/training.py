@@ -20,6 +20,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 import kalmannorm
 from kalmannorm.lab.baselines.passes import count_in_steps
+from kalmannorm.lab.baselines.renorm import BatchRenorm
 from kalmannorm.lab.baselines.weight_norm import initialize
 from kalmannorm.lab.capturing import CapturedStep
 from kalmannorm.lab.data.sharing import images_a_process
@@ -197,12 +198,18 @@ class Classifier(lightning.LightningModule):
     def on_after_backward(self) -> None:
         """Average the running statistics over processes: those of all images, as in a single process."""
         if dist.is_initialized() and dist.get_world_size() > 1:
+            # Batch Renorm averages deviations, and keeps their squares.
+            renorm: list[Any] = [layer for layer in self.network.modules() if isinstance(layer, BatchRenorm)]
+            for layer in renorm:
+                layer.running_var.add_(layer.eps).sqrt_()
             buffers = [buffer for buffer in self.network.buffers() if buffer.is_floating_point()]
             if buffers:
                 together = torch.cat([buffer.flatten() for buffer in buffers])
                 dist.all_reduce(together)
                 for buffer, mean in zip(buffers, together.split([b.numel() for b in buffers]), strict=True):
                     buffer.copy_(mean.view_as(buffer) / dist.get_world_size())
+            for layer in renorm:
+                layer.running_var.square_().sub_(layer.eps).clamp_min_(0)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Lower the gains a little."""

@@ -23,7 +23,7 @@ NETWORKS = {
 }
 # The others take their thirty steps in files of their own, with three kinds of norm.
 SMALL = ["preactivation", "postactivation", "cifar_inception"]
-OPTIONS = {"evonorm": {"groups": 4}, "gkn": {"groups": 2}}
+OPTIONS = {"gn": {"groups": 4}, "evonorm": {"groups": 4}, "gkn": {"groups": 2}}
 # What a method bears.
 RATES = {"wn": (0.01, 0.001, 0.0003)}
 # Not what thirty steps can do, and why.
