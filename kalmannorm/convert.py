@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -106,11 +106,9 @@ def convert(model: _M, *, layers: Sequence[str] = ("batch",),
     _check_names("layers", kinds, _KINDS)
     _check_names("option", options, _OPTIONS)
     replaced: dict[nn.Module, nn.Module] = {}
-    first = next((t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()), None)
-    # Of layers that have no tensors to tell.
-    elsewhere = {} if first is None else {"device": first.device, "dtype": first.dtype}
+    of_model = _place_of((*model.parameters(), *model.buffers()))  # for layers without tensors of their own
     for name, layer in model.named_modules():
-        new = _kalman_layer(layer, name, kinds, elsewhere | options)
+        new = _kalman_layer(layer, name, kinds, of_model | options)
         if new is not None:
             replaced[layer] = new
     if not replaced:
@@ -193,11 +191,13 @@ def _stock_ancestor(layer: nn.Module) -> type:
 
 def _on(layer: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
     """The options, and where the layer's tensors live."""
-    tensors = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
-    floating = [t for t in tensors if t.is_floating_point()]
-    if not floating:
-        return dict(options)
-    return {**options, "device": floating[0].device, "dtype": floating[0].dtype}
+    return options | _place_of((*layer.parameters(recurse=False), *layer.buffers(recurse=False)))
+
+
+def _place_of(tensors: Iterable[torch.Tensor]) -> dict[str, Any]:
+    """Device and type of the first floating-point tensor, if there is one."""
+    first = next((t for t in tensors if t.is_floating_point()), None)
+    return {} if first is None else {"device": first.device, "dtype": first.dtype}
 
 
 def _emptied(layer: nn.Module) -> nn.Module:

@@ -128,8 +128,10 @@ def step_of(tensor: Tensor, as_it_was: bool = False) -> Step | None:
         # Where nothing is watched, FSDP and DDP pass a tensor through an autograd function that returns it.
         step = getattr(base, _STEP, None) if _place(tensor) == _place(base) else None
         tensor = base
-    if not isinstance(step, Step) or as_it_was:
-        return step if isinstance(step, Step) else None
+    if not isinstance(step, Step):
+        return None
+    if as_it_was:
+        return step
     noted, now = getattr(tensor, _VERSION, None), _version(tensor)
     if noted is not None and now is not None and noted != now:
         step = Step(None, (), {}, tuple(tensor.shape), belief=Unknown("it was changed in place where nothing watched"))

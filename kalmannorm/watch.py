@@ -144,12 +144,12 @@ def _calls_on_the_stack(module: nn.Module) -> int:
     """How many calls of a module are under way, up to 2: it may call itself, on its way through others."""
     if torch.compiler.is_compiling():
         return 1
-    calls = 0
+    calls, least = 0, 0
     frame = sys._getframe()
     while frame is not None and calls < 2:
         name = frame.f_code.co_name
         calls += name == "_call_impl" and frame.f_locals.get("self") is module
-        if name.startswith("torch_dynamo_resume"):  # where a graph was broken, frames are not what they were
-            return max(calls, 1)
+        if name.startswith("torch_dynamo_resume"):  # where a graph was broken, a call may have lost its frame
+            least = 1
         frame = frame.f_back  # type: ignore[assignment]
-    return calls
+    return max(calls, least)
