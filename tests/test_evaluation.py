@@ -163,3 +163,8 @@ def test_draws_that_lose_an_axis_give_no_prior(name):
         model = kn.convert(Net(between), **kn.preset(name))
         model(torch.randn(2, 4, 6, 6)).sum().backward()
         assert model.second.weight.grad.isfinite().all()
+    model = Net(lambda net, y: F.adaptive_avg_pool2d(y, 1).squeeze())
+    model.second = nn.BatchNorm1d(4)
+    model = kn.convert(model, **kn.preset(name))
+    reason = kn.describe(model, torch.randn(2, 4, 6, 6)).rows[1].reason
+    assert reason == "torch.Tensor.squeeze gives draws of another rank than the activation's"
