@@ -2,6 +2,7 @@
 
 from kalmannorm import functional, rules
 from kalmannorm.annealing import anneal
+from kalmannorm.calibration import Calibration, calibrate
 from kalmannorm.convert import connect, convert, fuse, to_batchnorm
 from kalmannorm.describe import Description, describe, first_nonfinite
 from kalmannorm.freezing import freeze
@@ -22,7 +23,8 @@ from kalmannorm.rules import rule
 __version__ = "0.1.0"
 
 __all__ = [
-    "Description", "Gaussian", "GroupKalmanNorm", "GroupKalmanNormAct", "KalmanNorm", "KalmanNorm1d", "KalmanNorm2d",
-    "KalmanNorm3d", "KalmanNormAct2d", "Unknown", "anneal", "connect", "convert", "describe", "first_nonfinite",
-    "freeze", "functional", "fuse", "online_statistics", "preset", "recalibrate", "rule", "rules", "to_batchnorm",
+    "Calibration", "Description", "Gaussian", "GroupKalmanNorm", "GroupKalmanNormAct", "KalmanNorm", "KalmanNorm1d",
+    "KalmanNorm2d", "KalmanNorm3d", "KalmanNormAct2d", "Unknown", "anneal", "calibrate", "connect", "convert",
+    "describe", "first_nonfinite", "freeze", "functional", "fuse", "online_statistics", "preset", "recalibrate",
+    "rule", "rules", "to_batchnorm",
 ]  # fmt: skip

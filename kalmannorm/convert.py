@@ -23,6 +23,7 @@ from kalmannorm.modules import (
     KalmanNorm2d,
     KalmanNorm3d,
     KalmanNormAct2d,
+    is_trained,
 )
 from kalmannorm.watch import Watch
 
@@ -67,13 +68,17 @@ _OPTIONS = ("gain", "process_noise", "spread", "carry", "estimator", "stats_batc
 _OF_BATCHES = ("stats_batch_size", "process_group")
 
 
-def convert(model: _M, *, layers: Sequence[str] = ("batch",),
-            input_stats: tuple[Any, Any] | None = None, **options: Any) -> _M:  # fmt: skip
+def convert(model: _M, *, layers: Sequence[str] = ("batch",), input_stats: tuple[Any, Any] | None = None,
+            calibrate: bool | None = None, **options: Any) -> _M:  # fmt: skip
     """Replace a network's normalization layers by Kalman layers, in place, and connect them.
 
     The new layers hold the very same parameters and buffers, so an optimizer made before keeps
     working on them; only gain and process noise are new (add them to it). Device, dtype, training
     flag and ``requires_grad`` stay. ``eval()`` output does not change by one bit.
+
+    A *pretrained* network brings its running statistics along: they correct each layer's prior, channel by channel,
+    at the first call that computes priors (:func:`kalmannorm.calibrate`). So the first training step sees the network
+    as it was trained.
 
     Args:
         model: any network. If it is itself a normalization layer, its replacement is returned.
@@ -84,6 +89,8 @@ def convert(model: _M, *, layers: Sequence[str] = ("batch",),
         input_stats: mean and standard deviation of the network's first input as it is fed in, one
             number a channel each: after the usual normalization, zeros and ones. The first layer gets
             its prior from them.
+        calibrate: correct priors by running statistics. None: in each layer whose running statistics are those of some
+            training. True: in every layer, or an error. False: in none.
         options: keyword options of :class:`KalmanNorm2d`, for every layer. What stands in for SyncBatchNorm shares
             statistics if ``torch.distributed`` is initialized, unless ``stats_batch_size`` asks for smaller groups.
 
@@ -91,7 +98,8 @@ def convert(model: _M, *, layers: Sequence[str] = ("batch",),
         The model.
 
     Raises:
-        ValueError: for unknown kinds or options, or where there is nothing to convert.
+        ValueError: for unknown kinds or options, where there is nothing to convert, or with ``calibrate=True`` for a
+            layer whose running statistics say nothing.
 
     Example:
         >>> import torch, kalmannorm as kn
@@ -116,8 +124,25 @@ def convert(model: _M, *, layers: Sequence[str] = ("batch",),
             f"{type(model).__name__} has nothing to convert: no layer of the kinds {list(kinds)}, "
             f"expected at least one (kinds are {list(_KINDS)})"
         )
+    _calibrate_at_first_call(replaced, calibrate)
     model = _replace_modules(model, replaced)
     return connect(model, input_stats=input_stats)
+
+
+def _calibrate_at_first_call(replaced: dict[nn.Module, nn.Module], calibrate: bool | None) -> None:
+    """Ask pretrained layers for a correction of their priors, each when it is called for the first time."""
+    for layer in replaced.values():
+        assert isinstance(layer, KalmanLayer)
+        layer.calibrates = calibrate
+        mean, var = getattr(layer, "running_mean", None), getattr(layer, "running_var", None)
+        if calibrate is not False and is_trained(mean, var):
+            layer.await_correction()
+        elif calibrate:
+            found = "has no running statistics" if mean is None else "has running statistics of no training"
+            raise ValueError(
+                f"kalmannorm.convert got calibrate=True, but {type(layer).__name__} {layer.layer_name!r} {found}: "
+                "load trained weights before, or correct its prior from data by kalmannorm.calibrate(model, loader)"
+            )
 
 
 def _check_names(what: str, given: Any, allowed: Sequence[str]) -> None:
@@ -154,6 +179,7 @@ def _kalman_layer(layer: nn.Module, name: str, kinds: Sequence[str], options: di
         options = {name: value for name, value in options.items() if name not in _OF_BATCHES}
     make = _from_batch_norm if kind == "batch" else _from_group_norm
     new: KalmanLayer = make(layer, name, kalman, _on(layer, options))
+    new.layer_name = name
     if type(layer).__module__.split(".")[0] != "torch" and isinstance(layer, (_NormBase, nn.GroupNorm)):
         new.replaces = (_emptied(layer),)
     new.training = layer.training  # not `train(...)`: what is inside a layer keeps a flag of its own

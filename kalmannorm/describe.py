@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,9 @@ class Row:
     """The functions that the prior crossed, in the order they were called."""
     reason: str
     """Why there is no prior; empty where there is one."""
+    correction: float | None = None
+    """By how much the prior's variance is corrected (:func:`kalmannorm.calibrate`): the geometric mean of the factor
+    over channels. None where it is not."""
 
 
 @dataclass(frozen=True)
@@ -50,19 +53,25 @@ class Description:
         return sum(not row.reason for row in self.rows)
 
     def __str__(self) -> str:
-        head = ("layer", "kind", "gain", "prior from", "through")
+        head = ["layer", "kind", "gain", "prior from", "through"]
         lines = [head]
         for row in self.rows:
             if row.reason:
-                lines.append((row.name, row.kind, "1", "-", f"no prior: {row.reason}"))
+                lines.append([row.name, row.kind, "1", "-", f"no prior: {row.reason}"])
             else:
                 short = [name.removeprefix("torch.").removeprefix("nn.functional.") for name in row.through]
-                lines.append((row.name, row.kind, f"{row.gain:.3g}", _first_few(row.prior_from), " > ".join(short)))
-        widths = [max(len(line[i]) for line in lines) for i in range(len(head) - 1)]
-        text = []
-        for *cells, last in lines:
-            text.append("  ".join([*(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)), last]))
-        return "\n".join([*text, f"{self.with_prior} of {len(self.rows)} layers have a prior"])
+                lines.append([row.name, row.kind, f"{row.gain:.3g}", _first_few(row.prior_from), " > ".join(short)])
+        if any(row.correction is not None for row in self.rows):
+            corrections = ["-" if row.correction is None else f"x {row.correction:.3g}" for row in self.rows]
+            for line, cell in zip(lines, ["corrected", *corrections], strict=True):
+                line.insert(3, cell)
+        return "\n".join([*in_columns(lines), f"{self.with_prior} of {len(self.rows)} layers have a prior"])
+
+
+def in_columns(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table whose columns, but for the last, have one width each."""
+    widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
+    return ["  ".join([*map(str.ljust, line[:-1], widths), line[-1]]) for line in lines]
 
 
 def _first_few(names: Sequence[str]) -> str:
@@ -101,17 +110,21 @@ def describe(model: nn.Module, *inputs: Any, **kwargs: Any) -> Description:
 
     handles = [layer.register_forward_pre_hook(look) for layer in layers.values()]
     training = {module: module.training for module in model.modules()}
+    awaiting = {layer: layer.awaits_correction for layer in names}
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
     try:
         with torch.no_grad(), torch.random.fork_rng(devices):
             model.train()
             model(*inputs, **kwargs)
+            rows = {name: replace(row, correction=mean_scale(layers[name])) for name, row in rows.items()}
     finally:
         for handle in handles:
             handle.remove()
         for module, flag in training.items():
             module.training = flag
+        for layer, flag in awaiting.items():
+            layer.awaits_correction = flag
         with torch.no_grad():
             for name, buffer in model.named_buffers():
                 if name in buffers:  # not one that the call itself made
@@ -138,6 +151,8 @@ def _row(name: str, layer: KalmanLayer, x: Tensor) -> Row:
         with without_autocast(x.device):
             value = exact(step) if layer.estimator == "exact" else drawn(step, layer._groups(x.shape[0]))
         reason = value.reason if isinstance(value, Unknown) else ""
+        if reason and layer.prior_scale is not None and getattr(layer, "running_mean", None) is not None:
+            return Row(name, kind, _gain(layer, x), ("its running statistics",), (), "")
     if reason or step is None:
         return Row(name, kind, 1.0, (), (), reason)
     sources: list[str] = []
@@ -148,6 +163,13 @@ def _row(name: str, layer: KalmanLayer, x: Tensor) -> Row:
         else:
             through.append(function_name(each.function))
     return Row(name, kind, _gain(layer, x), tuple(dict.fromkeys(sources)), tuple(through), "")
+
+
+def mean_scale(layer: KalmanLayer) -> float | None:
+    """The geometric mean of the factor on a prior's variance, over channels whose factor is not 0; None without."""
+    scale = layer.prior_scale
+    alive = None if scale is None or scale.is_meta else scale[scale > 0]
+    return None if alive is None or not alive.numel() else float(alive.double().log().mean().exp())
 
 
 def _ancestors(step: Step) -> list[Step]:

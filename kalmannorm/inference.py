@@ -107,17 +107,18 @@ def recalibrate(model: _M, loader: Iterable[Any], *, forward: Callable[[nn.Modul
     if max_batches is not None and max_batches < 1:
         raise ValueError(f"kalmannorm.recalibrate got max_batches={max_batches}, expected None or a number above 0")
     network: nn.Module = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    populations = _populations(network)
+    populations = populations_of(network)
     device = next(iter([*network.parameters(), *network.buffers()])).device
-    call = forward or _call
+    call = forward or call_with
     shown = progress and (process_group is None or dist.get_rank(process_group) == 0)
     batches = 0
-    with _collecting(network, populations), closing(_with_progress(loader, max_batches, shown)) as shown_batches:
+    shown_batches = with_progress(loader, max_batches, shown, "recalibrate")
+    with _collecting(network, populations), closing(shown_batches):
         for batch in shown_batches:
-            call(network, _to_device(batch, device))
+            call(network, to_device(batch, device))
             batches += 1
     if process_group is not None:
-        populations, batches = _merge_over_processes(populations, batches, process_group)
+        populations, batches = merge_over_processes(populations, batches, process_group)
     if batches == 0:
         raise ValueError(f"kalmannorm.recalibrate got an empty loader for {type(network).__name__}, expected a batch")
     new = _finite_statistics(populations)
@@ -130,7 +131,7 @@ def recalibrate(model: _M, loader: Iterable[Any], *, forward: Callable[[nn.Modul
     return model
 
 
-class _Population:
+class Population:
     """What a layer saw of the data so far: mean and variance, ``(1, C)`` in float64, of so many samples."""
 
     def __init__(self, layer: KalmanNorm | _BatchNorm, running_mean: Tensor, running_var: Tensor) -> None:
@@ -141,9 +142,9 @@ class _Population:
         self.statistics = Gaussian(zeros, zeros)
         self.samples = zeros.new_zeros(())
 
-    def empty(self) -> _Population:
+    def empty(self) -> Population:
         """One for the same layer that has seen nothing."""
-        return _Population(self.layer, self.running_mean, self.running_var)
+        return Population(self.layer, self.running_mean, self.running_var)
 
     def add(self, statistics: Gaussian, samples: int | Tensor) -> None:
         """Merge those of a batch, ``(S, C)``: an update whose gain is the batch's share of all samples."""
@@ -160,14 +161,14 @@ class _Population:
                 self.add(observe(x), x.shape[0])
 
 
-def _populations(model: nn.Module) -> dict[str, _Population]:
+def populations_of(model: nn.Module) -> dict[str, Population]:
     """An empty one for each layer to recalibrate."""
     populations = {}
     for name, layer in model.named_modules():
         if isinstance(layer, KalmanNorm | _BatchNorm) and not is_frozen(layer):
             mean, var = layer.running_mean, layer.running_var
             if mean is not None and var is not None:
-                populations[name] = _Population(layer, mean, var)
+                populations[name] = Population(layer, mean, var)
     if not populations:
         raise ValueError(
             f"{type(model).__name__} has nothing to recalibrate: expected a KalmanNorm or BatchNorm layer "
@@ -177,7 +178,7 @@ def _populations(model: nn.Module) -> dict[str, _Population]:
 
 
 @contextmanager
-def _collecting(model: nn.Module, populations: dict[str, _Population]) -> Iterator[None]:
+def _collecting(model: nn.Module, populations: dict[str, Population]) -> Iterator[None]:
     """Run a model in ``eval()`` by online statistics, which are added to ``populations``.
 
     What was compiled runs eagerly: one pass is not worth compiling it anew.
@@ -203,14 +204,14 @@ def _collecting(model: nn.Module, populations: dict[str, _Population]) -> Iterat
             handle.remove()
 
 
-def _call(model: nn.Module, batch: Any) -> object:
+def call_with(model: nn.Module, batch: Any) -> object:
     if isinstance(batch, Mapping):
         return model(**batch)
     first = batch[0] if isinstance(batch, tuple | list) and batch else batch
     if isinstance(first, Tensor) or (isinstance(first, tuple | list) and first and isinstance(first[0], Tensor)):
         return model(first)
     raise TypeError(
-        f"kalmannorm.recalibrate got a batch of type {type(batch).__name__} ({_kinds(batch)}), expected a tensor, a "
+        f"kalmannorm got a batch of type {type(batch).__name__} ({_kinds(batch)}), expected a tensor, a "
         "tuple or list that begins with a tensor or a list of tensors, or a mapping; or forward=, which makes the call"
     )
 
@@ -221,23 +222,23 @@ def _kinds(batch: Any) -> str:
     return "of " + (", ".join(type(each).__name__ for each in batch) or "nothing")
 
 
-def _to_device(value: Any, device: torch.device) -> Any:
+def to_device(value: Any, device: torch.device) -> Any:
     """Move the tensors in tuples, lists and mappings, and what else can be moved."""
     if hasattr(value, "to"):
         return value.to(device)
     if isinstance(value, Mapping):
-        return {key: _to_device(each, device) for key, each in value.items()}
+        return {key: to_device(each, device) for key, each in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*[_to_device(each, device) for each in value])
+        return type(value)(*[to_device(each, device) for each in value])
     if isinstance(value, tuple | list):
-        return type(value)([_to_device(each, device) for each in value])
+        return type(value)([to_device(each, device) for each in value])
     return value
 
 
-def _with_progress(loader: Iterable[Any], most: int | None, shown: bool) -> Generator[Any, None, None]:
+def with_progress(loader: Iterable[Any], most: int | None, shown: bool, title: str) -> Generator[Any, None, None]:
     """The batches, at most so many, with a progress bar where one is installed."""
     batches = islice(loader, most)
-    bar = _progress_bar() if shown else None
+    bar = _progress_bar(title) if shown else None
     if bar is None:
         yield from batches
     else:
@@ -245,7 +246,7 @@ def _with_progress(loader: Iterable[Any], most: int | None, shown: bool) -> Gene
         yield from bar(batches, total and min(total, most or total))
 
 
-def _progress_bar() -> Callable[[Iterable[Any], int | None], Iterable[Any]] | None:
+def _progress_bar(title: str) -> Callable[[Iterable[Any], int | None], Iterable[Any]] | None:
     """What shows how far an iterable is, given how long it is; of the libraries that are there."""
     try:
         from rich.console import Console  # noqa: PLC0415
@@ -254,16 +255,16 @@ def _progress_bar() -> Callable[[Iterable[Any], int | None], Iterable[Any]] | No
         pass
     else:
         console = Console(stderr=True)
-        return lambda batches, total: track(batches, "recalibrate", total, console=console, transient=True)
+        return lambda batches, total: track(batches, title, total, console=console, transient=True)
     try:
         from tqdm.auto import tqdm  # type: ignore[import-untyped]  # noqa: PLC0415
     except ImportError:
         return None
-    return lambda batches, total: tqdm(batches, "recalibrate", total, leave=False)
+    return lambda batches, total: tqdm(batches, title, total, leave=False)
 
 
-def _merge_over_processes(populations: dict[str, _Population], batches: int,
-                          group: dist.ProcessGroup) -> tuple[dict[str, _Population], int]:  # fmt: skip
+def merge_over_processes(populations: dict[str, Population], batches: int,
+                         group: dist.ProcessGroup) -> tuple[dict[str, Population], int]:  # fmt: skip
     """What all processes saw, merged in the order of their ranks, so the same in each; and how many batches."""
     parts = [t for p in populations.values() for t in (p.samples[None], p.statistics.mean[0], p.statistics.var[0])]
     parts.append(parts[0].new_tensor([batches]))
@@ -279,7 +280,7 @@ def _merge_over_processes(populations: dict[str, _Population], batches: int,
     return merged, int(sum(row[-1] for row in rows))
 
 
-def _finite_statistics(populations: dict[str, _Population]) -> list[tuple[Tensor, Tensor]]:
+def _finite_statistics(populations: dict[str, Population]) -> list[tuple[Tensor, Tensor]]:
     """Buffers, and what is to be written to them."""
     new = []
     for name, population in populations.items():

@@ -34,6 +34,8 @@ Carry = Literal["output", "posterior"]
 _INITIAL_STRENGTH = 18.0
 _INITIAL_GAIN = 0.1
 _INITIAL_NOISE = 0.01
+# Of a correction. Half precision holds it, and a gradient through the prior stays finite.
+_LARGEST_SCALE = 1e4
 
 _PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"gain": "learned", "process_noise": True, "spread": False, "carry": "posterior",
@@ -59,6 +61,15 @@ def preset(name: str) -> dict[str, Any]:
     return dict(_PRESETS[name])
 
 
+def is_trained(mean: Tensor | None, var: Tensor | None) -> bool:
+    """Whether running statistics, ``(C,)`` each, are no longer the initial zeros and ones. Unknown, so False, without
+    values: on the meta device or in a compiler's stand-ins.
+    """
+    if mean is None or var is None or mean.is_meta or type(mean) not in (Tensor, nn.Parameter):
+        return False
+    return bool((mean != 0).any()) or bool((var != 1).any())
+
+
 class KalmanLayer(nn.Module):
     """What the layers share: the options of the filter, its parameters, and how a belief is handed on."""
 
@@ -73,6 +84,8 @@ class KalmanLayer(nn.Module):
     replaces: tuple[nn.Module, ...] = ()
     # Set by `kalmannorm.freeze`.
     frozen = False
+    prior_shift: Tensor | None
+    prior_scale: Tensor | None
 
     def _init_filter(self, channels: int, gain: Gain, process_noise: bool, spread: bool, carry: Carry,
                      estimator: Estimator, guard: float | None, device: Any, dtype: Any) -> None:  # fmt: skip
@@ -98,12 +111,19 @@ class KalmanLayer(nn.Module):
             )
         noise = nn.Parameter(torch.zeros(channels, device=device, dtype=dtype)) if process_noise else None
         self.register_parameter("process_noise", noise)
+        # Whether running statistics of a stock checkpoint correct the prior; None: if they are those of some training.
+        self.calibrates: bool | None = None
+        self.drop_correction()
+        # A compiler's guards look at what a layer itself has, and not at its class.
+        self.online = False  # set by `kalmannorm.online_statistics`
+        self.is_observed = False  # set by `kalmannorm.calibrate` while it looks at priors
 
     def _reset_filter(self) -> None:
-        """Gain and process noise as they were at the start."""
+        """Reset gain and process noise to their initial values, and drop a correction of the prior."""
         for parameter in (self._parameters.get("gain"), self._parameters.get("process_noise")):
             if parameter is not None:
                 nn.init.zeros_(parameter)
+        self.drop_correction()
 
     def _one_of(self, option: str, value: Any, allowed: tuple[str, ...]) -> Any:
         if value not in allowed:
@@ -152,9 +172,69 @@ class KalmanLayer(nn.Module):
 
     def process_variance(self) -> Tensor | None:
         """``R``, ``(C,)``: what the path from the layer below adds to the prior's variance."""
-        if self.process_noise is None:
-            return None
-        return _INITIAL_NOISE * self.process_noise.to(self._statistics_dtype()).exp()
+        return self._variance_of(self.process_noise)
+
+    def _variance_of(self, noise: Tensor | None) -> Tensor | None:
+        return None if noise is None else _INITIAL_NOISE * noise.to(self._statistics_dtype()).exp()
+
+    def await_correction(self) -> None:
+        """Correct the prior by the running statistics at the next call that computes a prior."""
+        like = getattr(self, "running_mean", None)
+        assert like is not None
+        unknown = torch.full_like(like, math.nan, dtype=torch.promote_types(like.dtype, torch.float32))
+        self.prior_shift, self.prior_scale = unknown, unknown.clone()
+        self.awaits_correction = True
+
+    def drop_correction(self) -> None:
+        """Use priors as the layers below predict them."""
+        self._buffers.update(prior_shift=None, prior_scale=None)
+        self.awaits_correction = False  # if so, the correction is NaN until the next call that computes a prior
+
+    @torch.no_grad()
+    def correction_to(self, prior: Gaussian, target: Gaussian) -> tuple[Tensor, Tensor]:
+        """Shift and scale that turn a prior into a target: ``m + shift`` and ``scale (v + R)``.
+
+        A channel whose prior or target is not finite is left as it is, with shift 0 and scale 1.
+
+        Args:
+            prior: ``(1, C)``, without process noise.
+            target: ``(1, C)``.
+
+        Returns:
+            Each ``(C,)``. The scale is at most 10,000.
+        """
+        noise = self.process_variance()
+        var = prior.var[0] if noise is None else prior.var[0] + noise
+        shift = target.mean[0] - prior.mean[0]
+        scale = target.var[0] / var.clamp_min(torch.finfo(var.dtype).tiny)
+        finite = shift.isfinite() & scale.isfinite()
+        return torch.where(finite, shift, 0.0), torch.where(finite, scale, 1.0).clamp(0.0, _LARGEST_SCALE)
+
+    def _correction(self, prior: Gaussian) -> tuple[Tensor, Tensor]:
+        """Shift and scale, ``(C,)`` each; at the first call, those that lead to the running statistics."""
+        shift, scale = self.prior_shift, self.prior_scale
+        assert shift is not None
+        assert scale is not None
+        if not self.awaits_correction:
+            return shift, scale
+        is_derived = is_transformed() and not torch.compiler.is_compiling()
+        if is_derived or torch.compiler.is_compiling() or bool(scale.isnan().any()):
+            found = self.correction_to(prior.per_channel(1), self._running_belief())
+            if is_derived:  # buffers cannot be changed in place inside of torch.func
+                return found
+            with torch.no_grad():
+                shift.copy_(found[0])
+                scale.copy_(found[1])
+        self.awaits_correction = False
+        return shift, scale
+
+    def _running_belief(self) -> Gaussian:
+        """The running statistics, ``(1, C)``."""
+        mean, var = getattr(self, "running_mean", None), getattr(self, "running_var", None)
+        assert mean is not None
+        assert var is not None
+        dtype = torch.promote_types(var.dtype, torch.float32)
+        return Gaussian(mean[None].to(dtype), var[None].to(dtype))
 
     def _statistics_dtype(self) -> torch.dtype:
         for tensor in (self.process_noise, self.gain, self.weight):
@@ -162,15 +242,15 @@ class KalmanLayer(nn.Module):
                 return torch.float64 if tensor.dtype == torch.float64 else torch.float32
         return torch.float32
 
-    def _prior(self, x: Tensor, groups: int) -> Gaussian | None:
-        """The prior of the input, ``(S, C)``; None where it is unknown, or the gain leaves it no say."""
-        prior = self._prior_for_kernel(x, groups)
-        return None if prior is None else prior.per_channel(groups)
+    def _prior(self, x: Tensor, groups: int) -> tuple[Gaussian | None, Tensor | None]:
+        """The prior of the input, ``(S, C)``, None where it is unknown or the gain leaves it no say; and its ``R``."""
+        prior, noise = self._prior_for_kernel(x, groups)
+        return None if prior is None else prior.per_channel(groups), self._variance_of(noise)
 
-    def _prior_for_kernel(self, x: Tensor, groups: int) -> Gaussian | None:
-        """The same, of the shapes of :func:`~kalmannorm.evaluation.belief_for`."""
+    def _prior_for_kernel(self, x: Tensor, groups: int) -> tuple[Gaussian | None, Tensor | None]:
+        """The prior in a shape of :func:`~kalmannorm.evaluation.belief_for`, and the logarithm of its process noise."""
         if self.ignores_prior:
-            return None
+            return None, self.process_noise
         if is_recomputing() and is_reentrant():
             raise RuntimeError(
                 f"{self._label()} is run again by a reentrant checkpoint, which loses what is believed of its input "
@@ -183,9 +263,23 @@ class KalmanLayer(nn.Module):
             )
         prior = belief_for(x, groups, self.estimator)
         if isinstance(prior, Unknown):
-            return None
+            return self._prior_without_layers_below()
         dtype = torch.promote_types(x.dtype, torch.float32)
-        return prior if prior.mean.dtype == dtype else prior.map(lambda t: t.to(dtype))
+        prior = prior if prior.mean.dtype == dtype else prior.map(lambda t: t.to(dtype))
+        if self.prior_scale is None:
+            return prior, self.process_noise
+        shift, scale = self._correction(prior)
+        noise = None if self.process_noise is None else self.process_noise + scale.log().to(self.process_noise.dtype)
+        shift, scale = (t.to(dtype).view(-1, *[1] * (prior.ndim - 2)) for t in (shift, scale))
+        return Gaussian(prior.mean + shift, prior.var * scale), noise
+
+    def _prior_without_layers_below(self) -> tuple[Gaussian | None, Tensor | None]:
+        """Where nothing is known of the input: the running statistics, without process noise, of a corrected layer."""
+        if self.prior_scale is None or getattr(self, "running_mean", None) is None:
+            return None, self.process_noise
+        # As the logarithm of no noise: the parameter keeps a gradient, of zero, for DistributedDataParallel.
+        noise = None if self.process_noise is None else self.process_noise - math.inf
+        return self._running_belief().map(Tensor.clone), noise
 
     def _warn_once(self, message: str) -> None:
         if not torch.compiler.is_compiling() and message not in self._warned:
@@ -248,13 +342,37 @@ class KalmanLayer(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any],
                               strict: bool, missing_keys: list[str], unexpected_keys: list[str],
                               error_msgs: list[str]) -> None:  # fmt: skip
-        """A checkpoint of the stock layer has no ``gain`` and no ``process_noise``: ours stay."""
+        """A checkpoint of the stock layer has no ``gain`` and no ``process_noise``: ours stay. Its running statistics
+        correct the prior; a checkpoint of a Kalman layer has the correction itself, or none.
+        """
+        self._make_room_for_correction(state_dict, prefix, local_metadata.get("version"))
         missing: list[str] = []
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
         )
-        optional = {prefix + "gain", prefix + "process_noise"}
+        optional = {prefix + name for name in ("gain", "process_noise", "prior_shift", "prior_scale")}
         missing_keys.extend(key for key in missing if key not in optional)
+        if self.prior_scale is not None and not self.prior_scale.is_meta:
+            self.awaits_correction = bool(self.prior_scale.isnan().any())
+
+    def _make_room_for_correction(self, state_dict: dict[str, Any], prefix: str, version: int | None) -> None:
+        """Have the buffers of the correction that a checkpoint has, or asks for."""
+        given = state_dict.get(prefix + "prior_scale")
+        if given is not None:
+            if self.prior_scale is None:
+                like = self.weight if self.weight is not None else given
+                self.prior_shift, self.prior_scale = (
+                    torch.empty_like(given, device=like.device) for _ in range(2)
+                )
+            return
+        if not any(prefix + name in state_dict for name in ("weight", "running_mean", "gain", "process_noise")):
+            return
+        own = {prefix + "gain", prefix + "process_noise"} & state_dict.keys()
+        is_kalman = bool(own) or (version or 0) >= KalmanNorm._version
+        mean, var = state_dict.get(prefix + "running_mean"), state_dict.get(prefix + "running_var")
+        self.drop_correction()
+        if not is_kalman and self.calibrates is not False and is_trained(mean, var):
+            self.await_correction()
 
 
 class KalmanNorm(KalmanLayer, _NormBase):
@@ -293,6 +411,7 @@ class KalmanNorm(KalmanLayer, _NormBase):
         TypeError: for an input that is not floating-point.
     """
 
+    _version = 3  # of its part of a checkpoint; that of torch's layer is 2
     _ranks: tuple[int, ...] = (2, 3, 4, 5)
     running_mean: Tensor | None
     running_var: Tensor | None
@@ -323,7 +442,6 @@ class KalmanNorm(KalmanLayer, _NormBase):
             )
         self.stats_batch_size = stats_batch_size
         self.process_group = process_group
-        self.online = False
         counter = torch.zeros((), dtype=torch.long, device=device) if track_running_stats else None
         self.register_buffer("nonfinite_batches", counter, persistent=False)
 
@@ -375,14 +493,13 @@ class KalmanNorm(KalmanLayer, _NormBase):
             observation = None
             if self.process_group is not None:
                 observation, samples, count = synchronize(input, self.process_group)
-            prior = self._prior(input, groups)
+            prior, noise = self._prior(input, groups)
             if prior is None and not isinstance(count, Tensor):
                 self._check_values(count)
             bias = self.bias if prior is not None else self._idle(self.bias, self.num_features)
             out = kalman_norm(
                 input, prior, self.weight, bias, gain=self.kalman_gain(samples), spread=self.spread,
-                process_noise=self.process_variance(), guard=self.guard, groups=groups, eps=self.eps,
-                observation=observation,
+                process_noise=noise, guard=self.guard, groups=groups, eps=self.eps, observation=observation,
             )  # fmt: skip
             if self.training:
                 self._remember(out, count)
@@ -399,13 +516,13 @@ class KalmanNorm(KalmanLayer, _NormBase):
 
     def _in_one_step(self, x: Tensor, groups: int, relu: bool = False) -> Tensor:
         """The common case by its kernel, running statistics and all."""
-        prior = self._prior_for_kernel(x, groups)
+        prior, noise = self._prior_for_kernel(x, groups)
         mean, var = (None, None) if prior is None else (prior.mean, prior.var)
         if prior is None:
             self._check_values(x.numel() // (groups * self.num_features))
         gain, slope, offset = self._gain_line(x.shape[0] // groups)
         out = layer(
-            x, mean, var, gain, self.process_noise, self.weight, self.bias,
+            x, mean, var, gain, noise, self.weight, self.bias,
             Filter(groups, slope, offset, _INITIAL_NOISE, self.spread, self.eps, relu),
             running=self._running() if self.training else None, posterior=self.carry == "posterior",
         )  # fmt: skip
@@ -450,10 +567,7 @@ class KalmanNorm(KalmanLayer, _NormBase):
     def _by_running_statistics(self, x: Tensor) -> Tensor:
         y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
         if is_open():  # a frozen layer among training ones
-            assert self.running_mean is not None
-            assert self.running_var is not None
-            dtype = torch.promote_types(self.running_var.dtype, torch.float32)
-            self._hand_on(y, Gaussian(self.running_mean[None].to(dtype), self.running_var[None].to(dtype)))
+            self._hand_on(y, self._running_belief())
         return y
 
     def _remember(self, out: KalmanNormOutput, count: int | Tensor) -> None:
@@ -587,12 +701,12 @@ class GroupKalmanNorm(KalmanLayer):
             self._check_input(input, self.num_channels, self._ranks)
             if input.numel() == 0:
                 return self._normalize_nothing(input)
-            prior = self._prior(input, input.shape[0])
+            prior, noise = self._prior(input, input.shape[0])
             bias = self.bias if prior is not None else self._idle(self.bias, self.num_channels)
             out = group_kalman_norm(
                 input, prior, self.num_groups, self.weight, bias,
-                gain=self.kalman_gain(self.observed_maps(input.shape[0])),
-                process_noise=self.process_variance(), spread=self.spread, guard=self.guard, eps=self.eps,
+                gain=self.kalman_gain(self.observed_maps(input.shape[0])), process_noise=noise,
+                spread=self.spread, guard=self.guard, eps=self.eps,
             )  # fmt: skip
             self._hand_on(out.output, out.posterior)
             return out.output

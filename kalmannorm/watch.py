@@ -41,7 +41,7 @@ class Watch:
         """Forward pre-hook."""
         while (mode := current()) is not None and self._was_left_open(mode, module):
             mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-        if current() is None and any(layer.is_fusing for layer in self.layers):
+        if current() is None and any(layer.is_fusing or layer.is_observed for layer in self.layers):
             watch_shards(module)
             self._start_beliefs(module, args, kwargs)
             if not torch.compiler.is_compiling():

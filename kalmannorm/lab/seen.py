@@ -111,8 +111,8 @@ class _Watcher:
                 return
             groups = layer._groups(len(x))
             # The layer finds again what this evaluates: the rules' beliefs, and the draws, are kept.
-            prior = layer._prior(x, groups)
-            prior = None if prior is None else add_process_noise(prior, layer.process_variance())
+            prior, noise = layer._prior(x, groups)
+            prior = None if prior is None else add_process_noise(prior, noise)
             if shared is None:
                 self._add(prior, observe(x, groups), len(x) // groups)
             else:

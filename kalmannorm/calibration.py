@@ -1,0 +1,256 @@
+"""Priors corrected by statistics that are known: a pretrained network's running ones, or those of data.
+
+The rules take the terms of a sum for independent. In a trained network they are not: activations behind a ReLU rise and
+fall together, and a prior's variance comes out several times too small. How wrong a prior is, a channel, changes
+slowly while weights move, so one correction is kept as a constant,
+
+    m_prior' = m_prior + shift        v_prior' = scale (v_prior + R)
+
+and gradients still flow through the prior.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from kalmannorm.convert import kalman_layers
+from kalmannorm.describe import in_columns
+from kalmannorm.evaluation import prior_of
+from kalmannorm.functional import observe
+from kalmannorm.gaussian import Gaussian, Unknown
+from kalmannorm.inference import Population, call_with, merge_over_processes, to_device, with_progress
+from kalmannorm.modules import KalmanLayer, is_trained
+from kalmannorm.propagation import paused
+
+__all__ = ["Calibration", "CalibrationRow", "calibrate"]
+
+
+@dataclass(frozen=True)
+class CalibrationRow:
+    """One Kalman layer."""
+
+    name: str
+    """Its qualified name in the model."""
+    source: str
+    """What its prior was corrected by: "running statistics" or "data"; empty where it was not corrected."""
+    variance: float
+    """The prior's variance over the true one before the correction, process noise included: the geometric mean over
+    channels whose variance is above 0. NaN where it is not known yet."""
+    mean: float
+    """The distance of the two means, in true standard deviations: the root of its mean square over these channels."""
+    reason: str = ""
+    """Why it was not corrected, or not yet."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What :func:`calibrate` found and corrected. ``str()`` gives a table."""
+
+    rows: list[CalibrationRow]
+
+    def __str__(self) -> str:
+        lines = [("layer", "variance, prior / true", "mean, off by", "corrected by")]
+        for row in self.rows:
+            numbers = ("-", "-") if row.variance != row.variance else (f"{row.variance:.3g}", f"{row.mean:.3g} std")
+            said = f"{row.source}, {row.reason}" if row.source and row.reason else row.source or f"no: {row.reason}"
+            lines.append((row.name, *numbers, said))
+        corrected = sum(bool(row.source) for row in self.rows)
+        return "\n".join([*in_columns(lines), f"{corrected} of {len(self.rows)} priors corrected"])
+
+
+def calibrate(model: nn.Module, inputs_or_loader: Any = None, *, source: Literal["running", "data"] = "running",
+              forward: Callable[[nn.Module, Any], object] | None = None, max_batches: int | None = None,
+              progress: bool = True, process_group: dist.ProcessGroup | None = None) -> Calibration:  # fmt: skip
+    """Correct each layer's prior, channel by channel, by statistics that are known.
+
+    :func:`kalmannorm.convert` has asked for it where a network is pretrained. Call this to see how far priors are off;
+    for a :class:`GroupKalmanNorm` or a layer without running statistics, which need data; or later in a training.
+
+    The correction is constant from then on, part of the state dict (``prior_shift``, ``prior_scale``), and gone after
+    :func:`kalmannorm.to_batchnorm`. A layer that is called several times has one, for the mean of its priors. Where
+    nothing is known of a layer's input, its running statistics are its prior; without them it has none.
+
+    Args:
+        model: a converted network; its layers' corrections are changed in place.
+        inputs_or_loader: an input (a tensor, or a mapping that is called as ``model(**inputs)``), or batches as
+            :func:`kalmannorm.recalibrate` takes them. The network runs in ``eval()``. None: nothing runs, and
+            each layer with running statistics corrects its prior at the next call that computes one.
+        source: ``"running"``: by running statistics; where a layer has none, or none of a training, by the data's.
+            ``"data"``: by the data's everywhere. Running statistics of a Kalman layer are fused ones: after a training
+            with this library, take data.
+        forward: ``forward(model, batch)`` makes the call, for other batches.
+        max_batches: stop after so many; None for all.
+        progress: show a progress bar, by rich or else tqdm, if one of them is installed.
+        process_group: merge the data over its processes, all of which must call this; all get the same corrections.
+
+    Returns:
+        A row for each Kalman layer: how far its prior was off, and by what it was corrected.
+
+    Raises:
+        ValueError: where the model has no Kalman layer; for another ``source``; without data, where no layer has
+            running statistics of a training.
+        TypeError: for a batch that is none of these, without ``forward``.
+
+    Example:
+        >>> import torch, kalmannorm as kn
+        >>> model = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False), torch.nn.BatchNorm1d(1))
+        >>> _ = torch.nn.init.constant_(model[0].weight, 2.0)
+        >>> _ = model(torch.randn(512, 1))            # its running statistics move away from 0 and 1
+        >>> model = kn.convert(model, input_stats=([0.0], [0.5]))
+        >>> kn.calibrate(model, torch.randn(8, 1)).rows[0].source
+        'running statistics'
+        >>> bool(model[1].prior_scale > 1)            # the input is wider than the model was told
+        True
+    """
+    layers = {
+        name: layer for name, layer in kalman_layers(model) if not layer.frozen and not layer.ignores_prior
+    }
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no Kalman layer whose prior could be corrected, expected one")
+    if source not in ("running", "data"):
+        raise ValueError(f"kalmannorm.calibrate got source={source!r}, expected 'running' or 'data'")
+    if inputs_or_loader is None:
+        return _at_next_call(model, layers)
+    found = {name: _Observed(layer, source) for name, layer in layers.items()}
+    device = next(iter([*model.parameters(), *model.buffers()])).device
+    single = isinstance(inputs_or_loader, Tensor | Mapping)
+    loader: Iterable[Any] = [inputs_or_loader] if single else inputs_or_loader
+    shown = progress and not single and (process_group is None or dist.get_rank(process_group) == 0)
+    batches = 0
+    shown_batches = with_progress(loader, max_batches, shown, "calibrate")
+    with _looking_at(model, found), closing(shown_batches):
+        for batch in shown_batches:
+            (forward or call_with)(model, to_device(batch, device))
+            batches += 1
+    if process_group is not None:
+        populations = {name: observed.population for name, observed in found.items()}
+        populations, batches = merge_over_processes(populations, batches, process_group)
+        for name, observed in found.items():
+            observed.population = populations[name]
+    if batches == 0:
+        raise ValueError(f"kalmannorm.calibrate got an empty loader for {type(model).__name__}, expected a batch")
+    rows = [observed.correct(name) for name, observed in found.items()]
+    if process_group is not None:
+        for layer in layers.values():  # a prior may differ a little where batches differ in shape
+            for buffer in (layer.prior_shift, layer.prior_scale):
+                if buffer is not None:
+                    dist.broadcast(buffer, dist.get_global_rank(process_group, 0), group=process_group)
+    return Calibration(rows)
+
+
+def _at_next_call(model: nn.Module, layers: Mapping[str, KalmanLayer]) -> Calibration:
+    """Ask layers with running statistics for a correction."""
+    rows = []
+    for name, layer in layers.items():
+        if is_trained(getattr(layer, "running_mean", None), getattr(layer, "running_var", None)):
+            layer.await_correction()
+            rows.append(CalibrationRow(name, "running statistics", math.nan, math.nan, "at the next call"))
+        else:
+            rows.append(CalibrationRow(name, "", math.nan, math.nan, "it has no running statistics of a training"))
+    if not any(row.source for row in rows):
+        raise ValueError(
+            f"{type(model).__name__} has no Kalman layer with running statistics of a training, expected one, or data: "
+            "kalmannorm.calibrate(model, loader)"
+        )
+    return Calibration(rows)
+
+
+class _Observed:
+    """What a layer saw in the pass: its input's moments, and the priors of it."""
+
+    def __init__(self, layer: KalmanLayer, source: str) -> None:
+        self.layer = layer
+        mean, var = getattr(layer, "running_mean", None), getattr(layer, "running_var", None)
+        trained = is_trained(mean, var)
+        self.by_running = trained and source == "running"
+        self.is_online = not trained  # it normalizes by what it sees in the pass
+        channels: int = getattr(layer, "num_features", 0) or getattr(layer, "num_channels", 0)
+        like = next(iter([*layer.parameters(recurse=False), *layer.buffers(recurse=False)]), torch.empty(0))
+        zeros = like.new_zeros((channels,), dtype=torch.float32)
+        self.population = Population(layer, zeros, zeros)  # type: ignore[arg-type]
+        self.was_online = layer.online
+        self.priors: list[Gaussian] = []
+        self.reason = "it was not called"
+
+    def look(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook."""
+        x: Tensor = args[0] if args else kwargs["input"]
+        if not x.numel():
+            return
+        with paused():
+            observation = observe(x)
+            prior = prior_of(x, 1, self.layer.estimator)
+            self.population.add(observation, x.shape[0])
+            if isinstance(prior, Unknown):
+                self.reason = prior.reason
+                return
+            self.priors.append(prior.map(Tensor.double))
+            if self.is_online and self.layer.prior_scale is None:
+                # It fuses what it sees now, and the layers above are to see a network that works.
+                self.set(*self.layer.correction_to(prior, observation))
+
+    def set(self, shift: Tensor, scale: Tensor) -> None:
+        """Keep a correction in the layer."""
+        layer = self.layer
+        layer.prior_shift, layer.prior_scale = shift.float(), scale.float()
+        layer.awaits_correction = False
+
+    @property
+    def prior(self) -> Gaussian:
+        """The mean of the priors, ``(1, C)``."""
+        means, variances = zip(*[(prior.mean, prior.var) for prior in self.priors], strict=True)
+        return Gaussian(torch.stack(means).mean(0), torch.stack(variances).mean(0))
+
+    def correct(self, name: str) -> CalibrationRow:
+        """Set the layer's correction; say how far its prior was off."""
+        layer, source = self.layer, "running statistics" if self.by_running else "data"
+        if not self.priors and self.by_running:
+            layer.await_correction()
+            return CalibrationRow(name, source, math.nan, math.nan, f"which are its prior: {self.reason}")
+        if not self.priors:
+            layer.drop_correction()
+            return CalibrationRow(name, "", math.nan, math.nan, self.reason)
+        target = layer._running_belief().map(Tensor.double) if self.by_running else self.population.statistics
+        prior = self.prior
+        self.set(*layer.correction_to(prior, target))
+        noise = layer.process_variance()
+        var = prior.var if noise is None else prior.var + noise.detach()
+        alive = target.var > 0
+        if not bool(alive.any()):
+            return CalibrationRow(name, source, math.nan, math.nan, "all of its channels are constant")
+        ratio = (var / target.var)[alive].log().mean().exp()
+        distance = ((prior.mean - target.mean) / target.std)[alive].square().mean().sqrt()
+        return CalibrationRow(name, source, float(ratio), float(distance))
+
+
+@contextmanager
+def _looking_at(model: nn.Module, found: Mapping[str, _Observed]) -> Iterator[None]:
+    """Run a model in ``eval()`` with its beliefs, and let each layer's be looked at. What was compiled runs eagerly."""
+    training = {module: module.training for module in model.modules()}
+    handles = []
+    try:
+        model.eval()
+        for observed in found.values():
+            layer = observed.layer
+            layer.is_observed = True
+            if observed.is_online:
+                layer.drop_correction()
+                layer.online = True
+            handles.append(layer.register_forward_pre_hook(observed.look, with_kwargs=True))
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+        for observed in found.values():
+            observed.layer.is_observed, observed.layer.online = False, observed.was_online
+        for handle in handles:
+            handle.remove()
