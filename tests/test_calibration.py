@@ -1,0 +1,466 @@
+"""Priors corrected by running statistics, or by data."""
+
+import copy
+import io
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+import kalmannorm as kn
+
+INPUT_STATS = ([0.0] * 3, [1.0] * 3)
+
+
+def network(norm=nn.BatchNorm2d):
+    """Three layers, whose ReLUs make channels depend on each other."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), norm(8), nn.ReLU(), nn.Conv2d(8, 8, 3), norm(8), nn.ReLU(), nn.Conv2d(8, 4, 3), norm(4)
+    )
+
+
+def images(samples=8):
+    return torch.randn(samples, 3, 12, 12) * torch.linspace(0.5, 2, samples)[:, None, None, None]
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """Trained with BatchNorm for a few steps."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    for _ in range(60):
+        loss = (model(images()) - 1).abs().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model
+
+
+def converted(model, **options):
+    return kn.convert(copy.deepcopy(model), **{"input_stats": INPUT_STATS, **options})
+
+
+def kalman_layers(model):
+    return [layer for layer in model.modules() if isinstance(layer, kn.KalmanNorm | kn.GroupKalmanNorm)]
+
+
+def priors(model, x):
+    """Mean and variance of each layer's prior at a call, process noise included."""
+    found = []
+
+    def look(layer, args):
+        prior, noise = layer._prior(args[0], 1)
+        found.append((prior.mean[0].detach(), (prior.var[0] + (0 if noise is None else noise)).detach()))
+
+    handles = [layer.register_forward_pre_hook(look) for layer in kalman_layers(model)]
+    model(x)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def corrections(model):
+    return [(layer.prior_shift, layer.prior_scale) for layer in kalman_layers(model)]
+
+
+def assert_same_corrections(model, other):
+    for mine, its in zip(corrections(model), corrections(other), strict=True):
+        torch.testing.assert_close(mine, its)
+
+
+@pytest.mark.parametrize("process_noise", [True, False])
+@pytest.mark.parametrize("spelled", ["by default", "calibrate=True", "by kn.calibrate"])
+def test_the_first_priors_are_the_running_statistics(trained, process_noise, spelled):
+    calibrate = {"by default": None, "calibrate=True": True, "by kn.calibrate": False}[spelled]
+    model = converted(trained, calibrate=calibrate, process_noise=process_noise).eval()
+    if calibrate is False:
+        assert len(kn.calibrate(model).rows) == 3
+    with kn.online_statistics(model):
+        found = priors(model, images(2))
+    for (mean, var), layer in zip(found, kalman_layers(model), strict=True):
+        torch.testing.assert_close(mean, layer.running_mean, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(var, layer.running_var, atol=1e-6, rtol=1e-4)
+
+
+def test_a_converted_network_still_works_at_one_sample(trained):
+    """Where its own statistics are used before any step: an uncorrected prior is much too narrow here."""
+    x = images()
+    expected = copy.deepcopy(trained).eval()(x)
+
+    def error(model):
+        with kn.online_statistics(model.eval()):
+            outputs = torch.cat([model(each[None]) for each in x])
+        return float((outputs - expected).square().mean() / expected.var())
+
+    assert error(converted(trained)) < 0.5 * error(converted(trained, calibrate=False))
+
+
+def test_the_correction_is_constant_and_gradients_flow_through_the_prior(trained):
+    model = converted(trained)
+    model(images(2))
+    before = [(shift.clone(), scale.clone()) for shift, scale in corrections(model)]
+    with torch.no_grad():
+        model[3].weight.mul_(2)
+    expected_var = [var for _, var in priors(model, images(2))]
+    for mine, its in zip(before, corrections(model), strict=True):
+        torch.testing.assert_close(mine, its, rtol=0, atol=0)
+    noise = before[1][1] * model[4].process_variance().detach()
+    unscaled = (expected_var[1] - noise) / 4 + noise
+    torch.testing.assert_close(unscaled, model[4].running_var, rtol=0.2, atol=0.1)  # four times as wide
+    model(images(1)).square().sum().backward()
+    assert model[0].weight.grad.abs().sum() > 0
+    assert model[4].process_noise.grad.abs().sum() > 0
+
+
+def test_a_fresh_network_is_as_before_to_the_bit():
+    x = images(2)
+    default, off = converted(network()), converted(network(), calibrate=False)
+    assert all(shift is None and scale is None for shift, scale in corrections(default))
+    assert default.state_dict().keys() == off.state_dict().keys()
+    assert not any("prior_" in key for key in default.state_dict())
+    torch.testing.assert_close(default(x), off(x), rtol=0, atol=0)
+
+
+def test_true_insists():
+    with pytest.raises(ValueError, match=r"calibrate=True, but KalmanNorm2d '1' has running statistics of no training"):
+        converted(network(), calibrate=True)
+    with pytest.raises(ValueError, match=r"calibrate=True, but GroupKalmanNorm '1' has no running statistics"):
+        converted(network(lambda c: nn.GroupNorm(2, c)), layers=("group",), calibrate=True)
+
+
+def test_statistics_without_a_count_are_those_of_a_training(trained):
+    """Checkpoints older than ``num_batches_tracked`` load as 0 batches."""
+    model = copy.deepcopy(trained)
+    for layer in (model[1], model[4], model[7]):
+        layer.num_batches_tracked.zero_()
+    assert all(layer.awaits_correction for layer in kalman_layers(converted(model)))
+
+
+def test_frozen_batch_norm_counts_as_trained(trained):
+    model = copy.deepcopy(trained)
+    frozen = FrozenBatchNorm2d(8)
+    frozen.load_state_dict(model[4].state_dict())
+    model[4] = frozen
+    model = converted(model).eval()
+    with kn.online_statistics(model):
+        found = priors(model, images(2))
+    torch.testing.assert_close(found[1][1], model[4].running_var, atol=1e-6, rtol=1e-4)
+
+
+def test_dead_channels(trained):
+    """Running variances of exactly 0, and of 1e-5, as EfficientNet-Lite's weights have them."""
+    model = copy.deepcopy(trained)
+    with torch.no_grad():
+        model[3].weight[:2] = 0
+        model[3].bias[:2] = 0
+        model[4].running_mean[:2] = 0
+        model[4].running_var[0] = 0
+        model[4].running_var[1] = 1e-5
+        model[0].weight[0] = 0
+    expected = copy.deepcopy(model).eval()(images(2))
+    model = converted(model)
+    output = model(images(2))
+    assert model[4].prior_scale[0] == 0
+    assert output.isfinite().all()
+    output.square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    assert all(b.isfinite().all() for b in model.buffers())
+    assert output.shape == expected.shape
+
+
+def test_no_scale_is_too_large_for_half_precision():
+    layer = kn.KalmanNorm2d(2, process_noise=False)
+    prior = kn.Gaussian(torch.zeros(1, 2), torch.tensor([[1e-30, 1.0]]))
+    target = kn.Gaussian(torch.zeros(1, 2), torch.tensor([[1.0, 2.0]]))
+    _, scale = layer.correction_to(prior, target)
+    assert scale.half().isfinite().all()
+    torch.testing.assert_close(scale[1], torch.tensor(2.0))
+
+
+def test_a_channel_that_is_not_finite_is_left_as_it_is():
+    layer = kn.KalmanNorm2d(3)
+    prior = kn.Gaussian(torch.zeros(1, 3), torch.ones(1, 3))
+    target = kn.Gaussian(torch.tensor([[math.nan, 1.0, 1.0]]), torch.tensor([[1.0, math.inf, 2.0]]))
+    shift, scale = layer.correction_to(prior, target)
+    torch.testing.assert_close(shift, torch.tensor([0.0, 0.0, 1.0]))
+    torch.testing.assert_close(scale, torch.tensor([1.0, 1.0, 2 / 1.01]))
+
+
+def test_nothing_known_of_the_input(trained):
+    """Without ``input_stats`` the first layer's prior is its running statistics, without noise."""
+    model = converted(trained, input_stats=None)
+    mean, var = priors(model, images(2))[0]
+    assert model[1].prior_scale.isnan().all()  # nothing to correct
+    before = converted(trained, input_stats=None, calibrate=False)
+    torch.testing.assert_close(mean, before[1].running_mean)
+    torch.testing.assert_close(var, before[1].running_var)
+    description = kn.describe(model, images(2))
+    assert description.rows[0].prior_from == ("its running statistics",)
+    assert description.with_prior == 3
+    model(images(1)).sum().backward()
+    torch.testing.assert_close(model[1].process_noise.grad, torch.zeros(8))
+    assert model[1].gain.grad is not None
+    assert kn.describe(before, images(2)).with_prior == 2
+
+
+class Shared(nn.Module):
+    """One normalization layer behind two convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.norm = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.norm(self.first(x)) + self.norm(self.second(x))
+
+
+def test_a_layer_called_twice_has_one_correction():
+    model = Shared()
+    for _ in range(30):
+        model(images())
+    model = converted(model)
+    model.eval()
+    with kn.online_statistics(model):
+        model(images(2))
+    first = model.norm.prior_scale.clone()
+    found = []
+    handle = model.norm.register_forward_pre_hook(lambda layer, args: found.append(layer._prior(args[0], 1)[0].var[0]))
+    with kn.online_statistics(model):
+        model(images(2))
+    handle.remove()
+    noise = model.norm.process_variance().detach()
+    torch.testing.assert_close(found[0] + first * noise, model.norm.running_var, rtol=1e-4, atol=1e-6)
+    ratio = found[1] / found[0]
+    kn.calibrate(model, images(2))  # for the mean of both calls' priors
+    unscaled = found[0] / first
+    expected = model.norm.running_var / (unscaled * (1 + ratio) / 2 + noise)
+    torch.testing.assert_close(model.norm.prior_scale, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"stats_batch_size": 2}, {"stats_batch_size": 2, "carry": "posterior"}])
+def test_statistic_groups(trained, options):
+    model = converted(trained, **options).eval()
+    with kn.online_statistics(model):
+        found = priors(model, images(4))
+    for layer, (_, scale) in zip(kalman_layers(model), corrections(model), strict=True):
+        assert scale.shape == layer.running_var.shape
+        assert scale.isfinite().all()
+    torch.testing.assert_close(found[0][1], model[1].running_var, atol=1e-6, rtol=1e-4)
+
+
+def test_state_dict_round_trip(trained):
+    model = converted(trained)
+    early = model.state_dict()
+    assert "1.prior_scale" in early  # from the start, so that keys never change
+    model(images(2))
+    late = converted(trained)
+    late.load_state_dict(copy.deepcopy(model.state_dict()))
+    assert_same_corrections(late, model)
+    assert not any(layer.awaits_correction for layer in kalman_layers(late))
+    fresh = converted(network())  # a network without a correction takes one
+    fresh.load_state_dict(model.state_dict())
+    assert_same_corrections(fresh, model)
+    waiting = converted(network())
+    waiting.load_state_dict(converted(trained).state_dict())
+    assert all(layer.awaits_correction for layer in kalman_layers(waiting))
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    assert_same_corrections(torch.load(buffer, weights_only=False), model)
+
+
+@pytest.mark.parametrize("gain", ["prior-strength", 0.1])
+def test_checkpoints_of_either_kind_load_strictly(trained, gain):
+    options = {"gain": gain, "process_noise": gain != 0.1}
+    model = converted(network(), **options)
+    model.load_state_dict(trained.state_dict())  # of BatchNorm: running statistics that mean something
+    assert all(layer.awaits_correction for layer in kalman_layers(model))
+    uncorrected = converted(trained, calibrate=False, **options)
+    model.load_state_dict(uncorrected.state_dict())  # of Kalman layers, without a correction
+    assert all(scale is None for _, scale in corrections(model))
+    off = converted(network(), calibrate=False, **options)
+    off.load_state_dict(trained.state_dict())
+    assert all(scale is None for _, scale in corrections(off))
+
+
+def test_to_batchnorm_drops_it(trained):
+    model = converted(trained)
+    model(images(2))
+    model.eval()
+    expected = model(images(2).clone().fill_(0.3))
+    plain = kn.to_batchnorm(model)
+    assert not any("prior_" in key for key in plain.state_dict())
+    torch.testing.assert_close(plain(images(2).clone().fill_(0.3)), expected, rtol=0, atol=0)
+
+
+def test_describe_shows_it_and_changes_nothing(trained):
+    model = converted(trained)
+    description = kn.describe(model, images(2))
+    assert all(layer.awaits_correction and layer.prior_scale.isnan().all() for layer in kalman_layers(model))
+    assert "corrected" in str(description).splitlines()[0]
+    model(images(2))
+    scale = model[4].prior_scale
+    assert description.rows[1].correction == pytest.approx(float(scale.log().mean().exp()), rel=1e-4)
+    plain = kn.describe(converted(trained, calibrate=False), images(2))
+    assert "corrected" not in str(plain)
+    assert plain.rows[1].correction is None
+
+
+def test_the_table_says_how_far_priors_were_off(trained):
+    model = converted(trained, calibrate=False)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    table = kn.calibrate(model, images(2))
+    for name, buffer in before.items():
+        torch.testing.assert_close(buffer, model.get_buffer(name), rtol=0, atol=0)
+    assert model.training
+    row, layer = table.rows[1], model[4]
+    assert row.name == "4"
+    assert row.source == "running statistics"
+    torch.testing.assert_close(row.variance, float(layer.prior_scale.log().mean().neg().exp()), rtol=1e-4, atol=0)
+    assert row.mean == pytest.approx(float((layer.prior_shift.square() / layer.running_var).mean().sqrt()), rel=1e-4)
+    assert str(table).splitlines()[-1] == "3 of 3 priors corrected"
+
+
+@pytest.mark.parametrize("norm", [lambda c: nn.GroupNorm(2, c), lambda c: nn.BatchNorm2d(c, track_running_stats=False)])
+def test_without_running_statistics_by_data(norm):
+    data = images(32)
+    model = converted(network(norm), layers=("batch", "group"))
+    table = kn.calibrate(model, data.split(16))
+    assert [row.source for row in table.rows] == ["data"] * 3
+    seen = []
+    handle = model[1].register_forward_pre_hook(lambda layer, args: seen.append(args[0]))
+    mean, var = priors(model, data)[0]
+    handle.remove()
+    torch.testing.assert_close(mean, seen[0].mean((0, 2, 3)), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(var, seen[0].var((0, 2, 3), correction=0), atol=1e-4, rtol=1e-3)
+
+
+def test_data_in_place_of_running_statistics(trained):
+    """Running statistics of a Kalman layer are fused ones, and so not what a prior should be."""
+    data = images(32)
+    model = converted(trained)
+    with torch.no_grad():
+        model[1].running_var.mul_(3)
+    kn.calibrate(model, [data[:16], data[16:]], source="data")
+    model.eval()
+    found = priors_in_eval(model, data)
+    seen = model[0](data)
+    torch.testing.assert_close(found[0][1], seen.var((0, 2, 3), correction=0), atol=1e-4, rtol=1e-3)
+
+
+def priors_in_eval(model, x):
+    with kn.online_statistics(model):
+        return priors(model, x)
+
+
+def test_a_fresh_network_by_data_sees_itself_normalized():
+    """Its running statistics of 0 and 1 say nothing: each layer of the pass normalizes by what it sees."""
+    model = converted(network())
+    with torch.no_grad():
+        model[0].weight.mul_(10)
+    data = images(64)
+    kn.calibrate(model, data)
+    stock = network()
+    with torch.no_grad():
+        stock[0].weight.mul_(10)
+    seen = []
+    stock[4].register_forward_pre_hook(lambda layer, args: seen.append(args[0]))
+    stock(data)
+    model.eval()
+    mean, var = priors_in_eval(model, data)[1]
+    torch.testing.assert_close(mean, seen[0].mean((0, 2, 3)), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(var, seen[0].var((0, 2, 3), correction=0), atol=1e-3, rtol=1e-2)
+    assert not any(layer.online or layer.is_observed for layer in kalman_layers(model))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        (lambda model: kn.calibrate(nn.Linear(1, 1)), ValueError, "no Kalman layer whose prior could be corrected"),
+        (lambda model: kn.calibrate(model, images(), source="both"), ValueError, "expected 'running' or 'data'"),
+        (lambda model: kn.calibrate(model), ValueError, "no Kalman layer with running statistics of a training"),
+        (lambda model: kn.calibrate(model, []), ValueError, "empty loader"),
+        (lambda model: kn.calibrate(model, ["text"]), TypeError, "got a batch of type str"),
+    ],
+)
+def test_bad_input(call, error, match):
+    with pytest.raises(error, match=match):
+        call(converted(network()))
+
+
+def test_an_error_leaves_flags_as_they_were(trained):
+    model = converted(trained)
+    with pytest.raises(ValueError, match="expected .N, 3"):
+        kn.calibrate(model, torch.randn(2, 5, 12, 12))
+    assert model.training
+    assert not any(layer.online or layer.is_observed for layer in kalman_layers(model))
+    assert not any(hook for layer in kalman_layers(model) for hook in layer._forward_pre_hooks)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, body):
+        super().__init__()
+        self.body = body
+
+    def forward(self, x):
+        return checkpoint(self.body, x, use_reentrant=False)
+
+
+def test_a_checkpointed_region_fills_it_once(trained):
+    plain, model = converted(trained), kn.convert(Checkpointed(copy.deepcopy(trained)), input_stats=INPUT_STATS)
+    x = images(2)
+    for each in (plain, model):
+        each(x).square().sum().backward()
+    assert_same_corrections(model, plain)
+    for mine, its in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, its.grad)
+
+
+def test_compiled(trained):
+    plain, model = converted(trained), converted(trained)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    x = images(2)
+    for _ in range(3):
+        torch.testing.assert_close(compiled(x), plain(x))
+    assert_same_corrections(model, plain)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        compiled(x)
+
+
+def test_functional_call_derives_it_each_time(trained):
+    model = converted(trained).eval()
+    parameters = dict(model.named_parameters())
+    x = images(2)
+
+    def loss(parameters):
+        with kn.online_statistics(model):
+            return torch.func.functional_call(model, parameters, (x,)).square().sum()
+
+    gradients = torch.func.grad(loss)(parameters)
+    assert all(layer.awaits_correction for layer in kalman_layers(model))
+    loss(parameters).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_an_average_of_weights_takes_it_along(trained):
+    model = converted(trained)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    model(images(2))
+    average.update_parameters(model)
+    average.module.eval()
+    with kn.online_statistics(average.module):
+        average(images(2))
+    assert_same_corrections(average.module, model)
+
+
+def test_reset_parameters_forgets_it(trained):
+    model = converted(trained)
+    model(images(2))
+    model[1].reset_parameters()
+    assert model[1].prior_scale is None
