@@ -19,6 +19,7 @@ from kalmannorm.modules import (
     preset,
 )
 from kalmannorm.rules import rule
+from kalmannorm.standardization import standardize_weights
 
 __version__ = "0.1.0"
 
@@ -26,5 +27,5 @@ __all__ = [
     "Calibration", "Description", "Gaussian", "GroupKalmanNorm", "GroupKalmanNormAct", "KalmanNorm", "KalmanNorm1d",
     "KalmanNorm2d", "KalmanNorm3d", "KalmanNormAct2d", "Unknown", "anneal", "calibrate", "connect", "convert",
     "describe", "first_nonfinite", "freeze", "functional", "fuse", "online_statistics", "preset", "recalibrate",
-    "rule", "rules", "to_batchnorm",
+    "rule", "rules", "standardize_weights", "to_batchnorm",
 ]  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -25,9 +25,10 @@ from kalmannorm.modules import (
     KalmanNormAct2d,
     is_trained,
 )
+from kalmannorm.standardization import bake, filters_below_norms, use_standardized
 from kalmannorm.watch import Watch
 
-__all__ = ["connect", "convert", "fuse", "kalman_layers", "to_batchnorm"]
+__all__ = ["connect", "convert", "fuse", "kalman_layers", "to_batchnorm", "with_stock_norms"]
 
 _M = TypeVar("_M", bound=nn.Module)
 # What takes the place of a stock layer, and of a subclass that has its forward.
@@ -69,7 +70,7 @@ _OF_BATCHES = ("stats_batch_size", "process_group")
 
 
 def convert(model: _M, *, layers: Sequence[str] = ("batch",), input_stats: tuple[Any, Any] | None = None,
-            calibrate: bool | None = None, **options: Any) -> _M:  # fmt: skip
+            calibrate: bool | None = None, weight_standardization: bool = False, **options: Any) -> _M:  # fmt: skip
     """Replace a network's normalization layers by Kalman layers, in place, and connect them.
 
     The new layers hold the very same parameters and buffers, so an optimizer made before keeps
@@ -91,6 +92,8 @@ def convert(model: _M, *, layers: Sequence[str] = ("batch",), input_stats: tuple
             its prior from them.
         calibrate: correct priors by running statistics. None: in each layer whose running statistics are those of some
             training. True: in every layer, or an error. False: in none.
+        weight_standardization: give the filters below normalization layers zero mean and unit norm too, for training
+            from scratch: see :func:`standardize_weights`. ``eval()`` output changes then.
         options: keyword options of :class:`KalmanNorm2d`, for every layer. What stands in for SyncBatchNorm shares
             statistics if ``torch.distributed`` is initialized, unless ``stats_batch_size`` asks for smaller groups.
 
@@ -98,8 +101,9 @@ def convert(model: _M, *, layers: Sequence[str] = ("batch",), input_stats: tuple
         The model.
 
     Raises:
-        ValueError: for unknown kinds or options, where there is nothing to convert, or with ``calibrate=True`` for a
-            layer whose running statistics say nothing.
+        ValueError: for unknown kinds or options, or where there is nothing to convert; with ``calibrate=True`` for a
+            layer whose running statistics say nothing; for what :func:`standardize_weights` raises. The model is then
+            as it was.
 
     Example:
         >>> import torch, kalmannorm as kn
@@ -113,7 +117,10 @@ def convert(model: _M, *, layers: Sequence[str] = ("batch",), input_stats: tuple
     kinds = (layers,) if isinstance(layers, str) else tuple(layers)
     _check_names("layers", kinds, _KINDS)
     _check_names("option", options, _OPTIONS)
-    replaced: dict[nn.Module, nn.Module] = {}
+    filters = filters_below_norms(model) if weight_standardization else []
+    if calibrate:
+        _insist_on_statistics(model, kinds)
+    replaced: dict[nn.Module, KalmanLayer] = {}
     of_model = _place_of((*model.parameters(), *model.buffers()))  # for layers without tensors of their own
     for name, layer in model.named_modules():
         new = _kalman_layer(layer, name, kinds, of_model | options)
@@ -124,24 +131,29 @@ def convert(model: _M, *, layers: Sequence[str] = ("batch",), input_stats: tuple
             f"{type(model).__name__} has nothing to convert: no layer of the kinds {list(kinds)}, "
             f"expected at least one (kinds are {list(_KINDS)})"
         )
-    _calibrate_at_first_call(replaced, calibrate)
+    for new in replaced.values():
+        new.calibrates = calibrate
+        if calibrate is not False and _has_statistics(new):
+            new.await_correction()
     model = _replace_modules(model, replaced)
+    use_standardized(filters)
     return connect(model, input_stats=input_stats)
 
 
-def _calibrate_at_first_call(replaced: dict[nn.Module, nn.Module], calibrate: bool | None) -> None:
-    """Ask pretrained layers for a correction of their priors, each when it is called for the first time."""
-    for layer in replaced.values():
-        assert isinstance(layer, KalmanLayer)
-        layer.calibrates = calibrate
-        mean, var = getattr(layer, "running_mean", None), getattr(layer, "running_var", None)
-        if calibrate is not False and is_trained(mean, var):
-            layer.await_correction()
-        elif calibrate:
-            found = "has no running statistics" if mean is None else "has running statistics of no training"
+def _has_statistics(layer: nn.Module) -> bool:
+    return is_trained(getattr(layer, "running_mean", None), getattr(layer, "running_var", None))
+
+
+def _insist_on_statistics(model: nn.Module, kinds: Sequence[str]) -> None:
+    """Raise where a layer to replace has no running statistics that could correct its prior."""
+    for name, layer in model.named_modules():
+        kind, kalman = stand_in(layer)
+        if kind in kinds and kalman is not None and not _has_statistics(layer):
+            has_none = getattr(layer, "running_mean", None) is None
             raise ValueError(
-                f"kalmannorm.convert got calibrate=True, but {type(layer).__name__} {layer.layer_name!r} {found}: "
-                "load trained weights before, or correct its prior from data by kalmannorm.calibrate(model, loader)"
+                f"kalmannorm.convert got calibrate=True, but {type(layer).__name__} {name!r} has "
+                f"{'no running statistics' if has_none else 'running statistics of no training'}: load trained "
+                "weights before, or correct its prior from data by kalmannorm.calibrate(model, loader)"
             )
 
 
@@ -151,7 +163,7 @@ def _check_names(what: str, given: Any, allowed: Sequence[str]) -> None:
             raise ValueError(f"kalmannorm.convert got {what} {name!r}, expected one of {list(allowed)}")
 
 
-def _replace_modules(model: _M, replaced: dict[nn.Module, nn.Module]) -> _M:
+def _replace_modules(model: _M, replaced: Mapping[nn.Module, nn.Module]) -> _M:
     """Put new modules in the places of old ones, wherever these are used."""
     if model in replaced:
         return replaced[model]  # type: ignore[return-value]
@@ -163,7 +175,7 @@ def _replace_modules(model: _M, replaced: dict[nn.Module, nn.Module]) -> _M:
     return model
 
 
-def _kalman_layer(layer: nn.Module, name: str, kinds: Sequence[str], options: dict[str, Any]) -> nn.Module | None:
+def _kalman_layer(layer: nn.Module, name: str, kinds: Sequence[str], options: dict[str, Any]) -> KalmanLayer | None:
     """The Kalman layer that takes this one's place, if it is of a kind to replace."""
     kind, kalman = stand_in(layer)
     if kind not in kinds:
@@ -366,11 +378,12 @@ def to_batchnorm(model: _M) -> _M:
     """Replace Kalman layers by the stock layers of the same ``eval()`` output, in place, to deploy.
 
     Parameters and buffers are the same objects; gain and process noise are dropped. Training flags and
-    ``requires_grad`` stay; a frozen layer gives one in ``eval()``, which ``model.train()`` would end.
+    ``requires_grad`` stay; a frozen layer gives one in ``eval()``, which ``model.train()`` would end. Standardized
+    filters (:func:`standardize_weights`) are written into the parameters, and their layers become stock ones.
 
     Args:
-        model: a network with :class:`KalmanNorm` layers. If it is itself one, its replacement is
-            returned.
+        model: a network with :class:`KalmanNorm` layers or standardized filters. If it is itself a layer, its
+            replacement is returned.
 
     Returns:
         The model, with layers of torch.nn only; where a layer had taken the place of another library's
@@ -380,6 +393,13 @@ def to_batchnorm(model: _M) -> _M:
         ValueError: for a :class:`GroupKalmanNorm` whose gain is not 1: it fuses in ``eval()``, so no
             stock layer does the same.
     """
+    model = with_stock_norms(model)
+    bake(model)
+    return model
+
+
+def with_stock_norms(model: _M) -> _M:
+    """Replace Kalman layers as :func:`to_batchnorm` does, and leave standardized filters to be trained further."""
     replaced: dict[nn.Module, nn.Module] = {}
     for name, layer in kalman_layers(model):
         if isinstance(layer, GroupKalmanNorm) and not layer.ignores_prior:
@@ -439,10 +459,7 @@ def fuse(model: _M) -> _M:
     """
     if model.training:
         raise ValueError(f"{type(model).__name__} is in training, expected eval(): only running statistics fold")
-    plain = copy.deepcopy(model)
-    if any(True for _ in kalman_layers(plain)):
-        plain = to_batchnorm(plain)
-    return fuse_graph(_traced(plain), inplace=True, no_trace=True)  # type: ignore[return-value]
+    return fuse_graph(_traced(to_batchnorm(copy.deepcopy(model))), inplace=True, no_trace=True)  # type: ignore[return-value]
 
 
 def _traced(model: nn.Module) -> torch.fx.GraphModule:
