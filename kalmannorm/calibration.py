@@ -27,7 +27,7 @@ from kalmannorm.evaluation import prior_of
 from kalmannorm.functional import observe
 from kalmannorm.gaussian import Gaussian, Unknown
 from kalmannorm.inference import Population, call_with, merge_over_processes, to_device, with_progress
-from kalmannorm.modules import KalmanLayer, is_trained
+from kalmannorm.modules import KalmanLayer
 from kalmannorm.propagation import paused
 
 __all__ = ["Calibration", "CalibrationRow", "calibrate"]
@@ -150,7 +150,7 @@ def _at_next_call(model: nn.Module, layers: Mapping[str, KalmanLayer]) -> Calibr
     """Ask layers with running statistics for a correction."""
     rows = []
     for name, layer in layers.items():
-        if is_trained(getattr(layer, "running_mean", None), getattr(layer, "running_var", None)):
+        if layer.has_known_statistics:
             layer.await_correction()
             rows.append(CalibrationRow(name, "running statistics", math.nan, math.nan, "at the next call"))
         else:
@@ -168,10 +168,10 @@ class _Observed:
 
     def __init__(self, layer: KalmanLayer, source: str) -> None:
         self.layer = layer
-        mean, var = getattr(layer, "running_mean", None), getattr(layer, "running_var", None)
-        trained = is_trained(mean, var)
+        trained = layer.has_known_statistics
         self.by_running = trained and source == "running"
-        self.is_online = not trained  # it normalizes by what it sees in the pass
+        # It normalizes by what it sees in the pass.
+        self.is_online = not trained or getattr(layer, "running_mean", None) is None
         channels: int = getattr(layer, "num_features", 0) or getattr(layer, "num_channels", 0)
         like = next(iter([*layer.parameters(recurse=False), *layer.buffers(recurse=False)]), torch.empty(0))
         zeros = like.new_zeros((channels,), dtype=torch.float32)

@@ -70,7 +70,8 @@ _OF_BATCHES = ("stats_batch_size", "process_group")
 
 
 def convert(model: _M, *, layers: Sequence[str] = ("batch",), input_stats: tuple[Any, Any] | None = None,
-            calibrate: bool | None = None, weight_standardization: bool = False, **options: Any) -> _M:  # fmt: skip
+            calibrate: bool | None = None, weight_standardization: bool = False, track_running_stats: bool = True,
+            **options: Any) -> _M:  # fmt: skip
     """Replace a network's normalization layers by Kalman layers, in place, and connect them.
 
     The new layers hold the very same parameters and buffers, so an optimizer made before keeps
@@ -94,6 +95,9 @@ def convert(model: _M, *, layers: Sequence[str] = ("batch",), input_stats: tuple
             training. True: in every layer, or an error. False: in none.
         weight_standardization: give the filters below normalization layers zero mean and unit norm too, for training
             from scratch: see :func:`standardize_weights`. ``eval()`` output changes then.
+        track_running_stats: False drops running statistics: in ``eval()`` too, each sample is normalized by its own
+            statistics fused with the prior (or each ``stats_batch_size`` samples, if that is given). The most accurate
+            at one sample a step. Inference then costs what GroupNorm's does, and does not fold into convolutions.
         options: keyword options of :class:`KalmanNorm2d`, for every layer. What stands in for SyncBatchNorm shares
             statistics if ``torch.distributed`` is initialized, unless ``stats_batch_size`` asks for smaller groups.
 
@@ -115,6 +119,8 @@ def convert(model: _M, *, layers: Sequence[str] = ("batch",), input_stats: tuple
         torch.Size([1, 8, 4, 4])
     """
     kinds = (layers,) if isinstance(layers, str) else tuple(layers)
+    if not track_running_stats:
+        options.setdefault("stats_batch_size", 1)
     _check_names("layers", kinds, _KINDS)
     _check_names("option", options, _OPTIONS)
     filters = filters_below_norms(model) if weight_standardization else []
@@ -135,6 +141,8 @@ def convert(model: _M, *, layers: Sequence[str] = ("batch",), input_stats: tuple
         new.calibrates = calibrate
         if calibrate is not False and _has_statistics(new):
             new.await_correction()
+        if not track_running_stats and isinstance(new, KalmanNorm):
+            new.drop_running_stats()
     model = _replace_modules(model, replaced)
     use_standardized(filters)
     return connect(model, input_stats=input_stats)
@@ -390,8 +398,8 @@ def to_batchnorm(model: _M) -> _M:
         (timm's norm-and-activation layers), with that.
 
     Raises:
-        ValueError: for a :class:`GroupKalmanNorm` whose gain is not 1: it fuses in ``eval()``, so no
-            stock layer does the same.
+        ValueError: for a :class:`GroupKalmanNorm`, or a layer without running statistics, whose gain is not 1: it fuses
+            in ``eval()``, so no stock layer does the same.
     """
     model = with_stock_norms(model)
     bake(model)
@@ -402,10 +410,10 @@ def with_stock_norms(model: _M) -> _M:
     """Replace Kalman layers as :func:`to_batchnorm` does, and leave standardized filters to be trained further."""
     replaced: dict[nn.Module, nn.Module] = {}
     for name, layer in kalman_layers(model):
-        if isinstance(layer, GroupKalmanNorm) and not layer.ignores_prior:
+        if getattr(layer, "running_mean", None) is None and not layer.ignores_prior:
             raise ValueError(
-                f"{type(layer).__name__} {name!r} fuses its input with a prior in eval() too, expected gain=1.0: "
-                "no stock layer computes the same"
+                f"{type(layer).__name__} {name!r} fuses its input with a prior in eval() too, expected gain=1.0 or "
+                "running statistics: no stock layer computes the same"
             )
         replaced[layer] = _stock_layer(layer)
     model = _replace_modules(model, replaced)

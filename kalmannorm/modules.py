@@ -20,7 +20,7 @@ from kalmannorm.functional import KalmanNormOutput, group_kalman_norm, kalman_no
 from kalmannorm.gaussian import Gaussian, Unknown
 from kalmannorm.kernels import Filter, Running, layer, move_running, unbiased
 from kalmannorm.kernels.apply import is_transformed
-from kalmannorm.propagation import attach, attach_step, is_open, paused
+from kalmannorm.propagation import attach, attach_step, current, is_open, paused
 
 __all__ = [
     "GroupKalmanNorm", "GroupKalmanNormAct", "KalmanLayer", "KalmanNorm", "KalmanNorm1d", "KalmanNorm2d",
@@ -189,6 +189,8 @@ class KalmanLayer(nn.Module):
         """Use priors as the layers below predict them."""
         self._buffers.update(prior_shift=None, prior_scale=None)
         self.awaits_correction = False  # if so, the correction is NaN until the next call that computes a prior
+        # What the correction is to lead to, of a pretrained layer that keeps no running statistics.
+        self.dropped_statistics: Gaussian | None = None
 
     @torch.no_grad()
     def correction_to(self, prior: Gaussian, target: Gaussian) -> tuple[Tensor, Tensor]:
@@ -219,22 +221,36 @@ class KalmanLayer(nn.Module):
             return shift, scale
         is_derived = is_transformed() and not torch.compiler.is_compiling()
         if is_derived or torch.compiler.is_compiling() or bool(scale.isnan().any()):
-            found = self.correction_to(prior.per_channel(1), self._running_belief())
+            target = self._running_belief().map(lambda t: t.to(prior.mean.device))
+            found = self.correction_to(prior.per_channel(1), target)
             if is_derived:  # buffers cannot be changed in place inside of torch.func
                 return found
             with torch.no_grad():
                 shift.copy_(found[0])
                 scale.copy_(found[1])
-        self.awaits_correction = False
+        self.awaits_correction, self.dropped_statistics = False, None
         return shift, scale
 
     def _running_belief(self) -> Gaussian:
-        """The running statistics, ``(1, C)``."""
+        """The running statistics, ``(1, C)``; where they were dropped, what they were."""
         mean, var = getattr(self, "running_mean", None), getattr(self, "running_var", None)
-        assert mean is not None
-        assert var is not None
+        if mean is None or var is None:
+            assert self.dropped_statistics is not None
+            return self.dropped_statistics
         dtype = torch.promote_types(var.dtype, torch.float32)
         return Gaussian(mean[None].to(dtype), var[None].to(dtype))
+
+    @property
+    def has_known_statistics(self) -> bool:
+        """Whether there are statistics of a training that can correct the prior."""
+        mean, var = getattr(self, "running_mean", None), getattr(self, "running_var", None)
+        return self.dropped_statistics is not None or is_trained(mean, var)
+
+    @property
+    def keeps_priors(self) -> bool:
+        """Whether the layer fuses in ``eval()``, by a prior that depends on parameters alone: it is computed once."""
+        fuses = not self.training and not self.online and getattr(self, "running_mean", None) is None
+        return fuses and self.estimator == "exact" and self.carry == "output"
 
     def _statistics_dtype(self) -> torch.dtype:
         for tensor in (self.process_noise, self.gain, self.weight):
@@ -251,6 +267,21 @@ class KalmanLayer(nn.Module):
         """The prior in a shape of :func:`~kalmannorm.evaluation.belief_for`, and the logarithm of its process noise."""
         if self.ignores_prior:
             return None, self.process_noise
+        mode = current()
+        if mode is None or not mode.keeps_priors:
+            return self._computed_prior(x, groups)
+        place = self, mode.calls.get(self, 0)
+        mode.calls[self] = place[1] + 1
+        if place not in mode.kept:
+            prior, noise = self._computed_prior(x, groups)
+            with torch.inference_mode(False):
+                mode.kept[place] = (
+                    None if prior is None else prior.detach().map(Tensor.clone),
+                    None if noise is None else noise.detach().clone(),
+                )
+        return mode.kept[place]
+
+    def _computed_prior(self, x: Tensor, groups: int) -> tuple[Gaussian | None, Tensor | None]:
         if is_recomputing() and is_reentrant():
             raise RuntimeError(
                 f"{self._label()} is run again by a reentrant checkpoint, which loses what is believed of its input "
@@ -295,7 +326,7 @@ class KalmanLayer(nn.Module):
         ``carry="output"``: ``(beta, gamma^2 v / (v + eps))``, of what really leaves the layer.
         ``carry="posterior"``: ``(m, v)`` of its input, as the paper and the released code do.
         """
-        if not is_open():
+        if (mode := current()) is None or mode.rests:
             return
         belief = statistics
         if self.carry == "output":
@@ -307,6 +338,22 @@ class KalmanLayer(nn.Module):
             belief = Gaussian(mean, scale)
         pixels = [1] * (y.ndim - 2)
         attach(y, belief.map(lambda t: t.reshape(*t.shape, *pixels)), self.layer_name or type(self).__name__)
+
+    def _lasting(self, posterior: Gaussian, prior: Gaussian | None, noise: Tensor | None) -> Gaussian:
+        """The statistics of the belief to hand on. Where priors are kept, the prior's in place of the posterior's, so
+        that those of the layers above do not depend on the batch.
+
+        Args:
+            posterior: ``(S, C)``.
+            prior: ``(1 or S, C, ...)``, without process noise; None where it is unknown.
+            noise: the process noise ``R``, ``(C,)``, or None.
+        """
+        if not self.keeps_priors:
+            return posterior
+        if prior is None:
+            return Gaussian(torch.zeros_like(posterior.mean[:1]), torch.ones_like(posterior.var[:1]))
+        prior = prior.map(lambda t: t.flatten(1)[:1])
+        return prior if noise is None else Gaussian(prior.mean, prior.var + noise)
 
     def _check_input(self, x: Tensor, channels: int, ranks: tuple[int, ...]) -> None:
         if x.ndim not in ranks or x.shape[1] != channels:
@@ -354,6 +401,8 @@ class KalmanLayer(nn.Module):
         missing_keys.extend(key for key in missing if key not in optional)
         if self.prior_scale is not None and not self.prior_scale.is_meta:
             self.awaits_correction = bool(self.prior_scale.isnan().any())
+            if self.awaits_correction and not self.has_known_statistics:
+                self.drop_correction()
 
     def _make_room_for_correction(self, state_dict: dict[str, Any], prefix: str, version: int | None) -> None:
         """Have the buffers of the correction that a checkpoint has, or asks for."""
@@ -445,6 +494,14 @@ class KalmanNorm(KalmanLayer, _NormBase):
         counter = torch.zeros((), dtype=torch.long, device=device) if track_running_stats else None
         self.register_buffer("nonfinite_batches", counter, persistent=False)
 
+    def drop_running_stats(self) -> None:
+        """Keep no running statistics any more: fuse in ``eval()`` too."""
+        dropped = self._running_belief() if self.awaits_correction else None
+        self.track_running_stats = False
+        for name in ("running_mean", "running_var", "num_batches_tracked", "nonfinite_batches"):
+            setattr(self, name, None)
+        self.dropped_statistics = dropped
+
     def reset_running_stats(self) -> None:
         """Running statistics, and the counters, as they were at the start."""
         super().reset_running_stats()
@@ -505,7 +562,7 @@ class KalmanNorm(KalmanLayer, _NormBase):
                 self._remember(out, count)
             if self.collect is not None:
                 self.collect(out.posterior, groups * samples)
-            self._hand_on(out.output, out.posterior)
+            self._hand_on(out.output, self._lasting(out.posterior, prior, noise))
             return out.output
 
     def _is_one_step(self) -> bool:
@@ -528,10 +585,16 @@ class KalmanNorm(KalmanLayer, _NormBase):
         )  # fmt: skip
         if self.collect is not None:
             self.collect(Gaussian(out.statistics[0], out.statistics[1]), x.shape[0])
-        if is_open():
+        mode = current()
+        if mode is None or mode.rests:
+            return out.output
+        if self.keeps_priors:
+            posterior = Gaussian(out.statistics[0], out.statistics[1])
+            self._hand_on(out.output, self._lasting(posterior, prior, self._variance_of(noise)))
+        else:
             attach(out.output, Gaussian(out.mean, out.var), self.layer_name or type(self).__name__)
-            if relu:
-                attach_step(out.output, F.relu)
+        if relu:
+            attach_step(out.output, F.relu)
         return out.output
 
     def _check_values(self, count: int) -> None:
@@ -708,7 +771,7 @@ class GroupKalmanNorm(KalmanLayer):
                 gain=self.kalman_gain(self.observed_maps(input.shape[0])), process_noise=noise,
                 spread=self.spread, guard=self.guard, eps=self.eps,
             )  # fmt: skip
-            self._hand_on(out.output, out.posterior)
+            self._hand_on(out.output, self._lasting(out.posterior, prior, noise))
             return out.output
 
     def extra_repr(self) -> str:

@@ -49,9 +49,28 @@ class Propagation(TorchFunctionMode):
         self.layers = layers
         self.input_belief: Gaussian | None = None  # one that no tensor has been found for yet
         self.opener: Any = None  # the module that was entered
+        # Priors that depend on parameters alone, by layer and number of its call in a pass.
+        self.kept: dict[tuple[Any, int], tuple[Gaussian | None, Tensor | None]] = {}
+        self.kept_for: Any = None
+        self.keeps_priors = False
+        self.rests = False  # all priors of this pass are kept: nothing is recorded
+        self.calls: dict[Any, int] = {}
+
+    def keep_priors(self, key: Any) -> None:
+        """Keep the priors of a pass that begins, and use those of passes of the same key; None for none."""
+        all_are_kept = self.keeps_priors and sum(self.calls.values()) == len(self.kept) > 0
+        self.calls, self.keeps_priors = {}, key is not None
+        self.rests = self.keeps_priors and all_are_kept and key == self.kept_for
+        if self.keeps_priors and key != self.kept_for:
+            self.kept, self.kept_for = {}, key
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "kept": {}, "kept_for": None, "keeps_priors": False, "rests": False, "calls": {}}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.rests:
+            return func(*args, **kwargs)
         if args and isinstance(args[0], Tensor):
             step_of(args[0])  # notes if it was changed unseen: after a function that works in place, nobody could tell
         if func in _IN_PLACE_RELUS and _is_rectified_by_its_layer(func, args, kwargs):

@@ -124,7 +124,7 @@ def step_of(tensor: Tensor, as_it_was: bool = False) -> Step | None:
     step = getattr(tensor, _STEP, None)
     if step is None and type(tensor) is nn.Parameter:
         return None
-    if step is None and not torch.compiler.is_dynamo_compiling() and (base := tensor._base) is not None:
+    if step is None and not torch.compiler.is_compiling() and (base := tensor._base) is not None:
         # Where nothing is watched, FSDP and DDP pass a tensor through an autograd function that returns it.
         step = getattr(base, _STEP, None) if _place(tensor) == _place(base) else None
         tensor = base

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kalmannorm.gaussian import Gaussian, Unknown
+from kalmannorm.kernels.apply import is_transformed
 from kalmannorm.propagation import Propagation, attach, current
 from kalmannorm.shards import watch_shards
 from kalmannorm.steps import found_in, step_of
@@ -43,7 +44,9 @@ class Watch:
             mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         if current() is None and any(layer.is_fusing or layer.is_observed for layer in self.layers):
             watch_shards(module)
-            self._start_beliefs(module, args, kwargs)
+            self.mode.keep_priors(self._what_priors_depend_on(module, (*args, *kwargs.values())))
+            if not self.mode.rests:
+                self._start_beliefs(module, args, kwargs)
             if not torch.compiler.is_compiling():
                 self.mode.opener = module
             self.mode.__enter__()  # type: ignore[no-untyped-call]
@@ -60,6 +63,27 @@ class Watch:
             if output is not None and self.mode.input_belief is not None:
                 self.mode.input_belief = None
                 self._warn_of_unused_belief(module)
+
+    def _what_priors_depend_on(self, module: nn.Module, values: Any) -> Any:
+        """What must be the same for priors to be the same; None where they also depend on the batch, or need gradients.
+
+        An exporter gets what was kept before, as constants.
+        """
+        if not all(layer.keeps_priors and not layer.is_observed for layer in self.layers if layer.is_fusing):
+            return None
+        if torch.compiler.is_compiling():
+            exports = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+            return self.mode.kept_for if exports else None
+        if is_transformed():
+            return None
+        tensors = [t for each in module.modules() for t in (*each._parameters.values(), *each._buffers.values())
+                   if t is not None]  # fmt: skip
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            return None
+        if any(type(t) not in (Tensor, nn.Parameter) or t.is_inference() for t in tensors):
+            return None
+        inputs = tuple((t.shape, t.dtype, t.device) for t in found_in(values, Tensor))
+        return inputs, tuple((t._version, t.data_ptr()) for t in tensors)
 
     def _was_left_open(self, mode: Propagation, module: nn.Module) -> bool:
         """Whether an interrupt (an error closes it) has kept a mode from closing: who opened it is not being called."""

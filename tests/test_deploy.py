@@ -195,6 +195,59 @@ def test_onnx(name, how, tmp_path):
     torch.testing.assert_close(torch.from_numpy(found), y, rtol=1e-4, atol=1e-4)
 
 
+@functools.cache
+def _trained_one_at_a_time():
+    """Each sample normalized by itself, in training and in ``eval()``, after some steps."""
+    torch.manual_seed(0)
+    model = kn.convert(Residual(num_classes=CLASSES), input_stats=([0.0] * 3, [3.0] * 3), track_running_stats=False)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    x, target = images("residual", 12), torch.arange(12) % CLASSES
+    for step in range(24):
+        part = torch.arange(4 * step, 4 * step + 4) % 12
+        loss = F.cross_entropy(model(x[part]), target[part])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+def trained_one_at_a_time():
+    model, x = copy.deepcopy(_trained_one_at_a_time()), images("residual", 6)
+    with torch.no_grad():
+        return model, x, model(x)
+
+
+def test_one_at_a_time_exports_priors_as_constants():
+    model, x, y = trained_one_at_a_time()
+    graph = exported(model, x[:3])
+    assert "kalmannorm" not in str(graph.graph)
+    torch.testing.assert_close(graph.module()(x), y, rtol=1e-4, atol=1e-5)
+    used = {node.name for node in graph.graph.nodes if node.users}
+    kept = [name for name in graph.constants if name in str(graph.graph_signature)]
+    assert len(kept) >= 2 * 6  # mean and variance of six layers' priors
+    in_use = {spec.target for spec in graph.graph_signature.input_specs if spec.arg.name in used}
+    assert not any("process_noise" in str(name) for name in in_use - set(kept))
+
+
+def test_one_at_a_time_in_onnx(tmp_path):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    model, x, y = trained_one_at_a_time()
+    path = tmp_path / "model.onnx"
+    torch.onnx.export(
+        model, (x[:3],), path, dynamo=True, verbose=False, dynamic_shapes=({0: torch.export.Dim("batch")},)
+    )  # fmt: skip
+    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), y, rtol=1e-4, atol=1e-4)
+
+
+def test_one_at_a_time_has_no_stock_layers():
+    model, _, _ = trained_one_at_a_time()
+    with pytest.raises(ValueError, match="fuses its input with a prior in eval"):
+        kn.to_batchnorm(model)
+
+
 @every_network
 def test_int8(name):
     """Post-training quantization with BatchNorm folded, as for any stock network."""

@@ -215,6 +215,7 @@ def layer(x: Tensor, prior_mean: Tensor | None, prior_var: Tensor | None, gain: 
     prior_mean, prior_var, gain = _to(prior_mean, dtype), _to(prior_var, dtype), _to(gain, dtype)
     noise, weight, bias = _to(noise, dtype), _to(weight, dtype), _to(bias, dtype)
     compiled = torch.compiler.is_compiling() and x.device.type == "cpu" and on_cpu.is_available()
+    compiled = compiled and not torch.compiler.is_exporting()  # to ONNX, for one, which has torch's functions only
     if is_transformed() and not compiled:
         return Layer(*_plain(x, other, prior_mean, prior_var, gain, noise, weight, bias, running, options, posterior))
     x = as_dense(x)
