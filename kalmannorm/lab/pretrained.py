@@ -1,4 +1,4 @@
-"""Weights of a trained network to start from: a classifier's for other classes, a ResNet's for a detector's backbone."""
+"""Weights of a trained network to start from: a classifier's, or a ResNet's for a detector's backbone."""
 
 from __future__ import annotations
 

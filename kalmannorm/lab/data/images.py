@@ -160,7 +160,8 @@ def load_images(
 
     Raises:
         MissingDataError: It is neither under ``KALMANNORM_DATA`` nor to be had from the hub.
-        ValueError: An unknown name, unknown or repeated classes, no image left to train on, or files without the columns.
+        ValueError: An unknown name, unknown or repeated classes, no image left to train on, or files without the
+            columns.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1; got {limit}")
