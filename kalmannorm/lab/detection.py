@@ -90,7 +90,9 @@ class Detector(lightning.LightningModule):
         state = None if weights is None else trained_weights(Path(weights))
         # Of a network with BatchNorm: before the conversion, which keeps its scales. Of one with the method itself:
         # after it.
-        early = state is not None and set(state) == set(resnet_of(network).state_dict())
+        early = state is not None and set(resnet_of(network).state_dict()) == {
+            name for name in state if not name.startswith("fc.")
+        }
         if state is not None and early:
             load_backbone(network, state)
         self.network = normalize(network, normalization, steps=steps, **(normalization_options or {}))

@@ -1,4 +1,4 @@
-"""Weights of a trained ResNet for a detector's backbone."""
+"""Weights of a trained network to start from: a classifier's, or a ResNet's for a detector's backbone."""
 
 from __future__ import annotations
 
@@ -11,28 +11,55 @@ from torch import Tensor, nn
 
 from kalmannorm.lab.models.detection import Conv4Features
 
-__all__ = ["load_backbone", "resnet_of", "trained_weights"]
+__all__ = ["load_backbone", "load_trunk", "resnet_of", "trained_weights", "trunk_of"]
 
 
 def trained_weights(file: Path) -> dict[str, Tensor]:
-    """The state dict of a trained ResNet, without its classifier.
+    """The state dict of a trained network.
 
     Args:
-        file: A state dict as torchvision's, or the ``last.ckpt`` of a run of ours.
+        file: A state dict, as torchvision's, or the ``last.ckpt`` of a run of ours.
 
     Raises:
         ValueError: There is no such file, or it is something else.
     """
     if not file.is_file():
         raise ValueError(
-            f"weights: there is no file {file}; expected a trained ResNet's state dict, or a run's last.ckpt"
+            f"weights: there is no file {file}; expected a trained network's state dict, or a run's last.ckpt"
         )
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
-        state = {name.removeprefix("network."): value for name, value in content.get("state_dict", content).items()}
+        return {name.removeprefix("network."): value for name, value in content.get("state_dict", content).items()}
     except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, IndexError) as error:
         raise ValueError(f"weights: {file} holds no state dict") from error
-    return {name: value for name, value in state.items() if not name.startswith("fc.")}
+
+
+def trunk_of(network: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What of a state dict is not of the network's head, its last linear layer.
+
+    Raises:
+        ValueError: It has no linear layer.
+
+    Example:
+        >>> network = nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+        >>> list(trunk_of(network, network.state_dict()))[:3]
+        ['0.weight', '0.bias', '1.weight']
+    """
+    linear = [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear)]
+    if not linear:
+        raise ValueError(f"weights: {type(network).__name__} has no head to train anew: expected a linear layer")
+    return {name: value for name, value in state.items() if not name.startswith(f"{linear[-1]}.")}
+
+
+def load_trunk(network: nn.Module, state: dict[str, Tensor]) -> None:
+    """Give a classifier the weights of a trained one, all but the head's.
+
+    Raises:
+        ValueError: They differ in names or shapes; it names the first.
+    """
+    trunk = trunk_of(network, state)
+    _check_fits(trunk_of(network, network.state_dict()), trunk, "the network")
+    network.load_state_dict(trunk, strict=False)
 
 
 def resnet_of(network: Any) -> nn.Module:
@@ -51,10 +78,15 @@ def load_backbone(network: nn.Module, state: dict[str, Tensor]) -> None:
     Raises:
         ValueError: They differ in names or shapes; it names the first.
     """
-    own = {name: tuple(value.shape) for name, value in resnet_of(network).state_dict().items()}
+    state = {name: value for name, value in state.items() if not name.startswith("fc.")}
+    _check_fits(resnet_of(network).state_dict(), state, "the network's ResNet")
+    resnet_of(network).load_state_dict(state)
+
+
+def _check_fits(own_state: dict[str, Tensor], state: dict[str, Tensor], whose: str) -> None:
+    own = {name: tuple(value.shape) for name, value in own_state.items()}
     given = {name: tuple(value.shape) for name, value in state.items()}
     for name in dict.fromkeys([*own, *given]):
         here, there = own.get(name, "absent"), given.get(name, "absent")
         if here != there:
-            raise ValueError(f"weights: {name} is {there} there; expected {here}, as in the network's ResNet")
-    resnet_of(network).load_state_dict(state)
+            raise ValueError(f"weights: {name} is {there} there; expected {here}, as in {whose}")

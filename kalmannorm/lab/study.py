@@ -15,7 +15,7 @@ from rich.console import Console
 from kalmannorm.lab import study_file
 from kalmannorm.lab.availability import data_at, with_data
 from kalmannorm.lab.data.roots import MissingDataError
-from kalmannorm.lab.recipes import Scale
+from kalmannorm.lab.recipes import Scale, merge
 from kalmannorm.lab.reproduce import checked
 from kalmannorm.lab.results import Result, finished
 from kalmannorm.lab.study_file import Arm, Study, shown
@@ -94,7 +94,8 @@ def study(
     """Search hyper-parameters for each arm of an experiment alike, train each from several seeds, and compare.
 
     What is finished is not trained again, and what was interrupted goes on where it was. The files of runs and curves
-    keep what they say of arms that were not asked for.
+    keep what they say of arms that were not asked for. Where arms start from another study's weights, these are
+    trained first, in the same output folder.
 
     Args:
         name: Such as batch-sizes-cpu, or a YAML file; anything else lists what there is.
@@ -131,6 +132,8 @@ def study(
     if collect:
         trials = _collected(asked, amount, folder, told, grow)
     elif not report:
+        for path, arms in _starts(asked).items():
+            study(str(path), only=",".join(arms), scale=scale, data=data, seeds=1, workers=workers, output=output)
         trials = _trained(asked, amount, data, output, workers, console, told)
     if not report:
         others = before.without({trial.arm.name for trial in trials})
@@ -152,6 +155,14 @@ def _chosen(asked: Study, only: str) -> tuple[Arm, ...]:
     return chosen
 
 
+def _starts(asked: Study) -> dict[Path, list[str]]:
+    """The studies that arms start from, and which of their arms."""
+    found: dict[Path, list[str]] = {}
+    for start in dict.fromkeys(arm.start for arm in asked.arms if arm.start):
+        found.setdefault(start.path, []).append(start.arm)
+    return found
+
+
 def _listed(asked: Study, amount: Scale) -> str:
     rows = [["arm", "runs of the search", "runs that count", "steps a run", "steps"]]
     total = [0, 0, 0]
@@ -163,9 +174,10 @@ def _listed(asked: Study, amount: Scale) -> str:
         numbers = (len(points), asked.seeds, sum(searched) + each * asked.seeds)
         total = [before + number for before, number in zip(total, numbers, strict=True)]
         rows.append([arm.name, str(numbers[0]), str(numbers[1]), f"{each:,}", f"{numbers[2]:,}"])
+    first = [f" Before them, those of {path.stem}: {', '.join(arms)}." for path, arms in _starts(asked).items()]
     return (
         f"{asked.title}\n\n{as_markdown(rows)}\n{total[0] + total[1]} runs, {total[0]} of them of the search; "
-        f"{total[2]:,} steps."
+        f"{total[2]:,} steps.{''.join(first)}"
     )
 
 
@@ -289,10 +301,15 @@ def _runs(folder: Path, amount: Scale) -> Path:
 
 def _job(asked: Study, trial: Trial, amount: Scale, runs: Path) -> Job:
     settings = [f"{setting.rpartition('.')[2]} {shown(value)}" for setting, value in trial.settings.items()]
+    config = trial.arm.config(_length(asked, trial.kind, amount), trial.settings, trial.seed)
+    if start := trial.arm.start:
+        others = _runs(runs.parents[2] / start.path.stem, amount)
+        weights = _place(others, start.arm, {}, start.scored, 0) / "last.ckpt"
+        config = merge(config, {"model": {"init_args": {"weights": str(weights)}}})
     return Job(
         f"{asked.name}/{' '.join([trial.arm.name, *settings])}",
         trial.seed,
-        trial.arm.config(_length(asked, trial.kind, amount), trial.settings, trial.seed),
+        config,
         _place(runs, trial.arm.name, trial.settings, trial.split, trial.seed),
         trial.split,
         keep=trial.kind == "final",

@@ -10,10 +10,12 @@ A file of ``studies`` has ``title``, ``question`` and ``arms``, and perhaps:
   ``search_scale`` of the steps (1).
 - ``seeds``: how many trainings of each arm count, with seeds 0, 1, ..., of which ``search_seed`` is none; ``scored``:
   on which images, ``test`` or ``validation``. With ``validation``, no run looks at test images.
+- ``start``: ``STUDY/ARM``, from another study's file beside this one: an arm without a search, whose weights (of seed
+  0, at the same scale) all trainings start from, as ``model.init_args.weights``. It is trained first if it was not yet.
 - ``tiny``: what to change so that a training takes seconds on a CPU, on generated images.
 
-An arm has a ``config`` of its own and perhaps a ``label`` (its row in the table), a ``column``, a ``search`` in place
-of the study's, a ``note`` to stand below the table, and a ``tiny``.
+An arm has a ``config`` of its own and perhaps a ``label`` (its row in the table), a ``column``, a ``search`` or a
+``start`` in place of the study's, a ``note`` to stand below the table, and a ``tiny``.
 """
 
 from __future__ import annotations
@@ -32,13 +34,30 @@ from kalmannorm.lab.recipes import Recipe, Scale, merge
 if TYPE_CHECKING:
     from kalmannorm.lab.fitting import Split
 
-__all__ = ["STUDIES", "Arm", "Study", "check_search_seed", "names", "read", "shown"]
+__all__ = ["STUDIES", "Arm", "Start", "Study", "check_search_seed", "names", "read", "shown"]
 
 STUDIES = Path(__file__).parent / "studies"
 _NEEDED = ("title", "question", "arms")
-_OPTIONAL = ("of", "base", "config", "scored", "metric", "search", "search_seed", "search_scale", "seeds", "tiny")
+_OPTIONAL = (
+    "of", "base", "config", "scored", "metric", "search", "search_seed", "search_scale", "seeds", "start", "tiny",
+)  # fmt: skip
 _KEYS = (*_NEEDED, *_OPTIONAL)
-_KEYS_OF_ARM = ("label", "column", "config", "search", "note", "tiny")
+_KEYS_OF_ARM = ("label", "column", "config", "search", "start", "note", "tiny")
+
+
+@dataclass(frozen=True)
+class Start:
+    """Whose weights trainings start from.
+
+    Attributes:
+        path: Of another study's file.
+        arm: One of its arms.
+        scored: Which images that study's runs are scored on.
+    """
+
+    path: Path
+    arm: str
+    scored: Split
 
 
 @dataclass(frozen=True)
@@ -52,6 +71,7 @@ class Arm:
         note: What a reader of the table should know of it.
         search: From a setting to the values to try.
         recipe: What is trained, but for the searched settings.
+        start: Whose weights it starts from; None for fresh ones.
     """
 
     name: str
@@ -60,6 +80,7 @@ class Arm:
     note: str
     search: dict[str, list[Any]]
     recipe: Recipe
+    start: Start | None = None
 
     def points(self) -> list[dict[str, Any]]:
         """What to try: the searched settings, each with one of its values. Nothing where there is no search."""
@@ -211,7 +232,8 @@ def _arms(path: Path, content: Mapping[str, Any], metric: str) -> list[Arm]:
             where = f"label {label!r}, column {column!r}"
             raise ValueError(f"{path}: {place} has the place of arms.{other} in the table: {where}")
         recipe = Recipe(f"{path.stem}/{name}", config, {}, small, f"{path.stem}/{name}")
-        found[label, column] = Arm(name, label, column, note, searched, recipe)
+        start = _start(path, place, arm.get("start", content.get("start")))
+        found[label, column] = Arm(name, label, column, note, searched, recipe, start)
     return list(found.values())
 
 
@@ -242,6 +264,22 @@ def _search(path: Path, place: str, given: Any) -> dict[str, list[Any]]:
         if len({shown(value) for value in values}) < len(values):
             raise ValueError(f"{path}: {place}.{setting} must be of different values; got {values!r}")
     return search
+
+
+def _start(path: Path, place: str, given: Any) -> Start | None:
+    if given is None:
+        return None
+    name, _, arm_name = str(given).partition("/")
+    other = path.parent / f"{name}.yaml"
+    if not other.is_file():
+        raise ValueError(f"{path}: {place}.start must be STUDY/ARM, of a study beside this one; got {given!r}")
+    whole = read(other)
+    arm = next((arm for arm in whole.arms if arm.name == arm_name), None)
+    if arm is None or arm.search or arm.start:
+        raise ValueError(
+            f"{path}: {place}.start must be an arm of {name} that has no search and no start itself; got {given!r}"
+        )
+    return Start(other, arm_name, whole.scored)
 
 
 def _check_data(path: Path, arm: Arm, scored: str) -> None:

@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lightning
@@ -27,6 +28,7 @@ from kalmannorm.lab.capturing import CapturedStep
 from kalmannorm.lab.data.sharing import images_a_process
 from kalmannorm.lab.methods import METHODS, normalize
 from kalmannorm.lab.optimization import Schedule, annealing, check_annealing, check_schedule, sgd
+from kalmannorm.lab.pretrained import load_trunk, trained_weights, trunk_of
 from kalmannorm.lab.scoring import online_logits
 
 __all__ = ["Batch", "Classifier", "loader", "quiet", "quiet_trainer"]
@@ -52,6 +54,9 @@ class Classifier(lightning.LightningModule):
         normalization: What takes BatchNorm's place, a key of `kalmannorm.lab.methods.METHODS`. ``"bn"`` keeps what
             there is.
         normalization_options: See `kalmannorm.lab.methods.normalize`.
+        weights: State dict of a network that was trained on other classes, or the ``last.ckpt`` of one of our runs, to
+            start from; the last linear layer keeps its own initial values. A network with BatchNorm gets it before
+            the method takes BatchNorm's place; one of the method itself, after.
         num_classes: Number of classes.
         statistics_batch: Images that are normalized together, by methods that don't take each by itself. None for
             all that a process takes at a time.
@@ -74,9 +79,9 @@ class Classifier(lightning.LightningModule):
             convolutions on GPUs in half precision: the same results but for rounding.
 
     Raises:
-        ValueError: An unknown normalization or schedule, or one that doesn't suit the other arguments; an
-            ``anneal`` that is not above 0, or an ``anneal_from`` that is no share; and in training, a statistics batch
-            that doesn't divide the images that a process takes at a time.
+        ValueError: An unknown normalization or schedule, or one that doesn't suit the other arguments; weights that
+            don't fit; an ``anneal`` that is not above 0, or an ``anneal_from`` that is no share; and in training, a
+            statistics batch that doesn't divide the images that a process takes at a time.
 
     Attributes:
         score: What the scores are called; `metric` and `loss` are what another task has others of.
@@ -90,6 +95,7 @@ class Classifier(lightning.LightningModule):
         normalization: str = "bn",
         *,
         normalization_options: dict[str, Any] | None = None,
+        weights: str | None = None,
         num_classes: int = 10,
         statistics_batch: int | None = None,
         rate: float = 0.1,
@@ -111,7 +117,7 @@ class Classifier(lightning.LightningModule):
         options = {"statistics_batch": statistics_batch, "steps": steps, **(normalization_options or {})}
         stock = any(isinstance(layer, _BatchNorm) for layer in network.modules())
         self._was_batchnorm = normalization == "bn" and stock and statistics_batch is not None
-        self.network = normalize(network, normalization, **options)
+        self.network = _started(network, weights, partial(normalize, method=normalization, **options))
         self._memory_format = torch.channels_last if channels_last else torch.preserve_format
         if channels_last:
             self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -240,6 +246,21 @@ class Classifier(lightning.LightningModule):
     def on_test_epoch_end(self) -> None:
         """As in validation."""
         self.on_validation_epoch_end()
+
+
+def _started(network: nn.Module, weights: str | None, normalized: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """The network with its normalization and, but for its head, with these weights."""
+    if weights is None:
+        return normalized(network)
+    state = trained_weights(Path(weights))
+    # Of a network with BatchNorm: before the conversion, which may use its statistics.
+    early = set(trunk_of(network, state)) == set(trunk_of(network, network.state_dict()))
+    if early:
+        load_trunk(network, state)
+    network = normalized(network)
+    if not early:
+        load_trunk(network, state)
+    return network
 
 
 def _captures(trainer: lightning.Trainer) -> bool:

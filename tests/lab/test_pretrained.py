@@ -1,4 +1,4 @@
-"""A trained ResNet's weights in a detector: all but the classifier's, or an error that names what differs."""
+"""Trained weights in a detector or a classifier: all but its head's, or an error that names what differs."""
 
 import pytest
 import torch
@@ -8,8 +8,10 @@ from torchvision.models import resnet50
 import kalmannorm
 from kalmannorm.lab.baselines.group import to_groupnorm
 from kalmannorm.lab.detection import Detector
+from kalmannorm.lab.models.cifar_resnet import CifarResNet
 from kalmannorm.lab.models.detection import mask_rcnn_c4, mask_rcnn_fpn
 from kalmannorm.lab.pretrained import resnet_of, trained_weights
+from kalmannorm.lab.training import Classifier
 
 both = pytest.mark.parametrize("make", [mask_rcnn_c4, mask_rcnn_fpn])
 
@@ -84,3 +86,66 @@ def test_files_that_are_none_are_named(tmp_path):
     torch.save([nn.Parameter(torch.ones(2))], tmp_path / "list")
     with pytest.raises(ValueError, match="list holds no state dict"):
         trained_weights(tmp_path / "list")
+
+
+def small(num_classes=5, depth=8):
+    return CifarResNet(depth, num_classes, width=4)
+
+
+def changed(network):
+    """Every tensor differs from a fresh one's."""
+    with torch.no_grad():
+        for tensor in (*network.parameters(), *network.buffers()):
+            tensor.add_(1)
+    return network
+
+
+def trunk(network):
+    return {name: value for name, value in network.state_dict().items() if not name.startswith("classifier.")}
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("method", ["bn", "frozen", "kn"])
+def test_a_classifier_starts_from_batchnorm_s_weights_with_a_new_head(tmp_path, checkpoint, method):
+    before, network = changed(small(3)), small()
+    head = network.classifier.weight.clone()
+    weights = write(before, tmp_path / "r.pt", checkpoint)
+    started = Classifier(network, method, weights=weights, num_classes=5, statistics_batch=2).network
+    own, theirs = trunk(started), trunk(before)
+    assert {"conv.weight", "norm.running_var", "last_norm.weight"} <= set(own) & set(theirs)
+    assert all(torch.equal(own[name], theirs[name]) for name in set(own) & set(theirs))
+    assert torch.equal(started.classifier.weight, head)
+
+
+def test_the_network_has_its_weights_before_the_method_comes(tmp_path, monkeypatch):
+    weights = write(changed(small()), tmp_path / "r.pt")
+    seen = []
+
+    def normalized(network, method, **options):
+        seen.append((method, network.norm.num_batches_tracked.item(), network.norm.running_var.tolist()))
+        return network
+
+    monkeypatch.setattr("kalmannorm.lab.training.normalize", normalized)
+    Classifier(small(), "kn", weights=weights, num_classes=5)
+    assert seen == [("kn", 1, [2.0] * 4)]
+
+
+def test_a_classifier_starts_from_weights_of_the_method_itself(tmp_path):
+    trained_network = changed(to_groupnorm(small(3), 4))
+    weights = write(trained_network, tmp_path / "r.pt")
+    started = Classifier(small(), "gn", weights=weights, normalization_options={"groups": 4}, num_classes=5).network
+    own, theirs = trunk(started), trunk(trained_network)
+    assert set(own) == set(theirs)
+    assert all(torch.equal(own[name], theirs[name]) for name in own)
+
+
+def test_weights_that_are_not_a_classifier_s_are_named(tmp_path):
+    weights = write(small(depth=14), tmp_path / "r.pt")
+    with pytest.raises(
+        ValueError, match=r"weights: stages\.0\.1\.\S+ is \(.* there; expected absent, as in the network"
+    ):
+        Classifier(small(), weights=weights, num_classes=5)
+    with pytest.raises(ValueError, match=r"weights: Conv2d has no head to train anew: expected a linear layer"):
+        Classifier(nn.Conv2d(3, 5, 3), weights=weights, num_classes=5)
+    with pytest.raises(ValueError, match=r"no file .*absent"):
+        Classifier(small(), weights=str(tmp_path / "absent"), num_classes=5)

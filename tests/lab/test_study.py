@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from kalmannorm.lab import study_file, trainings
@@ -468,6 +469,57 @@ def test_fit_scores_what_it_is_told_and_refuses_a_run_scored_otherwise(images, c
 
 def test_without_a_search_its_seed_is_none(written):
     assert study_file.read(written(search="absent", search_seed=1)).search_seed == 1
+
+
+def start_of(**changes):
+    """A study to start from: two arms without a search."""
+    content = {**STUDY, "title": "Before", "search": {}, "seeds": 2}
+    return merge({key: value for key, value in content.items() if key != "arms"}, {"arms": {"bn": of("bn")}, **changes})
+
+
+def test_what_is_started_from_is_trained_first_once(here, written, tmp_path, capsys):
+    (tmp_path / "before.yaml").write_text(yaml.safe_dump(start_of()))
+    path = written(start="before/bn", arms={"kn-4": {"start": None}})
+    assert here.run(path, "--list") == 0
+    assert "15 runs" in (out := capsys.readouterr().out)
+    assert out.rstrip().endswith("Before them, those of before: bn.")
+    assert here.run(path) == 0
+    first, *others = here.jobs
+    assert (str(first), first.keep, first.split) == ("bn, seed 0", True, "test")
+    assert len(others) == 15
+    weights = [job.config["model"]["init_args"].get("weights") for job in others]
+    kn4 = [job.name.startswith("ours/kn-4") for job in others]
+    assert sum(kn4) == 5
+    assert weights == [None if none else str(first.folder / "last.ckpt") for none in kn4]
+    assert first.folder.is_relative_to(here.output / "before" / "runs" / "1")
+    assert (here.output / "before" / "runs.csv").is_file()
+
+
+@pytest.mark.slow
+def test_trainings_start_from_what_was_trained_at_the_same_scale(here, written, tmp_path):
+    here.train = lambda job, tell: fit(job.config, job.folder, tell, split=job.split)
+    (tmp_path / "before.yaml").write_text(yaml.safe_dump(start_of()))
+    path = written(start="before/bn", search="absent", seeds=1, tiny={"trainer": {"max_steps": 2}})
+    assert here.run(path, "--scale", "tiny", "--only", "*-2") == 0
+    before, *after = (torch.load(job.folder / "last.ckpt", weights_only=True)["state_dict"] for job in here.jobs)
+    tracked = "network.norm.num_batches_tracked"
+    assert [state[tracked].item() - before[tracked].item() for state in after] == [2, 2]
+    assert [row["error"] for row in here.rows()] == ["", ""]
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        ("nothing/bn", "arms.bn-2.start must be STUDY/ARM, of a study beside this one; got 'nothing/bn'"),
+        ("before/gn", "must be an arm of before that has no search and no start itself; got 'before/gn'"),
+        ("before/kn", "must be an arm of before that has no search and no start itself; got 'before/kn'"),
+    ],
+)
+def test_a_start_that_there_is_not_is_refused(written, tmp_path, start, message):
+    searched = {"kn": of("kn", search={RATE: [0.1]})}
+    (tmp_path / "before.yaml").write_text(yaml.safe_dump(start_of(search_seed=100, arms=searched)))
+    with pytest.raises(ValueError, match=message):
+        study_file.read(written(start=start))
 
 
 def test_the_list_counts_runs_and_steps_and_trains_nothing(here, written, capsys):

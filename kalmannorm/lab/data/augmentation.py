@@ -5,7 +5,7 @@ A transform of torchvision's v2 draws once for a batch; here each image has its 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -66,18 +66,21 @@ class Scaling:
     Attributes:
         mean: In pixel values, broadcastable to ``(N, C, H, W)``.
         scale: Likewise.
+        size: Side of the squares that images are then resized to, bilinearly; None leaves them.
     """
 
     mean: Tensor
     scale: Tensor
+    size: int | None = None
 
     def __call__(self, images: Tensor) -> Tensor:
         """Images ``(N, C, H, W)``, uint8, to float32."""
-        return (images.float() - self.mean) / self.scale
+        scaled = (images.float() - self.mean) / self.scale
+        return scaled if self.size is None else F.resize(scaled, [self.size, self.size])
 
     def to(self, device: torch.device | str) -> Scaling:
         """The same, on ``device``."""
-        return Scaling(self.mean.to(device), self.scale.to(device))
+        return replace(self, mean=self.mean.to(device), scale=self.scale.to(device))
 
 
 def channel_scaling(images: Tensor) -> Scaling:
@@ -96,4 +99,9 @@ def pixel_scaling(images: Tensor) -> Scaling:
     return Scaling(mean.float(), torch.tensor(128.0, device=images.device))
 
 
-SCALINGS = {"channel": channel_scaling, "pixel": pixel_scaling}
+def fixed_scaling(images: Tensor) -> Scaling:
+    """(pixels - 127) / 128, whatever the images: what EfficientNet-Lite's weights expect."""
+    return Scaling(*torch.tensor([127.0, 128.0], device=images.device))
+
+
+SCALINGS = {"channel": channel_scaling, "pixel": pixel_scaling, "fixed": fixed_scaling}

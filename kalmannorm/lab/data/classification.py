@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -31,11 +32,14 @@ class ClassificationData(MemoryData):
             reach the network (arXiv:1512.03385); or ``"black"``, which makes the statistics of training images other
             than those of test images.
         scaling: ``"channel"``: mean 0 and standard deviation 1 in each channel; ``"pixel"``: as the paper's released
-            code, pixels / 128 minus the mean at each pixel. Both are taken from the images trained on.
+            code, pixels / 128 minus the mean at each pixel. Both are taken from the images trained on. ``"fixed"``:
+            (pixels - 127) / 128, which does not change with the images, for networks trained on others.
         validation: How many training images to hold out; with 0 there is no validation. ``"test"`` holds out none and
             validates on the test images, as the paper's curves do: nothing may be chosen by them.
         split_seed: Decides which, apart from ``seed`` so that all runs are compared on the same images.
         limit: Keep the first so many images of each split.
+        classes: Keep the images of these labels alone, and number them anew: the first one is 0. None for all.
+        size: Side of the images that the network gets, resized last; None for 32.
         drop_last: Leave out an epoch's last batch of fewer images, in training.
         seed: Of the order and of the crops.
         device: Where the images are kept; by default where the trainer's model is.
@@ -53,6 +57,8 @@ class ClassificationData(MemoryData):
         validation: int | Literal["test"] = 5000,
         split_seed: int = 0,
         limit: int | None = None,
+        classes: list[int] | None = None,
+        size: int | None = None,
         drop_last: bool = True,
         seed: int = 0,
         device: str | torch.device | None = None,
@@ -60,7 +66,10 @@ class ClassificationData(MemoryData):
         super().__init__(gradient_batch, score_batch=score_batch, drop_last=drop_last, seed=seed, device=device)
         if scaling not in SCALINGS:
             raise ValueError(f"scaling must be one of {', '.join(SCALINGS)}; got {scaling!r}")
-        self.dataset, self.num_classes = name, source(name).num_classes
+        if size is not None and size < 1:
+            raise ValueError(f"size must be at least 1; got {size}")
+        self.dataset, self.classes, self.size = name, classes, size
+        self.num_classes = source(name).num_classes if classes is None else len(classes)
         if border not in ("mean", "black"):
             raise ValueError(f"border must be 'mean' or 'black'; got {border!r}")
         self.augment, self.border, self.scaling = augment, border, scaling
@@ -73,11 +82,13 @@ class ClassificationData(MemoryData):
     def load(self) -> Splits:
         """All images, in three splits."""
         held_out = 0 if self.validation == "test" else self.validation
-        return load_images(self.dataset, validation=held_out, split_seed=self.split_seed, limit=self.limit)
+        return load_images(
+            self.dataset, validation=held_out, split_seed=self.split_seed, limit=self.limit, classes=self.classes
+        )
 
     def scaling_of(self, inputs: Tensor) -> Scaling:
-        """As ``scaling`` says."""
-        return SCALINGS[self.scaling](inputs)
+        """As ``scaling`` and ``size`` say."""
+        return replace(SCALINGS[self.scaling](inputs), size=self.size)
 
     def augmentation_of(self, inputs: Tensor) -> dict[str, Any]:
         """As ``augment`` and ``border`` say."""

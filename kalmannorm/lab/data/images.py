@@ -6,6 +6,7 @@ else downloaded from there (and cached) by the ``datasets`` library.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -116,7 +117,37 @@ def _decoded(part: Any, known: Source, indices: np.ndarray) -> Labelled:
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels
 
 
-def load_images(name: str, *, validation: int = 5000, split_seed: int = 0, limit: int | None = None) -> Splits:
+def _indices(part: Any, known: Source, classes: Sequence[int] | None) -> np.ndarray:
+    """Which images of a part are of these classes, in order; all of them for None."""
+    if classes is None:
+        return np.arange(len(part))
+    labels = part.select_columns([known.label]).with_format("numpy")[:][known.label]
+    return np.flatnonzero(np.isin(labels, classes))
+
+
+def _check_classes(known: Source, classes: Sequence[int]) -> None:
+    if not classes or len(set(classes)) < len(classes) or not set(classes) <= set(range(known.num_classes)):
+        raise ValueError(
+            f"classes must be different labels of {known.folder}, 0 to {known.num_classes - 1}; got {list(classes)}"
+        )
+
+
+def _renumbered(part: Labelled, classes: Sequence[int] | None) -> Labelled:
+    """The place of each label among the classes in its stead."""
+    if classes is None:
+        return part
+    images, labels = part
+    return images, (labels[:, None] == torch.tensor(classes)).int().argmax(1)
+
+
+def load_images(
+    name: str,
+    *,
+    validation: int = 5000,
+    split_seed: int = 0,
+    limit: int | None = None,
+    classes: Sequence[int] | None = None,
+) -> Splits:
     """Load a whole set into memory, images ``(N, 3, 32, 32)``, uint8; the same arguments give the same splits.
 
     Args:
@@ -124,24 +155,31 @@ def load_images(name: str, *, validation: int = 5000, split_seed: int = 0, limit
         validation: How many of the training images to hold out; 0 for none.
         split_seed: Decides which.
         limit: Keep the first so many images of each split.
+        classes: Keep the images of these labels, before anything else is counted; each then has its place among them,
+            from 0 on, as its label. None for all.
 
     Raises:
         MissingDataError: It is neither under ``KALMANNORM_DATA`` nor to be had from the hub.
-        ValueError: An unknown name, no image left to train on, or files without the columns.
+        ValueError: An unknown name, unknown or repeated classes, no image left to train on, or files without the
+            columns.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1; got {limit}")
     known = source(name)
+    if classes is not None:
+        _check_classes(known, classes)
     parts = open_images(name)
     training, test = datasets.concatenate_datasets([parts[part] for part in known.training]), parts["test"]
-    count = len(training)
+    own = _indices(training, known, classes)
+    count = len(own)
     if not 0 <= validation < count:
         raise ValueError(f"validation must be 0 to {count - 1}, so that an image is left to train on; got {validation}")
-    shuffled = np.random.default_rng(split_seed).permutation(count)
+    shuffled = own[np.random.default_rng(split_seed).permutation(count)]
     # In the order of the files again, so that `limit` keeps the first of them.
     held_out, kept = np.sort(shuffled[:validation]), np.sort(shuffled[validation:])
-    return Splits(
-        train=_decoded(training, known, kept[:limit]),
-        validation=_decoded(training, known, held_out[:limit]),
-        test=_decoded(test, known, np.arange(len(test))[:limit]),
+    found = (
+        _decoded(training, known, kept[:limit]),
+        _decoded(training, known, held_out[:limit]),
+        _decoded(test, known, _indices(test, known, classes)[:limit]),
     )
+    return Splits(*(_renumbered(part, classes) for part in found))

@@ -39,6 +39,29 @@ def test_scaling_is_taken_from_the_images_trained_on(cifar10, scaling):
     assert abs(held_out.mean()) > 1e-4
 
 
+def test_fixed_scaling_and_a_size_are_the_same_for_all_images(cifar10):
+    small, large = (ClassificationData("cifar10", 40, validation=10, scaling="fixed", size=s) for s in (None, 48))
+    for data in (small, large):
+        data.setup()
+    for split in (ClassificationData.val_dataloader, ClassificationData.test_dataloader):
+        images, labels = next(iter(split(small)))
+        resized, same_labels = next(iter(split(large)))
+        part = small._splits.validation if split is ClassificationData.val_dataloader else small._splits.test
+        assert torch.equal(images, (part[0].float() - 127) / 128)
+        assert torch.equal(labels, same_labels)
+        expected = nn.functional.interpolate(images, size=48, mode="bilinear", align_corners=False)
+        assert torch.allclose(resized, expected, atol=1e-5)
+    with pytest.raises(ValueError, match="size must be at least 1; got 0"):
+        ClassificationData("cifar10", 8, size=0)
+
+
+def test_of_some_classes_there_are_as_many(cifar10):
+    data = ClassificationData("cifar10", 8, validation=4, classes=[5, 1, 3])
+    data.setup()
+    assert data.num_classes == 3
+    assert {label for _, labels in data.train_dataloader() for label in labels.tolist()} == {0, 1, 2}
+
+
 def test_a_trainer_fits_and_scores(cifar10):
     data = ClassificationData("cifar10", 8, validation=10)
     trainer = quiet_trainer(12)

@@ -50,6 +50,26 @@ def test_limit_keeps_the_first_of_each_split(root):
         assert torch.equal(part[1], all_of_it[1][:3])
 
 
+def test_some_classes_are_kept_and_numbered_anew_and_then_counted(root):
+    write_parquet(root, "cifar10", {"train": 50, "test": 20})
+    splits = load_images("cifar10", validation=5, classes=[7, 2])
+    train, validation, test = (numbers(images) for images, _ in splits)
+    assert len(validation) == 5
+    assert sorted(train + validation) == [number for number in range(50) if number % 10 in (2, 7)]
+    assert test == [52, 57, 62, 67]
+    for images, labels in splits:
+        assert labels.tolist() == [{7: 0, 2: 1}[number % 10] for number in numbers(images)]
+    few = load_images("cifar10", validation=5, classes=[7, 2], limit=3)
+    assert [numbers(images) for images, _ in few] == [train[:3], validation[:3], test[:3]]
+
+
+@pytest.mark.parametrize("classes", [[], [1, 1], [3, 10], [-1]])
+def test_classes_that_there_are_not_are_refused(root, classes):
+    write_parquet(root, "cifar10", {"train": 50, "test": 20})
+    with pytest.raises(ValueError, match=r"classes must be different labels of cifar10, 0 to 9; got \["):
+        load_images("cifar10", validation=5, classes=classes)
+
+
 @pytest.mark.parametrize("name", SOURCES)
 def test_an_absent_set_is_asked_of_the_hub_once_and_then_of_the_user(root, asked_of_the_hub, name):
     with pytest.raises(MissingDataError) as raised:
