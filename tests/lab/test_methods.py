@@ -84,7 +84,7 @@ def test_schedules_follow_the_length_of_the_training():
     assert isinstance(layer("mabn", 100), MovingAverageNorm)
     assert (layer("mabn", 100).warmup, layer("mabn", 100).renorm_start) == (5, 10)
     assert (layer("mabn", 10**6).warmup, layer("mabn", 10**6).renorm_start) == (100, 1000)
-    assert layer("cbn", 200).burn_in == 10
+    assert (layer("cbn", 12).burn_in, layer("cbn", 12).window) == (8, 4)
 
 
 @pytest.mark.parametrize("steps", [100, 390, 1300, 13_000, 10**6])
