@@ -18,11 +18,13 @@ from kalmannorm.modules import (
     preset,
 )
 from kalmannorm.rules import rule
+from kalmannorm.standardization import standardize_weights
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Description", "Gaussian", "GroupKalmanNorm", "GroupKalmanNormAct", "KalmanNorm", "KalmanNorm1d", "KalmanNorm2d",
     "KalmanNorm3d", "KalmanNormAct2d", "Unknown", "anneal", "connect", "convert", "describe", "first_nonfinite",
-    "freeze", "functional", "fuse", "online_statistics", "preset", "recalibrate", "rule", "rules", "to_batchnorm",
+    "freeze", "functional", "fuse", "online_statistics", "preset", "recalibrate", "rule", "rules",
+    "standardize_weights", "to_batchnorm",
 ]  # fmt: skip

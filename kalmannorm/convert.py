@@ -24,9 +24,10 @@ from kalmannorm.modules import (
     KalmanNorm3d,
     KalmanNormAct2d,
 )
+from kalmannorm.standardization import bake, filters_below_norms, use_standardized
 from kalmannorm.watch import Watch
 
-__all__ = ["connect", "convert", "fuse", "kalman_layers", "to_batchnorm"]
+__all__ = ["connect", "convert", "fuse", "kalman_layers", "to_batchnorm", "with_stock_norms"]
 
 _M = TypeVar("_M", bound=nn.Module)
 # What takes the place of a stock layer, and of a subclass that has its forward.
@@ -68,7 +69,8 @@ _OF_BATCHES = ("stats_batch_size", "process_group")
 
 
 def convert(model: _M, *, layers: Sequence[str] = ("batch",),
-            input_stats: tuple[Any, Any] | None = None, **options: Any) -> _M:  # fmt: skip
+            input_stats: tuple[Any, Any] | None = None, weight_standardization: bool = False,
+            **options: Any) -> _M:  # fmt: skip
     """Replace a network's normalization layers by Kalman layers, in place, and connect them.
 
     The new layers hold the very same parameters and buffers, so an optimizer made before keeps
@@ -84,6 +86,8 @@ def convert(model: _M, *, layers: Sequence[str] = ("batch",),
         input_stats: mean and standard deviation of the network's first input as it is fed in, one
             number a channel each: after the usual normalization, zeros and ones. The first layer gets
             its prior from them.
+        weight_standardization: give the filters below normalization layers zero mean and unit norm too, for training
+            from scratch: see :func:`standardize_weights`. ``eval()`` output changes then.
         options: keyword options of :class:`KalmanNorm2d`, for every layer. What stands in for SyncBatchNorm shares
             statistics if ``torch.distributed`` is initialized, unless ``stats_batch_size`` asks for smaller groups.
 
@@ -91,7 +95,8 @@ def convert(model: _M, *, layers: Sequence[str] = ("batch",),
         The model.
 
     Raises:
-        ValueError: for unknown kinds or options, or where there is nothing to convert.
+        ValueError: for unknown kinds or options, or where there is nothing to convert; for what
+            :func:`standardize_weights` raises. The model is then as it was.
 
     Example:
         >>> import torch, kalmannorm as kn
@@ -105,6 +110,7 @@ def convert(model: _M, *, layers: Sequence[str] = ("batch",),
     kinds = (layers,) if isinstance(layers, str) else tuple(layers)
     _check_names("layers", kinds, _KINDS)
     _check_names("option", options, _OPTIONS)
+    filters = filters_below_norms(model) if weight_standardization else []
     replaced: dict[nn.Module, nn.Module] = {}
     of_model = _place_of((*model.parameters(), *model.buffers()))  # for layers without tensors of their own
     for name, layer in model.named_modules():
@@ -117,6 +123,7 @@ def convert(model: _M, *, layers: Sequence[str] = ("batch",),
             f"expected at least one (kinds are {list(_KINDS)})"
         )
     model = _replace_modules(model, replaced)
+    use_standardized(filters)
     return connect(model, input_stats=input_stats)
 
 
@@ -340,11 +347,12 @@ def to_batchnorm(model: _M) -> _M:
     """Replace Kalman layers by the stock layers of the same ``eval()`` output, in place, to deploy.
 
     Parameters and buffers are the same objects; gain and process noise are dropped. Training flags and
-    ``requires_grad`` stay; a frozen layer gives one in ``eval()``, which ``model.train()`` would end.
+    ``requires_grad`` stay; a frozen layer gives one in ``eval()``, which ``model.train()`` would end. Standardized
+    filters (:func:`standardize_weights`) are written into the parameters, and their layers become stock ones.
 
     Args:
-        model: a network with :class:`KalmanNorm` layers. If it is itself one, its replacement is
-            returned.
+        model: a network with :class:`KalmanNorm` layers or standardized filters. If it is itself a layer, its
+            replacement is returned.
 
     Returns:
         The model, with layers of torch.nn only; where a layer had taken the place of another library's
@@ -354,6 +362,13 @@ def to_batchnorm(model: _M) -> _M:
         ValueError: for a :class:`GroupKalmanNorm` whose gain is not 1: it fuses in ``eval()``, so no
             stock layer does the same.
     """
+    model = with_stock_norms(model)
+    bake(model)
+    return model
+
+
+def with_stock_norms(model: _M) -> _M:
+    """Replace Kalman layers as :func:`to_batchnorm` does, and leave standardized filters to be trained further."""
     replaced: dict[nn.Module, nn.Module] = {}
     for name, layer in kalman_layers(model):
         if isinstance(layer, GroupKalmanNorm) and not layer.ignores_prior:
@@ -413,10 +428,7 @@ def fuse(model: _M) -> _M:
     """
     if model.training:
         raise ValueError(f"{type(model).__name__} is in training, expected eval(): only running statistics fold")
-    plain = copy.deepcopy(model)
-    if any(True for _ in kalman_layers(plain)):
-        plain = to_batchnorm(plain)
-    return fuse_graph(_traced(plain), inplace=True, no_trace=True)  # type: ignore[return-value]
+    return fuse_graph(_traced(to_batchnorm(copy.deepcopy(model))), inplace=True, no_trace=True)  # type: ignore[return-value]
 
 
 def _traced(model: nn.Module) -> torch.fx.GraphModule:

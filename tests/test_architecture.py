@@ -10,8 +10,8 @@ PACKAGE = ROOT / "kalmannorm"
 
 # Each may import what stands before it.
 ORDER = """
-    gaussian kernels rules steps evaluation checkpoints propagation shards watch functional modules annealing
-    freezing convert describe inference lab
+    gaussian kernels rules steps evaluation checkpoints propagation shards watch functional modules
+    standardization annealing freezing convert describe inference lab
 """.split()  # noqa: SIM905 - as the page has it
 
 

@@ -19,6 +19,7 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 import kalmannorm
+from kalmannorm.convert import with_stock_norms
 from kalmannorm.lab.baselines.passes import count_in_steps
 from kalmannorm.lab.baselines.renorm import BatchRenorm
 from kalmannorm.lab.baselines.weight_norm import initialize
@@ -186,7 +187,7 @@ class Classifier(lightning.LightningModule):
         images = images.to(memory_format=self._memory_format)
         self._check_statistics_batch(len(images))
         if self._was_batchnorm and len(images) == self.statistics_batch:
-            kalmannorm.to_batchnorm(self.network)  # one group of everything: torch's own layers do that, and faster
+            with_stock_norms(self.network)  # one group of everything: torch's own layers do that, and faster
             self._was_batchnorm = False
         whole = self.method.statistics != "batch" or self.statistics_batch is None
         parts = (images,) if whole else images.split(self.statistics_batch)

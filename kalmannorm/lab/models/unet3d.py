@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 __all__ = ["UNet3d"]
 
@@ -61,12 +61,7 @@ class UNet3d(nn.Module):
 
     def forward(self, volumes: Tensor) -> Tensor:
         """Volumes ``(N, in_channels, D, H, W)`` to logits ``(N, num_classes, D, H, W)``."""
-        factor = 2 ** len(self.up)
-        if any(side % factor for side in volumes.shape[2:]):
-            raise ValueError(
-                f"UNet3d with {len(self.down)} levels got volumes of {tuple(volumes.shape[2:])} voxels, expected sides "
-                f"that are multiples of {factor}"
-            )
+        _check_sides(volumes, len(self.down))
         x, kept = volumes, []
         for level, block in enumerate(self.down):
             x = block(x if level == 0 else self.pool(x))
@@ -76,6 +71,16 @@ class UNet3d(nn.Module):
             x = merge(torch.cat((kept.pop(), up(x)), 1))
         logits: Tensor = self.head(x)
         return logits
+
+
+@fx.wrap  # a trace has no sides to check
+def _check_sides(volumes: Tensor, levels: int) -> None:
+    factor = 2 ** (levels - 1)
+    if any(side % factor for side in volumes.shape[2:]):
+        raise ValueError(
+            f"UNet3d with {levels} levels got volumes of {tuple(volumes.shape[2:])} voxels, expected sides that are "
+            f"multiples of {factor}"
+        )
 
 
 def _double(in_channels: int, channels: int, norm_layer: Norm) -> nn.Sequential:

@@ -1,0 +1,322 @@
+"""Standardized filters: zero mean and unit norm, so that a prior's independence assumption nearly holds.
+
+After a ReLU, activations rise and fall together. A filter whose weights sum to something other than zero adds
+up these common changes, which the rules take for independent: its prior variance is too small.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from kalmannorm.modules import KalmanLayer
+from kalmannorm.propagation import paused
+
+__all__ = ["bake", "filters_below_norms", "standardize_weights", "standardized", "use_standardized"]
+
+_M = TypeVar("_M", bound=nn.Module)
+_EPS = 1e-4
+
+# What an output may pass on its way from a filter to a norm: linear maps, maxima, and changes of shape.
+_FUNCTIONS = frozenset("""
+    add iadd sub isub neg cat concat stack chunk split tensor_split unbind getitem mean sum amax avg_pool1d avg_pool2d
+    avg_pool3d max_pool1d max_pool2d max_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
+    adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d dropout dropout1d dropout2d dropout3d stochastic_depth
+    drop_path reshape view flatten unflatten permute transpose swapaxes movedim squeeze unsqueeze contiguous clone
+    roll flip pad interpolate upsample pixel_shuffle pixel_unshuffle channel_shuffle to float
+""".split())  # noqa: SIM905 - shorter
+_SCALINGS = frozenset({"mul", "imul", "truediv", "itruediv", "div", "multiply", "divide"})
+_TORCH_HOMES = frozenset(
+    f"torch.nn.modules.{home}" for home in ("dropout", "flatten", "padding", "pixelshuffle", "pooling", "upsampling")
+)
+_PASSED = frozenset({"ChannelShuffle", "DropBlock2d", "DropBlock3d", "DropPath", "Identity", "StochasticDepth"})
+
+
+@fx.wrap
+def standardized(weight: Tensor) -> Tensor:
+    """Each filter with zero mean and unit norm: ``(W - mean) / sqrt(var * fan_in + 1e-4)``.
+
+    Qiao et al. 2019, arXiv:1903.10520, Eq. 7, with the unit norm of a filter in place of unit variance. Computed in
+    float32 at least.
+
+    Args:
+        weight: ``(C_out, C_in / groups, *taps)``, or ``(C_out, C_in)``.
+
+    Returns:
+        The same shape and type.
+    """
+    with paused():
+        shape = weight.shape[1:]
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        unit = wide.new_full(shape, shape.numel() ** -0.5)
+        return F.layer_norm(wide, shape, unit, None, _EPS / shape.numel()).to(weight.dtype)
+
+
+class _StandardizedConv:
+    """A convolution by standardized filters; its parameter is the raw one."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(input, standardized(weight), bias)  # type: ignore[misc,no-any-return]
+
+
+class StandardizedConv1d(_StandardizedConv, nn.Conv1d):
+    """:class:`torch.nn.Conv1d` by standardized filters."""
+
+
+class StandardizedConv2d(_StandardizedConv, nn.Conv2d):
+    """:class:`torch.nn.Conv2d` by standardized filters."""
+
+
+class StandardizedConv3d(_StandardizedConv, nn.Conv3d):
+    """:class:`torch.nn.Conv3d` by standardized filters."""
+
+
+class StandardizedLinear(nn.Linear):
+    """:class:`torch.nn.Linear` by standardized rows; its parameter is the raw matrix."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``(*, in_features)`` to ``(*, out_features)``."""
+        return F.linear(input, standardized(self.weight), self.bias)
+
+
+_STANDARDIZED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv1d: StandardizedConv1d,
+    nn.Conv2d: StandardizedConv2d,
+    nn.Conv3d: StandardizedConv3d,
+    nn.Linear: StandardizedLinear,
+}
+_STOCK = {new: stock for stock, new in _STANDARDIZED.items()}
+
+
+def standardize_weights(model: _M, names: Iterable[str] | None = None) -> _M:
+    """Give the convolutions and linear layers below normalization layers filters of zero mean and unit norm, in place.
+
+    The layers keep their parameters, hooks and names; ``weight`` stays the raw filter in the ``state_dict`` and for the
+    optimizer, and each call standardizes it (Qiao et al. 2019). Priors are then right without a correction, from the
+    first step on. For training from scratch: a network trained without would compute something else.
+
+    A layer is standardized if its output reaches a Kalman, batch, group or instance normalization layer through sums,
+    concatenation, pooling, dropout and changes of shape, without an activation or another weight in between. So
+    classifiers, predictors and squeeze-and-excitation stay as they are. The model's graph is found by ``torch.fx``.
+    :func:`to_batchnorm` writes the standardized filters into the parameters and brings back the stock layers.
+
+    Args:
+        model: the network, with or without Kalman layers.
+        names: qualified names of the layers to standardize, exactly these, without a look at the graph or at what the
+            normalization layers have tracked.
+
+    Returns:
+        The model. A warning lists layers that cannot be standardized, and why: filters of one weight; transposed
+        convolutions, whose outputs meet only some taps each where they stride, so that zero mean over all taps would
+        not do; and layers with a forward or parameters of their own.
+
+    Raises:
+        ValueError: for a model that ``torch.fx`` cannot trace; where there is nothing to standardize; for names that
+            are unknown or of other layers; where the normalization layers above have tracked batches already.
+
+    Example:
+        >>> import torch, kalmannorm as kn
+        >>> model = torch.nn.Sequential(
+        ...     torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.Conv2d(8, 2, 1))
+        >>> [type(layer).__name__ for layer in kn.standardize_weights(model)]
+        ['StandardizedConv2d', 'BatchNorm2d', 'ReLU', 'Conv2d']
+    """
+    use_standardized(filters_below_norms(model) if names is None else _named(model, names))
+    return model
+
+
+def use_standardized(layers: Iterable[nn.Module]) -> None:
+    """Let stock layers compute with standardized filters."""
+    for layer in layers:
+        layer.__class__ = _STANDARDIZED[type(layer)]
+
+
+def bake(model: nn.Module) -> None:
+    """Write standardized filters into the parameters, and make their layers stock ones."""
+    for layer in model.modules():
+        if type(layer) in _STOCK:
+            with torch.no_grad():
+                layer.weight.copy_(standardized(layer.weight))  # type: ignore[operator,arg-type]
+            layer.__class__ = _STOCK[type(layer)]
+
+
+def filters_below_norms(model: nn.Module) -> list[nn.Module]:
+    """The layers that :func:`standardize_weights` is to change; warns of those that it cannot."""
+    reached = _reached(model)
+    if not reached:
+        raise ValueError(
+            f"{type(model).__name__} has nothing to standardize: no convolution or linear layer whose output reaches a "
+            "normalization layer without an activation in between, expected at least one"
+        )
+    reasons = {name: _why_not(model, model.get_submodule(name)) for name in reached}
+    found = [name for name, why in reasons.items() if not why and not _is_standardized(model.get_submodule(name))]
+    for name in found:
+        for norm_name, norm in reached[name].items():
+            _refuse_trained(norm_name, norm)
+    if left := [f"{name!r} {why}" for name, why in reasons.items() if why]:
+        warnings.warn(f"kalmannorm.standardize_weights leaves {'; '.join(left)}", stacklevel=3)
+    return [model.get_submodule(name) for name in found]
+
+
+def _named(model: nn.Module, names: Iterable[str]) -> list[nn.Module]:
+    """The layers of these names."""
+    if isinstance(names, str):
+        raise ValueError(f"kalmannorm.standardize_weights got names={names!r}, expected a list of layers' names")
+    layers = dict(model.named_modules(remove_duplicate=False))
+    found = []
+    for name in dict.fromkeys(names):
+        if name not in layers:
+            raise ValueError(f"{type(model).__name__} has no layer {name!r}, expected names of model.named_modules()")
+        if why := _why_not(model, layers[name]):
+            raise ValueError(f"kalmannorm.standardize_weights cannot standardize {name!r}: it {why}")
+        if not _is_standardized(layers[name]) and layers[name] not in found:
+            found.append(layers[name])
+    return found
+
+
+def _is_standardized(layer: nn.Module) -> bool:
+    return type(layer) in _STOCK
+
+
+def _why_not(model: nn.Module, layer: nn.Module) -> str:
+    """Why a layer cannot be standardized; empty if it can."""
+    kind = type(layer)
+    if kind in _STOCK:
+        return ""
+    if isinstance(layer, _ConvTransposeNd):
+        return f"is a {kind.__name__}, whose outputs meet only some taps of a filter each"
+    if kind not in _STANDARDIZED:
+        return f"is a {kind.__module__}.{kind.__name__}, not a torch.nn.Conv1d, Conv2d, Conv3d or Linear itself"
+    weight = layer._parameters.get("weight")
+    if weight is None or {*layer._parameters, *layer._buffers, *layer._modules} - {"weight", "bias"}:
+        return "computes its weight from other tensors"
+    if "forward" in vars(layer) or "_conv_forward" in vars(layer):
+        return "has a forward of its own"
+    if weight.shape[1:].numel() == 1:
+        return "has filters of one weight"
+    for name, other in model.named_modules():
+        if other is not layer and any(parameter is weight for parameter in other._parameters.values()):
+            return f"shares its weight with {name!r}"
+    return ""
+
+
+def _refuse_trained(name: str, norm: nn.Module) -> None:
+    """Standardized filters change the function that a norm's statistics were taken of."""
+    batches = getattr(norm, "num_batches_tracked", None)
+    if isinstance(batches, Tensor):
+        if batches.is_meta or int(batches) == 0:
+            return
+        so_far = f"has tracked {int(batches)} batches"
+    elif isinstance(getattr(norm, "running_var", None), Tensor):
+        so_far = "holds statistics of a trained network"
+    else:
+        return
+    raise ValueError(
+        f"{type(norm).__name__} {name!r} {so_far}: standardized filters would change the network's function. Expected "
+        "a network with fresh weights. A pretrained one is converted by kalmannorm.convert(model), which corrects its "
+        "priors by the running statistics (calibrate); weights trained with standardized filters are loaded after "
+        "kalmannorm.standardize_weights(model)"
+    )
+
+
+# -- which filters reach a norm --------------------------------------------------------------------
+
+
+def _is_norm(layer: nn.Module) -> bool:
+    """Whether filters below are standardized: Kalman, batch, group and instance normalization of any library."""
+    return isinstance(layer, KalmanLayer | nn.GroupNorm) or hasattr(layer, "running_var")
+
+
+class _Tracer(fx.Tracer):
+    """Keeps layers with weights and random depth whole, and runs no hooks."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        is_layer = isinstance(m, _ConvNd | nn.Linear) or _is_norm(m) or type(m).__name__ in _PASSED
+        return is_layer or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return super().call_module(m, m.forward, args, kwargs)
+
+
+def _traced_in_training(model: nn.Module) -> fx.Graph:
+    """The model's graph, with what runs in training only."""
+    flags = {module: module.training for module in model.modules()}
+    attributes = set(vars(model))
+    try:
+        for module in flags:
+            module.training = True
+        return _Tracer().trace(model)
+    except Exception as error:  # the model's own code runs on stand-ins, and may raise anything
+        first = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{type(model).__name__} cannot be traced by torch.fx ({type(error).__name__}: {first}), so "
+            "kalmannorm.standardize_weights cannot tell which filters reach a normalization layer. Standardize the "
+            "parts that can be traced, kalmannorm.standardize_weights(model.backbone) for one, or name the layers: "
+            "kalmannorm.standardize_weights(model, names=['conv1', ...])"
+        ) from error
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+        for name in set(vars(model)) - attributes:  # tensors that its forward makes
+            delattr(model, name)
+
+
+def _reached(model: nn.Module) -> dict[str, dict[str, nn.Module]]:
+    """Names of convolutions and linear layers, and the norms that each one's output reaches."""
+    if _is_norm(model):
+        return {}
+    graph = _traced_in_training(model)
+    layers = {node: model.get_submodule(node.target) for node in graph.nodes if node.op == "call_module"}  # type: ignore[arg-type]
+    constants = _constants(graph)
+    reached: dict[str, dict[str, nn.Module]] = {}
+    for node, norm in layers.items():
+        if not _is_norm(norm):
+            continue
+        for below in _walk(node.all_input_nodes, layers, constants):
+            reached.setdefault(str(below.target), {})[str(node.target)] = norm
+    order = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    return {name: reached[name] for name in order if name in reached}
+
+
+def _constants(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes computed from parameters and buffers alone."""
+    constants: set[fx.Node] = set()
+    for node in graph.nodes:
+        inputs = node.all_input_nodes
+        computed = node.op in ("call_function", "call_method") and inputs and constants.issuperset(inputs)
+        if node.op == "get_attr" or computed:
+            constants.add(node)
+    return constants
+
+
+def _walk(start: Iterable[fx.Node], layers: dict[fx.Node, nn.Module], constants: set[fx.Node]) -> Iterator[fx.Node]:
+    """Calls of convolutions and linear layers that a norm's inputs come from."""
+    waiting, seen = list(start), set()
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if isinstance(layers.get(node), _ConvNd | nn.Linear):
+            yield node
+        elif _is_passed(node, layers, constants):
+            waiting += node.all_input_nodes
+
+
+def _is_passed(node: fx.Node, layers: dict[fx.Node, nn.Module], constants: set[fx.Node]) -> bool:
+    """Whether a call mixes in no nonlinearity but a maximum, and no weights."""
+    if node in layers:
+        kind = type(layers[node])
+        return kind.__module__ in _TORCH_HOMES or kind.__name__ in _PASSED
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = (node.target if isinstance(node.target, str) else node.target.__name__).strip("_")
+    if name in _SCALINGS:
+        return sum(each not in constants for each in node.all_input_nodes) <= 1
+    return name in _FUNCTIONS
