@@ -18,6 +18,7 @@ from kalmannorm.lab.baselines.ghost import to_ghost
 from kalmannorm.lab.baselines.group import to_groupnorm
 from kalmannorm.lab.baselines.layer_instance import to_instancenorm, to_layernorm
 from kalmannorm.lab.baselines.moving_average import to_moving_average
+from kalmannorm.lab.baselines.proxy import to_proxy
 from kalmannorm.lab.baselines.renorm import RenormSchedule, to_batch_renorm
 from kalmannorm.lab.baselines.synchronized import to_sync
 from kalmannorm.lab.baselines.weight_norm import to_weight_norm
@@ -124,9 +125,14 @@ METHODS = {
 }
 
 
+# What has an activation of its own, and what leaves no normalization layer.
+_WITHOUT_PROXY = ("wn", "evonorm", "frn")
+
+
 def normalize(
-    network: nn.Module, method: str, *, statistics_batch: int | None = None, steps: int | None = None, **options: Any
-) -> nn.Module:
+    network: nn.Module, method: str, *, statistics_batch: int | None = None, steps: int | None = None,
+    weight_standardization: bool = False, proxy: bool | Literal["fixed"] = False, **options: Any,
+) -> nn.Module:  # fmt: skip
     """Put a normalization in the place of a network's BatchNorm layers, in place.
 
     Args:
@@ -135,6 +141,9 @@ def normalize(
         statistics_batch: Images that are normalized together in training, for methods that can do so within one
             forward pass; the whole batch if None. Must divide every batch.
         steps: Length of the training, by which methods with schedules in steps choose theirs.
+        weight_standardization: Standardize the filters below the layers too (`kalmannorm.standardize_weights`).
+        proxy: Normalize the activations behind the layers too, by Proxy Normalization; ``"fixed"`` without its own two
+            parameters a channel. See `kalmannorm.lab.baselines.proxy.to_proxy`.
         options: The method's own; they go before what follows from the other arguments.
 
     Returns:
@@ -151,6 +160,16 @@ def normalize(
         raise ValueError(f"normalization must be one of {', '.join(METHODS)}; got {method!r}")
     if statistics_batch is not None and statistics_batch < 1:
         raise ValueError(f"statistics_batch must be at least 1; got {statistics_batch}")
+    if weight_standardization and method == "wn":
+        raise ValueError("normalization 'wn' normalizes weights by itself; got weight_standardization=True")
+    if proxy and method in _WITHOUT_PROXY:
+        raise ValueError(f"proxy goes with a normalization layer before an activation; got it with {method!r}")
+    if proxy not in (False, True, "fixed"):
+        raise ValueError(f"proxy must be False, True or 'fixed'; got {proxy!r}")
+    if weight_standardization:
+        network = kalmannorm.standardize_weights(network)
+    if proxy:
+        network = to_proxy(network, learned=proxy is True)
     known = METHODS[method]
     chosen = known.timed(steps) if steps is not None else {}
     if known.statistics == "groups" and statistics_batch is not None:

@@ -79,6 +79,6 @@ def to_frn(model: nn.Module, learned_eps: bool = False) -> nn.Module:
     return replace_batchnorm_relu(
         model,
         lambda norm, activation: FilterResponseNorm2d(
-            norm.num_features, activation=activation, learned_eps=learned_eps
+            norm.num_features, activation=activation is not None, learned_eps=learned_eps
         ),
     )

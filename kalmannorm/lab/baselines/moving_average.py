@@ -14,9 +14,6 @@ from kalmannorm.lab.baselines.replacing import in_groups, replace_batchnorm
 
 __all__ = ["MovingAverageNorm", "centralize", "to_moving_average"]
 
-# Buffers with a place for each statistics batch, on the axis before the channels.
-_OF_PLACES = ("running_square", "squares", "responses")
-
 
 class MovingAverageNorm(nn.Module):
     """MABN: BatchNorm without means, whose statistics are averaged over steps, in the backward pass too.
@@ -54,8 +51,10 @@ class MovingAverageNorm(nn.Module):
     Attributes:
         running_square: ``(S, C)``, for ``S`` statistics batches; 1 where they are pooled.
         squares: ``(buffer_size, S, C)``; `responses` too.
+        of_places: The names of these three, whose ``S`` follows what is loaded.
     """
 
+    of_places = ("running_square", "squares", "responses")
     weight: Any
     bias: Any
     running_square: Tensor
@@ -121,7 +120,7 @@ class MovingAverageNorm(nn.Module):
     @torch.no_grad()
     def _make_places(self, count: int) -> None:
         """Let the buffers have a place for each of ``count`` statistics batches."""
-        for name in _OF_PLACES:
+        for name in self.of_places:
             buffer = getattr(self, name)
             if (more := count - buffer.shape[-2]) > 0:
                 size = [-1] * (buffer.ndim - 2) + [more, -1]
@@ -129,7 +128,7 @@ class MovingAverageNorm(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """A checkpoint may have other numbers of statistics batches: this layer takes on its number."""
-        for name in _OF_PLACES:
+        for name in self.of_places:
             buffer, saved = getattr(self, name), state_dict.get(prefix + name)
             if saved is not None and saved.ndim == buffer.ndim and not self.pooled:
                 setattr(self, name, buffer[..., :1, :].expand(*buffer.shape[:-2], saved.shape[-2], -1).clone())
