@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -61,6 +62,17 @@ class _Tracer(fx.Tracer):
         return isinstance(m, _BatchNorm) or m in self.whole or super().is_leaf_module(m, module_qualified_name)
 
 
+class _Traced(fx.GraphModule):
+    """Keeps forward hooks when it is copied, by which a network is connected to its Kalman layers."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Traced:
+        copied: Any = super().__deepcopy__(memo)
+        for name in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks",
+                     "_forward_hooks_with_kwargs", "_forward_hooks_always_called"):  # fmt: skip
+            setattr(copied, name, copy.deepcopy(getattr(self, name), memo))
+        return copied  # type: ignore[no-any-return]
+
+
 def _has_nothing_to_take(module: nn.Module) -> bool:
     """Whether a module is without BatchNorm and activation; False where that cannot be told.
 
@@ -88,7 +100,7 @@ def _trace(model: nn.Module) -> fx.GraphModule:
             f"{type(model).__name__} cannot be traced by torch.fx, which finds the ReLU behind each BatchNorm: "
             "expected one that can, or build it with this layer as norm_layer and nn.Identity as activation"
         ) from error
-    return fx.GraphModule(root, graph, type(model).__name__)
+    return _Traced(root, graph, type(model).__name__)
 
 
 def _remove_activations(traced: fx.GraphModule) -> dict[nn.Module, Activation]:

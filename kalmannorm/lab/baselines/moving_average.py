@@ -89,21 +89,25 @@ class MovingAverageNorm(nn.Module):
         x = input.to(torch.promote_types(input.dtype, torch.float32))
         shape = (-1, *[1] * (x.ndim - 2))
         if self.training:
-            groups = in_groups(x, self.samples)
-            if not self.pooled:
-                self._make_places(len(groups))
-            square, r = self._observe(groups)
-            step = self.num_batches_tracked - 1
-            of_groups = (len(groups), 1, *shape)
-            z: Tensor = _Divide.apply(
-                groups, (square + self.eps).sqrt().view(of_groups), self.responses, step, self._begins(step)
-            )
-            y = (r.view(of_groups) * z).view(x.shape)
+            y: Tensor = self._by_moving_averages(in_groups(x, self.samples)).view(x.shape)
         else:
             y = x * (self.running_square.mean(0) + self.eps).rsqrt().view(shape)
         if self.weight is not None:
             y = y * self.weight.view(shape) + self.bias.view(shape)
         return y.to(input.dtype)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _by_moving_averages(self, groups: Tensor) -> Tensor:
+        """``r z`` of ``(groups, samples, C, *)``. A compiler would lose what the backward pass writes to a buffer."""
+        if not self.pooled:
+            self._make_places(len(groups))
+        square, r = self._observe(groups)
+        step = self.num_batches_tracked - 1
+        shape = (len(groups), 1, -1, *[1] * (groups.ndim - 3))
+        z: Tensor = _Divide.apply(
+            groups, (square + self.eps).sqrt().view(shape), self.responses, step, self._begins(step)
+        )
+        return r.view(shape) * z
 
     @torch.no_grad()
     def _observe(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -120,14 +120,8 @@ def to_proxy(model: nn.Module, learned: bool = True) -> nn.Module:
         A traced network that shares everything else with ``model``.
 
     Example:
-        >>> to_proxy(nn.Sequential(nn.BatchNorm2d(8), nn.ReLU()))
-        Sequential(
-          (0): ProxyNormalized(
-            learned=True, eps=0.03
-            (norm): BatchNorm2d(8, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
-            (activation): ReLU()
-          )
-        )
+        >>> to_proxy(nn.Sequential(nn.BatchNorm2d(8), nn.ReLU())).get_submodule("0").activation
+        ReLU()
     """
 
     def proxied(norm: _BatchNorm, activation: Activation | None) -> nn.Module:

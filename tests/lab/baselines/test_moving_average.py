@@ -192,6 +192,17 @@ def test_a_checkpoint_brings_its_number_of_statistics_batches():
         random_layer(samples=2, pooled=True, **OPTIONS).load_state_dict(layer.state_dict())
 
 
+@pytest.mark.parametrize("pooled", [False, True])
+def test_compiled_it_is_the_same(pooled):
+    layer = random_layer(samples=2, pooled=pooled, **OPTIONS)
+    twin = copy.deepcopy(layer)
+    compiled = torch.compile(twin, backend="aot_eager")
+    for x, direction in batches_of_three(4):
+        (expected,) = torch.autograd.grad(layer(x), x, direction)
+        assert torch.allclose(torch.autograd.grad(compiled(x), x, direction)[0], expected)
+    assert torch.allclose(twin.responses, layer.responses)
+
+
 def test_a_batch_that_groups_do_not_divide():
     with pytest.raises(ValueError, match="got a batch of 5, expected a multiple of the statistics batch, 2"):
         MovingAverageNorm(3, samples=2)(torch.randn(5, 3, 4, 4))

@@ -115,6 +115,13 @@ def test_a_prior_behind_it_is_moved_by_the_same_numbers():
     assert kalmannorm.describe(model, images).with_prior == 2
 
 
+def test_a_copy_has_the_same_priors():
+    model, images = network("kn", input_stats=([0.0], [1.0])), torch.randn(4, 1, 16, 16)
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(images), model(images))
+    assert kalmannorm.describe(twin, images).with_prior == 2
+
+
 def test_a_residual_network_keeps_all_priors_and_activations_behind_additions():
     resnet = pytest.importorskip("torchvision").models.resnet18
     images = torch.randn(2, 3, 32, 32)
