@@ -9,7 +9,6 @@ import socket
 import warnings
 
 import pytest
-import timm
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -163,6 +162,10 @@ def convolutions(model):
     return [name for name, m in model.named_modules() if isinstance(m, nn.modules.conv._ConvNd | nn.Linear)]
 
 
+def of_timm(name, **options):
+    return pytest.importorskip("timm").create_model(name, **options)
+
+
 NETWORKS = {
     "resnet18": (torchvision.models.resnet18, "fc"),
     "resnet50": (torchvision.models.resnet50, "fc"),
@@ -171,8 +174,8 @@ NETWORKS = {
     "mobilenet_v3": (torchvision.models.mobilenet_v3_small, r"block\.\d\.fc|classifier"),
     "efficientnet": (torchvision.models.efficientnet_b0, r"block\.\d\.fc|classifier"),
     "group": (lambda: torchvision.models.resnet18(norm_layer=lambda c: nn.GroupNorm(4, c)), "fc"),
-    "timm resnet50": (lambda: timm.create_model("resnet50"), "fc"),
-    "timm lite0": (lambda: timm.create_model("efficientnet_lite0", drop_path_rate=0.2), "classifier"),
+    "timm resnet50": (lambda: of_timm("resnet50"), "fc"),
+    "timm lite0": (lambda: of_timm("efficientnet_lite0", drop_path_rate=0.2), "classifier"),
     "before the activation": (lambda: CifarResNet(14, width=4), "classifier"),
     "behind it": (lambda: CifarResNet(14, width=4, preactivation=False), "classifier"),
     "volumes": (lambda: UNet3d(4, 2), "up|head"),

@@ -196,6 +196,16 @@ def test_batchnorm_over_all_images_is_torchs_own():
     assert isinstance(groups, kalmannorm.KalmanNorm)
 
 
+def test_torchs_own_batchnorm_leaves_standardized_filters_to_be_trained():
+    network = kalmannorm.standardize_weights(SmallConvNet(((8, 2),)))
+    raw = network.convs[0].weight.detach().clone()
+    classifier = _classifier(network, normalization="bn", statistics_batch=8)
+    classifier.training_logits(_data(8)[0])
+    assert type(classifier.network.norms[0]) is nn.BatchNorm2d
+    assert type(classifier.network.convs[0]).__name__ == "StandardizedConv2d"
+    torch.testing.assert_close(classifier.network.convs[0].weight, raw, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("method", ["bn", "sync", "brn"])
 def test_a_statistics_batch_that_does_not_divide_is_refused(method):
     with pytest.raises(ValueError, match=r"statistics_batch must divide the 8 images .* at a time; got 3"):
