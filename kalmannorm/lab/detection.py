@@ -14,7 +14,7 @@ from torchmetrics.detection import MeanAveragePrecision
 
 from kalmannorm.lab.callbacks import recalibrate_by_training_batches
 from kalmannorm.lab.data.objects import Target
-from kalmannorm.lab.methods import normalize
+from kalmannorm.lab.methods import METHODS, normalize
 from kalmannorm.lab.optimization import Schedule, check_schedule, sgd
 from kalmannorm.lab.pretrained import load_backbone, resnet_of, trained_weights
 from kalmannorm.lab.scoring import has_running_statistics, online
@@ -104,7 +104,7 @@ class Detector(lightning.LightningModule):
                 f"{normalization!r} does not have, or holds fixed; expected None"
             )
         self.recalibrate = recalibrate
-        self._optimization = (rate, steps, schedule, milestones, momentum, weight_decay)
+        self._optimization = (rate, steps, schedule, milestones, momentum, weight_decay, METHODS[normalization].warmup)
         # Processes gather by hand: the metric would wait forever where they have different numbers of images.
         self.average_precision: Any = nn.ModuleDict(
             {

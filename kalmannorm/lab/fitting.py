@@ -13,7 +13,9 @@ import lightning
 import torch
 import yaml
 from lightning.pytorch.utilities import rank_zero_only
+from torch import nn
 
+from kalmannorm.lab.baselines.moving_average import MovingAverageNorm
 from kalmannorm.lab.configuration import Run, check_same
 from kalmannorm.lab.curve import Curve, RandomState
 from kalmannorm.lab.results import Result, environment, finished, write_atomically
@@ -229,13 +231,26 @@ def _check_fits(module: lightning.LightningModule, checkpoint: Path) -> dict[str
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
         raise ValueError(f"{checkpoint} is not a checkpoint of a run") from error
     own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    adopted = _adopted(module)
     for name in dict.fromkeys([*own, *given]):
         there = tuple(given[name].shape) if name in given else "absent"
+        if name in adopted and name in given and len(there) == len(own[name]):
+            continue
         if own.get(name, "absent") != there:
             raise ValueError(
                 f"{checkpoint} is of another model: {name} is {there} there, and {own.get(name, 'absent')} in this one"
             )
     return given
+
+
+def _adopted(module: nn.Module) -> set[str]:
+    """Names of buffers whose shape comes from what is loaded: see `MovingAverageNorm`."""
+    return {
+        f"{name}.{buffer}"
+        for name, layer in module.named_modules()
+        if isinstance(layer, MovingAverageNorm) and not layer.pooled
+        for buffer in layer.of_places
+    }
 
 
 def is_first_process() -> bool:

@@ -18,6 +18,7 @@ from kalmannorm.lab.baselines.ghost import to_ghost
 from kalmannorm.lab.baselines.group import to_groupnorm
 from kalmannorm.lab.baselines.layer_instance import to_instancenorm, to_layernorm
 from kalmannorm.lab.baselines.moving_average import to_moving_average
+from kalmannorm.lab.baselines.proxy import to_proxy
 from kalmannorm.lab.baselines.renorm import RenormSchedule, to_batch_renorm
 from kalmannorm.lab.baselines.synchronized import to_sync
 from kalmannorm.lab.baselines.weight_norm import to_weight_norm
@@ -43,6 +44,7 @@ class Method:
         samples: The option of ``replace`` that says how many images a group has.
         timed: The options that fit a training of so many steps.
         capturable: A CUDA graph of one training step stands for all: no layer counts steps in Python.
+        warmup: Its paper asks for a rate that rises at the start, which it gets with every schedule.
     """
 
     label: str
@@ -52,6 +54,7 @@ class Method:
     samples: str = "samples"
     timed: Callable[[int], dict[str, Any]] = lambda steps: {}
     capturable: bool = True
+    warmup: bool = False
 
 
 def _batchnorm(network: nn.Module, samples: int | None = None) -> nn.Module:
@@ -92,7 +95,8 @@ def _moving_average_timed(steps: int) -> dict[str, Any]:
 
 
 def _cross_iteration_timed(steps: int) -> dict[str, Any]:
-    return {"burn_in": steps // 20}
+    # 8 epochs of 12 in the authors' released configuration, cbn_buffer3_burnin8_1x.
+    return {"burn_in": 2 * steps // 3}
 
 
 _KALMAN: dict[str, Any] = {"statistics": "groups", "samples": "stats_batch_size"}
@@ -113,7 +117,7 @@ METHODS = {
     "mabn": Method("MABN", "#3f7d8c", to_moving_average, "groups", timed=_moving_average_timed),
     "cbn": Method("CBN", "#a05d2c", to_cross_iteration, "batch", timed=_cross_iteration_timed, capturable=False),
     "evonorm": Method("EvoNorm-S0", "#6b8e23", to_evonorm),
-    "frn": Method("FRN", "#b5b34a", to_frn),
+    "frn": Method("FRN", "#b5b34a", to_frn, warmup=True),
     "kn": Method("KalmanNorm (default)", "#4c72b0", kalmannorm.convert, **_KALMAN),
     "kn-paper": Method("KalmanNorm (paper)", "#dd8452", _preset("paper"), **_KALMAN),
     "kn-released": Method("KalmanNorm (released)", "#55a868", _preset("released"), **_KALMAN),
@@ -121,9 +125,14 @@ METHODS = {
 }
 
 
+# What has an activation of its own, and what leaves no normalization layer.
+_WITHOUT_PROXY = ("wn", "evonorm", "frn")
+
+
 def normalize(
-    network: nn.Module, method: str, *, statistics_batch: int | None = None, steps: int | None = None, **options: Any
-) -> nn.Module:
+    network: nn.Module, method: str, *, statistics_batch: int | None = None, steps: int | None = None,
+    weight_standardization: bool = False, proxy: bool | Literal["fixed"] = False, **options: Any,
+) -> nn.Module:  # fmt: skip
     """Put a normalization in the place of a network's BatchNorm layers, in place.
 
     Args:
@@ -132,6 +141,9 @@ def normalize(
         statistics_batch: Images that are normalized together in training, for methods that can do so within one
             forward pass; the whole batch if None. Must divide every batch.
         steps: Length of the training, by which methods with schedules in steps choose theirs.
+        weight_standardization: Standardize the filters below the layers too (`kalmannorm.standardize_weights`).
+        proxy: Normalize the activations behind the layers too, by Proxy Normalization; ``"fixed"`` without its own two
+            parameters a channel. See `kalmannorm.lab.baselines.proxy.to_proxy`.
         options: The method's own; they go before what follows from the other arguments.
 
     Returns:
@@ -148,6 +160,16 @@ def normalize(
         raise ValueError(f"normalization must be one of {', '.join(METHODS)}; got {method!r}")
     if statistics_batch is not None and statistics_batch < 1:
         raise ValueError(f"statistics_batch must be at least 1; got {statistics_batch}")
+    if weight_standardization and method == "wn":
+        raise ValueError("normalization 'wn' normalizes weights by itself; got weight_standardization=True")
+    if proxy and method in _WITHOUT_PROXY:
+        raise ValueError(f"proxy goes with a normalization layer before an activation; got it with {method!r}")
+    if proxy not in (False, True, "fixed"):
+        raise ValueError(f"proxy must be False, True or 'fixed'; got {proxy!r}")
+    if weight_standardization:
+        network = kalmannorm.standardize_weights(network)
+    if proxy:
+        network = to_proxy(network, learned=proxy is True)
     known = METHODS[method]
     chosen = known.timed(steps) if steps is not None else {}
     if known.statistics == "groups" and statistics_batch is not None:

@@ -38,6 +38,7 @@ def sgd(
     milestones: dict[float, float] | None = None,
     momentum: float = 0.9,
     weight_decay: float = 1e-4,
+    warmup: bool = False,
 ) -> dict[str, Any]:
     """SGD with a rate that moves every step, as ``configure_optimizers`` returns it.
 
@@ -50,13 +51,14 @@ def sgd(
         milestones: From a share of the training, 0 to 1, to the factor on the rate from there on.
         momentum: SGD's.
         weight_decay: On weights alone, see `parameter_groups`.
+        warmup: Let the rate of any schedule rise as in ``"warmup"``.
 
     Raises:
         ValueError: See `check_schedule`.
     """
     check_schedule(rate, steps, schedule, milestones)
     optimizer = torch.optim.SGD(parameter_groups(model, weight_decay), lr=rate, momentum=momentum)
-    factor = partial(share_of_rate, steps=steps, schedule=schedule, milestones=milestones)
+    factor = partial(share_of_rate, steps=steps, schedule=schedule, milestones=milestones, warmup=warmup)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -79,13 +81,15 @@ def check_schedule(rate: float, steps: int, schedule: Schedule, milestones: dict
         raise ValueError(f"steps must be at least 1 and the rate above 0; got steps={steps}, rate={rate}")
 
 
-def share_of_rate(step: int, steps: int, schedule: Schedule, milestones: dict[float, float] | None = None) -> float:
+def share_of_rate(
+    step: int, steps: int, schedule: Schedule, milestones: dict[float, float] | None = None, warmup: bool = False
+) -> float:
     """The factor on the rate at a step, counted from 0; see `sgd`."""
     done = step / steps
+    rise = min(1.0, 10 * done + 1 / steps) if warmup or schedule == "warmup" else 1.0
     if schedule == "milestones":
         passed = [milestone for milestone in (milestones or {}).items() if milestone[0] <= done]
-        return max(passed, default=(0.0, 1.0))[1]
-    rise = min(1.0, 10 * done + 1 / steps) if schedule == "warmup" else 1.0
+        return rise * max(passed, default=(0.0, 1.0))[1]
     return rise * (1 + math.cos(math.pi * done)) / 2
 
 

@@ -1,9 +1,11 @@
-"""Logits by the statistics of small batches (the paper's option B), many of them in one forward pass."""
+"""Logits by other than running statistics: those of small batches (the paper's option B), or a blend."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from kalmannorm import KalmanNorm, online_statistics
 from kalmannorm.freezing import is_frozen
 
-__all__ = ["has_running_statistics", "online", "online_logits"]
+__all__ = ["evalnorm", "has_running_statistics", "online", "online_logits"]
 
 
 def online(network: nn.Module) -> AbstractContextManager[None]:
@@ -22,8 +24,13 @@ def online(network: nn.Module) -> AbstractContextManager[None]:
 
 def has_running_statistics(network: nn.Module) -> bool:
     """Whether a network has any that are not frozen."""
+    return bool(_running(network))
+
+
+def _running(network: nn.Module) -> list[KalmanNorm | _BatchNorm]:
+    """Layers with running statistics that are not frozen."""
     layers = [layer for layer in network.modules() if isinstance(layer, KalmanNorm | _BatchNorm)]
-    return any(layer.running_mean is not None and not is_frozen(layer) for layer in layers)
+    return [layer for layer in layers if layer.running_mean is not None and not is_frozen(layer)]
 
 
 def online_logits(network: nn.Module, images: Tensor, statistics_batch: int) -> Tensor:
@@ -55,6 +62,57 @@ def online_logits(network: nn.Module, images: Tensor, statistics_batch: int) -> 
             with _groups_of(kalman, size):
                 logits = network(groups)
     return logits if whole == len(images) else torch.cat([logits[:whole], logits[whole - len(images) :]])
+
+
+@contextmanager
+def evalnorm(network: nn.Module, alpha: float) -> Iterator[None]:
+    """Normalize each image by a blend of its own and the running statistics: EvalNorm (Singh and Shrivastava, 2019).
+
+    With an image's mean ``m`` and variance ``v`` in a channel, and the running ones ``M`` and ``V``, it takes those of
+    a mixture of both:
+
+        mean = alpha m + (1 - alpha) M        var = alpha v + (1 - alpha) V + alpha (1 - alpha) (m - M)^2
+
+    The paper (arXiv:1904.06031) estimates a share of the mean and one of the variance for each layer. Here one share is
+    that of both in all layers, to be chosen on validation images. 0 is plain ``eval()``.
+
+    Args:
+        network: In ``eval()``, with BatchNorm or Kalman layers that have running statistics.
+        alpha: From 0 to 1.
+
+    Raises:
+        ValueError: Another ``alpha``; a network in training, or without running statistics.
+
+    Example:
+        >>> network = nn.Sequential(nn.BatchNorm2d(3)).eval()
+        >>> with evalnorm(network, 1.0):
+        ...     bool(network(torch.randn(2, 3, 8, 8)).mean((2, 3)).abs().max() < 1e-4)
+        True
+    """
+    layers = _running(network)
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must be from 0 to 1; got {alpha}")
+    if not layers or any(layer.training for layer in layers):
+        raise ValueError(f"evalnorm expects a network in eval() with running statistics; got {type(network).__name__}")
+    hooks = [layer.register_forward_pre_hook(partial(_blended, alpha)) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _blended(alpha: float, layer: Any, args: tuple[Tensor, ...]) -> Tensor:
+    """An input that running statistics normalize as the blend would the layer's own: forward pre-hook."""
+    x = args[0].to(torch.promote_types(args[0].dtype, torch.float32))
+    shape = (-1, x.shape[1], *[1] * (x.ndim - 2))
+    var, mean = torch.var_mean(x.reshape(*x.shape[:2], -1), 2, correction=0)
+    shift = mean - layer.running_mean
+    blend = alpha * var + (1 - alpha) * layer.running_var + alpha * (1 - alpha) * shift.square()
+    scale = ((layer.running_var + layer.eps) / (blend + layer.eps)).sqrt().view(shape)
+    centre = layer.running_mean.view(shape)
+    moved: Tensor = (x - centre - alpha * shift.view(shape)) * scale + centre
+    return moved.to(args[0].dtype)
 
 
 @contextmanager

@@ -122,7 +122,7 @@ class Classifier(lightning.LightningModule):
         if channels_last:
             self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.method, self.statistics_batch, self._passes = METHODS[normalization], statistics_batch, 1
-        self._optimization = (rate, steps, schedule, milestones, momentum, weight_decay)
+        self._optimization = (rate, steps, schedule, milestones, momentum, weight_decay, self.method.warmup)
         self.score_online = score_online
         self._anneal = partial(annealing, steps=steps, factor=anneal, start=anneal_from)
         # A function, and not the compiled network, which would be a second submodule.

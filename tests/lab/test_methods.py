@@ -84,13 +84,52 @@ def test_schedules_follow_the_length_of_the_training():
     assert isinstance(layer("mabn", 100), MovingAverageNorm)
     assert (layer("mabn", 100).warmup, layer("mabn", 100).renorm_start) == (5, 10)
     assert (layer("mabn", 10**6).warmup, layer("mabn", 10**6).renorm_start) == (100, 1000)
-    assert layer("cbn", 200).burn_in == 10
+    assert (layer("cbn", 12).burn_in, layer("cbn", 12).window) == (8, 4)
 
 
 @pytest.mark.parametrize("steps", [100, 390, 1300, 13_000, 10**6])
 def test_batch_renorm_has_forgotten_its_start_when_it_begins_to_correct(steps):
     layer = normalize(small(), "brn", steps=steps).norms[0]
     assert (1 - layer.momentum) ** layer.schedule.start < 0.05
+
+
+def standardized(weight):
+    """Of a filter a row, in float64: ``(W - mean) / sqrt(var * fan_in + 1e-4)``."""
+    rows = weight.double().flatten(1)
+    rows = rows - rows.mean(1, keepdim=True)
+    return (rows / (rows.square().sum(1, keepdim=True) + 1e-4).sqrt()).view(weight.shape)
+
+
+@pytest.mark.parametrize("method", ["bn", "gn", "mabn", "evonorm", "frn", "kn", "kn-paper", "gkn"])
+def test_standardized_filters_with_any_method(method):
+    plain = small()
+    raw = [conv.weight.detach().clone() for conv in plain.modules() if isinstance(conv, nn.Conv2d)]
+    options = {"groups": 4} if method == "evonorm" else {"centralized": False} if method == "mabn" else {}
+    network = normalize(plain, method, statistics_batch=2, weight_standardization=True, **options)
+    convolutions = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d)]
+    images = torch.randn(4, 1, 16, 16)
+    for layer in convolutions:
+        layer.register_forward_hook(lambda layer, args, output: layer.__dict__.update(seen=(args[0], output)))
+    network(images).square().sum().backward()
+    assert len(convolutions) == len(raw) == 2
+    for layer, weight in zip(convolutions, raw, strict=True):
+        assert torch.equal(layer.weight, weight)
+        x, y = layer.seen
+        expected = nn.functional.conv2d(x.double(), standardized(weight), None, layer.stride, layer.padding)
+        assert torch.allclose(y.double(), expected if layer.bias is None else expected + layer.bias.view(-1, 1, 1),
+                              atol=1e-5)  # fmt: skip
+        assert layer.weight.grad.abs().sum() > 0
+
+
+def test_standardized_filters_and_a_proxy_together():
+    options = {"groups": 4, "weight_standardization": True, "proxy": True}
+    network, again = (normalize(small(), "gn", **options) for _ in range(2))
+    kinds = [type(layer).__name__ for layer in network.modules()]
+    assert (kinds.count("ProxyNormalized"), kinds.count("StandardizedConv2d")) == (2, 2)
+    network(torch.randn(4, 1, 16, 16)).sum().backward()
+    again.load_state_dict(network.state_dict())
+    images = torch.randn(4, 1, 16, 16)
+    assert torch.equal(again.eval()(images), network.eval()(images))
 
 
 @pytest.mark.parametrize(
@@ -100,6 +139,7 @@ def test_batch_renorm_has_forgotten_its_start_when_it_begins_to_correct(steps):
         ("kn", {"statistics_batch": 0}, "statistics_batch must be at least 1; got 0"),
         ("gn", {"gruops": 2}, "'gn' does not take these options: .*gruops"),
         ("kn", {"gian": 2}, "got option 'gian'"),
+        ("wn", {"weight_standardization": True}, "'wn' normalizes weights by itself"),
     ],
 )
 def test_bad_requests_say_what_was_wrong(method, options, message):

@@ -76,6 +76,15 @@ def test_training_moves_the_rate_along_its_schedule_and_records_every_step():
     assert rates["warmup"][1:] == rates["cosine"][1:]
 
 
+@pytest.mark.parametrize(("schedule", "milestones"), [("cosine", None), ("milestones", {0.5: 0.1})])
+def test_the_rate_rises_with_every_schedule_where_a_method_asks_for_it(schedule, milestones):
+    for method, share in (("frn", 1 / 20), ("gn", 1.0)):
+        options = {"schedule": schedule, "milestones": milestones, "steps": 20, "rate": 0.1}
+        classifier = _classifier(SmallConvNet(((8, 2),)), normalization=method, **options)
+        scheduler = classifier.configure_optimizers()["lr_scheduler"]["scheduler"]
+        assert scheduler.get_last_lr()[0] == pytest.approx(0.1 * share), method
+
+
 def test_milestones_hold_from_their_share_of_the_training_on():
     milestones = {0.5: 0.1, 0.75: 0.01}
     rates = [share_of_rate(step, 8, "milestones", milestones) for step in range(8)]
@@ -173,7 +182,7 @@ def test_passes_of_one_step_count_once(method):
 
 
 def test_cross_iteration_waits_for_steps_and_not_for_passes():
-    classifier = _classifier(SmallConvNet(((8, 2),)), normalization="cbn", steps=40)  # as BatchNorm for 2 of them
+    classifier = _classifier(SmallConvNet(((8, 2),)), normalization="cbn", steps=3)  # as BatchNorm for 2 of them
     begun = []
     hook = classifier.network.norms[0].register_forward_pre_hook(lambda layer, _: begun.append(layer._begun()))
     quiet_trainer(3).fit(classifier, loader(*_data(32), 8, 0))

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kalmannorm.lab.baselines.replacing import replace_batchnorm
 
-__all__ = ["replace_batchnorm_relu"]
+__all__ = ["Activation", "replace_batchnorm_relu"]
+
+Activation = Callable[[Tensor], Tensor]
 
 _MODULES = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.Hardswish, nn.GELU, nn.ELU)
 _FUNCTIONS = (torch.relu, torch.relu_, F.relu, F.relu_, F.relu6, F.leaky_relu, F.silu, F.hardswish, F.gelu, F.elu)
 _METHODS = ("relu", "relu_")
 
 
-def replace_batchnorm_relu(model: nn.Module, make: Callable[[_BatchNorm, bool], nn.Module]) -> nn.Module:
+def replace_batchnorm_relu(model: nn.Module, make: Callable[[_BatchNorm, Activation | None], nn.Module]) -> nn.Module:
     """Replace every BatchNorm of a network, and take away the ReLU that directly follows it.
 
     Which ReLU belongs to which layer is told by the call that it is, not by the module: `torch.fx` traces the
@@ -34,7 +38,7 @@ def replace_batchnorm_relu(model: nn.Module, make: Callable[[_BatchNorm, bool], 
 
     Args:
         model: Any network with BatchNorm layers.
-        make: From a BatchNorm, and whether an activation follows, to what takes the place of both.
+        make: From a BatchNorm, and the activation that follows or None, to what takes the place of both.
 
     Returns:
         A traced network that shares everything else with ``model``, whose names it keeps. Use ``model`` no more.
@@ -44,8 +48,8 @@ def replace_batchnorm_relu(model: nn.Module, make: Callable[[_BatchNorm, bool], 
             called twice, and an activation follows only once.
     """
     traced = _trace(model)
-    activated = _remove_activations(traced)
-    return replace_batchnorm(traced, lambda norm: make(norm, norm in activated))
+    removed = _remove_activations(traced)
+    return replace_batchnorm(traced, lambda norm: make(norm, removed.get(norm)))
 
 
 class _Tracer(fx.Tracer):
@@ -56,6 +60,17 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Other libraries' BatchNorm layers stay whole, too, and what there is nothing to take from."""
         return isinstance(m, _BatchNorm) or m in self.whole or super().is_leaf_module(m, module_qualified_name)
+
+
+class _Traced(fx.GraphModule):
+    """Keeps forward hooks when it is copied, by which a network is connected to its Kalman layers."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Traced:
+        copied: Any = super().__deepcopy__(memo)
+        for name in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks",
+                     "_forward_hooks_with_kwargs", "_forward_hooks_always_called"):  # fmt: skip
+            setattr(copied, name, copy.deepcopy(getattr(self, name), memo))
+        return copied  # type: ignore[no-any-return]
 
 
 def _has_nothing_to_take(module: nn.Module) -> bool:
@@ -85,13 +100,14 @@ def _trace(model: nn.Module) -> fx.GraphModule:
             f"{type(model).__name__} cannot be traced by torch.fx, which finds the ReLU behind each BatchNorm: "
             "expected one that can, or build it with this layer as norm_layer and nn.Identity as activation"
         ) from error
-    return fx.GraphModule(root, graph, type(model).__name__)
+    return _Traced(root, graph, type(model).__name__)
 
 
-def _remove_activations(traced: fx.GraphModule) -> set[nn.Module]:
-    """The BatchNorm layers that had an activation behind them."""
+def _remove_activations(traced: fx.GraphModule) -> dict[nn.Module, Activation]:
+    """The BatchNorm layers that had an activation behind them, and which."""
     modules = dict(traced.named_modules(remove_duplicate=False))
     found: dict[nn.Module, set[bool]] = {}
+    removed: dict[nn.Module, Activation] = {}
     for node in list(traced.graph.nodes):
         layer = modules[node.target] if node.op == "call_module" else None
         if not isinstance(layer, _BatchNorm):
@@ -100,17 +116,39 @@ def _remove_activations(traced: fx.GraphModule) -> set[nn.Module]:
         inside: Any = getattr(layer, "act", None)
         found.setdefault(layer, set()).add(activation is not None or isinstance(inside, _MODULES))
         if activation is not None:
+            removed[layer] = _called(activation, modules)
             activation.replace_all_uses_with(activation.all_input_nodes[0])
             traced.graph.erase_node(activation)
         if isinstance(inside, _MODULES):
-            layer.act = nn.Identity()
+            removed[layer], layer.act = inside, nn.Identity()
         if len(found[layer]) > 1:
             raise ValueError(
                 f"BatchNorm {node.target!r} is called twice, expected an activation behind both calls or none"
             )
     traced.recompile()
     traced.delete_all_unused_submodules()
-    return {layer for layer, follows in found.items() if True in follows}
+    return removed
+
+
+@dataclass(frozen=True)
+class _Function:
+    """A function or method of torch, and its arguments behind the first."""
+
+    function: Callable[..., Tensor]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.function(x, *self.args, **self.kwargs)
+
+
+def _called(node: fx.Node, modules: dict[str, nn.Module]) -> Activation:
+    """What a node of an activation calls."""
+    if node.op == "call_module":
+        return modules[str(node.target)]
+    function: Any = getattr(Tensor, node.target) if isinstance(node.target, str) else node.target
+    settings = {name: value for name, value in node.kwargs.items() if not isinstance(value, fx.Node)}
+    return _Function(function, tuple(node.args[1:]), settings)
 
 
 def _activation_behind(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | None:

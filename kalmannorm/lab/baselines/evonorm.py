@@ -77,5 +77,8 @@ def to_evonorm(model: nn.Module, groups: int = 32) -> nn.Module:
         )
     """
     return replace_batchnorm_relu(
-        model, lambda norm, activation: EvoNorm2d(norm.num_features, norm.eps, activation=activation, groups=groups)
+        model,
+        lambda norm, activation: EvoNorm2d(
+            norm.num_features, norm.eps, activation=activation is not None, groups=groups
+        ),
     )

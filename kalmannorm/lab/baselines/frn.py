@@ -63,7 +63,8 @@ def to_frn(model: nn.Module, learned_eps: bool = False) -> nn.Module:
     """Put `FilterResponseNorm2d` in the place of every BatchNorm, and of the ReLU directly behind it.
 
     Where no ReLU follows, the layer has no threshold. How a ReLU is found, and what that asks of the network:
-    `kalmannorm.lab.baselines.activated.replace_batchnorm_relu`.
+    `kalmannorm.lab.baselines.activated.replace_batchnorm_relu`. The paper asks for a learning rate that rises at the
+    start, which `kalmannorm.lab.training.Classifier` gives it with every schedule.
 
     Returns:
         A traced network that shares everything else with ``model``.
@@ -78,6 +79,6 @@ def to_frn(model: nn.Module, learned_eps: bool = False) -> nn.Module:
     return replace_batchnorm_relu(
         model,
         lambda norm, activation: FilterResponseNorm2d(
-            norm.num_features, activation=activation, learned_eps=learned_eps
+            norm.num_features, activation=activation is not None, learned_eps=learned_eps
         ),
     )

@@ -31,6 +31,10 @@ class MovingAverageNorm(nn.Module):
 
     With ``buffer_size=1, limit=1`` this is BatchNorm without the mean, in both passes.
 
+    Where a forward pass has several statistics batches (`samples`), each is like a device: by its place in the batch it
+    has its own past statistics and its own ``running_square``, and ``eval()`` uses the mean over these. The buffers
+    have a place for each from the first training step on; further ones begin with the mean of those there are.
+
     Args:
         num_features: Channels ``C`` of an input ``(N, C, *)``.
         eps: Added to the mean square.
@@ -40,11 +44,17 @@ class MovingAverageNorm(nn.Module):
         limit: Of ``r``, the paper's lambda; the authors' released code has 5.
         warmup: Training steps that use the batch's own statistics.
         renorm_start: Training steps with ``r = 1``. This and `warmup` are as in the authors' released code.
-        samples: In training, normalize groups of so many consecutive samples. Each group's newest ``chi^2`` and
-            ``psi`` are its own; those of past steps, and ``running_square``, are means over groups, the same for all.
-            None for the whole batch.
+        samples: In training, normalize statistics batches of so many consecutive samples; None for the whole batch.
+        pooled: Statistics batches share their past: past steps' ``chi^2`` and ``psi``, and ``running_square``, are
+            means over all statistics batches of a step. The authors' devices share nothing.
+
+    Attributes:
+        running_square: ``(S, C)``, for ``S`` statistics batches; 1 where they are pooled.
+        squares: ``(buffer_size, S, C)``; `responses` too.
+        of_places: The names of these three, whose ``S`` follows what is loaded.
     """
 
+    of_places = ("running_square", "squares", "responses")
     weight: Any
     bias: Any
     running_square: Tensor
@@ -54,7 +64,7 @@ class MovingAverageNorm(nn.Module):
 
     def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.02, affine: bool = True, *,
                  buffer_size: int = 16, limit: float = 1.05, warmup: int = 100, renorm_start: int = 1000,
-                 samples: int | None = None) -> None:  # fmt: skip
+                 samples: int | None = None, pooled: bool = False) -> None:  # fmt: skip
         super().__init__()
         if buffer_size < 1 or limit < 1:
             raise ValueError(
@@ -62,12 +72,12 @@ class MovingAverageNorm(nn.Module):
             )
         self.num_features, self.eps, self.momentum = num_features, eps, momentum
         self.buffer_size, self.limit, self.warmup, self.renorm_start = buffer_size, limit, warmup, renorm_start
-        self.samples = samples
+        self.samples, self.pooled = samples, pooled
         self.register_parameter("weight", nn.Parameter(torch.ones(num_features)) if affine else None)
         self.register_parameter("bias", nn.Parameter(torch.zeros(num_features)) if affine else None)
-        self.register_buffer("running_square", torch.ones(num_features))
-        self.register_buffer("squares", torch.zeros(buffer_size, num_features))
-        self.register_buffer("responses", torch.zeros(buffer_size, num_features))
+        self.register_buffer("running_square", torch.ones(1, num_features))
+        self.register_buffer("squares", torch.zeros(buffer_size, 1, num_features))
+        self.register_buffer("responses", torch.zeros(buffer_size, 1, num_features))
         self.register_buffer("num_batches_tracked", torch.tensor(0))
 
     def forward(self, input: Tensor) -> Tensor:
@@ -79,30 +89,54 @@ class MovingAverageNorm(nn.Module):
         x = input.to(torch.promote_types(input.dtype, torch.float32))
         shape = (-1, *[1] * (x.ndim - 2))
         if self.training:
-            groups = in_groups(x, self.samples)
-            square, r = self._observe(groups)
-            step = self.num_batches_tracked - 1
-            of_groups = (len(groups), 1, *shape)
-            z: Tensor = _Divide.apply(
-                groups, (square + self.eps).sqrt().view(of_groups), self.responses, step, self._begins(step)
-            )
-            y = (r.view(of_groups) * z).view(x.shape)
+            y: Tensor = self._by_moving_averages(in_groups(x, self.samples)).view(x.shape)
         else:
-            y = x * (self.running_square + self.eps).rsqrt().view(shape)
+            y = x * (self.running_square.mean(0) + self.eps).rsqrt().view(shape)
         if self.weight is not None:
             y = y * self.weight.view(shape) + self.bias.view(shape)
         return y.to(input.dtype)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _by_moving_averages(self, groups: Tensor) -> Tensor:
+        """``r z`` of ``(groups, samples, C, *)``. A compiler would lose what the backward pass writes to a buffer."""
+        if not self.pooled:
+            self._make_places(len(groups))
+        square, r = self._observe(groups)
+        step = self.num_batches_tracked - 1
+        shape = (len(groups), 1, -1, *[1] * (groups.ndim - 3))
+        z: Tensor = _Divide.apply(
+            groups, (square + self.eps).sqrt().view(shape), self.responses, step, self._begins(step)
+        )
+        return r.view(shape) * z
 
     @torch.no_grad()
     def _observe(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``mean chi^2`` and ``r``, ``(groups, C)``, by the average before this step joins it."""
         step = self.num_batches_tracked.clone()
         square = _remember(self.squares, x.square().mean([1, *range(3, x.ndim)]), step, self._begins(step))
-        r = ((square + self.eps) / (self.running_square + self.eps)).sqrt().clamp(1 / self.limit, self.limit)
+        running = self.running_square[: len(square)]
+        r = ((square + self.eps) / (running + self.eps)).sqrt().clamp(1 / self.limit, self.limit)
         r = torch.where(step < self.renorm_start, torch.ones_like(r), r)
-        self.running_square += self.momentum * (square.mean(0) - self.running_square)
+        running += self.momentum * (_to_places(square, running) - running)
         self.num_batches_tracked += 1
         return square, r
+
+    @torch.no_grad()
+    def _make_places(self, count: int) -> None:
+        """Let the buffers have a place for each of ``count`` statistics batches."""
+        for name in self.of_places:
+            buffer = getattr(self, name)
+            if (more := count - buffer.shape[-2]) > 0:
+                size = [-1] * (buffer.ndim - 2) + [more, -1]
+                setattr(self, name, torch.cat([buffer, buffer.mean(-2, keepdim=True).expand(size)], -2))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """A checkpoint may have other numbers of statistics batches: this layer takes on its number."""
+        for name in self.of_places:
+            buffer, saved = getattr(self, name), state_dict.get(prefix + name)
+            if saved is not None and saved.ndim == buffer.ndim and not self.pooled:
+                setattr(self, name, buffer[..., :1, :].expand(*buffer.shape[:-2], saved.shape[-2], -1).clone())
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _begins(self, step: Tensor) -> Tensor:
         return step < self.warmup
@@ -113,15 +147,21 @@ class MovingAverageNorm(nn.Module):
 
 
 def _remember(buffer: Tensor, newest: Tensor, step: Tensor, alone: Tensor) -> Tensor:
-    """The mean over a buffer ``(m, C)`` of past steps and each group's newest ``(groups, C)``, which then joins it.
+    """The mean over past steps ``(m, places, C)`` and each group's newest ``(groups, C)``, which then joins them.
 
     Where it counts ``alone``, the newest is returned.
     """
+    buffer = buffer[:, : len(newest)]
     size = len(buffer)
-    together = newest.mean(0, keepdim=True)
-    buffer.index_copy_(0, (step % size).view(1), together.to(buffer.dtype))
-    mean = (buffer.sum(0) + (newest - together)) / (step + 1).clamp_max(size)
+    joins = _to_places(newest, buffer[0])
+    buffer.index_copy_(0, (step % size).view(1), joins[None].to(buffer.dtype))
+    mean = (buffer.sum(0) + (newest - joins)) / (step + 1).clamp_max(size)
     return torch.where(alone, newest, mean)
+
+
+def _to_places(of_groups: Tensor, places: Tensor) -> Tensor:
+    """``(groups, C)`` as it goes into ``(places, C)``: each into its own, or their mean into a single one."""
+    return of_groups if len(of_groups) == len(places) else of_groups.mean(0, keepdim=True)
 
 
 class _Divide(torch.autograd.Function):

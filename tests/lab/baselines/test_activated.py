@@ -13,14 +13,14 @@ from kalmannorm.lab.models.small import SmallConvNet
 
 
 class Activated(nn.Module):
-    """A BatchNorm, and the ReLU if there was one behind it: the network as it was."""
+    """A BatchNorm, and the activation if there was one behind it: the network as it was."""
 
     def __init__(self, norm, activation):
         super().__init__()
         self.norm, self.activation = copy.deepcopy(norm), activation
 
     def forward(self, x):
-        return F.relu(self.norm(x)) if self.activation else self.norm(x)
+        return self.norm(x) if self.activation is None else self.activation(self.norm(x))
 
 
 class Residual(nn.Module):
@@ -56,7 +56,7 @@ class Relu(nn.Module):
 
 
 def flags(model):
-    return [layer.activation for layer in model.modules() if isinstance(layer, Activated)]
+    return [layer.activation is not None for layer in model.modules() if isinstance(layer, Activated)]
 
 
 def test_a_relu_called_as_a_function():
@@ -67,6 +67,25 @@ def test_a_relu_called_as_a_function():
     assert flags(replaced) == [True] * 6
     assert torch.allclose(replaced(images), expected)
     assert {name.replace(".norm.", ".") for name in replaced.state_dict()} == names
+
+
+@pytest.mark.parametrize(
+    "activate", [lambda x: F.leaky_relu(x, 0.3), lambda x: F.gelu(input=x, approximate="tanh"), torch.relu, nn.ELU(0.5)]
+)
+def test_an_activation_keeps_its_settings(activate):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.activate = nn.BatchNorm2d(3), activate
+
+        def forward(self, x):
+            return self.activate(self.norm(x))
+
+    model, x = Net(), torch.randn(2, 3, 4, 4)
+    expected = copy.deepcopy(model)(x)
+    replaced = replace_batchnorm_relu(model, Activated)
+    assert flags(replaced) == [True]
+    assert torch.allclose(copy.deepcopy(replaced)(x), expected)
 
 
 def test_a_relu_behind_an_addition_stays():

@@ -38,7 +38,7 @@ def plain(layer, batches, directions):
         psi = sum(responses[-span:]) / len(responses[-span:])
         gradients.append((of_z - z * psi) / chi)
         running = (1 - layer.momentum) * running + layer.momentum * square
-    return outputs, gradients, running.flatten()
+    return outputs, gradients, running.view(1, 3)
 
 
 @pytest.mark.parametrize(("warmup", "renorm_start"), [(0, 0), (2, 4), (5, 100)])
@@ -121,23 +121,86 @@ def test_it_learns(options):
     assert falls(lambda model: to_moving_average(model, **options))
 
 
-def test_groups_are_each_by_itself_against_shared_averages():
-    """Against a loop over groups whose buffers, after each step, hold the mean over groups."""
-    options = {"momentum": 0.1, "buffer_size": 3, "limit": 1.3, "warmup": 1, "renorm_start": 2}
-    layer, shared = random_layer(samples=2, **options), random_layer(**options)
-    shared.load_state_dict(layer.state_dict())
-    for step in range(6):
+def step_apart(copies, x, direction):
+    """Output and input gradient where each part of a batch goes through a layer of its own."""
+    y = torch.cat([each(part) for each, part in zip(copies, x.split(len(x) // len(copies)), strict=True)])
+    return y, torch.autograd.grad(y, x, direction)[0]
+
+
+def batches_of_three(steps):
+    for step in range(steps):
         x = ((1 + step / 3) * torch.randn(6, 3, 4, 4).double() + 0.5).requires_grad_()
-        direction = torch.randn(6, 3, 4, 4).double()
+        yield x, torch.randn(6, 3, 4, 4).double()
+
+
+OPTIONS = {"momentum": 0.1, "buffer_size": 3, "limit": 1.3, "warmup": 1, "renorm_start": 2}
+
+
+def test_statistics_batches_are_like_devices_of_their_own():
+    layer = random_layer(samples=2, **OPTIONS)
+    devices = [copy.deepcopy(layer) for _ in range(3)]
+    for x, direction in batches_of_three(6):
+        expected, expected_gradient = step_apart(devices, x, direction)
+        y = layer(x)
+        assert torch.allclose(y, expected)
+        assert torch.allclose(torch.autograd.grad(y, x, direction)[0], expected_gradient)
+    for name in ("squares", "responses", "running_square"):
+        assert torch.allclose(getattr(layer, name), torch.cat([getattr(each, name) for each in devices], -2)), name
+    x = torch.randn(2, 3, 4, 4).double()
+    mean = sum(each.running_square[0] for each in devices).view(3, 1, 1) / 3
+    scale = layer.weight.view(3, 1, 1) / (mean + layer.eps).sqrt()
+    assert torch.allclose(layer.eval()(x), x * scale + layer.bias.view(3, 1, 1))
+
+
+def test_pooled_statistics_batches_share_their_past():
+    """Against a loop over groups whose buffers, after each step, hold the mean over groups."""
+    layer, shared = random_layer(samples=2, pooled=True, **OPTIONS), random_layer(**OPTIONS)
+    shared.load_state_dict(layer.state_dict())
+    for x, direction in batches_of_three(6):
         copies = [copy.deepcopy(shared) for _ in range(3)]
-        expected = torch.cat([each(part) for each, part in zip(copies, x.split(2), strict=True)])
-        (expected_gradient,) = torch.autograd.grad(expected, x, direction)
+        expected, expected_gradient = step_apart(copies, x, direction)
         y = layer(x)
         assert torch.allclose(y, expected)
         assert torch.allclose(torch.autograd.grad(y, x, direction)[0], expected_gradient)
         for name, buffer in shared.named_buffers():
             buffer.copy_(torch.stack([dict(each.named_buffers())[name] for each in copies]).double().mean(0))
             assert torch.allclose(dict(layer.named_buffers())[name], buffer), name
+
+
+def test_a_batch_with_fewer_statistics_batches_uses_the_first_places_and_more_begin_with_the_mean():
+    layer = random_layer(samples=2, **OPTIONS)
+    layer(torch.randn(4, 3, 4, 4).double())
+    squares, running = layer.squares.clone(), layer.running_square.clone()
+    layer(torch.randn(2, 3, 4, 4).double())
+    assert not torch.equal(layer.squares[:, 0], squares[:, 0])
+    assert torch.equal(layer.squares[:, 1], squares[:, 1])
+    assert torch.equal(layer.running_square[1], running[1])
+    past = layer.squares.clone()
+    layer(torch.randn(6, 3, 4, 4).double())
+    assert torch.allclose(layer.squares[:2, 2], past[:2].mean(1))
+
+
+def test_a_checkpoint_brings_its_number_of_statistics_batches():
+    layer, again = random_layer(samples=2, **OPTIONS), random_layer(samples=2, **OPTIONS)
+    for x, direction in batches_of_three(2):
+        layer(x).backward(direction)
+    again.load_state_dict(layer.state_dict())
+    x = torch.randn(6, 3, 4, 4).double()
+    assert torch.equal(again.eval()(x), layer.eval()(x))
+    assert torch.equal(again.train()(x), layer.train()(x))
+    with pytest.raises(RuntimeError, match="size mismatch for squares"):
+        random_layer(samples=2, pooled=True, **OPTIONS).load_state_dict(layer.state_dict())
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_compiled_it_is_the_same(pooled):
+    layer = random_layer(samples=2, pooled=pooled, **OPTIONS)
+    twin = copy.deepcopy(layer)
+    compiled = torch.compile(twin, backend="aot_eager")
+    for x, direction in batches_of_three(4):
+        (expected,) = torch.autograd.grad(layer(x), x, direction)
+        assert torch.allclose(torch.autograd.grad(compiled(x), x, direction)[0], expected)
+    assert torch.allclose(twin.responses, layer.responses)
 
 
 def test_a_batch_that_groups_do_not_divide():

@@ -1,0 +1,130 @@
+"""Proxy Normalization behind an activation (Labatie et al., NeurIPS 2021, arXiv:2106.03743)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
+
+from kalmannorm import Gaussian
+from kalmannorm.lab.baselines.activated import Activation, replace_batchnorm_relu
+from kalmannorm.rules.table import RULES, as_rule_is_called
+
+__all__ = ["ProxyNormalized", "to_proxy"]
+
+# A function of torch, and the arguments of its rule behind the belief.
+_Call = tuple[Any, tuple[Any, ...], dict[str, Any]]
+
+
+class ProxyNormalized(nn.Module):
+    """A normalization layer, the activation behind it, and Proxy Normalization.
+
+        y = activation(norm(x))
+        z = (y - E[activation(Y)]) / sqrt(Var[activation(Y)] + eps)
+
+    Each channel's proxy ``Y`` is what the layer's affine map makes of a Gaussian: with its ``weight`` and ``bias``,
+
+        Y ~ N(bias + weight * shift, (weight * (1 + scale))^2)
+
+    Its moments are those of the library's rule for the activation, in closed form where that is (the authors' code
+    takes 200 quantiles). Gradients flow through them to all four. A prior that travels through is moved alike.
+
+    Args:
+        norm: with a ``weight`` and a ``bias`` of a number a channel, ``(C,)``; also what takes its place later.
+        activation: one that a rule exists for.
+        learned: learn ``shift`` and ``scale``, which begin at 0; else they stay there. They are the rows of the
+            parameter ``proxy``, ``(2, C)``, which is decayed like weights, as in the authors' code.
+        eps: added to the variance, as in the authors' released code (``proxy_norm.py`` of Graphcore's examples).
+
+    Raises:
+        ValueError: where there is no affine map, or no rule.
+    """
+
+    proxy: Tensor | None
+
+    def __init__(self, norm: nn.Module, activation: Activation, learned: bool = True, eps: float = 0.03) -> None:
+        super().__init__()
+        weight = getattr(norm, "weight", None)
+        if not isinstance(weight, Tensor):
+            raise ValueError(f"ProxyNormalized got {norm}, expected a layer with a weight and a bias of each channel")
+        self.norm, self.activation, self.eps = norm, activation, eps
+        self._called = _first_call(activation)
+        self.register_parameter("proxy", nn.Parameter(torch.zeros(2, len(weight))) if learned else None)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``(N, C, *)`` to the same shape."""
+        y = self.activation(self.norm(input))
+        mean, scale = self.moments()
+        shape = (-1, *[1] * (y.ndim - 2))
+        return ((y - mean.view(shape)) * scale.view(shape)).to(y.dtype)
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """What is subtracted, and what the rest is multiplied by: ``(C,)`` each, in float32 at least."""
+        weight: Any = self.norm.weight
+        bias: Any = self.norm.bias
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        weight, bias = weight.to(wide), bias.to(wide)
+        if self.proxy is not None:
+            shift, scale = self.proxy.to(wide)
+            weight, bias = weight * (1 + scale), bias + weight * shift
+        function, args, kwargs = self._called
+        moments = RULES[function](Gaussian(bias, weight.square()), *args, **kwargs)
+        return moments.mean, (moments.var + self.eps).rsqrt()
+
+    def extra_repr(self) -> str:
+        """What `print` shows."""
+        return f"learned={self.proxy is not None}, eps={self.eps}"
+
+
+class _FirstCall(TorchFunctionMode):
+    """Notes the first call of a function that a rule exists for, in place of which its input is returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.call: _Call | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        called = as_rule_is_called(RULES[func], args, kwargs or {}) if func in RULES else None
+        if called is None or self.call is not None:
+            return func(*args, **(kwargs or {}))
+        (x, *others), settings = called
+        self.call = func, tuple(others), settings
+        return x
+
+
+def _first_call(activation: Activation) -> _Call:
+    """What an activation calls."""
+    first = _FirstCall()
+    with first:
+        activation(torch.zeros(1))
+    if first.call is None:
+        raise ValueError(f"ProxyNormalized got the activation {activation}, expected one with a rule in kalmannorm")
+    return first.call
+
+
+def to_proxy(model: nn.Module, learned: bool = True) -> nn.Module:
+    """Put a `ProxyNormalized` in the place of every BatchNorm directly before an activation, and of that activation.
+
+    The BatchNorm stays inside; whatever replaces BatchNorm layers replaces it there. How an activation is found, and
+    what that asks of the network: `kalmannorm.lab.baselines.activated.replace_batchnorm_relu`. So activations behind an
+    addition stay as they are.
+
+    Args:
+        model: Any network with BatchNorm layers.
+        learned: See `ProxyNormalized`.
+
+    Returns:
+        A traced network that shares everything else with ``model``.
+
+    Example:
+        >>> to_proxy(nn.Sequential(nn.BatchNorm2d(8), nn.ReLU())).get_submodule("0").activation
+        ReLU()
+    """
+
+    def proxied(norm: _BatchNorm, activation: Activation | None) -> nn.Module:
+        return norm if activation is None else ProxyNormalized(norm, activation, learned)
+
+    return replace_batchnorm_relu(model, proxied)
