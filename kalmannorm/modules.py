@@ -181,14 +181,14 @@ class KalmanLayer(nn.Module):
         """Correct the prior by the running statistics at the next call that computes a prior."""
         like = getattr(self, "running_mean", None)
         assert like is not None
-        unknown = torch.full_like(like, math.nan, dtype=torch.promote_types(like.dtype, torch.float32))
-        self.prior_shift, self.prior_scale = unknown, unknown.clone()
+        self.prior_shift = torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
+        self.prior_scale = self.prior_shift - 1  # which no factor is
         self.awaits_correction = True
 
     def drop_correction(self) -> None:
         """Use priors as the layers below predict them."""
         self._buffers.update(prior_shift=None, prior_scale=None)
-        self.awaits_correction = False  # if so, the correction is NaN until the next call that computes a prior
+        self.awaits_correction = False  # if so, the scale is -1 until the next call that computes a prior
         # What the correction is to lead to, of a pretrained layer that keeps no running statistics.
         self.dropped_statistics: Gaussian | None = None
 
@@ -220,7 +220,7 @@ class KalmanLayer(nn.Module):
         if not self.awaits_correction:
             return shift, scale
         is_derived = is_transformed() and not torch.compiler.is_compiling()
-        if is_derived or torch.compiler.is_compiling() or bool(scale.isnan().any()):
+        if is_derived or torch.compiler.is_compiling() or bool((scale < 0).any()):
             target = self._running_belief().map(lambda t: t.to(prior.mean.device))
             found = self.correction_to(prior.per_channel(1), target)
             if is_derived:  # buffers cannot be changed in place inside of torch.func
@@ -400,7 +400,7 @@ class KalmanLayer(nn.Module):
         optional = {prefix + name for name in ("gain", "process_noise", "prior_shift", "prior_scale")}
         missing_keys.extend(key for key in missing if key not in optional)
         if self.prior_scale is not None and not self.prior_scale.is_meta:
-            self.awaits_correction = bool(self.prior_scale.isnan().any())
+            self.awaits_correction = bool((self.prior_scale < 0).any())
             if self.awaits_correction and not self.has_known_statistics:
                 self.drop_correction()
 

@@ -24,7 +24,7 @@ import kalmannorm as kn
 
 PROGRAMS = Path(__file__).parent / "torchrun"
 sys.path.insert(0, str(PROGRAMS))
-from network import batch, build, layers_with_prior, sgd, state_of, train_step  # noqa: E402
+from network import batch, build, layers_with_prior, pretrained, sgd, state_of, train_step  # noqa: E402
 from restart import KILLED_AT  # noqa: E402
 from sharded import HALVES, load_and_go_on, save_and_go_on  # noqa: E402
 
@@ -188,6 +188,21 @@ def test_ddp_averages_gradients(data_parallel, name, micro_batches):
         assert all(tensor.isfinite().all() for tensor in result["state"].values())
 
 
+def corrections_in(state):
+    return {key: tensor for key, tensor in state.items() if "prior_s" in key}
+
+
+def test_ddp_corrects_priors_alike_on_all_processes(data_parallel):
+    first, second = (result["pretrained"]["state"] for result in data_parallel)
+    models, _ = train_by_hand(kn.convert(pretrained()), HALVES)
+    assert len(corrections_in(first)) == 2 * 8
+    assert_same(corrections_in(first), corrections_in(second), rtol=0, atol=0)
+    assert_same(corrections_in(first), corrections_in(state_of(models[0])), rtol=1e-9, atol=1e-12)
+    assert_same(only_parameters(first, models[0]), only_parameters(second, models[0]))
+    by_hand = only_parameters(state_of(models[0]), models[0])
+    assert_same(only_parameters(first, models[0]), by_hand, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["process_group", "SyncBatchNorm", "convert_sync_batchnorm"])
 def test_ddp_with_shared_statistics_trains_as_one_process(data_parallel, name):
     """In uneven parts, too. A SyncBatchNorm converted in a process group shares its statistics."""
@@ -224,6 +239,14 @@ def test_a_sharded_model_trains_as_a_whole_one(sharded, name):
         assert result[name]["with_prior"] == all_but_the_first_layer()
         torch.testing.assert_close(result[name]["losses"], loss, rtol=1e-5, atol=1e-8)
         assert_same(result[name]["state"], state_of(model), rtol=1e-5, atol=1e-8)
+
+
+def test_a_sharded_pretrained_model_corrects_its_priors(sharded):
+    models, losses = train_by_hand(kn.convert(pretrained()), HALVES)
+    for result, model, loss in zip(sharded[0], models, losses, strict=True):
+        torch.testing.assert_close(result["pretrained"]["losses"], loss, rtol=1e-5, atol=1e-8)
+        assert_same(result["pretrained"]["state"], state_of(model), rtol=1e-5, atol=1e-8)
+        assert all((scale >= 0).all() for scale in list(corrections_in(state_of(model)).values())[3::2])
 
 
 @pytest.mark.parametrize(("name", "steps", "tolerance"), [("draws", 1, 0.2), ("bfloat16", 3, 0.05)])

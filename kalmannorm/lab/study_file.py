@@ -147,7 +147,9 @@ def read(name: str | Path) -> Study:
         >>> [arm.name for arm in read("batch-sizes-cpu").arms]
         ['bn-128', 'bn-32', 'bn-8', 'bn-4', 'bn-2', 'bn-1', 'gn-2', 'brn-2',
          'kn-128', 'kn-32', 'kn-8', 'kn-4', 'kn-2', 'kn-1',
-         'kn-1-annealed', 'kn-1-late']
+         'kn-1-annealed', 'kn-1-late',
+         'bn-128-ws', 'gn-2-ws', 'gn-2-proxy', 'gn-2-ws-proxy',
+         'kn-2-ws', 'kn-1-ws', 'kn-1-ws-fixed']
     """
     own = STUDIES / f"{name}.yaml"
     path = own if own.is_file() else Path(name)

@@ -7,7 +7,7 @@ import restart
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from network import batch, build, join, layers_with_prior, sgd, state_of
+from network import batch, build, join, layers_with_prior, pretrained, sgd, state_of
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -48,6 +48,7 @@ def main(folder):
     halves, uneven = (slice(0, 2), slice(2, 4))[rank], (slice(0, 3), slice(3, 4))[rank]
     results = {
         "each for itself": train(kn.convert(build()), halves),
+        "pretrained": train(kn.convert(pretrained()), halves),
         "accumulated": train(kn.convert(build()), halves, micro_batches=2),
         "process_group": train(kn.convert(build(), process_group=dist.group.WORLD), uneven),
         "SyncBatchNorm": train(kn.convert(with_layers_of(build(), nn.SyncBatchNorm)), halves),

@@ -58,6 +58,17 @@ def build(dtype=torch.float64):
     return model.to(dtype)
 
 
+def pretrained(dtype=torch.float64):
+    """The same with running statistics, as a network that was trained with BatchNorm brings them."""
+    model = build(dtype)
+    generator = torch.Generator().manual_seed(1)
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.running_mean.copy_(torch.randn(CHANNELS, generator=generator))
+            layer.running_var.copy_(torch.rand(CHANNELS, generator=generator) + 0.5)
+    return model
+
+
 def batch(step, samples=4):
     """Images and labels of one optimizer step."""
     generator = torch.Generator().manual_seed(step)

@@ -5,7 +5,7 @@ import sys
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from network import adam, build, join, layers_with_prior, sgd, state_of, train_step
+from network import adam, build, join, layers_with_prior, pretrained, sgd, state_of, train_step
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -115,6 +115,7 @@ def main(folder):
     low = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
     results = {
         "blocks": train(by_blocks(kn.convert(build())), rank),
+        "pretrained": train(by_blocks(kn.convert(pretrained())), rank),
         "leaves": train(by_leaves(kn.convert(build())), rank),
         "recomputed": train(by_recomputed_blocks(kn.convert(build())), rank),
         "parts": train(kn.convert(build()), rank, in_parts=True),
