@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from rich.console import Console
 
+import kalmannorm
+from kalmannorm.convert import with_stock_norms
 from kalmannorm.lab import fitting
 from kalmannorm.lab.analysis import errors_of
 from kalmannorm.lab.results import csv_text, write_atomically
+from kalmannorm.lab.scoring import online_logits
 from kalmannorm.lab.seen import calls_of, first_element, statistics_batches
 from kalmannorm.lab.tables import as_markdown
 
@@ -19,7 +24,14 @@ __all__ = ["COLUMNS", "layers"]
 COLUMNS = ("layer", "estimate", "reference", "mean", "log_ratio", "log_ratio_rms", "variance_gap")
 
 
-def layers(*, run: Path, batches: int = 200, output: Path | None = None) -> None:
+def layers(
+    *,
+    run: Path,
+    batches: int = 200,
+    statistics_batch: int | None = None,
+    convert: Literal["corrected", "uncorrected"] | None = None,
+    output: Path | None = None,
+) -> None:
     """Show how far prior, observation and posterior are from the population, in each layer of a trained network.
 
     Columns: ``mean``, the squared error of the mean in units of the population's variance; ``log_ratio``, the mean of
@@ -29,16 +41,24 @@ def layers(*, run: Path, batches: int = 200, output: Path | None = None) -> None
     Args:
         run: The folder of a finished run of a classifier.
         batches: How many statistics batches of validation images to look at.
+        statistics_batch: Images in each, if not as many as in training.
+        convert: Look at a network that was trained with BatchNorm as it is after `kalmannorm.convert`, with priors
+            corrected by its running statistics or without; and say how accurate it is then, before any training.
         output: A CSV file to write, beside what is shown.
     """
     if batches < 1:
         raise ValueError(f"--batches: expected at least 1; got {batches}")
     module, data = fitting.load_with_data(run)
-    size = getattr(module, "statistics_batch", None)
+    size = statistics_batch or getattr(module, "statistics_batch", None)
     network: Any = getattr(module, "network", None)
     if network is None or not isinstance(size, int):
         kind = type(module).__name__
         raise ValueError(f"--run: {run} trained a {kind} with statistics_batch={size}, expected a classifier with one")
+    console = Console()
+    if convert is not None:
+        network = kalmannorm.convert(with_stock_norms(network), calibrate=convert == "corrected")
+        for line in _accuracies(network, data.val_dataloader(), size):
+            console.print(line, highlight=False)
     groups = statistics_batches(data.val_dataloader(), size)
     seen = calls_of(network, islice(groups, batches), first_element)
     rows: list[dict[str, Any]] = []
@@ -51,7 +71,19 @@ def layers(*, run: Path, batches: int = 200, output: Path | None = None) -> None
         output.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(output, csv_text(rows, list(COLUMNS)))
     table = as_markdown([list(COLUMNS), *([str(row.get(name, "")) for name in COLUMNS] for row in rows)])
-    Console().print(table, soft_wrap=True, highlight=False, markup=False, end="")
+    console.print(table, soft_wrap=True, highlight=False, markup=False, end="")
+
+
+def _accuracies(network: Any, loader: Any, size: int) -> Iterator[str]:
+    """In ``eval()``, and where each statistics batch normalizes itself."""
+    right, images = {"eval()": 0, f"statistics batches of {size}": 0}, 0
+    with torch.no_grad():
+        for inputs, labels in loader:
+            for name, logits in zip(right, (network(inputs), online_logits(network, inputs, size)), strict=True):
+                right[name] += int((logits.argmax(1) == labels).sum())
+            images += len(labels)
+    for name, number in right.items():
+        yield f"accuracy by {name}: {100 * number / images:.1f} % of {images} validation images"
 
 
 def _gap(network: Any, layer: str, estimate: str, calls: Any) -> float:
