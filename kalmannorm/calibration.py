@@ -169,7 +169,7 @@ class _Observed:
     def __init__(self, layer: KalmanLayer, source: str) -> None:
         self.layer = layer
         trained = layer.has_known_statistics
-        self.by_running = trained and source == "running"
+        self.target = layer._running_belief().map(Tensor.double) if trained and source == "running" else None
         # It normalizes by what it sees in the pass.
         self.is_online = not trained or getattr(layer, "running_mean", None) is None
         channels: int = getattr(layer, "num_features", 0) or getattr(layer, "num_channels", 0)
@@ -211,14 +211,14 @@ class _Observed:
 
     def correct(self, name: str) -> CalibrationRow:
         """Set the layer's correction; say how far its prior was off."""
-        layer, source = self.layer, "running statistics" if self.by_running else "data"
-        if not self.priors and self.by_running:
+        layer, source = self.layer, "data" if self.target is None else "running statistics"
+        if not self.priors and self.target is not None and getattr(layer, "running_mean", None) is not None:
             layer.await_correction()
             return CalibrationRow(name, source, math.nan, math.nan, f"which are its prior: {self.reason}")
         if not self.priors:
             layer.drop_correction()
             return CalibrationRow(name, "", math.nan, math.nan, self.reason)
-        target = layer._running_belief().map(Tensor.double) if self.by_running else self.population.statistics
+        target = self.population.statistics if self.target is None else self.target
         prior = self.prior
         self.set(*layer.correction_to(prior, target))
         noise = layer.process_variance()
@@ -235,6 +235,10 @@ class _Observed:
 def _looking_at(model: nn.Module, found: Mapping[str, _Observed]) -> Iterator[None]:
     """Run a model in ``eval()`` with its beliefs, and let each layer's be looked at. What was compiled runs eagerly."""
     training = {module: module.training for module in model.modules()}
+    corrections = [
+        (layer, (layer.prior_shift, layer.prior_scale, layer.awaits_correction, layer.dropped_statistics))
+        for layer in (observed.layer for observed in found.values())
+    ]
     handles = []
     try:
         model.eval()
@@ -247,6 +251,10 @@ def _looking_at(model: nn.Module, found: Mapping[str, _Observed]) -> Iterator[No
             handles.append(layer.register_forward_pre_hook(observed.look, with_kwargs=True))
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             yield
+    except BaseException:
+        for layer, before in corrections:
+            layer.prior_shift, layer.prior_scale, layer.awaits_correction, layer.dropped_statistics = before
+        raise
     finally:
         for module, flag in training.items():
             module.training = flag

@@ -119,9 +119,10 @@ def convert(model: _M, *, layers: Sequence[str] = ("batch",), input_stats: tuple
         torch.Size([1, 8, 4, 4])
     """
     kinds = (layers,) if isinstance(layers, str) else tuple(layers)
-    if not track_running_stats:
+    if not track_running_stats and "batch" in kinds:
         options.setdefault("stats_batch_size", 1)
     _check_names("layers", kinds, _KINDS)
+    _input_belief(input_stats)  # an error leaves the model as it was
     _check_names("option", options, _OPTIONS)
     filters = filters_below_norms(model) if weight_standardization else []
     if calibrate:

@@ -110,7 +110,7 @@ def describe(model: nn.Module, *inputs: Any, **kwargs: Any) -> Description:
 
     handles = [layer.register_forward_pre_hook(look) for layer in layers.values()]
     training = {module: module.training for module in model.modules()}
-    awaiting = {layer: layer.awaits_correction for layer in names}
+    awaiting = {layer: (layer.awaits_correction, layer.dropped_statistics) for layer in names}
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
     try:
@@ -123,8 +123,8 @@ def describe(model: nn.Module, *inputs: Any, **kwargs: Any) -> Description:
             handle.remove()
         for module, flag in training.items():
             module.training = flag
-        for layer, flag in awaiting.items():
-            layer.awaits_correction = flag
+        for layer, before in awaiting.items():
+            layer.awaits_correction, layer.dropped_statistics = before
         with torch.no_grad():
             for name, buffer in model.named_buffers():
                 if name in buffers:  # not one that the call itself made

@@ -6,7 +6,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,7 @@ __all__ = [
     "KalmanNorm3d", "KalmanNormAct2d", "preset",
 ]  # fmt: skip
 
+_L = TypeVar("_L", bound="KalmanLayer")
 Gain = float | Literal["prior-strength", "learned"]
 Carry = Literal["output", "posterior"]
 
@@ -84,6 +85,8 @@ class KalmanLayer(nn.Module):
     replaces: tuple[nn.Module, ...] = ()
     # Set by `kalmannorm.freeze`.
     frozen = False
+    # How often its training flag was set: parameters may have been changed since by `.data`, which nothing counts.
+    times_switched = 0
     prior_shift: Tensor | None
     prior_scale: Tensor | None
 
@@ -117,6 +120,11 @@ class KalmanLayer(nn.Module):
         # A compiler's guards look at what a layer itself has, and not at its class.
         self.online = False  # set by `kalmannorm.online_statistics`
         self.is_observed = False  # set by `kalmannorm.calibrate` while it looks at priors
+
+    def train(self: _L, mode: bool = True) -> _L:
+        """As :meth:`torch.nn.Module.train`; ``eval()`` calls it too. Priors that were kept are computed again."""
+        self.times_switched += 1
+        return super().train(mode)
 
     def _reset_filter(self) -> None:
         """Reset gain and process noise to their initial values, and drop a correction of the prior."""
@@ -179,16 +187,15 @@ class KalmanLayer(nn.Module):
 
     def await_correction(self) -> None:
         """Correct the prior by the running statistics at the next call that computes a prior."""
-        like = getattr(self, "running_mean", None)
-        assert like is not None
-        self.prior_shift = torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
-        self.prior_scale = self.prior_shift - 1  # which no factor is
+        self.prior_shift = torch.zeros_like(self._running_belief().mean[0])
+        # Which no factor is; and far below 0, as an average of weights may move it towards the factor.
+        self.prior_scale = self.prior_shift - _LARGEST_SCALE
         self.awaits_correction = True
 
     def drop_correction(self) -> None:
         """Use priors as the layers below predict them."""
         self._buffers.update(prior_shift=None, prior_scale=None)
-        self.awaits_correction = False  # if so, the scale is -1 until the next call that computes a prior
+        self.awaits_correction = False  # if so, the scale is below 0 until the next call that computes a prior
         # What the correction is to lead to, of a pretrained layer that keeps no running statistics.
         self.dropped_statistics: Gaussian | None = None
 
@@ -219,11 +226,11 @@ class KalmanLayer(nn.Module):
         assert scale is not None
         if not self.awaits_correction:
             return shift, scale
-        is_derived = is_transformed() and not torch.compiler.is_compiling()
+        is_derived = scale.is_meta or (is_transformed() and not torch.compiler.is_compiling())
         if is_derived or torch.compiler.is_compiling() or bool((scale < 0).any()):
             target = self._running_belief().map(lambda t: t.to(prior.mean.device))
             found = self.correction_to(prior.per_channel(1), target)
-            if is_derived:  # buffers cannot be changed in place inside of torch.func
+            if is_derived:  # buffers cannot be changed in place inside of torch.func, and hold nothing on meta
                 return found
             with torch.no_grad():
                 shift.copy_(found[0])
@@ -272,6 +279,10 @@ class KalmanLayer(nn.Module):
             return self._computed_prior(x, groups)
         place = self, mode.calls.get(self, 0)
         mode.calls[self] = place[1] + 1
+        if mode.rests and place not in mode.kept:
+            # Called once in the pass that was recorded, and more often in this one: nothing is known of this input.
+            mode.kept_for = None
+            return mode.kept[self, 0]
         if place not in mode.kept:
             prior, noise = self._computed_prior(x, groups)
             with torch.inference_mode(False):
@@ -392,17 +403,30 @@ class KalmanLayer(nn.Module):
         """A checkpoint of the stock layer has no ``gain`` and no ``process_noise``: ours stay. Its running statistics
         correct the prior; a checkpoint of a Kalman layer has the correction itself, or none.
         """
-        self._make_room_for_correction(state_dict, prefix, local_metadata.get("version"))
+        version = local_metadata.get("version")
+        if version is not None or prefix + "running_mean" in state_dict:  # else these may be parameters alone
+            self._make_room_for_correction(state_dict, prefix, version)
         missing: list[str] = []
+        unexpected: list[str] = []
         super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
+            state_dict, prefix, local_metadata, strict, missing, unexpected, error_msgs
         )
+        drops = isinstance(self, KalmanNorm) and self.running_mean is None
+        dropped = {prefix + name for name in ("running_mean", "running_var", "num_batches_tracked")} if drops else ()
+        unexpected_keys.extend(key for key in unexpected if key not in dropped)
         optional = {prefix + name for name in ("gain", "process_noise", "prior_shift", "prior_scale")}
         missing_keys.extend(key for key in missing if key not in optional)
         if self.prior_scale is not None and not self.prior_scale.is_meta:
             self.awaits_correction = bool((self.prior_scale < 0).any())
-            if self.awaits_correction and not self.has_known_statistics:
+            if not self.awaits_correction:
+                self.dropped_statistics = None
+            elif not self.has_known_statistics:
                 self.drop_correction()
+                self._warn_once(
+                    f"{self._label()} loads a checkpoint that was made before its prior was corrected, and keeps no "
+                    "running statistics that could do it: its prior stays uncorrected. Run the network once before "
+                    "its state_dict is saved, or call kalmannorm.calibrate(model, loader)"
+                )
 
     def _make_room_for_correction(self, state_dict: dict[str, Any], prefix: str, version: int | None) -> None:
         """Have the buffers of the correction that a checkpoint has, or asks for."""
@@ -420,8 +444,14 @@ class KalmanLayer(nn.Module):
         is_kalman = bool(own) or (version or 0) >= KalmanNorm._version
         mean, var = state_dict.get(prefix + "running_mean"), state_dict.get(prefix + "running_var")
         self.drop_correction()
-        if not is_kalman and self.calibrates is not False and is_trained(mean, var):
-            self.await_correction()
+        asks = not is_kalman and self.calibrates is not False and isinstance(self, KalmanNorm)
+        if not asks or mean is None or var is None or not is_trained(mean, var):
+            return
+        if self.running_mean is None:  # type: ignore[has-type]
+            like = mean if self.weight is None else self.weight
+            dtype = torch.promote_types(mean.dtype, torch.float32)
+            self.dropped_statistics = Gaussian(mean[None], var[None]).map(lambda t: t.to(like.device, dtype, copy=True))
+        self.await_correction()
 
 
 class KalmanNorm(KalmanLayer, _NormBase):
@@ -599,7 +629,7 @@ class KalmanNorm(KalmanLayer, _NormBase):
 
     def _check_values(self, count: int) -> None:
         """Without a prior, one value a channel is its own mean: where BatchNorm raises its error."""
-        if count == 1 and self.training:
+        if count == 1 and (self.training or self.running_mean is None):
             self._warn_once(
                 f"{self._label()} got one value a channel, and nothing is believed of its input: its output "
                 "is its bias, whatever comes in. Give kalmannorm.convert input_stats, or the layer more samples; "

@@ -8,6 +8,7 @@ evaluated. So what no layer asks for, a classifier's head for one, costs nothing
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,19 +54,32 @@ class Propagation(TorchFunctionMode):
         self.kept: dict[tuple[Any, int], tuple[Gaussian | None, Tensor | None]] = {}
         self.kept_for: Any = None
         self.keeps_priors = False
+        self.kept_of: list[weakref.ref[Tensor]] = []  # the tensors that they depend on
         self.rests = False  # all priors of this pass are kept: nothing is recorded
         self.calls: dict[Any, int] = {}
+        self.is_finished = False  # no error ended the last pass
 
-    def keep_priors(self, key: Any) -> None:
-        """Keep the priors of a pass that begins, and use those of passes of the same key; None for none."""
-        all_are_kept = self.keeps_priors and sum(self.calls.values()) == len(self.kept) > 0
-        self.calls, self.keeps_priors = {}, key is not None
+    def keep_priors(self, key: Any, tensors: Sequence[Tensor] = ()) -> None:
+        """Keep the priors of a pass that begins, and use those of passes of the same key; None for none.
+
+        Args:
+            key: what they depend on.
+            tensors: the parameters and buffers among it.
+        """
+        all_are_kept = self.keeps_priors and self.is_finished and self._each_layer_was_called_once()
+        self.calls, self.keeps_priors, self.is_finished = {}, key is not None, False
         self.rests = self.keeps_priors and all_are_kept and key == self.kept_for
         if self.keeps_priors and key != self.kept_for:
-            self.kept, self.kept_for = {}, key
+            self.kept, self.kept_for, self.kept_of = {}, key, [weakref.ref(t) for t in tensors]
+
+    def _each_layer_was_called_once(self) -> bool:
+        """Else another pass may come through other layers, whose priors are still to be computed."""
+        fusing = {(layer, 0) for layer in self.layers if layer.is_fusing and not layer.ignores_prior}
+        return self.kept.keys() == fusing
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "kept": {}, "kept_for": None, "keeps_priors": False, "rests": False, "calls": {}}
+        nothing: dict[str, Any] = {"kept": {}, "kept_for": None, "kept_of": [], "calls": {}}
+        return {**self.__dict__, **nothing, "keeps_priors": False, "rests": False, "is_finished": False}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -140,7 +140,7 @@ def use_standardized(layers: Iterable[nn.Module]) -> None:
 def bake(model: nn.Module) -> None:
     """Write standardized filters into the parameters, and make their layers stock ones."""
     for layer in model.modules():
-        if type(layer) in _STOCK:
+        if type(layer) in _STOCK and "weight" in layer._parameters:  # else computed from others, by pruning for one
             with torch.no_grad():
                 layer.weight.copy_(standardized(layer.weight))  # type: ignore[operator,arg-type]
             layer.__class__ = _STOCK[type(layer)]

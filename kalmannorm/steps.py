@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from types import UnionType
 from typing import Any, TypeVar
 
 import torch
@@ -157,7 +158,7 @@ def put(tensor: Tensor, step: Step | None) -> None:
     setattr(tensor, _VERSION, _version(tensor))
 
 
-def found_in(values: Any, kind: type[_T]) -> Iterator[_T]:
+def found_in(values: Any, kind: type[_T] | UnionType) -> Iterator[_T]:
     """What is of one kind, in lists, tuples, mappings and dataclasses too."""
     for value in values:
         if isinstance(value, kind):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import sys
+import threading
 import warnings
+from collections.abc import Iterable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +19,8 @@ from kalmannorm.shards import watch_shards
 from kalmannorm.steps import found_in, step_of
 
 __all__ = ["Watch"]
+
+_of_thread = threading.local()
 
 
 class Watch:
@@ -38,58 +43,98 @@ class Watch:
         # Made once: torch.compile must find the mode somewhere when it breaks a graph inside.
         self.mode = Propagation(layers)
 
+    def _mode_of_thread(self) -> Propagation:
+        """The mode of this thread: a pass in one knows nothing of a pass in another."""
+        if torch.compiler.is_compiling() or threading.current_thread() is threading.main_thread():
+            return self.mode
+        modes: WeakKeyDictionary[Watch, Propagation] = _of_thread.__dict__.setdefault("modes", WeakKeyDictionary())
+        if self not in modes:
+            modes[self] = Propagation(self.layers)
+        return modes[self]
+
     def open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook."""
         while (mode := current()) is not None and self._was_left_open(mode, module):
             mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         if current() is None and any(layer.is_fusing or layer.is_observed for layer in self.layers):
             watch_shards(module)
-            self.mode.keep_priors(self._what_priors_depend_on(module, (*args, *kwargs.values())))
-            if not self.mode.rests:
-                self._start_beliefs(module, args, kwargs)
+            mode = self._mode_of_thread()
+            mode.keep_priors(*self._what_priors_depend_on(module, (*args, *kwargs, *kwargs.values())))
+            if not mode.rests:
+                self._start_beliefs(module, mode, (*args, *kwargs.values()))
             if not torch.compiler.is_compiling():
-                self.mode.opener = module
-            self.mode.__enter__()  # type: ignore[no-untyped-call]
+                mode.opener = module
+            mode.__enter__()  # type: ignore[no-untyped-call]
         elif mode is not None and mode.input_belief is not None:
             mode.input_belief = _started_on_first(mode.input_belief, (*args, *kwargs.values()))
 
     def close(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook; runs after an error too."""
-        if current() is self.mode and _calls_on_the_stack(module) < 2:
-            self.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        mode = current()
+        if mode is not None and self._is_mine(mode) and _calls_on_the_stack(module) < 2:
+            mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             if torch.compiler.is_compiling():
                 return
-            self.mode.opener = None
-            if output is not None and self.mode.input_belief is not None:
-                self.mode.input_belief = None
+            mode.opener = None
+            mode.is_finished = output is not None
+            if output is not None and mode.input_belief is not None:
+                mode.input_belief = None
                 self._warn_of_unused_belief(module)
 
-    def _what_priors_depend_on(self, module: nn.Module, values: Any) -> Any:
-        """What must be the same for priors to be the same; None where they also depend on the batch, or need gradients.
+    def _is_mine(self, mode: Propagation) -> bool:
+        return mode is self.mode or mode is self._mode_of_thread()
+
+    def _what_priors_depend_on(self, module: nn.Module, values: Any) -> tuple[Any, list[Tensor]]:
+        """What must be the same for priors to be the same, and the tensors among it; None where they also depend on the
+        batch or on chance, or need gradients.
 
         An exporter gets what was kept before, as constants.
         """
         if not all(layer.keeps_priors and not layer.is_observed for layer in self.layers if layer.is_fusing):
-            return None
+            return None, []
         if torch.compiler.is_compiling():
             exports = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
-            return self.mode.kept_for if exports else None
-        if is_transformed():
-            return None
+            return (self.mode.kept_for if exports and self._holds_for_export(values) else None), []
+        if is_transformed() or any(each.training for each in module.modules()):  # dropout, for one
+            return None, []
         tensors = [t for each in module.modules() for t in (*each._parameters.values(), *each._buffers.values())
                    if t is not None]  # fmt: skip
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-            return None
-        if any(type(t) not in (Tensor, nn.Parameter) or t.is_inference() for t in tensors):
-            return None
-        inputs = tuple((t.shape, t.dtype, t.device) for t in found_in(values, Tensor))
-        return inputs, tuple((t._version, t.data_ptr()) for t in tensors)
+            return None, []
+        given = list(found_in(values, Tensor))
+        if any(type(t) not in (Tensor, nn.Parameter) for t in (*given, *tensors)):  # stand-ins
+            return None, []
+        if any(t.is_inference() for t in tensors):
+            return None, []
+        inputs = tuple((t.shape, t.dtype, t.device) for t in given)
+        switched = sum(layer.times_switched for layer in self.layers)
+        return (inputs, _options(values), switched, _states(tensors)), tensors
+
+    def _holds_for_export(self, values: Any) -> bool:
+        """Whether priors that were kept are still right, for inputs of any batch size. An exporter has put stand-ins in
+        the place of the parameters that they depend on.
+        """
+        if self.mode.kept_for is None:
+            return False
+        inputs, options, switched, states = self.mode.kept_for
+        tensors = [t for ref in self.mode.kept_of if (t := ref()) is not None]
+        if _states(tensors) != states:
+            return False
+        given = list(found_in(values, Tensor))
+        sizes = [(size, known) for t, (shape, _, _) in zip(given, inputs, strict=False)
+                 for size, known in zip(t.shape[1:], shape[1:], strict=False)]  # fmt: skip
+        return (
+            [t.ndim for t in given] == [len(shape) for shape, _, _ in inputs]
+            and all(type(size) is int and size == known for size, known in sizes)
+            and options == _options(values)
+            and switched == sum(layer.times_switched for layer in self.layers)
+        )
 
     def _was_left_open(self, mode: Propagation, module: nn.Module) -> bool:
         """Whether an interrupt (an error closes it) has kept a mode from closing: who opened it is not being called."""
         if torch.compiler.is_compiling() or mode.opener is None:
             return False
-        if mode is self.mode:
+        if self._is_mine(mode):
             return _calls_on_the_stack(module) < 2
         # Looked for only where another network is called: the parts of one find its mode open all the time.
         return self.layers[0] not in mode.layers and _calls_on_the_stack(mode.opener) == 0
@@ -106,9 +151,8 @@ class Watch:
             stacklevel=2,
         )
 
-    def _start_beliefs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _start_beliefs(self, module: nn.Module, mode: Propagation, values: tuple[Any, ...]) -> None:
         """Mark the inputs, so that all that comes of them is known to depend on them."""
-        values = (*args, *kwargs.values())
         self._move_belief(values)
         for tensor in found_in(values, Tensor):
             step = step_of(tensor)
@@ -124,8 +168,8 @@ class Watch:
                     f"expected (N, {waiting.mean.shape[0]}, ...)"
                 )
             # A detector gets its images in a list; its first part gets them as a batch.
-            if waiting is not None or self.mode.input_belief is not None:
-                self.mode.input_belief = waiting
+            if waiting is not None or mode.input_belief is not None:
+                mode.input_belief = waiting
 
     def _move_belief(self, values: Any) -> None:
         """Keep the belief where the inputs are: a copy at each call would make the device wait, and no CUDA graph may
@@ -140,9 +184,20 @@ class Watch:
         device, dtype = tensor.device, torch.promote_types(tensor.dtype, torch.float32)
         if (device, dtype) == (known.mean.device, known.mean.dtype):
             return
-        moved = self.given.map(lambda t: t.to(device, dtype))
+        with torch.inference_mode(False):  # a later pass may need gradients
+            moved = self.given.map(lambda t: t.to(device, dtype))
         if type(moved.mean) is Tensor:  # and not a compiler's or an exporter's stand-in
             self.input_belief = moved
+
+
+def _options(values: Any) -> tuple[Any, ...]:
+    """By which a forward may take another course."""
+    return tuple(found_in(values, bool | int | float | str))
+
+
+def _states(tensors: Iterable[Tensor]) -> tuple[Any, ...]:
+    """What changes where tensors change."""
+    return tuple([(t._version, t.data_ptr()) for t in tensors])
 
 
 def _started_on_first(given: Gaussian, values: Any) -> Gaussian | None:

@@ -464,3 +464,80 @@ def test_reset_parameters_forgets_it(trained):
     model(images(2))
     model[1].reset_parameters()
     assert model[1].prior_scale is None
+
+
+def one_at_a_time(model, **options):
+    return converted(model, track_running_stats=False, **options).eval()
+
+
+def test_describe_leaves_statistics_that_are_still_to_correct(trained):
+    model, x = one_at_a_time(trained), images(2)
+    expected = copy.deepcopy(model)(x)
+    kn.describe(model, x)
+    torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize("data", [None, images(2)], ids=["at the next call", "by a pass"])
+def test_calibrate_a_network_whose_running_statistics_are_dropped(trained, data):
+    model, tracking, x = one_at_a_time(trained), converted(trained), images(2)
+    table = kn.calibrate(model, data)
+    assert [row.source for row in table.rows] == ["running statistics"] * 3
+    model(x)
+    with kn.online_statistics(tracking.eval()):
+        tracking(x)
+    for (shift, scale), (its_shift, its_scale) in zip(corrections(model)[:1], corrections(tracking)[:1], strict=True):
+        torch.testing.assert_close(shift, its_shift)
+        torch.testing.assert_close(scale, its_scale)
+
+
+def test_a_batchnorm_checkpoint_loads_where_running_statistics_are_dropped(trained):
+    model, x = one_at_a_time(network()), images(2)
+    model.load_state_dict(trained.state_dict())
+    torch.testing.assert_close(model(x), one_at_a_time(trained)(x))
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        model.load_state_dict({**trained.state_dict(), "1.other": torch.zeros(1)})
+
+
+def test_a_checkpoint_that_waits_says_so_where_nothing_can_correct(trained):
+    waiting = one_at_a_time(trained).state_dict()
+    fresh = one_at_a_time(network())
+    with pytest.warns(UserWarning, match=r"KalmanNorm2d '1' loads a checkpoint .* before its prior was corrected"):
+        fresh.load_state_dict(waiting)
+    assert fresh[1].prior_scale is None
+
+
+@pytest.mark.parametrize("of_kalman", [True, False])
+def test_parameters_alone_leave_a_correction_as_it_is(trained, of_kalman):
+    model, x = converted(trained), images(2)
+    model(x)
+    before = copy.deepcopy(model)
+    source = model if of_kalman else trained
+    model.load_state_dict({name: each.detach() for name, each in source.named_parameters()}, strict=False)
+    assert_same_corrections(model, before)
+
+
+def test_an_average_of_buffers_that_began_too_early_is_no_correction(trained):
+    """An average of the whole state_dict, as timm has it, moves from what waits to the correction."""
+    model, x = one_at_a_time(trained), images(2)
+    average = copy.deepcopy(model)
+    model(x)
+    with torch.no_grad():
+        for _ in range(1000):
+            for mine, its in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
+                mine.lerp_(its, 0.001)
+    torch.testing.assert_close(average(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_an_error_leaves_corrections_as_they_were(trained):
+    model = one_at_a_time(trained)
+    model(images(2))
+    before = copy.deepcopy(model)
+    with pytest.raises(ValueError, match=r"expected \(N, 3"):
+        kn.calibrate(model, [images(2), torch.randn(2, 5, 12, 12)], source="data", progress=False)
+    assert_same_corrections(model, before)
+
+
+@torch.no_grad()
+def test_shapes_on_the_meta_device(trained):
+    model = one_at_a_time(trained).to("meta")
+    assert model(images(2).to("meta")).shape == (2, 4, 6, 6)

@@ -396,3 +396,15 @@ def test_instance_normalization_without_a_batch_axis_is_refused():
     with pytest.raises(ValueError, match=r"'0' got an input of shape \(4, 4, 6\), expected \(N, 4, \*, \*\)"):
         model(torch.randn(4, 4, 6))
     assert model(torch.randn(2, 4, 6, 6)).shape == (2, 4, 6, 6)
+
+
+def test_a_model_stays_as_it_was_where_input_stats_are_wrong():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    with pytest.raises(ValueError, match="expected \\(mean, std\\)"):
+        kn.convert(model, input_stats=([0.0], [0.0]))
+    assert type(model[1]) is nn.BatchNorm2d
+
+
+def test_group_layers_have_no_running_statistics_to_drop():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4))
+    assert type(kn.convert(model, layers=("group",), track_running_stats=False)[1]) is kn.GroupKalmanNorm

@@ -17,7 +17,7 @@ import torchvision
 from networks import Checkpointed
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 from torch.optim.swa_utils import AveragedModel
 from torchvision.ops.misc import FrozenBatchNorm2d
 
@@ -557,3 +557,15 @@ def test_data_parallel(tmp_path):
     for name, parameter in models[0].named_parameters():
         torch.testing.assert_close(first[name], parameter, rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(second[name], parameter, rtol=1e-9, atol=1e-12)
+
+
+def test_a_pruned_filter_stays_standardized():
+    """Pruning writes its weight anew at each call: what is written into it would be lost."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+    model = kn.convert(layers, weight_standardization=True)
+    prune.l1_unstructured(model[3], "weight", 0.5)
+    model.eval()
+    x = torch.randn(2, 3, 8, 8)
+    expected = model(x)
+    torch.testing.assert_close(kn.to_batchnorm(model)(x), expected)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from networks import Checkpointed, conv_net, conv_net_like
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 import kalmannorm as kn
 from kalmannorm.propagation import is_open
@@ -350,3 +351,156 @@ def test_a_network_within_another_ones_call_leaves_its_mode_open():
     outer(torch.randn(2, 3, 8, 8))
     assert open_after == [True]
     assert not is_open()
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = one_at_a_time()[:6]
+        self.head = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+
+    def forward(self, x, head=True, factor=1.0):
+        x = self.body(x) * factor
+        return self.head(x) if head else x
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("first", [{"head": False}, {"factor": 3.0}])
+def test_kept_priors_are_those_of_the_course_that_a_forward_takes(first):
+    model = kn.convert(Branches(), input_stats=([0.0] * 3, [1.0] * 3), track_running_stats=False).eval()
+    x = torch.randn(2, 3, 10, 10)
+    expected = copy.deepcopy(model)(x)
+    for _ in range(2):
+        model(x, **first)
+    for _ in range(2):
+        torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_a_course_that_depends_on_data():
+    """A layer that the passes before have left out, at the same input shapes."""
+
+    class Early(Branches):
+        def forward(self, x):
+            return super().forward(x, head=bool(x.mean() > 0))
+
+    model = kn.convert(Early(), input_stats=([0.0] * 3, [1.0] * 3), track_running_stats=False).eval()
+    x = torch.rand(2, 3, 10, 10)
+    expected = copy.deepcopy(model)(x)
+    for _ in range(2):
+        model(-x)
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_a_layer_that_is_called_once_more_than_before():
+    class Repeats(Branches):
+        def forward(self, x):
+            x = super().forward(x)
+            return self.head(x) if x.shape[0] == 2 and self.again else x
+
+    model = kn.convert(Repeats(), input_stats=([0.0] * 3, [1.0] * 3), track_running_stats=False).eval()
+    model.again = False
+    x = torch.randn(2, 3, 10, 10)
+    for _ in range(3):
+        model(x)
+    model.again = True
+    model(x)
+    torch.testing.assert_close(model(x), copy.deepcopy(model)(x), rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_an_error_in_the_middle_leaves_no_priors_missing():
+    model, x = one_at_a_time(), torch.randn(2, 3, 10, 10)
+    expected = copy.deepcopy(model)(x)
+
+    def stop(*args):
+        raise RuntimeError("stop")
+
+    handle = model[5].register_forward_pre_hook(stop)
+    with pytest.raises(RuntimeError, match="stop"):
+        model(x)
+    handle.remove()
+    for _ in range(2):
+        torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_kept_priors_end_with_a_training_step():
+    """Many optimizers and averages of weights write through `.data`, which torch does not count."""
+    model, x = one_at_a_time(), torch.randn(2, 3, 10, 10)
+    for _ in range(2):
+        model(x)
+    model.train()
+    model[3].weight.data.mul_(2)
+    model.eval()
+    torch.testing.assert_close(model(x), copy.deepcopy(model)(x), rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_no_priors_are_kept_with_dropout_in_eval():
+    model, x = one_at_a_time(), torch.randn(2, 3, 10, 10)
+    model[2] = nn.Sequential(nn.ReLU(), nn.Dropout(0.5)).eval()
+    for _ in range(2):
+        model(x)
+    model[2][1].train()
+    outputs = []
+    for each in (model, copy.deepcopy(model)):
+        torch.manual_seed(0)
+        outputs.append(each(x))
+    torch.testing.assert_close(*outputs, rtol=0, atol=0)
+
+
+def test_a_pass_in_inference_mode_does_not_end_the_first_prior():
+    model, x = one_at_a_time(), torch.randn(2, 3, 10, 10)
+    expected = copy.deepcopy(model).train()(x)
+    with torch.inference_mode():
+        model(x)
+    torch.testing.assert_close(model.train()(x), expected, rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_stand_ins_leave_no_priors():
+    model, x = one_at_a_time(), torch.randn(2, 3, 10, 10)
+    expected = copy.deepcopy(model)(x)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model(torch.empty(2, 3, 10, 10))
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_each_thread_has_a_pass_of_its_own():
+    model, inputs = one_at_a_time(), [torch.randn(2, 3, size, size) for size in (10, 14)]
+    expected = [copy.deepcopy(model)(x) for x in inputs]
+    found = []
+
+    def other(*args):
+        """While the first pass is under way, another thread makes a whole one."""
+        handle.remove()
+        thread = threading.Thread(target=lambda: found.append(torch.no_grad()(model)(inputs[1])))
+        thread.start()
+        thread.join()
+
+    handle = model[2].register_forward_hook(other)
+    found.append(model(inputs[0]))
+    for output, its in zip(found, reversed(expected), strict=True):
+        torch.testing.assert_close(output, its, rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_an_exporter_gets_no_priors_of_other_weights_or_sizes():
+    model, x = one_at_a_time(), torch.randn(2, 3, 10, 10)
+    model[0].padding = (1, 1)
+    model(x)
+    for change, its in ((lambda: model[0].weight.mul_(2), x), (lambda: None, torch.randn(2, 3, 14, 14))):
+        change()
+        exported = torch.export.export(model, (its,)).module()(its)
+        torch.testing.assert_close(exported, copy.deepcopy(model)(its), rtol=1e-4, atol=1e-5)
+        model(x)
+
+
+def test_one_value_a_channel_in_eval_says_so():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    model = kn.convert(model, track_running_stats=False).eval()
+    with pytest.warns(UserWarning, match="got one value a channel"):
+        model(torch.randn(2, 3))
