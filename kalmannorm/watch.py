@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import sys
-import threading
 import warnings
 from collections.abc import Iterable
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +17,6 @@ from kalmannorm.shards import watch_shards
 from kalmannorm.steps import found_in, step_of
 
 __all__ = ["Watch"]
-
-_of_thread = threading.local()
 
 
 class Watch:
@@ -43,46 +39,32 @@ class Watch:
         # Made once: torch.compile must find the mode somewhere when it breaks a graph inside.
         self.mode = Propagation(layers)
 
-    def _mode_of_thread(self) -> Propagation:
-        """The mode of this thread: a pass in one knows nothing of a pass in another."""
-        if torch.compiler.is_compiling() or threading.current_thread() is threading.main_thread():
-            return self.mode
-        modes: WeakKeyDictionary[Watch, Propagation] = _of_thread.__dict__.setdefault("modes", WeakKeyDictionary())
-        if self not in modes:
-            modes[self] = Propagation(self.layers)
-        return modes[self]
-
     def open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook."""
         while (mode := current()) is not None and self._was_left_open(mode, module):
             mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         if current() is None and any(layer.is_fusing or layer.is_observed for layer in self.layers):
             watch_shards(module)
-            mode = self._mode_of_thread()
-            mode.keep_priors(*self._what_priors_depend_on(module, (*args, *kwargs, *kwargs.values())))
-            if not mode.rests:
-                self._start_beliefs(module, mode, (*args, *kwargs.values()))
+            self.mode.keep_priors(*self._what_priors_depend_on(module, (*args, *kwargs, *kwargs.values())))
+            if not self.mode.rests:
+                self._start_beliefs(module, args, kwargs)
             if not torch.compiler.is_compiling():
-                mode.opener = module
-            mode.__enter__()  # type: ignore[no-untyped-call]
+                self.mode.opener = module
+            self.mode.__enter__()  # type: ignore[no-untyped-call]
         elif mode is not None and mode.input_belief is not None:
             mode.input_belief = _started_on_first(mode.input_belief, (*args, *kwargs.values()))
 
     def close(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook; runs after an error too."""
-        mode = current()
-        if mode is not None and self._is_mine(mode) and _calls_on_the_stack(module) < 2:
-            mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        if current() is self.mode and _calls_on_the_stack(module) < 2:
+            self.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             if torch.compiler.is_compiling():
                 return
-            mode.opener = None
-            mode.is_finished = output is not None
-            if output is not None and mode.input_belief is not None:
-                mode.input_belief = None
+            self.mode.opener = None
+            self.mode.is_finished = output is not None
+            if output is not None and self.mode.input_belief is not None:
+                self.mode.input_belief = None
                 self._warn_of_unused_belief(module)
-
-    def _is_mine(self, mode: Propagation) -> bool:
-        return mode is self.mode or mode is self._mode_of_thread()
 
     def _what_priors_depend_on(self, module: nn.Module, values: Any) -> tuple[Any, list[Tensor]]:
         """What must be the same for priors to be the same, and the tensors among it; None where they also depend on the
@@ -134,7 +116,7 @@ class Watch:
         """Whether an interrupt (an error closes it) has kept a mode from closing: who opened it is not being called."""
         if torch.compiler.is_compiling() or mode.opener is None:
             return False
-        if self._is_mine(mode):
+        if mode is self.mode:
             return _calls_on_the_stack(module) < 2
         # Looked for only where another network is called: the parts of one find its mode open all the time.
         return self.layers[0] not in mode.layers and _calls_on_the_stack(mode.opener) == 0
@@ -151,8 +133,9 @@ class Watch:
             stacklevel=2,
         )
 
-    def _start_beliefs(self, module: nn.Module, mode: Propagation, values: tuple[Any, ...]) -> None:
+    def _start_beliefs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Mark the inputs, so that all that comes of them is known to depend on them."""
+        values = (*args, *kwargs.values())
         self._move_belief(values)
         for tensor in found_in(values, Tensor):
             step = step_of(tensor)
@@ -168,8 +151,8 @@ class Watch:
                     f"expected (N, {waiting.mean.shape[0]}, ...)"
                 )
             # A detector gets its images in a list; its first part gets them as a batch.
-            if waiting is not None or mode.input_belief is not None:
-                mode.input_belief = waiting
+            if waiting is not None or self.mode.input_belief is not None:
+                self.mode.input_belief = waiting
 
     def _move_belief(self, values: Any) -> None:
         """Keep the belief where the inputs are: a copy at each call would make the device wait, and no CUDA graph may

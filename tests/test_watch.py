@@ -469,25 +469,6 @@ def test_stand_ins_leave_no_priors():
 
 
 @torch.no_grad()
-def test_each_thread_has_a_pass_of_its_own():
-    model, inputs = one_at_a_time(), [torch.randn(2, 3, size, size) for size in (10, 14)]
-    expected = [copy.deepcopy(model)(x) for x in inputs]
-    found = []
-
-    def other(*args):
-        """While the first pass is under way, another thread makes a whole one."""
-        handle.remove()
-        thread = threading.Thread(target=lambda: found.append(torch.no_grad()(model)(inputs[1])))
-        thread.start()
-        thread.join()
-
-    handle = model[2].register_forward_hook(other)
-    found.append(model(inputs[0]))
-    for output, its in zip(found, reversed(expected), strict=True):
-        torch.testing.assert_close(output, its, rtol=0, atol=0)
-
-
-@torch.no_grad()
 def test_an_exporter_gets_no_priors_of_other_weights_or_sizes():
     model, x = one_at_a_time(), torch.randn(2, 3, 10, 10)
     model[0].padding = (1, 1)
