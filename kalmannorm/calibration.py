@@ -84,8 +84,9 @@ def calibrate(model: nn.Module, inputs_or_loader: Any = None, *, source: Literal
             :func:`kalmannorm.recalibrate` takes them. The network runs in ``eval()``. None: nothing runs, and
             each layer with running statistics corrects its prior at the next call that computes one.
         source: ``"running"``: by running statistics; where a layer has none, or none of a training, by the data's.
-            ``"data"``: by the data's everywhere. Running statistics of a Kalman layer are fused ones: after a training
-            with this library, take data.
+            ``"data"``: by the data's everywhere; each layer of the pass is then normalized by the batch, so take
+            batches of 32 and more. Running statistics of a Kalman layer are fused ones: after a training with this
+            library, take data.
         forward: ``forward(model, batch)`` makes the call, for other batches.
         max_batches: stop after so many; None for all.
         progress: show a progress bar, by rich or else tqdm, if one of them is installed.
@@ -168,10 +169,8 @@ class _Observed:
 
     def __init__(self, layer: KalmanLayer, source: str) -> None:
         self.layer = layer
-        trained = layer.has_known_statistics
-        self.by_running = trained and source == "running"
-        # It normalizes by what it sees in the pass.
-        self.is_online = not trained or getattr(layer, "running_mean", None) is None
+        known = layer.has_known_statistics and source == "running"
+        self.target = layer._running_belief().map(Tensor.double) if known else None  # else the data's
         channels: int = getattr(layer, "num_features", 0) or getattr(layer, "num_channels", 0)
         like = next(iter([*layer.parameters(recurse=False), *layer.buffers(recurse=False)]), torch.empty(0))
         zeros = like.new_zeros((channels,), dtype=torch.float32)
@@ -193,8 +192,8 @@ class _Observed:
                 self.reason = prior.reason
                 return
             self.priors.append(prior.map(Tensor.double))
-            if self.is_online and self.layer.prior_scale is None:
-                # It fuses what it sees now, and the layers above are to see a network that works.
+            if self.target is None:
+                # It normalizes by what it sees now, so that the layers above see a network that works.
                 self.set(*self.layer.correction_to(prior, observation))
 
     def set(self, shift: Tensor, scale: Tensor) -> None:
@@ -211,14 +210,14 @@ class _Observed:
 
     def correct(self, name: str) -> CalibrationRow:
         """Set the layer's correction; say how far its prior was off."""
-        layer, source = self.layer, "running statistics" if self.by_running else "data"
-        if not self.priors and self.by_running:
+        layer, source = self.layer, "data" if self.target is None else "running statistics"
+        if not self.priors and self.target is not None and getattr(layer, "running_mean", None) is not None:
             layer.await_correction()
             return CalibrationRow(name, source, math.nan, math.nan, f"which are its prior: {self.reason}")
         if not self.priors:
             layer.drop_correction()
             return CalibrationRow(name, "", math.nan, math.nan, self.reason)
-        target = layer._running_belief().map(Tensor.double) if self.by_running else self.population.statistics
+        target = self.population.statistics if self.target is None else self.target
         prior = self.prior
         self.set(*layer.correction_to(prior, target))
         noise = layer.process_variance()
@@ -241,7 +240,7 @@ def _looking_at(model: nn.Module, found: Mapping[str, _Observed]) -> Iterator[No
         for observed in found.values():
             layer = observed.layer
             layer.is_observed = True
-            if observed.is_online:
+            if observed.target is None:
                 layer.drop_correction()
                 layer.online = True
             handles.append(layer.register_forward_pre_hook(observed.look, with_kwargs=True))
