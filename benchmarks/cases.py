@@ -6,12 +6,13 @@ from dataclasses import dataclass, replace
 BN, GN, SYNC, GHOST = "batch_norm", "group_norm", "sync_batch_norm", "ghost_batch_norm"
 KN, ACT, MC = "kalman_norm", "kalman_norm_act", "kalman_norm_monte_carlo"
 BN_LOOP, KN_LOOP, PLAIN, COPY = "batch_norm_loop", "kalman_norm_loop", "to_batchnorm", "copy"
+ONE, WS = "one_by_one", "kalman_norm_standardized"
 
 PAIR = (BN, KN)
-SIDES = (BN, KN, MC, GN)
+SIDES = (BN, KN, WS, MC, GN)
 LAYERS = (BN, KN, ACT, MC, GN)
 GROUPS = (BN, GHOST, KN, BN_LOOP, KN_LOOP)
-DEPLOYED = (BN, PLAIN, KN)
+DEPLOYED = (BN, PLAIN, KN, ONE, GN)
 
 BATCHES = (1, 2, 4, 8, 32)
 DEPTHS, WIDTHS, CHAIN_BATCHES = (2, 4, 8, 16, 32, 64), (16, 32, 64, 128, 256, 512), (1, 2, 4, 8, 32, 128)

@@ -105,6 +105,15 @@ def input_stats(model, case):
     return torch.zeros(case.channels, device=device), torch.ones(case.channels, device=device)
 
 
+def one_by_one(model, case):
+    """Each sample by itself, in ``eval()`` too."""
+    return kn.convert(model, track_running_stats=False)
+
+
+def kalman_norm_standardized(model, case):
+    return kalman_norm(model, case, weight_standardization=True)
+
+
 SIDES = {
     "batch_norm": Side(keep),
     "group_norm": Side(group_norm),
@@ -116,4 +125,6 @@ SIDES = {
     "batch_norm_loop": Side(keep, in_pieces=True),
     "kalman_norm_loop": Side(kalman_norm, in_pieces=True),
     "to_batchnorm": Side(to_batchnorm),
+    "one_by_one": Side(one_by_one),
+    "kalman_norm_standardized": Side(kalman_norm_standardized),
 }

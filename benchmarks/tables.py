@@ -6,7 +6,8 @@ NAMES = {
     "batch_norm": "BatchNorm", "kalman_norm": "KN", "kalman_norm_act": "KN with its ReLU",
     "kalman_norm_monte_carlo": "KN, Monte-Carlo", "group_norm": "GroupNorm", "sync_batch_norm": "SyncBatchNorm",
     "ghost_batch_norm": "BatchNorm by groups", "batch_norm_loop": "BatchNorm, a loop", "kalman_norm_loop": "KN, a loop",
-    "to_batchnorm": "after to_batchnorm", "copy": "copy",
+    "to_batchnorm": "after to_batchnorm", "copy": "copy", "one_by_one": "KN, each sample by itself",
+    "kalman_norm_standardized": "KN, standardized filters",
 }  # fmt: skip
 
 
@@ -89,7 +90,7 @@ def compare(ours, theirs, column):
 
 
 def steps(rows, kind):
-    others = ("kalman_norm_monte_carlo", "group_norm")
+    others = ("kalman_norm_standardized", "kalman_norm_monte_carlo", "group_norm")
     lines = []
     for _, sides in measured(rows, kind):
         theirs, ours = sides.get("batch_norm"), sides.get("kalman_norm")
@@ -171,14 +172,16 @@ def chains(rows):
 
 
 def inference(rows):
+    others = ("to_batchnorm", "kalman_norm", "one_by_one", "group_norm")
     lines = [
         [*described(next(iter(sides.values()))), milliseconds(sides.get("batch_norm")),
-         ratio(sides.get("to_batchnorm"), quartiles=True), ratio(sides.get("kalman_norm"), quartiles=True)]
+         *(ratio(sides.get(method), quartiles=True) for method in others)]
         for _, sides in measured(rows, "inference")
     ]  # fmt: skip
     if not lines:
         return ""
-    header = ["network", "batch", "size", "mode", "type", "BatchNorm", "after to_batchnorm", "KN in eval()"]
+    header = ["network", "batch", "size", "mode", "type", "BatchNorm", "after to_batchnorm", "KN in eval()",
+              "KN, each sample by itself", "GroupNorm"]  # fmt: skip
     return f"In `eval()`, ratios to BatchNorm.\n\n{table(header, lines)}"
 
 

@@ -72,7 +72,9 @@ def calibrate(model: nn.Module, inputs_or_loader: Any = None, *, source: Literal
     """Correct each layer's prior, channel by channel, by statistics that are known.
 
     :func:`kalmannorm.convert` has asked for it where a network is pretrained. Call this to see how far priors are off;
-    for a :class:`GroupKalmanNorm` or a layer without running statistics, which need data; or later in a training.
+    for a :class:`GroupKalmanNorm` or a layer without running statistics, which need data; or later in a training. Call
+    it with an input before the first step where blocks are dropped at random (stochastic depth): that step would see
+    some of them dropped, and the correction would hold for these alone.
 
     The correction is constant from then on, part of the state dict (``prior_shift``, ``prior_scale``), and gone after
     :func:`kalmannorm.to_batchnorm`. A layer that is called several times has one, for the mean of its priors. Where
@@ -84,8 +86,9 @@ def calibrate(model: nn.Module, inputs_or_loader: Any = None, *, source: Literal
             :func:`kalmannorm.recalibrate` takes them. The network runs in ``eval()``. None: nothing runs, and
             each layer with running statistics corrects its prior at the next call that computes one.
         source: ``"running"``: by running statistics; where a layer has none, or none of a training, by the data's.
-            ``"data"``: by the data's everywhere. Running statistics of a Kalman layer are fused ones: after a training
-            with this library, take data.
+            ``"data"``: by the data's everywhere; each layer of the pass is then normalized by the batch, so take
+            batches of 32 and more. Running statistics of a Kalman layer are fused ones: after a training with this
+            library, take data.
         forward: ``forward(model, batch)`` makes the call, for other batches.
         max_batches: stop after so many; None for all.
         progress: show a progress bar, by rich or else tqdm, if one of them is installed.
@@ -168,10 +171,8 @@ class _Observed:
 
     def __init__(self, layer: KalmanLayer, source: str) -> None:
         self.layer = layer
-        trained = layer.has_known_statistics
-        self.target = layer._running_belief().map(Tensor.double) if trained and source == "running" else None
-        # It normalizes by what it sees in the pass.
-        self.is_online = not trained or getattr(layer, "running_mean", None) is None
+        known = layer.has_known_statistics and source == "running"
+        self.target = layer._running_belief().map(Tensor.double) if known else None  # else the data's
         channels: int = getattr(layer, "num_features", 0) or getattr(layer, "num_channels", 0)
         like = next(iter([*layer.parameters(recurse=False), *layer.buffers(recurse=False)]), torch.empty(0))
         zeros = like.new_zeros((channels,), dtype=torch.float32)
@@ -193,15 +194,15 @@ class _Observed:
                 self.reason = prior.reason
                 return
             self.priors.append(prior.map(Tensor.double))
-            if self.is_online and self.layer.prior_scale is None:
-                # It fuses what it sees now, and the layers above are to see a network that works.
+            if self.target is None:
+                # It normalizes by what it sees now, so that the layers above see a network that works.
                 self.set(*self.layer.correction_to(prior, observation))
 
     def set(self, shift: Tensor, scale: Tensor) -> None:
         """Keep a correction in the layer."""
         layer = self.layer
         layer.prior_shift, layer.prior_scale = shift.float(), scale.float()
-        layer.awaits_correction = False
+        layer.awaits_correction, layer.dropped_statistics = False, None
 
     @property
     def prior(self) -> Gaussian:
@@ -245,7 +246,7 @@ def _looking_at(model: nn.Module, found: Mapping[str, _Observed]) -> Iterator[No
         for observed in found.values():
             layer = observed.layer
             layer.is_observed = True
-            if observed.is_online:
+            if observed.target is None:
                 layer.drop_correction()
                 layer.online = True
             handles.append(layer.register_forward_pre_hook(observed.look, with_kwargs=True))

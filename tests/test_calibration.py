@@ -345,12 +345,30 @@ def test_data_in_place_of_running_statistics(trained):
     data = images(32)
     model = converted(trained)
     with torch.no_grad():
-        model[1].running_var.mul_(3)
+        for layer in kalman_layers(model):
+            layer.running_var.mul_(3)
     kn.calibrate(model, [data[:16], data[16:]], source="data")
     model.eval()
     found = priors_in_eval(model, data)
-    seen = model[0](data)
-    torch.testing.assert_close(found[0][1], seen.var((0, 2, 3), correction=0), atol=1e-4, rtol=1e-3)
+    stock, seen = copy.deepcopy(trained).train(), []
+    for place in (1, 4, 7):
+        stock[place].register_forward_pre_hook(lambda layer, args: seen.append(args[0]))
+    for part in (data[:16], data[16:]):
+        stock(part)
+    for i, (_, var) in enumerate(found):  # as in BatchNorm of the same batches
+        together = torch.cat(seen[i::3])
+        torch.testing.assert_close(var, together.var((0, 2, 3), correction=0), atol=1e-3, rtol=1e-2)
+
+
+def test_dropped_statistics_correct_priors_too(trained):
+    model = converted(trained, track_running_stats=False)
+    table = kn.calibrate(model, images(4))
+    assert [row.source for row in table.rows] == ["running statistics"] * 3
+    expected = converted(trained)
+    kn.calibrate(expected, images(4))
+    for mine, its in zip(corrections(model), corrections(expected), strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-3, atol=1e-4)
+    assert not any(layer.awaits_correction for layer in kalman_layers(model))
 
 
 def priors_in_eval(model, x):

@@ -256,6 +256,40 @@ def draw_depth(found: dict[str, tuple[list[float], list[float]]]) -> Figure:
     return drawing
 
 
+# -- (e) A prior before and after
+
+
+PRIORS = {
+    "trained with BatchNorm": {"as predicted": "layers-pretrained", "corrected": "layers-pretrained-corrected"},
+    "trained with KN at 2": {"as predicted": "layers-gains-2", "standardized filters": "layers-gains-2-standardized"},
+}
+PRIOR_COLOURS = {"as predicted": "#c44e52", "corrected": "#4c72b0", "standardized filters": "#55a868"}
+
+
+def prior_ratios() -> dict[str, dict[str, list[float]]]:
+    """Of each network and kind of prior, its variance over the population's, from layer to layer."""
+    return {
+        network: {kind: by_depth(LAYERS.with_name(f"{name}.csv"))["prior"][1] for kind, name in kinds.items()}
+        for network, kinds in PRIORS.items()
+    }
+
+
+def draw_priors(found: dict[str, dict[str, list[float]]]) -> Figure:
+    """A panel a network."""
+    drawing = Figure(figsize=(6, 3.4), layout="constrained")
+    for axes, (network, kinds) in zip(drawing.subplots(1, 2, sharey=True), found.items(), strict=True):
+        for kind, ratios in kinds.items():
+            places = range(1, len(ratios) + 1)
+            axes.plot(places, ratios, "o-", color=PRIOR_COLOURS[kind], markersize=4, label=kind)
+        axes.axhline(1, color="#333333", linewidth=0.8)
+        axes.set_title(network, fontsize=11)
+        axes.set(xlabel="normalization layer", ylim=(0.07, 2.5))
+        axes.legend(fontsize=9, loc="upper right")
+        _decades(axes, [0.1, 0.2, 0.5, 1, 2], "variance / population's")
+        axes.label_outer()
+    return drawing
+
+
 # -- The README's: what small batches do
 
 
@@ -343,6 +377,7 @@ def main(folder: Path = HERE) -> list[Path]:
             "update": draw_update(updates()),
             "way": draw_way(way()),
             "depth": draw_depth(by_depth()),
+            "priors": draw_priors(prior_ratios()),
             "front": draw_front(demo_losses(), accuracies(ON_A_GPU), accuracies()),
         }
         folder.mkdir(parents=True, exist_ok=True)
