@@ -20,7 +20,7 @@ from kalmannorm.functional import KalmanNormOutput, group_kalman_norm, kalman_no
 from kalmannorm.gaussian import Gaussian, Unknown
 from kalmannorm.kernels import Filter, Running, layer, move_running, unbiased
 from kalmannorm.kernels.apply import is_transformed
-from kalmannorm.propagation import attach, attach_step, current, is_open, paused
+from kalmannorm.propagation import attach, attach_step, current, is_open, is_resting, paused
 
 __all__ = [
     "GroupKalmanNorm", "GroupKalmanNormAct", "KalmanLayer", "KalmanNorm", "KalmanNorm1d", "KalmanNorm2d",
@@ -275,22 +275,9 @@ class KalmanLayer(nn.Module):
         if self.ignores_prior:
             return None, self.process_noise
         mode = current()
-        if mode is None or not mode.keeps_priors:
+        if mode is None or not self.keeps_priors or torch.compiler.is_dynamo_compiling() or not mode.priors.are_used:
             return self._computed_prior(x, groups)
-        place = self, mode.calls.get(self, 0)
-        mode.calls[self] = place[1] + 1
-        if mode.rests and place not in mode.kept:
-            # Called once in the pass that was recorded, and more often in this one: nothing is known of this input.
-            mode.kept_for = None
-            return mode.kept[self, 0]
-        if place not in mode.kept:
-            prior, noise = self._computed_prior(x, groups)
-            with torch.inference_mode(False):
-                mode.kept[place] = (
-                    None if prior is None else prior.detach().map(Tensor.clone),
-                    None if noise is None else noise.detach().clone(),
-                )
-        return mode.kept[place]
+        return mode.priors.of(self, lambda: self._computed_prior(x, groups))
 
     def _computed_prior(self, x: Tensor, groups: int) -> tuple[Gaussian | None, Tensor | None]:
         if is_recomputing() and is_reentrant():
@@ -337,7 +324,7 @@ class KalmanLayer(nn.Module):
         ``carry="output"``: ``(beta, gamma^2 v / (v + eps))``, of what really leaves the layer.
         ``carry="posterior"``: ``(m, v)`` of its input, as the paper and the released code do.
         """
-        if (mode := current()) is None or mode.rests:
+        if (mode := current()) is None or is_resting(mode):
             return
         belief = statistics
         if self.carry == "output":
@@ -616,7 +603,7 @@ class KalmanNorm(KalmanLayer, _NormBase):
         if self.collect is not None:
             self.collect(Gaussian(out.statistics[0], out.statistics[1]), x.shape[0])
         mode = current()
-        if mode is None or mode.rests:
+        if mode is None or is_resting(mode):
             return out.output
         if self.keeps_priors:
             posterior = Gaussian(out.statistics[0], out.statistics[1])

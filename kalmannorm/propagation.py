@@ -8,8 +8,9 @@ evaluated. So what no layer asks for, a classifier's head for one, costs nothing
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from kalmannorm.rules import Belief
 from kalmannorm.rules.table import FACTORIES, LIKE
 from kalmannorm.steps import SCALARS, Step, put, step_of
 
-__all__ = ["Propagation", "attach", "attach_step", "current", "is_open", "paused"]
+__all__ = ["Propagation", "attach", "attach_step", "current", "is_open", "is_resting", "paused"]
 
 _BASE = Tensor._base.__get__  # type: ignore[union-attr]
 
@@ -33,9 +34,58 @@ _BASE = Tensor._base.__get__  # type: ignore[union-attr]
 # transformer with BatchNorm in its stem and at its end makes some 1,000 calls in between.
 _LONGEST = 2000
 
+_Prior = tuple[Gaussian | None, Tensor | None]
+
 _IN_PLACE_RELUS = frozenset((F.relu, F.relu_, torch.relu_, Tensor.relu_))
 # Inside a normalization layer the mode has nothing to watch.
 paused = torch._C.DisableTorchFunction
+
+
+class KeptPriors:
+    """Priors that depend on parameters alone, for passes to come."""
+
+    def __init__(self) -> None:
+        # By layer and number of its call in a pass.
+        self.kept: dict[tuple[Any, int], tuple[Gaussian | None, Tensor | None]] = {}
+        self.key: Any = None
+        self.tensors: list[weakref.ref[Tensor]] = []
+        self.calls: dict[Any, int] = {}
+        self.are_used = False
+        self.are_complete = False
+
+    def begin(self, key: Any, tensors: Sequence[Tensor], layers: Sequence[Any]) -> None:
+        """Begin a pass.
+
+        Args:
+            key: what its priors depend on; None where none are to be kept.
+            tensors: the parameters and buffers among it.
+            layers: those that may be called. If the last pass called each that fuses once, it was not ended by an
+                error, and took no course of its own.
+        """
+        fusing = {layer: 1 for layer in layers if layer.is_fusing and not layer.ignores_prior}
+        self.are_complete = self.are_used and key is not None and key == self.key and self.calls == fusing
+        self.calls, self.are_used = {}, key is not None
+        if self.are_used and key != self.key:
+            self.kept, self.key, self.tensors = {}, key, [weakref.ref(t) for t in tensors]
+
+    def of(self, layer: Any, compute: Callable[[], _Prior]) -> _Prior:
+        """The prior of a layer's next call in this pass, and its process noise."""
+        place = layer, self.calls.get(layer, 0)
+        self.calls[layer] = place[1] + 1
+        if self.are_complete and place not in self.kept:
+            # Called once in the pass that was recorded, and more often in this one: nothing is known of this input.
+            self.key = None
+            return self.kept[layer, 0]
+        if place not in self.kept:
+            prior, noise = compute()
+            if torch.compiler.is_compiling():  # an exporter's stand-ins
+                return prior, noise
+            with torch.inference_mode(False):
+                self.kept[place] = (
+                    None if prior is None else prior.detach().map(Tensor.clone),
+                    None if noise is None else noise.detach().clone(),
+                )
+        return self.kept[place]
 
 
 class Propagation(TorchFunctionMode):
@@ -50,40 +100,19 @@ class Propagation(TorchFunctionMode):
         self.layers = layers
         self.input_belief: Gaussian | None = None  # one that no tensor has been found for yet
         self.opener: Any = None  # the module that was entered
-        # Priors that depend on parameters alone, by layer and number of its call in a pass.
-        self.kept: dict[tuple[Any, int], tuple[Gaussian | None, Tensor | None]] = {}
-        self.kept_for: Any = None
-        self.keeps_priors = False
-        self.kept_of: list[weakref.ref[Tensor]] = []  # the tensors that they depend on
-        self.rests = False  # all priors of this pass are kept: nothing is recorded
-        self.calls: dict[Any, int] = {}
-        self.is_finished = False  # no error ended the last pass
+        self.of_threads: dict[int, KeptPriors] = {}
 
-    def keep_priors(self, key: Any, tensors: Sequence[Tensor] = ()) -> None:
-        """Keep the priors of a pass that begins, and use those of passes of the same key; None for none.
-
-        Args:
-            key: what they depend on.
-            tensors: the parameters and buffers among it.
-        """
-        all_are_kept = self.keeps_priors and self.is_finished and self._each_layer_was_called_once()
-        self.calls, self.keeps_priors, self.is_finished = {}, key is not None, False
-        self.rests = self.keeps_priors and all_are_kept and key == self.kept_for
-        if self.keeps_priors and key != self.kept_for:
-            self.kept, self.kept_for, self.kept_of = {}, key, [weakref.ref(t) for t in tensors]
-
-    def _each_layer_was_called_once(self) -> bool:
-        """Else another pass may come through other layers, whose priors are still to be computed."""
-        fusing = {(layer, 0) for layer in self.layers if layer.is_fusing and not layer.ignores_prior}
-        return self.kept.keys() == fusing
+    @property
+    def priors(self) -> KeptPriors:
+        """Those that this thread keeps: several may call one model in ``eval()``."""
+        return self.of_threads.setdefault(threading.get_ident(), KeptPriors())
 
     def __getstate__(self) -> dict[str, Any]:
-        nothing: dict[str, Any] = {"kept": {}, "kept_for": None, "kept_of": [], "calls": {}}
-        return {**self.__dict__, **nothing, "keeps_priors": False, "rests": False, "is_finished": False}
+        return {**self.__dict__, "of_threads": {}}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.rests:
+        if is_resting(self):
             return func(*args, **kwargs)
         if args and isinstance(args[0], Tensor):
             step_of(args[0])  # notes if it was changed unseen: after a function that works in place, nobody could tell
@@ -156,6 +185,13 @@ def _record_assignment(args: Any) -> None:
         attach(target, lost, "")
         if not torch.compiler.is_compiling() and target._base is not None:
             attach(target._base, lost, "")
+
+
+def is_resting(mode: Propagation) -> bool:
+    """Whether all priors of this pass are kept, so that nothing is recorded."""
+    if torch.compiler.is_dynamo_compiling() or not mode.of_threads:
+        return False
+    return mode.priors.are_complete
 
 
 def is_open() -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kalmannorm.gaussian import Gaussian, Unknown
 from kalmannorm.kernels.apply import is_transformed
-from kalmannorm.propagation import Propagation, attach, current
+from kalmannorm.propagation import Propagation, attach, current, is_resting
 from kalmannorm.shards import watch_shards
 from kalmannorm.steps import found_in, step_of
 
@@ -45,8 +45,8 @@ class Watch:
             mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         if current() is None and any(layer.is_fusing or layer.is_observed for layer in self.layers):
             watch_shards(module)
-            self.mode.keep_priors(*self._what_priors_depend_on(module, (*args, *kwargs, *kwargs.values())))
-            if not self.mode.rests:
+            self._begin(module, (*args, *kwargs, *kwargs.values()))
+            if not is_resting(self.mode):
                 self._start_beliefs(module, args, kwargs)
             if not torch.compiler.is_compiling():
                 self.mode.opener = module
@@ -61,10 +61,15 @@ class Watch:
             if torch.compiler.is_compiling():
                 return
             self.mode.opener = None
-            self.mode.is_finished = output is not None
             if output is not None and self.mode.input_belief is not None:
                 self.mode.input_belief = None
                 self._warn_of_unused_belief(module)
+
+    def _begin(self, module: nn.Module, values: Any) -> None:
+        """Say which priors of passes before may be used."""
+        if not torch.compiler.is_dynamo_compiling():
+            key, tensors = self._what_priors_depend_on(module, values)
+            self.mode.priors.begin(key, tensors, self.layers)
 
     def _what_priors_depend_on(self, module: nn.Module, values: Any) -> tuple[Any, list[Tensor]]:
         """What must be the same for priors to be the same, and the tensors among it; None where they also depend on the
@@ -75,8 +80,7 @@ class Watch:
         if not all(layer.keeps_priors and not layer.is_observed for layer in self.layers if layer.is_fusing):
             return None, []
         if torch.compiler.is_compiling():
-            exports = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
-            return (self.mode.kept_for if exports and self._holds_for_export(values) else None), []
+            return (self.mode.priors.key if self._holds_for_export(values) else None), []
         if is_transformed() or any(each.training for each in module.modules()):  # dropout, for one
             return None, []
         tensors = [t for each in module.modules() for t in (*each._parameters.values(), *each._buffers.values())
@@ -96,10 +100,10 @@ class Watch:
         """Whether priors that were kept are still right, for inputs of any batch size. An exporter has put stand-ins in
         the place of the parameters that they depend on.
         """
-        if self.mode.kept_for is None:
+        if self.mode.priors.key is None or not torch.compiler.is_exporting():
             return False
-        inputs, options, switched, states = self.mode.kept_for
-        tensors = [t for ref in self.mode.kept_of if (t := ref()) is not None]
+        inputs, options, switched, states = self.mode.priors.key
+        tensors = [t for ref in self.mode.priors.tensors if (t := ref()) is not None]
         if _states(tensors) != states:
             return False
         given = list(found_in(values, Tensor))

@@ -128,7 +128,7 @@ def test_a_layer_called_twice_keeps_a_prior_for_each_call():
     expected = model(x)
     for _ in range(3):
         torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
-    assert not torch.allclose(*[prior.mean for prior, _ in one_watch(model).mode.kept.values()])
+    assert not torch.allclose(*[prior.mean for prior, _ in one_watch(model).mode.priors.kept.values()])
 
 
 def one_watch(model):
@@ -152,7 +152,7 @@ def test_kept_priors_do_not_travel():
     torch.save(model, buffer)
     buffer.seek(0)
     loaded = torch.load(buffer, weights_only=False)
-    assert not one_watch(loaded).mode.kept
+    assert not one_watch(loaded).mode.priors.kept
     torch.testing.assert_close(loaded(x), expected)
 
 
