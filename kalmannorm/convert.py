@@ -53,6 +53,9 @@ _ELSEWHERE: dict[str, tuple[str, type[KalmanLayer]]] = {
     "timm.layers.norm.GroupNorm": ("group", GroupKalmanNorm),
     "timm.layers.norm.GroupNorm1": ("group", GroupKalmanNorm),
 }
+# Modules that drop whole blocks at random, and what says how often.
+_RANDOM_DEPTH = {"StochasticDepth": ("p",), "DropPath": ("drop_prob", "p"), "DropBlock2d": ("drop_prob", "p"),
+                 "DropBlock3d": ("p",)}  # fmt: skip
 _TENSORS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
 _RANKS: dict[type[nn.Module], tuple[int, ...]] = {
     nn.InstanceNorm1d: (3,), nn.InstanceNorm2d: (4,), nn.InstanceNorm3d: (5,)
@@ -92,12 +95,16 @@ def convert(model: _M, *, layers: Sequence[str] = ("batch",), input_stats: tuple
             number a channel each: after the usual normalization, zeros and ones. The first layer gets
             its prior from them.
         calibrate: correct priors by running statistics. None: in each layer whose running statistics are those of some
-            training. True: in every layer, or an error. False: in none.
+            training. True: in every layer, or an error. False: in none. The first call that computes priors makes the
+            correction; of a network that drops blocks at random, :func:`kalmannorm.calibrate` should, and a warning
+            says so.
         weight_standardization: give the filters below normalization layers zero mean and unit norm too, for training
             from scratch: see :func:`standardize_weights`. ``eval()`` output changes then.
         track_running_stats: False drops running statistics: in ``eval()`` too, each sample is normalized by its own
             statistics fused with the prior (or each ``stats_batch_size`` samples, if that is given). The most accurate
-            at one sample a step. Inference then costs what GroupNorm's does, and does not fold into convolutions.
+            at one sample a step. The first layer has no prior then without ``input_stats``. In ``eval()`` without
+            gradients priors are computed once, and again where parameters, the inputs' shape or the mode have changed
+            (a write through ``.data`` is not seen). Inference does not fold into convolutions.
         options: keyword options of :class:`KalmanNorm2d`, for every layer. What stands in for SyncBatchNorm shares
             statistics if ``torch.distributed`` is initialized, unless ``stats_batch_size`` asks for smaller groups.
 
@@ -144,9 +151,24 @@ def convert(model: _M, *, layers: Sequence[str] = ("batch",), input_stats: tuple
             new.await_correction()
         if not track_running_stats and isinstance(new, KalmanNorm):
             new.drop_running_stats()
+    if any(new.awaits_correction for new in replaced.values()):
+        _warn_of_random_depth(model)
     model = _replace_modules(model, replaced)
     use_standardized(filters)
     return connect(model, input_stats=input_stats)
+
+
+def _warn_of_random_depth(model: nn.Module) -> None:
+    """A correction that the first training step makes would be of the blocks that this step happens to keep."""
+    for name, module in model.named_modules():
+        if any(getattr(module, share, 0) for share in _RANDOM_DEPTH.get(type(module).__name__, ())):
+            warnings.warn(
+                f"{type(module).__name__} {name!r} drops its input at random in training: call "
+                "kalmannorm.calibrate(model, inputs) before the first step, which corrects priors in eval() (or convert "
+                "with calibrate=False)",
+                stacklevel=3,
+            )
+            return
 
 
 def _has_statistics(layer: nn.Module) -> bool:

@@ -3,11 +3,13 @@
 import copy
 import io
 import math
+import warnings
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torchvision.ops import StochasticDepth
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 import kalmannorm as kn
@@ -559,3 +561,15 @@ def test_an_error_leaves_corrections_as_they_were(trained):
 def test_shapes_on_the_meta_device(trained):
     model = one_at_a_time(trained).to("meta")
     assert model(images(2).to("meta")).shape == (2, 4, 6, 6)
+
+
+def test_random_depth_asks_for_a_correction_in_eval(trained):
+    """Else the correction would be of the blocks that the first step keeps."""
+    model = nn.Sequential(copy.deepcopy(trained), StochasticDepth(0.2, "row"))
+    with pytest.warns(UserWarning, match=r"StochasticDepth '1' drops its input at random .* kalmannorm.calibrate"):
+        converted(model)
+    model[1].p = 0.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        converted(model)
+        converted(nn.Sequential(network(), StochasticDepth(0.2, "row")))  # nothing to correct

@@ -4,6 +4,7 @@ import collections
 import copy
 import dataclasses
 import io
+import sys
 import threading
 
 import pytest
@@ -129,6 +130,31 @@ def test_a_layer_called_twice_keeps_a_prior_for_each_call():
     for _ in range(3):
         torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
     assert not torch.allclose(*[prior.mean for prior, _ in one_watch(model).mode.priors.kept.values()])
+
+
+def test_threads_keep_priors_of_their_own():
+    """As in a server, where several call one model."""
+    model, inputs = one_at_a_time(), [torch.randn(2, 3, 10 + i, 10) for i in range(4)]
+    with torch.no_grad():
+        expected = [copy.deepcopy(model)(x) for x in inputs]
+    errors = []
+
+    def call(x, y):
+        with torch.no_grad():
+            errors.extend(float((model(x) - y).abs().max()) for _ in range(60))
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=call, args=pair) for pair in zip(inputs, expected, strict=True)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert len(errors) == 4 * 60
+    assert max(errors) < 1e-5
 
 
 def one_watch(model):
