@@ -163,9 +163,8 @@ def _warn_of_random_depth(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if any(getattr(module, share, 0) for share in _RANDOM_DEPTH.get(type(module).__name__, ())):
             warnings.warn(
-                f"{type(module).__name__} {name!r} drops its input at random in training: call "
-                "kalmannorm.calibrate(model, inputs) before the first step, which corrects priors in eval(), or convert "
-                "with calibrate=False",
+                f"{type(module).__name__} {name!r} drops its input at random in training: before the first step call "
+                "kalmannorm.calibrate(model, inputs), which corrects priors in eval(), or convert with calibrate=False",
                 stacklevel=3,
             )
             return
