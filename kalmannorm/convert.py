@@ -153,6 +153,7 @@ def convert(model: _M, *, layers: Sequence[str] = ("batch",), input_stats: tuple
             new.drop_running_stats()
     if any(new.awaits_correction for new in replaced.values()):
         _warn_of_random_depth(model)
+        _warn_of_few_batches(replaced.values())
     model = _replace_modules(model, replaced)
     use_standardized(filters)
     return connect(model, input_stats=input_stats)
@@ -165,6 +166,21 @@ def _warn_of_random_depth(model: nn.Module) -> None:
             warnings.warn(
                 f"{type(module).__name__} {name!r} drops its input at random in training: before the first step call "
                 "kalmannorm.calibrate(model, inputs), which corrects priors in eval(), or convert with calibrate=False",
+                stacklevel=3,
+            )
+            return
+
+
+def _warn_of_few_batches(layers: Iterable[KalmanLayer]) -> None:
+    """Running statistics that are mostly zeros and ones still, as of a network that was called once to try it."""
+    for layer in layers:
+        batches, momentum = getattr(layer, "num_batches_tracked", None), getattr(layer, "momentum", None)
+        count = int(batches) if layer.awaits_correction and batches is not None else 0
+        if count > 0 and momentum is not None and (1 - momentum) ** count > 0.5:
+            warnings.warn(
+                f"{type(layer).__name__} {layer.layer_name!r} has running statistics of {count} batches, which are "
+                "mostly their initial zeros and ones still, and correct its prior: if it is not a pretrained network, "
+                "convert it before it is called, or with calibrate=False",
                 stacklevel=3,
             )
             return

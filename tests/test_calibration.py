@@ -573,3 +573,14 @@ def test_random_depth_asks_for_a_correction_in_eval(trained):
         warnings.simplefilter("error")
         converted(model)
         converted(nn.Sequential(network(), StochasticDepth(0.2, "row")))  # nothing to correct
+
+
+def test_a_network_that_was_only_tried_is_not_pretrained():
+    """One call moves running statistics a tenth of the way from zeros and ones."""
+    model = network()
+    model(images())
+    with pytest.warns(UserWarning, match=r"'1' has running statistics of 1 batches, which are mostly their initial"):
+        converted(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        converted(model, calibrate=False)
