@@ -106,7 +106,8 @@ def calibrate(model: nn.Module, inputs_or_loader: Any = None, *, source: Literal
         >>> import torch, kalmannorm as kn
         >>> model = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False), torch.nn.BatchNorm1d(1))
         >>> _ = torch.nn.init.constant_(model[0].weight, 2.0)
-        >>> _ = model(torch.randn(512, 1))            # its running statistics move away from 0 and 1
+        >>> for _ in range(30):                       # its training: running statistics move away from 0 and 1
+        ...     _ = model(torch.randn(64, 1))
         >>> model = kn.convert(model, input_stats=([0.0], [0.5]))
         >>> kn.calibrate(model, torch.randn(8, 1)).rows[0].source
         'running statistics'

@@ -176,7 +176,7 @@ def _warn_of_few_batches(layers: Iterable[KalmanLayer]) -> None:
     for layer in layers:
         batches, momentum = getattr(layer, "num_batches_tracked", None), getattr(layer, "momentum", None)
         count = int(batches) if layer.awaits_correction and batches is not None else 0
-        if count > 0 and momentum is not None and (1 - momentum) ** count > 0.5:
+        if count > 0 and momentum is not None and (1 - momentum) ** count > 0.75:
             warnings.warn(
                 f"{type(layer).__name__} {layer.layer_name!r} has running statistics of {count} batches, which are "
                 "mostly their initial zeros and ones still, and correct its prior: if it is not a pretrained network, "

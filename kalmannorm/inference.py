@@ -211,7 +211,7 @@ def call_with(model: nn.Module, batch: Any) -> object:
     if isinstance(first, Tensor) or (isinstance(first, tuple | list) and first and isinstance(first[0], Tensor)):
         return model(first)
     raise TypeError(
-        f"kalmannorm got a batch of type {type(batch).__name__} ({_kinds(batch)}), expected a tensor, a "
+        f"the loader gave a batch of type {type(batch).__name__} ({_kinds(batch)}), expected a tensor, a "
         "tuple or list that begins with a tensor or a list of tensors, or a mapping; or forward=, which makes the call"
     )
 

@@ -103,7 +103,7 @@ def test_a_side_that_fails_is_told_from_one_that_is_skipped(tmp_path, monkeypatc
     path = tmp_path / "speed.csv"
     given = [*QUICK, "--output", str(path), "--only", "inference/*"]
     assert command.main(given) == 1
-    theirs, deployed, ours = rows.read(path)
+    theirs, deployed, ours, *_ = rows.read(path)
     assert ours["error"] == "RuntimeError: broken"
     assert ours["median_ms"] is None
     assert theirs["ratio_to_batch_norm"] == 1

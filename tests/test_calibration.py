@@ -405,7 +405,7 @@ def test_a_fresh_network_by_data_sees_itself_normalized():
         (lambda model: kn.calibrate(model, images(), source="both"), ValueError, "expected 'running' or 'data'"),
         (kn.calibrate, ValueError, "no Kalman layer with running statistics of a training"),
         (lambda model: kn.calibrate(model, []), ValueError, "empty loader"),
-        (lambda model: kn.calibrate(model, ["text"]), TypeError, "got a batch of type str"),
+        (lambda model: kn.calibrate(model, ["text"]), TypeError, "gave a batch of type str"),
     ],
 )
 def test_bad_input(call, error, match):

@@ -270,9 +270,9 @@ def test_batches_of_all_kinds(batch, options):
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
-        ("image", r"got a batch of type str \(no tensor\), expected a tensor, a tuple or list that begins with"),
-        (("label", torch.zeros(1)), r"got a batch of type tuple \(of str, Tensor\)"),
-        ([], r"got a batch of type list \(of nothing\).*; or forward="),
+        ("image", r"gave a batch of type str \(no tensor\), expected a tensor, a tuple or list that begins with"),
+        (("label", torch.zeros(1)), r"gave a batch of type tuple \(of str, Tensor\)"),
+        ([], r"gave a batch of type list \(of nothing\).*; or forward="),
     ],
     ids=repr,
 )

@@ -122,7 +122,9 @@ def test_in_place_of_timms_layers():
     layer = model.stem.bn
     assert type(layer) is kn.KalmanNormAct2d
     assert isinstance(layer.act, nn.ReLU)
-    assert {key.rpartition(".")[2] for key in set(model.state_dict()) - keys} == {"gain", "process_noise"}
+    assert {key.rpartition(".")[2] for key in set(model.state_dict()) - keys} == {
+        "gain", "process_noise", "prior_shift", "prior_scale",
+    }  # fmt: skip
     torch.testing.assert_close(model(x), before, rtol=0, atol=0)
     kn.to_batchnorm(model)
     assert [type(layer) for layer in model.modules()] == kinds

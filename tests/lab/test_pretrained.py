@@ -96,7 +96,7 @@ def changed(network):
     """Every tensor differs from a fresh one's."""
     with torch.no_grad():
         for tensor in (*network.parameters(), *network.buffers()):
-            tensor.add_(1)
+            tensor.add_(1 if tensor.is_floating_point() else 30)
     return network
 
 
@@ -127,7 +127,7 @@ def test_the_network_has_its_weights_before_the_method_comes(tmp_path, monkeypat
 
     monkeypatch.setattr("kalmannorm.lab.training.normalize", normalized)
     Classifier(small(), "kn", weights=weights, num_classes=5)
-    assert seen == [("kn", 1, [2.0] * 4)]
+    assert seen == [("kn", 30, [2.0] * 4)]
 
 
 def test_a_classifier_starts_from_weights_of_the_method_itself(tmp_path):

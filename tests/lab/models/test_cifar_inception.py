@@ -78,4 +78,4 @@ def test_one_step(kind):
 
 @every_norm
 def test_learns(kind):
-    check_learns(functools.partial(CifarInception, num_classes=4), kind, size=16)
+    check_learns(functools.partial(CifarInception, num_classes=4), kind, size=16, rate=0.02)

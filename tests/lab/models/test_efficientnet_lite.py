@@ -1,11 +1,13 @@
 """EfficientNet-Lite0 comes with its weights, as the package's own loader gives them, and with a new head."""
 
+import copy
 import sys
 
 import pytest
 import torch
 from torch import nn
 
+from kalmannorm import KalmanNorm, convert
 from kalmannorm.lab.models.efficientnet_lite import efficientnet_lite0
 
 
@@ -20,7 +22,8 @@ def test_it_has_the_package_s_weights_but_for_the_head():
         assert network(images).shape == (2, 5)
     norms = [layer for layer in network.modules() if isinstance(layer, nn.BatchNorm2d)]
     assert len(norms) == 49
-    assert all(norm.num_batches_tracked == 1 for norm in norms)
+    converted = [layer for layer in convert(copy.deepcopy(network)).modules() if isinstance(layer, KalmanNorm)]
+    assert all(layer.awaits_correction for layer in converted)  # though no batches were counted
     network.train()
     with torch.no_grad():  # no block is dropped: what differs from one pass to the next is the head's dropout alone
         assert torch.equal(network.extract_features(images), network.extract_features(images))
