@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from kalmannorm.convert import kalman_layers
 from kalmannorm.describe import in_columns
 from kalmannorm.evaluation import prior_of
-from kalmannorm.functional import observe
+from kalmannorm.functional import add_process_noise, observe
 from kalmannorm.gaussian import Gaussian, Unknown
 from kalmannorm.inference import Population, call_with, merge_over_processes, to_device, with_progress
 from kalmannorm.modules import KalmanLayer
@@ -223,8 +223,7 @@ class _Observed:
         target = self.population.statistics if self.target is None else self.target
         prior = self.prior
         self.set(*layer.correction_to(prior, target))
-        noise = layer.process_variance()
-        var = prior.var if noise is None else prior.var + noise.detach()
+        var = add_process_noise(prior, layer.process_variance()).var.detach()
         alive = target.var > 0
         if not bool(alive.any()):
             return CalibrationRow(name, source, math.nan, math.nan, "all of its channels are constant")

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from kalmannorm.checkpoints import is_recomputing, is_reentrant
 from kalmannorm.evaluation import Estimator, belief_for
-from kalmannorm.functional import KalmanNormOutput, group_kalman_norm, kalman_norm, synchronize
+from kalmannorm.functional import KalmanNormOutput, add_process_noise, group_kalman_norm, kalman_norm, synchronize
 from kalmannorm.gaussian import Gaussian, Unknown
 from kalmannorm.kernels import Filter, Running, layer, move_running, unbiased
 from kalmannorm.kernels.apply import is_transformed
@@ -212,8 +212,7 @@ class KalmanLayer(nn.Module):
         Returns:
             Each ``(C,)``. The scale is at most 10,000.
         """
-        noise = self.process_variance()
-        var = prior.var[0] if noise is None else prior.var[0] + noise
+        var = add_process_noise(prior, self.process_variance()).var[0]
         shift = target.mean[0] - prior.mean[0]
         scale = target.var[0] / var.clamp_min(torch.finfo(var.dtype).tiny)
         finite = shift.isfinite() & scale.isfinite()
@@ -350,8 +349,7 @@ class KalmanLayer(nn.Module):
             return posterior
         if prior is None:
             return Gaussian(torch.zeros_like(posterior.mean[:1]), torch.ones_like(posterior.var[:1]))
-        prior = prior.map(lambda t: t.flatten(1)[:1])
-        return prior if noise is None else Gaussian(prior.mean, prior.var + noise)
+        return add_process_noise(prior.map(lambda t: t.flatten(1)[:1]), noise)
 
     def _check_input(self, x: Tensor, channels: int, ranks: tuple[int, ...]) -> None:
         if x.ndim not in ranks or x.shape[1] != channels:

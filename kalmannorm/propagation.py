@@ -62,8 +62,9 @@ class KeptPriors:
             layers: those that may be called. If the last pass called each that fuses once, it was not ended by an
                 error, and took no course of its own.
         """
-        fusing = {layer: 1 for layer in layers if layer.is_fusing and not layer.ignores_prior}
-        self.are_complete = self.are_used and key is not None and key == self.key and self.calls == fusing
+        self.are_complete = self.are_used and key is not None and key == self.key and self.calls == {
+            layer: 1 for layer in layers if layer.is_fusing and not layer.ignores_prior
+        }
         self.calls, self.are_used = {}, key is not None
         if self.are_used and key != self.key:
             self.kept, self.key, self.tensors = {}, key, [weakref.ref(t) for t in tensors]
@@ -105,7 +106,10 @@ class Propagation(TorchFunctionMode):
     @property
     def priors(self) -> KeptPriors:
         """Those that this thread keeps: several may call one model in ``eval()``."""
-        return self.of_threads.setdefault(threading.get_ident(), KeptPriors())
+        thread = threading.get_ident()
+        if thread not in self.of_threads:
+            self.of_threads[thread] = KeptPriors()
+        return self.of_threads[thread]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "of_threads": {}}

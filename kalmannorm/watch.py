@@ -69,7 +69,8 @@ class Watch:
         """Say which priors of passes before may be used."""
         if not torch.compiler.is_dynamo_compiling():
             key, tensors = self._what_priors_depend_on(module, values)
-            self.mode.priors.begin(key, tensors, self.layers)
+            if key is not None or self.mode.of_threads:  # in a training none are kept
+                self.mode.priors.begin(key, tensors, self.layers)
 
     def _what_priors_depend_on(self, module: nn.Module, values: Any) -> tuple[Any, list[Tensor]]:
         """What must be the same for priors to be the same, and the tensors among it; None where they also depend on the
