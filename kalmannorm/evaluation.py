@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -11,14 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import resolve_name
 
-from kalmannorm.gaussian import Gaussian, Unknown
+from kalmannorm.gaussian import Gaussian, Packed, Unknown
 from kalmannorm.kernels.apply import in_grad_mode, is_transformed, saved_tensor_hooks
 from kalmannorm.rules import RULES, Belief, Rule
-from kalmannorm.rules.pointwise import Rectified
-from kalmannorm.rules.table import BELIEF_FIRST, as_rule_is_called
-from kalmannorm.steps import SCALARS, Step, computed_in, may_use, replace, step_of
+from kalmannorm.rules.linear import Linked
+from kalmannorm.rules.pointwise import Deferred
+from kalmannorm.rules.table import BELIEF_FIRST, DEFERRING, as_rule_is_called
+from kalmannorm.steps import Step, computed_in, may_use, replace, step_of
 
-__all__ = ["Estimator", "belief_for", "drawn", "exact", "function_name", "prior_of", "without_autocast"]
+__all__ = ["Estimator", "belief_for", "defer", "drawn", "exact", "function_name", "prior_of", "without_autocast"]
 
 Estimator = Literal["exact", "monte_carlo"]
 
@@ -37,26 +39,26 @@ def prior_of(tensor: Tensor, groups: int, estimator: Estimator = "exact") -> Bel
     Returns:
         Mean and variance ``(S, C)``, or why they are unknown.
     """
-    belief = belief_for(tensor, groups, estimator)
-    return belief if isinstance(belief, Unknown) else belief.per_channel(groups)
+    with without_autocast(tensor.device):
+        belief = belief_for(tensor, groups, estimator)
+        return belief if isinstance(belief, Unknown) else belief.per_channel(groups)
 
 
 def belief_for(tensor: Tensor, groups: int, estimator: Estimator = "exact") -> Belief:
     """As :func:`prior_of`, but each axis that the belief does not depend on may have size 1, and there may be more of
-    them: ``(1 or S, C, 1, ...)``. It is what the kernels take.
+    them: ``(1 or S, C, 1, ...)``. It is what the kernels take. To be asked :func:`without_autocast`.
     """
     step = step_of(tensor)
     if step is None:
         return Unknown("the input does not depend on the network's input")
-    with without_autocast(tensor.device):
-        if estimator == "monte_carlo":
-            draws = drawn(step, groups)
-            return draws if isinstance(draws, Unknown) else Gaussian.of_draws(draws, groups)
-        belief = exact(step)
-        if isinstance(belief, Unknown):
-            return belief
-        ready = belief.is_per_channel(belief.shape[1]) and belief.mean.shape[0] in (1, groups)
-        return belief if ready else belief.per_channel(groups)
+    if estimator == "monte_carlo":
+        draws = drawn(step, groups)
+        return draws if isinstance(draws, Unknown) else Gaussian.of_draws(draws, groups)
+    belief = exact(step)
+    if isinstance(belief, Unknown):
+        return belief
+    ready = belief.is_per_channel(belief.shape[1]) and belief.groups in (1, groups)
+    return belief if ready else belief.per_channel(groups)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
@@ -72,72 +74,94 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 def exact(step: Step) -> Belief:
     """Evaluate a step by the rules."""
     now = saved_tensor_hooks()
-    may_be_freed = not is_transformed()
+    may_be_freed = _may_be_freed()
 
     def kept(step: Step) -> Belief | None:
         belief = step.belief
         return belief if belief is not None and may_use(step.belief_in, step, now) else None
 
-    def apply_rule(step: Step) -> None:
-        args, kwargs = _operands(step, kept)
-        belief: Belief | None = _unknown_in((*args, *kwargs.values()), may_be_freed)
-        if belief is None:
-            with in_grad_mode(step.grad):  # and not that of who asks: what is kept here is asked for again
-                belief = _by_rule(step, args, kwargs)
+    def apply_rule(step: Step) -> Belief:
+        with in_grad_mode(step.grad):  # and not that of who asks: what is kept here is asked for again
+            belief = _by_rule(step, kept, may_be_freed)
         if isinstance(belief, Gaussian):
             belief = belief.of(step.shape)
-            belief = belief if step.grad else belief.detach()
+            if may_be_freed and isinstance(belief, Linked):
+                belief.evaluate()  # while its filter is there
+            if not step.grad:
+                belief = belief.detach()
         step.belief, step.belief_in, step.depth = belief, computed_in(step.belief, now), 0
+        return belief
 
-    _evaluate(step, kept, apply_rule)
-    belief = kept(step)
-    assert belief is not None
+    belief: Belief = _evaluate(step, kept, apply_rule)
     return belief
 
 
-def _evaluate(step: Step, kept: Callable[[Step], Any], compute: Callable[[Step], None]) -> None:
+def defer(step: Step) -> None:
+    """Give a step that is recorded now the belief that its rule only notes, without computing anything."""
+    rule = RULES.get(step.function)  # type: ignore[arg-type]
+    only_notes = DEFERRING.get(rule)  # type: ignore[arg-type]
+    if only_notes is None:
+        return
+    (parent,) = step.parents
+    below, args = parent.belief, step.args
+    if not isinstance(below, Packed | Deferred) or parent.belief_in != step.hooks or parent.grad != step.grad:
+        return
+    if args[0] is not parent or step.kwargs.keys() - {"inplace"} or _may_be_freed() or is_transformed():
+        return
+    if only_notes(below, *args[1:]):
+        step.belief = rule(below, *args[1:]).of(step.shape)  # type: ignore[misc]
+
+
+def _evaluate(step: Step, kept: Callable[[Step], Any], compute: Callable[[Step], Any]) -> Any:
     """Compute and keep the value of a step, after those of all that lead to it.
 
     Not by recursion: a vision transformer makes a thousand calls between two batch normalizations.
     """
     waiting = [step]
+    value = None
     while waiting:
         current = waiting[-1]
-        if kept(current) is None:
+        value = kept(current)
+        if value is None:
             first = [parent for parent in current.parents if kept(parent) is None]
             if first:
                 waiting += first
                 continue
-            compute(current)
+            value = compute(current)
         waiting.pop()
+    return value
 
 
-def _operands(step: Step, evaluate: Callable[[Step], Any]) -> tuple[Any, dict[str, Any]]:
-    """What the function was called with, each step replaced by its value."""
-    args = tuple([
-        evaluate(a) if type(a) is Step else a if type(a) in SCALARS else replace(a, Step, evaluate) for a in step.args
-    ])  # fmt: skip
-    return args, {k: replace(v, Step, evaluate) for k, v in step.kwargs.items()} if step.kwargs else {}
-
-
-def _unknown_in(values: Any, may_be_freed: bool) -> Unknown | None:
-    for value in values:
-        if isinstance(value, Unknown):
+def _operands(step: Step, evaluate: Callable[[Step], Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | Unknown:
+    """What the function was called with, each step replaced by its value; or one that is unknown."""
+    for parent in step.parents:
+        if isinstance(value := evaluate(parent), Unknown):
             return value
-        kind = type(value)
-        if kind is tuple or kind is list:
-            if (found := _unknown_in(value, may_be_freed)) is not None:
-                return found
-        elif may_be_freed and isinstance(value, Gaussian | Tensor) and _is_freed(value):
-            return Unknown("it depends on parameters that FSDP has freed")
-    return None
+    args = tuple([evaluate(a) if type(a) is Step else a for a in step.args])
+    if sum([type(a) is Step for a in step.args]) == len(step.parents):  # none in a list, say
+        return args, step.kwargs
+    return (
+        tuple([replace(a, Step, evaluate) for a in args]),
+        {k: replace(v, Step, evaluate) for k, v in step.kwargs.items()},
+    )
 
 
-def _is_freed(value: Gaussian | Tensor) -> bool:
-    """Whether a parameter's elements, or those of a belief that is a parameter, are gone: to read them would end the
+def _may_be_freed() -> bool:
+    """Whether parameters may be without their elements: FSDP, which nobody has here who has not imported it."""
+    if "torch.distributed.fsdp" not in sys.modules or is_transformed():
+        return False
+    return torch.distributed.is_initialized()
+
+
+def _frees(values: Any) -> bool:
+    """Whether elements of a parameter, or of a belief that is a parameter, are gone: to read them would end the
     process.
     """
-    while isinstance(value, Rectified):
+    return any(_frees(v) if isinstance(v, tuple | list) else _is_freed(v) for v in values)
+
+
+def _is_freed(value: Any) -> bool:
+    while isinstance(value, Deferred):
         value = value.below
     tensor = value.mean if isinstance(value, Gaussian) else value
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
@@ -145,8 +169,17 @@ def _is_freed(value: Gaussian | Tensor) -> bool:
     return bool(tensor.numel() > 0 and tensor.untyped_storage().size() == 0)
 
 
-def _by_rule(step: Step, args: Any, kwargs: dict[str, Any]) -> Belief:
+_FREED = Unknown("it depends on parameters that FSDP has freed")
+
+
+def _by_rule(step: Step, kept: Callable[[Step], Any], may_be_freed: bool) -> Belief:
     rule = RULES.get(step.function)  # type: ignore[arg-type]
+    operands = _operands(step, kept)
+    if isinstance(operands, Unknown):
+        return operands
+    args, kwargs = operands
+    if may_be_freed and _frees((*args, *kwargs.values())):
+        return _FREED
     if rule is None:
         return Unknown(f"no rule for {function_name(step.function)}")
     known = as_rule_is_called(rule, args, kwargs)
@@ -205,14 +238,13 @@ def drawn(step: Step, groups: int) -> Tensor | Unknown:
         enough = isinstance(draws, Unknown) or step.groups_drawn == groups
         return draws if enough else None
 
-    def draw(step: Step) -> None:
-        draws = _draw(step, groups) if step.function is None else _by_call(step, *_operands(step, kept))
+    def draw(step: Step) -> Tensor | Unknown:
+        draws = _draw(step, groups) if step.function is None else _by_call(step, kept)
         step.draws, step.draws_in, step.depth = draws, computed_in(step.draws, now), 0
         step.groups_drawn = groups
+        return draws
 
-    _evaluate(step, kept, draw)
-    draws = kept(step)
-    assert draws is not None
+    draws: Tensor | Unknown = _evaluate(step, kept, draw)
     return draws
 
 
@@ -225,10 +257,13 @@ def _draw(step: Step, groups: int) -> Tensor | Unknown:
         return belief.draw((maps, *step.shape[1:]))
 
 
-def _by_call(step: Step, args: Any, kwargs: dict[str, Any]) -> Tensor | Unknown:
-    unknown = _unknown_in((*args, *kwargs.values()), not is_transformed())
-    if unknown is not None:
-        return unknown
+def _by_call(step: Step, kept: Callable[[Step], Any]) -> Tensor | Unknown:
+    operands = _operands(step, kept)
+    if isinstance(operands, Unknown):
+        return operands
+    args, kwargs = operands
+    if _may_be_freed() and _frees((*args, *kwargs.values())):
+        return _FREED
     name = step.function.__name__  # type: ignore[union-attr]
     if kwargs.get("training") and "norm" in name:
         return Unknown(f"{function_name(step.function)} changes buffers, so it is not put to draws")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Gaussian", "Unknown", "lengthen"]
+__all__ = ["Gaussian", "Packed", "Unknown", "lengthen"]
 
 
 class Unknown(NamedTuple):
@@ -48,6 +48,11 @@ class Gaussian:
         return self.mean.ndim
 
     @property
+    def groups(self) -> int:
+        """Statistic groups ``S``; 1 where the belief is the same for all."""
+        return self.mean.shape[0]
+
+    @property
     def std(self) -> Tensor:
         """Standard deviation, kept above zero so that its gradient stays finite: ``(S, C, ...)``."""
         return self.var.clamp_min(torch.finfo(self.var.dtype).tiny ** 0.5).sqrt()
@@ -63,6 +68,10 @@ class Gaussian:
     def detach(self) -> Gaussian:
         """The same belief, cut from the autograd graph."""
         return Gaussian(self.mean.detach(), self.var.detach(), self.shape)
+
+    def packed(self) -> Packed:
+        """The same belief in one tensor. The mean and the variance must be of one shape."""
+        return Packed(torch.stack([self.mean, self.var]), self.shape)
 
     def full(self, dims: Sequence[int]) -> Gaussian:
         """The same belief, written out along ``dims`` to the size that the activation has there."""
@@ -127,6 +136,58 @@ class Gaussian:
         blocks = draws.reshape(groups, -1, draws.shape[1], math.prod(draws.shape[2:]))
         var, mean = torch.var_mean(blocks, (1, 3), correction=0)
         return Gaussian(mean, var)
+
+
+class Packed(Gaussian):
+    """A belief whose mean and variance are one tensor, ``(2, S, C, ...)``: what normalization layers take and hand on.
+
+    Args:
+        moments: both.
+        shape: see :class:`Gaussian`.
+    """
+
+    __slots__ = ("moments",)
+
+    def __init__(self, moments: Tensor, shape: Sequence[int] | None = None) -> None:
+        self.moments = moments
+        self.shape = tuple(moments.shape[1:]) if shape is None else tuple(shape)
+
+    @property
+    def mean(self) -> Tensor:  # type: ignore[override]
+        """As :class:`Gaussian`'s."""
+        return self.moments[0]
+
+    @property
+    def var(self) -> Tensor:  # type: ignore[override]
+        """As :class:`Gaussian`'s."""
+        return self.moments[1]
+
+    @property
+    def ndim(self) -> int:
+        """As :class:`Gaussian`'s."""
+        return self.moments.ndim - 1
+
+    @property
+    def groups(self) -> int:
+        """As :class:`Gaussian`'s."""
+        return self.moments.shape[1]
+
+    def of(self, shape: Sequence[int]) -> Gaussian:
+        """As :class:`Gaussian`'s."""
+        return Packed(self.moments, shape)
+
+    def detach(self) -> Gaussian:
+        """As :class:`Gaussian`'s."""
+        return Packed(self.moments.detach(), self.shape)
+
+    def packed(self) -> Packed:
+        """Itself."""
+        return self
+
+    def is_per_channel(self, channels: int) -> bool:
+        """As :class:`Gaussian`'s."""
+        shape = self.moments.shape
+        return shape[2] == channels and shape.numel() == 2 * shape[1] * channels
 
 
 def lengthen(t: Tensor, dim: int, size: int) -> Tensor:

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from kalmannorm.checkpoints import is_recomputing, is_reentrant
-from kalmannorm.evaluation import Estimator, belief_for
+from kalmannorm.evaluation import Estimator, belief_for, without_autocast
 from kalmannorm.functional import KalmanNormOutput, add_process_noise, group_kalman_norm, kalman_norm, synchronize
-from kalmannorm.gaussian import Gaussian, Unknown
+from kalmannorm.gaussian import Gaussian, Packed, Unknown
 from kalmannorm.kernels import Filter, Running, layer, move_running, unbiased
 from kalmannorm.kernels.apply import is_transformed
-from kalmannorm.propagation import attach, attach_step, current, is_open, is_resting, paused
+from kalmannorm.propagation import Prior, Propagation, attach, attach_step, current, is_open, is_resting, paused
+from kalmannorm.rules.linear import Linked
 
 __all__ = [
     "GroupKalmanNorm", "GroupKalmanNormAct", "KalmanLayer", "KalmanNorm", "KalmanNorm1d", "KalmanNorm2d",
@@ -164,15 +165,16 @@ class KalmanLayer(nn.Module):
 
     def _gain_line(self, samples: int) -> tuple[Tensor | None, float, float]:
         """The gain for a kernel: parameter, slope and offset, see :class:`~kalmannorm.kernels.Filter`."""
-        if not isinstance(self.gain, Tensor):
-            return None, 0.0, self.gain
+        gain = self.gain
+        if not isinstance(gain, Tensor):
+            return None, 0.0, gain
         if self.gain_rule == "learned":
-            return self.gain, 1.0, math.log(_INITIAL_GAIN / (1 - _INITIAL_GAIN))
+            return gain, 1.0, math.log(_INITIAL_GAIN / (1 - _INITIAL_GAIN))
         if torch.compiler.is_compiling():  # for any number of samples, whose logarithm would be a constant
             gain = self.kalman_gain(samples)
             assert isinstance(gain, Tensor)
             return gain, 0.0, 0.0
-        return self.gain, -1.0, math.log(samples / _INITIAL_STRENGTH)
+        return gain, -1.0, math.log(samples / _INITIAL_STRENGTH)
 
     def observed_maps(self, samples: int) -> int:
         """The ``n`` of :meth:`kalman_gain` for a batch: how many feature maps a statistic is taken over."""
@@ -227,8 +229,8 @@ class KalmanLayer(nn.Module):
             return shift, scale
         is_derived = scale.is_meta or (is_transformed() and not torch.compiler.is_compiling())
         if is_derived or torch.compiler.is_compiling() or bool((scale < 0).any()):
-            target = self._running_belief().map(lambda t: t.to(prior.mean.device))
-            found = self.correction_to(prior.per_channel(1), target)
+            given = prior.detach().per_channel(1)
+            found = self.correction_to(given, self._running_belief().map(lambda t: t.to(given.mean.device)))
             if is_derived:  # buffers cannot be changed in place inside of torch.func, and hold nothing on meta
                 return found
             with torch.no_grad():
@@ -265,26 +267,36 @@ class KalmanLayer(nn.Module):
         return torch.float32
 
     def _prior(self, x: Tensor, groups: int) -> tuple[Gaussian | None, Tensor | None]:
-        """The prior of the input, ``(S, C)``, None where it is unknown or the gain leaves it no say; and its ``R``."""
-        prior, noise = self._prior_for_kernel(x, groups)
-        return None if prior is None else prior.per_channel(groups), self._variance_of(noise)
+        """The prior of the input, ``(S, C)``, corrected, None where it is unknown or the gain leaves it no say; and its
+        process noise ``R``, ``(C,)`` or None.
+        """
+        with without_autocast(x.device):
+            return self._corrected(self._prior_for_kernel(x, groups, current()), groups)
 
-    def _prior_for_kernel(self, x: Tensor, groups: int) -> tuple[Gaussian | None, Tensor | None]:
-        """The prior in a shape of :func:`~kalmannorm.evaluation.belief_for`, and the logarithm of its process noise."""
+    def _corrected(self, prior: Prior, groups: int) -> tuple[Gaussian | None, Tensor | None]:
+        belief, variance = prior.belief, self._variance_of(prior.noise)
+        if belief is None:
+            return None, variance
+        belief = belief.per_channel(groups)
+        if prior.shift is None or prior.scale is None:
+            return belief, variance
+        variance = None if variance is None else variance * prior.scale
+        return Gaussian(belief.mean + prior.shift, belief.var * prior.scale), variance
+
+    def _prior_for_kernel(self, x: Tensor, groups: int, mode: Propagation | None) -> Prior:
         if self.ignores_prior:
-            return None, self.process_noise
-        mode = current()
+            return Prior(None, self.process_noise)
         if mode is None or not self.keeps_priors or torch.compiler.is_dynamo_compiling() or not mode.priors.are_used:
-            return self._computed_prior(x, groups)
-        return mode.priors.of(self, lambda: self._computed_prior(x, groups))
+            return self._computed_prior(x, groups, mode)
+        return mode.priors.of(self, lambda: self._computed_prior(x, groups, mode))
 
-    def _computed_prior(self, x: Tensor, groups: int) -> tuple[Gaussian | None, Tensor | None]:
+    def _computed_prior(self, x: Tensor, groups: int, mode: Propagation | None) -> Prior:
         if is_recomputing() and is_reentrant():
             raise RuntimeError(
                 f"{self._label()} is run again by a reentrant checkpoint, which loses what is believed of its input "
                 "and the gradients through it: expected torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
             )
-        if self.training and not is_open():
+        if self.training and mode is None:
             self._warn_once(
                 f"{self._label()} sees no propagation and acts as {self._stock_name()}: no module above it was "
                 "connected. Build the model with kalmannorm.convert(model), or call kalmannorm.connect(model) once."
@@ -292,22 +304,17 @@ class KalmanLayer(nn.Module):
         prior = belief_for(x, groups, self.estimator)
         if isinstance(prior, Unknown):
             return self._prior_without_layers_below()
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        prior = prior if prior.mean.dtype == dtype else prior.map(lambda t: t.to(dtype))
         if self.prior_scale is None:
-            return prior, self.process_noise
-        shift, scale = self._correction(prior)
-        noise = None if self.process_noise is None else self.process_noise + scale.log().to(self.process_noise.dtype)
-        shift, scale = (t.to(dtype).view(-1, *[1] * (prior.ndim - 2)) for t in (shift, scale))
-        return Gaussian(prior.mean + shift, prior.var * scale), noise
+            return Prior(prior, self.process_noise)
+        return Prior(prior, self.process_noise, *self._correction(prior))
 
-    def _prior_without_layers_below(self) -> tuple[Gaussian | None, Tensor | None]:
+    def _prior_without_layers_below(self) -> Prior:
         """Where nothing is known of the input: the running statistics, without process noise, of a corrected layer."""
         if self.prior_scale is None or getattr(self, "running_mean", None) is None:
-            return None, self.process_noise
+            return Prior(None, self.process_noise)
         # As the logarithm of no noise: the parameter keeps a gradient, of zero, for DistributedDataParallel.
         noise = None if self.process_noise is None else self.process_noise - math.inf
-        return self._running_belief().map(Tensor.clone), noise
+        return Prior(self._running_belief().map(Tensor.clone), noise)
 
     def _warn_once(self, message: str) -> None:
         if not torch.compiler.is_compiling() and message not in self._warned:
@@ -588,26 +595,33 @@ class KalmanNorm(KalmanLayer, _NormBase):
 
     def _in_one_step(self, x: Tensor, groups: int, relu: bool = False) -> Tensor:
         """The common case by its kernel, running statistics and all."""
-        prior, noise = self._prior_for_kernel(x, groups)
-        mean, var = (None, None) if prior is None else (prior.mean, prior.var)
-        if prior is None:
-            self._check_values(x.numel() // (groups * self.num_features))
+        mode = current()
+        weight, bias = self.weight, self.bias
         gain, slope, offset = self._gain_line(x.shape[0] // groups)
-        out = layer(
-            x, mean, var, gain, noise, self.weight, self.bias,
-            Filter(groups, slope, offset, _INITIAL_NOISE, self.spread, self.eps, relu),
-            running=self._running() if self.training else None, posterior=self.carry == "posterior",
-        )  # fmt: skip
+        with without_autocast(x.device):
+            prior = self._prior_for_kernel(x, groups, mode)
+            known = prior.belief
+            if known is None:
+                self._check_values(x.numel() // (groups * self.num_features))
+            # Where the link below was not computed yet, it is computed along with the layer.
+            below, through = known.link() if type(known) is Linked else (known, None)
+            out = layer(
+                x, None if below is None else below.packed().moments, gain, prior.noise, weight, bias,
+                Filter(groups, slope, offset, _INITIAL_NOISE, self.spread, self.eps, relu),
+                shift=prior.shift, scale=prior.scale, running=self._running() if self.training else None,
+                posterior=self.carry == "posterior", through=through,
+            )  # fmt: skip
+        if through is not None and through.relu:
+            known.below.keep(Packed(out.rectified))  # type: ignore[union-attr, arg-type]
         if self.collect is not None:
             self.collect(Gaussian(out.statistics[0], out.statistics[1]), x.shape[0])
-        mode = current()
         if mode is None or is_resting(mode):
             return out.output
         if self.keeps_priors:
             posterior = Gaussian(out.statistics[0], out.statistics[1])
-            self._hand_on(out.output, self._lasting(posterior, prior, self._variance_of(noise)))
+            self._hand_on(out.output, self._lasting(posterior, *self._corrected(prior, groups)))
         else:
-            attach(out.output, Gaussian(out.mean, out.var), self.layer_name or type(self).__name__)
+            attach(out.output, Packed(out.belief), self.layer_name or type(self).__name__)
         if relu:
             attach_step(out.output, F.relu)
         return out.output

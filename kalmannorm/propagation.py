@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from kalmannorm.checkpoints import enter_again
+from kalmannorm.evaluation import defer
 from kalmannorm.gaussian import Gaussian, Unknown
 from kalmannorm.kernels import rectify_output
 from kalmannorm.kernels.apply import alias
@@ -26,7 +27,7 @@ from kalmannorm.rules import Belief
 from kalmannorm.rules.table import FACTORIES, LIKE
 from kalmannorm.steps import SCALARS, Step, put, step_of
 
-__all__ = ["Propagation", "attach", "attach_step", "current", "is_open", "is_resting", "paused"]
+__all__ = ["Prior", "Propagation", "attach", "attach_step", "current", "is_open", "is_resting", "paused"]
 
 _BASE = Tensor._base.__get__  # type: ignore[union-attr]
 
@@ -34,7 +35,23 @@ _BASE = Tensor._base.__get__  # type: ignore[union-attr]
 # transformer with BatchNorm in its stem and at its end makes some 1,000 calls in between.
 _LONGEST = 2000
 
-_Prior = tuple[Gaussian | None, Tensor | None]
+
+class Prior(NamedTuple):
+    """What a layer's kernel is given."""
+
+    belief: Gaussian | None
+    """In a shape of :func:`~kalmannorm.evaluation.belief_for`; None where there is none."""
+    noise: Tensor | None
+    """The logarithm of its process noise, ``(C,)``."""
+    shift: Tensor | None = None
+    """How it is corrected, ``(C,)``: see :func:`kalmannorm.kernels.layer`."""
+    scale: Tensor | None = None
+
+    def copied(self) -> Prior:
+        """Without gradients, in memory of its own."""
+        belief = None if self.belief is None else self.belief.detach().map(Tensor.clone).packed()
+        return Prior(belief, *(None if t is None else t.detach().clone() for t in self[1:]))
+
 
 _IN_PLACE_RELUS = frozenset((F.relu, F.relu_, torch.relu_, Tensor.relu_))
 # Inside a normalization layer the mode has nothing to watch.
@@ -46,7 +63,7 @@ class KeptPriors:
 
     def __init__(self) -> None:
         # By layer and number of its call in a pass.
-        self.kept: dict[tuple[Any, int], tuple[Gaussian | None, Tensor | None]] = {}
+        self.kept: dict[tuple[Any, int], Prior] = {}
         self.key: Any = None
         self.tensors: list[weakref.ref[Tensor]] = []
         self.calls: dict[Any, int] = {}
@@ -69,8 +86,8 @@ class KeptPriors:
         if self.are_used and key != self.key:
             self.kept, self.key, self.tensors = {}, key, [weakref.ref(t) for t in tensors]
 
-    def of(self, layer: Any, compute: Callable[[], _Prior]) -> _Prior:
-        """The prior of a layer's next call in this pass, and its process noise."""
+    def of(self, layer: Any, compute: Callable[[], Prior]) -> Prior:
+        """The prior of a layer's next call in this pass."""
         place = layer, self.calls.get(layer, 0)
         self.calls[layer] = place[1] + 1
         if self.are_complete and place not in self.kept:
@@ -78,14 +95,11 @@ class KeptPriors:
             self.key = None
             return self.kept[layer, 0]
         if place not in self.kept:
-            prior, noise = compute()
+            prior = compute()
             if torch.compiler.is_compiling():  # an exporter's stand-ins
-                return prior, noise
+                return prior
             with torch.inference_mode(False):
-                self.kept[place] = (
-                    None if prior is None else prior.detach().map(Tensor.clone),
-                    None if noise is None else noise.detach().clone(),
-                )
+                self.kept[place] = prior.copied()
         return self.kept[place]
 
 
@@ -118,20 +132,18 @@ class Propagation(TorchFunctionMode):
         kwargs = kwargs or {}
         if is_resting(self):
             return func(*args, **kwargs)
-        if args and isinstance(args[0], Tensor):
-            step_of(args[0])  # notes if it was changed unseen: after a function that works in place, nobody could tell
-        if func in _IN_PLACE_RELUS and _is_rectified_by_its_layer(func, args, kwargs):
+        # Notes if it was changed unseen: after a function that works in place, nobody could tell.
+        first = step_of(args[0]) if args and isinstance(args[0], Tensor) else None
+        if first is not None and func in _IN_PLACE_RELUS and _is_rectified_by_its_layer(func, args, kwargs, first):
             output = args[0]
         else:
             output = func(*args, **kwargs)
-        if func in FACTORIES:
-            return output
-        if func is torch.Tensor.__setitem__:
-            _record_assignment(args)
-        elif isinstance(output, Tensor):
-            if func != _BASE:  # who looks at what a view is a view of computes nothing
+        if isinstance(output, Tensor):
+            if func not in FACTORIES and func != _BASE:  # who looks at what a view is a view of computes nothing
                 self._record(func, args, kwargs, output, None)
-        elif isinstance(output, tuple | list) and not isinstance(output, torch.Size):
+        elif func is torch.Tensor.__setitem__:
+            _record_assignment(args)
+        elif isinstance(output, tuple | list) and not isinstance(output, torch.Size) and func not in FACTORIES:
             if torch.compiler.is_dynamo_compiling():
                 output = type(output)([alias(each) if isinstance(each, Tensor) else each for each in output])
             for i, each in enumerate(output):
@@ -155,25 +167,26 @@ class Propagation(TorchFunctionMode):
         step = Step(func, recorded, keywords, tuple(output.shape), index, parents=parents)
         if step.depth > _LONGEST:
             attach(output, Unknown(f"more than {_LONGEST} calls since the last normalization layer"), "")
-        else:
-            put(output, step)
+            return
+        if len(parents) == 1 and index is None:
+            defer(step)
+        put(output, step)
 
 
-def _is_rectified_by_its_layer(func: Any, args: Any, kwargs: Any) -> bool:
+def _is_rectified_by_its_layer(func: Any, args: Any, kwargs: Any, step: Step) -> bool:
     """Rectify a layer's output in place together with the layer, if nothing was computed from it before."""
-    if torch.compiler.is_dynamo_compiling() or len(args) != 1 or not isinstance(args[0], Tensor):
+    if step.function is not None or step.is_used or len(args) != 1 or torch.compiler.is_dynamo_compiling():
         return False
     if func is F.relu and kwargs.get("inplace") is not True:
         return False
-    step = step_of(args[0])
-    return step is not None and step.function is None and not step.is_used and rectify_output(args[0])
+    return rectify_output(args[0])
 
 
 def _recorded(value: Any, parents: list[Step], output: Tensor) -> Any:
     """An argument, each tensor in it replaced by its step, if it has one; these are collected."""
     kind = type(value)
     if kind is tuple or kind is list:
-        return kind([_recorded(v, parents, output) for v in value])
+        return value if SCALARS.issuperset(map(type, value)) else kind([_recorded(v, parents, output) for v in value])
     if isinstance(value, Tensor) and (step := step_of(value, as_it_was=value is output)) is not None:
         step.is_used = True
         parents.append(step)
@@ -221,7 +234,7 @@ def attach(tensor: Tensor, belief: Belief, source: str) -> None:
     """
     shape = tuple(tensor.shape)
     if isinstance(belief, Gaussian):
-        belief = Gaussian(belief.mean, belief.var, shape)
+        belief = belief.of(shape)
     step = Step(None, (), {}, shape, source=source, belief=belief, parents=())
     put(tensor, step)
     if step.hooks is not None and (mode := current()) is not None:

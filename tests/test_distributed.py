@@ -5,6 +5,7 @@ The programs that torchrun starts are in ``torchrun/``; each does several things
 
 import copy
 import datetime
+import importlib
 import os
 import socket
 import subprocess
@@ -21,6 +22,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import kalmannorm as kn
+from kalmannorm.kernels import on_cpu
 
 PROGRAMS = Path(__file__).parent / "torchrun"
 sys.path.insert(0, str(PROGRAMS))
@@ -262,16 +264,28 @@ def test_a_sharded_model_trains_otherwise(sharded, name, steps, tolerance):
             assert tensor.dtype == (wide if tensor.is_floating_point() else torch.int64), key
 
 
-def test_a_belief_that_needs_freed_parameters_is_unknown():
-    """To read them would end the process."""
-
-    def free(parameter):
-        parameter.untyped_storage().resize_(0)
-
+def freeing():
+    """A network whose second convolution loses its weight as soon as it has run. To read it would end the process."""
     model = kn.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)))
-    model[2].register_forward_hook(lambda *_: free(model[2].weight))
-    description = kn.describe(model, torch.randn(2, 3, 8, 8))
+
+    def free(module, args, output):
+        module.weight.untyped_storage().resize_(0)
+
+    model[2].register_forward_hook(free)
+    return model
+
+
+def test_a_belief_that_needs_freed_parameters_is_unknown(monkeypatch):
+    importlib.import_module("torch.distributed.fsdp")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    description = kn.describe(freeing(), torch.randn(2, 3, 8, 8))
     assert description.rows[1].reason == "it depends on parameters that FSDP has freed"
+
+
+@pytest.mark.skipif(not on_cpu.is_available(), reason="needs a C compiler")
+def test_who_frees_parameters_without_fsdp_gets_an_error():
+    with pytest.raises(RuntimeError, match=r"got a weight of shape \(4, 4, 3, 3\) whose memory was freed, expected"):
+        freeing()(torch.randn(2, 3, 8, 8))
 
 
 def test_who_asks_whether_an_output_is_a_view_changes_nothing():

@@ -128,7 +128,7 @@ def test_a_layer_called_twice_keeps_a_prior_for_each_call():
     expected = model(x)
     for _ in range(3):
         torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
-    assert not torch.allclose(*[prior.mean for prior, _ in one_watch(model).mode.priors.kept.values()])
+    assert not torch.allclose(*[prior.belief.mean for prior in one_watch(model).mode.priors.kept.values()])
 
 
 @torch.no_grad()

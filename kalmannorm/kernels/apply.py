@@ -44,7 +44,8 @@ def in_grad_mode(grad: bool) -> AbstractContextManager[Any]:
     """Compute with gradients, or without, whatever the mode of the caller is."""
     if torch.is_grad_enabled() == grad:
         return _NOTHING
-    return _outside_of_inference(grad) if torch.is_inference_mode_enabled() else torch.set_grad_enabled(grad)
+    inference = not torch.compiler.is_dynamo_compiling() and torch.is_inference_mode_enabled()
+    return _outside_of_inference(grad) if inference else torch.set_grad_enabled(grad)
 
 
 @contextmanager

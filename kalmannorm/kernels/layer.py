@@ -26,11 +26,15 @@ which is ``a dy + b x + c`` for each channel of a group. The affine map gets
     d gamma = sum dy (x - m) / s + 2 du gamma v / s^2        d beta = sum dy + d(output mean)
 
 A gain that is learned is ``q = sigmoid(slope g + offset)``, with ``d g = slope q (1 - q) d q``; a process noise that is
-learned is ``R = scale exp(r)``, with ``d r = R d R``.
+learned is ``R = scale exp(r)``, with ``d r = R d R``. Where the prior is corrected, ``m_prior`` and ``v_prior`` stand
+for ``m_prior + shift`` and ``scale (v_prior + R)``.
+
+The prior may be given as it is below a link, that of `kalmannorm.kernels.link`: both then are one autograd function.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -40,13 +44,14 @@ from torch import Tensor
 from kalmannorm.kernels import on_cpu, on_torch, operators
 from kalmannorm.kernels.apply import alias, differentiable_gradients, is_transformed
 from kalmannorm.kernels.backends import backend_for
+from kalmannorm.kernels.link import bias_gradient, link, plain_link
 from kalmannorm.kernels.memory import as_dense, dense
 from kalmannorm.kernels.moments import moments
 from kalmannorm.kernels.on_torch import fuse, gain_of, move_running, unbiased
 from kalmannorm.kernels.options import Filter, Running
 from kalmannorm.kernels.standardize import standardize
 
-__all__ = ["Layer", "layer", "rectify_output"]
+__all__ = ["Layer", "Through", "layer", "rectify_output"]
 
 
 class Layer(NamedTuple):
@@ -54,24 +59,45 @@ class Layer(NamedTuple):
 
     output: Tensor
     """Shaped and typed as the input."""
-    mean: Tensor
-    """Of the belief that is handed on, ``(S, C, 1, ...)`` with the input's rank."""
-    var: Tensor
-    """Likewise."""
+    belief: Tensor
+    """Mean and variance to hand on, ``(2, S, C, 1, ...)`` with the input's rank behind the first axis."""
     statistics: Tensor
     """``(6, S, C)``, without a gradient: posterior mean and variance, the output's, the observed ones."""
+    rectified: Tensor | None
+    """What a link rectified, like the prior that was given; None where there was no link, or nothing to rectify."""
 
 
-def _plain(x: Tensor, other: Tensor | None, prior_mean: Tensor | None, prior_var: Tensor | None, gain: Tensor | None,
-           noise: Tensor | None, weight: Tensor | None, bias: Tensor | None, running: Running | None, options: Filter,
-           posterior: bool) -> tuple[Tensor, ...]:  # fmt: skip
+class Through(NamedTuple):
+    """The link between the prior that is given and the layer's input."""
+
+    filter: Tensor
+    """``(C, C_in)``, or ``(C, C_in, *taps)``."""
+    bias: Tensor | None
+    """``(C,)``."""
+    relu: bool
+    """Rectify the prior before."""
+
+
+def _handed_on(statistics: Tensor, x: Tensor, posterior: bool) -> Tensor:
+    """The belief among the statistics."""
+    rows = statistics[:2] if posterior else statistics[2:4]
+    return rows.view(*rows.shape, *[1] * (x.ndim - 2))
+
+
+def _plain(x: Tensor, other: Tensor | None, prior: Tensor | None, vectors: Sequence[Tensor | None],
+           filter: Tensor | None, filter_bias: Tensor | None, rectifies: bool, posterior: bool, options: Filter,
+           running: Running | None) -> tuple[Any, ...]:  # fmt: skip
     """The same by functions that autograd knows, for the gradient of a gradient and for torch.compile."""
+    shift, scale, gain, noise, weight, bias = vectors
+    after = None
+    if filter is not None and prior is not None:
+        prior, after = plain_link(prior, filter, filter_bias, rectifies)
     groups, channels = options.groups, x.shape[1]
     # Groups as channels of their own: (N / S, S C, *).
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     blocks = wide if groups == 1 else wide.unflatten(0, (groups, -1)).transpose(0, 1).flatten(1, 2)
     mean, var = (t.view(groups, channels) for t in moments(blocks))
-    posterior_mean, posterior_var, q = fuse(mean, var, prior_mean, prior_var, gain, noise, options)
+    posterior_mean, posterior_var, q = fuse(mean, var, prior, shift, scale, gain, noise, options)
     ones = torch.ones_like(mean)
     gamma, beta = (ones if weight is None else weight * ones), (0 * ones if bias is None else bias * ones)
     flat_mean, flat_var, flat_gamma, flat_beta = (t.reshape(-1) for t in (posterior_mean, posterior_var, gamma, beta))
@@ -83,57 +109,69 @@ def _plain(x: Tensor, other: Tensor | None, prior_mean: Tensor | None, prior_var
     if running is not None:
         count = x.numel() // (groups * channels)
         move_running(running, posterior_mean.detach(), unbiased(posterior_var, q, var, count).detach())
-    shape = (groups, channels, *[1] * (x.ndim - 2))
-    carried = (posterior_mean, posterior_var) if posterior else (beta, output_var)
-    rows = [t.detach() for t in (posterior_mean, posterior_var, beta, output_var, mean, var)]
-    return (y, *(t.view(shape) for t in carried), torch.stack(rows))
+    statistics = torch.stack([posterior_mean, posterior_var, beta, output_var, mean, var])
+    return y, _handed_on(statistics, x, posterior), statistics.detach(), after
 
 
-def _compiled(x: Tensor, other: Tensor | None, prior_mean: Tensor | None, prior_var: Tensor | None, gain: Tensor | None,
-              noise: Tensor | None, weight: Tensor | None, bias: Tensor | None, running: Running | None,
-              options: Filter, posterior: bool) -> Layer:  # fmt: skip
-    y, statistics = operators.layer(x, other, prior_mean, prior_var, gain, noise, weight, bias, *options)
+def _compiled(x: Tensor, other: Tensor | None, prior: Tensor | None, vectors: Sequence[Tensor | None], posterior: bool,
+              options: Filter, running: Running | None) -> Layer:  # fmt: skip
+    y, statistics = operators.layer(x, other, prior, *vectors, posterior, *options)
+    gain = vectors[2]
+    seen = statistics.detach()
     if running is not None:
-        seen = statistics.detach()
-        q = 1.0 if prior_mean is None else gain_of(gain, prior_mean, options).detach()
+        q = 1.0 if prior is None else gain_of(gain, prior, options).detach()
         count = x.numel() // (options.groups * x.shape[1])
         move_running(running, seen[0], unbiased(seen[1], q, seen[5], count))
-    rows = statistics.view(6, options.groups, x.shape[1], *[1] * (x.ndim - 2)).unbind(0)
-    first = 0 if posterior else 2
-    return Layer(alias(y), rows[first], rows[first + 1], statistics.detach())
+    return Layer(alias(y), _handed_on(statistics, x, posterior), seen, None)
 
 
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, other: Tensor | None, prior_mean: Tensor | None, prior_var: Tensor | None,  # type: ignore[override]
-                gain: Tensor | None, noise: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-                running: Running | None, options: Filter, posterior: bool, backend: ModuleType) -> Any:  # fmt: skip
+    def forward(ctx: Any, x: Tensor, other: Tensor | None, prior: Tensor | None, shift: Tensor | None,  # type: ignore[override]
+                scale: Tensor | None, gain: Tensor | None, noise: Tensor | None, weight: Tensor | None,
+                bias: Tensor | None, filter: Tensor | None, filter_bias: Tensor | None, rectifies: bool,
+                posterior: bool, options: Filter, running: Running | None, backend: ModuleType) -> Any:  # fmt: skip
+        below, after = prior, None
+        if filter is not None:
+            prior, after = backend.link_forward(below, filter, filter_bias, rectifies)
         y, statistics = backend.layer_forward(
-            x, other, prior_mean, prior_var, gain, noise, weight, bias, running, options
+            x, other, prior, shift, scale, gain, noise, weight, bias, running, options
         )
         has_mask = other is not None and options.relu
         ctx.save_for_backward(
-            x, other, prior_mean, prior_var, gain, noise, weight, bias, y if has_mask else None, statistics
-        )
-        ctx.options, ctx.posterior, ctx.backend = options, posterior, backend
+            x, other, below, shift, scale, gain, noise, weight, bias, filter, filter_bias, y if has_mask else None,
+            statistics, prior, after,
+        )  # fmt: skip
+        ctx.rectifies, ctx.posterior, ctx.options, ctx.backend = rectifies, posterior, options, backend
+        ctx.is_rectified = False  # since, by `rectify_output`
         ctx.mark_non_differentiable(statistics)
         ctx.set_materialize_grads(False)
-        rows = statistics.view(6, options.groups, x.shape[1], *[1] * (x.ndim - 2))
-        first = 0 if posterior else 2
-        return y, rows[first], rows[first + 1], statistics
+        return y, _handed_on(statistics, x, posterior), statistics, after
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, d_mean: Tensor | None, d_var: Tensor | None, _: Any) -> Any:  # type: ignore[override]
-        x, other, *parameters, y, statistics = ctx.saved_tensors  # once: a checkpoint allows no more
+    def backward(ctx: Any, dy: Tensor | None, d_belief: Tensor | None, _: Any, d_after: Tensor | None) -> Any:  # type: ignore[override]
+        saved = ctx.saved_tensors  # once: a checkpoint allows no more
+        (x, other, below, shift, scale, gain, noise, weight, bias, filter, filter_bias, y, statistics, prior,
+         after) = saved  # fmt: skip
+        options = ctx.options._replace(relu=True) if ctx.is_rectified else ctx.options
         if torch.is_grad_enabled():
-            inputs = (x, other, *parameters, None, ctx.options, ctx.posterior)
-            return (*differentiable_gradients(_plain, inputs, (dy, d_mean, d_var)), None)
+
+            def plain(x: Tensor, other: Tensor | None, prior: Tensor | None, *more: Tensor | None) -> tuple[Any, ...]:
+                given = (*more[6:], ctx.rectifies, ctx.posterior, options, None)
+                return _plain(x, other, prior, more[:6], *given)  # type: ignore[arg-type]
+
+            return (*differentiable_gradients(plain, saved[:11], (dy, d_belief, None, d_after)), *[None] * 5)
         dy = torch.zeros_like(x) if dy is None else dy
-        above = (d_mean, d_var, None, None) if ctx.posterior else (None, None, d_mean, d_var)
-        dx, d_other, *rest = ctx.backend.layer_backward(dy, x, y, *parameters, statistics, *above, ctx.options)
+        dx, d_other, d_prior, *rest = ctx.backend.layer_backward(
+            dy, x, y, prior, shift, scale, gain, noise, weight, bias, statistics, d_belief, ctx.posterior, options
+        )
+        d_filter = d_filter_bias = None
+        if filter is not None:
+            d_filter_bias = None if filter_bias is None else bias_gradient(d_prior)
+            d_prior, d_filter = ctx.backend.link_backward(below, filter, after, d_prior, d_after, ctx.rectifies)
         if other is not None and y is None:
             d_other = dy
-        return (dx, d_other, *rest, None, None, None, None)
+        return (dx, d_other, d_prior, None, None, *rest, d_filter, d_filter_bias, None, None, None, None, None)
 
 
 def _is_of_layer(node: Any) -> bool:
@@ -154,10 +192,10 @@ def rectify_output(y: Tensor) -> bool:
     node: Any = y.grad_fn
     if not _is_of_layer(node) or y.output_nr != 0 or y._version != 0:
         return False
-    if node.backend is on_torch or node.options.relu or y._backward_hooks or y.retains_grad:
+    if node.backend is on_torch or node.options.relu or node.is_rectified or y._backward_hooks or y.retains_grad:
         return False
     y.detach().relu_()  # the same memory, and the same count of changes
-    node.options = node.options._replace(relu=True)
+    node.is_rectified = True
     return True
 
 
@@ -165,70 +203,95 @@ def _to(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return t if t is None or t.dtype is dtype else t.to(dtype)
 
 
-def _check_sizes(x: Tensor, other: Tensor | None, prior_mean: Tensor | None, prior_var: Tensor | None,
-                 noise: Tensor | None, weight: Tensor | None, bias: Tensor | None, running: Running | None,
-                 groups: int) -> None:  # fmt: skip
-    channels = x.shape[1]
-    if x.shape[0] % groups:
-        raise ValueError(f"got a batch of {x.shape[0]}, expected a multiple of the {groups} statistic groups")
+def _check_sizes(x: Tensor, other: Tensor | None, prior: Tensor | None, vectors: tuple[Tensor | None, ...],
+                 running: Running | None, groups: int, through: Through | None) -> None:  # fmt: skip
+    samples, channels, *_ = x.shape
+    if samples % groups:
+        raise ValueError(f"got a batch of {samples}, expected a multiple of the {groups} statistic groups")
     if other is not None and other.shape != x.shape:
         raise ValueError(f"got a residual of shape {tuple(other.shape)}, expected {tuple(x.shape)}, the input's")
-    of_channels = [("process_noise", noise), ("weight", weight), ("bias", bias)]
-    if running is not None:
-        of_channels += [("running_mean", running.mean), ("running_var", running.var)]
-    for name, t in of_channels:
-        if t is not None and (t.ndim != 1 or t.shape[0] != channels):
-            raise ValueError(f"got {name} of shape {tuple(t.shape)}, expected ({channels},), one a channel")
-    for name, t in (("mean", prior_mean), ("variance", prior_var)):
-        if t is not None and (t.ndim < 2 or t.shape[1] != channels or t.shape[0] not in (1, groups)
-                              or t.numel() != t.shape[0] * channels):  # fmt: skip
+    moved = (None, None) if running is None else (running.mean, running.var)
+    for place, t in enumerate((*vectors, *moved)):
+        if t is not None and t.shape != (channels,):
+            names = ("prior_shift", "prior_scale", "process_noise", "weight", "bias", "running_mean", "running_var")
+            raise ValueError(f"got {names[place]} of shape {tuple(t.shape)}, expected ({channels},), one a channel")
+    if through is not None:
+        filter, bias, _ = through
+        given = filter.shape if bias is None else (*bias.shape, filter.shape[1])
+        if prior is None or filter.shape[0] != channels or given[0] != channels or filter.ndim < 2:
             raise ValueError(
-                f"got a prior {name} of shape {tuple(t.shape)}, expected ({groups}, {channels}) or (1, {channels}): "
-                "one a statistic group and channel of the input"
+                f"got a link of shape {tuple(filter.shape)}, with a bias of "
+                f"{'None' if bias is None else tuple(bias.shape)} and {'no' if prior is None else 'a'} prior below, "
+                f"expected ({channels}, C_in, ...), None or ({channels},), and a prior"
+            )
+        channels = filter.shape[1]
+    if prior is not None:
+        shape = prior.shape
+        if (len(shape) < 3 or shape[0] != 2 or shape[1] not in (1, groups) or shape[2] != channels
+                or shape.numel() != 2 * shape[1] * channels):  # fmt: skip
+            raise ValueError(
+                f"got a prior of shape {tuple(shape)}, expected (2, {groups}, {channels}) or (2, 1, {channels}): mean "
+                f"and variance of each statistic group and channel {'' if through is None else 'below the link'}"
             )
 
 
-def layer(x: Tensor, prior_mean: Tensor | None, prior_var: Tensor | None, gain: Tensor | None, noise: Tensor | None,
-          weight: Tensor | None, bias: Tensor | None, options: Filter, *, other: Tensor | None = None,
-          running: Running | None = None, posterior: bool = False) -> Layer:  # fmt: skip
+def layer(x: Tensor, prior: Tensor | None, gain: Tensor | None, noise: Tensor | None, weight: Tensor | None,
+          bias: Tensor | None, options: Filter, *, shift: Tensor | None = None, scale: Tensor | None = None,
+          other: Tensor | None = None, running: Running | None = None, posterior: bool = False,
+          through: Through | None = None) -> Layer:  # fmt: skip
     """Normalize by each group's statistics, fused with a prior.
 
     Args:
         x: ``(N, C, *)``, not empty.
-        prior_mean: ``(S, C)`` or ``(1, C)``, perhaps with axes of size 1 behind; None without a
-            prior.
-        prior_var: likewise, without process noise.
+        prior: mean and variance, without process noise: ``(2, S, C)`` or ``(2, 1, C)``, perhaps with axes of size 1
+            behind; None without a prior.
         gain: ``(1,)`` or None, see ``options``.
         noise: ``(C,)`` or None.
         weight: ``(C,)`` or None.
         bias: ``(C,)`` or None.
         options: number of groups, gain, noise and the rest, see :class:`~kalmannorm.kernels.options.Filter`.
+        shift: ``(C,)`` or None, added to the prior's mean.
+        scale: ``(C,)`` or None, by which its variance is multiplied, process noise and all.
         other: added to the normalized activation, shaped and typed as ``x``.
         running: running statistics to move along in place.
         posterior: hand on the posterior of the input, not what is believed of the output.
+        through: a link; the prior is then given as it is below.
 
     Raises:
         ValueError: for a tensor of another size. A compiled kernel would read and write whatever lies behind it.
     """
-    _check_sizes(x, other, prior_mean, prior_var, noise, weight, bias, running, options.groups)
+    _check_sizes(x, other, prior, (shift, scale, noise, weight, bias), running, options.groups, through)
+    after = None
+    if through is not None and torch.compiler.is_compiling():  # an operator of its own
+        prior, after = link(prior, *through)  # type: ignore[arg-type]
+        through = None
+    filter, filter_bias, rectifies = (None, None, False) if through is None else through
     dtype = torch.promote_types(x.dtype, torch.float32)
-    prior_mean, prior_var, gain = _to(prior_mean, dtype), _to(prior_var, dtype), _to(gain, dtype)
-    noise, weight, bias = _to(noise, dtype), _to(weight, dtype), _to(bias, dtype)
+    prior, filter, filter_bias, *vectors = [
+        t if t is None or t.dtype is dtype else t.to(dtype)
+        for t in (prior, filter, filter_bias, shift, scale, gain, noise, weight, bias)
+    ]
     compiled = torch.compiler.is_compiling() and x.device.type == "cpu" and on_cpu.is_available()
     compiled = compiled and not torch.compiler.is_exporting()  # to ONNX, for one, which has torch's functions only
     if is_transformed() and not compiled:
-        return Layer(*_plain(x, other, prior_mean, prior_var, gain, noise, weight, bias, running, options, posterior))
+        out = Layer(*_plain(x, other, prior, vectors, filter, filter_bias, rectifies, posterior, options, running))
+        return out if after is None else out._replace(rectified=after)
     x = as_dense(x)
     other = None if other is None else dense(other, x)
-    if prior_mean is not None and prior_var is not None:
-        prior_mean, prior_var = prior_mean.contiguous(), prior_var.contiguous()
+    prior = None if prior is None else prior.contiguous()
     if compiled:
-        return _compiled(x, other, prior_mean, prior_var, gain, noise, weight, bias, running, options, posterior)
-    buffers = () if running is None else (running.mean, running.var)
-    backend = backend_for(x, prior_mean, prior_var, gain, noise, weight, bias, *buffers)
-    for counter in () if running is None else (running.batches, running.nonfinite):
-        if counter.dtype is not torch.int64 or counter.device != x.device:  # compiled kernels count in place
-            backend = on_torch
+        return _compiled(x, other, prior, vectors, posterior, options, running)._replace(rectified=after)
+    filter = None if filter is None else as_dense(filter)
+    backend = backend_for(x, prior, *vectors, filter, filter_bias)
+    if running is not None and not _can_be_moved(running, x, backend):
+        backend = on_torch
     return Layer(*_Layer.apply(  # type: ignore[no-untyped-call]
-        x, other, prior_mean, prior_var, gain, noise, weight, bias, running, options, posterior, backend
+        x, other, prior, *vectors, filter, filter_bias, rectifies, posterior, options, running, backend
     ))  # fmt: skip
+
+
+def _can_be_moved(running: Running, x: Tensor, backend: ModuleType) -> bool:
+    """Whether a compiled kernel can change running statistics, and count, in place."""
+    mean, var, *counters, _ = running
+    counts = all(t.dtype is torch.int64 and t.device == x.device for t in counters)
+    return counts and backend_for(x, mean, var) is backend

@@ -25,76 +25,59 @@ from kalmannorm.kernels.backends import backend_for
 from kalmannorm.kernels.memory import as_dense
 from kalmannorm.kernels.rectify import rectified
 
-__all__ = ["Link", "link"]
+__all__ = ["Link", "bias_gradient", "link", "plain_link"]
 
 
 class Link(NamedTuple):
     """What :func:`link` returns."""
 
-    mean: Tensor
-    """``(S, C_out, 1, ...)``, with the rank of the mean that was given."""
-    var: Tensor
-    """Likewise."""
-    rectified_mean: Tensor | None
-    """Shaped as the mean that was given; None where nothing was rectified."""
-    rectified_var: Tensor | None
-    """Likewise."""
+    moments: Tensor
+    """Mean and variance, ``(2, S, C_out, 1, ...)``, with the rank of the moments that were given."""
+    rectified: Tensor | None
+    """Those that were rectified, like the moments that were given; None where nothing was."""
 
 
-def _plain(mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> tuple[Tensor | None, ...]:
+def plain_link(moments: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> tuple[Tensor, Tensor | None]:
     """The same by functions that autograd knows."""
-    after: tuple[Tensor | None, Tensor | None] = (None, None)
-    if relu:
-        mean, var = after = rectified(mean, var)
-    shape = (mean.shape[0], weight.shape[0], *mean.shape[2:])
-    mean, var = mean.flatten(1), var.flatten(1)
+    after = torch.stack(rectified(*moments.unbind())) if relu else None
+    mean, var = (moments if after is None else after).flatten(2).unbind()
     taps = weight.flatten(2) if weight.ndim > 2 else weight[..., None]
-    out_mean, out_var = F.linear(mean, taps.sum(-1), bias), F.linear(var, taps.square().sum(-1))
-    return out_mean.view(shape), out_var.view(shape), *after
-
-
-def _compiled(mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Link:
-    out, after = operators.link(mean, var, weight, bias, relu)
-    rectified_mean, rectified_var = after.view(2, *mean.shape).unbind(0) if relu else (None, None)
-    out_mean, out_var = out.view(2, mean.shape[0], weight.shape[0], *mean.shape[2:]).unbind(0)
-    return Link(out_mean, out_var, rectified_mean, rectified_var)
+    out = torch.stack([F.linear(mean, taps.sum(-1), bias), F.linear(var, taps.square().sum(-1))])
+    return out.view(*out.shape, *moments.shape[3:]), after
 
 
 class _Link(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor | None, relu: bool,  # type: ignore[override]
+    def forward(ctx: Any, moments: Tensor, weight: Tensor, bias: Tensor | None, relu: bool,  # type: ignore[override]
                 backend: ModuleType) -> Any:  # fmt: skip
-        out, after = backend.link_forward(mean, var, weight, bias, relu)
-        ctx.save_for_backward(mean, var, weight, bias, after)
+        out, after = backend.link_forward(moments, weight, bias, relu)
+        ctx.save_for_backward(moments, weight, bias, after)
         ctx.relu, ctx.backend = relu, backend
         ctx.set_materialize_grads(False)
-        out = out.view(2, mean.shape[0], weight.shape[0], *mean.shape[2:])
-        if after is None:
-            return out[0], out[1], None, None
-        after = after.view(2, *mean.shape)
-        return out[0], out[1], after[0], after[1]
+        return out, after
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor | None) -> Any:
-        mean, var, weight, bias, after = ctx.saved_tensors  # once: a checkpoint allows no more
+    def backward(ctx: Any, d_out: Tensor | None, d_after: Tensor | None) -> Any:  # type: ignore[override]
+        moments, weight, bias, after = ctx.saved_tensors  # once: a checkpoint allows no more
         if torch.is_grad_enabled():
-            return (*differentiable_gradients(_plain, (mean, var, weight, bias, ctx.relu), upstream), None)
-        d_mean, d_var, *d_rectified = upstream
-        shape = (mean.shape[0], weight.shape[0])
-        d_mean = mean.new_zeros(shape) if d_mean is None else d_mean
-        d_var = mean.new_zeros(shape) if d_var is None else d_var
-        below, d_weight = ctx.backend.link_backward(mean, var, weight, after, d_mean, d_var, *d_rectified, ctx.relu)
-        d_bias = None if bias is None else d_mean.reshape(shape).sum(0)
-        below = below.view(2, *mean.shape)
-        return below[0], below[1], d_weight, d_bias, None, None
+            inputs = (moments, weight, bias, ctx.relu)
+            return (*differentiable_gradients(plain_link, inputs, (d_out, d_after)), None)
+        if d_out is None:
+            d_out = moments.new_zeros(2, moments.shape[1], weight.shape[0])
+        below, d_weight = ctx.backend.link_backward(moments, weight, after, d_out, d_after, ctx.relu)
+        return below, d_weight, None if bias is None else bias_gradient(d_out), None, None
 
 
-def link(mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False) -> Link:
+def bias_gradient(d_out: Tensor) -> Tensor:
+    """Of a link's bias, ``(C_out,)``, from what comes to its moments."""
+    return d_out[0].flatten(1).sum(0)
+
+
+def link(moments: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False) -> Link:
     """Mean and variance of sums of independent terms, weighted by a matrix or a convolution's filter.
 
     Args:
-        mean: ``(S, C_in, 1, ...)``, at least float32.
-        var: likewise.
+        moments: mean and variance, ``(2, S, C_in, 1, ...)``, at least float32.
         weight: ``(C_out, C_in)``, or ``(C_out, C_in, *taps)``, whose taps all meet the same moments.
         bias: ``(C_out,)`` or None.
         relu: rectify the Gaussian before.
@@ -102,17 +85,18 @@ def link(mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor | None = None, 
     Raises:
         ValueError: for moments of another number of channels than the weight's.
     """
-    if mean.shape[1] != weight.shape[1] or var.shape != mean.shape:
+    if moments.shape[0] != 2 or moments.shape[2] != weight.shape[1]:
         raise ValueError(
-            f"got a mean and a variance of shapes {tuple(mean.shape)} and {tuple(var.shape)}, expected both of "
-            f"{weight.shape[1]} channels, as the weight of shape {tuple(weight.shape)} has"
+            f"got moments of shape {tuple(moments.shape)}, expected (2, S, {weight.shape[1]}, ...): a mean and a "
+            f"variance of as many channels as the weight of shape {tuple(weight.shape)} has"
         )
-    weight = weight.to(mean.dtype)
-    bias = None if bias is None else bias.to(mean.dtype)
+    weight = weight.to(moments.dtype)
+    bias = None if bias is None else bias.to(moments.dtype)
     if is_transformed() and not torch.compiler.is_compiling():
-        return Link(*_plain(mean, var, weight, bias, relu))  # type: ignore[arg-type]
-    mean, var, weight = mean.contiguous(), var.contiguous(), as_dense(weight)
+        return Link(*plain_link(moments, weight, bias, relu))
+    moments, weight = moments.contiguous(), as_dense(weight)
     if torch.compiler.is_compiling():
-        return _compiled(mean, var, weight, bias, relu)
-    backend = backend_for(mean, var, weight, bias)
-    return Link(*_Link.apply(mean, var, weight, bias, relu, backend))  # type: ignore[no-untyped-call]
+        out, after = operators.link(moments, weight, bias, relu)
+        return Link(out, after if relu else None)
+    backend = backend_for(moments, weight, bias)
+    return Link(*_Link.apply(moments, weight, bias, relu, backend))  # type: ignore[no-untyped-call]

@@ -15,7 +15,7 @@
 #define SMALL 32768 /* elements that one thread is through with before a second one has begun */
 
 typedef struct {
-    const float *prior_mean, *prior_var, *gain, *noise, *weight, *bias;
+    const float *prior_mean, *prior_var, *shift, *scale, *gain, *noise, *weight, *bias;
     int64_t prior_groups;
     float gain_slope, gain_offset, noise_scale, eps;
     int32_t spread, relu;
@@ -38,6 +38,17 @@ static float noise_of(const Filter *f, int64_t c) {
     return f->noise_scale == 0.0f ? f->noise[c] : f->noise_scale * expf(f->noise[c]);
 }
 
+/* The prior of channel c, at p among those that are given: corrected, and with process noise. */
+static float prior_mean_of(const Filter *f, int64_t p, int64_t c) {
+    return f->prior_mean[p] + (f->shift ? f->shift[c] : 0.0f);
+}
+
+static float scale_of(const Filter *f, int64_t c) { return f->scale ? f->scale[c] : 1.0f; }
+
+static float prior_var_of(const Filter *f, int64_t p, int64_t c) {
+    return scale_of(f, c) * (f->prior_var[p] + noise_of(f, c));
+}
+
 static float weight_of(const Filter *f, int64_t c) { return f->weight ? f->weight[c] : 1.0f; }
 static float bias_of(const Filter *f, int64_t c) { return f->bias ? f->bias[c] : 0.0f; }
 
@@ -49,7 +60,7 @@ static void fuse(const Filter *f, float q, int64_t size, int64_t channels, int64
     float posterior_mean = m, posterior_var = v;
     if (f->prior_mean) {
         int64_t p = f->prior_groups == 1 ? c : i;
-        float prior_mean = f->prior_mean[p], prior_var = f->prior_var[p] + noise_of(f, c);
+        float prior_mean = prior_mean_of(f, p, c), prior_var = prior_var_of(f, p, c);
         float innovation = m - prior_mean;
         posterior_mean = prior_mean + q * innovation;
         posterior_var = prior_var + q * (v - prior_var);
@@ -226,9 +237,21 @@ static void move_running(const Shape *shape, float q, const float *statistics, f
     nonfinite[0] += lost;
 }
 
-void layer_forward(const float *x, const float *other, float *y, const Filter *f, const Shape *shape, float *statistics,
-                   float *running_mean, float *running_var, int64_t *batches, int64_t *nonfinite, float momentum) {
-    float q = gain_of(f);
+/* What Python packs, as `_FORWARD` in on_cpu.py says; so are the other arguments below. */
+typedef struct {
+    Filter filter;
+    Shape shape;
+    const float *x, *other;
+    float *y, *statistics, *running_mean, *running_var;
+    int64_t *batches, *nonfinite;
+    float momentum;
+} Forward;
+
+void layer_forward(const Forward *a) {
+    const Filter *f = &a->filter;
+    const Shape *shape = &a->shape;
+    const float *x = a->x, *other = a->other;
+    float *y = a->y, *statistics = a->statistics, q = gain_of(f);
     if (shape->channels_last) {
         int64_t S = shape->groups, all = shape->samples * shape->pixels * shape->channels;
         int inside = S == 1 && all > SMALL ? shape->threads : 1;
@@ -238,8 +261,8 @@ void layer_forward(const float *x, const float *other, float *y, const Filter *f
     } else {
         forward_channels_first(x, other, y, f, shape, q, statistics);
     }
-    if (running_mean)
-        move_running(shape, q, statistics, running_mean, running_var, batches, nonfinite, momentum);
+    if (a->running_mean)
+        move_running(shape, q, statistics, a->running_mean, a->running_var, a->batches, a->nonfinite, a->momentum);
 }
 
 /* ---- backward ---- */
@@ -267,8 +290,8 @@ static void gradients_of(const Filter *f, const Gradients *g, float q, int64_t s
     float by_observed = g_mean;
     if (f->prior_mean) {
         int64_t p = f->prior_groups == 1 ? c : i;
-        float innovation = mean - f->prior_mean[p], by_prior_mean = (1 - q) * g_mean;
-        float by_gain = var - f->prior_var[p] - noise_of(f, c);
+        float innovation = mean - prior_mean_of(f, p, c), by_prior_mean = (1 - q) * g_mean;
+        float by_gain = var - prior_var_of(f, p, c);
         by_observed = q * g_mean;
         if (f->spread) {
             float through = 2 * q * (1 - q) * innovation * g_var;
@@ -277,7 +300,7 @@ static void gradients_of(const Filter *f, const Gradients *g, float q, int64_t s
             by_gain += (1 - 2 * q) * innovation * innovation;
         }
         terms[i] = by_prior_mean;
-        terms[size + i] = (1 - q) * g_var;
+        terms[size + i] = (1 - q) * g_var * scale_of(f, c);
         terms[2 * size + i] = g_mean * innovation + g_var * by_gain;
     }
     terms[3 * size + i] = (float)sum_dyx + 2 * d_output_var * gamma * v * inverse2;
@@ -456,9 +479,20 @@ static void backward_group_channels_last(const float *dy, const float *x, const 
     free(parts);
 }
 
-void layer_backward(const float *dy, const float *x, const float *y, float *dx, float *d_other, const Filter *f,
-                    const Gradients *g, const Shape *shape, const float *statistics) {
-    float q = gain_of(f);
+typedef struct {
+    Filter filter;
+    Shape shape;
+    Gradients gradients;
+    const float *dy, *x, *y, *statistics;
+    float *dx, *d_other;
+} Backward;
+
+void layer_backward(const Backward *a) {
+    const Filter *f = &a->filter;
+    const Shape *shape = &a->shape;
+    const Gradients *g = &a->gradients;
+    const float *dy = a->dy, *x = a->x, *y = a->y, *statistics = a->statistics;
+    float *dx = a->dx, *d_other = a->d_other, q = gain_of(f);
     int64_t S = shape->groups, all = shape->samples * shape->pixels * shape->channels;
     float *terms = malloc(5 * S * shape->channels * sizeof(float));
     if (shape->channels_last) {
@@ -476,9 +510,11 @@ void layer_backward(const float *dy, const float *x, const float *y, float *dx, 
 /* ---- the link ---- */
 
 typedef struct {
+    const float *mean, *var, *weight, *bias;
+    float *rectified; /* (2, S, in), moments after the ReLU */
     int64_t groups, in, out, taps;
     int32_t taps_inside; /* the weight is (out, in, taps) in memory, else (out, taps, in) */
-    int32_t relu, threads;
+    int32_t relu, threads, unused;
 } Link;
 
 static void standardize(float mean, float var, float *std, float *a, float *above, float *below, float *density) {
@@ -513,16 +549,26 @@ static void over_taps(const float *each, const Link *l, float *moment) {
     }
 }
 
-static void dot_row(const float *RESTRICT w, const float *RESTRICT m, const float *RESTRICT v, int64_t n, float *mean,
-                    float *var) {
-    float a = 0, b = 0;
-#pragma omp simd reduction(+ : a, b)
+/* Sums of four rows of a weight, and of its square, with the moments; of fewer, which are the first row then. */
+static void dot_rows(const float *RESTRICT w, int64_t rows, const float *RESTRICT m, const float *RESTRICT v, int64_t n,
+                     float *mean, float *var) {
+    const float *RESTRICT w1 = w + (rows > 1 ? n : 0), *RESTRICT w2 = w + (rows > 2 ? 2 * n : 0);
+    const float *RESTRICT w3 = w + (rows > 3 ? 3 * n : 0);
+    float a = 0, a1 = 0, a2 = 0, a3 = 0, b = 0, b1 = 0, b2 = 0, b3 = 0;
+#pragma omp simd reduction(+ : a, a1, a2, a3, b, b1, b2, b3)
     for (int64_t j = 0; j < n; j++) {
         a += w[j] * m[j];
+        a1 += w1[j] * m[j];
+        a2 += w2[j] * m[j];
+        a3 += w3[j] * m[j];
         b += w[j] * w[j] * v[j];
+        b1 += w1[j] * w1[j] * v[j];
+        b2 += w2[j] * w2[j] * v[j];
+        b3 += w3[j] * w3[j] * v[j];
     }
-    *mean = a;
-    *var = b;
+    float means[] = {a, a1, a2, a3}, vars[] = {b, b1, b2, b3};
+    memcpy(mean, means, rows * sizeof(float));
+    memcpy(var, vars, rows * sizeof(float));
 }
 
 static float dot(const float *RESTRICT w, const float *RESTRICT m, int64_t n) {
@@ -544,11 +590,16 @@ static void fold_row(const float *RESTRICT w, const Link *l, float *RESTRICT sum
         }
 }
 
-/* moments: (2, S, in) after the ReLU; out: (2, S, out). */
-void link_forward(const float *mean, const float *var, const float *weight, const float *bias, const Link *l,
-                  float *rectified, float *out) {
+typedef struct {
+    Link link;
+    float *out; /* (2, S, out) */
+} LinkForward;
+
+void link_forward(const LinkForward *a) {
+    const Link *l = &a->link;
     int64_t S = l->groups, in = l->in, columns = in * l->taps;
-    const float *m = mean, *v = var;
+    const float *mean = l->mean, *var = l->var, *weight = l->weight, *bias = l->bias, *m = mean, *v = var;
+    float *rectified = l->rectified, *out = a->out;
     if (l->relu) {
         memcpy(rectified, mean, S * in * sizeof(float));
         memcpy(rectified + S * in, var, S * in * sizeof(float));
@@ -570,8 +621,10 @@ void link_forward(const float *mean, const float *var, const float *weight, cons
         for (int64_t i = l->out * t / l->threads; i < l->out * (t + 1) / l->threads; i++) {
             float *out_mean = out + i, *out_var = out + S * l->out + i, b = bias ? bias[i] : 0.0f;
             if (S == 1) {
-                dot_row(weight + i * columns, m, v, columns, out_mean, out_var);
-                *out_mean += b;
+                int64_t left = l->out * (t + 1) / l->threads - i, some = left < 4 ? left : 4;
+                dot_rows(weight + i * columns, some, m, v, columns, out_mean, out_var);
+                for (int64_t j = 0; bias && j < some; j++) out_mean[j] += bias[i + j];
+                i += some - 1;
                 continue;
             }
             float *sum = folded + t * 2 * in, *squares = sum + in;
@@ -586,7 +639,7 @@ void link_forward(const float *mean, const float *var, const float *weight, cons
     free(folded);
 }
 
-/* S = 1. below: (2, in * taps), this thread's own. */
+/* S = 1, of one row. below: (2, in * taps), this thread's own. */
 static void backward_row(const float *RESTRICT w, float *RESTRICT dw, const float *RESTRICT m, const float *RESTRICT v,
                          float dm, float dv, int64_t n, float *RESTRICT below_mean, float *RESTRICT below_var) {
     for (int64_t j = 0; j < n; j++) {
@@ -594,6 +647,25 @@ static void backward_row(const float *RESTRICT w, float *RESTRICT dw, const floa
         below_mean[j] += dm * x;
         below_var[j] += dv * x * x;
         dw[j] = dm * m[j] + 2 * dv * x * v[j];
+    }
+}
+
+/* The same of four rows, which meet the moments in the processor's registers. */
+static void backward_rows(const float *RESTRICT w, float *RESTRICT dw, const float *RESTRICT m, const float *RESTRICT v,
+                          const float *dm, const float *dv, int64_t n, float *RESTRICT below_mean,
+                          float *RESTRICT below_var) {
+    const float *RESTRICT w1 = w + n, *RESTRICT w2 = w + 2 * n, *RESTRICT w3 = w + 3 * n;
+    float *RESTRICT dw1 = dw + n, *RESTRICT dw2 = dw + 2 * n, *RESTRICT dw3 = dw + 3 * n;
+    float a = dm[0], a1 = dm[1], a2 = dm[2], a3 = dm[3], b = dv[0], b1 = dv[1], b2 = dv[2], b3 = dv[3];
+#pragma omp simd
+    for (int64_t j = 0; j < n; j++) {
+        float x = w[j], x1 = w1[j], x2 = w2[j], x3 = w3[j], mean = m[j], twice = 2 * v[j];
+        below_mean[j] += a * x + a1 * x1 + a2 * x2 + a3 * x3;
+        below_var[j] += b * x * x + b1 * x1 * x1 + b2 * x2 * x2 + b3 * x3 * x3;
+        dw[j] = a * mean + b * x * twice;
+        dw1[j] = a1 * mean + b1 * x1 * twice;
+        dw2[j] = a2 * mean + b2 * x2 * twice;
+        dw3[j] = a3 * mean + b3 * x3 * twice;
     }
 }
 
@@ -622,12 +694,19 @@ static void backward_row_of_groups(const float *RESTRICT w, float *RESTRICT dw, 
         }
 }
 
-/* d_below: (2, S, in), of `mean` and `var`. */
-void link_backward(const float *mean, const float *var, const float *weight, const float *rectified, const float *d_mean,
-                   const float *d_var, const float *d_rectified_mean, const float *d_rectified_var, const Link *l,
-                   float *d_below, float *d_weight) {
+typedef struct {
+    Link link;
+    const float *d_mean, *d_var, *d_rectified_mean, *d_rectified_var;
+    float *d_below, *d_weight; /* d_below: (2, S, in), of `mean` and `var` */
+} LinkBackward;
+
+void link_backward(const LinkBackward *a) {
+    const Link *l = &a->link;
     int64_t S = l->groups, in = l->in, columns = in * l->taps, size = S * in;
-    const float *m = l->relu ? rectified : mean, *v = l->relu ? rectified + size : var;
+    const float *mean = l->mean, *var = l->var, *weight = l->weight, *d_mean = a->d_mean, *d_var = a->d_var;
+    const float *d_rectified_mean = a->d_rectified_mean, *d_rectified_var = a->d_rectified_var;
+    const float *m = l->relu ? l->rectified : mean, *v = l->relu ? l->rectified + size : var;
+    float *d_below = a->d_below, *d_weight = a->d_weight;
     float *each = NULL, *rows = NULL;
     int64_t wide = S == 1 ? 2 * columns : 2 * size;
     if (S == 1 && l->taps > 1) {
@@ -644,7 +723,10 @@ void link_backward(const float *mean, const float *var, const float *weight, con
         float *own = below + t * wide;
         for (int64_t i = l->out * t / l->threads; i < l->out * (t + 1) / l->threads; i++) {
             const float *w = weight + i * columns;
-            if (S == 1)
+            if (S == 1 && i + 4 <= l->out * (t + 1) / l->threads) {
+                backward_rows(w, d_weight + i * columns, m, v, d_mean + i, d_var + i, columns, own, own + columns);
+                i += 3;
+            } else if (S == 1)
                 backward_row(w, d_weight + i * columns, m, v, d_mean[i], d_var[i], columns, own, own + columns);
             else
                 backward_row_of_groups(w, d_weight + i * columns, m, v, d_mean + i, d_var + i, l, own, rows + t * 4 * in);

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+import struct
 from typing import Any
 
 import torch
@@ -15,47 +15,18 @@ from kalmannorm.kernels.options import Filter, Running
 
 __all__ = ["is_available", "layer_backward", "layer_forward", "link_backward", "link_forward"]
 
-
-class _Filter(Structure):
-    _fields_ = [
-        *[(name, c_void_p) for name in ("prior_mean", "prior_var", "gain", "noise", "weight", "bias")],
-        ("prior_groups", c_int64),
-        *[(name, c_float) for name in ("gain_slope", "gain_offset", "noise_scale", "eps")],
-        ("spread", c_int32), ("relu", c_int32),
-    ]  # fmt: skip
-
-
-class _Shape(Structure):
-    _fields_ = [
-        *[(name, c_int64) for name in ("samples", "channels", "pixels", "groups")],
-        ("channels_last", c_int32), ("threads", c_int32),
-    ]  # fmt: skip
-
-
-class _Gradients(Structure):
-    _fields_ = [
-        (name, c_void_p) for name in (
-            "d_posterior_mean", "d_posterior_var", "d_output_mean", "d_output_var",
-            "d_prior_mean", "d_prior_var", "d_gain", "d_noise", "d_weight", "d_bias",
-        )
-    ]  # fmt: skip
-
-
-class _Link(Structure):
-    _fields_ = [
-        *[(name, c_int64) for name in ("groups", "channels_in", "channels_out", "taps")],
-        ("taps_inside", c_int32), ("relu", c_int32), ("threads", c_int32),
-    ]  # fmt: skip
+# The structures of native.c, members in their order: q is a pointer or an int64, f a float, i an int32.
+_LAYER = "9q4f2i4q2i"  # Filter, Shape
+_FORWARD = struct.Struct(f"@{_LAYER}8qf")
+_BACKWARD = struct.Struct(f"@{_LAYER}10q6q")
+_LINK = "9q4i"
+_LINK_FORWARD = struct.Struct(f"@{_LINK}q")
+_LINK_BACKWARD = struct.Struct(f"@{_LINK}6q")
 
 
 def _declare(native: ctypes.CDLL) -> ctypes.CDLL:
-    p, f, s, g, link = c_void_p, POINTER(_Filter), POINTER(_Shape), POINTER(_Gradients), POINTER(_Link)
-    native.layer_forward.argtypes = [p, p, p, f, s, p, p, p, p, p, c_float]
-    native.layer_backward.argtypes = [p, p, p, p, p, f, g, s, p]
-    native.link_forward.argtypes = [p, p, p, p, link, p, p]
-    native.link_backward.argtypes = [p, p, p, p, p, p, p, p, link, p, p]
     for function in (native.layer_forward, native.layer_backward, native.link_forward, native.link_backward):
-        function.restype = None
+        function.argtypes, function.restype = [ctypes.c_char_p], None
     return native
 
 
@@ -72,94 +43,96 @@ def is_available() -> bool:
     return _native is not False
 
 
-def _at(t: Tensor | None) -> int | None:
-    return None if t is None else t.data_ptr()
+def _at(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
 
 
-def _filter(prior_mean: Tensor | None, prior_var: Tensor | None, gain: Tensor | None, noise: Tensor | None,
-            weight: Tensor | None, bias: Tensor | None, options: Filter) -> _Filter:  # fmt: skip
-    return _Filter(
-        _at(prior_mean), _at(prior_var), _at(gain), _at(noise), _at(weight), _at(bias),
-        1 if prior_mean is None else prior_mean.shape[0], options.gain_slope, options.gain_offset,
-        options.noise_scale, options.eps, options.spread, options.relu,
+def _both_at(t: Tensor | None) -> tuple[int, int]:
+    """A mean and a variance, ``(2, ...)``."""
+    return (0, 0) if t is None else (t.data_ptr(), t.data_ptr() + 2 * t.numel())  # half of it, at 4 bytes a number
+
+
+def _layer(x: Tensor, prior: Tensor | None, shift: Tensor | None, scale: Tensor | None, gain: Tensor | None,
+           noise: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+           options: Filter) -> tuple[Any, ...]:  # fmt: skip
+    groups, slope, offset, noise_scale, spread, eps, relu = options
+    samples, channels, *_ = shape = x.shape
+    return (
+        *_both_at(prior), _at(shift), _at(scale), _at(gain), _at(noise), _at(weight), _at(bias),
+        1 if prior is None else prior.shape[1], slope, offset, noise_scale, eps, spread, relu, samples, channels,
+        shape.numel() // (samples * channels), groups, is_channels_last(x), torch.get_num_threads(),
     )  # fmt: skip
 
 
-def _shape(x: Tensor, groups: int) -> _Shape:
-    samples, channels = x.shape[:2]
-    pixels = x.numel() // (samples * channels)
-    return _Shape(samples, channels, pixels, groups, is_channels_last(x), torch.get_num_threads())
-
-
-def layer_forward(x: Tensor, other: Tensor | None, prior_mean: Tensor | None, prior_var: Tensor | None,
+def layer_forward(x: Tensor, other: Tensor | None, prior: Tensor | None, shift: Tensor | None, scale: Tensor | None,
                   gain: Tensor | None, noise: Tensor | None, weight: Tensor | None, bias: Tensor | None,
                   running: Running | None, options: Filter) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See :func:`kalmannorm.kernels.on_torch.layer_forward`."""
     y = torch.empty_like(x)
     statistics = x.new_empty(6, options.groups, x.shape[1])
-    moved = (None, None, None, None, 0.0) if running is None else (
+    moved = (0, 0, 0, 0, 0.0) if running is None else (
         running.mean.data_ptr(), running.var.data_ptr(), running.batches.data_ptr(), running.nonfinite.data_ptr(),
         running.momentum,
     )  # fmt: skip
-    _native.layer_forward(
-        x.data_ptr(), _at(other), y.data_ptr(), _filter(prior_mean, prior_var, gain, noise, weight, bias, options),
-        _shape(x, options.groups), statistics.data_ptr(), *moved,
-    )  # fmt: skip
+    _native.layer_forward(_FORWARD.pack(
+        *_layer(x, prior, shift, scale, gain, noise, weight, bias, options), x.data_ptr(), _at(other), y.data_ptr(),
+        statistics.data_ptr(), *moved,
+    ))  # fmt: skip
     return y, statistics
 
 
-def layer_backward(dy: Tensor, x: Tensor, y: Tensor | None, prior_mean: Tensor | None, prior_var: Tensor | None,
-                   gain: Tensor | None, noise: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-                   statistics: Tensor, d_posterior_mean: Tensor | None, d_posterior_var: Tensor | None,
-                   d_output_mean: Tensor | None, d_output_var: Tensor | None,
+def layer_backward(dy: Tensor, x: Tensor, y: Tensor | None, prior: Tensor | None, shift: Tensor | None,
+                   scale: Tensor | None, gain: Tensor | None, noise: Tensor | None, weight: Tensor | None,
+                   bias: Tensor | None, statistics: Tensor, d_belief: Tensor | None, posterior: bool,
                    options: Filter) -> tuple[Tensor | None, ...]:  # fmt: skip
     """See :func:`kalmannorm.kernels.on_torch.layer_backward`."""
     dy = dense(dy, x)
     dx = torch.empty_like(x)
     d_other = None if y is None else torch.empty_like(x)
-    results = [None if t is None else torch.empty_like(t) for t in (prior_mean, prior_var, gain, noise, weight, bias)]
-    sent = (d_posterior_mean, d_posterior_var, d_output_mean, d_output_var)
-    above = [None if t is None else t.contiguous() for t in sent]
-    _native.layer_backward(
-        dy.data_ptr(), x.data_ptr(), _at(y), dx.data_ptr(), _at(d_other),
-        _filter(prior_mean, prior_var, gain, noise, weight, bias, options), _Gradients(*map(_at, (*above, *results))),
-        _shape(x, options.groups), statistics.data_ptr(),
-    )  # fmt: skip
+    results = [None if t is None else torch.empty_like(t) for t in (prior, gain, noise, weight, bias)]
+    d_prior, *others = results
+    sent = _both_at(None if d_belief is None else (d_belief := d_belief.contiguous()))
+    _native.layer_backward(_BACKWARD.pack(
+        *_layer(x, prior, shift, scale, gain, noise, weight, bias, options),
+        *((*sent, 0, 0) if posterior else (0, 0, *sent)), *_both_at(d_prior), *map(_at, others),
+        dy.data_ptr(), x.data_ptr(), _at(y), statistics.data_ptr(), dx.data_ptr(), _at(d_other),
+    ))  # fmt: skip
     return (dx, d_other, *results)
 
 
-def _link(mean: Tensor, weight: Tensor, relu: bool) -> _Link:
-    groups, channels = mean.shape[:2]
-    taps = weight.numel() // (weight.shape[0] * channels)
-    return _Link(groups, channels, weight.shape[0], taps, weight.is_contiguous(), relu, torch.get_num_threads())
+def _link(moments: Tensor, weight: Tensor, bias: Tensor | None, after: Tensor | None, relu: bool) -> tuple[Any, ...]:
+    _, groups, channels, *_ = moments.shape
+    out = weight.shape[0]
+    address = weight.data_ptr()
+    if not address:
+        raise RuntimeError(
+            f"got a weight of shape {tuple(weight.shape)} whose memory was freed, expected one that stays until the "
+            "next normalization layer was called"
+        )
+    return (
+        *_both_at(moments), address, _at(bias), _at(after), groups, channels, out,
+        weight.numel() // (out * channels), weight.is_contiguous(), relu, torch.get_num_threads(), 0,
+    )  # fmt: skip
 
 
-def link_forward(mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor | None,
+def link_forward(moments: Tensor, weight: Tensor, bias: Tensor | None,
                  relu: bool) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """See :func:`kalmannorm.kernels.on_torch.link_forward`."""
-    out = mean.new_empty(2, mean.shape[0], weight.shape[0])
-    rectified = mean.new_empty(2, mean.shape[0], mean.shape[1]) if relu else None
-    _native.link_forward(
-        mean.data_ptr(), var.data_ptr(), weight.data_ptr(), _at(bias), _link(mean, weight, relu), _at(rectified),
-        out.data_ptr(),
-    )  # fmt: skip
-    return out, rectified
+    _, groups, _, *ones = moments.shape
+    out = moments.new_empty(2, groups, weight.shape[0], *ones)
+    after = torch.empty_like(moments) if relu else None
+    _native.link_forward(_LINK_FORWARD.pack(*_link(moments, weight, bias, after, relu), out.data_ptr()))
+    return out, after
 
 
-def link_backward(mean: Tensor, var: Tensor, weight: Tensor, rectified: Tensor | None, d_mean: Tensor, d_var: Tensor,
-                  d_rectified_mean: Tensor | None, d_rectified_var: Tensor | None,
+def link_backward(moments: Tensor, weight: Tensor, after: Tensor | None, d_out: Tensor, d_after: Tensor | None,
                   relu: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See :func:`kalmannorm.kernels.on_torch.link_backward`."""
-    d_below = mean.new_empty(2, mean.shape[0], mean.shape[1])
-    d_weight = torch.empty_like(weight)
-    d_mean, d_var = d_mean.contiguous(), d_var.contiguous()
-    if d_rectified_mean is not None:
-        d_rectified_mean = d_rectified_mean.contiguous()
-    if d_rectified_var is not None:
-        d_rectified_var = d_rectified_var.contiguous()
-    _native.link_backward(
-        mean.data_ptr(), var.data_ptr(), weight.data_ptr(), _at(rectified), d_mean.data_ptr(), d_var.data_ptr(),
-        _at(d_rectified_mean), _at(d_rectified_var), _link(mean, weight, relu), d_below.data_ptr(),
+    below, d_weight = torch.empty_like(moments), torch.empty_like(weight)
+    d_out = d_out.contiguous()
+    d_after = None if d_after is None else d_after.contiguous()
+    _native.link_backward(_LINK_BACKWARD.pack(
+        *_link(moments, weight, None, after, relu), *_both_at(d_out), *_both_at(d_after), below.data_ptr(),
         d_weight.data_ptr(),
-    )  # fmt: skip
-    return d_below, d_weight
+    ))  # fmt: skip
+    return below, d_weight

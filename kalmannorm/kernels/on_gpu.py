@@ -161,7 +161,7 @@ def _merging(walk: _Walk, groups: int) -> tuple[int, int, int, int]:
     return _divide_up(groups * walk.shape[0], 8), max(1, chunks // 64), chunks, 8
 
 
-def layer_forward(x: Tensor, other: Tensor | None, prior_mean: Tensor | None, prior_var: Tensor | None,
+def layer_forward(x: Tensor, other: Tensor | None, prior: Tensor | None, shift: Tensor | None, scale: Tensor | None,
                   gain: Tensor | None, noise: Tensor | None, weight: Tensor | None, bias: Tensor | None,
                   running: Running | None, options: Filter) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See :func:`kalmannorm.kernels.on_torch.layer_forward`."""
@@ -174,11 +174,11 @@ def layer_forward(x: Tensor, other: Tensor | None, prior_mean: Tensor | None, pr
     y = torch.empty_like(x)
     statistics = _empty(x, 6, groups, channels)
     prior_size = 0
-    if prior_mean is None:
+    if prior is None:
         gain, offset = None, 1.0
     else:
-        prior_size = prior_mean.numel()
-    parameters = (prior_mean, prior_var, gain, noise, weight, bias)
+        prior_size = prior.numel() // 2
+    parameters = (prior, shift, scale, gain, noise, weight, bias)
     buffers: tuple[Any, ...] = (None, None, None, None, 0.0) if running is None else running
     moved_here = groups == 1 and channels <= _COUNTABLE
     moved = buffers if moved_here else (None, None, None, None, 0.0)
@@ -213,10 +213,9 @@ def _contiguous(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
-def layer_backward(dy: Tensor, x: Tensor, y: Tensor | None, prior_mean: Tensor | None, prior_var: Tensor | None,
-                   gain: Tensor | None, noise: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-                   statistics: Tensor, d_posterior_mean: Tensor | None, d_posterior_var: Tensor | None,
-                   d_output_mean: Tensor | None, d_output_var: Tensor | None,
+def layer_backward(dy: Tensor, x: Tensor, y: Tensor | None, prior: Tensor | None, shift: Tensor | None,
+                   scale: Tensor | None, gain: Tensor | None, noise: Tensor | None, weight: Tensor | None,
+                   bias: Tensor | None, statistics: Tensor, d_belief: Tensor | None, posterior: bool,
                    options: Filter) -> tuple[Tensor | None, ...]:  # fmt: skip
     """See :func:`kalmannorm.kernels.on_torch.layer_backward`."""
     kernels = _kernels("triton_layer")
@@ -228,13 +227,14 @@ def layer_backward(dy: Tensor, x: Tensor, y: Tensor | None, prior_mean: Tensor |
     dx = torch.empty_like(x)
     d_other = None if y is None else torch.empty_like(x)
     terms = _empty(x, 6, groups * channels)
-    above = tuple([_contiguous(d) for d in (d_posterior_mean, d_posterior_var, d_output_mean, d_output_var)])
-    prior_size = 0 if prior_mean is None else prior_mean.numel()
+    d_belief = _contiguous(d_belief)
+    prior_size = 0 if prior is None else prior.numel() // 2
     with _on_device_of(x):
         if walk.held:
             kernels.backward_kernel[(walk.programs,)](
-                dy, x, y, dx, d_other, statistics, terms, *above, prior_mean, prior_var, gain, noise, weight, bias,
-                channels, pixels, rows, groups, prior_size, *constants, relu, *walk.tile, num_warps=walk.warps,
+                dy, x, y, dx, d_other, statistics, terms, d_belief, prior, shift, scale, gain, noise, weight, bias,
+                channels, pixels, rows, groups, prior_size, posterior, *constants, relu, *walk.tile,
+                num_warps=walk.warps,
             )  # fmt: skip
         else:
             parts = _empty(x, walk.chunks, 2, groups, channels)
@@ -245,31 +245,28 @@ def layer_backward(dy: Tensor, x: Tensor, y: Tensor | None, prior_mean: Tensor |
             )  # fmt: skip
             programs, warps, *merged = _merging(walk, groups)
             kernels.gradients_kernel[(programs,)](
-                parts, line, statistics, terms, *above, prior_mean, prior_var, gain, noise, weight, rows * pixels,
-                channels, groups, walk.chunks, prior_size, *constants, *merged, num_warps=warps,
+                parts, line, statistics, terms, d_belief, prior, shift, scale, gain, noise, weight, rows * pixels,
+                channels, groups, walk.chunks, prior_size, posterior, *constants, *merged, num_warps=warps,
             )  # fmt: skip
             kernels.input_gradient_kernel[(walk.programs * walk.tiles,)](
                 dy, x, y, dx, d_other, line, statistics, weight, bias, channels, pixels, rows, groups, walk.tiles, eps,
                 relu, *walk.tile, num_warps=walk.warps,
             )  # fmt: skip
-        return (dx, d_other, *_gradients(terms, groups, prior_mean, gain, noise, weight, bias))
+        return (dx, d_other, *_gradients(terms, groups, prior, gain, noise, weight, bias))
 
 
-def _gradients(terms: Tensor, groups: int, prior_mean: Tensor | None, gain: Tensor | None, noise: Tensor | None,
+def _gradients(terms: Tensor, groups: int, prior: Tensor | None, gain: Tensor | None, noise: Tensor | None,
                weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Shares of groups and channels, ``(6, S * C)``, added up to gradients of prior, gain, noise, weight and bias."""
     totals = terms if groups == 1 else terms.view(6, groups, -1).sum(1)
-    by_weight, by_bias, by_mean, by_var, by_gain, by_noise = totals.unbind(0)
-    d_weight = None if weight is None else by_weight
-    d_bias = None if bias is None else by_bias
-    if prior_mean is None:  # those rows were not written
+    d_weight = None if weight is None else totals[0]
+    d_bias = None if bias is None else totals[1]
+    if prior is None:  # those rows were not written
         d_gain, d_noise = (None if t is None else torch.zeros_like(t) for t in (gain, noise))
-        return None, None, d_gain, d_noise, d_weight, d_bias
-    if prior_mean.shape[0] != 1:
-        by_mean, by_var = terms[2], terms[3]
-    d_gain = None if gain is None else torch.sum(by_gain, 0, True)
-    d_noise = None if noise is None else by_noise
-    return by_mean.view_as(prior_mean), by_var.view_as(prior_mean), d_gain, d_noise, d_weight, d_bias
+        return None, d_gain, d_noise, d_weight, d_bias
+    by_prior = totals[2:4] if prior.shape[1] == 1 else terms[2:4]
+    d_gain = None if gain is None else torch.sum(totals[4], 0, True)
+    return by_prior.view_as(prior), d_gain, None if noise is None else totals[5], d_weight, d_bias
 
 
 class _Blocks(NamedTuple):
@@ -304,42 +301,40 @@ def _blocks(size: tuple[int, ...], last: bool, itemsize: int) -> _Blocks:
     return _Blocks(taps, last, _aligned(columns, itemsize), forward, backward, chunks, chunks * _divide_up(columns, f))
 
 
-def link_forward(mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor | None,
+def link_forward(moments: Tensor, weight: Tensor, bias: Tensor | None,
                  relu: bool) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """See :func:`kalmannorm.kernels.on_torch.link_forward`."""
-    groups, channels = mean.shape[:2]
+    _, groups, channels, *ones = moments.shape
     rows = weight.shape[0]
     blocks = _blocks(weight.shape, is_channels_last(weight), weight.itemsize)
-    out = _empty(mean, 2, groups, rows)
-    rectified = _empty(mean, 2, groups, channels) if relu else None
+    out = _empty(moments, 2, groups, rows, *ones)
+    rectified = torch.empty_like(moments) if relu else None
     r, f, warps = blocks.forward
-    with _on_device_of(mean):
+    with _on_device_of(moments):
         _kernels("triton_link").contract_kernel[(groups * _divide_up(rows, r),)](
-            mean, var, weight, bias, out, rectified, rows, channels, groups, blocks.taps, blocks.last, r, f,
+            moments, weight, bias, out, rectified, rows, channels, groups, blocks.taps, blocks.last, r, f,
             blocks.align, num_warps=warps,
         )  # fmt: skip
     return out, rectified
 
 
-def link_backward(mean: Tensor, var: Tensor, weight: Tensor, after: Tensor | None, d_mean: Tensor, d_var: Tensor,
-                  d_rectified_mean: Tensor | None, d_rectified_var: Tensor | None,
+def link_backward(moments: Tensor, weight: Tensor, after: Tensor | None, d_out: Tensor, d_after: Tensor | None,
                   relu: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See :func:`kalmannorm.kernels.on_torch.link_backward`."""
     kernels = _kernels("triton_link")
-    groups, channels = mean.shape[:2]
+    _, groups, channels, *_ = moments.shape
     rows = weight.shape[0]
     blocks = _blocks(weight.shape, is_channels_last(weight), weight.itemsize)
-    d_weight = torch.empty_like(weight)
-    below = _empty(mean, 2, groups, channels)
-    parts = _empty(mean, blocks.chunks, 2, groups, channels * blocks.taps)
+    d_weight, below = torch.empty_like(weight), torch.empty_like(moments)
+    parts = _empty(moments, blocks.chunks, 2, groups, channels * blocks.taps)
     r, f, warps = blocks.backward
-    with _on_device_of(mean):
+    with _on_device_of(moments):
         kernels.weight_gradient_kernel[(blocks.tiles,)](
-            mean, var, after, weight, d_mean.contiguous(), d_var.contiguous(), d_weight, parts, rows, channels, groups,
+            moments if after is None else after, weight, d_out.contiguous(), d_weight, parts, rows, channels, groups,
             blocks.taps, blocks.last, r, f, blocks.align, num_warps=warps,
         )  # fmt: skip
         kernels.moment_gradients_kernel[(groups * _divide_up(channels, 8),)](
-            mean, var, _contiguous(d_rectified_mean), _contiguous(d_rectified_var), parts, below, channels, groups,
-            blocks.chunks, relu, blocks.taps, blocks.last, min(128, _power_of_two(blocks.chunks * blocks.taps)), 8,
+            moments, _contiguous(d_after), parts, below, channels, groups, blocks.chunks, relu, blocks.taps,
+            blocks.last, min(128, _power_of_two(blocks.chunks * blocks.taps)), 8,
         )  # fmt: skip
     return below, d_weight

@@ -31,15 +31,21 @@ def noise_of(noise: Tensor, options: Filter) -> Tensor:
     return options.noise_scale * noise.exp() if options.noise_scale else noise
 
 
-def fuse(mean: Tensor, var: Tensor, prior_mean: Tensor | None, prior_var: Tensor | None, gain: Tensor | None,
-         noise: Tensor | None, options: Filter) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def predicted(prior: Tensor, shift: Tensor | None, scale: Tensor | None, noise: Tensor | None,
+              options: Filter) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Mean and variance of the prior, corrected and with process noise: ``(1 or S, C)`` each."""
+    mean, var = prior.reshape(prior.shape[:3]).unbind()
+    var = var if noise is None else var + noise_of(noise, options)
+    return mean if shift is None else mean + shift, var if scale is None else var * scale
+
+
+def fuse(mean: Tensor, var: Tensor, prior: Tensor | None, shift: Tensor | None, scale: Tensor | None,
+         gain: Tensor | None, noise: Tensor | None, options: Filter) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Posterior mean and variance, ``(S, C)``, and the gain, ``(1,)``, by functions that autograd knows."""
-    if prior_mean is None or prior_var is None:
+    if prior is None:
         return mean, var, torch.ones_like(mean[0, :1])
-    prior_mean, prior_var = prior_mean.reshape(-1, mean.shape[1]), prior_var.reshape(-1, mean.shape[1])
-    if noise is not None:
-        prior_var = prior_var + noise_of(noise, options)
-    q = gain_of(gain, prior_mean, options)
+    prior_mean, prior_var = predicted(prior, shift, scale, noise, options)
+    q = gain_of(gain, prior, options)
     innovation = mean - prior_mean
     posterior_mean = prior_mean + q * innovation
     posterior_var = prior_var + q * (var - prior_var)
@@ -76,7 +82,7 @@ def unbiased(posterior_var: Tensor, gain: Tensor | float, observed_var: Tensor, 
     return posterior_var + gain * observed_var / others
 
 
-def layer_forward(x: Tensor, other: Tensor | None, prior_mean: Tensor | None, prior_var: Tensor | None,
+def layer_forward(x: Tensor, other: Tensor | None, prior: Tensor | None, shift: Tensor | None, scale: Tensor | None,
                   gain: Tensor | None, noise: Tensor | None, weight: Tensor | None, bias: Tensor | None,
                   running: Running | None, options: Filter) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Observe, fuse, normalize, add, rectify.
@@ -84,9 +90,10 @@ def layer_forward(x: Tensor, other: Tensor | None, prior_mean: Tensor | None, pr
     Args:
         x: ``(N, C, *)``, not empty, dense in memory.
         other: None, or added to the normalized activation: like ``x``.
-        prior_mean: ``(S, C, ...)`` or ``(1, C, ...)``, axes behind of size 1; None without a prior, which is then no
-            prior at all: a gain of 1.
-        prior_var: likewise, without process noise.
+        prior: mean and variance, ``(2, S, C, ...)`` or ``(2, 1, C, ...)``, axes behind of size 1, without process
+            noise; None where there is no prior at all: a gain of 1.
+        shift: ``(C,)`` or None, added to the prior's mean.
+        scale: ``(C,)`` or None, by which its variance, process noise and all, is multiplied.
         gain: ``(1,)`` or None, see :class:`Filter`.
         noise: ``(C,)`` or None, see :class:`Filter`.
         weight: ``(C,)`` or None, as is ``bias``.
@@ -100,7 +107,7 @@ def layer_forward(x: Tensor, other: Tensor | None, prior_mean: Tensor | None, pr
     """
     groups, channels = options.groups, x.shape[1]
     mean, var = _observe(x, groups)
-    posterior_mean, posterior_var, q = fuse(mean, var, prior_mean, prior_var, gain, noise, options)
+    posterior_mean, posterior_var, q = fuse(mean, var, prior, shift, scale, gain, noise, options)
     shrinkage = posterior_var / (posterior_var + options.eps)
     output_var = shrinkage if weight is None else shrinkage * weight.square()
     output_mean = torch.zeros_like(mean) if bias is None else bias.expand_as(mean)
@@ -151,10 +158,9 @@ def _line(mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None,
     return scale, -mean * scale if bias is None else bias - mean * scale
 
 
-def layer_backward(dy: Tensor, x: Tensor, y: Tensor | None, prior_mean: Tensor | None, prior_var: Tensor | None,
-                   gain: Tensor | None, noise: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-                   statistics: Tensor, d_posterior_mean: Tensor | None, d_posterior_var: Tensor | None,
-                   d_output_mean: Tensor | None, d_output_var: Tensor | None,
+def layer_backward(dy: Tensor, x: Tensor, y: Tensor | None, prior: Tensor | None, shift: Tensor | None,
+                   scale: Tensor | None, gain: Tensor | None, noise: Tensor | None, weight: Tensor | None,
+                   bias: Tensor | None, statistics: Tensor, d_belief: Tensor | None, posterior: bool,
                    options: Filter) -> tuple[Tensor | None, ...]:  # fmt: skip
     """The gradients of :func:`layer_forward`; the formulas are in `kalmannorm.kernels.layer`.
 
@@ -163,78 +169,74 @@ def layer_backward(dy: Tensor, x: Tensor, y: Tensor | None, prior_mean: Tensor |
         x: see :func:`layer_forward`.
         y: the output, given only where something was added before a ReLU: its sign is the ReLU's mask. Else the mask is
             computed again.
-        prior_mean: see :func:`layer_forward`, as the others down to ``bias``.
-        prior_var: see ``prior_mean``.
-        gain: see ``prior_mean``.
-        noise: see ``prior_mean``.
-        weight: see ``prior_mean``.
-        bias: see ``prior_mean``.
+        prior: see :func:`layer_forward`, as the others down to ``bias``.
+        shift: see ``prior``.
+        scale: see ``prior``.
+        gain: see ``prior``.
+        noise: see ``prior``.
+        weight: see ``prior``.
+        bias: see ``prior``.
         statistics: as :func:`layer_forward` returned them.
-        d_posterior_mean: ``(S, C, ...)`` or None for zeros, as the next three.
-        d_posterior_var: see ``d_posterior_mean``.
-        d_output_mean: see ``d_posterior_mean``.
-        d_output_var: see ``d_posterior_mean``.
+        d_belief: of a mean and a variance, ``(2, S, C, ...)``, or None for zeros.
+        posterior: whether these are the posterior's, and not the output's.
         options: see :func:`layer_forward`.
 
     Returns:
-        Gradients of ``x``, of what was added (where ``y`` was given), prior mean and variance, gain, noise, weight and
-        bias, each like its tensor, and None where that is None.
+        Gradients of ``x``, of what was added (where ``y`` was given), prior, gain, noise, weight and bias, each like
+        its tensor, and None where that is None.
     """
     posterior_mean, posterior_var, _, _, mean, var = statistics
     groups, channels = mean.shape
     count = x.numel() // mean.numel()
     inverse = torch.rsqrt(posterior_var + options.eps)
-    scale, _ = _line(posterior_mean, posterior_var, weight, bias, options.eps)
+    factor, _ = _line(posterior_mean, posterior_var, weight, bias, options.eps)
     dy = dense(dy, x)
     if options.relu:
         before = y if y is not None else _normalize(x, posterior_mean, posterior_var, weight, bias, options.eps)
         dy = torch.where(before > 0, dy, 0)
-    dx, sum_dyx, sum_dy = _through_normalization(dy, x, posterior_mean, posterior_var, weight, scale, inverse, options)
+    dx, sum_dyx, sum_dy = _through_normalization(dy, x, posterior_mean, posterior_var, weight, factor, inverse, options)
 
-    def sent(gradient: Tensor | None) -> Tensor:
-        return torch.zeros_like(mean) if gradient is None else gradient.view(groups, channels)
-
-    by_output_var = sent(d_output_var)
-    g_mean = sent(d_posterior_mean) - scale * sum_dy
-    g_var = sent(d_posterior_var) - 0.5 * scale * inverse * sum_dyx
+    nothing = torch.zeros_like(mean)
+    sent = (nothing, nothing) if d_belief is None else d_belief.view(2, groups, channels).unbind()
+    (by_posterior_mean, by_posterior_var), (by_output_mean, by_output_var) = (
+        (sent, (nothing, nothing)) if posterior else ((nothing, nothing), sent)
+    )
+    g_mean = by_posterior_mean - factor * sum_dy
+    g_var = by_posterior_var - 0.5 * factor * inverse * sum_dyx
     gamma = torch.ones_like(mean[0]) if weight is None else weight
     g_var = g_var + by_output_var * gamma.square() * options.eps * inverse.square().square()
     by_observed, q = g_mean, torch.ones_like(mean[0, :1])
-    d_prior_mean = d_prior_var = d_gain = d_noise = None
-    if prior_mean is not None and prior_var is not None:
-        q = gain_of(gain, prior_mean, options)
-        noise_var = None if noise is None else noise_of(noise, options)
-        innovation = mean - prior_mean.view(-1, channels)
-        by_gain = var - prior_var.view(-1, channels)
-        if noise_var is not None:
-            by_gain = by_gain - noise_var
+    d_prior = d_gain = d_noise = None
+    if prior is not None:
+        q = gain_of(gain, prior, options)
+        prior_mean, prior_var = predicted(prior, shift, scale, noise, options)
+        innovation = mean - prior_mean
+        by_gain = var - prior_var
         by_observed, by_prior_mean = q * g_mean, (1 - q) * g_mean
         if options.spread:
             through_spread = (2 * q * (1 - q)) * innovation * g_var
             by_observed, by_prior_mean = by_observed + through_spread, by_prior_mean - through_spread
             by_gain = by_gain + (1 - 2 * q) * innovation.square()
-        by_prior_var = (1 - q) * g_var
+        by_prior_var = (1 - q) * g_var if scale is None else (1 - q) * g_var * scale
         if gain is not None:
             d_gain = (g_mean * innovation + g_var * by_gain).sum().view(1)
             if options.gain_slope:
                 d_gain = d_gain * (options.gain_slope * q * (1 - q))
-        if noise is not None and noise_var is not None:
-            d_noise = by_prior_var.sum(0) * (noise_var if options.noise_scale else 1)
-        shared = prior_mean.shape[0] == 1
-        d_prior_mean, d_prior_var = (
-            (t.sum(0) if shared else t).view(prior_mean.shape) for t in (by_prior_mean, by_prior_var)
-        )
+        if noise is not None:
+            d_noise = by_prior_var.sum(0) * (noise_of(noise, options) if options.noise_scale else 1)
+        by_prior = torch.stack([by_prior_mean, by_prior_var])
+        d_prior = (by_prior.sum(1, keepdim=True) if prior.shape[1] == 1 else by_prior).view(prior.shape)
     elif noise is not None:
         d_noise = torch.zeros_like(noise)
     if gain is not None and d_gain is None:
         d_gain = torch.zeros_like(gain)
     slope = slope_by_variance(g_var * (q * (2 / count)), mean, var)
     offset = by_observed / count - slope * mean
-    dx = _add_line(dx, dy, x, scale, slope, offset)
+    dx = _add_line(dx, dy, x, factor, slope, offset)
     by_output = 2 * by_output_var * gamma * posterior_var * inverse.square()
     d_weight = None if weight is None else (sum_dyx + by_output).sum(0)
-    d_bias = None if bias is None else (sum_dy + sent(d_output_mean)).sum(0)
-    return dx, None if y is None else dy, d_prior_mean, d_prior_var, d_gain, d_noise, d_weight, d_bias
+    d_bias = None if bias is None else (sum_dy + by_output_mean).sum(0)
+    return dx, None if y is None else dy, d_prior, d_gain, d_noise, d_weight, d_bias
 
 
 def _through_normalization(dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, scale: Tensor,
@@ -270,59 +272,48 @@ def _fold(weight: Tensor, channels: int) -> tuple[Tensor, Tensor]:
     return taps.sum(-1), taps.square().sum(-1)
 
 
-def link_forward(mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor | None,
+def link_forward(moments: Tensor, weight: Tensor, bias: Tensor | None,
                  relu: bool) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """A Gaussian, rectified or not, through a convolution or linear map.
 
     Args:
-        mean: ``(S, C_in, ...)``, axes behind of size 1, as ``var``.
-        var: see ``mean``.
+        moments: mean and variance, ``(2, S, C_in, ...)``, axes behind of size 1.
         weight: ``(C_out, C_in, *taps)``, dense in memory.
         bias: ``(C_out,)`` or None.
         relu: whether it is rectified before.
 
     Returns:
-        Mean and variance, ``(2, S, C_out)``; and rectified mean and variance, ``(2, S, C_in)``, or None.
+        Mean and variance, ``(2, S, C_out, ...)``; and those that were rectified, like ``moments``, or None.
     """
-    mean, var = mean.flatten(1), var.flatten(1)
-    after = torch.stack(rectified(mean, var)) if relu else None
-    if after is not None:
-        mean, var = after
-    sums, squares = _fold(weight, mean.shape[1])
-    out_mean = F.linear(mean, sums, bias)
-    return torch.stack([out_mean, F.linear(var, squares)]), after
+    after = torch.stack(rectified(*moments.unbind())) if relu else None
+    mean, var = (moments if after is None else after).flatten(2).unbind()
+    sums, squares = _fold(weight, moments.shape[2])
+    out = torch.stack([F.linear(mean, sums, bias), F.linear(var, squares)])
+    return out.view(*out.shape, *moments.shape[3:]), after
 
 
-def link_backward(mean: Tensor, var: Tensor, weight: Tensor, after: Tensor | None, d_mean: Tensor, d_var: Tensor,
-                  d_rectified_mean: Tensor | None, d_rectified_var: Tensor | None,
+def link_backward(moments: Tensor, weight: Tensor, after: Tensor | None, d_out: Tensor, d_after: Tensor | None,
                   relu: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The gradients of :func:`link_forward`.
 
     Args:
-        mean: see :func:`link_forward`, as ``var`` and ``weight``.
-        var: see ``mean``.
-        weight: see ``mean``.
+        moments: see :func:`link_forward`, as ``weight``.
+        weight: see ``moments``.
         after: the rectified moments, as returned, or None.
-        d_mean: ``(S, C_out, ...)``, as ``d_var``.
-        d_var: see ``d_mean``.
-        d_rectified_mean: what other users of the rectified moments send, ``(S, C_in, ...)``, or None.
-        d_rectified_var: likewise.
+        d_out: ``(2, S, C_out, ...)``.
+        d_after: what other users of the rectified moments send, like ``moments``, or None.
         relu: see :func:`link_forward`.
 
     Returns:
-        Gradients of mean and variance, ``(2, S, C_in)``; and of the weight.
+        Gradients of the moments and of the weight.
     """
-    mean, var, d_mean, d_var = (t.flatten(1) for t in (mean, var, d_mean, d_var))
-    m, v = (mean, var) if after is None else after
-    sums, squares = _fold(weight, mean.shape[1])
-    below_mean, below_var = d_mean @ sums, d_var @ squares
+    (d_mean, d_var), (m, v) = d_out.flatten(2).unbind(), (moments if after is None else after).flatten(2).unbind()
+    sums, squares = _fold(weight, moments.shape[2])
+    below = torch.stack([d_mean @ sums, d_var @ squares]).view(moments.shape)
     taps = [1] * (weight.ndim - 2)
     by_sum, by_square = ((a.mT @ b).view(*weight.shape[:2], *taps) for a, b in ((d_mean, m), (d_var, v)))
     d_weight = torch.addcmul(by_sum, weight, by_square, value=2)
     if relu:
-        if d_rectified_mean is not None:
-            below_mean = below_mean + d_rectified_mean.view_as(below_mean)
-        if d_rectified_var is not None:
-            below_var = below_var + d_rectified_var.view_as(below_var)
-        below_mean, below_var = rectified_gradients(mean, var, below_mean, below_var)
-    return torch.stack([below_mean, below_var]), d_weight
+        below = below if d_after is None else below + d_after
+        below = torch.stack(rectified_gradients(*moments.unbind(), *below.unbind()))
+    return below, d_weight

@@ -18,7 +18,9 @@ from kalmannorm.kernels.options import Filter
 __all__ = ["layer", "link"]
 
 _OPTIONS = "SymInt groups, float gain_slope, float gain_offset, float noise_scale, bool spread, float eps, bool relu"
-_PARAMETERS = "Tensor? prior_mean, Tensor? prior_var, Tensor? gain, Tensor? noise, Tensor? weight, Tensor? bias"
+_PARAMETERS = (
+    "Tensor? prior, Tensor? shift, Tensor? scale, Tensor? gain, Tensor? noise, Tensor? weight, Tensor? bias"
+)  # fmt: skip
 
 
 def _operator(name: str, schema: str, compute: Callable[..., Any], shapes: Callable[..., Any]) -> Any:
@@ -32,50 +34,47 @@ def _operator(name: str, schema: str, compute: Callable[..., Any], shapes: Calla
 # ---- the link ----
 
 
-def _link(mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> tuple[Tensor, Tensor]:
-    out, rectified = backend_for(mean, var, weight, bias).link_forward(mean, var, weight, bias, relu)
-    return out, mean.new_empty(0) if rectified is None else rectified
+def _link(moments: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> tuple[Tensor, Tensor]:
+    out, after = backend_for(moments, weight, bias).link_forward(moments, weight, bias, relu)
+    return out, moments.new_empty(0) if after is None else after
 
 
-def _link_shapes(mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> tuple[Tensor, Tensor]:
-    groups, channels = mean.shape[:2]
-    return mean.new_empty(2, groups, weight.shape[0]), mean.new_empty((2, groups, channels) if relu else 0)
+def _link_shapes(moments: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> tuple[Tensor, Tensor]:
+    _, groups, _, *ones = moments.shape
+    out = moments.new_empty(2, groups, weight.shape[0], *ones)
+    return out, torch.empty_like(moments) if relu else moments.new_empty(0)
 
 
-def _link_backward(mean: Tensor, var: Tensor, weight: Tensor, rectified: Tensor, d_out: Tensor, d_rectified: Tensor,
+def _link_backward(moments: Tensor, weight: Tensor, after: Tensor, d_out: Tensor, d_after: Tensor,
                    relu: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
-    after, sent = (rectified, d_rectified.contiguous().unbind(0)) if relu else (None, (None, None))
-    above = d_out.contiguous().unbind(0)
-    below, d_weight = backend_for(mean, var, weight).link_backward(mean, var, weight, after, *above, *sent, relu)
+    known, sent = (after, d_after) if relu else (None, None)
+    below, d_weight = backend_for(moments, weight).link_backward(moments, weight, known, d_out, sent, relu)
     return below, d_weight
 
 
-def _link_backward_shapes(mean: Tensor, var: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return mean.new_empty(2, *mean.shape[:2]), torch.empty_like(weight)
+def _link_backward_shapes(moments: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(moments), torch.empty_like(weight)
 
 
 link = _operator(
-    "link", "(Tensor mean, Tensor var, Tensor weight, Tensor? bias, bool relu) -> (Tensor, Tensor)", _link, _link_shapes
+    "link", "(Tensor moments, Tensor weight, Tensor? bias, bool relu) -> (Tensor, Tensor)", _link, _link_shapes
 )  # fmt: skip
 _backward_of_link = _operator(
     "link_backward",
-    "(Tensor mean, Tensor var, Tensor weight, Tensor rectified, Tensor d_out, Tensor d_rectified, bool relu)"
-    " -> (Tensor, Tensor)",
+    "(Tensor moments, Tensor weight, Tensor after, Tensor d_out, Tensor d_after, bool relu) -> (Tensor, Tensor)",
     _link_backward, _link_backward_shapes,
 )  # fmt: skip
 
 
 def _save_link(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    mean, var, weight, bias, ctx.relu = inputs
+    moments, weight, bias, ctx.relu = inputs
     ctx.has_bias = bias is not None
-    ctx.save_for_backward(mean, var, weight, output[1])
+    ctx.save_for_backward(moments, weight, output[1])
 
 
-def _derive_link(ctx: Any, d_out: Tensor, d_rectified: Tensor) -> tuple[Tensor | None, ...]:
-    mean, var, weight, rectified = ctx.saved_tensors
-    below, d_weight = _backward_of_link(mean, var, weight, rectified, d_out, d_rectified, ctx.relu)
-    d_mean, d_var = below.view(2, *mean.shape).unbind(0)
-    return d_mean, d_var, d_weight, d_out[0].sum(0) if ctx.has_bias else None, None
+def _derive_link(ctx: Any, d_out: Tensor, d_after: Tensor) -> tuple[Tensor | None, ...]:
+    below, d_weight = _backward_of_link(*ctx.saved_tensors, d_out, d_after, ctx.relu)
+    return below, d_weight, d_out[0].flatten(1).sum(0) if ctx.has_bias else None, None
 
 
 torch.library.register_autograd("kalmannorm::link", _derive_link, setup_context=_save_link)
@@ -84,47 +83,56 @@ torch.library.register_autograd("kalmannorm::link", _derive_link, setup_context=
 # ---- the layer, without running statistics ----
 
 
-def _layer(x: Tensor, other: Tensor | None, prior_mean: Tensor | None, prior_var: Tensor | None, gain: Tensor | None,
-           noise: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+def _layer(x: Tensor, other: Tensor | None, prior: Tensor | None, shift: Tensor | None, scale: Tensor | None,
+           gain: Tensor | None, noise: Tensor | None, weight: Tensor | None, bias: Tensor | None, posterior: bool,
            *options: Any) -> tuple[Tensor, Tensor]:  # fmt: skip
-    parameters = (prior_mean, prior_var, gain, noise, weight, bias)
+    parameters = (prior, shift, scale, gain, noise, weight, bias)
     y, statistics = backend_for(x, *parameters).layer_forward(x, other, *parameters, None, Filter(*options))
     return y, statistics
 
 
 def _layer_shapes(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(x.dtype, torch.float32)
-    return torch.empty_like(x), x.new_empty((6, others[7], x.shape[1]), dtype=dtype)
+    return torch.empty_like(x), x.new_empty((6, others[9], x.shape[1]), dtype=dtype)
 
 
-def _layer_backward(dy: Tensor, x: Tensor, y: Tensor | None, prior_mean: Tensor | None, prior_var: Tensor | None,
-                    gain: Tensor | None, noise: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-                    statistics: Tensor, d_statistics: Tensor, *options: Any) -> list[Tensor]:  # fmt: skip
-    parameters = (prior_mean, prior_var, gain, noise, weight, bias)
-    sent = d_statistics.contiguous()[:4].unbind(0)
+def _layer_backward(dy: Tensor, x: Tensor, y: Tensor | None, prior: Tensor | None, shift: Tensor | None,
+                    scale: Tensor | None, gain: Tensor | None, noise: Tensor | None, weight: Tensor | None,
+                    bias: Tensor | None, statistics: Tensor, d_statistics: Tensor, posterior: bool,
+                    *options: Any) -> list[Tensor]:  # fmt: skip
+    parameters = (prior, shift, scale, gain, noise, weight, bias)
+    sent = d_statistics[:2] if posterior else d_statistics[2:4]
     backward = backend_for(x, *parameters).layer_backward
-    gradients = backward(dy, x, y, *parameters, statistics, *sent, Filter(*options))
+    gradients = backward(dy, x, y, *parameters, statistics, sent, posterior, Filter(*options))
     return [g for g in gradients if g is not None]
 
 
+def _with_gradients(prior: Tensor | None, shift: Tensor | None, scale: Tensor | None,
+                    *others: Tensor | None) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Of the parameters, those that have gradients: all but the correction of the prior."""
+    return prior, *others
+
+
 def _layer_backward_shapes(dy: Tensor, x: Tensor, y: Tensor | None, *others: Any) -> list[Tensor]:
-    like = [x, *([] if y is None else [x]), *(t for t in others[:6] if t is not None)]
+    like = [x, *([] if y is None else [x]), *(t for t in _with_gradients(*others[:7]) if t is not None)]
     return [torch.empty_like(t) for t in like]
 
 
 layer = _operator(
-    "layer", f"(Tensor x, Tensor? other, {_PARAMETERS}, {_OPTIONS}) -> (Tensor, Tensor)", _layer, _layer_shapes
+    "layer", f"(Tensor x, Tensor? other, {_PARAMETERS}, bool posterior, {_OPTIONS}) -> (Tensor, Tensor)", _layer,
+    _layer_shapes,
 )  # fmt: skip
 _backward_of_layer = _operator(
     "layer_backward",
-    f"(Tensor dy, Tensor x, Tensor? y, {_PARAMETERS}, Tensor statistics, Tensor d_statistics, {_OPTIONS}) -> Tensor[]",
+    f"(Tensor dy, Tensor x, Tensor? y, {_PARAMETERS}, Tensor statistics, Tensor d_statistics, bool posterior,"
+    f" {_OPTIONS}) -> Tensor[]",
     _layer_backward, _layer_backward_shapes,
 )  # fmt: skip
 
 
 def _save_layer(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, other, *parameters = inputs[:8]
-    ctx.options = inputs[8:]
+    x, other, *parameters = inputs[:9]
+    ctx.options = inputs[9:]
     ctx.has_other = other is not None
     y = output[0] if ctx.has_other and ctx.options[-1] else None
     ctx.save_for_backward(x, *parameters, y, output[1])
@@ -135,7 +143,8 @@ def _derive_layer(ctx: Any, dy: Tensor, d_statistics: Tensor) -> tuple[Tensor | 
     found = iter(_backward_of_layer(dy, x, y, *parameters, statistics, d_statistics, *ctx.options))
     dx = next(found)
     d_other = next(found) if y is not None else dy if ctx.has_other else None
-    return (dx, d_other, *(None if t is None else next(found) for t in parameters), *[None] * 7)
+    d_prior, *others = (None if t is None else next(found) for t in _with_gradients(*parameters))
+    return dx, d_other, d_prior, None, None, *others, *[None] * 8
 
 
 torch.library.register_autograd("kalmannorm::layer", _derive_layer, setup_context=_save_layer)

@@ -28,10 +28,7 @@ __all__ = [
 
 # Sizes and small vectors vary from layer to layer without any gain from code of their own.
 _SIZES = ["channels", "pixels", "rows", "groups", "tiles", "chunk", "chunks", "prior_size", "count", "momentum"]
-_VECTORS = [
-    "prior_mean", "prior_var", "gain", "noise", "running_mean", "running_var", "d_posterior_mean", "d_posterior_var",
-    "d_output_mean", "d_output_var",
-]  # fmt: skip
+_VECTORS = ["prior", "prior_shift", "prior_scale", "gain", "noise", "running_mean", "running_var", "d_belief"]
 
 
 def _jit(function):
@@ -138,14 +135,15 @@ def _gain(gain, GAIN_SLOPE: tl.constexpr, GAIN_OFFSET: tl.constexpr):
 
 
 @triton.jit
-def _prior(prior_mean, prior_var, noise, at, channel, here, prior_size, NOISE_SCALE: tl.constexpr):
-    """Mean, variance with process noise, and the noise. A prior of one group serves all."""
+def _prior(prior, prior_shift, prior_scale, noise, at, channel, here, prior_size, NOISE_SCALE: tl.constexpr):
+    """Mean, variance with process noise, the noise, and the scale. A prior of one group serves all."""
     added = _or(noise, channel, here, 0.0)
     if noise is not None and NOISE_SCALE != 0:
         added = NOISE_SCALE * tl.exp(added)
-    mean = tl.load(prior_mean + at % prior_size, mask=here, other=0.0)
-    var = tl.load(prior_var + at % prior_size, mask=here, other=0.0)
-    return mean, var + added, added
+    mean = tl.load(prior + at % prior_size, mask=here, other=0.0) + _or(prior_shift, channel, here, 0.0)
+    factor = _or(prior_scale, channel, here, 1.0)
+    var = tl.load(prior + prior_size + at % prior_size, mask=here, other=0.0)
+    return mean, factor * (var + added), added, factor
 
 
 @triton.jit
@@ -172,16 +170,16 @@ def _move(running_mean, running_var, batches, nonfinite, momentum, channel, here
 
 
 @triton.jit
-def _fuse(mean, var, n, at, channel, here, size, statistics, prior_mean, prior_var, gain, noise, weight, bias,
+def _fuse(mean, var, n, at, channel, here, size, statistics, prior, prior_shift, prior_scale, gain, noise, weight, bias,
           running_mean, running_var, batches, nonfinite, momentum, prior_size, GAIN_SLOPE: tl.constexpr,
           GAIN_OFFSET: tl.constexpr, NOISE_SCALE: tl.constexpr, SPREAD: tl.constexpr, EPS: tl.constexpr):  # fmt: skip
     """Write the statistics of some channels, and move what is running; return the posterior."""
     q = 1.0
     posterior_mean = mean
     posterior_var = var
-    if prior_mean is not None:
+    if prior is not None:
         q = _gain(gain, GAIN_SLOPE, GAIN_OFFSET)
-        p_mean, p_var, _ = _prior(prior_mean, prior_var, noise, at, channel, here, prior_size, NOISE_SCALE)
+        p_mean, p_var, _, _ = _prior(prior, prior_shift, prior_scale, noise, at, channel, here, prior_size, NOISE_SCALE)
         innovation = mean - p_mean
         posterior_mean = p_mean + q * innovation
         posterior_var = p_var + q * (var - p_var)
@@ -210,10 +208,9 @@ def _line(statistics, weight, bias, at, channel, here, size, EPS: tl.constexpr):
 
 
 @triton.jit
-def _gradients(sum_dy, sum_dyx, n, at, channel, here, size, statistics, prior_mean, prior_var, gain, noise, weight,
-               d_posterior_mean, d_posterior_var, d_output_mean, d_output_var, terms, prior_size,
-               GAIN_SLOPE: tl.constexpr, GAIN_OFFSET: tl.constexpr, NOISE_SCALE: tl.constexpr, SPREAD: tl.constexpr,
-               EPS: tl.constexpr):  # fmt: skip
+def _gradients(sum_dy, sum_dyx, n, at, channel, here, size, statistics, prior, prior_shift, prior_scale, gain, noise,
+               weight, d_belief, terms, prior_size, POSTERIOR: tl.constexpr, GAIN_SLOPE: tl.constexpr, GAIN_OFFSET:
+               tl.constexpr, NOISE_SCALE: tl.constexpr, SPREAD: tl.constexpr, EPS: tl.constexpr):  # fmt: skip
     """Write each group and channel's share of every gradient; return mean, slope and offset of ``dx``.
 
     ``terms`` is ``(6, groups, channels)``: of weight, bias, prior mean, prior variance, gain and noise. Without a prior
@@ -224,21 +221,30 @@ def _gradients(sum_dy, sum_dyx, n, at, channel, here, size, statistics, prior_me
     var = tl.load(statistics + 5 * size + at, mask=here, other=0.0)
     gamma = _or(weight, channel, here, 1.0)
     inverse = 1.0 / tl.sqrt(v + EPS)
-    scale = gamma * inverse
-    g_mean = _or(d_posterior_mean, at, here, 0.0) - scale * sum_dy
-    g_var = _or(d_posterior_var, at, here, 0.0) - 0.5 * scale * inverse * sum_dyx
+    line = gamma * inverse
+    g_mean = -line * sum_dy
+    g_var = -0.5 * line * inverse * sum_dyx
     by_weight = sum_dyx
-    if d_output_var is not None:
-        by_output = tl.load(d_output_var + at, mask=here, other=0.0)
-        g_var += by_output * (scale * scale * EPS * inverse * inverse)
-        by_weight += 2 * by_output * scale * v * inverse
+    by_bias = sum_dy
+    if d_belief is not None:
+        sent_mean = tl.load(d_belief + at, mask=here, other=0.0)
+        sent_var = tl.load(d_belief + size + at, mask=here, other=0.0)
+        if POSTERIOR:
+            g_mean += sent_mean
+            g_var += sent_var
+        else:
+            g_var += sent_var * (line * line * EPS * inverse * inverse)
+            by_weight += 2 * sent_var * line * v * inverse
+            by_bias += sent_mean
     tl.store(terms + at, by_weight, mask=here)
-    tl.store(terms + size + at, sum_dy + _or(d_output_mean, at, here, 0.0), mask=here)
+    tl.store(terms + size + at, by_bias, mask=here)
     by_observed = g_mean
     q = 1.0
-    if prior_mean is not None:
+    if prior is not None:
         q = _gain(gain, GAIN_SLOPE, GAIN_OFFSET)
-        p_mean, p_var, added = _prior(prior_mean, prior_var, noise, at, channel, here, prior_size, NOISE_SCALE)
+        p_mean, p_var, added, factor = _prior(
+            prior, prior_shift, prior_scale, noise, at, channel, here, prior_size, NOISE_SCALE
+        )  # fmt: skip
         innovation = mean - p_mean
         by_observed = q * g_mean
         by_prior_mean = (1 - q) * g_mean
@@ -252,10 +258,10 @@ def _gradients(sum_dy, sum_dyx, n, at, channel, here, size, statistics, prior_me
         if gain is not None and GAIN_SLOPE != 0:
             by_gain *= GAIN_SLOPE * q * (1 - q)
         tl.store(terms + 2 * size + at, by_prior_mean, mask=here)
-        tl.store(terms + 3 * size + at, (1 - q) * g_var, mask=here)
+        tl.store(terms + 3 * size + at, (1 - q) * g_var * factor, mask=here)
         tl.store(terms + 4 * size + at, by_gain, mask=here)
         if noise is not None:
-            by_noise = (1 - q) * g_var
+            by_noise = (1 - q) * g_var * factor
             if NOISE_SCALE != 0:
                 by_noise *= added
             tl.store(terms + 5 * size + at, by_noise, mask=here)
@@ -286,11 +292,11 @@ def _masked(dy, x, output, start, offset, inside, mean, scale, beta, RELU: tl.co
 
 
 @_jit
-def forward_kernel(x, other, y, statistics, prior_mean, prior_var, gain, noise, weight, bias, running_mean, running_var,
-                   batches, nonfinite, momentum, channels, pixels, rows, groups, prior_size, GAIN_SLOPE: tl.constexpr,
-                   GAIN_OFFSET: tl.constexpr, NOISE_SCALE: tl.constexpr, SPREAD: tl.constexpr, EPS: tl.constexpr,
-                   RELU: tl.constexpr, A: tl.constexpr, K: tl.constexpr, B: tl.constexpr, LAST: tl.constexpr,
-                   ALIGN: tl.constexpr):  # fmt: skip
+def forward_kernel(x, other, y, statistics, prior, prior_shift, prior_scale, gain, noise, weight, bias, running_mean,
+                   running_var, batches, nonfinite, momentum, channels, pixels, rows, groups, prior_size, GAIN_SLOPE:
+                   tl.constexpr, GAIN_OFFSET: tl.constexpr, NOISE_SCALE: tl.constexpr, SPREAD: tl.constexpr, EPS:
+                   tl.constexpr, RELU: tl.constexpr, A: tl.constexpr, K: tl.constexpr, B: tl.constexpr, LAST:
+                   tl.constexpr, ALIGN: tl.constexpr):  # fmt: skip
     """All of the forward pass, where a group's channel is one tile. A program a group and channel block."""
     group, block, _, channel, here, at, size = _place(channels, groups, K, LAST, ALIGN)
     start, offset, inside, n = _tile(group, block, 0, channels, pixels, rows, A, K, B, LAST, ALIGN)
@@ -299,9 +305,9 @@ def forward_kernel(x, other, y, statistics, prior_mean, prior_var, gain, noise, 
     deviation = tl.where(inside, value - _spread_out(mean), 0.0)
     var = _sum(deviation * deviation) / n
     m, v = _fuse(
-        mean, var, n, at, channel, here, size, statistics, prior_mean, prior_var,
-        gain, noise, weight, bias, running_mean, running_var, batches, nonfinite, momentum, prior_size, GAIN_SLOPE,
-        GAIN_OFFSET, NOISE_SCALE, SPREAD, EPS,
+        mean, var, n, at, channel, here, size, statistics, prior, prior_shift, prior_scale, gain, noise, weight, bias,
+        running_mean, running_var, batches, nonfinite, momentum, prior_size, GAIN_SLOPE, GAIN_OFFSET, NOISE_SCALE,
+        SPREAD, EPS,
     )  # fmt: skip
     scale = _spread_out(_or(weight, channel, here, 1.0) * (1.0 / tl.sqrt(v + EPS)))
     value = (value - _spread_out(m)) * scale + _spread_out(_or(bias, channel, here, 0.0))
@@ -337,10 +343,10 @@ def moments_kernel(x, parts, channels, pixels, rows, groups, tiles, chunk, A: tl
 
 
 @_jit
-def fuse_kernel(parts, statistics, prior_mean, prior_var, gain, noise, weight, bias, running_mean, running_var, batches,
-                nonfinite, momentum, channels, groups, chunks, prior_size, GAIN_SLOPE: tl.constexpr,
-                GAIN_OFFSET: tl.constexpr, NOISE_SCALE: tl.constexpr, SPREAD: tl.constexpr, EPS: tl.constexpr,
-                P: tl.constexpr, C: tl.constexpr):  # fmt: skip
+def fuse_kernel(parts, statistics, prior, prior_shift, prior_scale, gain, noise, weight, bias, running_mean,
+                running_var, batches, nonfinite, momentum, channels, groups, chunks, prior_size, GAIN_SLOPE:
+                tl.constexpr, GAIN_OFFSET: tl.constexpr, NOISE_SCALE: tl.constexpr, SPREAD: tl.constexpr, EPS:
+                tl.constexpr, P: tl.constexpr, C: tl.constexpr):  # fmt: skip
     """Merge chunks, and fuse with the prior. A program for each ``C`` of ``groups * channels``."""
     size = groups * channels
     at = tl.program_id(0) * C + tl.arange(0, C)
@@ -366,9 +372,9 @@ def fuse_kernel(parts, statistics, prior_mean, prior_var, gain, noise, weight, b
         count = tl.load(pointer, mask=inside, other=0.0)
         squares += tl.sum(count * deviation * deviation + tl.load(pointer + 2 * size, mask=inside, other=0.0), 0)
     _fuse(
-        mean, squares / n, n, at, at % channels, here, size, statistics, prior_mean, prior_var, gain, noise, weight,
-        bias, running_mean, running_var, batches, nonfinite, momentum, prior_size, GAIN_SLOPE, GAIN_OFFSET, NOISE_SCALE,
-        SPREAD, EPS,
+        mean, squares / n, n, at, at % channels, here, size, statistics, prior, prior_shift, prior_scale, gain, noise,
+        weight, bias, running_mean, running_var, batches, nonfinite, momentum, prior_size, GAIN_SLOPE, GAIN_OFFSET,
+        NOISE_SCALE, SPREAD, EPS,
     )  # fmt: skip
 
 
@@ -409,11 +415,11 @@ def running_kernel(statistics, gain, running_mean, running_var, batches, nonfini
 
 
 @_jit
-def backward_kernel(dy, x, output, dx, d_other, statistics, terms, d_posterior_mean, d_posterior_var, d_output_mean,
-                    d_output_var, prior_mean, prior_var, gain, noise, weight, bias, channels, pixels, rows, groups,
-                    prior_size, GAIN_SLOPE: tl.constexpr, GAIN_OFFSET: tl.constexpr, NOISE_SCALE: tl.constexpr,
-                    SPREAD: tl.constexpr, EPS: tl.constexpr, RELU: tl.constexpr, A: tl.constexpr, K: tl.constexpr,
-                    B: tl.constexpr, LAST: tl.constexpr, ALIGN: tl.constexpr):  # fmt: skip
+def backward_kernel(dy, x, output, dx, d_other, statistics, terms, d_belief, prior, prior_shift, prior_scale, gain,
+                    noise, weight, bias, channels, pixels, rows, groups, prior_size, POSTERIOR: tl.constexpr,
+                    GAIN_SLOPE: tl.constexpr, GAIN_OFFSET: tl.constexpr, NOISE_SCALE: tl.constexpr, SPREAD:
+                    tl.constexpr, EPS: tl.constexpr, RELU: tl.constexpr, A: tl.constexpr, K: tl.constexpr, B:
+                    tl.constexpr, LAST: tl.constexpr, ALIGN: tl.constexpr):  # fmt: skip
     """All of the backward pass, where a group's channel is one tile. A program a group and channel block."""
     group, block, _, channel, here, at, size = _place(channels, groups, K, LAST, ALIGN)
     start, offset, inside, n = _tile(group, block, 0, channels, pixels, rows, A, K, B, LAST, ALIGN)
@@ -424,9 +430,9 @@ def backward_kernel(dy, x, output, dx, d_other, statistics, terms, d_posterior_m
     if d_other is not None:
         _store(d_other, start, offset, inside, gradient)
     centre, slope, level = _gradients(
-        _sum(gradient), _sum(gradient * (value - mean) * inverse), n, at, channel, here, size, statistics, prior_mean,
-        prior_var, gain, noise, weight, d_posterior_mean, d_posterior_var, d_output_mean, d_output_var, terms,
-        prior_size, GAIN_SLOPE, GAIN_OFFSET, NOISE_SCALE, SPREAD, EPS,
+        _sum(gradient), _sum(gradient * (value - mean) * inverse), n, at, channel, here, size, statistics, prior,
+        prior_shift, prior_scale, gain, noise, weight, d_belief, terms, prior_size, POSTERIOR, GAIN_SLOPE, GAIN_OFFSET,
+        NOISE_SCALE, SPREAD, EPS,
     )  # fmt: skip
     value = scale * gradient + (value - _spread_out(centre)) * _spread_out(slope) + _spread_out(level)
     _store(dx, start, offset, inside, value)
@@ -455,10 +461,10 @@ def sums_kernel(dy, x, output, parts, statistics, weight, bias, channels, pixels
 
 
 @_jit
-def gradients_kernel(parts, line, statistics, terms, d_posterior_mean, d_posterior_var, d_output_mean, d_output_var,
-                     prior_mean, prior_var, gain, noise, weight, count, channels, groups, chunks, prior_size,
-                     GAIN_SLOPE: tl.constexpr, GAIN_OFFSET: tl.constexpr, NOISE_SCALE: tl.constexpr,
-                     SPREAD: tl.constexpr, EPS: tl.constexpr, P: tl.constexpr, C: tl.constexpr):  # fmt: skip
+def gradients_kernel(parts, line, statistics, terms, d_belief, prior, prior_shift, prior_scale, gain, noise, weight,
+                     count, channels, groups, chunks, prior_size, POSTERIOR: tl.constexpr, GAIN_SLOPE: tl.constexpr,
+                     GAIN_OFFSET: tl.constexpr, NOISE_SCALE: tl.constexpr, SPREAD: tl.constexpr, EPS: tl.constexpr, P:
+                     tl.constexpr, C: tl.constexpr):  # fmt: skip
     """Merge chunks; all gradients but that of ``x``, whose ``line`` is ``(2, groups, channels)``, slope and offset.
 
     ``count`` elements a channel in a group. A program for each ``C`` of ``groups * channels``.
@@ -475,8 +481,8 @@ def gradients_kernel(parts, line, statistics, terms, d_posterior_mean, d_posteri
         sum_dy += tl.sum(tl.load(pointer, mask=inside, other=0.0), 0)
         sum_dyx += tl.sum(tl.load(pointer + size, mask=inside, other=0.0), 0)
     _, slope, level = _gradients(
-        sum_dy, sum_dyx, count.to(tl.float32), at, at % channels, here, size, statistics, prior_mean, prior_var, gain,
-        noise, weight, d_posterior_mean, d_posterior_var, d_output_mean, d_output_var, terms, prior_size, GAIN_SLOPE,
+        sum_dy, sum_dyx, count.to(tl.float32), at, at % channels, here, size, statistics, prior,
+        prior_shift, prior_scale, gain, noise, weight, d_belief, terms, prior_size, POSTERIOR, GAIN_SLOPE,
         GAIN_OFFSET, NOISE_SCALE, SPREAD, EPS,
     )  # fmt: skip
     tl.store(line + at, slope, mask=here)

@@ -5,8 +5,7 @@ thing here: ``(out, in * taps)`` in memory, or ``(out, taps * in)`` where channe
 few of its rows and contracts both moments in one reading. Backward, a program has a tile of it, writes that tile's
 gradient and the tile's share of what goes down to the moments; the shares are then summed in a fixed order.
 
-``mean`` and ``var`` are ``(groups, in)``. ``rectified``, the moments after the ReLU, is ``(2, groups, in)``, or None
-where there is no ReLU.
+``moments`` are mean and variance, ``(2, groups, in)``. So is ``rectified``, after the ReLU; None where there is none.
 """
 # Triton has no types for mypy to check, and a kernel's arguments are its pointers and sizes.
 # mypy: ignore-errors
@@ -59,7 +58,7 @@ def _channel(column, channels, TAPS: tl.constexpr, LAST: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def contract_kernel(mean, var, weight, bias, out, rectified, rows, channels, groups, TAPS: tl.constexpr,
+def contract_kernel(moments, weight, bias, out, rectified, rows, channels, groups, TAPS: tl.constexpr,
                     LAST: tl.constexpr, R: tl.constexpr, F: tl.constexpr, ALIGN: tl.constexpr):  # fmt: skip
     """``m W^T + b`` and ``v (W^2)^T``: ``out`` is ``(2, groups, rows)``. A program a group and ``R`` rows."""
     group, block = tl.program_id(0) % groups, tl.program_id(0) // groups
@@ -73,8 +72,8 @@ def contract_kernel(mean, var, weight, bias, out, rectified, rows, channels, gro
         inside = column < columns
         w = tl.load(at_row + column[None, :], mask=(row < rows)[:, None] & inside[None, :], other=0.0).to(tl.float32)
         at = group * channels + _channel(column, channels, TAPS, LAST)
-        m = tl.load(mean + at, mask=inside, other=0.0)
-        v = tl.load(var + at, mask=inside, other=0.0)
+        m = tl.load(moments + at, mask=inside, other=0.0)
+        v = tl.load(moments + groups * channels + at, mask=inside, other=0.0)
         if rectified is not None:
             m, v = _rectify(m, v)
             if block == 0:  # of the programs and columns that meet a channel, one writes
@@ -91,12 +90,12 @@ def contract_kernel(mean, var, weight, bias, out, rectified, rows, channels, gro
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def weight_gradient_kernel(mean, var, rectified, weight, d_mean, d_var, d_weight, parts, rows, channels, groups,
-                           TAPS: tl.constexpr, LAST: tl.constexpr, R: tl.constexpr, F: tl.constexpr,
-                           ALIGN: tl.constexpr):  # fmt: skip
+def weight_gradient_kernel(moments, weight, d_out, d_weight, parts, rows, channels, groups, TAPS: tl.constexpr, LAST:
+                           tl.constexpr, R: tl.constexpr, F: tl.constexpr, ALIGN: tl.constexpr):  # fmt: skip
     """``dm^T m + 2 W (dv^T v)``, and of each ``R`` rows ``dm W`` and ``dv W^2``: ``(chunks, 2, groups, columns)``.
 
-    ``d_mean`` and ``d_var`` are ``(groups, rows)``. A program a tile of ``R`` rows and ``F`` columns.
+    ``moments`` are those after a ReLU, ``d_out`` is ``(2, groups, rows)``. A program a tile of ``R`` rows and ``F``
+    columns.
     """
     columns = channels * TAPS // ALIGN * ALIGN
     blocks = tl.cdiv(columns, F)
@@ -110,14 +109,10 @@ def weight_gradient_kernel(mean, var, rectified, weight, d_mean, d_var, d_weight
     by_var = tl.zeros((R, F), tl.float32)
     for group in range(groups):
         at = group * channels + _channel(column, channels, TAPS, LAST)
-        if rectified is not None:
-            m = tl.load(rectified + at, mask=column < columns, other=0.0)
-            v = tl.load(rectified + groups * channels + at, mask=column < columns, other=0.0)
-        else:
-            m = tl.load(mean + at, mask=column < columns, other=0.0)
-            v = tl.load(var + at, mask=column < columns, other=0.0)
-        dm = tl.load(d_mean + group * rows + row, mask=row < rows, other=0.0)[:, None]
-        dv = tl.load(d_var + group * rows + row, mask=row < rows, other=0.0)[:, None]
+        m = tl.load(moments + at, mask=column < columns, other=0.0)
+        v = tl.load(moments + groups * channels + at, mask=column < columns, other=0.0)
+        dm = tl.load(d_out + group * rows + row, mask=row < rows, other=0.0)[:, None]
+        dv = tl.load(d_out + (groups + group) * rows + row, mask=row < rows, other=0.0)[:, None]
         by_mean += dm * m[None, :]
         by_var += dv * v[None, :]
         at = parts + (chunk.to(tl.int64) * 2 * groups + group) * columns + column
@@ -128,9 +123,8 @@ def weight_gradient_kernel(mean, var, rectified, weight, d_mean, d_var, d_weight
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def moment_gradients_kernel(mean, var, d_rectified_mean, d_rectified_var, parts, below, channels, groups, chunks,
-                            RELU: tl.constexpr, TAPS: tl.constexpr, LAST: tl.constexpr, P: tl.constexpr,
-                            C: tl.constexpr):  # fmt: skip
+def moment_gradients_kernel(moments, d_rectified, parts, below, channels, groups, chunks, RELU: tl.constexpr, TAPS:
+                            tl.constexpr, LAST: tl.constexpr, P: tl.constexpr, C: tl.constexpr):  # fmt: skip
     """Sums over chunks and taps, through the ReLU: ``below`` is ``(2, groups, channels)``.
 
     A program a group and ``C`` channels.
@@ -153,12 +147,11 @@ def moment_gradients_kernel(mean, var, d_rectified_mean, d_rectified_var, parts,
         d_mean += tl.sum(tl.load(pointer, mask=inside, other=0.0), 0)
         d_var += tl.sum(tl.load(pointer + groups * columns, mask=inside, other=0.0), 0)
     if RELU:
-        if d_rectified_mean is not None:
-            d_mean += tl.load(d_rectified_mean + at, mask=here, other=0.0)
-        if d_rectified_var is not None:
-            d_var += tl.load(d_rectified_var + at, mask=here, other=0.0)
-        m = tl.load(mean + at, mask=here, other=0.0)
-        v = tl.load(var + at, mask=here, other=1.0)
+        if d_rectified is not None:
+            d_mean += tl.load(d_rectified + at, mask=here, other=0.0)
+            d_var += tl.load(d_rectified + groups * channels + at, mask=here, other=0.0)
+        m = tl.load(moments + at, mask=here, other=0.0)
+        v = tl.load(moments + groups * channels + at, mask=here, other=1.0)
         std, a, above, beneath, density = _standardize(m, v)
         positive = density + a * above
         by_mean = d_mean * above + d_var * (2 * std * positive * beneath)

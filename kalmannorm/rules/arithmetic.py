@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from kalmannorm.gaussian import Gaussian, Unknown
-from kalmannorm.rules.pointwise import power
+from kalmannorm.gaussian import Gaussian, Packed, Unknown
+from kalmannorm.rules.pointwise import Deferred, power
 from kalmannorm.rules.pooling import largest_of
 from kalmannorm.rules.shape import align, summarize
 from kalmannorm.rules.table import Belief, aliases, rule
@@ -43,11 +43,21 @@ def _pair(x: _Operand, y: _Operand) -> tuple[Gaussian, Gaussian]:
     return first, second
 
 
+def _packed(x: _Operand, y: _Operand) -> tuple[Packed, Packed] | None:
+    """Both, where both are known in one tensor, of one shape: what comes from layers, or from the links between."""
+    x, y = (each.evaluate() if isinstance(each, Deferred) else each for each in (x, y))
+    if isinstance(x, Packed) and isinstance(y, Packed) and x.moments.shape == y.moments.shape:
+        return (x, y) if x.shape == y.shape else None
+    return None
+
+
 @rule(*aliases("add", "add_", "__add__", "__radd__", "__iadd__"))
 def add(x: _Operand, y: _Operand, *, alpha: float = 1, out: object = None) -> Belief:
     """``m1 + m2`` and ``v1 + v2``: a residual sum, a bias, a position embedding."""
     if x is y:
         return mul(x, 1 + alpha)
+    if alpha == 1 and (both := _packed(x, y)) is not None:
+        return Packed(both[0].moments + both[1].moments)
     first, second = _pair(x, y)
     if alpha == 1:
         return Gaussian(first.mean + second.mean, first.var + second.var)

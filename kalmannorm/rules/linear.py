@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kalmannorm.gaussian import Gaussian, Unknown
-from kalmannorm.kernels import link
-from kalmannorm.rules.pointwise import Rectified
-from kalmannorm.rules.table import Belief, aliases, rule
+from kalmannorm.gaussian import Gaussian, Packed, Unknown
+from kalmannorm.kernels import Through, link
+from kalmannorm.rules.pointwise import Deferred, Rectified
+from kalmannorm.rules.table import DEFERRING, Belief, aliases, rule
 
 _ACTIVATION_AS_WEIGHT = Unknown("the weight is computed from the input")
 _NO_BATCH = Unknown("a convolution without a batch axis")
@@ -38,20 +39,63 @@ def _convolve(x: Gaussian, weight: Tensor, bias: Tensor | None, groups: int, spa
     return Gaussian(mean, var).map(lambda t: t.reshape(*t.shape, *[1] * (x.ndim - 2)))
 
 
+class Linked(Deferred):
+    """A belief that came through a matrix or an ungrouped filter, rectified before or not.
+
+    Mostly a normalization layer comes next, which computes it along with its own: see :meth:`link`.
+
+    Args:
+        below: one value a statistic group and channel.
+        filter: ``(C_out, C_in, *taps)``.
+        bias: ``(C_out,)`` or None.
+    """
+
+    __slots__ = ("bias", "filter")
+
+    def __init__(self, below: Gaussian, filter: Tensor, bias: Tensor | None) -> None:
+        super().__init__(below)
+        self.filter = filter
+        self.bias = bias
+
+    def _of(self, below: Gaussian) -> Deferred:
+        return Linked(below, self.filter, self.bias)
+
+    def _rectified(self) -> Rectified | None:
+        """The ReLU below, if it is to be computed along with this."""
+        below = self.below
+        return below if type(below) is Rectified and not below.is_known else None
+
+    def _compute(self) -> Gaussian:
+        rectified = self._rectified()
+        below = self.below if rectified is None else rectified.below
+        moments, after = link(below.packed().moments, self.filter, self.bias, relu=rectified is not None)
+        if rectified is not None and after is not None:
+            rectified.keep(Packed(after))
+        return Packed(moments)
+
+    def link(self) -> tuple[Gaussian, Through | None]:
+        """The belief below, and what leads from there to this one; itself and None where the moments are known.
+
+        Who computes them takes over to :meth:`keep` those of a ReLU below.
+        """
+        if self._grad != torch.is_grad_enabled() or self.is_known:
+            return self, None
+        rectified = self._rectified()
+        below = self.below if rectified is None else rectified.below
+        return below, Through(self.filter, self.bias, rectified is not None)
+
+    def is_per_channel(self, channels: int) -> bool:
+        """As :class:`Gaussian`'s; nothing is computed."""
+        return self.filter.shape[0] == channels
+
+
 def through_weight(x: Gaussian, weight: Tensor, bias: Tensor | None) -> Gaussian:
     """Through a matrix or an ungrouped filter; through the ReLU before it in the same step, where there is one."""
-    if isinstance(x, Rectified) and not x.is_known and x.below.is_per_channel(weight.shape[1]):
-        below = x.below
-        out = link(below.mean, below.var, weight, bias, relu=True)
-        assert out.rectified_mean is not None
-        assert out.rectified_var is not None
-        x.keep(out.rectified_mean, out.rectified_var)
-        return Gaussian(out.mean, out.var)
-    if not x.is_per_channel(weight.shape[1]):
+    known = x.below if type(x) is Rectified and not x.is_known else x
+    if not known.is_per_channel(weight.shape[1]):
         x = x.full([1]).pool(range(2, x.ndim))
         x = Gaussian(*torch.broadcast_tensors(x.mean, x.var))
-    out = link(x.mean, x.var, weight, bias)
-    return Gaussian(out.mean, out.var)
+    return Linked(x, weight, bias)
 
 
 def _by_blocks(moment: Tensor, matrix: Tensor, groups: int) -> Tensor:
@@ -135,5 +179,13 @@ def linear(x: Gaussian, weight: Tensor, bias: Tensor | None = None) -> Belief:
     x = x.full([x.ndim - 1])
     before = torch.broadcast_shapes(x.mean.shape, x.var.shape)[:-1]
     flat = x.map(lambda t: t.expand(*before, -1).flatten(0, -2))
-    out = link(flat.mean, flat.var, weight, bias)
-    return Gaussian(out.mean, out.var).map(lambda t: t.unflatten(0, before))
+    moments, _ = link(flat.packed().moments, weight, bias)
+    return Packed(moments).map(lambda t: t.unflatten(0, before))
+
+
+def _only_notes(x: Gaussian, weight: Any, bias: object = None, stride: object = 1, padding: object = 0,
+                dilation: object = 1, groups: int = 1) -> bool:  # fmt: skip
+    return groups == 1 and isinstance(weight, Tensor) and x.ndim == weight.ndim and x.is_per_channel(weight.shape[1])
+
+
+DEFERRING.update(dict.fromkeys((conv1d, conv2d, conv3d, linear), _only_notes))

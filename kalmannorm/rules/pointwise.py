@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kalmannorm.gaussian import Gaussian, Unknown
+from kalmannorm.gaussian import Gaussian, Packed, Unknown
 from kalmannorm.kernels import rectify
 from kalmannorm.kernels.apply import in_grad_mode, is_transformed, saved_tensor_hooks
-from kalmannorm.rules.table import Belief, aliases, rule
+from kalmannorm.rules.table import DEFERRING, Belief, aliases, rule
 
-__all__ = ["Rectified", "piecewise", "quadrature"]
+__all__ = ["Deferred", "Rectified", "piecewise", "quadrature"]
 
 # The standard normal is integrated by the trapezoid rule on [-8, 8]. For smooth integrands it
 # converges as fast as Gauss-Hermite quadrature (its error is exp(-2 pi^2 / step^2)), for kinked ones
@@ -100,56 +100,71 @@ def _polynomial_at(m: Tensor, breaks: Sequence[float], pieces: Sequence[Sequence
     return value
 
 
-class Rectified(Gaussian):
-    """A rectified Gaussian whose moments are computed when they are asked for.
-
-    Behind a ReLU there mostly is a convolution, whose rule does both in one step, and leaves the moments in
-    between here (:meth:`keep`).
+class Deferred(Gaussian):
+    """A belief whose moments are computed when they are asked for, or by who does that along with something else
+    (:meth:`keep`).
 
     Args:
-        below: what is rectified.
+        below: the belief that it follows from.
     """
 
-    __slots__ = ("_grad", "_moments", "_where", "below")
+    __slots__ = ("_grad", "_known", "_where", "below")
 
     def __init__(self, below: Gaussian) -> None:
         self.below = below
         self.shape = below.shape
-        self._moments: tuple[Tensor, Tensor] | None = None
+        self._known: Gaussian | None = None
         self._where: object = None
         self._grad = torch.is_grad_enabled()  # of who made it, who need not be who asks first
+
+    def _compute(self) -> Gaussian:
+        raise NotImplementedError
+
+    def _of(self, below: Gaussian) -> Deferred:
+        """The same of another belief."""
+        return type(self)(below)
 
     @property
     def is_known(self) -> bool:
         """Whether the moments were computed, in the same checkpointed region, if any."""
-        return self._moments is not None and self._where == saved_tensor_hooks()
+        return self._known is not None and self._where == saved_tensor_hooks()
 
-    def keep(self, mean: Tensor, var: Tensor) -> None:
+    def keep(self, known: Gaussian) -> None:
         """Take the moments from who has computed them, unless without the gradients that others need."""
         if torch.is_grad_enabled() or not self._grad:
-            self._moments, self._where = (mean, var), saved_tensor_hooks()
+            self._known, self._where = known, saved_tensor_hooks()
 
-    def _known(self) -> tuple[Tensor, Tensor]:
+    def evaluate(self) -> Gaussian:
+        """The same belief, its moments computed now if they are not known."""
         if not self.is_known:
             with in_grad_mode(self._grad):
-                self.keep(*rectify(self.below.mean, self.below.var))
-        assert self._moments is not None
-        return self._moments
+                self.keep(self._compute())
+        assert self._known is not None
+        return self._known
 
     @property
     def mean(self) -> Tensor:  # type: ignore[override]
         """As :class:`Gaussian`'s."""
-        return self._known()[0]
+        return self.evaluate().mean
 
     @property
     def var(self) -> Tensor:  # type: ignore[override]
         """As :class:`Gaussian`'s."""
-        return self._known()[1]
+        return self.evaluate().var
 
     @property
     def ndim(self) -> int:
         """As :class:`Gaussian`'s."""
         return self.below.ndim
+
+    @property
+    def groups(self) -> int:
+        """As :class:`Gaussian`'s."""
+        return self.below.groups
+
+    def is_per_channel(self, channels: int) -> bool:
+        """As :class:`Gaussian`'s; nothing is computed."""
+        return self.below.is_per_channel(channels)
 
     def of(self, shape: Sequence[int]) -> Gaussian:
         """As :class:`Gaussian`'s; nothing is computed."""
@@ -158,7 +173,22 @@ class Rectified(Gaussian):
 
     def detach(self) -> Gaussian:
         """As :class:`Gaussian`'s; nothing is computed."""
-        return Rectified(self.below.detach()).of(self.shape)
+        new = self._of(self.below.detach())
+        new._grad = False
+        return new.of(self.shape)
+
+    def packed(self) -> Packed:
+        """As :class:`Gaussian`'s."""
+        return self.evaluate().packed()
+
+
+class Rectified(Deferred):
+    """A rectified Gaussian. Behind a ReLU there mostly is a convolution, which computes this along with its own."""
+
+    __slots__ = ()
+
+    def _compute(self) -> Gaussian:
+        return Gaussian(*rectify(self.below.mean, self.below.var))
 
 
 @rule(*aliases("relu", "relu_"))
@@ -167,6 +197,9 @@ def relu(x: Gaussian, inplace: bool = False) -> Gaussian:
     if is_transformed() and not torch.compiler.is_compiling():
         return Gaussian(*rectify(x.mean, x.var))
     return Rectified(x)
+
+
+DEFERRING[relu] = lambda x, inplace=False: True
 
 
 def _two_slopes(x: Gaussian, slope: Tensor | float, slope_var: float = 0.0) -> Gaussian:

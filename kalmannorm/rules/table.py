@@ -10,7 +10,9 @@ import torch
 
 from kalmannorm.gaussian import Gaussian, Unknown
 
-__all__ = ["BELIEF_FIRST", "FACTORIES", "LIKE", "RULES", "Belief", "Rule", "aliases", "as_rule_is_called", "rule"]
+__all__ = [
+    "BELIEF_FIRST", "DEFERRING", "FACTORIES", "LIKE", "RULES", "Belief", "Rule", "aliases", "as_rule_is_called", "rule",
+]  # fmt: skip
 
 Belief = Gaussian | Unknown
 Rule = Callable[..., Any]
@@ -19,6 +21,8 @@ _R = TypeVar("_R", bound=Rule)
 RULES: dict[Callable[..., Any], Rule] = {}
 # Rules that say, by annotation, that their first argument is a belief: they are not asked about a known one.
 BELIEF_FIRST: set[Rule] = set()
+# Rules that only note what is to be computed, and by which arguments they do.
+DEFERRING: dict[Rule, Callable[..., bool]] = {}
 # The names of a rule's parameters, and how many it takes by position; None for any. Noted when it is taught, as a
 # compiler cannot ask for them.
 _TAKES: dict[Rule, tuple[frozenset[str] | None, int | None]] = {}

@@ -31,7 +31,8 @@ class LayerCase:
     noise: bool = False
     affine: str = "weight bias"
     residual: bool = False
-    sent: str = "mean var output_mean output_var"  # gradients from above
+    corrected: bool = False  # the prior
+    sent: str = "output"  # gradients from above: of the output's belief, of the "posterior", or none
     running: bool = True
     mean: float = 0.3
     std: float = 1.2
@@ -52,7 +53,11 @@ LAYERS = {
     "residual_only": LayerCase((2, 5, 3, 7), residual=True),
     "no_prior": LayerCase((3, 4, 5), Filter(relu=True), prior_groups=None),
     "fixed_gain": LayerCase((3, 4, 5), Filter(gain_offset=0.25), learned=False),
-    "no_spread": LayerCase((3, 4, 5), Filter(spread=False)),
+    "no_spread": LayerCase((3, 4, 5), Filter(spread=False), sent="posterior"),
+    "corrected": LayerCase((3, 4, 5), Filter(**_SIGMOID, noise_scale=0.01), noise=True, corrected=True),
+    "corrected_groups": LayerCase(
+        (6, 5, 3, 3), Filter(groups=3), prior_groups=3, noise=True, corrected=True, sent="posterior"
+    ),
     "noise_exponential": LayerCase((3, 4, 5), Filter(**_SIGMOID, noise_scale=0.01), noise=True),
     "noise_itself": LayerCase((3, 4, 5), Filter(groups=3), noise=True),
     "no_affine": LayerCase((3, 4, 5), Filter(relu=True), affine=""),
@@ -68,13 +73,13 @@ LAYERS = {
     "strided_gradient": LayerCase((2, 6, 4, 4), strided=True),
     "bfloat16": LayerCase((2, 8, 4, 4), Filter(relu=True), dtype=torch.bfloat16, residual=True, tolerance=1e-2),
     "float16_channels_last": LayerCase((2, 8, 4, 4), dtype=torch.float16, last=True, tolerance=2e-3),
-    "constant_channel": LayerCase((2, 3, 4, 4), constant=1, sent="var"),
+    "constant_channel": LayerCase((2, 3, 4, 4), constant=1, sent="posterior"),
     "nan_channel": LayerCase((2, 5, 4, 4), nan=1),
     "far_mean": LayerCase((2, 3, 9, 9), mean=1000.0, std=0.5, tolerance=2e-4),
     "large": LayerCase((1, 1, 130, 129), Filter(**_SIGMOID, relu=True)),
     "tiled": LayerCase((2, 2, 7, 9), Filter(**_SIGMOID, relu=True), residual=True, noise=True, tiny=True, twice=True),
     "tiled_aligned": LayerCase((1, 2, 12, 16), tiny=True, sent=""),
-    "tiled_rows": LayerCase((40, 2, 3, 3), Filter(groups=2, relu=True), prior_groups=2, tiny=True),
+    "tiled_rows": LayerCase((40, 2, 3, 3), Filter(groups=2, relu=True), prior_groups=2, corrected=True, tiny=True),
     "tiled_no_prior": LayerCase((2, 2, 8, 8), Filter(relu=True), prior_groups=None, affine="", tiny=True),
     "tiled_channels_last": LayerCase((2, 34, 2, 3), Filter(relu=True), last=True, residual=True, tiny=True),
     "tiled_channels_last_groups": LayerCase((4, 3, 7, 7), Filter(groups=2), last=True, noise=True, tiny=True),
@@ -147,19 +152,22 @@ def _as(case: LayerCase | LinkCase, t: Tensor) -> Tensor:
     return t.contiguous(memory_format=_LAST[t.ndim]) if case.last else t.contiguous()
 
 
-def _layer_reference(x, other, prior_mean, prior_var, gain, noise, weight, bias, o: Filter) -> tuple[Tensor, ...]:
+def _layer_reference(x, other, prior, shift, scale, gain, noise, weight, bias, o: Filter) -> tuple[Tensor, ...]:
     """In words of torch, for autograd."""
     blocks = x.unflatten(0, (o.groups, -1)).transpose(1, 2).flatten(2)  # (S, C, n)
     mean, var = blocks.mean(-1), blocks.var(-1, correction=0)
     q = torch.ones((), dtype=x.dtype, device=x.device)
     m, v = mean, var
-    if prior_mean is not None:
+    if prior is not None:
+        prior_mean, prior_var = prior.view(2, -1, x.shape[1])
         if gain is None:
             q = q * o.gain_offset
         else:
             q = torch.sigmoid(o.gain_slope * gain + o.gain_offset) if o.gain_slope else gain
         if noise is not None:
             prior_var = prior_var + (o.noise_scale * noise.exp() if o.noise_scale else noise)
+        if shift is not None:
+            prior_mean, prior_var = prior_mean + shift, scale * prior_var
         m = (1 - q) * prior_mean + q * mean
         v = (1 - q) * prior_var + q * var + (q * (1 - q) * (mean - prior_mean).square() if o.spread else 0)
     gamma = torch.ones_like(mean) if weight is None else weight.expand_as(mean)
@@ -173,8 +181,8 @@ def _layer_reference(x, other, prior_mean, prior_var, gain, noise, weight, bias,
     return y, m, v, beta, gamma.square() * v / (v + o.eps), mean, var, *newest
 
 
-def _draw_layer(case: LayerCase, device: str) -> tuple[list[Tensor | None], Tensor, list[Tensor | None]]:
-    """Inputs, and the gradients from above: of the output, of the statistics."""
+def _draw_layer(case: LayerCase, device: str) -> tuple[list[Tensor | None], Tensor, Tensor | None]:
+    """Inputs, and the gradients from above: of the output, of the belief."""
     o, channels = case.options, case.shape[1]
     x = case.mean + case.std * torch.randn(case.shape)
     if case.constant is not None:
@@ -182,11 +190,12 @@ def _draw_layer(case: LayerCase, device: str) -> tuple[list[Tensor | None], Tens
     if case.nan is not None:
         x[0, case.nan] = math.nan
     other = _as(case, torch.randn(case.shape)) if case.residual else None
-    prior_mean = prior_var = gain = None
+    prior = shift = scale = gain = None
     if case.prior_groups is not None:
-        shape = (-1, channels, *[1] * (len(case.shape) - 2))  # as the library hands them on
-        prior_mean = (case.mean + torch.randn(case.prior_groups, channels)).view(shape)
-        prior_var = (torch.rand(case.prior_groups, channels) + 0.2).view(shape)
+        mean, var = case.mean + torch.randn(case.prior_groups, channels), torch.rand(case.prior_groups, channels) + 0.2
+        prior = torch.stack([mean, var]).view(2, -1, channels, *[1] * (len(case.shape) - 2))  # as it is handed on
+        if case.corrected:
+            shift, scale = torch.randn(channels), torch.rand(channels) + 0.5
         gain = torch.tensor([0.7]) if case.learned else None
     noise = torch.rand(channels) if case.noise else None
     weight = torch.randn(channels) if "weight" in case.affine else None
@@ -194,13 +203,10 @@ def _draw_layer(case: LayerCase, device: str) -> tuple[list[Tensor | None], Tens
     dy = _as(case, torch.randn(case.shape))
     if case.strided:
         dy = dy.mT.contiguous().mT
-    sent = [
-        torch.randn(o.groups, channels) if name in case.sent.split() else None
-        for name in ("mean", "var", "output_mean", "output_var")
-    ]
-    inputs = (_as(case, x), other, prior_mean, prior_var, gain, noise, weight, bias)
-    move = [[None if t is None else t.to(device) for t in tensors] for tensors in (inputs, [dy], sent)]
-    return move[0], move[1][0], move[2]
+    sent = torch.randn(2, o.groups, channels) if case.sent else None
+    inputs = (_as(case, x), other, prior, shift, scale, gain, noise, weight, bias)
+    *moved, dy, sent = [None if t is None else t.to(device) for t in (*inputs, dy, sent)]
+    return moved, dy, sent
 
 
 def _differ_running(case: LayerCase, running: Running, mean: Tensor, var: Tensor) -> list[str]:
@@ -225,11 +231,11 @@ def run_layer(case: LayerCase, device: str, backend: ModuleType) -> list[str]:
     x = inputs[0]
 
     exact = [None if t is None else t.double().requires_grad_() for t in inputs]
-    flat = [t.view(-1, channels) if i in {2, 3} and t is not None else t for i, t in enumerate(exact)]
-    y, *rows, newest_mean, newest_var = _layer_reference(*flat, o)
+    y, *rows, newest_mean, newest_var = _layer_reference(*exact, o)
     scalar = (y * dy.double()).sum()
-    for row, gradient in zip(rows, sent, strict=False):
-        scalar = scalar if gradient is None else scalar + (row * gradient.double()).sum()
+    posterior = case.sent == "posterior"
+    if sent is not None:
+        scalar = scalar + (torch.stack(rows[:2] if posterior else rows[2:4]) * sent.double()).sum()
     given = [t for t in exact if t is not None]
     gradients = iter(torch.autograd.grad(scalar, given, allow_unused=True, materialize_grads=True))
     expected = [None if t is None else next(gradients) for t in exact]
@@ -239,7 +245,8 @@ def run_layer(case: LayerCase, device: str, backend: ModuleType) -> list[str]:
         running = Running(*buffers, torch.tensor(7, device=device), torch.tensor(3, device=device), 0.25)
         y, statistics = backend.layer_forward(*inputs, running if case.running else None, o)
         mask = y if case.residual and o.relu else None
-        return running, [y, statistics, *backend.layer_backward(dy, x, mask, *inputs[2:], statistics, *sent, o)]
+        gradients = backend.layer_backward(dy, x, mask, *inputs[2:], statistics, sent, posterior, o)
+        return running, [y, statistics, *gradients]
 
     with _tiny_tiles(case.tiny):
         running, results = both_ways()
@@ -253,7 +260,8 @@ def run_layer(case: LayerCase, device: str, backend: ModuleType) -> list[str]:
         wrong += _differ(name, row, wanted, min(case.tolerance, 2e-4))
     if not (case.residual and o.relu):
         expected[1] = None  # the caller's
-    names = ("dx", "d_other", "d_prior_mean", "d_prior_var", "d_gain", "d_noise", "d_weight", "d_bias")
+    del expected[3:5]  # the correction is constant
+    names = ("dx", "d_other", "d_prior", "d_gain", "d_noise", "d_weight", "d_bias")
     for name, gradient, wanted in zip(names, found, expected, strict=True):
         wrong += _differ(name, gradient, wanted, 10 * case.tolerance)
     if case.running:
@@ -279,32 +287,29 @@ def run_link(case: LinkCase, device: str, backend: ModuleType) -> list[str]:
     torch.manual_seed(0)
     rows, channels = case.weight[:2]
     mean = torch.randn(case.groups, channels) * (4 if case.far else 1)
-    var = torch.rand(case.groups, channels) + 0.1
+    moments = torch.stack([mean, torch.rand(case.groups, channels) + 0.1])
     weight = _as(case, torch.randn(case.weight)).to(device)
     bias = torch.randn(rows).to(device) if case.bias else None
-    d_mean, d_var = torch.randn(case.groups, rows).to(device), torch.randn(case.groups, rows).to(device)
-    sent = [torch.randn(case.groups, channels).to(device) if case.sent and case.relu else None for _ in range(2)]
-    ones = [1] * (len(case.weight) - 2)
-    mean, var = (t.to(device).view(case.groups, channels, *ones) for t in (mean, var))
+    d_out = torch.randn(2, case.groups, rows).to(device)
+    moments = moments.to(device).view(2, case.groups, channels, *[1] * (len(case.weight) - 2))
+    sent = torch.randn(moments.shape).to(device) if case.sent and case.relu else None
 
-    exact = [t.double().requires_grad_() for t in (mean, var, weight)]
+    exact = [t.double().requires_grad_() for t in (moments, weight)]
     wanted_bias = None if bias is None else bias.double()
-    flat = [t.view(case.groups, channels) for t in exact[:2]]
-    out_mean, out_var, *after = _link_reference(*flat, exact[2], wanted_bias, case.relu)
-    scalar = (out_mean * d_mean.double()).sum() + (out_var * d_var.double()).sum()
-    for moment, gradient in zip(after, sent, strict=True):
-        scalar = scalar if gradient is None else scalar + (moment * gradient.double()).sum()
+    out_mean, out_var, *after = _link_reference(*exact[0].flatten(2), exact[1], wanted_bias, case.relu)
+    scalar = (torch.stack([out_mean, out_var]) * d_out.double()).sum()
+    if sent is not None:
+        scalar = scalar + (torch.stack(after) * sent.flatten(2).double()).sum()
     expected = torch.autograd.grad(scalar, exact)
 
-    out, found_after = backend.link_forward(mean, var, weight, bias, case.relu)
-    below, d_weight = backend.link_backward(mean, var, weight, found_after, d_mean, d_var, *sent, case.relu)
-    wrong = _differ("mean", out[0], out_mean, 1e-5) + _differ("variance", out[1], out_var, 1e-5)
+    out, found_after = backend.link_forward(moments, weight, bias, case.relu)
+    below, d_weight = backend.link_backward(moments, weight, found_after, d_out, sent, case.relu)
+    wrong = _differ("mean", out[0].flatten(1), out_mean, 1e-5) + _differ("variance", out[1].flatten(1), out_var, 1e-5)
     if case.relu:
-        wrong += _differ("rectified mean", found_after[0], after[0], 1e-5)
-        wrong += _differ("rectified variance", found_after[1], after[1], 1e-5)
-    for name, found, wanted in zip(("d_mean", "d_var"), below, expected, strict=False):
-        wrong += _differ(name, found, wanted.view(case.groups, channels), 1e-4)
-    wrong += _differ("d_weight", d_weight, expected[2], 10 * case.tolerance)
+        wrong += _differ("rectified mean", found_after[0].flatten(1), after[0], 1e-5)
+        wrong += _differ("rectified variance", found_after[1].flatten(1), after[1], 1e-5)
+    wrong += _differ("d_mean", below[0], expected[0][0], 1e-4) + _differ("d_var", below[1], expected[0][1], 1e-4)
+    wrong += _differ("d_weight", d_weight, expected[1], 10 * case.tolerance)
     if d_weight.stride() != weight.stride():
         wrong.append("d_weight: another memory format than the weight")
     return wrong

@@ -8,7 +8,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from kalmannorm import Gaussian
 from kalmannorm.functional import kalman_update, normalize, observe
-from kalmannorm.kernels import Filter, Running, layer, link
+from kalmannorm.kernels import Filter, Running, Through, layer, link
 
 # The package's attribute of this name is the function.
 _module = importlib.import_module("kalmannorm.kernels.layer")
@@ -26,18 +26,18 @@ def inputs(shape, dtype=torch.float64, groups=1):
     channels = shape[1]
     x = (torch.randn(shape, dtype=dtype) * 2 + 1).requires_grad_()
     wide = torch.promote_types(dtype, torch.float32)
-    prior_mean = torch.randn(groups, channels, dtype=wide).requires_grad_()
-    prior_var = torch.rand(groups, channels, dtype=wide).add(0.2).requires_grad_()
+    mean, var = torch.randn(groups, channels, dtype=wide), torch.rand(groups, channels, dtype=wide).add(0.2)
+    prior = torch.stack([mean, var]).requires_grad_()
     gain = torch.tensor([0.3], dtype=wide).requires_grad_()
     noise = torch.rand(channels, dtype=wide).requires_grad_()
     weight, bias = (torch.randn(channels, dtype=wide).requires_grad_() for _ in range(2))
-    return x, prior_mean, prior_var, gain, noise, weight, bias
+    return x, prior, gain, noise, weight, bias
 
 
-def plain(x, prior_mean, prior_var, gain, noise, weight, bias, options):
+def plain(x, prior, gain, noise, weight, bias, options):
     q = torch.sigmoid(options.gain_slope * gain + options.gain_offset) if options.gain_slope else gain
     noise = options.noise_scale * noise.exp() if options.noise_scale else noise
-    prior, seen = Gaussian(prior_mean, prior_var), observe(x, options.groups)
+    prior, seen = Gaussian(*prior), observe(x, options.groups)
     posterior = kalman_update(prior, seen, q, process_noise=noise, spread=options.spread)
     y = normalize(x, posterior, weight, bias, options.eps)
     return y.relu() if options.relu else y, posterior.mean, posterior.var
@@ -45,7 +45,7 @@ def plain(x, prior_mean, prior_var, gain, noise, weight, bias, options):
 
 def outputs(given, options, posterior=True):
     out = layer(*given, options, posterior=posterior)
-    return out.output, *(t.flatten(1) for t in (out.mean, out.var))
+    return out.output, *out.belief.flatten(2)
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -75,6 +75,52 @@ def test_gradcheck_and_gradgradcheck(options, groups, posterior):
     assert gradgradcheck(run, given)
 
 
+def below_a_link(groups, relu, bias):
+    """A layer's inputs, with the prior below a link of 3 to 2 channels, and a correction."""
+    x, _, *others = inputs((4, 2, 3, 3), groups=groups)
+    prior = (torch.rand(2, groups, 3, 1, 1, dtype=torch.float64) + 0.2).requires_grad_()
+    filter = torch.randn(2, 3, 2, 2, dtype=torch.float64).requires_grad_()
+    offset = torch.randn(2, dtype=torch.float64).requires_grad_() if bias else None
+    correction = {"shift": torch.randn(2).double(), "scale": torch.rand(2).double() + 0.5}
+    return x, prior, others, Through(filter, offset, relu), correction
+
+
+@pytest.mark.parametrize("posterior", [True, False])
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_through_a_link_it_is_the_link_and_then_the_layer(groups, bias, relu, posterior):
+    x, prior, others, through, correction = below_a_link(groups, relu, bias)
+    options = Filter(groups, gain_slope=-1.0, gain_offset=0.2, noise_scale=0.1, eps=1e-3)
+    linked = link(prior, *through)
+    theirs = layer(x, linked.moments, *others, options, posterior=posterior, **correction)
+    theirs = theirs._replace(rectified=linked.rectified)
+    ours = layer(x, prior, *others, options, posterior=posterior, through=through, **correction)
+    given = [t for t in (x, prior, *others, *through[:2]) if t is not None]
+    upstream = [torch.randn_like(t) for t in ours if t is not None]
+    gradients = []
+    for out in (ours, theirs):
+        sent = [(t, d) for t, d in zip((t for t in out if t is not None), upstream, strict=True) if t.requires_grad]
+        outputs, incoming = zip(*sent, strict=True)
+        gradients.append(torch.autograd.grad(outputs, given, incoming))
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("relu", [False, True])
+def test_gradgradcheck_through_a_link(relu):
+    x, prior, others, through, correction = below_a_link(2, relu, bias=True)
+
+    def run(x, prior, filter, bias):
+        given = Through(filter, bias, relu)
+        out = layer(x, prior, *others, Filter(groups=2, eps=1e-3), through=given, **correction)
+        return tuple(t for t in (out.output, out.belief, out.rectified) if t is not None)
+
+    given = (x, prior, *through[:2])
+    assert gradcheck(run, given)
+    assert gradgradcheck(run, given)
+
+
 @pytest.mark.parametrize("relu", [False, True])
 def test_a_residual_gets_its_gradient(relu):
     x, *rest = inputs((2, 3, 4))
@@ -99,8 +145,11 @@ def test_the_plain_expression_moves_the_same_averages(groups):
     ]  # fmt: skip
     options = Filter(groups, gain_slope=-1.0, noise_scale=0.1)
     ours = layer(*given, options, running=running[0])
-    theirs = _module._plain(given[0], None, *given[1:], running[1], options, False)
-    torch.testing.assert_close(ours.statistics, theirs[-1])
+    x, prior, *others = given
+    theirs = _module._plain(
+        x, None, prior, (None, None, *others), None, None, False, False, options, running[1]
+    )  # fmt: skip
+    torch.testing.assert_close(ours.statistics, theirs[2])
     for a, b in zip(*running, strict=True):
         torch.testing.assert_close(a, b)
     assert running[0].batches == 5
@@ -119,10 +168,10 @@ def test_statistics_are_returned_without_a_gradient():
 def test_half_precision_has_statistics_in_float32(dtype):
     given = inputs((4, 3, 8, 8), dtype)
     out = layer(*given, Filter(eps=1e-3), posterior=True)
-    assert (out.output.dtype, out.mean.dtype, out.var.dtype) == (dtype, torch.float32, torch.float32)
+    assert (out.output.dtype, out.belief.dtype) == (dtype, torch.float32)
     exact = layer(*(t.detach().double() for t in given), Filter(eps=1e-3), posterior=True)
     torch.testing.assert_close(out.output.double(), exact.output, rtol=0.02, atol=0.02)
-    torch.testing.assert_close(out.var.double(), exact.var, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out.belief.double(), exact.belief, rtol=1e-5, atol=1e-5)
     (dx,) = torch.autograd.grad(out.output, given[0], torch.randn_like(out.output))
     assert dx.dtype == dtype
 
@@ -167,12 +216,13 @@ def test_small_vectors_may_have_strides(dtype):
         buffer = form(torch.zeros(8, dtype=dtype)), form(torch.ones(8, dtype=dtype))
         running = Running(*buffer, torch.tensor(0), torch.tensor(0), 0.1)
         inputs = [form(t) for t in (noise, weight, bias)]
-        out = layer(x, form(mean)[None], form(var)[None], None, *inputs, options, running=running)
-        results.append((*out, running.mean, running.var))
+        prior = torch.stack([form(mean)[None], form(var)[None]], -1).movedim(-1, 0)
+        out = layer(x, prior, None, *inputs, options, running=running)
+        results.append((*out[:3], running.mean, running.var))
     torch.testing.assert_close(*results)
     wide = torch.tensor([2.0], dtype=dtype).expand(8)
-    flat = layer(x, None, None, None, None, wide, None, options).output
-    torch.testing.assert_close(flat, layer(x, None, None, None, None, wide.clone(), None, options).output)
+    flat = layer(x, None, None, None, wide, None, options).output
+    torch.testing.assert_close(flat, layer(x, None, None, None, wide.clone(), None, options).output)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -182,8 +232,12 @@ def test_small_vectors_may_have_strides(dtype):
         ("weight", {"weight": torch.ones(4)}),
         ("bias", {"bias": torch.ones(4)}),
         ("process_noise", {"noise": torch.ones(1)}),
-        ("a prior mean", {"prior_mean": torch.zeros(1, 4)}),
-        ("a prior variance", {"prior_var": torch.ones(2, 8)}),
+        ("prior_scale", {"scale": torch.ones(4)}),
+        ("a prior", {"prior": torch.ones(2, 1, 4)}),
+        ("a prior", {"prior": torch.ones(2, 2, 8)}),
+        ("a link", {"through": Through(torch.ones(4, 8), None, False)}),
+        ("a link", {"through": Through(torch.ones(8, 8), torch.ones(4), False)}),
+        ("a link", {"through": Through(torch.ones(8, 8), None, False), "prior": None}),
         ("a residual", {"other": torch.ones(4, 8, 1, 1)}),
         ("running_mean", {"running": Running(*torch.zeros(2, 4), torch.tensor(0), torch.tensor(0), 0.1)}),
         ("a batch of 4", {"options": Filter(groups=3, gain_offset=0.3)}),
@@ -191,7 +245,7 @@ def test_small_vectors_may_have_strides(dtype):
 )
 def test_what_has_another_size_is_refused(name, change, dtype):
     given = {
-        "prior_mean": torch.zeros(1, 8), "prior_var": torch.ones(1, 8), "gain": None, "noise": torch.ones(8),
+        "prior": torch.ones(2, 1, 8), "gain": None, "noise": torch.ones(8),
         "weight": torch.ones(8), "bias": torch.ones(8), "options": Filter(gain_offset=0.3), **change,
     }  # fmt: skip
     given = {key: t.to(dtype) if isinstance(t, torch.Tensor) else t for key, t in given.items()}
@@ -200,5 +254,5 @@ def test_what_has_another_size_is_refused(name, change, dtype):
 
 
 def test_a_link_of_another_number_of_channels_is_refused():
-    with pytest.raises(ValueError, match=r"expected both of 8 channels, as the weight of shape \(3, 8, 1, 1\) has"):
-        link(torch.zeros(1, 4, 1, 1), torch.ones(1, 4, 1, 1), torch.ones(3, 8, 1, 1))
+    with pytest.raises(ValueError, match=r"of as many channels as the weight of shape \(3, 8, 1, 1\) has"):
+        link(torch.ones(2, 1, 4, 1, 1), torch.ones(3, 8, 1, 1))

@@ -123,19 +123,23 @@ def test_layer_compiles(case, expected, compiled):
     channels, o = case.shape[1], case.options
     x = torch.empty(case.shape, dtype=case.dtype)
     x = x.contiguous(memory_format=torch.channels_last) if case.last else x
-    prior, c = torch.empty(case.prior_groups or 1, channels), torch.empty(channels)
-    prior_or_none = None if case.prior_groups is None else prior
+    c = torch.empty(channels)
+    prior = None if case.prior_groups is None else torch.empty(2, case.prior_groups, channels)
+    correction = c if case.corrected else None
     parameters = (
-        prior_or_none, prior_or_none, None if prior_or_none is None else c[:1], c if case.noise else None,
-        c if case.affine else None, c if case.affine else None,
+        None if prior is None else c[:1], c if case.noise else None, c if case.affine else None,
+        c if case.affine else None,
     )  # fmt: skip
     count = torch.tensor(0)
     y, statistics = on_gpu.layer_forward(
-        x, x if case.residual else None, *parameters, Running(c, c, count, count, 0.1), o
+        x, x if case.residual else None, prior, correction, correction, *parameters, Running(c, c, count, count, 0.1), o
     )
-    sent = [torch.empty(o.groups, channels) if case.sent else None] * 4
-    gradients = on_gpu.layer_backward(y, x, y if case.residual else None, *parameters, statistics, *sent, o)
-    for gradient, t in zip(gradients, (x, x if case.residual else None, *parameters), strict=True):
+    sent = torch.empty(2, o.groups, channels) if case.sent else None
+    gradients = on_gpu.layer_backward(
+        y, x, y if case.residual else None, prior, correction, correction, *parameters, statistics, sent,
+        case.sent == "posterior", o,
+    )  # fmt: skip
+    for gradient, t in zip(gradients, (x, x if case.residual else None, prior, *parameters), strict=True):
         assert (None if gradient is None else gradient.shape) == (None if t is None else t.shape)
     assembly = compiled["triton_layer"].assembly
     assert sorted(assembly) == expected
@@ -151,10 +155,9 @@ def test_layer_compiles(case, expected, compiled):
 def test_link_compiles(dtype, last, relu, compiled):
     weight = torch.empty(64, 32, 3, 3, dtype=dtype)
     weight = weight.contiguous(memory_format=torch.channels_last) if last else weight
-    below, above = torch.empty(2, 32), torch.empty(2, 64)
-    sent = below if relu else None
-    _, rectified = on_gpu.link_forward(below, below, weight, above[0], relu)
-    d_below, d_weight = on_gpu.link_backward(below, below, weight, rectified, above, above, sent, sent, relu)
+    below, above = torch.empty(2, 2, 32), torch.empty(2, 2, 64)
+    _, rectified = on_gpu.link_forward(below, weight, above[0, 0], relu)
+    d_below, d_weight = on_gpu.link_backward(below, weight, rectified, above, below if relu else None, relu)
     assert d_below.shape == (2, 2, 32)
     assert d_weight.stride() == weight.stride()
     assembly = compiled["triton_link"].assembly
