@@ -3,6 +3,7 @@
 from kalmannorm import functional, rules
 from kalmannorm.annealing import anneal
 from kalmannorm.calibration import Calibration, calibrate
+from kalmannorm.capturing import capture
 from kalmannorm.convert import connect, convert, fuse, to_batchnorm
 from kalmannorm.describe import Description, describe, first_nonfinite
 from kalmannorm.freezing import freeze
@@ -25,7 +26,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Calibration", "Description", "Gaussian", "GroupKalmanNorm", "GroupKalmanNormAct", "KalmanNorm", "KalmanNorm1d",
-    "KalmanNorm2d", "KalmanNorm3d", "KalmanNormAct2d", "Unknown", "anneal", "calibrate", "connect", "convert",
-    "describe", "first_nonfinite", "freeze", "functional", "fuse", "online_statistics", "preset", "recalibrate",
-    "rule", "rules", "standardize_weights", "to_batchnorm",
+    "KalmanNorm2d", "KalmanNorm3d", "KalmanNormAct2d", "Unknown", "anneal", "calibrate", "capture", "connect",
+    "convert", "describe", "first_nonfinite", "freeze", "functional", "fuse", "online_statistics", "preset",
+    "recalibrate", "rule", "rules", "standardize_weights", "to_batchnorm",
 ]  # fmt: skip

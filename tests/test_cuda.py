@@ -141,6 +141,38 @@ def test_captured_in_a_cuda_graph():
     torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_captured_in_one_line(autocast):
+    """Also what only a real graph can show: that gradients accumulate, and that a part takes beliefs along."""
+    if DEVICE != "cuda":
+        pytest.skip("graphs are CUDA's")
+    eager = kn.convert(net(), input_stats=([0.0] * 3, [1.0] * 3)).to(DEVICE)
+    whole, part = copy.deepcopy(eager), copy.deepcopy(eager)
+    kn.capture(whole)
+    kn.capture(part.layer2)
+    images, labels = (t.to(DEVICE) for t in batch())
+    losses = []
+    for model in (eager, whole, part):
+        optimizer = torch.optim.SGD(model.parameters(), 0.01)
+        of_model = []
+        for number in range(8):
+            with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+                loss = F.cross_entropy(model(images.roll(number, 0)), labels)
+            loss.backward()
+            of_model.append(loss.detach())
+            if number % 2:
+                optimizer.step()
+                optimizer.zero_grad()
+        losses.append(torch.stack(of_model))
+    assert len(whole.forward.graphs) == 1
+    close = {"rtol": 0.05, "atol": 0.05} if autocast else {"rtol": 1e-3, "atol": 1e-4}
+    for found in losses[1:]:
+        torch.testing.assert_close(found, losses[0], **close)
+    for model in (whole, part):
+        for a, b in zip(eager.buffers(), model.buffers(), strict=True):
+            torch.testing.assert_close(a, b, **close)
+
+
 @pytest.mark.skipif(not torch.distributed.is_nccl_available(), reason="no NCCL")
 def test_nccl_with_one_process(tmp_path):
     if DEVICE != "cuda":

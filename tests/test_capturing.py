@@ -1,0 +1,295 @@
+"""Passes replayed as CUDA graphs; without a GPU, functions that write to one place stand in for graphs."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import kalmannorm as kn
+from kalmannorm import capturing
+
+STATS = ([0.0] * 3, [1.0] * 3)
+
+
+class Graph(torch.autograd.Function):
+    """What torch's graphed callables do: inputs are copied, outputs and gradients overwritten."""
+
+    @staticmethod
+    def forward(ctx, recorded, *inputs):
+        for mine, given in zip(recorded.samples, inputs, strict=True):
+            if mine.data_ptr() != given.data_ptr():
+                mine.detach().copy_(given)
+        # A graph is replayed where nothing watches; what Python did then, this does again.
+        with torch.enable_grad(), torch._C._EnableTorchFunction():
+            ctx.found = recorded.run(*recorded.samples)
+        ctx.recorded = recorded
+        return recorded.kept("outputs", ctx.found)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        sent = [(o, g) for o, g in zip(ctx.found, gradients, strict=True) if o.requires_grad]
+        outputs, sent = zip(*sent, strict=True)
+        asked = [t for t in ctx.recorded.samples if t.requires_grad]
+        found = iter(ctx.recorded.kept("gradients", torch.autograd.grad(outputs, asked, sent, allow_unused=True)))
+        return None, *[next(found) if t.requires_grad else None for t in ctx.recorded.samples]
+
+
+class Recorded:
+    def __init__(self, run, samples):
+        self.run, self.samples, self.memory = run, samples, {}
+        for _ in range(3):
+            outputs = [o for o in run(*samples) if o.requires_grad]
+            torch.autograd.grad(outputs, [t for t in samples if t.requires_grad], outputs, allow_unused=True)
+
+    def kept(self, name, tensors):
+        mine = self.memory.setdefault(name, [None if t is None else t.detach().clone() for t in tensors])
+        for here, t in zip(mine, tensors, strict=True):
+            if t is not None:
+                here.copy_(t.detach())
+        return tuple(None if t is None else t.detach() for t in mine)
+
+    def __call__(self, *inputs):
+        return Graph.apply(self, *inputs)
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """What was recorded, in the order in which it was."""
+    found = []
+
+    def graphed(run, samples):
+        found.append(Recorded(run, samples))
+        return found[-1]
+
+    monkeypatch.setattr(capturing, "_is_on_gpu", lambda t: True)
+    monkeypatch.setattr(capturing, "_graphed", graphed)
+    return found
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5),
+    )  # fmt: skip
+
+
+def pair(make=net, **options):
+    """The same network twice, the second one captured."""
+    plain = kn.convert(make(), input_stats=STATS)
+    return plain, kn.capture(copy.deepcopy(plain), **options)
+
+
+def images(samples=2, seed=0):
+    return torch.randn(samples, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_same_state(captured, plain, **close):
+    for name, tensor in plain.state_dict().items():
+        torch.testing.assert_close(captured.state_dict()[name], tensor, msg=lambda m, n=name: f"{n}: {m}", **close)
+
+
+def train(model, batches, accumulated=1, clip=None):
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    losses = []
+    for number, x in enumerate(batches):
+        loss = F.cross_entropy(model(x), torch.arange(len(x))) / accumulated
+        loss.backward()
+        losses.append(loss.detach())
+        if (number + 1) % accumulated == 0:
+            if clip is not None:
+                nn.utils.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step()
+            optimizer.zero_grad()
+    return torch.stack(losses)
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulated": 2}, {"clip": 0.1}])
+def test_a_training_is_the_same(recorded, options):
+    plain, captured = pair()
+    batches = [images(seed=seed) for seed in range(8)]
+    torch.testing.assert_close(train(captured, batches, **options), train(plain, batches, **options), rtol=0, atol=0)
+    assert len(recorded) == 1
+    assert_same_state(captured, plain, rtol=0, atol=0)
+    assert captured[1].num_batches_tracked == 8
+
+
+def test_gradients_and_outputs_are_not_overwritten(recorded):
+    plain, captured = pair(warm_up=1)
+    batches = [images(seed=seed) for seed in range(4)]
+    kept = [model(x) for model in (plain, captured) for x in batches]
+    for a, b in zip(kept[:4], kept[4:], strict=True):
+        torch.testing.assert_close(a, b)
+    captured.zero_grad()
+    captured(batches[0]).sum().backward()
+    gradients = [p.grad for p in captured.parameters()]
+    before = [g.clone() for g in gradients]
+    captured.zero_grad()
+    captured(batches[1]).sum().backward()
+    assert all(torch.equal(a, b) for a, b in zip(gradients, before, strict=True))
+
+
+def test_shapes_have_graphs_of_their_own_up_to_a_number(recorded):
+    plain, captured = pair(warm_up=2, shapes=2)
+    for samples in (2, 3, 4):
+        for seed in range(4):
+            torch.testing.assert_close(captured(images(samples, seed)), plain(images(samples, seed)))
+    assert [len(each.samples[0]) for each in recorded] == [2, 3]
+    assert_same_state(captured, plain)
+
+
+def test_where_it_runs_as_it_is(recorded):
+    _, captured = pair(warm_up=1)
+    calls = captured.forward
+    for _ in range(3):
+        with torch.no_grad():
+            captured(images())
+        captured.eval()(images())
+        captured.train()
+        checkpoint(captured, images(), use_reentrant=False)
+    assert not recorded
+    assert not calls.graphs
+    for parameter in captured.parameters():
+        parameter.requires_grad_(False)
+    captured(images())
+    captured(images())
+    assert not recorded
+
+
+def test_what_changes_is_recorded_anew(recorded):
+    _, captured = pair(warm_up=1)
+
+    def recorded_again():
+        before = len(recorded)
+        for _ in range(3):
+            captured(images())
+        return len(recorded) - before
+
+    assert recorded_again() == 1
+    assert recorded_again() == 0
+    captured[0].weight.requires_grad_(False)
+    assert recorded_again() == 1
+    captured[1].momentum = 0.5
+    assert recorded_again() == 1
+    kn.freeze(captured[:2])
+    assert recorded_again() == 1
+    captured[3].weight.data = captured[3].weight.data.clone()
+    assert recorded_again() == 1
+
+
+class Arguments(nn.Module):
+    """Takes and returns more than a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, both, scale=1.0, *, mask=None, name="x"):
+        y = self.norm(self.conv(both["image"])) * scale
+        return {"y": y if mask is None else y * mask, "name": name, "more": [both["other"] + 1, None]}
+
+
+def test_arguments_and_results_keep_their_form(recorded):
+    plain, captured = pair(Arguments, warm_up=1)
+    for seed in range(3):
+        given = {"image": images(seed=seed), "other": torch.randn(3)}
+        keywords = {"scale": 0.5, "mask": torch.ones(6, 6), "name": "z"}
+        ours, theirs = captured(given, **keywords), plain(given, **keywords)
+        assert ours["name"] == "z"
+        assert ours["more"][1] is None
+        torch.testing.assert_close((ours["y"], ours["more"][0]), (theirs["y"], theirs["more"][0]))
+    for _ in range(2):
+        torch.testing.assert_close(captured(given, scale=2.0)["y"], plain(given, scale=2.0)["y"])
+    assert len(recorded) == 2
+    before = len(captured.forward.seen)
+    captured(given, name=object())  # no constant: as it is
+    assert len(captured.forward.seen) == before
+
+
+class Parts(nn.Module):
+    """A part that is captured, between others."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+        self.body = nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 1))
+        self.head = nn.Sequential(nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+
+    def forward(self, x):
+        return self.head(self.body(self.stem(x)))
+
+
+@pytest.mark.parametrize("part", ["stem", "body", "head"])
+def test_beliefs_cross_the_border_of_a_part(recorded, part):
+    plain, captured = (kn.convert(Parts(), input_stats=STATS) for _ in range(2))
+    kn.capture(getattr(captured, part), warm_up=1)
+    batches = [images(seed=seed) for seed in range(5)]
+    torch.testing.assert_close(train(captured, batches), train(plain, batches))
+    assert len(recorded) == 1
+    assert_same_state(captured, plain)
+
+
+def test_a_copy_records_its_own_graphs(recorded):
+    _, captured = pair(warm_up=1)
+    for _ in range(2):
+        captured(images())
+    for other in (copy.deepcopy(captured), pickle.loads(pickle.dumps(captured))):
+        assert other.forward.module is other
+        before = len(recorded)
+        for _ in range(2):
+            torch.testing.assert_close(other(images()), captured(images()))
+        assert len(recorded) == before + 1
+        assert other.state_dict().keys() == captured.state_dict().keys()
+    del captured.forward
+    before = len(recorded)
+    for _ in range(3):
+        captured(images())
+    assert len(recorded) == before
+
+
+def test_a_pretrained_network_fills_its_corrections_first(recorded):
+    trained = net()
+    for seed in range(5):
+        trained(images(8, seed) * 3 + 1)
+    plain, captured = pair(lambda: trained, warm_up=1)
+    for seed in range(4):
+        torch.testing.assert_close(captured(images(seed=seed)), plain(images(seed=seed)))
+    assert_same_state(captured, plain)
+    assert len(recorded) == 1
+
+
+def test_what_is_no_model_or_no_number_is_refused():
+    with pytest.raises(TypeError, match=r"kalmannorm\.capture got function, expected a torch\.nn\.Module"):
+        kn.capture(net)
+    with pytest.raises(ValueError, match=r"warm_up=0 and shapes=4, expected numbers above 0"):
+        kn.capture(net(), warm_up=0)
+    with pytest.raises(ValueError, match="Sequential is captured already"):
+        kn.capture(kn.capture(net()))
+
+
+def test_what_cannot_be_recorded_says_what_to_change(recorded, monkeypatch):
+    def fails(run, samples):
+        run(*samples)
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setattr(capturing, "_graphed", fails)
+    _, captured = pair(warm_up=1)
+    captured(images())
+    before = copy.deepcopy(captured.state_dict())
+    with pytest.raises(RuntimeError, match=r"cannot record Sequential \(operation not .*\): expected .*\.item"):
+        captured(images())
+    for name, tensor in before.items():
+        assert torch.equal(captured.state_dict()[name], tensor), name
+
+
+def test_without_a_gpu_it_is_the_model_itself():
+    plain, captured = pair(warm_up=1)
+    batches = [images(seed=seed) for seed in range(3)]
+    torch.testing.assert_close(train(captured, batches), train(plain, batches), rtol=0, atol=0)
+    assert not captured.forward.graphs
