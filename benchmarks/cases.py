@@ -7,8 +7,10 @@ BN, GN, SYNC, GHOST = "batch_norm", "group_norm", "sync_batch_norm", "ghost_batc
 KN, ACT, MC = "kalman_norm", "kalman_norm_act", "kalman_norm_monte_carlo"
 BN_LOOP, KN_LOOP, PLAIN, COPY = "batch_norm_loop", "kalman_norm_loop", "to_batchnorm", "copy"
 ONE, WS = "one_by_one", "kalman_norm_standardized"
+KN_CAPTURED, BN_CAPTURED = "kalman_norm_captured", "batch_norm_captured"
 
 PAIR = (BN, KN)
+GRAPHS = (BN, KN, KN_CAPTURED, BN_CAPTURED)
 SIDES = (BN, KN, WS, MC, GN)
 LAYERS = (BN, KN, ACT, MC, GN)
 GROUPS = (BN, GHOST, KN, BN_LOOP, KN_LOOP)
@@ -109,6 +111,8 @@ def _cpu():
         _step("resnet50", 2, 128, "compiled"),
         *(_step("resnet18", batch, 64, methods=SIDES if batch == 2 else PAIR) for batch in (2, 1, 4, 8, 32)),
         _step("resnet18", 2, 64, dtype="bfloat16", steps=20),
+        _step("resnet50", 2, 64),
+        _step("resnet18", 2, 96),
         _step("inception_v2", 2, 128),
         _step("unet3d", 1, 32),
         _step("monai_unet3d", 1, 32),
@@ -125,8 +129,12 @@ def _cuda():
     """Some 25 minutes, most of them torch.compile's: hence the order, and ``--only``."""
     half = "bfloat16"
     found = [
-        _step("resnet50", 32, 224, dtype=half, methods=SIDES),
-        _step("resnet50", 2, 224, dtype=half, methods=(BN, KN, MC)),
+        _step("resnet50", 2, 224, dtype=half, methods=(*GRAPHS, MC)),
+        _step("resnet50", 32, 224, dtype=half, methods=(*GRAPHS, WS, MC, GN)),
+        _step("resnet50_wide", 2, 800, dtype=half, methods=GRAPHS),
+        _step("maskrcnn", 2, 800, dtype=half, methods=GRAPHS),
+        *(_step("deeplabv3", batch, 768, dtype=half, methods=GRAPHS) for batch in (2, 4)),
+        _step("unet3d", 1, 128, dtype=half, methods=GRAPHS),
         _step("resnet50", 2, 224, "graph", half),
         Case("copy", "copy", 1, 2048, (COPY,)),
         *(_layer(*shape, dtype=half) for shape in ((128, 64, 112), (64, 256, 56))),

@@ -39,11 +39,15 @@ def _layer_goals(words, method):
 
 
 GOALS = (
-    Goal("ResNet-50, 224 x 224, bf16, batch 32, compiled", "cuda", ("step/resnet50/b32/224/compiled/bfloat16",), 1.00),
-    Goal("the same, eager", "cuda", ("step/resnet50/b32/224/eager/bfloat16",), 1.05),
-    Goal("batch 2, eager", "cuda", ("step/resnet50/b2/224/eager/bfloat16",), 1.25),
-    Goal("batch 2, compiled or captured", "cuda",
-         tuple(f"step/resnet50/b2/224/{mode}/bfloat16" for mode in ("compiled", "reduce_overhead", "graph")), 1.02),
+    Goal("ResNet-50, 224 x 224, bf16, batch 2, eager", "cuda", ("step/resnet50/b2/224/eager/bfloat16",), 1.50),
+    Goal("batch 32, eager", "cuda", ("step/resnet50/b32/224/eager/bfloat16",), 1.30),
+    Goal("800 x 1344, batch 2, eager", "cuda", ("step/resnet50_wide/b2/800/eager/bfloat16",), 1.20),
+    Goal("batch 2, compiled", "cuda", ("step/resnet50/b2/224/compiled/bfloat16",), 1.05),
+    Goal("batch 32, compiled", "cuda", ("step/resnet50/b32/224/compiled/bfloat16",), 1.02),
+    Goal("batch 2, the whole step captured", "cuda", ("step/resnet50/b2/224/graph/bfloat16",), 1.02),
+    Goal("batch 32, the whole step captured", "cuda", ("step/resnet50/b32/224/graph/bfloat16",), 1.02),
+    Goal("batch 2, kn.capture over BatchNorm in eager mode", "cuda", ("step/resnet50/b2/224/eager/bfloat16",), 0.35,
+         method="kalman_norm_captured"),
     *_layer_goals("converted", "kalman_norm"),
     *_layer_goals("KalmanNormAct2d", "kalman_norm_act"),
     Goal("peak memory, training ResNet-50, batch 32, eager", "cuda", ("step/resnet50/b32/224/eager/bfloat16",), 1.00,
@@ -52,8 +56,9 @@ GOALS = (
          ("groups/(2,128)/cifar_resnet32/b128/32/eager/float32",), 20, over="kalman_norm_loop"),
     Goal("exact over Monte-Carlo moments: times faster, ResNet-50, batch 2, eager", "cuda",
          ("step/resnet50/b2/224/eager/bfloat16",), 1.3, over="kalman_norm_monte_carlo"),
-    Goal("ResNet-50, 128 x 128, batch 2, eager", "cpu", ("step/resnet50/b2/128/eager/float32",), 1.10),
-    Goal("the same, compiled", "cpu", ("step/resnet50/b2/128/compiled/float32",), 1.05),
+    Goal("ResNet-50, 128 x 128, batch 2, eager", "cpu", ("step/resnet50/b2/128/eager/float32",), 1.12),
+    Goal("ResNet-18, 96 x 96, batch 2, eager", "cpu", ("step/resnet18/b2/96/eager/float32",), 1.20),
+    Goal("ResNet-50, 128 x 128, batch 2, compiled", "cpu", ("step/resnet50/b2/128/compiled/float32",), 1.05),
     Goal("(2, 128), ResNet-32, over BatchNorm of the whole 128", "cpu",
          ("groups/(2,128)/cifar_resnet32/b128/32/eager/float32",), 1.10),
 )  # fmt: skip

@@ -10,6 +10,8 @@ from kalmannorm.lab.models.cifar_resnet import CifarResNet
 from kalmannorm.lab.models.inception_v2 import InceptionV2
 from kalmannorm.lab.models.unet3d import UNet3d
 
+WIDE = ("resnet50_wide", "maskrcnn")
+
 
 class UnavailableError(Exception):
     """What a case needs is not on this machine: its row says so."""
@@ -18,14 +20,16 @@ class UnavailableError(Exception):
 def build(case):
     """A case's network, untrained."""
     torch.manual_seed(0)
-    if case.network in ("resnet18", "resnet50"):
-        return getattr(torchvision.models, case.network)()
+    if case.network in ("resnet18", "resnet50", "resnet50_wide"):
+        return getattr(torchvision.models, case.network.removesuffix("_wide"))()
     if case.network.startswith("cifar_resnet"):
         return CifarResNet(int(case.network.removeprefix("cifar_resnet")))
     makers = {
         "inception_v2": InceptionV2,
         "unet3d": lambda: UNet3d(width=16, levels=4),
         "monai_unet3d": monai_unet,
+        "deeplabv3": DeepLab,
+        "maskrcnn": Detector,
         "chain": lambda: chain(case.channels, case.depth),
         # In place: what torchvision's networks have behind their norms.
         "layer": lambda: nn.Sequential(nn.BatchNorm2d(case.channels), nn.ReLU(inplace=True)),
@@ -41,8 +45,11 @@ def batch(case, device):
     volumes = case.network.endswith("3d")
     channels = {"layer": case.channels}.get(case.network, 1 if volumes else 3)
     pixels = [case.size] * (3 if volumes else 2)
+    if case.network in WIDE:
+        pixels[1] = pixels[0] * 1344 // 800  # as detectors have them
     images = torch.randn(case.batch, channels, *pixels, generator=generator)
-    labels = torch.randint(2, (case.batch, *pixels) if volumes else (case.batch,), generator=generator)
+    dense = volumes or case.network == "deeplabv3"
+    labels = torch.randint(2, (case.batch, *pixels) if dense else (case.batch,), generator=generator)
     return images.to(device, memory_format=layout(case)), labels.to(device)
 
 
@@ -59,6 +66,38 @@ def chain(width, depth):
         for a, b in itertools.pairwise(widths)
     ]
     return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
+
+
+class DeepLab(nn.Module):
+    """torchvision's, without its second head: logits a pixel."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = torchvision.models.segmentation.deeplabv3_resnet50(weights=None, weights_backbone=None)
+
+    def forward(self, images):
+        return self.model(images)["out"]
+
+
+class Detector(nn.Module):
+    """torchvision's Mask R-CNN on images with two boxes each; gives the sum of its losses."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = torchvision.models.detection.maskrcnn_resnet50_fpn(weights=None, weights_backbone=None)
+
+    @property
+    def static_part(self):
+        return self.model.backbone
+
+    def forward(self, images):
+        height, width = images.shape[2:]
+        boxes = torch.tensor([[0.1, 0.1, 0.5, 0.6], [0.3, 0.2, 0.9, 0.8]], device=images.device)
+        boxes = boxes * boxes.new_tensor([width, height, width, height])
+        target = {"boxes": boxes, "labels": boxes.new_tensor([1, 2], dtype=torch.int64),
+                  "masks": boxes.new_ones((2, height, width), dtype=torch.uint8)}  # fmt: skip
+        self.model.transform.min_size, self.model.transform.max_size = (min(height, width),), max(height, width)
+        return sum(self.model(list(images), [target] * len(images)).values())
 
 
 def monai_unet():

@@ -114,6 +114,12 @@ def kalman_norm_standardized(model, case):
     return kalman_norm(model, case, weight_standardization=True)
 
 
+def captured(model, case):
+    """Replayed as CUDA graphs; of a detector, the part whose shapes are static."""
+    kn.capture(getattr(model, "static_part", model))
+    return model
+
+
 SIDES = {
     "batch_norm": Side(keep),
     "group_norm": Side(group_norm),
@@ -127,4 +133,6 @@ SIDES = {
     "to_batchnorm": Side(to_batchnorm),
     "one_by_one": Side(one_by_one),
     "kalman_norm_standardized": Side(kalman_norm_standardized),
+    "batch_norm_captured": Side(captured),
+    "kalman_norm_captured": Side(lambda model, case: captured(kalman_norm(model, case), case)),
 }

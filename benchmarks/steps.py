@@ -51,7 +51,8 @@ def training(model, pieces, optimizer, case, device):
     def step(mark):
         for images, labels in pieces:
             with autocast(case, device):
-                loss = F.cross_entropy(model(images), labels) / len(pieces)
+                out = model(images)
+                loss = (out if out.ndim == 0 else F.cross_entropy(out, labels)) / len(pieces)
             mark("forward")
             loss.backward()
             mark("backward")
