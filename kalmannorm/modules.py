@@ -327,14 +327,14 @@ class KalmanLayer(nn.Module):
     def _hand_on(self, y: Tensor, statistics: Gaussian) -> None:
         """Attach to the output what is believed of it.
 
-        ``carry="output"``: ``(beta, gamma^2 v / (v + eps))``, of what really leaves the layer.
+        ``carry="output"``: ``(beta, gamma^2 v / (v + eps))``, of what really leaves the layer; for all groups the same.
         ``carry="posterior"``: ``(m, v)`` of its input, as the paper and the released code do.
         """
         if (mode := current()) is None or is_resting(mode):
             return
         belief = statistics
         if self.carry == "output":
-            scale = statistics.var / (statistics.var + self.eps)
+            scale = (statistics.var / (statistics.var + self.eps)).mean(0, keepdim=True)  # of all groups
             if self.weight is not None:
                 scale = scale * self.weight.to(scale.dtype).square()
             bias = self.bias

@@ -13,6 +13,7 @@ from torch.testing._internal.common_modules import module_db
 
 import kalmannorm as kn
 from kalmannorm.evaluation import prior_of
+from kalmannorm.steps import step_of
 
 STOCK = {
     nn.BatchNorm1d: kn.KalmanNorm1d,
@@ -279,8 +280,10 @@ def test_output_belief_is_that_of_what_leaves_the_layer():
 
 @pytest.mark.parametrize("carry", ["output", "posterior"])
 def test_statistic_groups_equal_separate_batches(carry):
-    model = three_layers(stats_batch_size=2, carry=carry)
-    plain = three_layers(carry=carry)
+    model, plain = (three_layers(carry=carry, **options) for options in ({"stats_batch_size": 2}, {}))
+    for layer in (*model.modules(), *plain.modules()):
+        if isinstance(layer, kn.KalmanNorm):
+            layer.eps = 1e-12  # groups share the average of v / (v + eps)
     x = torch.randn(6, 2, 7, 7, dtype=torch.float64)
     upstream = torch.randn(6, 3, 3, 3, dtype=torch.float64)
     y = model(x)
@@ -290,6 +293,20 @@ def test_statistic_groups_equal_separate_batches(carry):
     torch.testing.assert_close(y, torch.cat(parts), rtol=1e-5, atol=1e-5)
     for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_groups_hand_on_one_belief_with_the_average_factor():
+    model, seen = three_layers(stats_batch_size=2), []
+    model[2].register_forward_pre_hook(lambda _, args: seen.append(step_of(args[0]).belief))
+    layer, x = model[1], torch.randn(6, 2, 7, 7, dtype=torch.float64)
+    layer.eps = 0.5
+    posteriors = []
+    layer.collect = lambda posterior, _: posteriors.append(posterior)
+    model(x)
+    factor = (posteriors[0].var / (posteriors[0].var + 0.5)).mean(0)
+    assert seen[0].mean.shape == (1, layer.num_features, 1, 1)
+    torch.testing.assert_close(seen[0].mean.flatten(), layer.bias)
+    torch.testing.assert_close(seen[0].var.flatten(), layer.weight.square() * factor)
 
 
 def test_a_batch_that_does_not_divide_says_so():

@@ -60,7 +60,8 @@ class Layer(NamedTuple):
     output: Tensor
     """Shaped and typed as the input."""
     belief: Tensor
-    """Mean and variance to hand on, ``(2, S, C, 1, ...)`` with the input's rank behind the first axis."""
+    """Mean and variance to hand on, with the input's rank behind the first axis: the output's, ``(2, 1, C, 1, ...)``, or
+    the posterior's, ``(2, S, C, 1, ...)``."""
     statistics: Tensor
     """``(6, S, C)``, without a gradient: posterior mean and variance, the output's, the observed ones."""
     rectified: Tensor | None
@@ -79,8 +80,12 @@ class Through(NamedTuple):
 
 
 def _handed_on(statistics: Tensor, x: Tensor, posterior: bool) -> Tensor:
-    """The belief among the statistics."""
+    """The belief among the statistics: one for all groups where it is the output's, as that of a group differs by the
+    factor ``v / (v + eps)`` alone, of which it has the average. What lies between two layers is then computed once.
+    """
     rows = statistics[:2] if posterior else statistics[2:4]
+    if rows.shape[1] > 1 and not posterior:
+        rows = rows.mean(1, keepdim=True)
     return rows.view(*rows.shape, *[1] * (x.ndim - 2))
 
 
@@ -162,6 +167,8 @@ class _Layer(torch.autograd.Function):
 
             return (*differentiable_gradients(plain, saved[:11], (dy, d_belief, None, d_after)), *[None] * 5)
         dy = torch.zeros_like(x) if dy is None else dy
+        if d_belief is not None and options.groups > 1 and not ctx.posterior:
+            d_belief = (d_belief / options.groups).expand(-1, options.groups, *d_belief.shape[2:])
         dx, d_other, d_prior, *rest = ctx.backend.layer_backward(
             dy, x, y, prior, shift, scale, gain, noise, weight, bias, statistics, d_belief, ctx.posterior, options
         )
