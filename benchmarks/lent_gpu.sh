@@ -3,11 +3,12 @@
 # in OUT all that it has got so far, in few and small files.
 #
 #     OUT=/tmp/out KALMANNORM_DATA=../shared/data bash benchmarks/lent_gpu.sh tests
+#     OUT=/tmp/out bash benchmarks/lent_gpu.sh overhead
 #     OUT=/tmp/out bash benchmarks/lent_gpu.sh throughput
 #     OUT=/tmp/out bash benchmarks/lent_gpu.sh speed 300 'step/resnet50/*'
 #     OUT=/tmp/out bash benchmarks/lent_gpu.sh study batch-sizes-gpu 500 14
 #
-# tests: what only a GPU can show. throughput: how many steps a second, by how many processes. speed SECONDS PATTERN...:
+# tests: what only a GPU can show. overhead: what a step costs the CPU, by part. throughput: how many steps a second, by how many processes. speed SECONDS PATTERN...:
 # cases of `python -m benchmarks`, added to what OUT has. study NAME SECONDS WORKERS: goes on with the study in RUNS
 # (default runs/gpu), with CUDA's multi-process service, and packs its runs; the checkpoints of those that have not
 # ended are in pieces, to be laid together (cat) and unpacked into RUNS before a later session goes on. Elsewhere
@@ -21,13 +22,16 @@ cd "$(dirname "$0")/.."
 : "${GROW:=}"
 export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 mkdir -p "$OUT" "$RUNS"
-part=${1:?tests, throughput, speed or study}
+part=${1:?tests, overhead, throughput, speed or study}
 shift
 
 case $part in
 tests)
     "$PYTHON" -m pytest -o addopts="" -q -n 8 -k "not interpreted and not compiles" \
         tests/test_cuda.py tests/kernels/test_on_gpu.py tests/lab/test_capturing.py 2>&1 | tee "$OUT/tests.log" | tail -40
+    ;;
+overhead)
+    "$PYTHON" -m benchmarks.overhead --device cuda --seconds 5 --output "$OUT/overhead.csv"
     ;;
 throughput)
     "$PYTHON" -m benchmarks.throughput 2>&1 | tee "$OUT/throughput.txt"
@@ -58,7 +62,7 @@ study)
     tail -n 40 "$OUT/study.log"
     ;;
 *)
-    echo "no part $part: tests, throughput, speed or study" >&2
+    echo "no part $part: tests, overhead, throughput, speed or study" >&2
     exit 2
     ;;
 esac

@@ -1,6 +1,7 @@
 """The benchmarks run, and their tables and figures say what their CSV says. What they measure here means nothing."""
 
 import argparse
+import csv
 import os
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from benchmarks import (  # noqa: E402 - the folder is no installed package
     goals,
     memory,
     networks,
+    overhead,
     plot,
     profiling,
     rows,
@@ -285,6 +287,40 @@ def test_pieces_give_the_gradients_of_the_whole_batch():
         step(lambda part: None)
         found.append(nn.utils.parameters_to_vector(kept[0].parameters()))
     torch.testing.assert_close(*found)
+
+
+def test_the_overhead_of_a_step_by_part(tmp_path):
+    path, page = tmp_path / "overhead.csv", tmp_path / "page.md"
+    page.write_text("before\n<!-- overhead -->\n<!-- /overhead -->\nafter\n")
+    for _ in range(2):  # the second time rows take the place of the first's
+        overhead.main(["--cases", "tiny", "--seconds", "0.3", "--device", "cpu", "--output", str(path),
+                       "--page", str(page)])  # fmt: skip
+    theirs, ours = csv.DictReader(path.read_text().splitlines())
+    assert (theirs["method"], ours["method"]) == ("batch_norm", "kalman_norm")
+    assert (float(theirs["ratio"]), float(ours["ratio"]) > 0) == (1, True)
+    parts = ["network_ms", *(f"{part.replace(' ', '_')}_ms" for part in overhead.PARTS)]
+    for line in (theirs, ours):
+        assert sum(float(line[name]) for name in parts) == pytest.approx(float(line["ms"]), rel=0.01)
+    assert float(theirs["network_ms"]) == pytest.approx(float(theirs["ms"]), rel=0.01)
+    assert float(ours["layer_and_link_ms"]) > 0
+    assert page.read_text().count("| KN |") == 1
+
+
+def test_where_a_frame_is_counted():
+    frames, space = {}, {}
+    exec(compile("def f(note):\n    note()\n", f"{overhead.HOME}evaluation.py", "exec"), space)
+    space["f"](lambda: frames.update(here=sys._getframe()))
+    assert overhead.part_of(frames["here"]) == "evaluation"
+    assert overhead.part_of(sys._getframe()) == "network"
+
+
+@pytest.mark.parametrize("network", ["deeplabv3", "maskrcnn", "resnet50_wide"])
+def test_workloads_of_few_images_run(network):
+    """Where a graph is captured, it is on a GPU: here the sides run as they are."""
+    case = cases.Case("step", network, 2, 64 if network != "maskrcnn" else 128, cases.GRAPHS)
+    for method in ("batch_norm", "kalman_norm_captured"):
+        step, _ = step_of(case, method, "cpu")
+        step(lambda part: None)
 
 
 def test_a_profile_names_operators(tmp_path, capsys):

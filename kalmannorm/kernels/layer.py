@@ -60,8 +60,8 @@ class Layer(NamedTuple):
     output: Tensor
     """Shaped and typed as the input."""
     belief: Tensor
-    """Mean and variance to hand on, with the input's rank behind the first axis: the output's, ``(2, 1, C, 1, ...)``, or
-    the posterior's, ``(2, S, C, 1, ...)``."""
+    """Mean and variance to hand on, with the input's rank behind the first axis: the output's, ``(2, 1, C, 1, ...)``,
+    or the posterior's, ``(2, S, C, 1, ...)``."""
     statistics: Tensor
     """``(6, S, C)``, without a gradient: posterior mean and variance, the output's, the observed ones."""
     rectified: Tensor | None
