@@ -81,6 +81,8 @@ def convert(model: _M, *, layers: Sequence[str] = ("batch",), input_stats: tuple
     working on them; only gain and process noise are new (add them to it). Device, dtype, training
     flag and ``requires_grad`` stay. ``eval()`` output does not change by one bit.
 
+    A model that is converted already stays as it is, but for its ``input_stats``, where they are given.
+
     A *pretrained* network brings its running statistics along: they correct each layer's prior, channel by channel,
     at the first call that computes priors (:func:`kalmannorm.calibrate`). So the first training step sees the network
     as it was trained.
@@ -112,7 +114,8 @@ def convert(model: _M, *, layers: Sequence[str] = ("batch",), input_stats: tuple
         The model.
 
     Raises:
-        ValueError: for unknown kinds or options, or where there is nothing to convert; with ``calibrate=True`` for a
+        ValueError: for unknown kinds or options, or where there is nothing to convert; for options of a model that is
+            converted already; with ``calibrate=True`` for a
             layer whose running statistics say nothing; for what :func:`standardize_weights` raises. The model is then
             as it was.
 
@@ -140,6 +143,15 @@ def convert(model: _M, *, layers: Sequence[str] = ("batch",), input_stats: tuple
         new = _kalman_layer(layer, name, kinds, of_model | options)
         if new is not None:
             replaced[layer] = new
+    if not replaced and any(isinstance(layer, KalmanLayer) for layer in model.modules()):
+        asked = {**options, "calibrate": calibrate, "weight_standardization": weight_standardization or None,
+                 "track_running_stats": None if track_running_stats else False}  # fmt: skip
+        if given := [name for name, value in asked.items() if value is not None]:
+            raise ValueError(
+                f"{type(model).__name__} is converted already, so kalmannorm.convert got {', '.join(given)} in vain: "
+                "expected a model with stock layers (kalmannorm.to_batchnorm makes them), or input_stats alone"
+            )
+        return connect(model, input_stats=input_stats)
     if not replaced:
         raise ValueError(
             f"{type(model).__name__} has nothing to convert: no layer of the kinds {list(kinds)}, "

@@ -304,6 +304,25 @@ def test_layers_with_tensors_of_their_own_are_left_alone():
     assert model[2].eps == 1e-2
 
 
+def test_converting_twice_changes_nothing_but_what_is_said_of_the_input():
+    model = kn.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), gain=0.2)
+    layer, hooks = model[1], [*model._forward_pre_hooks.values()]
+    assert kn.convert(model)[1] is layer
+    assert layer.gain == 0.2
+    assert len(model._forward_pre_hooks) == len(hooks) == 1
+    assert kn.describe(model, torch.randn(2, 3, 8, 8)).with_prior == 0
+    kn.convert(model, input_stats=([0.0] * 3, [1.0] * 3))
+    assert kn.describe(model, torch.randn(2, 3, 8, 8)).with_prior == 1
+
+
+@pytest.mark.parametrize("options", [{"gain": 0.3}, {"calibrate": False}, {"track_running_stats": False}], ids=str)
+def test_options_of_a_converted_model_are_refused(options):
+    model = kn.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    name = next(iter(options))
+    with pytest.raises(ValueError, match=f"Sequential is converted already, so kalmannorm.convert got .*{name}.* in vain"):
+        kn.convert(model, **options)
+
+
 def test_group_layers_that_fuse_have_no_stock_layer():
     model = kn.convert(small(lambda c: nn.GroupNorm(2, c)), layers=("group",))
     with pytest.raises(ValueError, match=r"GroupKalmanNorm '1' fuses its input with a prior in eval\(\) too"):
