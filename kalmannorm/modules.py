@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from kalmannorm.checkpoints import is_recomputing, is_reentrant
@@ -72,6 +72,12 @@ def is_trained(mean: Tensor | None, var: Tensor | None) -> bool:
     return bool((mean != 0).any()) or bool((var != 1).any())
 
 
+def _as_one_call(layer: nn.Module, x: fx.Proxy) -> Any:
+    """How torch.fx traces a layer: whole, as torch's own layers."""
+    tracer: Any = x.tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(layer), (x,), {})
+
+
 class KalmanLayer(nn.Module):
     """What the layers share: the options of the filter, its parameters, and how a belief is handed on."""
 
@@ -121,6 +127,17 @@ class KalmanLayer(nn.Module):
         # A compiler's guards look at what a layer itself has, and not at its class.
         self.online = False  # set by `kalmannorm.online_statistics`
         self.is_observed = False  # set by `kalmannorm.calibrate` while it looks at priors
+
+    def __prepare_scriptable__(self) -> None:
+        """What torch.jit.script asks first.
+
+        Raises:
+            TypeError: it cannot compile this.
+        """
+        raise TypeError(
+            f"torch.jit.script cannot compile {self._label()}, expected stock layers: kalmannorm.to_batchnorm(model) "
+            "first, or torch.export in place of torch.jit.script"
+        )
 
     def train(self: _L, mode: bool = True) -> _L:
         """As :meth:`torch.nn.Module.train`; ``eval()`` calls it too. Priors that were kept are computed again."""
@@ -558,6 +575,8 @@ class KalmanNorm(KalmanLayer, _NormBase):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize ``(N, C, *)``."""
+        if isinstance(input, fx.Proxy):
+            return _as_one_call(self, input)
         with paused():
             self._check_input(input, self.num_features, self._ranks)
             if not self.is_fusing:
@@ -789,6 +808,8 @@ class GroupKalmanNorm(KalmanLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize ``(N, C, *)``."""
+        if isinstance(input, fx.Proxy):
+            return _as_one_call(self, input)
         with paused():
             self._check_input(input, self.num_channels, self._ranks)
             if input.numel() == 0:
@@ -822,6 +843,8 @@ class _ThenActivation(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize ``(N, C, *)``, drop, activate."""
+        if isinstance(input, fx.Proxy):
+            return _as_one_call(self, input)
         return self.act(self.drop(super().forward(input)))  # type: ignore[no-any-return, misc]
 
 
@@ -837,6 +860,8 @@ class KalmanNormAct2d(_ThenActivation, KalmanNorm2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize ``(N, C, H, W)``, drop, activate; a ReLU in the same step."""
+        if isinstance(input, fx.Proxy):
+            return _as_one_call(self, input)  # type: ignore[no-any-return]
         if not self._rectifies() or not self.is_fusing or not self._is_one_step() or input.numel() == 0:
             return super().forward(input)
         with paused():

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from kalmannorm.gaussian import Gaussian, Unknown
 from kalmannorm.kernels.apply import is_transformed
@@ -41,6 +41,8 @@ class Watch:
 
     def open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook."""
+        if any(isinstance(each, fx.Proxy) for each in args):  # torch.fx traces the module
+            return
         while (mode := current()) is not None and self._was_left_open(mode, module):
             mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         if current() is None and any(layer.is_fusing or layer.is_observed for layer in self.layers):

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor
 
 import kalmannorm as kn
 
@@ -311,3 +312,35 @@ def test_a_checkpoint_of_the_kalman_network_trains_on_and_deploys(name, tmp_path
     torch.testing.assert_close(kn.to_batchnorm(fresh.eval())(x), y, rtol=0, atol=1e-6)
     with pytest.raises(RuntimeError, match=r"Unexpected key.*gain"):
         build(num_classes=CLASSES).load_state_dict(model.state_dict(), strict=True)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_torch_fx_traces_layers_whole(training):
+    torch.manual_seed(0)
+    model = kn.convert(Residual(CLASSES), input_stats=([0.0] * 3, [3.0] * 3)).train(training)
+    traced, x = torch.fx.symbolic_trace(copy.deepcopy(model)), images("residual", 2)
+    assert sum(node.op == "call_module" and "norm" in str(node.target) for node in traced.graph.nodes) == 4
+    kn.connect(traced, input_stats=([0.0] * 3, [3.0] * 3))  # a new module, for the hooks of the old one are gone
+    torch.testing.assert_close(traced(x), model(x), rtol=0, atol=0)
+    assert kn.describe(traced, x).with_prior == kn.describe(model, x).with_prior == 6
+
+
+def test_features_of_torchvision():
+    (model, *_), x = trained("residual"), images("residual", 2)
+    extractor = create_feature_extractor(model, {"body.0": "features"})
+    torch.testing.assert_close(extractor.eval()(x)["features"], model.body[0](model.stem(x)))
+
+
+def test_torch_fx_traces_a_layer_with_its_activation():
+    model = kn.connect(nn.Sequential(nn.Conv2d(3, 4, 3), kn.KalmanNormAct2d(4, act=nn.ReLU()), nn.Dropout(0.0)))
+    traced, x = torch.fx.symbolic_trace(copy.deepcopy(model)), torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(kn.connect(traced)(x), model(x), rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")
+def test_torch_jit_script_is_told_what_to_do():
+    model, *_ = trained("residual")
+    with pytest.raises(TypeError, match=r"torch\.jit\.script cannot compile KalmanNorm2d 'stem\.1', expected stock"):
+        torch.jit.script(model)
+    x = images("residual", 2)
+    torch.testing.assert_close(torch.jit.script(kn.to_batchnorm(copy.deepcopy(model)))(x), model(x))
