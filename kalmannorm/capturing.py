@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import warnings
+import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -24,6 +26,8 @@ __all__ = ["capture"]
 
 _M = TypeVar("_M", bound=nn.Module)
 _Function = Callable[..., tuple[Tensor, ...]]
+# Calls without a recording before somebody is told; and calls of other kinds to remember, for each graph.
+_MANY = 20
 
 
 def capture(model: _M, *, warm_up: int = 3, shapes: int = 4) -> _M:
@@ -38,7 +42,8 @@ def capture(model: _M, *, warm_up: int = 3, shapes: int = 4) -> _M:
     switched between training and evaluation, are recorded anew.
 
     What Python decides while the batch is recorded stays decided: a forward pass must not depend on the values of
-    tensors, or on counts that it keeps in Python. Of a detector, capture the part that has static shapes:
+    tensors, or on counts and rates that it keeps in Python. A second call before the backward pass of a first one runs
+    as it is. Of a detector, capture the part that has static shapes:
     ``model.backbone = kn.capture(model.backbone)``. What is believed of a part's input and output crosses its border.
 
     Args:
@@ -51,7 +56,8 @@ def capture(model: _M, *, warm_up: int = 3, shapes: int = 4) -> _M:
 
     Raises:
         TypeError: for something that is not a module.
-        ValueError: for a model that is captured already, or a number below 1.
+        ValueError: for a model that is captured already, for layers with ``momentum=None``, which read their count of
+            batches, or a number below 1.
         RuntimeError: later, for a batch that cannot be recorded.
 
     Example:
@@ -65,6 +71,12 @@ def capture(model: _M, *, warm_up: int = 3, shapes: int = 4) -> _M:
         raise TypeError(f"kalmannorm.capture got {type(model).__name__}, expected a torch.nn.Module")
     if isinstance(model.__dict__.get("forward"), _Replayed):
         raise ValueError(f"{type(model).__name__} is captured already, expected a model that runs as it is")
+    for name, layer in model.named_modules():
+        if getattr(layer, "num_batches_tracked", None) is not None and getattr(layer, "momentum", 0.0) is None:
+            raise ValueError(
+                f"kalmannorm.capture got {type(layer).__name__} {name!r} with momentum=None, expected a number: a "
+                "plain mean reads its count of batches, which a graph cannot"
+            )
     if warm_up < 1 or shapes < 1:
         raise ValueError(f"kalmannorm.capture got warm_up={warm_up} and shapes={shapes}, expected numbers above 0")
     model.forward = _Replayed(model, warm_up, shapes)
@@ -79,6 +91,7 @@ class _Replayed:
         self.warm_up = warm_up
         self.shapes = shapes
         self.own = module.__dict__.get("forward")  # where it has one that is not its class's
+        self.changes = 0
         self._forget()
 
     def _forget(self) -> None:
@@ -92,6 +105,7 @@ class _Replayed:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self.changes = 0
         self._forget()
 
     def as_it_is(self, *args: Any, **kwargs: Any) -> Any:
@@ -110,15 +124,27 @@ class _Replayed:
         if (state := _state(self.module)) != self.state:
             self._forget()
             self.state = state
+            self.changes += 1
+            if self.changes == _MANY:
+                warnings.warn(
+                    f"kalmannorm.capture has recorded nothing of {type(self.module).__name__} yet: at each call some "
+                    "parameter or buffer is another tensor than before, or a module was switched. Change tensors in "
+                    "place",
+                    stacklevel=3,
+                )
         with paused():
             beliefs = [_belief_of(t) for t in tensors]
             key = _key(leaves, form, beliefs)
         if key not in self.graphs:
+            if len(self.seen) > _MANY * self.shapes:
+                self.seen.clear()
             self.seen[key] += 1
             if self.seen[key] <= self.warm_up or len(self.graphs) >= self.shapes:
                 return self.as_it_is(*args, **kwargs)
             self.graphs[key] = _Graph(self, leaves, form, beliefs)
-        return self.graphs[key](tensors, beliefs)
+            self.changes = 0
+        graph = self.graphs[key]
+        return self.as_it_is(*args, **kwargs) if graph.is_awaited else graph(tensors, beliefs)
 
 
 def _is_capturable(leaves: Sequence[Any], tensors: Sequence[Tensor]) -> bool:
@@ -190,22 +216,31 @@ class _Graph:
         is_part = mode is not None and mode.opener is not module
         places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         known = [place for place, belief in enumerate(beliefs) if isinstance(belief, Packed)]
+        waiting = None if mode is None else mode.input_belief
+        amp = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+        self.awaited: weakref.ref[Any] | None = None  # the last replay's node
 
         def run(*given: Tensor) -> tuple[Tensor, ...]:
             """Of inputs, of what is believed of them, and of the parameters, which are the module's own."""
             tensors, moments = given[: len(places)], given[len(places) : len(places) + len(known)]
+            tensors = tuple([t.clone() if t.requires_grad else t for t in tensors])  # it may be changed in place
             filled = list(leaves)
             for place, tensor in zip(places, tensors, strict=True):
                 filled[place] = tensor
+            if mode is not None:
+                mode.input_belief = waiting  # for a part that has not been called yet
             for place, tensor in enumerate(tensors):
                 if (belief := beliefs[place]) is not None:
                     attach(tensor, Packed(moments[known.index(place)]) if place in known else belief, "input")
             args, kwargs = tree_unflatten(filled, form)
-            with nullcontext() if mode is not None else Propagation(layers):
+            watched = nullcontext() if mode is not None else Propagation(layers)
+            # A graph may not read a copy of a parameter that autocast has made outside of it.
+            with watched, torch.autocast("cuda", amp[1], enabled=amp[0], cache_enabled=False):
                 found, self.form = tree_flatten(replayed.as_it_is(*args, **kwargs))
             self.places = [place for place, t in enumerate(found) if isinstance(t, Tensor)]
             self.outputs = [None if isinstance(t, Tensor) else t for t in found]
             tensors = tuple([found[place] for place in self.places])
+            self.are_derived = [t.requires_grad for t in tensors]
             with paused():
                 self.beliefs = [_belief_of(t) if is_part else None for t in tensors]
             return *tensors, *[b.moments for b in self.beliefs if isinstance(b, Packed)]
@@ -216,15 +251,26 @@ class _Graph:
             samples = [t.detach().clone().requires_grad_(t.requires_grad) for t in given]
         self.replay = _recorded(module, run, (*samples, *self.parameters))
 
+    @property
+    def is_awaited(self) -> bool:
+        """Whether the last replay may still get a backward pass, which the next one would spoil."""
+        node = None if self.awaited is None else self.awaited()
+        return node is not None and not node.is_done
+
     def __call__(self, tensors: Sequence[Tensor], beliefs: Sequence[Belief | None]) -> Any:
         moments = [b.moments for b in beliefs if isinstance(b, Packed)]
         with paused():
-            parameters = _WithOwnGradients.apply(*self.parameters)  # type: ignore[no-untyped-call]
+            given = [*tensors, *moments, *self.parameters]
+            places = [place for place, t in enumerate(given) if t.requires_grad]
+            views = _WithOwnGradients.apply(self, *[given[place] for place in places])  # type: ignore[no-untyped-call]
+            for place, view in zip(places, views, strict=True):
+                given[place] = view
             # A graph writes to one place: what comes out of it is copied, as are gradients.
-            found = [t.clone() for t in self.replay(*tensors, *moments, *parameters)]
+            found = [t.clone() for t in self.replay(*given)]
             more = iter(found[len(self.places) :])
             outputs = list(self.outputs)
-            for place, tensor, belief in zip(self.places, found, self.beliefs, strict=False):
+            for number, (place, belief) in enumerate(zip(self.places, self.beliefs, strict=True)):
+                tensor = found[number] if self.are_derived[number] else found[number].detach()
                 outputs[place] = tensor
                 if belief is not None:
                     attach(tensor, Packed(next(more)) if isinstance(belief, Packed) else belief, "captured")
@@ -232,18 +278,21 @@ class _Graph:
 
 
 class _WithOwnGradients(torch.autograd.Function):
-    """Parameters as they are, but their gradients copied: ``.grad`` may take and keep the memory of what it gets."""
+    """Tensors as they are, but their gradients copied: ``.grad`` may take and keep the memory of what it gets."""
 
     @staticmethod
-    def forward(ctx: Any, *parameters: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, graph: _Graph, *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         ctx.set_materialize_grads(False)
-        return tuple([p.view_as(p) for p in parameters])
+        ctx.is_done = False
+        graph.awaited = weakref.ref(ctx)
+        return tuple([t.view_as(t) for t in tensors])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.is_done = True
         given = [g for g in gradients if g is not None]
         copies = iter(torch._foreach_mul(given, 1.0) if given else [])
-        return tuple([None if g is None else next(copies) for g in gradients])
+        return None, *[None if g is None else next(copies) for g in gradients]
 
 
 def _recorded(module: nn.Module, run: _Function, samples: tuple[Tensor, ...]) -> _Function:
@@ -251,10 +300,12 @@ def _recorded(module: nn.Module, run: _Function, samples: tuple[Tensor, ...]) ->
     buffers = [(b, b.detach().clone()) for b in module.buffers()]
     device = samples[0].device
     state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    amp = torch.is_autocast_enabled("cuda")
+    # They will run when a replay's gradients come.
+    hooked = [(t, t._backward_hooks) for t in samples if t._backward_hooks]
+    for tensor, _ in hooked:
+        tensor._backward_hooks = None
     try:
-        # A graph may not read a copy of a parameter that autocast has made outside of it.
-        with torch.autocast("cuda", torch.get_autocast_dtype("cuda"), enabled=amp, cache_enabled=False):
+        with torch.autocast("cuda", enabled=False):  # a backward pass runs without
             return _graphed(run, samples)
     except RuntimeError as error:
         raise RuntimeError(
@@ -263,6 +314,8 @@ def _recorded(module: nn.Module, run: _Function, samples: tuple[Tensor, ...]) ->
             "part of the model, or undo it: del model.forward"
         ) from error
     finally:
+        for tensor, hooks in hooked:
+            tensor._backward_hooks = hooks
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)

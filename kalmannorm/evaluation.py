@@ -106,7 +106,7 @@ def defer(step: Step) -> None:
     below, args = parent.belief, step.args
     if not isinstance(below, Packed | Deferred) or parent.belief_in != step.hooks or parent.grad != step.grad:
         return
-    if args[0] is not parent or step.kwargs.keys() - {"inplace"} or _may_be_freed() or is_transformed():
+    if not args or args[0] is not parent or step.kwargs.keys() - {"inplace"} or _may_be_freed() or is_transformed():
         return
     if only_notes(below, *args[1:]):
         step.belief = rule(below, *args[1:]).of(step.shape)  # type: ignore[misc]

@@ -622,8 +622,10 @@ class KalmanNorm(KalmanLayer, _NormBase):
             known = prior.belief
             if known is None:
                 self._check_values(x.numel() // (groups * self.num_features))
-            # Where the link below was not computed yet, it is computed along with the layer.
-            below, through = known.link() if type(known) is Linked else (known, None)
+            # Where the link below was not computed yet, it is computed along with the layer; not where its result is
+            # handed on.
+            joint = type(known) is Linked and not self.keeps_priors
+            below, through = known.link() if joint else (known, None)  # type: ignore[union-attr]
             out = layer(
                 x, None if below is None else below.packed().moments, gain, prior.noise, weight, bias,
                 Filter(groups, slope, offset, _INITIAL_NOISE, self.spread, self.eps, relu),
@@ -632,6 +634,8 @@ class KalmanNorm(KalmanLayer, _NormBase):
             )  # fmt: skip
         if through is not None and through.relu:
             known.below.keep(Packed(out.rectified))  # type: ignore[union-attr, arg-type]
+            if mode is not None and not torch.compiler.is_dynamo_compiling():
+                mode.lent.append(known.below)  # type: ignore[union-attr]
         if self.collect is not None:
             self.collect(Gaussian(out.statistics[0], out.statistics[1]), x.shape[0])
         if mode is None or is_resting(mode):

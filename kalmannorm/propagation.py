@@ -24,7 +24,8 @@ from kalmannorm.gaussian import Gaussian, Unknown
 from kalmannorm.kernels import rectify_output
 from kalmannorm.kernels.apply import alias
 from kalmannorm.rules import Belief
-from kalmannorm.rules.table import FACTORIES, LIKE
+from kalmannorm.rules.pointwise import Deferred
+from kalmannorm.rules.table import FACTORIES, LIKE, OVERWRITING, SOURCES
 from kalmannorm.steps import SCALARS, Step, put, step_of
 
 __all__ = ["Prior", "Propagation", "attach", "attach_step", "current", "is_open", "is_resting", "paused"]
@@ -115,7 +116,16 @@ class Propagation(TorchFunctionMode):
         self.layers = layers
         self.input_belief: Gaussian | None = None  # one that no tensor has been found for yet
         self.opener: Any = None  # the module that was entered
+        # Beliefs that layers have computed along with their own: for this pass, as each leads to the layer, which keeps
+        # its input, which leads back to the belief.
+        self.lent: list[Deferred] = []
         self.of_threads: dict[int, KeptPriors] = {}
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        lent, self.lent = self.lent, []
+        for belief in lent:
+            belief.forget()
 
     @property
     def priors(self) -> KeptPriors:
@@ -126,7 +136,7 @@ class Propagation(TorchFunctionMode):
         return self.of_threads[thread]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "of_threads": {}}
+        return {**self.__dict__, "of_threads": {}, "lent": []}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -155,7 +165,7 @@ class Propagation(TorchFunctionMode):
         parents: list[Step] = []
         recorded = tuple([a if type(a) in SCALARS else _recorded(a, parents, output) for a in args])
         keywords = {k: _recorded(v, parents, output) for k, v in kwargs.items()} if kwargs else kwargs
-        if not parents or (func in LIKE and not isinstance(recorded[0], Step)):
+        if (not parents and func not in SOURCES) or (func in LIKE and not isinstance(recorded[0], Step)):
             return
         if func is Tensor.view_as and len(args) == 2 and args[0] is args[1]:
             # How autograd copies the input that an autograd function returns: without grad, but the
@@ -164,6 +174,10 @@ class Propagation(TorchFunctionMode):
             return
         if args and output is args[0] and not torch.compiler.is_compiling() and output._base is not None:
             attach(output._base, Unknown("a view of it was changed in place"), "")
+        if args and output is args[0] and not isinstance(recorded[0], Step) and func not in OVERWRITING:
+            # What it was is gone, and what it is now depends on the batch.
+            attach(output, Unknown("a known tensor was changed in place by an activation"), "")
+            return
         step = Step(func, recorded, keywords, tuple(output.shape), index, parents=parents)
         if step.depth > _LONGEST:
             attach(output, Unknown(f"more than {_LONGEST} calls since the last normalization layer"), "")

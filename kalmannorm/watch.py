@@ -93,6 +93,8 @@ class Watch:
         given = list(found_in(values, Tensor))
         if any(type(t) not in (Tensor, nn.Parameter) for t in (*given, *tensors)):  # stand-ins
             return None, []
+        if any(not t.is_floating_point() for t in given):  # whose values may lead to other priors
+            return None, []
         if any(t.is_inference() for t in tensors):
             return None, []
         inputs = tuple((t.shape, t.dtype, t.device) for t in given)
@@ -145,6 +147,8 @@ class Watch:
         values = (*args, *kwargs.values())
         self._move_belief(values)
         for tensor in found_in(values, Tensor):
+            if not (tensor.is_floating_point() or tensor.is_complex()):
+                continue  # indices, masks and classes are constants
             step = step_of(tensor)
             if step is None or step.source == "input":  # else from another part, whose beliefs go on here
                 attach(tensor, Unknown("the network's input"), "input")

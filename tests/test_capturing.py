@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import kalmannorm as kn
 from kalmannorm import capturing
+from kalmannorm.steps import step_of
 
 STATS = ([0.0] * 3, [1.0] * 3)
 
@@ -25,22 +26,29 @@ class Graph(torch.autograd.Function):
                 mine.detach().copy_(given)
         # A graph is replayed where nothing watches; what Python did then, this does again.
         with torch.enable_grad(), torch._C._EnableTorchFunction():
-            ctx.found = recorded.run(*recorded.samples)
+            recorded.found = recorded.run(*recorded.samples)
         ctx.recorded = recorded
-        return recorded.kept("outputs", ctx.found)
+        return recorded.kept("outputs", recorded.found)
 
     @staticmethod
     def backward(ctx, *gradients):
-        sent = [(o, g) for o, g in zip(ctx.found, gradients, strict=True) if o.requires_grad]
+        # Of the last replay, whichever call it was.
+        sent = [(o, g) for o, g in zip(ctx.recorded.found, gradients, strict=True) if o.requires_grad]
         outputs, sent = zip(*sent, strict=True)
         asked = [t for t in ctx.recorded.samples if t.requires_grad]
+        hooks = [t._backward_hooks for t in asked]  # a graph has those that ran when it was recorded
+        for t in asked:
+            t._backward_hooks = None
         found = iter(ctx.recorded.kept("gradients", torch.autograd.grad(outputs, asked, sent, allow_unused=True)))
+        for t, each in zip(asked, hooks, strict=True):
+            t._backward_hooks = each
         return None, *[next(found) if t.requires_grad else None for t in ctx.recorded.samples]
 
 
 class Recorded:
     def __init__(self, run, samples):
         self.run, self.samples, self.memory = run, samples, {}
+        assert not any(t._backward_hooks for t in samples)
         for _ in range(3):
             outputs = [o for o in run(*samples) if o.requires_grad]
             torch.autograd.grad(outputs, [t for t in samples if t.requires_grad], outputs, allow_unused=True)
@@ -235,6 +243,107 @@ def test_beliefs_cross_the_border_of_a_part(recorded, part):
     assert_same_state(captured, plain)
 
 
+def test_a_second_call_before_the_first_ones_backward_runs_as_it_is(recorded):
+    plain, captured = pair(warm_up=1)
+    for number in range(4):
+        for model in (plain, captured):
+            model.zero_grad()
+            (model(images(seed=number)) - model(images(seed=number + 9))).square().sum().backward()
+        for mine, its in zip(captured.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(mine.grad, its.grad)
+    assert len(recorded) == 1
+    captured(images())  # and forgotten: the next one is replayed
+    kept = captured.forward.graphs
+    assert not next(iter(kept.values())).is_awaited
+
+
+def test_gradients_of_arguments_are_not_overwritten(recorded):
+    plain, captured = pair(warm_up=1)
+    leaves = [images().requires_grad_() for _ in range(2)]
+    for model, x in zip((plain, captured), leaves, strict=True):
+        for _ in range(4):
+            model(x).square().sum().backward()
+    torch.testing.assert_close(leaves[1].grad, leaves[0].grad)
+    assert recorded
+
+
+def test_hooks_of_parameters_run_once(recorded):
+    plain, captured = pair(warm_up=1)
+    for model in (plain, captured):
+        model[0].weight.register_hook(lambda g: 2 * g)
+    for seed in range(3):
+        for model in (plain, captured):
+            model.zero_grad()
+            model(images(seed=seed)).square().sum().backward()
+        torch.testing.assert_close(captured[0].weight.grad, plain[0].weight.grad)
+
+
+class Bytes(nn.Module):
+    """Turns what it gets into images."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = net()
+
+    def forward(self, x):
+        return self.body(x.permute(0, 3, 1, 2).float() / 255)
+
+
+def test_what_is_said_of_an_input_inside_is_recorded_too(recorded, monkeypatch):
+    _, captured = pair(Bytes, warm_up=1)
+    belief_of_first = []
+    captured.body[0].register_forward_hook(lambda _, args, y: belief_of_first.append(step_of(args[0]).belief))
+    x = torch.randint(256, (2, 8, 8, 3), dtype=torch.uint8)
+    for _ in range(3):
+        captured(x)
+    assert len(recorded) == 1
+    assert len(belief_of_first) > 4
+    assert all(isinstance(belief, kn.Gaussian) for belief in belief_of_first)
+
+
+def test_a_part_may_begin_in_place_and_return_what_needs_no_gradient(recorded):
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv = nn.Conv2d(3, 4, 3)
+            self.part = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU())
+            self.part.forward = lambda y: ((z := self.part[1](self.part[0](y.relu_()))), z.detach().mean())
+
+        def forward(self, x):
+            return self.part(self.conv(x))
+
+    captured = kn.convert(Both(), input_stats=STATS)
+    kn.capture(captured.part, warm_up=1)
+    plain = kn.convert(Both(), input_stats=STATS)
+    for seed in range(3):
+        (y, mean), (expected, other) = captured(images(seed=seed)), plain(images(seed=seed))
+        torch.testing.assert_close((y, mean), (expected, other))
+        assert y.requires_grad
+        assert not mean.requires_grad
+    assert recorded
+
+
+def test_who_never_comes_to_a_recording_is_told(recorded):
+    _, captured = pair(warm_up=1)
+
+    def train_anew():
+        for _ in range(25):
+            captured[0].weight.data = captured[0].weight.data.clone()
+            captured(images())
+
+    with pytest.warns(UserWarning, match=r"kalmannorm\.capture has recorded nothing of Sequential yet: at each"):
+        train_anew()
+    assert not recorded
+
+
+def test_calls_of_ever_new_kinds_are_forgotten(recorded):
+    _, captured = pair(Arguments, warm_up=2)
+    for number in range(200):
+        captured({"image": images(), "other": images()}, scale=number / 7)
+    assert len(captured.forward.seen) < 100
+
+
 def test_a_copy_records_its_own_graphs(recorded):
     _, captured = pair(warm_up=1)
     for _ in range(2):
@@ -269,6 +378,8 @@ def test_what_is_no_model_or_no_number_is_refused():
         kn.capture(net)
     with pytest.raises(ValueError, match=r"warm_up=0 and shapes=4, expected numbers above 0"):
         kn.capture(net(), warm_up=0)
+    with pytest.raises(ValueError, match=r"got BatchNorm2d '0' with momentum=None, expected a number"):
+        kn.capture(nn.Sequential(nn.BatchNorm2d(3, momentum=None)))
     with pytest.raises(ValueError, match="Sequential is captured already"):
         kn.capture(kn.capture(net()))
 

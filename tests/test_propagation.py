@@ -1,6 +1,7 @@
 """How beliefs travel."""
 
 import copy
+import gc
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 
 import kalmannorm as kn
 from kalmannorm import rules
-from kalmannorm.evaluation import exact
+from kalmannorm.evaluation import exact, prior_of
 from kalmannorm.gaussian import Gaussian
 from kalmannorm.propagation import Propagation, attach, is_open
 from kalmannorm.steps import Step, step_of
@@ -227,3 +228,108 @@ def test_a_view_taken_before_a_change_in_place_is_not_believed_what_was():
         return before.view(2, 4, 6, 6)
 
     assert prior_after(between).reason == "it was changed in place where nothing watched"
+
+
+class Tabular(nn.Module):
+    """Classes and numbers of a table, and who is whose neighbour."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.tables = nn.ModuleList([nn.Embedding(5, 3), nn.Embedding(7, 4)])
+        self.numbers = nn.BatchNorm1d(2)
+        self.first, self.second = nn.Linear(9, 6), nn.Linear(6, 4)
+        self.norm, self.last = nn.BatchNorm1d(6), nn.BatchNorm1d(4)
+
+    def forward(self, classes, numbers, edges):
+        embedded = [table(classes[:, i]) for i, table in enumerate(self.tables)]
+        x = self.norm(F.relu(self.first(torch.cat([*embedded, self.numbers(numbers)], 1))))
+        messages = F.relu(x)[edges[0]]
+        return self.last(self.second(torch.zeros(len(x), 6).index_add_(0, edges[1], messages)))
+
+
+def test_integer_inputs_are_constants():
+    model = kn.convert(Tabular(), input_stats=([0.0] * 2, [1.0] * 2))
+    given = torch.randint(5, (9, 2)), torch.randn(9, 2), torch.randint(9, (2, 30))
+    description = kn.describe(model, *given)
+    assert description.with_prior == 3
+    assert "Tensor.index_add_" in str(description)
+    model(*given).square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@torch.no_grad()
+def test_priors_of_integer_inputs_are_not_kept():
+    """They depend on the values."""
+    model = kn.convert(Tabular(), input_stats=([0.0] * 2, [1.0] * 2), track_running_stats=False).eval()
+    classes, numbers = torch.randint(5, (9, 2)), torch.randn(9, 2)
+    few, many = torch.zeros(2, 30, dtype=torch.long), torch.randint(9, (2, 30))
+    expected = copy.deepcopy(model)(classes, numbers, many)
+    for _ in range(3):
+        model(classes, numbers, few)
+    torch.testing.assert_close(model(classes, numbers, many), expected)
+
+
+@pytest.mark.parametrize("like", [torch.zeros_like, lambda y: torch.zeros(y.shape)], ids=["like", "new"])
+def test_a_known_tensor_that_an_activation_changes_is_unknown(like):
+    """Its values are those of the batch then."""
+    x, belief = torch.randn(2, 4, 6, 6), Gaussian(torch.zeros(1, 4, 1, 1), torch.ones(1, 4, 1, 1))
+    with Propagation():
+        attach(x, belief, "x")
+        seen = like(x).add_(x)
+    assert "changed in place by an activation" in prior_of(seen, 1).reason
+
+
+def layers_alive():
+    gc.collect()
+    return sum(type(each).__name__ == "_LayerBackward" for each in gc.get_objects())
+
+
+@pytest.mark.parametrize("way", ["forward alone", "an unused head", "part of the gradients", "eval, fused"])
+def test_a_graph_that_is_let_go_is_gone(way):
+    """A belief that a layer computes with its own leads to the layer, and the layer to what carries the belief."""
+
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head, self.other = (
+                nn.Sequential(*[m for _ in range(2) for m in (nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU())])
+                for _ in range(3)
+            )
+
+        def forward(self, x):
+            y = self.body(x)
+            return self.head(y), self.other(y)
+
+    fuses = {"track_running_stats": False, "input_stats": ([0.0] * 3, [1.0] * 3)} if "eval" in way else {}
+    model = kn.convert(Heads(), **fuses).train("eval" not in way)
+    before = layers_alive()
+    for _ in range(4):
+        y, other = model(torch.randn(2, 3, 4, 4))
+        if way == "an unused head":
+            y.sum().backward()
+        elif way == "part of the gradients":
+            torch.autograd.grad(y.sum(), model.head[-2].weight)
+        del y, other
+    assert layers_alive() == before
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda y, conv: F.conv2d(input=y, weight=conv.weight, bias=conv.bias),
+        lambda y, conv: conv(torch.relu(input=y)),
+        lambda y, conv: F.linear(input=y.movedim(1, -1), weight=conv.weight[:, :, 0, 0]).movedim(-1, 1),
+    ],
+    ids=["conv2d", "relu", "linear"],
+)
+def test_the_input_by_its_name(call):
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.conv, self.second = nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return self.second(call(self.first(x), self.conv))
+
+    assert kn.describe(kn.convert(Named()), torch.randn(2, 3, 4, 4)).rows[1].prior_from == ("first",)

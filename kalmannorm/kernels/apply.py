@@ -63,6 +63,8 @@ def differentiable_gradients(plain: Callable[..., Any], inputs: Sequence[Any],
         inputs: tensors, and whatever else.
         upstream: what comes to the outputs; None for nothing.
     """
+    # Of views, as one input may have been computed from another one: a layer's input from its link's filter.
+    inputs = [t.view_as(t) if isinstance(t, Tensor) and t.requires_grad else t for t in inputs]
     sent = [(o, d) for o, d in zip(plain(*inputs), upstream, strict=False) if d is not None and o.requires_grad]
     wanted = [t for t in inputs if isinstance(t, Tensor) and t.requires_grad]
     outputs, incoming = zip(*sent, strict=True) if sent else ((), ())

@@ -17,7 +17,7 @@ from torch import Tensor
 from kalmannorm.gaussian import Gaussian, Packed, Unknown
 from kalmannorm.kernels import Through, link
 from kalmannorm.rules.pointwise import Deferred, Rectified
-from kalmannorm.rules.table import DEFERRING, Belief, aliases, rule
+from kalmannorm.rules.table import DEFERRING, SOURCES, Belief, aliases, rule
 
 _ACTIVATION_AS_WEIGHT = Unknown("the weight is computed from the input")
 _NO_BATCH = Unknown("a convolution without a batch axis")
@@ -181,6 +181,19 @@ def linear(x: Gaussian, weight: Tensor, bias: Tensor | None = None) -> Belief:
     flat = x.map(lambda t: t.expand(*before, -1).flatten(0, -2))
     moments, _ = link(flat.packed().moments, weight, bias)
     return Packed(moments).map(lambda t: t.unflatten(0, before))
+
+
+@rule(F.embedding)
+def embedding(index: Tensor, weight: Tensor, *args: object, **kwargs: object) -> Belief:
+    """Rows of a table, each as likely as the others: mean and variance of its columns."""
+    if isinstance(index, Gaussian) or isinstance(weight, Gaussian):
+        return _ACTIVATION_AS_WEIGHT
+    table = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    var, mean = torch.var_mean(table, 0, correction=0)
+    return Gaussian(mean, var).map(lambda t: t.view(*[1] * index.ndim, -1))
+
+
+SOURCES.add(F.embedding)
 
 
 def _only_notes(x: Gaussian, weight: Any, bias: object = None, stride: object = 1, padding: object = 0,

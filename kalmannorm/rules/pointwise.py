@@ -134,6 +134,10 @@ class Deferred(Gaussian):
         if torch.is_grad_enabled() or not self._grad:
             self._known, self._where = known, saved_tensor_hooks()
 
+    def forget(self) -> None:
+        """Compute the moments again when they are asked for."""
+        self._known = None
+
     def evaluate(self) -> Gaussian:
         """The same belief, its moments computed now if they are not known."""
         if not self.is_known:

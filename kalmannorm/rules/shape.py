@@ -265,7 +265,7 @@ def _resolve(sizes: Sequence[int], total: int) -> list[int]:
 
 @rule(*aliases("__getitem__"))
 def getitem(x: Gaussian, index: Any) -> Belief:
-    """Indexing: slices along constant axes leave the belief as it is."""
+    """Indexing: slices along constant axes leave the belief as it is, and so do indices of samples."""
     parts = list(index) if isinstance(index, tuple) else [index]
     # Arrays and numbers of numpy.
     parts = [p if isinstance(p, Tensor) or not hasattr(p, "__array__") else torch.as_tensor(p) for p in parts]
@@ -283,10 +283,67 @@ def getitem(x: Gaussian, index: Any) -> Belief:
         elif part is not None:
             if isinstance(part, slice) and not _varies(x, axis):
                 parts[i] = slice(None)
+            elif axis == 0 and isinstance(part, Tensor) and part.ndim > 0 and not _varies(x, 0):
+                parts[i] = torch.zeros([1] * part.ndim, dtype=torch.long, device=x.mean.device)
             elif not isinstance(part, slice) or part != slice(None):
                 x = x.full([axis])
             axis += 1
     return x.map(lambda t: t[tuple(parts)])
+
+
+_PICKING = frozenset(aliases("index_select"))
+
+
+@rule(*aliases("gather"))
+def gather(x: Gaussian, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Belief:
+    """Elements that an index picks along an axis: a mixture of all of them."""
+    return Unknown("an index computed from the input") if isinstance(index, Gaussian) else x.pool([_axis(x, dim)])
+
+
+@rule(*aliases("take_along_dim"))
+def take_along_dim(x: Gaussian, indices: Tensor, dim: int | None = None) -> Belief:
+    """As :func:`gather`."""
+    return Unknown("elements picked from all axes at once") if dim is None else gather(x, dim, indices)
+
+
+def _sums(into: Gaussian | Tensor, dim: int, index: Tensor, terms: Gaussian | Tensor, weight: float = 1.0) -> Belief:
+    """Sums of the terms that an index sends to each row: of ``d`` terms with mean ``m`` and variance ``v``, where ``d``
+    differs from row to row, the mean is ``m E[d]`` and the variance ``v E[d] + m^2 Var[d]``.
+    """
+    if isinstance(index, Gaussian):
+        return Unknown("an index computed from the input")
+    if not isinstance(terms, Gaussian) or _axis(terms, dim) != 0:
+        return Unknown("a sum of as many terms as an index names, not along the first axis or of known ones")
+    to = index.reshape(index.shape[0], -1)[:, 0]  # of `scatter_add`, whose columns go to the same rows
+    x = terms.pool([0])
+    counts = torch.zeros(into.shape[0], dtype=x.mean.dtype, device=to.device)
+    counts = counts.index_add_(0, to, counts.new_ones(()).expand(to.shape[0]))
+    often, unevenly = counts.mean(), counts.var(correction=0)
+    mean, var = weight * x.mean * often, weight**2 * (x.var * often + x.mean.square() * unevenly)
+    if not isinstance(into, Gaussian):
+        return Gaussian(mean, var)
+    first, second = align([into, Gaussian(mean, var)])
+    return Gaussian(first.mean + second.mean, first.var + second.var)
+
+
+@rule(*aliases("scatter_add", "scatter_add_"))
+def scatter_add(into: Gaussian | Tensor, dim: int, index: Tensor, src: Gaussian | Tensor) -> Belief:
+    """Messages summed over the neighbours in a graph, into zeros or an activation: see `_sums`."""
+    return _sums(into, dim, index, src)
+
+
+@rule(*aliases("index_add", "index_add_"))
+def index_add(into: Gaussian | Tensor, dim: int, index: Tensor, source: Gaussian | Tensor, *,
+              alpha: float = 1.0) -> Belief:  # fmt: skip
+    """As :func:`scatter_add`."""
+    return _sums(into, dim, index, source, alpha)
+
+
+@rule(*aliases("scatter", "scatter_", "scatter_reduce", "scatter_reduce_", "index_reduce", "index_reduce_",
+               "segment_reduce"))  # fmt: skip
+def scatter(x: Gaussian | Tensor, *args: Any, **kwargs: Any) -> Belief:
+    """The largest of the neighbours, say."""
+    return Unknown("what an index sends to a row, other than its sum")
 
 
 def _cut(function: Callable[..., Any], dim_position: int, default: int | None) -> Callable[..., Any]:
@@ -296,6 +353,8 @@ def _cut(function: Callable[..., Any], dim_position: int, default: int | None) -
         """Write out the axis, and cut the belief there."""
         dim = args[dim_position] if len(args) > dim_position else kwargs.get("dim", default)
         assert dim is not None
+        if function in _PICKING and _axis(x, dim) == 0 and not _varies(x, 0):
+            return x
         x = x.full([_axis(x, dim)])
         means, variances = (function(t, *args, **kwargs) for t in torch.broadcast_tensors(x.mean, x.var))
         if isinstance(means, Tensor):

@@ -11,7 +11,8 @@ import torch
 from kalmannorm.gaussian import Gaussian, Unknown
 
 __all__ = [
-    "BELIEF_FIRST", "DEFERRING", "FACTORIES", "LIKE", "RULES", "Belief", "Rule", "aliases", "as_rule_is_called", "rule",
+    "BELIEF_FIRST", "DEFERRING", "FACTORIES", "LIKE", "OVERWRITING", "RULES", "SOURCES", "Belief", "Rule", "aliases",
+    "as_rule_is_called", "rule",
 ]  # fmt: skip
 
 Belief = Gaussian | Unknown
@@ -21,6 +22,8 @@ _R = TypeVar("_R", bound=Rule)
 RULES: dict[Callable[..., Any], Rule] = {}
 # Rules that say, by annotation, that their first argument is a belief: they are not asked about a known one.
 BELIEF_FIRST: set[Rule] = set()
+# What starts a belief of its own, as it takes no activation.
+SOURCES: set[Callable[..., Any]] = set()
 # Rules that only note what is to be computed, and by which arguments they do.
 DEFERRING: dict[Rule, Callable[..., bool]] = {}
 # The names of a rule's parameters, and how many it takes by position; None for any. Noted when it is taught, as a
@@ -112,6 +115,9 @@ FACTORIES: frozenset[Callable[..., Any]] = frozenset(
     aliases("new_empty", "new_full", "new_ones", "new_zeros", "empty_like", "full_like", "ones_like", "zeros_like",
             "rand_like", "randn_like", "randint_like")
 )  # fmt: skip
+
+# These change a tensor in place, and their rules do not ask for what it was: its first argument, or zeros.
+OVERWRITING: frozenset[Callable[..., Any]] = frozenset(aliases("copy_", "scatter_add_", "index_add_"))
 
 # These take a shape or a type from their second argument, and values from the first alone.
 LIKE: frozenset[Callable[..., Any]] = frozenset(aliases("expand_as", "reshape_as", "view_as", "type_as", "to"))

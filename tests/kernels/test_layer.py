@@ -4,8 +4,10 @@ import importlib
 
 import pytest
 import torch
+from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
+import kalmannorm as kn
 from kalmannorm import Gaussian
 from kalmannorm.functional import kalman_update, normalize, observe
 from kalmannorm.kernels import Filter, Running, Through, layer, link
@@ -256,3 +258,33 @@ def test_what_has_another_size_is_refused(name, change, dtype):
 def test_a_link_of_another_number_of_channels_is_refused():
     with pytest.raises(ValueError, match=r"of as many channels as the weight of shape \(3, 8, 1, 1\) has"):
         link(torch.ones(2, 1, 4, 1, 1), torch.ones(3, 8, 1, 1))
+
+
+@pytest.mark.parametrize("norms", [1, 2])
+def test_create_graph_changes_no_gradient(norms):
+    """A layer's input was computed from its link's filter, and a shared layer's from its own gain."""
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(4)
+    parts = [m for _ in range(norms) for m in (nn.Conv2d(4, 4, 2), norm, nn.ReLU())]
+    model = kn.convert(nn.Sequential(*parts), input_stats=([0.0] * 4, [1.0] * 4))
+    loss = (model(torch.randn(3, 4, 6, 6)) ** 3).mean()
+    parameters = list(model.parameters())
+    plain = torch.autograd.grad(loss, parameters, retain_graph=True)
+    for ours, theirs in zip(torch.autograd.grad(loss, parameters, create_graph=True), plain, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_gradgradcheck_of_a_network():
+    torch.manual_seed(0)
+    model = kn.convert(
+        nn.Sequential(nn.Conv2d(2, 3, 2), nn.BatchNorm2d(3), nn.Softplus(), nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2)),
+        input_stats=([0.0] * 2, [1.0] * 2), track_running_stats=False, stats_batch_size=3,
+    ).double()  # fmt: skip
+    names, values = zip(*[(n, p.detach().clone().requires_grad_()) for n, p in model.named_parameters()], strict=True)
+    x = torch.randn(3, 2, 3, 3, dtype=torch.float64)
+
+    def run(*given):
+        with nn.utils.stateless._reparametrize_module(model, dict(zip(names, given, strict=True))):
+            return model(x)
+
+    assert gradgradcheck(run, values)

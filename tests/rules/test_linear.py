@@ -184,3 +184,15 @@ def test_a_vector_without_a_batch_axis():
     belief = RULES[F.linear](x, weight, bias)
     torch.testing.assert_close(belief.mean, F.linear(x.mean, weight, bias))
     torch.testing.assert_close(belief.var, F.linear(x.var, weight.square()))
+
+
+@covers(F.embedding)
+def test_rows_of_a_table(function):
+    weight = torch.randn(7, 4, dtype=torch.float64).requires_grad_()
+    index = torch.arange(7).repeat(3)
+    belief = RULES[function](index, weight)
+    rows = function(index, weight)
+    torch.testing.assert_close(belief.mean[0], rows.mean(0))
+    torch.testing.assert_close(belief.var[0], rows.var(0, correction=0))
+    assert RULES[function](index.view(3, 7), weight).mean.shape == (1, 1, 4)
+    assert RULES[function](index, weight.bfloat16()).mean.dtype == torch.float32

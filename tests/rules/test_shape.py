@@ -566,3 +566,49 @@ def test_windows(function, dimension, axes):
 @pytest.mark.parametrize("kernel", [3, (2, 3)])
 def test_im2col(function, kernel):
     check_moved(function, believe((2, 3, 6, 6), groups=2), kernel, stride=2)
+
+
+# -- picked by an index, and sent by one -------------------------------------------------------------
+
+
+@covers(*aliases("gather", "take_along_dim"))
+def test_elements_that_an_index_picks(function):
+    x, index = believe((2000, 4), groups=2), torch.randint(2000, (3000, 4), generator=torch.Generator().manual_seed(0))
+    given = (index, 0) if "take" in function.__name__ else (0, index)
+    check_draws(function, x, *given)
+    assert RULES[function](x, *given).mean.shape == (1, 4)
+
+
+def test_picking_needs_an_axis_and_a_known_index():
+    x = believe((6, 4))
+    assert "all axes" in RULES[torch.take_along_dim](x, torch.zeros(3, dtype=torch.long)).reason
+    assert "from the input" in RULES[torch.gather](x, 0, believe((6, 4))).reason
+
+
+def test_samples_of_one_belief_stay_one_belief():
+    """However many an index picks, as the ends of a graph's edges."""
+    x, edges = believe((6, 4)), torch.randint(6, (50,))
+    for y in (RULES[torch.Tensor.__getitem__](x, edges), RULES[torch.index_select](x, 0, edges)):
+        assert y.mean.shape == (1, 4)
+        assert torch.equal(y.var, x.var)
+    assert RULES[torch.Tensor.__getitem__](x, edges.view(5, 10)).mean.shape == (1, 1, 4)
+
+
+@covers(*aliases("scatter_add", "scatter_add_", "index_add", "index_add_"))
+def test_sums_over_neighbours(function):
+    generator = torch.Generator().manual_seed(0)
+    index = (torch.rand(40_000, generator=generator).square() * 4000).long()  # some rows get many terms
+    terms, into = believe((40_000, 3)), torch.zeros(4000, 3, dtype=torch.float64)
+    named = index if "index" in function.__name__ else index[:, None].expand(-1, 3)
+    check_draws(function, into, 0, named, terms)
+    both = RULES[function](believe((4000, 3), seed=1), 0, named, terms)
+    alone = RULES[function](into, 0, named, terms)
+    torch.testing.assert_close(both.var, alone.var + believe((4000, 3), seed=1).var)
+    assert "from the input" in RULES[function](into, 0, believe((40_000,)), terms).reason
+    assert "first axis" in RULES[function](into, 1, named, terms).reason
+
+
+@covers(*aliases("scatter", "scatter_", "scatter_reduce", "scatter_reduce_", "index_reduce", "index_reduce_",
+                 "segment_reduce"))  # fmt: skip
+def test_what_an_index_sends_otherwise_is_unknown(function):
+    assert "other than its sum" in RULES[function](believe((4, 3)), 0, torch.zeros(4), torch.zeros(4, 3)).reason
