@@ -146,7 +146,7 @@ def _row(name: str, layer: KalmanLayer, x: Tensor) -> Row:
     elif not layer.is_fusing:
         reason = "it is frozen"
     elif step is None:
-        reason = "its input does not depend on the network's input"
+        reason = "its input does not depend on a floating-point input of the network"
     else:
         with without_autocast(x.device):
             value = exact(step) if layer.estimator == "exact" else drawn(step, layer._groups(x.shape[0]))

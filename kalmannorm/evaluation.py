@@ -50,7 +50,7 @@ def belief_for(tensor: Tensor, groups: int, estimator: Estimator = "exact") -> B
     """
     step = step_of(tensor)
     if step is None:
-        return Unknown("the input does not depend on the network's input")
+        return Unknown("the input does not depend on a floating-point input of the network")
     if estimator == "monte_carlo":
         draws = drawn(step, groups)
         return draws if isinstance(draws, Unknown) else Gaussian.of_draws(draws, groups)

@@ -267,6 +267,19 @@ def test_gradients_of_arguments_are_not_overwritten(recorded):
     assert recorded
 
 
+def test_distributed_data_parallel_around_it(recorded, tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        plain, captured = pair(warm_up=1)
+        batches = [images(seed=seed) for seed in range(4)]
+        losses = train(nn.parallel.DistributedDataParallel(captured), batches)
+    finally:
+        torch.distributed.destroy_process_group()
+    torch.testing.assert_close(losses, train(plain, batches))
+    assert len(recorded) == 1
+    assert_same_state(captured, plain)
+
+
 def test_hooks_of_parameters_run_once(recorded):
     plain, captured = pair(warm_up=1)
     for model in (plain, captured):
