@@ -3,11 +3,11 @@
 from kalmannorm import functional, rules
 from kalmannorm.annealing import anneal
 from kalmannorm.calibration import Calibration, calibrate
-from kalmannorm.capturing import capture
 from kalmannorm.convert import connect, convert, fuse, to_batchnorm
 from kalmannorm.describe import Description, describe, first_nonfinite
 from kalmannorm.freezing import freeze
 from kalmannorm.gaussian import Gaussian, Unknown
+from kalmannorm.graphs import capture
 from kalmannorm.inference import online_statistics, recalibrate
 from kalmannorm.modules import (
     GroupKalmanNorm,

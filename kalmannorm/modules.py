@@ -344,14 +344,17 @@ class KalmanLayer(nn.Module):
     def _hand_on(self, y: Tensor, statistics: Gaussian) -> None:
         """Attach to the output what is believed of it.
 
-        ``carry="output"``: ``(beta, gamma^2 v / (v + eps))``, of what really leaves the layer; for all groups the same.
+        ``carry="output"``: ``(beta, gamma^2 v / (v + eps))``, of what really leaves the layer. In training it is the
+        same for all groups; in ``eval()`` none may depend on another one.
         ``carry="posterior"``: ``(m, v)`` of its input, as the paper and the released code do.
         """
         if (mode := current()) is None or is_resting(mode):
             return
         belief = statistics
         if self.carry == "output":
-            scale = (statistics.var / (statistics.var + self.eps)).mean(0, keepdim=True)  # of all groups
+            scale = statistics.var / (statistics.var + self.eps)
+            if self.training:
+                scale = scale.mean(0, keepdim=True)
             if self.weight is not None:
                 scale = scale * self.weight.to(scale.dtype).square()
             bias = self.bias
@@ -643,6 +646,8 @@ class KalmanNorm(KalmanLayer, _NormBase):
         if self.keeps_priors:
             posterior = Gaussian(out.statistics[0], out.statistics[1])
             self._hand_on(out.output, self._lasting(posterior, *self._corrected(prior, groups)))
+        elif groups > 1 and not self.training and self.carry == "output":
+            self._hand_on(out.output, Gaussian(out.statistics[0], out.statistics[1]))
         else:
             attach(out.output, Packed(out.belief), self.layer_name or type(self).__name__)
         if relu:

@@ -309,6 +309,19 @@ def test_groups_hand_on_one_belief_with_the_average_factor():
     torch.testing.assert_close(seen[0].var.flatten(), layer.weight.square() * factor)
 
 
+@torch.no_grad()
+def test_in_eval_no_group_depends_on_another():
+    """As two rows may have nearly one value, whose variance is below eps."""
+    torch.manual_seed(0)
+    parts = [m for _ in range(3) for m in (nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU())]
+    model = kn.convert(nn.Sequential(*parts), stats_batch_size=2)
+    x = torch.randn(8, 4)
+    x[1] = x[0] + 1e-4
+    model(x)
+    with kn.online_statistics(model.eval()):
+        torch.testing.assert_close(model(x), torch.cat([model(pair) for pair in x.split(2)]), rtol=1e-5, atol=1e-6)
+
+
 def test_a_batch_that_does_not_divide_says_so():
     model = three_layers(stats_batch_size=4).float()
     expected = r"KalmanNorm2d '1' got a batch of 6, expected a multiple of stats_batch_size=4"

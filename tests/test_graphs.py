@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import kalmannorm as kn
-from kalmannorm import capturing
+from kalmannorm import graphs
 from kalmannorm.steps import step_of
 
 STATS = ([0.0] * 3, [1.0] * 3)
@@ -73,8 +73,8 @@ def recorded(monkeypatch):
         found.append(Recorded(run, samples))
         return found[-1]
 
-    monkeypatch.setattr(capturing, "_is_on_gpu", lambda t: True)
-    monkeypatch.setattr(capturing, "_graphed", graphed)
+    monkeypatch.setattr(graphs, "_is_on_gpu", lambda t: True)
+    monkeypatch.setattr(graphs, "_graphed", graphed)
     return found
 
 
@@ -402,7 +402,7 @@ def test_what_cannot_be_recorded_says_what_to_change(recorded, monkeypatch):
         run(*samples)
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
-    monkeypatch.setattr(capturing, "_graphed", fails)
+    monkeypatch.setattr(graphs, "_graphed", fails)
     _, captured = pair(warm_up=1)
     captured(images())
     before = copy.deepcopy(captured.state_dict())
