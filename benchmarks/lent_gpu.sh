@@ -8,8 +8,8 @@
 #     OUT=/tmp/out bash benchmarks/lent_gpu.sh speed 300 'step/resnet50/*'
 #     OUT=/tmp/out bash benchmarks/lent_gpu.sh study batch-sizes-gpu 500 14
 #
-# tests: what only a GPU can show. overhead: what a step costs the CPU, by part. throughput: how many steps a second, by how many processes. speed SECONDS PATTERN...:
-# cases of `python -m benchmarks`, added to what OUT has. study NAME SECONDS WORKERS: goes on with the study in RUNS
+# tests: what only a GPU can show. overhead: what a step costs the CPU, by part. throughput: how many steps a second, by
+# how many processes. speed SECONDS PATTERN...: cases of `python -m benchmarks`, added to what OUT has. study NAME SECONDS WORKERS: goes on with the study in RUNS
 # (default runs/gpu), with CUDA's multi-process service, and packs its runs; the checkpoints of those that have not
 # ended are in pieces, to be laid together (cat) and unpacked into RUNS before a later session goes on. Elsewhere
 # `kalmannorm study NAME --collect --output RUNS`, with the same torch, makes the tables.

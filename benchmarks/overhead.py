@@ -3,8 +3,7 @@
 ``python -m benchmarks.overhead --output docs/results/speed/overhead.csv --page docs/speed.md``
 
 The time is the process's own, so others on the machine count little; on a GPU it is what launching costs, with nothing
-waited for. It is measured first, the sides in turn. Then a signal asks, once a millisecond,
-where it is.
+waited for. It is measured first, the sides in turn. Then a signal asks, once a millisecond, where it is.
 """
 
 import argparse

@@ -115,9 +115,8 @@ def convert(model: _M, *, layers: Sequence[str] = ("batch",), input_stats: tuple
 
     Raises:
         ValueError: for unknown kinds or options, or where there is nothing to convert; for options of a model that is
-            converted already; with ``calibrate=True`` for a
-            layer whose running statistics say nothing; for what :func:`standardize_weights` raises. The model is then
-            as it was.
+            converted already; with ``calibrate=True`` for a layer whose running statistics say nothing; for what
+            :func:`standardize_weights` raises. The model is then as it was.
 
     Example:
         >>> import torch, kalmannorm as kn

@@ -196,10 +196,10 @@ def _in_one_step(x: Tensor, prior: Gaussian | None, weight: Tensor | None, bias:
                  process_noise: Tensor | None, spread: bool, groups: int, eps: float, residual: Tensor | None,
                  relu: bool) -> KalmanNormOutput:  # fmt: skip
     """The common case by its kernel; the rest of :func:`kalman_norm` says what it computes."""
-    moments = None if prior is None else prior.packed().moments
+    given_prior = None if prior is None else prior.packed().moments
     given, offset = (gain, 0.0) if isinstance(gain, Tensor) else (None, gain)
     options = Filter(groups=groups, gain_offset=offset, spread=spread, eps=eps, relu=relu)
-    out = layer(x, moments, given, process_noise, weight, bias, options, other=residual, posterior=True)
+    out = layer(x, given_prior, given, process_noise, weight, bias, options, other=residual, posterior=True)
     posterior = Packed(out.belief.view(2, groups, x.shape[1]))
     used = 1.0 if prior is None else gain
     return KalmanNormOutput(out.output, posterior, Gaussian(out.statistics[4], out.statistics[5]), used)

@@ -21,6 +21,7 @@ from kalmannorm.modules import KalmanLayer
 from kalmannorm.propagation import Propagation, attach, current, paused
 from kalmannorm.rules import Belief
 from kalmannorm.steps import SCALARS, step_of
+from kalmannorm.watch import tensors_of
 
 __all__ = ["capture"]
 
@@ -86,12 +87,13 @@ def capture(model: _M, *, warm_up: int = 3, shapes: int = 4) -> _M:
 class _Replayed:
     """A module's forward."""
 
+    changes = 0  # of what a graph holds on to, since the last recording
+
     def __init__(self, module: nn.Module, warm_up: int, shapes: int) -> None:
         self.module = module
         self.warm_up = warm_up
         self.shapes = shapes
         self.own = module.__dict__.get("forward")  # where it has one that is not its class's
-        self.changes = 0
         self._forget()
 
     def _forget(self) -> None:
@@ -105,7 +107,6 @@ class _Replayed:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.changes = 0
         self._forget()
 
     def as_it_is(self, *args: Any, **kwargs: Any) -> Any:
@@ -165,12 +166,10 @@ def _is_being_captured() -> bool:
 
 def _state(module: nn.Module) -> tuple[Any, ...]:
     """What a graph holds on to."""
-    tensors = [t for each in module.modules() for t in (*each._parameters.values(), *each._buffers.values())
-               if t is not None]  # fmt: skip
     layers = [each for each in module.modules() if isinstance(each, KalmanLayer)]
     return (
         tuple([(each.training, getattr(each, "momentum", None)) for each in module.modules()]),
-        tuple([(t.data_ptr(), t.requires_grad) for t in tensors]),
+        tuple([(t.data_ptr(), t.requires_grad) for t in tensors_of(module)]),
         tuple([(each.frozen, each.online, each.prior_scale is None) for each in layers]),
     )
 

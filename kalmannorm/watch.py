@@ -16,7 +16,7 @@ from kalmannorm.propagation import Propagation, attach, current, is_resting
 from kalmannorm.shards import watch_shards
 from kalmannorm.steps import found_in, step_of
 
-__all__ = ["Watch"]
+__all__ = ["Watch", "tensors_of"]
 
 
 class Watch:
@@ -86,8 +86,7 @@ class Watch:
             return (self.mode.priors.key if self._holds_for_export(values) else None), []
         if is_transformed() or any(each.training for each in module.modules()):  # dropout, for one
             return None, []
-        tensors = [t for each in module.modules() for t in (*each._parameters.values(), *each._buffers.values())
-                   if t is not None]  # fmt: skip
+        tensors = tensors_of(module)
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             return None, []
         given = list(found_in(values, Tensor))
@@ -182,6 +181,12 @@ class Watch:
             moved = self.given.map(lambda t: t.to(device, dtype))
         if type(moved.mean) is Tensor:  # and not a compiler's or an exporter's stand-in
             self.input_belief = moved
+
+
+def tensors_of(module: nn.Module) -> list[Tensor]:
+    """Its parameters and buffers, of one that is used twice each time; faster than torch's own walk."""
+    return [t for each in module.modules() for t in (*each._parameters.values(), *each._buffers.values())
+            if t is not None]  # fmt: skip
 
 
 def _options(values: Any) -> tuple[Any, ...]:

@@ -44,7 +44,7 @@ from torch import Tensor
 from kalmannorm.kernels import on_cpu, on_torch, operators
 from kalmannorm.kernels.apply import alias, differentiable_gradients, is_transformed
 from kalmannorm.kernels.backends import backend_for
-from kalmannorm.kernels.link import bias_gradient, link, plain_link
+from kalmannorm.kernels.link import link
 from kalmannorm.kernels.memory import as_dense, dense
 from kalmannorm.kernels.moments import moments
 from kalmannorm.kernels.on_torch import fuse, gain_of, move_running, unbiased
@@ -96,7 +96,7 @@ def _plain(x: Tensor, other: Tensor | None, prior: Tensor | None, vectors: Seque
     shift, scale, gain, noise, weight, bias = vectors
     after = None
     if filter is not None and prior is not None:
-        prior, after = plain_link(prior, filter, filter_bias, rectifies)
+        prior, after = on_torch.link_forward(prior, filter, filter_bias, rectifies)
     groups, channels = options.groups, x.shape[1]
     # Groups as channels of their own: (N / S, S C, *).
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -174,7 +174,7 @@ class _Layer(torch.autograd.Function):
         )
         d_filter = d_filter_bias = None
         if filter is not None:
-            d_filter_bias = None if filter_bias is None else bias_gradient(d_prior)
+            d_filter_bias = None if filter_bias is None else on_torch.link_bias_gradient(d_prior)
             d_prior, d_filter = ctx.backend.link_backward(below, filter, after, d_prior, d_after, ctx.rectifies)
         if other is not None and y is None:
             d_other = dy

@@ -16,16 +16,14 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from kalmannorm.kernels import operators
+from kalmannorm.kernels import on_torch, operators
 from kalmannorm.kernels.apply import differentiable_gradients, is_transformed
 from kalmannorm.kernels.backends import backend_for
 from kalmannorm.kernels.memory import as_dense
-from kalmannorm.kernels.rectify import rectified
 
-__all__ = ["Link", "bias_gradient", "link", "plain_link"]
+__all__ = ["Link", "link"]
 
 
 class Link(NamedTuple):
@@ -35,15 +33,6 @@ class Link(NamedTuple):
     """Mean and variance, ``(2, S, C_out, 1, ...)``, with the rank of the moments that were given."""
     rectified: Tensor | None
     """Those that were rectified, like the moments that were given; None where nothing was."""
-
-
-def plain_link(moments: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> tuple[Tensor, Tensor | None]:
-    """The same by functions that autograd knows."""
-    after = torch.stack(rectified(*moments.unbind())) if relu else None
-    mean, var = (moments if after is None else after).flatten(2).unbind()
-    taps = weight.flatten(2) if weight.ndim > 2 else weight[..., None]
-    out = torch.stack([F.linear(mean, taps.sum(-1), bias), F.linear(var, taps.square().sum(-1))])
-    return out.view(*out.shape, *moments.shape[3:]), after
 
 
 class _Link(torch.autograd.Function):
@@ -61,16 +50,11 @@ class _Link(torch.autograd.Function):
         moments, weight, bias, after = ctx.saved_tensors  # once: a checkpoint allows no more
         if torch.is_grad_enabled():
             inputs = (moments, weight, bias, ctx.relu)
-            return (*differentiable_gradients(plain_link, inputs, (d_out, d_after)), None)
+            return (*differentiable_gradients(on_torch.link_forward, inputs, (d_out, d_after)), None)
         if d_out is None:
             d_out = moments.new_zeros(2, moments.shape[1], weight.shape[0])
         below, d_weight = ctx.backend.link_backward(moments, weight, after, d_out, d_after, ctx.relu)
-        return below, d_weight, None if bias is None else bias_gradient(d_out), None, None
-
-
-def bias_gradient(d_out: Tensor) -> Tensor:
-    """Of a link's bias, ``(C_out,)``, from what comes to its moments."""
-    return d_out[0].flatten(1).sum(0)
+        return below, d_weight, None if bias is None else on_torch.link_bias_gradient(d_out), None, None
 
 
 def link(moments: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False) -> Link:
@@ -93,7 +77,7 @@ def link(moments: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool
     weight = weight.to(moments.dtype)
     bias = None if bias is None else bias.to(moments.dtype)
     if is_transformed() and not torch.compiler.is_compiling():
-        return Link(*plain_link(moments, weight, bias, relu))
+        return Link(*on_torch.link_forward(moments, weight, bias, relu))
     moments, weight = moments.contiguous(), as_dense(weight)
     if torch.compiler.is_compiling():
         out, after = operators.link(moments, weight, bias, relu)

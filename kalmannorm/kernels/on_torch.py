@@ -15,8 +15,8 @@ from kalmannorm.kernels.moments import observe_channels, slope_by_variance
 from kalmannorm.kernels.options import Filter, Running
 from kalmannorm.kernels.rectify import rectified, rectified_gradients
 
-__all__ = ["fuse", "gain_of", "layer_backward", "layer_forward", "link_backward", "link_forward", "move_running",
-           "unbiased"]  # fmt: skip
+__all__ = ["fuse", "gain_of", "layer_backward", "layer_forward", "link_backward", "link_bias_gradient",
+           "link_forward", "move_running", "unbiased"]  # fmt: skip
 
 
 def gain_of(gain: Tensor | None, like: Tensor, options: Filter) -> Tensor:
@@ -317,3 +317,8 @@ def link_backward(moments: Tensor, weight: Tensor, after: Tensor | None, d_out: 
         below = below if d_after is None else below + d_after
         below = torch.stack(rectified_gradients(*moments.unbind(), *below.unbind()))
     return below, d_weight
+
+
+def link_bias_gradient(d_out: Tensor) -> Tensor:
+    """The gradient of a link's bias, ``(C_out,)``, from what comes to its moments, ``(2, S, C_out, ...)``."""
+    return d_out[0].flatten(1).sum(0)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kalmannorm.kernels.backends import backend_for
+from kalmannorm.kernels.on_torch import link_bias_gradient
 from kalmannorm.kernels.options import Filter
 
 __all__ = ["layer", "link"]
@@ -74,7 +75,7 @@ def _save_link(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor])
 
 def _derive_link(ctx: Any, d_out: Tensor, d_after: Tensor) -> tuple[Tensor | None, ...]:
     below, d_weight = _backward_of_link(*ctx.saved_tensors, d_out, d_after, ctx.relu)
-    return below, d_weight, d_out[0].flatten(1).sum(0) if ctx.has_bias else None, None
+    return below, d_weight, link_bias_gradient(d_out) if ctx.has_bias else None, None
 
 
 torch.library.register_autograd("kalmannorm::link", _derive_link, setup_context=_save_link)
