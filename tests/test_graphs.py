@@ -129,7 +129,13 @@ def test_a_training_is_the_same(recorded, options):
 def test_gradients_and_outputs_are_not_overwritten(recorded):
     plain, captured = pair(warm_up=1)
     batches = [images(seed=seed) for seed in range(4)]
-    kept = [model(x) for model in (plain, captured) for x in batches]
+    kept = []
+    for model in (plain, captured):
+        for x in batches:
+            y = model(x)
+            y.sum().backward()  # or the next call would run as it is
+            kept.append(y.detach())
+    assert recorded
     for a, b in zip(kept[:4], kept[4:], strict=True):
         torch.testing.assert_close(a, b)
     captured.zero_grad()

@@ -596,15 +596,14 @@ def test_samples_of_one_belief_stay_one_belief():
 
 @covers(*aliases("scatter_add", "scatter_add_", "index_add", "index_add_"))
 def test_sums_over_neighbours(function):
-    generator = torch.Generator().manual_seed(0)
-    index = (torch.rand(40_000, generator=generator).square() * 4000).long()  # some rows get many terms
-    terms, into = believe((40_000, 3)), torch.zeros(4000, 3, dtype=torch.float64)
+    index = torch.cat([torch.arange(4000), torch.arange(2000).repeat(8)])  # half of the rows get 1 term, half 9
+    terms, into = believe((20_000, 3)), torch.zeros(4000, 3, dtype=torch.float64)
     named = index if "index" in function.__name__ else index[:, None].expand(-1, 3)
     check_draws(function, into, 0, named, terms)
     both = RULES[function](believe((4000, 3), seed=1), 0, named, terms)
     alone = RULES[function](into, 0, named, terms)
     torch.testing.assert_close(both.var, alone.var + believe((4000, 3), seed=1).var)
-    assert "from the input" in RULES[function](into, 0, believe((40_000,)), terms).reason
+    assert "from the input" in RULES[function](into, 0, believe((20_000,)), terms).reason
     assert "first axis" in RULES[function](into, 1, named, terms).reason
 
 
