@@ -35,7 +35,7 @@ class Watch:
         self.layers = layers
         self.given = input_belief
         self.input_belief = input_belief  # where the inputs are, and of their type
-        self._warned = False
+        self._warned = self._looked = False
         # Made once: torch.compile must find the mode somewhere when it breaks a graph inside.
         self.mode = Propagation(layers)
 
@@ -52,6 +52,7 @@ class Watch:
                 self._start_beliefs(module, args, kwargs)
             if not torch.compiler.is_compiling():
                 self.mode.opener = module
+                self._warn_of_replaced_layers(module)
             self.mode.__enter__()  # type: ignore[no-untyped-call]
         elif mode is not None and mode.input_belief is not None:
             mode.input_belief = _started_on_first(mode.input_belief, (*args, *kwargs.values()))
@@ -128,6 +129,23 @@ class Watch:
             return _calls_on_the_stack(module) < 2
         # Looked for only where another network is called: the parts of one find its mode open all the time.
         return self.layers[0] not in mode.layers and _calls_on_the_stack(mode.opener) == 0
+
+    def _warn_of_replaced_layers(self, module: nn.Module) -> None:
+        """At the first call: functions that replace BatchNorm layers take Kalman layers for such."""
+        if self._looked:
+            return
+        self._looked = True
+        inside = set(module.modules())
+        gone = [layer for layer in self.layers if layer not in inside]
+        if gone:
+            remedy = "connect" if len(gone) < len(self.layers) else "to_batchnorm"
+            warnings.warn(
+                f"{len(gone)} of {len(self.layers)} Kalman layers of {type(module).__name__} were replaced after "
+                f"kalmannorm.convert, the first is {gone[0].layer_name!r}. SyncBatchNorm.convert_sync_batchnorm does "
+                "so: call it before kalmannorm.convert, which then shares statistics between processes. If the "
+                f"replacement is meant, call kalmannorm.{remedy}(model)",
+                stacklevel=2,
+            )
 
     def _warn_of_unused_belief(self, module: nn.Module) -> None:
         if self._warned or self.given is None:
