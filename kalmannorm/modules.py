@@ -693,7 +693,7 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
 
     def _by_running_statistics(self, x: Tensor) -> Tensor:
         # In eval() by itself, in a network that trains, it needs a gradient for every parameter too.
-        plain = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        plain = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         bias = self.bias if plain else self._idle(self.bias, self.num_features)
         y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, bias, False, 0.0, self.eps)
         if is_open():  # a frozen layer among training ones
