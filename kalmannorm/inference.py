@@ -113,7 +113,7 @@ def recalibrate(model: _M, loader: Iterable[Any], *, forward: Callable[[nn.Modul
     shown = progress and (process_group is None or dist.get_rank(process_group) == 0)
     batches = 0
     shown_batches = with_progress(loader, max_batches, shown, "recalibrate")
-    with _collecting(network, populations), closing(shown_batches):
+    with collecting(network, populations), closing(shown_batches):
         for batch in shown_batches:
             call(network, to_device(batch, device))
             batches += 1
@@ -178,7 +178,7 @@ def populations_of(model: nn.Module) -> dict[str, Population]:
 
 
 @contextmanager
-def _collecting(model: nn.Module, populations: dict[str, Population]) -> Iterator[None]:
+def collecting(model: nn.Module, populations: dict[str, Population]) -> Iterator[None]:
     """Run a model in ``eval()`` by online statistics, which are added to ``populations``.
 
     What was compiled runs eagerly: one pass is not worth compiling it anew.

@@ -11,7 +11,7 @@ PACKAGE = ROOT / "kalmannorm"
 # Each may import what stands before it.
 ORDER = """
     gaussian kernels rules steps evaluation checkpoints propagation shards watch functional modules
-    standardization annealing freezing convert describe inference calibration graphs lab
+    standardization annealing freezing convert describe inference calibration diagnosis graphs lab
 """.split()  # noqa: SIM905 - as the page has it
 
 
