@@ -878,3 +878,12 @@ def test_a_fused_convolution():
     fused = nn.utils.fusion.fuse_conv_bn_eval(model[0], model[1])
     x = images()
     equal(fused(x), model[:2](x), 1e-5)
+
+
+def test_mmengine_builds_the_layer_by_name():
+    registry = pytest.importorskip("mmengine.registry")
+    registry.MODELS.register_module("KN", module=kn.KalmanNorm2d, force=True)
+    norms = [registry.MODELS.build({"type": "KN", "num_features": 4, "gain": 0.2}) for _ in range(2)]
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), norms[0], nn.Conv2d(4, 4, 1), norms[1])
+    assert kn.describe(kn.connect(model), images()).with_prior == 1
+    assert norms[1].gain == 0.2
