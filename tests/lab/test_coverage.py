@@ -112,7 +112,7 @@ def test_rows_of_other_models_stay(tmp_path):
     assert "| no rule for f | 3 | m |" in text
 
 
-@pytest.mark.parametrize("name", ["monai/UNet", "torch_geometric/GCN", "transformers/ResNet", "ultralytics/yolo11n-cls"])
+@pytest.mark.parametrize("name", ["monai/UNet", "torch_geometric/GCN", "transformers/ResNet", "ultralytics/yolov8n"])
 def test_networks_of_other_packages(name):
     pytest.importorskip(name.split("/")[0])
     found = cover(_KNOWN[name])
