@@ -212,7 +212,8 @@ def cover(subject: Subject) -> Coverage | None:
 
 def _packages(library: str) -> str:
     """Of what a model was made, with versions."""
-    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", library))
+    names = [name for name in ("torch", library) if is_installed(name)]
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
 
 
 def _describe(subject: Subject, model: nn.Module) -> tuple[int, tuple[Any, ...], kn.Description]:
