@@ -133,7 +133,7 @@ class Watch:
         if self._warned or self.given is None:
             return
         self._warned = True
-        channels = self.given.mean.shape[0]
+        channels = self.given.mean.numel()
         warnings.warn(
             f"input_stats given to kalmannorm.convert describe {channels} channels, but {type(module).__name__} got no "
             f"tensor of shape (N, {channels}, ...) that could be found, in lists, mappings and dataclasses too: the "
@@ -154,7 +154,7 @@ class Watch:
         if self.input_belief is not None:
             waiting = _started_on_first(self.input_belief, values)
             direct = [t for t in values if isinstance(t, Tensor) and t.is_floating_point()]
-            if waiting is not None and direct:
+            if waiting is not None and direct and waiting.mean.ndim:
                 raise ValueError(
                     f"input_stats given to kalmannorm.convert describe {waiting.mean.shape[0]} channels, but "
                     f"{type(module).__name__} got an input of shape {tuple(direct[0].shape)}, "
@@ -201,17 +201,18 @@ def _states(tensors: Iterable[Tensor]) -> tuple[Any, ...]:
 
 def _started_on_first(given: Gaussian, values: Any) -> Gaussian | None:
     """Start a belief about the network's input on the first tensor that has its channels, unless that has
-    another; return it where there is none.
+    another; return it where there is none. One of single numbers starts on the first argument of two or more axes.
     """
-    channels = given.mean.shape[0]
-    for tensor in found_in(values, Tensor):
-        if not tensor.is_floating_point():
+    anywhere = given.mean.ndim == 0
+    for tensor in values if anywhere else found_in(values, Tensor):
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             continue
-        if tensor.ndim < 2 or tensor.shape[1] != channels:
+        if tensor.ndim < 2 or (not anywhere and tensor.shape[1] != given.mean.shape[0]):
             return given
         step = step_of(tensor)
         if step is None or step.belief is None or isinstance(step.belief, Unknown):
-            dtype, shape = torch.promote_types(tensor.dtype, torch.float32), (1, -1, *[1] * (tensor.ndim - 2))
+            dtype = torch.promote_types(tensor.dtype, torch.float32)
+            shape = (1, 1 if anywhere else -1, *[1] * (tensor.ndim - 2))
             mean, var = (t.to(tensor.device, dtype).view(shape) for t in (given.mean, given.var))
             attach(tensor, Gaussian(mean, var), "input")
         return None

@@ -106,10 +106,11 @@ class Subject:
         own = getattr(model, "default_cfg", {}).get("input_size", (3, 224, 224))[-1]
         return sorted({64, 96, 128, own, 299})
 
-    def input_stats(self, model: nn.Module) -> tuple[list[float], list[float]] | None:
-        """Zeros and ones, one a channel; None where the input has its channels on another axis than the second."""
-        channels = _channels(model) if self.network is None else self.network.channels
-        return None if channels is None else ([0.0] * channels, [1.0] * channels)
+    def input_stats(self, model: nn.Module) -> tuple[Any, Any]:
+        """Zeros and ones, one a channel; of networks of other packages one for all, as their inputs' axes differ."""
+        if self.network is not None:
+            return 0.0, 1.0
+        return [0.0] * _channels(model), [1.0] * _channels(model)
 
 
 def _channels(model: nn.Module) -> int:
@@ -343,10 +344,9 @@ def page(found: Sequence[Coverage]) -> str:
         f"Made by `kalmannorm coverage` ({', '.join(packages)}) from",
         "[coverage.csv](coverage.csv): every model of torchvision with BatchNorm, of each of timm's families with",
         "BatchNorm one model or more, and networks of other packages, from small configurations. Each was built",
-        "without weights, converted with `input_stats` (but where the input has its channels on another axis than the",
-        "second), described, trained for one step on two samples of noise (detectors: two images), and its `eval()`",
-        f"output compared before and after `to_batchnorm`. Models of more than {_LARGEST // 10**6} million parameters",
-        "were only described, on the meta device.",
+        "without weights, converted with `input_stats`, described, trained for one step on two samples of noise",
+        "(detectors: two images), and its `eval()` output compared before and after `to_batchnorm`. Models of more than",
+        f"{_LARGEST // 10**6} million parameters were only described, on the meta device.",
         "",
         f"**{_total(found)}.**",
         f"{sum(each.from_input for each in found):,} of these layers have it from `input_stats` alone.",

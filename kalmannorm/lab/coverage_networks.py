@@ -32,8 +32,6 @@ class Network:
     """Of one sample."""
     call: Callable[[Tensor], tuple[Any, ...]] = _alone
     """From samples, ``(N, *shape)``, to the arguments of ``forward``."""
-    channels: int | None = 3
-    """Of the first argument, for ``input_stats``; None where its channels are not on axis 1."""
 
 
 def is_installed(library: str) -> bool:
@@ -146,7 +144,7 @@ def _wav2vec2() -> nn.Module:
     return _transformer(
         "Wav2Vec2ConformerModel", "Wav2Vec2ConformerConfig", hidden_size=16, num_hidden_layers=2, intermediate_size=32,
         num_attention_heads=2, conv_dim=[16, 16], conv_stride=[4, 4], conv_kernel=[8, 8], num_feat_extract_layers=2,
-        num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2, mask_time_prob=0.0,
+        num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2, mask_time_prob=0.0, layerdrop=0.0,
     )  # fmt: skip
 
 
@@ -176,9 +174,9 @@ _TRANSFORMERS = {
     "RT-DETR": Network("detection", _rtdetr),
     "SegFormer": Network("segmentation", _segformer),
     "UPerNet": Network("segmentation", _upernet),
-    "wav2vec2-conformer": Network("speech", _wav2vec2, (1600,), channels=None),
-    "PatchTST": Network("time series", _patchtst, (64, 3), channels=None),
-    "PatchTSMixer": Network("time series", _patchtsmixer, (64, 3), channels=None),
+    "wav2vec2-conformer": Network("speech", _wav2vec2, (1600,)),
+    "PatchTST": Network("time series", _patchtst, (64, 3)),
+    "PatchTSMixer": Network("time series", _patchtsmixer, (64, 3)),
 }
 
 # -- ultralytics -----------------------------------------------------------------------------------
@@ -206,8 +204,8 @@ def _monai(name: str, *args: Any, **kwargs: Any) -> Callable[[], nn.Module]:
     return lambda: _of(f"monai.networks.nets.{name}", *args, **kwargs)
 
 
-def _volumes(task: str, build: Callable[[], nn.Module]) -> Network:
-    return Network(task, build, (1, 32, 32, 32), channels=1)
+def _volumes(task: str, build: Callable[[], nn.Module], size: int = 16) -> Network:
+    return Network(task, build, (1, size, size, size))
 
 
 _HIGH_RES = (
@@ -248,7 +246,7 @@ _NNUNET = {kind: _volumes("segmentation", _nnunet(kind)) for kind in ("PlainConv
 
 def _gnn(kind: str) -> Network:
     build = lambda: _of(f"torch_geometric.nn.{kind}", 8, 16, 3, 2, norm="BatchNorm")  # noqa: E731
-    return Network("graphs", build, (30, 8), graph, 8)
+    return Network("graphs", build, (30, 8), graph)
 
 
 def _conformer() -> nn.Module:
@@ -289,10 +287,10 @@ NETWORKS: dict[str, dict[str, Network]] = {
     "dynamic_network_architectures": _NNUNET,
     "torch_geometric": {kind: _gnn(kind) for kind in ("GCN", "GAT", "GraphSAGE", "GIN", "EdgeCNN")},
     "segmentation_models_pytorch": {kind: _smp(kind) for kind in ("Unet", "FPN", "PSPNet", "Linknet", "DeepLabV3Plus")},
-    "torchaudio": {"Conformer": Network("speech", _conformer, (40, 8), _with_lengths, None)},
+    "torchaudio": {"Conformer": Network("speech", _conformer, (40, 8), _with_lengths)},
     "speechbrain": {
-        "ECAPA-TDNN": Network("speech", _ecapa, (60, 8), channels=None),
-        "Xvector": Network("speech", _xvector, (60, 8), channels=None),
+        "ECAPA-TDNN": Network("speech", _ecapa, (60, 8)),
+        "Xvector": Network("speech", _xvector, (60, 8)),
     },
     "lightly": {kind: _head(kind) for kind in
                 ("BYOLProjectionHead", "SimSiamProjectionHead", "BarlowTwinsProjectionHead")},

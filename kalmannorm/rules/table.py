@@ -53,9 +53,9 @@ def rule(*functions: Callable[..., Any]) -> Callable[[_R], _R]:
 
     Example:
         >>> import torch, kalmannorm as kn
-        >>> @kn.rule(torch.nn.functional.glu)
-        ... def glu(x, dim=-1):
-        ...     return kn.Unknown("halves of a GLU depend on each other")
+        >>> @kn.rule(torch.cumprod)
+        ... def cumprod(x, dim):
+        ...     return kn.Unknown("products of ever more elements")
     """
     for function in functions:
         if not callable(function):
@@ -117,7 +117,9 @@ FACTORIES: frozenset[Callable[..., Any]] = frozenset(
 )  # fmt: skip
 
 # These change a tensor in place, and their rules do not ask for what it was: its first argument, or zeros.
-OVERWRITING: frozenset[Callable[..., Any]] = frozenset(aliases("copy_", "scatter_add_", "index_add_"))
+OVERWRITING: frozenset[Callable[..., Any]] = frozenset(
+    aliases("copy_", "scatter_add_", "index_add_", "scatter_", "scatter_reduce_", "index_reduce_")
+)
 
 # These take a shape or a type from their second argument, and values from the first alone.
 LIKE: frozenset[Callable[..., Any]] = frozenset(aliases("expand_as", "reshape_as", "view_as", "type_as", "to"))
