@@ -262,7 +262,7 @@ def frozen_half():
         train(model, 20)
         with torch.no_grad():
             changes.append(gap(before, model.eval()[:6](x)))
-    return *changes, "BatchNorm's running statistics move in spite of requires_grad; kn.freeze, used on ours, fixes both kinds"
+    return *changes, "running statistics move in spite of requires_grad; kn.freeze, used on ours, fixes both kinds"
 
 
 @situation("no weight decay for normalization", "pytorch/pytorch#1402, ultralytics/yolov5#4104",
