@@ -274,24 +274,21 @@ def weight_decay():
         spared = {id(p) for m in model.modules() if isinstance(m, kinds) for p in m.parameters()}
         norms = [m for m in model.modules() if hasattr(m, "running_mean")]
         decayed.append(sum(id(p) not in spared for norm in norms for p in norm.parameters()))
-    return *decayed, "Kalman layers are of no class of torch.nn: tell them by `p.ndim <= 1`, as timm does"
+    return *decayed, "Kalman layers are found as BatchNorm layers are, gain and process noise included"
 
 
 @situation("averaged weights", "huggingface/pytorch-image-models#106, CuriousAI/mean-teacher#9",
-           "loss in eval() of the averaged model, after torch.optim.swa_utils.update_bn or kn.recalibrate")  # fmt: skip
+           "loss in eval() of the averaged model, after torch.optim.swa_utils.update_bn")  # fmt: skip
 def averaged_weights():
     losses, batches = [], [images(16, 5000 + i)[0] for i in range(8)]
-    for kind, model in zip(("stock", "kalman"), both(**IMAGES), strict=True):
+    for model in both(**IMAGES):
         averaged = AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9))
         for step in range(0, 60, 5):
             train(model, 5, first=step)
             averaged.update_parameters(model)
-        if kind == "stock":
-            update_bn(batches, averaged)
-        else:
-            kn.recalibrate(averaged.module, batches)
+        update_bn(batches, averaged)
         losses.append(loss_in_eval(averaged))
-    return *losses, "update_bn passes Kalman layers by in silence: kn.recalibrate does the same for both kinds"
+    return *losses, "update_bn takes the mean over the batches for both kinds"
 
 
 @situation("an infinity in half precision", "pytorch/pytorch#90342, pytorch/pytorch#88474",
