@@ -58,7 +58,7 @@ html_show_sourcelink = False
 html_copy_source = False
 html_math_renderer = "mathml"
 # A sidebar where there is a section to go through.
-_ALONE = ("index", "start", "which-normalization", "how-it-works", "teach-a-function", "api", "compared", "releases")
+_ALONE = ("index", "start", "which-normalization", "api", "guide/troubleshooting", "compared", "glossary")
 html_sidebars = {page: [] for page in _ALONE}
 html_theme_options = {
     "navbar_align": "left",
