@@ -18,7 +18,7 @@ from kalmannorm.checkpoints import is_recomputing, is_reentrant
 from kalmannorm.evaluation import Estimator, belief_for, without_autocast
 from kalmannorm.functional import KalmanNormOutput, add_process_noise, group_kalman_norm, kalman_norm, synchronize
 from kalmannorm.gaussian import Gaussian, Packed, Unknown
-from kalmannorm.kernels import Filter, Running, layer, move_running, unbiased
+from kalmannorm.kernels import Filter, Given, Running, layer, move_running, unbiased
 from kalmannorm.kernels.apply import is_transformed
 from kalmannorm.propagation import Prior, Propagation, attach, attach_step, current, is_open, is_resting, paused
 from kalmannorm.rules.linear import Linked
@@ -630,7 +630,6 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
     def _in_one_step(self, x: Tensor, groups: int, relu: bool = False) -> Tensor:
         """The common case by its kernel, running statistics and all."""
         mode = current()
-        weight, bias = self.weight, self.bias
         gain, slope, offset = self._gain_line(x.shape[0] // groups)
         with without_autocast(x.device):
             prior = self._prior_for_kernel(x, groups, mode)
@@ -641,11 +640,12 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
             # handed on.
             joint = type(known) is Linked and not self.keeps_priors
             below, through = known.link() if joint else (known, None)  # type: ignore[union-attr]
+            moments = None if below is None else below.packed().moments
             out = layer(
-                x, None if below is None else below.packed().moments, gain, prior.noise, weight, bias,
+                x, Given(moments, prior.shift, prior.scale, gain, prior.noise, self.weight, self.bias),
                 Filter(groups, slope, offset, _INITIAL_NOISE, self.spread, self.eps, relu),
-                shift=prior.shift, scale=prior.scale, running=self._running() if self.training else None,
-                posterior=self.carry == "posterior", through=through,
+                running=self._running() if self.training else None, posterior=self.carry == "posterior",
+                through=through,
             )  # fmt: skip
         if through is not None and through.relu:
             known.below.keep(Packed(out.rectified))  # type: ignore[union-attr, arg-type]
