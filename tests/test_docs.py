@@ -197,7 +197,7 @@ def test_links_within_the_repository_lead_somewhere(path):
 
 # The laboratory's pages, which are not wrapped yet.
 UNWRAPPED = {DOCS / "laboratory.md", DOCS / "reproduce.md", DOCS / "tried.md"}
-SITE_PAGES = [ROOT / "README.md", *DOCS.glob("*.md"), *DOCS.glob("guide/*.md")]
+SITE_PAGES = [ROOT / "README.md", *(page for at in ("*.md", "guide/*.md", "notebooks/*.md") for page in DOCS.glob(at))]
 
 
 @pytest.mark.parametrize("path", sorted({*SITE_PAGES} - UNWRAPPED), ids=named)
