@@ -318,7 +318,7 @@ SITE = DOCS / "_build" / "html"
 @pytest.mark.skipif(not (SITE / "index.html").exists(), reason="the site is not built: make docs")
 @pytest.mark.parametrize("page", [
     "index", "start", "which-normalization", "how-it-works", "evidence", "compared", "glossary", "api",
-    "guide/index", "guide/compile", "guide/troubleshooting", "maintaining", "speed",
+    "guide/index", "guide/compile", "guide/troubleshooting", "maintaining", "speed", "notebooks/what-you-see",
 ])  # fmt: skip
 def test_pages_fit_on_a_phone(page, phone):
     phone.goto((SITE / f"{page}.html").as_uri())
