@@ -186,7 +186,7 @@ def reshape_to(x: Gaussian, shape: Sequence[int]) -> Gaussian:
     belief is constant stays constant; one that is only split or merged with constant axes keeps its
     blocks; any other is written out.
     """
-    known = math.prod(n for n in shape if n != -1)
+    known = math.prod([n for n in shape if n != -1])
     shape = [math.prod(x.shape) // max(known, 1) if n == -1 else n for n in shape]
     mean, var = torch.broadcast_tensors(x.mean, x.var)
     x = Gaussian(mean, var, x.shape)
@@ -256,7 +256,7 @@ def unflatten(x: Gaussian, dim: int, sizes: Sequence[int]) -> Gaussian:
 
 
 def _resolve(sizes: Sequence[int], total: int) -> list[int]:
-    known = math.prod(n for n in sizes if n != -1)
+    known = math.prod([n for n in sizes if n != -1])
     return [total // known if n == -1 else n for n in sizes]
 
 
@@ -267,8 +267,8 @@ def _resolve(sizes: Sequence[int], total: int) -> list[int]:
 def getitem(x: Gaussian, index: Any) -> Belief:
     """Indexing: slices along constant axes leave the belief as it is, and so do indices of samples."""
     parts = list(index) if isinstance(index, tuple) else [index]
-    # Arrays and numbers of numpy.
-    parts = [p if isinstance(p, Tensor) or not hasattr(p, "__array__") else torch.as_tensor(p) for p in parts]
+    if not torch.compiler.is_compiling():  # numpy's arrays and numbers
+        parts = [p if isinstance(p, Tensor) or not hasattr(p, "__array__") else torch.as_tensor(p) for p in parts]
     if any(isinstance(p, Gaussian) for p in parts):
         return Unknown("an index computed from the input")
     if any(isinstance(p, Tensor) and p.dtype == torch.bool and p.ndim > 1 for p in parts):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -32,7 +33,12 @@ _TAKES: dict[Rule, tuple[frozenset[str] | None, int | None]] = {}
 # What torch calls the first and the second argument of a function: a rule has names of its own.
 _TORCHS_NAMES = (("input", "self", "tensor", "tensors", "inputs"), ("other", "mat2", "size", "shape", "repeats"))
 
-_HOMES = (torch, torch.Tensor, torch.nn.functional, torch.special)
+_LISTED: set[Callable[..., Any]] = {
+    function for functions in torch.overrides.get_overridable_functions().values() for function in functions
+}
+
+# The last is where a compiler, which follows functions of Python, finds what `pad` calls.
+_HOMES: tuple[Any, ...] = (torch, torch.Tensor, torch.nn.functional, torch.special, torch._C._nn)
 
 
 def rule(*functions: Callable[..., Any]) -> Callable[[_R], _R]:
@@ -71,9 +77,24 @@ def rule(*functions: Callable[..., Any]) -> Callable[[_R], _R]:
         _TAKES[decorated] = names, None if inspect.Parameter.VAR_POSITIONAL in kinds else positions
         for function in functions:
             RULES[function] = decorated
+        _show_to_compilers(functions)
         return decorated
 
     return register
+
+
+def _show_to_compilers(functions: Sequence[Callable[..., Any]]) -> None:
+    """Have torch.compile ask modes about these functions, as eager torch does. It goes by a list of torch's own that
+    lacks some: ``hardswish``, ``hardsigmoid``, ``relu_``.
+    """
+    missing = [function for function in functions if function not in _LISTED]
+    if not missing:
+        return
+    _LISTED.update(missing)
+    torch.overrides.get_overridable_functions()[torch.nn.functional].extend(missing)
+    compiler: Any = sys.modules.get("torch._dynamo.variables.torch")
+    if compiler is not None:  # it keeps a copy
+        compiler.get_overridable_functions.cache_clear()
 
 
 def as_rule_is_called(rule: Rule, args: tuple[Any, ...],
