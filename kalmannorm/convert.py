@@ -46,7 +46,6 @@ _STOCK: dict[str, dict[type[nn.Module], type[KalmanLayer]]] = {
 }
 # Layers of other libraries with a forward of their own, by name: a model that has them has imported them.
 _ELSEWHERE: dict[str, tuple[str, type[KalmanLayer]]] = {
-    "torchvision.ops.misc.FrozenBatchNorm2d": ("batch", KalmanNorm2d),
     "timm.layers.norm_act.BatchNormAct2d": ("batch", KalmanNormAct2d),
     "timm.layers.norm_act.SyncBatchNormAct": ("batch", KalmanNormAct2d),
     "timm.layers.norm_act.FrozenBatchNormAct2d": ("batch", KalmanNormAct2d),
@@ -59,6 +58,8 @@ _ELSEWHERE: dict[str, tuple[str, type[KalmanLayer]]] = {
 _RANDOM_DEPTH = {"StochasticDepth": ("p",), "DropPath": ("drop_prob", "p"), "DropBlock2d": ("drop_prob", "p"),
                  "DropBlock3d": ("p",)}  # fmt: skip
 _TENSORS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
+# The buffers of torchvision's FrozenBatchNorm2d. transformers has a copy of it a detector, some without `eps`.
+_FROZEN = {"weight", "bias", "running_mean", "running_var"}
 _RANKS: dict[type[nn.Module], tuple[int, ...]] = {
     nn.InstanceNorm1d: (3,), nn.InstanceNorm2d: (4,), nn.InstanceNorm3d: (5,)
 }  # fmt: skip
@@ -92,13 +93,15 @@ def convert(model: _M, *, layers: Sequence[str] = ("batch",), input_stats: Input
     Args:
         model: any network. If it is itself a normalization layer, its replacement is returned.
         layers: which kinds to replace: ``"batch"`` (BatchNorm1d/2d/3d, SyncBatchNorm, torchvision's
-            FrozenBatchNorm2d, timm's BatchNormAct2d and its relatives), ``"group"`` (GroupNorm, timm's
-            GroupNormAct), ``"instance"`` (InstanceNorm1d/2d/3d). Subclasses are replaced if they have
-            their stock class's forward; others are left alone, with a warning.
+            FrozenBatchNorm2d and its copies in transformers, timm's BatchNormAct2d and its
+            relatives), ``"group"`` (GroupNorm, timm's GroupNormAct), ``"instance"``
+            (InstanceNorm1d/2d/3d). Subclasses are replaced if they have their stock class's forward;
+            others are left alone, with a warning.
         input_stats: mean and standard deviation of the network's first input as it is fed in, one
-            number a channel each: after the usual normalization, zeros and ones. The first layer gets
-            its prior from them. Of a network with several floating-point inputs, a mapping from names of its
-            forward's arguments to such pairs; one number, ``(0.0, 1.0)``, holds for all channels, and for any shape.
+            number a channel each: after the usual normalization, zeros and ones. Single numbers hold for
+            all of an input, whichever of its axes has the channels. The first layer gets its prior from
+            them. Of a network with several floating-point inputs, a mapping from names of its forward's
+            arguments to such pairs.
         calibrate: correct priors by running statistics. None: in each layer whose running statistics are those of some
             training. True: in every layer, or an error. False: in none. The first call that computes priors makes the
             correction; of a network that drops blocks at random, :func:`kalmannorm.calibrate` should, and a warning
@@ -268,6 +271,8 @@ def stand_in(layer: nn.Module) -> tuple[str, type[KalmanLayer] | None]:
         return found
     if isinstance(layer, KalmanLayer):
         return "", None
+    if type(layer).__name__.endswith("FrozenBatchNorm2d") and layer._buffers.keys() == _FROZEN:
+        return "batch", KalmanNorm2d
     for kind, classes in _STOCK.items():
         for stock, kalman in classes.items():
             if isinstance(layer, stock):
@@ -345,7 +350,7 @@ def _from_batch_norm(layer: Any, name: str, kalman: Any, options: dict[str, Any]
 
 def _from_frozen_batch_norm(layer: Any, kalman: Any, options: dict[str, Any]) -> KalmanNorm:
     """Its weight and bias are buffers: they become parameters."""
-    new: KalmanNorm = kalman(layer.weight.shape[0], layer.eps, **options)
+    new: KalmanNorm = kalman(layer.weight.shape[0], getattr(layer, "eps", 1e-5), **options)
     new._modules.update(layer._modules)
     with torch.no_grad():
         for name in ("weight", "bias", "running_mean", "running_var"):

@@ -390,6 +390,12 @@ def power(x: Gaussian, exponent: object) -> Belief:
     return quadrature(x, lambda t: t**whole)
 
 
+@rule(*aliases("sqrt", "sqrt_"))
+def sqrt(x: Gaussian) -> Gaussian:
+    """By quadrature, of zero where the belief reaches below: the activation does not."""
+    return quadrature(x, lambda t: t.clamp_min(1e-12).sqrt())
+
+
 def _by_quadrature(function: Any) -> Callable[..., Gaussian]:
     def smooth(x: Gaussian, inplace: bool = False) -> Gaussian:
         return quadrature(x, function)

@@ -37,8 +37,7 @@ _LISTED: set[Callable[..., Any]] = {
     function for functions in torch.overrides.get_overridable_functions().values() for function in functions
 }
 
-# The last is where a compiler, which follows functions of Python, finds what `pad` calls.
-_HOMES: tuple[Any, ...] = (torch, torch.Tensor, torch.nn.functional, torch.special, torch._C._nn)
+_HOMES = (torch, torch.Tensor, torch.nn.functional, torch.special)
 
 
 def rule(*functions: Callable[..., Any]) -> Callable[[_R], _R]:
@@ -59,9 +58,9 @@ def rule(*functions: Callable[..., Any]) -> Callable[[_R], _R]:
 
     Example:
         >>> import torch, kalmannorm as kn
-        >>> @kn.rule(torch.nn.functional.glu)
-        ... def glu(x, dim=-1):
-        ...     return kn.Unknown("halves of a GLU depend on each other")
+        >>> @kn.rule(torch.cumprod)
+        ... def cumprod(x, dim):
+        ...     return kn.Unknown("products of ever more elements")
     """
     for function in functions:
         if not callable(function):
@@ -138,7 +137,9 @@ FACTORIES: frozenset[Callable[..., Any]] = frozenset(
 )  # fmt: skip
 
 # These change a tensor in place, and their rules do not ask for what it was: its first argument, or zeros.
-OVERWRITING: frozenset[Callable[..., Any]] = frozenset(aliases("copy_", "scatter_add_", "index_add_"))
+OVERWRITING: frozenset[Callable[..., Any]] = frozenset(
+    aliases("copy_", "scatter_add_", "index_add_", "scatter_", "scatter_reduce_", "index_reduce_")
+)
 
 # These take a shape or a type from their second argument, and values from the first alone.
 LIKE: frozenset[Callable[..., Any]] = frozenset(aliases("expand_as", "reshape_as", "view_as", "type_as", "to"))
