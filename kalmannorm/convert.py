@@ -377,6 +377,8 @@ def _from_group_norm(layer: Any, name: str, kalman: Any, options: dict[str, Any]
 def connect(model: _M, *, input_stats: InputStats | None = None) -> _M:
     """Let beliefs flow between a network's Kalman layers. :func:`convert` has done it already.
 
+    You need it for a model that you write with Kalman layers yourself, and after layers were added or replaced.
+
     For a model written with Kalman layers by hand; and again after layers were added or replaced. It
     puts two forward hooks on each module that contains a Kalman layer, and tells each layer its name.
 
@@ -390,6 +392,13 @@ def connect(model: _M, *, input_stats: InputStats | None = None) -> _M:
     Raises:
         ValueError: where there is no Kalman layer, or ``input_stats`` is not one mean and one positive
             standard deviation a channel.
+
+    Example:
+        >>> import torch, kalmannorm as kn
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), kn.KalmanNorm2d(8))
+        >>> model = kn.connect(model, input_stats=([0.0] * 3, [1.0] * 3))
+        >>> kn.describe(model, torch.randn(1, 3, 8, 8)).with_prior
+        1
     """
     names = {layer: name for name, layer in model.named_modules() if isinstance(layer, KalmanLayer)}
     if not names:
@@ -467,6 +476,8 @@ def kalman_layers(model: nn.Module) -> Iterator[tuple[str, KalmanLayer]]:
 def to_batchnorm(model: _M) -> _M:
     """Replace Kalman layers by the stock layers of the same ``eval()`` output, in place, to deploy.
 
+    You need it to deploy a model, or to load its checkpoint where this library is not installed.
+
     Parameters and buffers are the same objects; gain and process noise are dropped. Training flags and
     ``requires_grad`` stay; a frozen layer gives one in ``eval()``, which ``model.train()`` would end. Standardized
     filters (:func:`standardize_weights`) are written into the parameters, and their layers become stock ones.
@@ -482,6 +493,12 @@ def to_batchnorm(model: _M) -> _M:
     Raises:
         ValueError: for a :class:`GroupKalmanNorm`, or a layer without running statistics, whose gain is not 1: it fuses
             in ``eval()``, so no stock layer does the same.
+
+    Example:
+        >>> import torch, kalmannorm as kn
+        >>> model = kn.convert(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)))
+        >>> type(kn.to_batchnorm(model)[1]).__name__
+        'BatchNorm2d'
     """
     model = with_stock_norms(model)
     bake(model)
@@ -535,6 +552,8 @@ def _stock_layer(layer: KalmanLayer) -> nn.Module:
 def fuse(model: _M) -> _M:
     """Fold normalization layers into the convolutions and linear layers before them, for inference.
 
+    You need it for the fastest inference: no normalization layer is left behind a convolution.
+
     Works on a trace of the model (``torch.fx``), in ``eval()``; the model itself is not changed. A
     convolution that is called at several places gets a copy for each.
 
@@ -546,6 +565,12 @@ def fuse(model: _M) -> _M:
 
     Raises:
         ValueError: for a model in training, or one that ``torch.fx`` cannot trace.
+
+    Example:
+        >>> import torch, kalmannorm as kn
+        >>> model = kn.convert(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)))
+        >>> [type(layer).__name__ for layer in kn.fuse(model.eval()).children()]
+        ['Conv2d']
     """
     if model.training:
         raise ValueError(f"{type(model).__name__} is in training, expected eval(): only running statistics fold")
