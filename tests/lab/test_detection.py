@@ -199,7 +199,7 @@ def test_recalibrated_statistics_are_kept_with_the_run(tiny, tmp_path, monkeypat
         if len(done) == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("kalmannorm.lab.callbacks.recalibrate", twice)
+    monkeypatch.setattr("kalmannorm.integrations.lightning.recalibrate", twice)
     options = {"model": {"init_args": {"recalibrate": 2, "score_online": True}}}
     config = recipes.merge(tiny("pennfudan/cpu-fpn-bn"), options)
     with pytest.raises(KeyboardInterrupt):
