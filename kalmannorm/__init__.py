@@ -5,6 +5,7 @@ from kalmannorm.annealing import anneal
 from kalmannorm.calibration import Calibration, calibrate
 from kalmannorm.convert import connect, convert, fuse, to_batchnorm
 from kalmannorm.describe import Description, describe, first_nonfinite
+from kalmannorm.diagnosis import Diagnosis, diagnose
 from kalmannorm.freezing import freeze
 from kalmannorm.gaussian import Gaussian, Unknown
 from kalmannorm.graphs import capture
@@ -25,8 +26,8 @@ from kalmannorm.standardization import standardize_weights
 __version__ = "0.1.0"
 
 __all__ = [
-    "Calibration", "Description", "Gaussian", "GroupKalmanNorm", "GroupKalmanNormAct", "KalmanNorm", "KalmanNorm1d",
-    "KalmanNorm2d", "KalmanNorm3d", "KalmanNormAct2d", "Unknown", "anneal", "calibrate", "capture", "connect",
-    "convert", "describe", "first_nonfinite", "freeze", "functional", "fuse", "online_statistics", "preset",
-    "recalibrate", "rule", "rules", "standardize_weights", "to_batchnorm",
+    "Calibration", "Description", "Diagnosis", "Gaussian", "GroupKalmanNorm", "GroupKalmanNormAct", "KalmanNorm",
+    "KalmanNorm1d", "KalmanNorm2d", "KalmanNorm3d", "KalmanNormAct2d", "Unknown", "anneal", "calibrate", "capture",
+    "connect", "convert", "describe", "diagnose", "first_nonfinite", "freeze", "functional", "fuse",
+    "online_statistics", "preset", "recalibrate", "rule", "rules", "standardize_weights", "to_batchnorm",
 ]  # fmt: skip

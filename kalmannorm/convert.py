@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -31,6 +32,7 @@ from kalmannorm.watch import Watch
 __all__ = ["connect", "convert", "fuse", "kalman_layers", "to_batchnorm", "with_stock_norms"]
 
 _M = TypeVar("_M", bound=nn.Module)
+InputStats = tuple[Any, Any] | Mapping[str, tuple[Any, Any]]
 # What takes the place of a stock layer, and of a subclass that has its forward.
 _STOCK: dict[str, dict[type[nn.Module], type[KalmanLayer]]] = {
     "batch": {
@@ -72,7 +74,7 @@ _OPTIONS = ("gain", "process_noise", "spread", "carry", "estimator", "stats_batc
 _OF_BATCHES = ("stats_batch_size", "process_group")
 
 
-def convert(model: _M, *, layers: Sequence[str] = ("batch",), input_stats: tuple[Any, Any] | None = None,
+def convert(model: _M, *, layers: Sequence[str] = ("batch",), input_stats: InputStats | None = None,
             calibrate: bool | None = None, weight_standardization: bool = False, track_running_stats: bool = True,
             **options: Any) -> _M:  # fmt: skip
     """Replace a network's normalization layers by Kalman layers, in place, and connect them.
@@ -95,7 +97,8 @@ def convert(model: _M, *, layers: Sequence[str] = ("batch",), input_stats: tuple
             their stock class's forward; others are left alone, with a warning.
         input_stats: mean and standard deviation of the network's first input as it is fed in, one
             number a channel each: after the usual normalization, zeros and ones. The first layer gets
-            its prior from them.
+            its prior from them. Of a network with several floating-point inputs, a mapping from names of its
+            forward's arguments to such pairs; one number, ``(0.0, 1.0)``, holds for all channels, and for any shape.
         calibrate: correct priors by running statistics. None: in each layer whose running statistics are those of some
             training. True: in every layer, or an error. False: in none. The first call that computes priors makes the
             correction; of a network that drops blocks at random, :func:`kalmannorm.calibrate` should, and a warning
@@ -131,7 +134,7 @@ def convert(model: _M, *, layers: Sequence[str] = ("batch",), input_stats: tuple
     if not track_running_stats and "batch" in kinds:
         options.setdefault("stats_batch_size", 1)
     _check_names("layers", kinds, _KINDS)
-    _input_belief(input_stats)  # an error leaves the model as it was
+    _input_beliefs(model, input_stats)  # an error leaves the model as it was
     _check_names("option", options, _OPTIONS)
     filters = filters_below_norms(model) if weight_standardization else []
     if calibrate:
@@ -366,7 +369,7 @@ def _from_group_norm(layer: Any, name: str, kalman: Any, options: dict[str, Any]
     return new
 
 
-def connect(model: _M, *, input_stats: tuple[Any, Any] | None = None) -> _M:
+def connect(model: _M, *, input_stats: InputStats | None = None) -> _M:
     """Let beliefs flow between a network's Kalman layers. :func:`convert` has done it already.
 
     For a model written with Kalman layers by hand; and again after layers were added or replaced. It
@@ -388,20 +391,20 @@ def connect(model: _M, *, input_stats: tuple[Any, Any] | None = None) -> _M:
         raise ValueError(f"{type(model).__name__} has no Kalman layer to connect, expected at least one")
     for layer, name in names.items():
         layer.layer_name = name
-    given = _input_belief(input_stats)
+    given = _input_beliefs(model, input_stats)
     for module in model.modules():
         known = _disconnect(module)
         inside = [layer for layer in module.modules() if layer in names and layer is not module]
         if inside:
-            watch = Watch(inside, given if module is model and given is not None else known)
+            watch = Watch(inside, (module is model and given) or known, _positional(module))
             module.register_forward_pre_hook(watch.open, with_kwargs=True, prepend=True)
             module.register_forward_hook(watch.close, always_call=True)
     return model
 
 
-def _disconnect(module: nn.Module) -> Gaussian | None:
-    """Take the hooks away; return what was believed of the module's input."""
-    known = None
+def _disconnect(module: nn.Module) -> dict[str | None, Gaussian]:
+    """Take the hooks away; return what was believed of the module's inputs."""
+    known: dict[str | None, Gaussian] = {}
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for key, hook in list(hooks.items()):
             if isinstance(watch := getattr(hook, "__self__", None), Watch):
@@ -412,14 +415,39 @@ def _disconnect(module: nn.Module) -> Gaussian | None:
     return known
 
 
-def _input_belief(input_stats: tuple[Any, Any] | None) -> Gaussian | None:
+def _input_beliefs(model: nn.Module, input_stats: InputStats | None) -> dict[str | None, Gaussian]:
+    """What ``input_stats`` say, by the names of arguments; None for the first floating-point tensor."""
     if input_stats is None:
-        return None
-    mean, std = (torch.as_tensor(t, dtype=torch.float64).detach().flatten() for t in input_stats)
+        return {}
+    if not isinstance(input_stats, Mapping):
+        return {None: _belief(input_stats, "input_stats")}
+    arguments = _arguments(model)
+    for name in input_stats:
+        if name not in arguments and not any(p.kind is p.VAR_KEYWORD for p in arguments.values()):
+            raise ValueError(
+                f"kalmannorm.convert got input_stats of {name!r}, expected names of what {type(model).__name__}'s "
+                f"forward takes: {list(arguments)}"
+            )
+    return {name: _belief(stats, f"input_stats[{name!r}]") for name, stats in input_stats.items()}
+
+
+def _arguments(module: nn.Module) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(module.forward).parameters
+    except (TypeError, ValueError):  # of a function that is not Python's
+        return {}
+
+
+def _positional(module: nn.Module) -> list[str]:
+    return [name for name, p in _arguments(module).items() if p.kind not in (p.KEYWORD_ONLY, p.VAR_KEYWORD)]
+
+
+def _belief(stats: tuple[Any, Any], what: str) -> Gaussian:
+    given = (torch.as_tensor(t, dtype=torch.float64).detach() for t in stats)
+    mean, std = (t.flatten() if t.ndim else t for t in given)
     if mean.shape != std.shape or not bool((std > 0).all()) or not bool(mean.isfinite().all()):
         raise ValueError(
-            f"kalmannorm.convert got input_stats={input_stats!r}, expected (mean, std), one number a channel "
-            "each, std above 0"
+            f"kalmannorm.convert got {what}={stats!r}, expected (mean, std), one number a channel each, std above 0"
         )
     return Gaussian(mean, std.square())
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -109,18 +110,31 @@ def describe(model: nn.Module, *inputs: Any, **kwargs: Any) -> Description:
                 rows[names[layer]] = _row(names[layer], layer, args[0])
 
     handles = [layer.register_forward_pre_hook(look) for layer in layers.values()]
-    training = {module: module.training for module in model.modules()}
-    awaiting = {layer: (layer.awaits_correction, layer.dropped_statistics) for layer in names}
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices):
+        with left_as_it_was(model), torch.no_grad():
             model.train()
             model(*inputs, **kwargs)
             rows = {name: replace(row, correction=mean_scale(layers[name])) for name, row in rows.items()}
     finally:
         for handle in handles:
             handle.remove()
+    for name, layer in layers.items():
+        if name not in rows:
+            rows[name] = Row(name, type(layer).__name__, 1.0, (), (), "the layer was not called")
+    return Description(list(rows.values()))
+
+
+@contextmanager
+def left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Restore buffers, training flags and the random state afterwards."""
+    training = {module: module.training for module in model.modules()}
+    awaiting = {layer: (layer.awaits_correction, layer.dropped_statistics) for _, layer in kalman_layers(model)}
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
         for module, flag in training.items():
             module.training = flag
         for layer, before in awaiting.items():
@@ -129,10 +143,6 @@ def describe(model: nn.Module, *inputs: Any, **kwargs: Any) -> Description:
             for name, buffer in model.named_buffers():
                 if name in buffers:  # not one that the call itself made
                     buffer.copy_(buffers[name])
-    for name, layer in layers.items():
-        if name not in rows:
-            rows[name] = Row(name, type(layer).__name__, 1.0, (), (), "the layer was not called")
-    return Description(list(rows.values()))
 
 
 def _row(name: str, layer: KalmanLayer, x: Tensor) -> Row:

@@ -51,7 +51,7 @@ def freeze(model: _M, frozen: bool = True) -> _M:
             parameter.requires_grad_(not frozen)
             if frozen:
                 parameter.grad = None  # or the optimizer's next step would still use it
-        if not isinstance(layer, _BatchNorm):
+        if isinstance(layer, KalmanLayer):
             layer.frozen = frozen
         elif frozen:
             _hold_in_eval(layer)

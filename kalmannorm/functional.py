@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kalmannorm.gaussian import Gaussian, Packed
-from kalmannorm.kernels import Filter, all_reduce, layer, moments, standardize
+from kalmannorm.kernels import Filter, Given, all_reduce, layer, moments, standardize
 
 __all__ = [
     "KalmanNormOutput", "group_kalman_norm", "kalman_norm", "kalman_update", "observe", "trusted_gain",
@@ -25,7 +25,7 @@ class KalmanNormOutput(NamedTuple):
     """What :func:`kalman_norm` returns."""
 
     output: Tensor
-    """The normalized activation, shaped and typed as the input; with a residual and a ReLU, what they make of it."""
+    """The normalized activation, shaped and typed as the input; with a ReLU, rectified."""
     posterior: Gaussian
     """The statistics it was normalized by, ``(S, C)``."""
     observation: Gaussian
@@ -150,9 +150,9 @@ def _affine(weight: Tensor | None, bias: Tensor | None, like: Tensor) -> tuple[T
 def kalman_norm(x: Tensor, prior: Gaussian | None, weight: Tensor | None = None, bias: Tensor | None = None, *,
                 gain: Tensor | float = 1.0, process_noise: Tensor | None = None, spread: bool = True,
                 guard: float | None = None, groups: int = 1, eps: float = 1e-5, observation: Gaussian | None = None,
-                residual: Tensor | None = None, relu: bool = False) -> KalmanNormOutput:  # fmt: skip
-    """Normalize by batch statistics fused with a prior (batch Kalman normalization); then add, then rectify, in the
-    same pass.
+                relu: bool = False) -> KalmanNormOutput:  # fmt: skip
+    """Normalize by batch statistics fused with a prior (batch Kalman normalization), and perhaps rectify in the same
+    pass.
 
     Args:
         x: ``(N, C, *)``.
@@ -167,19 +167,15 @@ def kalman_norm(x: Tensor, prior: Gaussian | None, weight: Tensor | None = None,
         eps: added to the variance.
         observation: the moments to fuse with the prior, where they are not just those of ``x``:
             see :func:`synchronize`.
-        residual: added to the normalized activation, shaped as ``x``.
         relu: rectify the result.
     """
     if observation is None and guard is None:
-        return _in_one_step(
-            x, prior, weight, bias, gain, process_noise, spread, groups, eps, residual, relu
-        )  # fmt: skip
+        return _in_one_step(x, prior, weight, bias, gain, process_noise, spread, groups, eps, relu)
     wide = x.to(_wide(x.dtype))
     if observation is None:
         observation = observe(wide, groups)
     gain, posterior = _fuse(prior, observation, gain, process_noise, spread, guard)
     y = normalize(wide, posterior, weight, bias, eps).to(x.dtype)
-    y = y if residual is None else y + residual
     return KalmanNormOutput(y.relu() if relu else y, posterior, observation, gain)
 
 
@@ -193,13 +189,14 @@ def _fuse(prior: Gaussian | None, observation: Gaussian, gain: Tensor | float, p
 
 
 def _in_one_step(x: Tensor, prior: Gaussian | None, weight: Tensor | None, bias: Tensor | None, gain: Tensor | float,
-                 process_noise: Tensor | None, spread: bool, groups: int, eps: float, residual: Tensor | None,
+                 process_noise: Tensor | None, spread: bool, groups: int, eps: float,
                  relu: bool) -> KalmanNormOutput:  # fmt: skip
     """The common case by its kernel; the rest of :func:`kalman_norm` says what it computes."""
-    given_prior = None if prior is None else prior.packed().moments
-    given, offset = (gain, 0.0) if isinstance(gain, Tensor) else (None, gain)
+    given_gain, offset = (gain, 0.0) if isinstance(gain, Tensor) else (None, gain)
+    moments = None if prior is None else prior.packed().moments
+    given = Given(moments, None, None, given_gain, process_noise, weight, bias)
     options = Filter(groups=groups, gain_offset=offset, spread=spread, eps=eps, relu=relu)
-    out = layer(x, given_prior, given, process_noise, weight, bias, options, other=residual, posterior=True)
+    out = layer(x, given, options, posterior=True)
     posterior = Packed(out.belief.view(2, groups, x.shape[1]))
     used = 1.0 if prior is None else gain
     return KalmanNormOutput(out.output, posterior, Gaussian(out.statistics[4], out.statistics[5]), used)

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from kalmannorm.freezing import is_frozen
 from kalmannorm.functional import kalman_update, observe
 from kalmannorm.gaussian import Gaussian
-from kalmannorm.modules import KalmanNorm
+from kalmannorm.modules import KalmanNorm, is_stock_batchnorm
 from kalmannorm.propagation import paused
 
 __all__ = ["online_statistics", "recalibrate"]
@@ -40,7 +40,7 @@ def online_statistics(model: nn.Module) -> Iterator[None]:
         ValueError: where the model has no layer with running statistics, or only frozen ones.
     """
     kalman = [m for m in model.modules() if isinstance(m, KalmanNorm) and not is_frozen(m)]
-    batch = [m for m in model.modules() if isinstance(m, _BatchNorm) and not is_frozen(m)]
+    batch: list[Any] = [m for m in model.modules() if is_stock_batchnorm(m) and not is_frozen(m)]
     if not kalman and not batch:
         raise ValueError(f"{type(model).__name__} has no KalmanNorm and no BatchNorm layer that is not frozen")
     was_online = [layer.online for layer in kalman]
@@ -113,7 +113,7 @@ def recalibrate(model: _M, loader: Iterable[Any], *, forward: Callable[[nn.Modul
     shown = progress and (process_group is None or dist.get_rank(process_group) == 0)
     batches = 0
     shown_batches = with_progress(loader, max_batches, shown, "recalibrate")
-    with _collecting(network, populations), closing(shown_batches):
+    with collecting(network, populations), closing(shown_batches):
         for batch in shown_batches:
             call(network, to_device(batch, device))
             batches += 1
@@ -134,7 +134,7 @@ def recalibrate(model: _M, loader: Iterable[Any], *, forward: Callable[[nn.Modul
 class Population:
     """What a layer saw of the data so far: mean and variance, ``(1, C)`` in float64, of so many samples."""
 
-    def __init__(self, layer: KalmanNorm | _BatchNorm, running_mean: Tensor, running_var: Tensor) -> None:
+    def __init__(self, layer: _BatchNorm, running_mean: Tensor, running_var: Tensor) -> None:
         self.layer = layer
         self.running_mean = running_mean
         self.running_var = running_var
@@ -165,7 +165,7 @@ def populations_of(model: nn.Module) -> dict[str, Population]:
     """An empty one for each layer to recalibrate."""
     populations = {}
     for name, layer in model.named_modules():
-        if isinstance(layer, KalmanNorm | _BatchNorm) and not is_frozen(layer):
+        if isinstance(layer, _BatchNorm) and not is_frozen(layer):
             mean, var = layer.running_mean, layer.running_var
             if mean is not None and var is not None:
                 populations[name] = Population(layer, mean, var)
@@ -178,7 +178,7 @@ def populations_of(model: nn.Module) -> dict[str, Population]:
 
 
 @contextmanager
-def _collecting(model: nn.Module, populations: dict[str, Population]) -> Iterator[None]:
+def collecting(model: nn.Module, populations: dict[str, Population]) -> Iterator[None]:
     """Run a model in ``eval()`` by online statistics, which are added to ``populations``.
 
     What was compiled runs eagerly: one pass is not worth compiling it anew.

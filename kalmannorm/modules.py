@@ -12,13 +12,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from kalmannorm.checkpoints import is_recomputing, is_reentrant
 from kalmannorm.evaluation import Estimator, belief_for, without_autocast
 from kalmannorm.functional import KalmanNormOutput, add_process_noise, group_kalman_norm, kalman_norm, synchronize
 from kalmannorm.gaussian import Gaussian, Packed, Unknown
-from kalmannorm.kernels import Filter, Running, layer, move_running, unbiased
+from kalmannorm.kernels import Filter, Given, Running, layer, move_running, unbiased
 from kalmannorm.kernels.apply import is_transformed
 from kalmannorm.propagation import Prior, Propagation, attach, attach_step, current, is_open, is_resting, paused
 from kalmannorm.rules.linear import Linked
@@ -70,6 +70,11 @@ def is_trained(mean: Tensor | None, var: Tensor | None) -> bool:
     if mean is None or var is None or mean.is_meta or type(mean) not in (Tensor, nn.Parameter):
         return False
     return bool((mean != 0).any()) or bool((var != 1).any())
+
+
+def is_stock_batchnorm(layer: nn.Module) -> bool:
+    """Whether a layer is BatchNorm and not a Kalman layer, which ``isinstance`` takes for BatchNorm too."""
+    return isinstance(layer, _BatchNorm) and not isinstance(layer, KalmanLayer)
 
 
 def _as_one_call(layer: nn.Module, x: fx.Proxy) -> Any:
@@ -143,6 +148,11 @@ class KalmanLayer(nn.Module):
         """As :meth:`torch.nn.Module.train`; ``eval()`` calls it too. Priors that were kept are computed again."""
         self.times_switched += 1
         return super().train(mode)
+
+    def reset_parameters(self) -> None:
+        """Reset all parameters and running statistics to their initial values: after ``to_empty``, for one."""
+        super().reset_parameters()  # type: ignore[misc]
+        self._reset_filter()
 
     def _reset_filter(self) -> None:
         """Reset gain and process noise to their initial values, and drop a correction of the prior."""
@@ -466,7 +476,7 @@ class KalmanLayer(nn.Module):
         self.await_correction()
 
 
-class KalmanNorm(KalmanLayer, _NormBase):
+class KalmanNorm(KalmanLayer, _BatchNorm):
     """Kalman normalization of 2-d to 5-d inputs; :class:`KalmanNorm2d` and the like check the rank.
 
     In training, each channel is normalized by the batch's statistics fused with what the layers below
@@ -551,11 +561,6 @@ class KalmanNorm(KalmanLayer, _NormBase):
         if nonfinite is not None:
             nonfinite.zero_()
 
-    def reset_parameters(self) -> None:
-        """All parameters and running statistics as they were at the start: after ``to_empty``, for one."""
-        super().reset_parameters()
-        self._reset_filter()
-
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """A counter that no checkpoint has must not stay behind on the meta device."""
         super()._load_from_state_dict(*args, **kwargs)
@@ -618,7 +623,6 @@ class KalmanNorm(KalmanLayer, _NormBase):
     def _in_one_step(self, x: Tensor, groups: int, relu: bool = False) -> Tensor:
         """The common case by its kernel, running statistics and all."""
         mode = current()
-        weight, bias = self.weight, self.bias
         gain, slope, offset = self._gain_line(x.shape[0] // groups)
         with without_autocast(x.device):
             prior = self._prior_for_kernel(x, groups, mode)
@@ -629,11 +633,12 @@ class KalmanNorm(KalmanLayer, _NormBase):
             # handed on.
             joint = type(known) is Linked and not self.keeps_priors
             below, through = known.link() if joint else (known, None)  # type: ignore[union-attr]
+            moments = None if below is None else below.packed().moments
             out = layer(
-                x, None if below is None else below.packed().moments, gain, prior.noise, weight, bias,
+                x, Given(moments, prior.shift, prior.scale, gain, prior.noise, self.weight, self.bias),
                 Filter(groups, slope, offset, _INITIAL_NOISE, self.spread, self.eps, relu),
-                shift=prior.shift, scale=prior.scale, running=self._running() if self.training else None,
-                posterior=self.carry == "posterior", through=through,
+                running=self._running() if self.training else None, posterior=self.carry == "posterior",
+                through=through,
             )  # fmt: skip
         if through is not None and through.relu:
             known.below.keep(Packed(out.rectified))  # type: ignore[union-attr, arg-type]
@@ -669,6 +674,8 @@ class KalmanNorm(KalmanLayer, _NormBase):
         batches, nonfinite = self.num_batches_tracked, self.nonfinite_batches
         if mean is None or var is None or batches is None or nonfinite is None or is_recomputing():
             return None
+        if not self.track_running_stats:  # switched off by hand: BatchNorm keeps its statistics then
+            return None
         momentum: float | Tensor | None = self.momentum
         if momentum is None:
             momentum = (batches + 1).double().reciprocal() if is_transformed() else 1 / (int(batches) + 1)
@@ -685,7 +692,10 @@ class KalmanNorm(KalmanLayer, _NormBase):
         return samples // size
 
     def _by_running_statistics(self, x: Tensor) -> Tensor:
-        y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        # In eval() by itself, in a network that trains, it needs a gradient for every parameter too.
+        plain = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        bias = self.bias if plain else self._idle(self.bias, self.num_features)
+        y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, bias, False, 0.0, self.eps)
         if is_open():  # a frozen layer among training ones
             self._hand_on(y, self._running_belief())
         return y
@@ -712,25 +722,25 @@ class KalmanNorm(KalmanLayer, _NormBase):
         return text + (f", stats_batch_size={self.stats_batch_size}" if self.stats_batch_size is not None else "")
 
 
-class KalmanNorm1d(KalmanNorm):
+class KalmanNorm1d(KalmanNorm, nn.BatchNorm1d):
     """:class:`KalmanNorm` for ``(N, C)`` and ``(N, C, L)``: stands in for ``torch.nn.BatchNorm1d``."""
 
     _ranks = (2, 3)
 
 
-class KalmanNorm2d(KalmanNorm):
+class KalmanNorm2d(KalmanNorm, nn.BatchNorm2d):
     """:class:`KalmanNorm` for ``(N, C, H, W)``: stands in for ``torch.nn.BatchNorm2d``."""
 
     _ranks = (4,)
 
 
-class KalmanNorm3d(KalmanNorm):
+class KalmanNorm3d(KalmanNorm, nn.BatchNorm3d):
     """:class:`KalmanNorm` for ``(N, C, D, H, W)``: stands in for ``torch.nn.BatchNorm3d``."""
 
     _ranks = (5,)
 
 
-class GroupKalmanNorm(KalmanLayer):
+class GroupKalmanNorm(KalmanLayer, nn.GroupNorm):
     """Group Kalman normalization (section 3.3 of the paper): stands in for ``torch.nn.GroupNorm``.
 
     Each sample's channel groups are normalized by their own statistics, fused with what the layers
@@ -771,7 +781,6 @@ class GroupKalmanNorm(KalmanLayer):
                  carry: Carry = "output", estimator: Estimator = "exact", stats_batch_size: int | None = None,
                  guard: float | None = None, process_group: dist.ProcessGroup | None = None, device: Any = None,
                  dtype: Any = None, bias: bool = True) -> None:  # fmt: skip
-        super().__init__()
         if num_channels % num_groups:
             raise ValueError(
                 f"{self._label()} got {num_channels} channels, expected a multiple of num_groups={num_groups}"
@@ -781,24 +790,10 @@ class GroupKalmanNorm(KalmanLayer):
                 f"{self._label()} got stats_batch_size={stats_batch_size!r} and process_group={process_group!r}, "
                 "expected None: its statistics are of one sample"
             )
-        self.num_groups = num_groups
-        self.num_channels = num_channels
-        self.eps = eps
-        self.affine = affine
-        for name in ("weight", "bias"):
-            empty = torch.empty(num_channels, device=device, dtype=dtype)
-            wanted = affine and (bias or name == "weight")
-            self.register_parameter(name, nn.Parameter(empty) if wanted else None)
+        super().__init__(num_groups, num_channels, eps, affine, device, dtype)
+        if not bias:
+            self.register_parameter("bias", None)
         self._init_filter(num_channels, gain, process_noise, spread, carry, estimator, guard, device, dtype)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """All parameters as they were at the start: after ``to_empty``, for one."""
-        if self.weight is not None:
-            nn.init.ones_(self.weight)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-        self._reset_filter()
 
     @property
     def is_fusing(self) -> bool:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -28,14 +29,17 @@ class Watch:
 
     Args:
         layers: the Kalman layers inside.
-        input_belief: what is believed of the module's first input, if anything.
+        given: what is believed of the module's inputs, by the names of its forward's arguments; None for a name means
+            the first floating-point tensor. Mean and variance are ``(C,)``, or of one number for inputs of any shape.
+        arguments: the names of its forward's positional arguments.
     """
 
-    def __init__(self, layers: list[Any], input_belief: Gaussian | None = None) -> None:
+    def __init__(self, layers: list[Any], given: Mapping[str | None, Gaussian], arguments: Sequence[str] = ()) -> None:
         self.layers = layers
-        self.given = input_belief
-        self.input_belief = input_belief  # where the inputs are, and of their type
-        self._warned = False
+        self.arguments = tuple(arguments)
+        self.given = dict(given)
+        self.known = self.given  # where the inputs are, and of their type
+        self._warned = self._looked = False
         # Made once: torch.compile must find the mode somewhere when it breaks a graph inside.
         self.mode = Propagation(layers)
 
@@ -52,6 +56,7 @@ class Watch:
                 self._start_beliefs(module, args, kwargs)
             if not torch.compiler.is_compiling():
                 self.mode.opener = module
+                self._warn_of_replaced_layers(module)
             self.mode.__enter__()  # type: ignore[no-untyped-call]
         elif mode is not None and mode.input_belief is not None:
             mode.input_belief = _started_on_first(mode.input_belief, (*args, *kwargs.values()))
@@ -129,11 +134,28 @@ class Watch:
         # Looked for only where another network is called: the parts of one find its mode open all the time.
         return self.layers[0] not in mode.layers and _calls_on_the_stack(mode.opener) == 0
 
+    def _warn_of_replaced_layers(self, module: nn.Module) -> None:
+        """At the first call: functions that replace BatchNorm layers take Kalman layers for such."""
+        if self._looked:
+            return
+        self._looked = True
+        inside = set(module.modules())
+        gone = [layer for layer in self.layers if layer not in inside]
+        if gone:
+            remedy = "connect" if len(gone) < len(self.layers) else "to_batchnorm"
+            warnings.warn(
+                f"{len(gone)} of {len(self.layers)} Kalman layers of {type(module).__name__} were replaced after "
+                f"kalmannorm.convert, the first is {gone[0].layer_name!r}. SyncBatchNorm.convert_sync_batchnorm does "
+                "so: call it before kalmannorm.convert, which then shares statistics between processes. If the "
+                f"replacement is meant, call kalmannorm.{remedy}(model)",
+                stacklevel=2,
+            )
+
     def _warn_of_unused_belief(self, module: nn.Module) -> None:
-        if self._warned or self.given is None:
+        if self._warned or None not in self.given:
             return
         self._warned = True
-        channels = self.given.mean.shape[0]
+        channels = self.given[None].mean.numel()
         warnings.warn(
             f"input_stats given to kalmannorm.convert describe {channels} channels, but {type(module).__name__} got no "
             f"tensor of shape (N, {channels}, ...) that could be found, in lists, mappings and dataclasses too: the "
@@ -144,49 +166,67 @@ class Watch:
     def _start_beliefs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Mark the inputs, so that all that comes of them is known to depend on them."""
         values = (*args, *kwargs.values())
-        self._move_belief(values)
-        for tensor in found_in(values, Tensor):
-            if not (tensor.is_floating_point() or tensor.is_complex()):
-                continue  # indices, masks and classes are constants
-            step = step_of(tensor)
-            if step is None or step.source == "input":  # else from another part, whose beliefs go on here
-                attach(tensor, Unknown("the network's input"), "input")
-        if self.input_belief is not None:
-            waiting = _started_on_first(self.input_belief, values)
+        self._move_beliefs(values)
+        # More positional arguments than names are those of `*args`.
+        names = [*(*self.arguments, *map(str, range(len(self.arguments), len(args))))[: len(args)], *kwargs]
+        for name, value in zip(names, values, strict=True):
+            belief = self.known.get(name)
+            for place, tensor in _tensors_in(name, value):
+                if not (tensor.is_floating_point() or tensor.is_complex()):
+                    continue  # indices, masks and classes are constants
+                step = step_of(tensor)
+                if step is not None and step.source != "input":
+                    continue  # from another part, whose beliefs go on here
+                if belief is not None and not _fits(belief, tensor):
+                    raise _misfit(belief, tensor, f"an input {place!r}", module)
+                unknown = Unknown(f"the network's input {place!r}")
+                attach(tensor, unknown if belief is None else _laid_out(belief, tensor), "input")
+        if None in self.known:
+            waiting = _started_on_first(self.known[None], values)
             direct = [t for t in values if isinstance(t, Tensor) and t.is_floating_point()]
             if waiting is not None and direct:
-                raise ValueError(
-                    f"input_stats given to kalmannorm.convert describe {waiting.mean.shape[0]} channels, but "
-                    f"{type(module).__name__} got an input of shape {tuple(direct[0].shape)}, "
-                    f"expected (N, {waiting.mean.shape[0]}, ...)"
-                )
+                raise _misfit(waiting, direct[0], "an input", module)
             # A detector gets its images in a list; its first part gets them as a batch.
             if waiting is not None or self.mode.input_belief is not None:
                 self.mode.input_belief = waiting
 
-    def _move_belief(self, values: Any) -> None:
-        """Keep the belief where the inputs are: a copy at each call would make the device wait, and no CUDA graph may
+    def _move_beliefs(self, values: Any) -> None:
+        """Keep the beliefs where the inputs are: a copy at each call would make the device wait, and no CUDA graph may
         hold one. A compiled call makes its copy: what it changed here would be compiled again.
         """
-        known = self.input_belief
-        if self.given is None or known is None or torch.compiler.is_compiling():
+        if not self.given or torch.compiler.is_compiling():
             return
         tensor = next((t for t in found_in(values, Tensor) if t.is_floating_point()), None)
         if tensor is None or tensor.is_meta:
             return
         device, dtype = tensor.device, torch.promote_types(tensor.dtype, torch.float32)
-        if (device, dtype) == (known.mean.device, known.mean.dtype):
+        if all((device, dtype) == (known.mean.device, known.mean.dtype) for known in self.known.values()):
             return
         with torch.inference_mode(False):  # a later pass may need gradients
-            moved = self.given.map(lambda t: t.to(device, dtype))
-        if type(moved.mean) is Tensor:  # and not a compiler's or an exporter's stand-in
-            self.input_belief = moved
+            moved = {name: belief.map(lambda t: t.to(device, dtype)) for name, belief in self.given.items()}
+        if all(type(belief.mean) is Tensor for belief in moved.values()):  # and not a compiler's or exporter's stand-in
+            self.known = moved
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:
     """Its parameters and buffers, of one that is used twice each time; faster than torch's own walk."""
     return [t for each in module.modules() for t in (*each._parameters.values(), *each._buffers.values())
             if t is not None]  # fmt: skip
+
+
+def _tensors_in(place: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    """As :func:`found_in`, each with where it is: ``batch['image']``."""
+    if isinstance(value, Tensor):
+        yield place, value
+    elif isinstance(value, list | tuple):
+        for i, each in enumerate(value):
+            yield from _tensors_in(f"{place}[{i}]", each)
+    elif isinstance(value, Mapping):
+        for key, each in value.items():
+            yield from _tensors_in(f"{place}[{key!r}]", each)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for field in fields(value):
+            yield from _tensors_in(f"{place}.{field.name}", getattr(value, field.name, None))
 
 
 def _options(values: Any) -> tuple[Any, ...]:
@@ -203,19 +243,36 @@ def _started_on_first(given: Gaussian, values: Any) -> Gaussian | None:
     """Start a belief about the network's input on the first tensor that has its channels, unless that has
     another; return it where there is none.
     """
-    channels = given.mean.shape[0]
     for tensor in found_in(values, Tensor):
         if not tensor.is_floating_point():
             continue
-        if tensor.ndim < 2 or tensor.shape[1] != channels:
+        if not _fits(given, tensor):
             return given
         step = step_of(tensor)
         if step is None or step.belief is None or isinstance(step.belief, Unknown):
-            dtype, shape = torch.promote_types(tensor.dtype, torch.float32), (1, -1, *[1] * (tensor.ndim - 2))
-            mean, var = (t.to(tensor.device, dtype).view(shape) for t in (given.mean, given.var))
-            attach(tensor, Gaussian(mean, var), "input")
+            attach(tensor, _laid_out(given, tensor), "input")
         return None
     return given
+
+
+def _fits(given: Gaussian, tensor: Tensor) -> bool:
+    return given.mean.ndim == 0 or (tensor.ndim >= 2 and tensor.shape[1] == len(given.mean))
+
+
+def _misfit(given: Gaussian, tensor: Tensor, which: str, module: nn.Module) -> ValueError:
+    channels = len(given.mean)
+    return ValueError(
+        f"input_stats given to kalmannorm.convert describe {channels} channels, but {type(module).__name__} got "
+        f"{which} of shape {tuple(tensor.shape)}, expected (N, {channels}, ...)"
+    )
+
+
+def _laid_out(given: Gaussian, tensor: Tensor) -> Gaussian:
+    """``(C,)`` as ``(1, C, 1, ...)``, of the tensor's rank; one number as size 1 along each axis."""
+    dtype, shape = torch.promote_types(tensor.dtype, torch.float32), [1] * tensor.ndim
+    if given.mean.ndim:
+        shape[1] = -1
+    return given.map(lambda t: t.to(tensor.device, dtype).view(shape))
 
 
 def _calls_on_the_stack(module: nn.Module) -> int:

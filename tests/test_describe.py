@@ -15,7 +15,7 @@ def test_resnet50():
     assert description.with_prior == 52
     first = description.rows[0]
     assert (first.name, first.kind, first.prior_from) == ("bn1", "KalmanNorm2d", ())
-    assert first.reason == "the network's input"
+    assert first.reason == "the network's input 'x'"
     rows = {row.name: row for row in description.rows}
     assert rows["layer1.0.bn1"].prior_from == ("bn1",)
     assert [f.split(".")[-1] for f in rows["layer1.0.bn1"].through] == ["relu", "max_pool2d", "conv2d"]
@@ -62,7 +62,7 @@ def test_reasons():
 
     rows = kn.describe(kn.connect(Net()), torch.randn(2, 3, 4, 4)).rows
     assert {row.name: row.reason for row in rows} == {
-        "first": "the network's input",
+        "first": "the network's input 'x'",
         "fixed": "its gain is 1",
         "unused": "the layer was not called",
     }

@@ -188,3 +188,46 @@ def test_gradients_in_half_precision_are_summed_in_float32(dtype, groups):
         y = kalman_norm(leaf, None, weight.double() if wide else weight, groups=groups).output
         gradients.append(torch.autograd.grad(y, leaf, upstream.to(y.dtype))[0].double())
     assert (gradients[0] - gradients[1]).norm() < 0.01 * gradients[1].norm()
+
+
+@pytest.mark.parametrize("variance", [0.0, 1e-5, 1e-30])
+@pytest.mark.parametrize("eps", [1e-5, 1e-3])
+def test_nothing_divides_by_a_running_variance(variance, eps):
+    """A pretrained network brings dead channels, of variance 0, and nearly dead ones: all that it can be put through
+    stays finite.
+    """
+    torch.manual_seed(0)
+    stock = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6, eps=eps), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.BatchNorm2d(6, eps=eps),
+        nn.ReLU(), nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4, eps=eps),
+    )  # fmt: skip
+    loader = [torch.randn(2, 3, 12, 12) for _ in range(4)]
+    for x in loader:
+        stock(x)
+    with torch.no_grad():
+        for norm in (stock[1], stock[4], stock[7]):
+            norm.running_var[:2] = variance
+            norm.num_batches_tracked += 1000
+        stock[0].weight[0] = stock[0].bias[0] = 0  # and its input is as dead as its statistics say
+    expected = stock.eval()(loader[0])
+    model = kn.convert(stock, input_stats=([0.0] * 3, [1.0] * 3))
+    torch.testing.assert_close(model(loader[0]), expected)
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    for x in loader:
+        optimizer.zero_grad()
+        model(x[:1]).square().mean().backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters())
+        optimizer.step()
+    for found in (
+        kn.calibrate(model, loader, progress=False), kn.calibrate(model, loader, source="data", progress=False)
+    ):  # fmt: skip
+        assert all(math.isfinite(row.variance) for row in found.rows)
+    assert all(math.isfinite(row.correction) for row in kn.describe(model, loader[0]).rows)
+    kn.diagnose(model, loader, progress=False)
+    with kn.online_statistics(model.eval()):
+        assert model(loader[0]).isfinite().all()
+    kn.recalibrate(model, loader, progress=False)
+    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+    assert kn.fuse(model)(loader[0]).isfinite().all()
+    assert kn.to_batchnorm(model)(loader[0]).isfinite().all()

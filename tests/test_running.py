@@ -782,3 +782,108 @@ def test_beliefs_are_freed_with_the_graph_of_their_step(options):
         assert [each() for each in kept] == [None, None]
     finally:
         gc.enable()
+
+
+# -- functions that look for BatchNorm -------------------------------------------------------------
+
+
+def test_layers_are_torchs_classes():
+    """Helpers ask `isinstance`."""
+    assert isinstance(kn.KalmanNorm(3), nn.modules.batchnorm._BatchNorm)
+    assert isinstance(kn.KalmanNorm1d(3), nn.BatchNorm1d)
+    assert isinstance(kn.KalmanNorm2d(3), nn.BatchNorm2d)
+    assert isinstance(kn.KalmanNorm3d(3), nn.BatchNorm3d)
+    assert isinstance(kn.GroupKalmanNorm(1, 3), nn.GroupNorm)
+
+
+@pytest.mark.parametrize("gain", [1.0, "prior-strength"])
+def test_update_bn(gain):
+    """Weight averaging ends with it: running statistics become the mean over the batches of the loader."""
+    model = net(gain=gain)
+    seen = []
+    model[1].collect = lambda posterior, samples: seen.append(posterior.mean[0].detach())
+    loader = [images(4) for _ in range(5)]
+    torch.optim.swa_utils.update_bn(loader, model)
+    equal(model[1].running_mean, torch.stack(seen).mean(0), 1e-5)
+    if gain == 1.0:
+        stock = stock_net()
+        torch.optim.swa_utils.update_bn(loader, stock)
+        equal(model[4].running_var, stock[4].running_var, 1e-5)
+
+
+def test_a_loop_over_batchnorm_layers_puts_them_into_eval():
+    """Statistics stay; each parameter gets a gradient, as DistributedDataParallel expects."""
+    model = net()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    before = buffers(model)
+    step(model, images())
+    equal(buffers(model), before)
+
+
+def test_tracking_that_is_switched_off_by_hand():
+    """As Lightning's `freeze_module` does: statistics stay, and a step normalizes by the batch still."""
+    model, stock = net(gain=1.0), stock_net()
+    for module in (*model.modules(), *stock.modules()):
+        if isinstance(module, nn.BatchNorm2d):
+            module.track_running_stats = False
+    before = buffers(model)
+    x = images()
+    equal(model(x), stock(x), 1e-5)
+    equal(buffers(model), before)
+
+
+def test_replace_all_batch_norm_modules():
+    """`torch.func` drops running statistics before a call is mapped over samples."""
+    model = net()
+    torch.func.replace_all_batch_norm_modules_(model)
+    assert model[1].running_mean is None
+
+    def loss(parameters, x):
+        return functional_call(model, parameters, (x,)).square().sum()
+
+    x = torch.randn(3, 2, 3, 6, 6)
+    mapped = vmap(grad(loss), (None, 0))(dict(model.named_parameters()), x)
+    _, expected = step(model, x[1])
+    equal({name: g[1] for name, g in mapped.items()}, expected, 1e-4)
+
+
+def test_timm_freezes_and_the_layers_above_keep_their_priors():
+    timm_layers = pytest.importorskip("timm.layers")
+    model = net().eval()
+    x = images()
+    expected = model(x)
+    model[1] = timm_layers.freeze_batch_norm_2d(model[1])
+    equal(model(x), expected, 1e-5)
+    kn.connect(model, input_stats=([0.0] * 3, [1.0] * 3))
+    assert kn.describe(model, x).rows[0].prior_from == ("input",)
+
+
+def test_layers_that_were_replaced_are_reported():
+    """`convert_sync_batchnorm` takes a Kalman layer for BatchNorm and says nothing; the next call does."""
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(net())
+    with pytest.warns(UserWarning, match="2 of 2 Kalman layers of Sequential were replaced.*the first is '1'"):
+        model(images())
+    half = net()
+    half[4] = nn.BatchNorm2d(5)
+    with pytest.warns(UserWarning, match=r"1 of 2 .*kalmannorm.connect\(model\)"):
+        half(images())
+    kn.connect(half)(images())  # as the warning says: no other one comes
+
+
+def test_a_fused_convolution():
+    """torch's own function folds a Kalman layer by its attributes."""
+    model = net().eval()
+    fused = nn.utils.fusion.fuse_conv_bn_eval(model[0], model[1])
+    x = images()
+    equal(fused(x), model[:2](x), 1e-5)
+
+
+def test_mmengine_builds_the_layer_by_name():
+    registry = pytest.importorskip("mmengine.registry")
+    registry.MODELS.register_module("KN", module=kn.KalmanNorm2d, force=True)
+    norms = [registry.MODELS.build({"type": "KN", "num_features": 4, "gain": 0.2}) for _ in range(2)]
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), norms[0], nn.Conv2d(4, 4, 1), norms[1])
+    assert kn.describe(kn.connect(model), images()).with_prior == 1
+    assert norms[1].gain == 0.2

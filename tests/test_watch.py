@@ -13,6 +13,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 import kalmannorm as kn
+from kalmannorm.evaluation import prior_of
 from kalmannorm.propagation import is_open
 from kalmannorm.rules import RULES
 from kalmannorm.steps import step_of
@@ -324,7 +325,8 @@ def test_inputs_are_found_where_a_batch_holds_them(kind):
     told = kn.convert(Two(), input_stats=([0.0] * 3, [1.0] * 3))
     assert kn.describe(told, batch).rows[0].prior_from == ("input",)
     row = kn.describe(kn.convert(Two()), batch).rows[1]
-    assert (row.prior_from, row.reason) == ((), "the network's input")
+    place = "batch.side" if kind is Pictures else "batch['side']"
+    assert (row.prior_from, row.reason) == ((), f"the network's input {place!r}")
 
 
 def test_input_stats_that_no_tensor_was_found_for_are_told_of_once():
@@ -509,3 +511,54 @@ def test_one_value_a_channel_in_eval_says_so():
     model = kn.convert(model, track_running_stats=False).eval()
     with pytest.warns(UserWarning, match="got one value a channel"):
         model(torch.randn(2, 3))
+
+
+class Graph(nn.Module):
+    """A dense adjacency matrix times features, as a second floating-point input."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm, self.head = nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)
+        self.late = nn.BatchNorm1d(2)
+
+    def forward(self, x, adj, *, scale=None):
+        h = self.norm(adj @ self.linear(x))
+        h = self.head(h if scale is None else h * scale)
+        return self.late(h)
+
+
+def test_input_stats_by_name():
+    x, adj, scale = torch.randn(5, 3), torch.rand(5, 5), torch.rand(5, 1)
+    model = kn.convert(Graph(), input_stats={"x": ([1.0, 2.0, 3.0], [1.0] * 3), "adj": (0.5, 0.3)})
+    rows = kn.describe(model, x, adj).rows
+    assert [row.reason for row in rows] == ["", ""]
+    assert rows[0].prior_from == ("input",)
+    row = kn.describe(model, x, adj, scale=scale).rows[1]
+    assert row.reason == "the network's input 'scale'"
+    seen = []
+    model.norm.register_forward_pre_hook(lambda layer, args: seen.append(prior_of(args[0], 1)))
+    model(x, adj=adj)
+    given = torch.tensor([1.0, 2.0, 3.0]) @ model.linear.weight.detach().T + model.linear.bias.detach()
+    torch.testing.assert_close(seen[0].mean.detach()[0], 5 * 0.5 * given)
+    kn.connect(model)  # keeps them
+    assert kn.describe(model, x, adj).with_prior == 2
+
+
+def test_input_stats_by_name_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"input_stats of 'y', expected names of what Graph's forward takes: \['x'"):
+        kn.convert(Graph(), input_stats={"y": (0.0, 1.0)})
+    with pytest.raises(ValueError, match=r"got input_stats\['adj'\]=\(0.0, 0.0\), expected"):
+        kn.convert(Graph(), input_stats={"adj": (0.0, 0.0)})
+    model = kn.convert(Graph(), input_stats={"x": ([0.0] * 2, [1.0] * 2)})
+    with pytest.raises(ValueError, match=r"describe 2 channels, but Graph got an input 'x' of shape \(5, 3\)"):
+        model(torch.randn(5, 3), torch.rand(5, 5))
+    kn.convert(Keywords(), input_stats={"image": ([0.0] * 3, [1.0] * 3)})  # it may take any name
+
+
+class Keywords(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, **batch):
+        return self.norm(batch["image"])

@@ -1,4 +1,4 @@
-"""The whole layer in one step: observe, fuse with the prior, normalize; perhaps add, perhaps rectify.
+"""The whole layer in one step: observe, fuse with the prior, normalize; perhaps rectify.
 
 With ``q`` the gain, ``n`` the elements a channel of a group, ``d = x_bar - m_prior``, ``v_prior`` with its process
 noise ``R``, and ``k = q (1 - q)`` where the spread of the two means counts (else 0):
@@ -34,7 +34,6 @@ The prior may be given as it is below a link, that of `kalmannorm.kernels.link`:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -45,10 +44,10 @@ from kalmannorm.kernels import on_cpu, on_torch, operators
 from kalmannorm.kernels.apply import alias, differentiable_gradients, is_transformed
 from kalmannorm.kernels.backends import backend_for
 from kalmannorm.kernels.link import link
-from kalmannorm.kernels.memory import as_dense, dense
+from kalmannorm.kernels.memory import as_dense
 from kalmannorm.kernels.moments import moments
 from kalmannorm.kernels.on_torch import fuse, gain_of, move_running, unbiased
-from kalmannorm.kernels.options import Filter, Running
+from kalmannorm.kernels.options import Filter, Given, Running
 from kalmannorm.kernels.standardize import standardize
 
 __all__ = ["Layer", "Through", "layer", "rectify_output"]
@@ -89,26 +88,25 @@ def _handed_on(statistics: Tensor, x: Tensor, posterior: bool) -> Tensor:
     return rows.view(*rows.shape, *[1] * (x.ndim - 2))
 
 
-def _plain(x: Tensor, other: Tensor | None, prior: Tensor | None, vectors: Sequence[Tensor | None],
-           filter: Tensor | None, filter_bias: Tensor | None, rectifies: bool, posterior: bool, options: Filter,
+def _plain(x: Tensor, given: Given, through: Through | None, posterior: bool, options: Filter,
            running: Running | None) -> tuple[Any, ...]:  # fmt: skip
     """The same by functions that autograd knows, for the gradient of a gradient and for torch.compile."""
-    shift, scale, gain, noise, weight, bias = vectors
     after = None
-    if filter is not None and prior is not None:
-        prior, after = on_torch.link_forward(prior, filter, filter_bias, rectifies)
+    if through is not None and given.prior is not None:
+        prior, after = on_torch.link_forward(given.prior, *through)
+        given = given._replace(prior=prior)
     groups, channels = options.groups, x.shape[1]
     # Groups as channels of their own: (N / S, S C, *).
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     blocks = wide if groups == 1 else wide.unflatten(0, (groups, -1)).transpose(0, 1).flatten(1, 2)
     mean, var = (t.view(groups, channels) for t in moments(blocks))
-    posterior_mean, posterior_var, q = fuse(mean, var, prior, shift, scale, gain, noise, options)
+    posterior_mean, posterior_var, q = fuse(mean, var, given, options)
     ones = torch.ones_like(mean)
-    gamma, beta = (ones if weight is None else weight * ones), (0 * ones if bias is None else bias * ones)
+    gamma = ones if given.weight is None else given.weight * ones
+    beta = 0 * ones if given.bias is None else given.bias * ones
     flat_mean, flat_var, flat_gamma, flat_beta = (t.reshape(-1) for t in (posterior_mean, posterior_var, gamma, beta))
     y = standardize(blocks, flat_mean, flat_var, flat_gamma, flat_beta, options.eps)
     y = (y if groups == 1 else y.unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 1)).to(x.dtype)
-    y = y if other is None else y + other
     y = y.relu() if options.relu else y
     output_var = gamma.square() * (posterior_var / (posterior_var + options.eps))
     if running is not None:
@@ -118,13 +116,11 @@ def _plain(x: Tensor, other: Tensor | None, prior: Tensor | None, vectors: Seque
     return y, _handed_on(statistics, x, posterior), statistics.detach(), after
 
 
-def _compiled(x: Tensor, other: Tensor | None, prior: Tensor | None, vectors: Sequence[Tensor | None], posterior: bool,
-              options: Filter, running: Running | None) -> Layer:  # fmt: skip
-    y, statistics = operators.layer(x, other, prior, *vectors, posterior, *options)
-    gain = vectors[2]
+def _compiled(x: Tensor, given: Given, posterior: bool, options: Filter, running: Running | None) -> Layer:
+    y, statistics = operators.layer(x, *given, posterior, *options)
     seen = statistics.detach()
     if running is not None:
-        q = 1.0 if prior is None else gain_of(gain, prior, options).detach()
+        q = 1.0 if given.prior is None else gain_of(given.gain, given.prior, options).detach()
         count = x.numel() // (options.groups * x.shape[1])
         move_running(running, seen[0], unbiased(seen[1], q, seen[5], count))
     return Layer(alias(y), _handed_on(statistics, x, posterior), seen, None)
@@ -132,21 +128,15 @@ def _compiled(x: Tensor, other: Tensor | None, prior: Tensor | None, vectors: Se
 
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, other: Tensor | None, prior: Tensor | None, shift: Tensor | None,  # type: ignore[override]
-                scale: Tensor | None, gain: Tensor | None, noise: Tensor | None, weight: Tensor | None,
-                bias: Tensor | None, filter: Tensor | None, filter_bias: Tensor | None, rectifies: bool,
-                posterior: bool, options: Filter, running: Running | None, backend: ModuleType) -> Any:  # fmt: skip
-        below, after = prior, None
+    def forward(ctx: Any, x: Tensor, filter: Tensor | None, filter_bias: Tensor | None, rectifies: bool,  # type: ignore[override]
+                posterior: bool, options: Filter, running: Running | None, backend: ModuleType,
+                *vectors: Tensor | None) -> Any:  # fmt: skip
+        given, after = Given(*vectors), None
         if filter is not None:
-            prior, after = backend.link_forward(below, filter, filter_bias, rectifies)
-        y, statistics = backend.layer_forward(
-            x, other, prior, shift, scale, gain, noise, weight, bias, running, options
-        )
-        has_mask = other is not None and options.relu
-        ctx.save_for_backward(
-            x, other, below, shift, scale, gain, noise, weight, bias, filter, filter_bias, y if has_mask else None,
-            statistics, prior, after,
-        )  # fmt: skip
+            prior, after = backend.link_forward(given.prior, filter, filter_bias, rectifies)
+            given = given._replace(prior=prior)
+        y, statistics = backend.layer_forward(x, given, running, options)
+        ctx.save_for_backward(x, filter, filter_bias, *vectors, statistics, given.prior, after)
         ctx.rectifies, ctx.posterior, ctx.options, ctx.backend = rectifies, posterior, options, backend
         ctx.is_rectified = False  # since, by `rectify_output`
         ctx.mark_non_differentiable(statistics)
@@ -156,29 +146,28 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, d_belief: Tensor | None, _: Any, d_after: Tensor | None) -> Any:  # type: ignore[override]
         saved = ctx.saved_tensors  # once: a checkpoint allows no more
-        (x, other, below, shift, scale, gain, noise, weight, bias, filter, filter_bias, y, statistics, prior,
-         after) = saved  # fmt: skip
+        x, filter, filter_bias, *vectors, statistics, prior, after = saved
         options = ctx.options._replace(relu=True) if ctx.is_rectified else ctx.options
         if torch.is_grad_enabled():
 
-            def plain(x: Tensor, other: Tensor | None, prior: Tensor | None, *more: Tensor | None) -> tuple[Any, ...]:
-                given = (*more[6:], ctx.rectifies, ctx.posterior, options, None)
-                return _plain(x, other, prior, more[:6], *given)  # type: ignore[arg-type]
+            def plain(x: Tensor, filter: Tensor | None, bias: Tensor | None, *vectors: Tensor | None) -> Any:
+                through = None if filter is None else Through(filter, bias, ctx.rectifies)
+                return _plain(x, Given(*vectors), through, ctx.posterior, options, None)
 
-            return (*differentiable_gradients(plain, saved[:11], (dy, d_belief, None, d_after)), *[None] * 5)
+            dx, d_filter, d_filter_bias, *rest = differentiable_gradients(
+                plain, saved[:10], (dy, d_belief, None, d_after)
+            )
+            return (dx, d_filter, d_filter_bias, *[None] * 5, *rest)
         dy = torch.zeros_like(x) if dy is None else dy
         if d_belief is not None and options.groups > 1 and not ctx.posterior:
             d_belief = (d_belief / options.groups).expand(-1, options.groups, *d_belief.shape[2:])
-        dx, d_other, d_prior, *rest = ctx.backend.layer_backward(
-            dy, x, y, prior, shift, scale, gain, noise, weight, bias, statistics, d_belief, ctx.posterior, options
-        )
+        given = Given(prior, *vectors[1:])
+        dx, d_prior, *rest = ctx.backend.layer_backward(dy, x, given, statistics, d_belief, ctx.posterior, options)
         d_filter = d_filter_bias = None
         if filter is not None:
             d_filter_bias = None if filter_bias is None else on_torch.link_bias_gradient(d_prior)
-            d_prior, d_filter = ctx.backend.link_backward(below, filter, after, d_prior, d_after, ctx.rectifies)
-        if other is not None and y is None:
-            d_other = dy
-        return (dx, d_other, d_prior, None, None, *rest, d_filter, d_filter_bias, None, None, None, None, None)
+            d_prior, d_filter = ctx.backend.link_backward(vectors[0], filter, after, d_prior, d_after, ctx.rectifies)
+        return (dx, d_filter, d_filter_bias, *[None] * 5, d_prior, None, None, *rest)
 
 
 def _is_of_layer(node: Any) -> bool:
@@ -210,25 +199,24 @@ def _to(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return t if t is None or t.dtype is dtype else t.to(dtype)
 
 
-def _check_sizes(x: Tensor, other: Tensor | None, prior: Tensor | None, vectors: tuple[Tensor | None, ...],
-                 running: Running | None, groups: int, through: Through | None) -> None:  # fmt: skip
+def _check_sizes(x: Tensor, given: Given, running: Running | None, groups: int, through: Through | None) -> None:
     samples, channels, *_ = x.shape
     if samples % groups:
         raise ValueError(f"got a batch of {samples}, expected a multiple of the {groups} statistic groups")
-    if other is not None and other.shape != x.shape:
-        raise ValueError(f"got a residual of shape {tuple(other.shape)}, expected {tuple(x.shape)}, the input's")
+    prior, shift, scale, _, noise, weight, bias = given
     moved = (None, None) if running is None else (running.mean, running.var)
-    for place, t in enumerate((*vectors, *moved)):
+    for place, t in enumerate((shift, scale, noise, weight, bias, *moved)):
         if t is not None and t.shape != (channels,):
             names = ("prior_shift", "prior_scale", "process_noise", "weight", "bias", "running_mean", "running_var")
             raise ValueError(f"got {names[place]} of shape {tuple(t.shape)}, expected ({channels},), one a channel")
     if through is not None:
-        filter, bias, _ = through
-        given = filter.shape if bias is None else (*bias.shape, filter.shape[1])
-        if prior is None or filter.shape[0] != channels or given[0] != channels or filter.ndim < 2:
+        filter, filter_bias, _ = through
+        sizes = filter.shape if filter_bias is None else (*filter_bias.shape, filter.shape[1])
+        if prior is None or filter.shape[0] != channels or sizes[0] != channels or filter.ndim < 2:
             raise ValueError(
                 f"got a link of shape {tuple(filter.shape)}, with a bias of "
-                f"{'None' if bias is None else tuple(bias.shape)} and {'no' if prior is None else 'a'} prior below, "
+                f"{'None' if filter_bias is None else tuple(filter_bias.shape)} and "
+                f"{'no' if prior is None else 'a'} prior below, "
                 f"expected ({channels}, C_in, ...), None or ({channels},), and a prior"
             )
         channels = filter.shape[1]
@@ -242,24 +230,14 @@ def _check_sizes(x: Tensor, other: Tensor | None, prior: Tensor | None, vectors:
             )
 
 
-def layer(x: Tensor, prior: Tensor | None, gain: Tensor | None, noise: Tensor | None, weight: Tensor | None,
-          bias: Tensor | None, options: Filter, *, shift: Tensor | None = None, scale: Tensor | None = None,
-          other: Tensor | None = None, running: Running | None = None, posterior: bool = False,
+def layer(x: Tensor, given: Given, options: Filter, *, running: Running | None = None, posterior: bool = False,
           through: Through | None = None) -> Layer:  # fmt: skip
     """Normalize by each group's statistics, fused with a prior.
 
     Args:
         x: ``(N, C, *)``, not empty.
-        prior: mean and variance, without process noise: ``(2, S, C)`` or ``(2, 1, C)``, perhaps with axes of size 1
-            behind; None without a prior.
-        gain: ``(1,)`` or None, see ``options``.
-        noise: ``(C,)`` or None.
-        weight: ``(C,)`` or None.
-        bias: ``(C,)`` or None.
+        given: the prior and the layer's vectors.
         options: number of groups, gain, noise and the rest, see :class:`~kalmannorm.kernels.options.Filter`.
-        shift: ``(C,)`` or None, added to the prior's mean.
-        scale: ``(C,)`` or None, by which its variance is multiplied, process noise and all.
-        other: added to the normalized activation, shaped and typed as ``x``.
         running: running statistics to move along in place.
         posterior: hand on the posterior of the input, not what is believed of the output.
         through: a link; the prior is then given as it is below.
@@ -267,33 +245,33 @@ def layer(x: Tensor, prior: Tensor | None, gain: Tensor | None, noise: Tensor | 
     Raises:
         ValueError: for a tensor of another size. A compiled kernel would read and write whatever lies behind it.
     """
-    _check_sizes(x, other, prior, (shift, scale, noise, weight, bias), running, options.groups, through)
+    _check_sizes(x, given, running, options.groups, through)
     after = None
     if through is not None and torch.compiler.is_compiling():  # an operator of its own
-        prior, after = link(prior, *through)  # type: ignore[arg-type]
-        through = None
+        prior, after = link(given.prior, *through)  # type: ignore[arg-type]
+        given, through = given._replace(prior=prior), None
     filter, filter_bias, rectifies = (None, None, False) if through is None else through
     dtype = torch.promote_types(x.dtype, torch.float32)
-    prior, filter, filter_bias, *vectors = [
-        t if t is None or t.dtype is dtype else t.to(dtype)
-        for t in (prior, filter, filter_bias, shift, scale, gain, noise, weight, bias)
+    filter, filter_bias, *vectors = [
+        t if t is None or t.dtype is dtype else t.to(dtype) for t in (filter, filter_bias, *given)
     ]
+    given = Given(*vectors)
     compiled = torch.compiler.is_compiling() and x.device.type == "cpu" and on_cpu.is_available()
     compiled = compiled and not torch.compiler.is_exporting()  # to ONNX, for one, which has torch's functions only
     if is_transformed() and not compiled:
-        out = Layer(*_plain(x, other, prior, vectors, filter, filter_bias, rectifies, posterior, options, running))
+        through = None if filter is None else Through(filter, filter_bias, rectifies)
+        out = Layer(*_plain(x, given, through, posterior, options, running))
         return out if after is None else out._replace(rectified=after)
     x = as_dense(x)
-    other = None if other is None else dense(other, x)
-    prior = None if prior is None else prior.contiguous()
+    given = given if given.prior is None else given._replace(prior=given.prior.contiguous())
     if compiled:
-        return _compiled(x, other, prior, vectors, posterior, options, running)._replace(rectified=after)
+        return _compiled(x, given, posterior, options, running)._replace(rectified=after)
     filter = None if filter is None else as_dense(filter)
-    backend = backend_for(x, prior, *vectors, filter, filter_bias)
+    backend = backend_for(x, *given, filter, filter_bias)
     if running is not None and not _can_be_moved(running, x, backend):
         backend = on_torch
     return Layer(*_Layer.apply(  # type: ignore[no-untyped-call]
-        x, other, prior, *vectors, filter, filter_bias, rectifies, posterior, options, running, backend
+        x, filter, filter_bias, rectifies, posterior, options, running, backend, *given
     ))  # fmt: skip
 
 

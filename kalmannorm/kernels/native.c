@@ -110,19 +110,14 @@ static double squares_run(const float *RESTRICT x, int64_t n, float mean) {
     return total;
 }
 
-static void apply_run(const float *RESTRICT x, const float *RESTRICT other, float *RESTRICT y, int64_t n, float scale,
-                      float shift, int relu) {
-    if (other) {
-        for (int64_t j = 0; j < n; j++) y[j] = x[j] * scale + shift + other[j];
-    } else {
-        for (int64_t j = 0; j < n; j++) y[j] = x[j] * scale + shift;
-    }
+static void apply_run(const float *RESTRICT x, float *RESTRICT y, int64_t n, float scale, float shift, int relu) {
+    for (int64_t j = 0; j < n; j++) y[j] = x[j] * scale + shift;
     if (relu) /* not fmaxf, which would make zero of NaN */
         for (int64_t j = 0; j < n; j++) y[j] = y[j] < 0 ? 0.0f : y[j];
 }
 
-static void forward_channels_first(const float *x, const float *other, float *y, const Filter *f, const Shape *shape,
-                                   float q, float *statistics) {
+static void forward_channels_first(const float *x, float *y, const Filter *f, const Shape *shape, float q,
+                                   float *statistics) {
     int64_t C = shape->channels, P = shape->pixels, rows = shape->samples / shape->groups, size = shape->groups * C;
 #pragma omp parallel for schedule(static) num_threads(shape->threads) if (size * rows * P > SMALL)
     for (int64_t i = 0; i < size; i++) {
@@ -138,7 +133,7 @@ static void forward_channels_first(const float *x, const float *other, float *y,
         line_of(f, statistics, size, C, i, &scale, &shift);
         for (int64_t r = 0; r < rows; r++) {
             int64_t at = first + r * C * P;
-            apply_run(x + at, other ? other + at : NULL, y + at, P, scale, shift, f->relu);
+            apply_run(x + at, y + at, P, scale, shift, f->relu);
         }
     }
 }
@@ -177,8 +172,8 @@ static void sum_rows_in_threads(const float *x, int64_t rows, int64_t C, const f
     free(parts);
 }
 
-static void forward_group_channels_last(const float *x, const float *other, float *y, const Filter *f,
-                                        const Shape *shape, float q, float *statistics, int64_t group, int threads) {
+static void forward_group_channels_last(const float *x, float *y, const Filter *f, const Shape *shape, float q,
+                                        float *statistics, int64_t group, int threads) {
     int64_t C = shape->channels, rows = shape->samples / shape->groups * shape->pixels, size = shape->groups * C;
     int64_t first = group * rows * C;
     double *total = malloc(2 * C * sizeof(double)), *mean = total + C;
@@ -197,13 +192,9 @@ static void forward_group_channels_last(const float *x, const float *other, floa
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t r = 0; r < rows; r++) {
         int64_t at = first + r * C;
-        const float *RESTRICT in = x + at, *RESTRICT also = other ? other + at : NULL;
+        const float *RESTRICT in = x + at;
         float *RESTRICT out = y + at;
-        if (other) {
-            for (int64_t c = 0; c < C; c++) out[c] = in[c] * line[c] + shift[c] + also[c];
-        } else {
-            for (int64_t c = 0; c < C; c++) out[c] = in[c] * line[c] + shift[c];
-        }
+        for (int64_t c = 0; c < C; c++) out[c] = in[c] * line[c] + shift[c];
         if (f->relu)
             for (int64_t c = 0; c < C; c++) out[c] = out[c] < 0 ? 0.0f : out[c];
     }
@@ -241,7 +232,7 @@ static void move_running(const Shape *shape, float q, const float *statistics, f
 typedef struct {
     Filter filter;
     Shape shape;
-    const float *x, *other;
+    const float *x;
     float *y, *statistics, *running_mean, *running_var;
     int64_t *batches, *nonfinite;
     float momentum;
@@ -250,16 +241,16 @@ typedef struct {
 void layer_forward(const Forward *a) {
     const Filter *f = &a->filter;
     const Shape *shape = &a->shape;
-    const float *x = a->x, *other = a->other;
+    const float *x = a->x;
     float *y = a->y, *statistics = a->statistics, q = gain_of(f);
     if (shape->channels_last) {
         int64_t S = shape->groups, all = shape->samples * shape->pixels * shape->channels;
         int inside = S == 1 && all > SMALL ? shape->threads : 1;
 #pragma omp parallel for schedule(static) num_threads(shape->threads) if (S > 1 && all > SMALL)
         for (int64_t s = 0; s < S; s++)
-            forward_group_channels_last(x, other, y, f, shape, q, statistics, s, inside);
+            forward_group_channels_last(x, y, f, shape, q, statistics, s, inside);
     } else {
-        forward_channels_first(x, other, y, f, shape, q, statistics);
+        forward_channels_first(x, y, f, shape, q, statistics);
     }
     if (a->running_mean)
         move_running(shape, q, statistics, a->running_mean, a->running_var, a->batches, a->nonfinite, a->momentum);
@@ -341,14 +332,13 @@ static void collect(const Filter *f, const Gradients *g, const Shape *shape, flo
     if (g->d_gain) g->d_gain[0] = (float)(by_gain * (f->gain_slope == 0.0f ? 1.0f : f->gain_slope * q * (1 - q)));
 }
 
-/* The ReLU's mask: of its output where that is given (a residual was added before), else computed again. */
-static inline float masked(float dy, float x, const float *y, int64_t j, float scale, float shift, int relu) {
-    if (!relu) return dy;
-    return (y ? y[j] : x * scale + shift) > 0 ? dy : 0.0f;
+/* The gradient in front of a ReLU, whose mask is computed again. */
+static inline float masked(float dy, float x, float scale, float shift, int relu) {
+    return !relu || x * scale + shift > 0 ? dy : 0.0f;
 }
 
-static void sums_run(const float *RESTRICT dy, const float *RESTRICT x, const float *RESTRICT y, int64_t n, float mean,
-                     float scale, float shift, int relu, double *sum_dy, double *sum_dyx) {
+static void sums_run(const float *RESTRICT dy, const float *RESTRICT x, int64_t n, float mean, float scale, float shift,
+                     int relu, double *sum_dy, double *sum_dyx) {
     for (int64_t start = 0; start < n; start += RUN) {
         int64_t end = start + RUN < n ? start + RUN : n;
         float a = 0, b = 0;
@@ -357,13 +347,6 @@ static void sums_run(const float *RESTRICT dy, const float *RESTRICT x, const fl
             for (int64_t j = start; j < end; j++) {
                 a += dy[j];
                 b += dy[j] * (x[j] - mean);
-            }
-        } else if (y) {
-#pragma omp simd reduction(+ : a, b)
-            for (int64_t j = start; j < end; j++) {
-                float d = y[j] > 0 ? dy[j] : 0.0f;
-                a += d;
-                b += d * (x[j] - mean);
             }
         } else {
 #pragma omp simd reduction(+ : a, b)
@@ -378,17 +361,10 @@ static void sums_run(const float *RESTRICT dy, const float *RESTRICT x, const fl
     }
 }
 
-static void input_gradient_run(const float *RESTRICT dy, const float *RESTRICT x, const float *RESTRICT y,
-                               float *RESTRICT dx, float *RESTRICT d_other, int64_t n, float scale, float shift,
-                               float slope, float offset, int relu) {
+static void input_gradient_run(const float *RESTRICT dy, const float *RESTRICT x, float *RESTRICT dx, int64_t n,
+                               float scale, float shift, float slope, float offset, int relu) {
     if (!relu) {
         for (int64_t j = 0; j < n; j++) dx[j] = scale * dy[j] + slope * x[j] + offset;
-    } else if (y) {
-        for (int64_t j = 0; j < n; j++) {
-            float d = y[j] > 0 ? dy[j] : 0.0f;
-            d_other[j] = d;
-            dx[j] = scale * d + slope * x[j] + offset;
-        }
     } else {
         for (int64_t j = 0; j < n; j++) {
             float d = x[j] * scale + shift > 0 ? dy[j] : 0.0f;
@@ -397,9 +373,8 @@ static void input_gradient_run(const float *RESTRICT dy, const float *RESTRICT x
     }
 }
 
-static void backward_channels_first(const float *dy, const float *x, const float *y, float *dx, float *d_other,
-                                    const Filter *f, const Gradients *g, const Shape *shape, float q,
-                                    const float *statistics, float *terms) {
+static void backward_channels_first(const float *dy, const float *x, float *dx, const Filter *f, const Gradients *g,
+                                    const Shape *shape, float q, const float *statistics, float *terms) {
     int64_t C = shape->channels, P = shape->pixels, rows = shape->samples / shape->groups, size = shape->groups * C;
 #pragma omp parallel for schedule(static) num_threads(shape->threads) if (size * rows * P > SMALL)
     for (int64_t i = 0; i < size; i++) {
@@ -409,21 +384,20 @@ static void backward_channels_first(const float *dy, const float *x, const float
         double sum_dy = 0, sum_dyx = 0;
         for (int64_t r = 0; r < rows; r++) {
             int64_t at = first + r * C * P;
-            sums_run(dy + at, x + at, y ? y + at : NULL, P, m, scale, shift, f->relu, &sum_dy, &sum_dyx);
+            sums_run(dy + at, x + at, P, m, scale, shift, f->relu, &sum_dy, &sum_dyx);
         }
         sum_dyx /= sqrt(statistics[size + i] + f->eps);
         gradients_of(f, g, q, size, C, i, (double)(rows * P), statistics, sum_dy, sum_dyx, terms, &scale, &slope, &offset);
         for (int64_t r = 0; r < rows; r++) {
             int64_t at = first + r * C * P;
-            input_gradient_run(dy + at, x + at, y ? y + at : NULL, dx + at, d_other ? d_other + at : NULL, P, scale,
-                               shift, slope, offset, f->relu);
+            input_gradient_run(dy + at, x + at, dx + at, P, scale, shift, slope, offset, f->relu);
         }
     }
 }
 
-static void sum_gradient_rows(const float *RESTRICT dy, const float *RESTRICT x, const float *RESTRICT y, int64_t rows,
-                              int64_t C, const float *RESTRICT mean, const float *RESTRICT scale,
-                              const float *RESTRICT shift, int relu, float *RESTRICT part, double *RESTRICT total) {
+static void sum_gradient_rows(const float *RESTRICT dy, const float *RESTRICT x, int64_t rows, int64_t C,
+                              const float *RESTRICT mean, const float *RESTRICT scale, const float *RESTRICT shift,
+                              int relu, float *RESTRICT part, double *RESTRICT total) {
     for (int64_t start = 0; start < rows; start += RUN) {
         int64_t end = start + RUN < rows ? start + RUN : rows;
         memset(part, 0, 2 * C * sizeof(float));
@@ -431,7 +405,7 @@ static void sum_gradient_rows(const float *RESTRICT dy, const float *RESTRICT x,
         for (int64_t r = start; r < end; r++) {
             int64_t at = r * C;
             for (int64_t c = 0; c < C; c++) {
-                float d = masked(dy[at + c], x[at + c], y, at + c, scale[c], shift[c], relu);
+                float d = masked(dy[at + c], x[at + c], scale[c], shift[c], relu);
                 a[c] += d;
                 b[c] += d * (x[at + c] - mean[c]);
             }
@@ -440,9 +414,9 @@ static void sum_gradient_rows(const float *RESTRICT dy, const float *RESTRICT x,
     }
 }
 
-static void backward_group_channels_last(const float *dy, const float *x, const float *y, float *dx, float *d_other,
-                                         const Filter *f, const Gradients *g, const Shape *shape, float q,
-                                         const float *statistics, float *terms, int64_t group, int threads) {
+static void backward_group_channels_last(const float *dy, const float *x, float *dx, const Filter *f,
+                                         const Gradients *g, const Shape *shape, float q, const float *statistics,
+                                         float *terms, int64_t group, int threads) {
     int64_t C = shape->channels, rows = shape->samples / shape->groups * shape->pixels, size = shape->groups * C;
     int64_t first = group * rows * C;
     float *line = malloc(4 * C * sizeof(float)), *shift = line + C, *slope = line + 2 * C, *offset = line + 3 * C;
@@ -452,7 +426,7 @@ static void backward_group_channels_last(const float *dy, const float *x, const 
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int t = 0; t < threads; t++) {
         int64_t from = rows * t / threads, to = rows * (t + 1) / threads, at = first + from * C;
-        sum_gradient_rows(dy + at, x + at, y ? y + at : NULL, to - from, C, statistics + group * C, line, shift, f->relu,
+        sum_gradient_rows(dy + at, x + at, to - from, C, statistics + group * C, line, shift, f->relu,
                           parts + t * 2 * C, totals + t * 2 * C);
     }
     for (int64_t c = 0; c < C; c++) {
@@ -469,8 +443,7 @@ static void backward_group_channels_last(const float *dy, const float *x, const 
     for (int64_t r = 0; r < rows; r++) {
         int64_t at = first + r * C;
         for (int64_t c = 0; c < C; c++) {
-            float d = masked(dy[at + c], x[at + c], y, at + c, line[c], shift[c], f->relu);
-            if (d_other) d_other[at + c] = d;
+            float d = masked(dy[at + c], x[at + c], line[c], shift[c], f->relu);
             dx[at + c] = line[c] * d + slope[c] * x[at + c] + offset[c];
         }
     }
@@ -483,25 +456,25 @@ typedef struct {
     Filter filter;
     Shape shape;
     Gradients gradients;
-    const float *dy, *x, *y, *statistics;
-    float *dx, *d_other;
+    const float *dy, *x, *statistics;
+    float *dx;
 } Backward;
 
 void layer_backward(const Backward *a) {
     const Filter *f = &a->filter;
     const Shape *shape = &a->shape;
     const Gradients *g = &a->gradients;
-    const float *dy = a->dy, *x = a->x, *y = a->y, *statistics = a->statistics;
-    float *dx = a->dx, *d_other = a->d_other, q = gain_of(f);
+    const float *dy = a->dy, *x = a->x, *statistics = a->statistics;
+    float *dx = a->dx, q = gain_of(f);
     int64_t S = shape->groups, all = shape->samples * shape->pixels * shape->channels;
     float *terms = malloc(5 * S * shape->channels * sizeof(float));
     if (shape->channels_last) {
         int inside = S == 1 && all > SMALL ? shape->threads : 1;
 #pragma omp parallel for schedule(static) num_threads(shape->threads) if (S > 1 && all > SMALL)
         for (int64_t s = 0; s < S; s++)
-            backward_group_channels_last(dy, x, y, dx, d_other, f, g, shape, q, statistics, terms, s, inside);
+            backward_group_channels_last(dy, x, dx, f, g, shape, q, statistics, terms, s, inside);
     } else {
-        backward_channels_first(dy, x, y, dx, d_other, f, g, shape, q, statistics, terms);
+        backward_channels_first(dy, x, dx, f, g, shape, q, statistics, terms);
     }
     collect(f, g, shape, q, terms);
     free(terms);

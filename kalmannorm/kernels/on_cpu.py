@@ -11,14 +11,14 @@ from torch import Tensor
 
 from kalmannorm.kernels.memory import dense, is_channels_last
 from kalmannorm.kernels.native import library
-from kalmannorm.kernels.options import Filter, Running
+from kalmannorm.kernels.options import Filter, Given, Running
 
 __all__ = ["is_available", "layer_backward", "layer_forward", "link_backward", "link_forward"]
 
 # The structures of native.c, members in their order: q is a pointer or an int64, f a float, i an int32.
 _LAYER = "9q4f2i4q2i"  # Filter, Shape
-_FORWARD = struct.Struct(f"@{_LAYER}8qf")
-_BACKWARD = struct.Struct(f"@{_LAYER}10q6q")
+_FORWARD = struct.Struct(f"@{_LAYER}7qf")
+_BACKWARD = struct.Struct(f"@{_LAYER}10q4q")
 _LINK = "9q4i"
 _LINK_FORWARD = struct.Struct(f"@{_LINK}q")
 _LINK_BACKWARD = struct.Struct(f"@{_LINK}6q")
@@ -52,21 +52,18 @@ def _both_at(t: Tensor | None) -> tuple[int, int]:
     return (0, 0) if t is None else (t.data_ptr(), t.data_ptr() + 2 * t.numel())  # half of it, at 4 bytes a number
 
 
-def _layer(x: Tensor, prior: Tensor | None, shift: Tensor | None, scale: Tensor | None, gain: Tensor | None,
-           noise: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-           options: Filter) -> tuple[Any, ...]:  # fmt: skip
+def _layer(x: Tensor, given: Given, options: Filter) -> tuple[Any, ...]:
     groups, slope, offset, noise_scale, spread, eps, relu = options
     samples, channels, *_ = shape = x.shape
+    prior = given.prior
     return (
-        *_both_at(prior), _at(shift), _at(scale), _at(gain), _at(noise), _at(weight), _at(bias),
+        *_both_at(prior), *map(_at, given[1:]),
         1 if prior is None else prior.shape[1], slope, offset, noise_scale, eps, spread, relu, samples, channels,
         shape.numel() // (samples * channels), groups, is_channels_last(x), torch.get_num_threads(),
     )  # fmt: skip
 
 
-def layer_forward(x: Tensor, other: Tensor | None, prior: Tensor | None, shift: Tensor | None, scale: Tensor | None,
-                  gain: Tensor | None, noise: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-                  running: Running | None, options: Filter) -> tuple[Tensor, Tensor]:  # fmt: skip
+def layer_forward(x: Tensor, given: Given, running: Running | None, options: Filter) -> tuple[Tensor, Tensor]:
     """See :func:`kalmannorm.kernels.on_torch.layer_forward`."""
     y = torch.empty_like(x)
     statistics = x.new_empty(6, options.groups, x.shape[1])
@@ -75,29 +72,26 @@ def layer_forward(x: Tensor, other: Tensor | None, prior: Tensor | None, shift: 
         running.momentum,
     )  # fmt: skip
     _native.layer_forward(_FORWARD.pack(
-        *_layer(x, prior, shift, scale, gain, noise, weight, bias, options), x.data_ptr(), _at(other), y.data_ptr(),
+        *_layer(x, given, options), x.data_ptr(), y.data_ptr(),
         statistics.data_ptr(), *moved,
     ))  # fmt: skip
     return y, statistics
 
 
-def layer_backward(dy: Tensor, x: Tensor, y: Tensor | None, prior: Tensor | None, shift: Tensor | None,
-                   scale: Tensor | None, gain: Tensor | None, noise: Tensor | None, weight: Tensor | None,
-                   bias: Tensor | None, statistics: Tensor, d_belief: Tensor | None, posterior: bool,
-                   options: Filter) -> tuple[Tensor | None, ...]:  # fmt: skip
+def layer_backward(dy: Tensor, x: Tensor, given: Given, statistics: Tensor, d_belief: Tensor | None,
+                   posterior: bool, options: Filter) -> tuple[Tensor | None, ...]:  # fmt: skip
     """See :func:`kalmannorm.kernels.on_torch.layer_backward`."""
     dy = dense(dy, x)
     dx = torch.empty_like(x)
-    d_other = None if y is None else torch.empty_like(x)
-    results = [None if t is None else torch.empty_like(t) for t in (prior, gain, noise, weight, bias)]
+    results = [None if t is None else torch.empty_like(t) for t in (given.prior, *given[3:])]
     d_prior, *others = results
     sent = _both_at(None if d_belief is None else (d_belief := d_belief.contiguous()))
     _native.layer_backward(_BACKWARD.pack(
-        *_layer(x, prior, shift, scale, gain, noise, weight, bias, options),
+        *_layer(x, given, options),
         *((*sent, 0, 0) if posterior else (0, 0, *sent)), *_both_at(d_prior), *map(_at, others),
-        dy.data_ptr(), x.data_ptr(), _at(y), statistics.data_ptr(), dx.data_ptr(), _at(d_other),
+        dy.data_ptr(), x.data_ptr(), statistics.data_ptr(), dx.data_ptr(),
     ))  # fmt: skip
-    return (dx, d_other, *results)
+    return (dx, *results)
 
 
 def _link(moments: Tensor, weight: Tensor, bias: Tensor | None, after: Tensor | None, relu: bool) -> tuple[Any, ...]:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from kalmannorm.kernels.memory import dense, is_channels_last
-from kalmannorm.kernels.options import Filter, Running
+from kalmannorm.kernels.options import Filter, Given, Running
 
 __all__ = ["is_available", "layer_backward", "layer_forward", "link_backward", "link_forward"]
 
@@ -161,31 +161,26 @@ def _merging(walk: _Walk, groups: int) -> tuple[int, int, int, int]:
     return _divide_up(groups * walk.shape[0], 8), max(1, chunks // 64), chunks, 8
 
 
-def layer_forward(x: Tensor, other: Tensor | None, prior: Tensor | None, shift: Tensor | None, scale: Tensor | None,
-                  gain: Tensor | None, noise: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-                  running: Running | None, options: Filter) -> tuple[Tensor, Tensor]:  # fmt: skip
+def layer_forward(x: Tensor, given: Given, running: Running | None, options: Filter) -> tuple[Tensor, Tensor]:
     """See :func:`kalmannorm.kernels.on_torch.layer_forward`."""
     kernels = _kernels("triton_layer")
     groups, slope, offset, noise_scale, spread, eps, relu = options
     walk = _walk(x.shape, is_channels_last(x), groups, x.itemsize)
     channels, pixels, rows = walk.shape
-    if other is not None:
-        other = dense(other, x)
     y = torch.empty_like(x)
     statistics = _empty(x, 6, groups, channels)
     prior_size = 0
-    if prior is None:
-        gain, offset = None, 1.0
+    if given.prior is None:
+        given, offset = given._replace(gain=None), 1.0
     else:
-        prior_size = prior.numel() // 2
-    parameters = (prior, shift, scale, gain, noise, weight, bias)
+        prior_size = given.prior.numel() // 2
     buffers: tuple[Any, ...] = (None, None, None, None, 0.0) if running is None else running
     moved_here = groups == 1 and channels <= _COUNTABLE
     moved = buffers if moved_here else (None, None, None, None, 0.0)
     with _on_device_of(x):
         if walk.held:
             kernels.forward_kernel[(walk.programs,)](
-                x, other, y, statistics, *parameters, *moved, channels, pixels, rows, groups, prior_size, slope, offset,
+                x, y, statistics, *given, *moved, channels, pixels, rows, groups, prior_size, slope, offset,
                 noise_scale, spread, eps, relu, *walk.tile, num_warps=walk.warps,
             )  # fmt: skip
         else:
@@ -195,16 +190,16 @@ def layer_forward(x: Tensor, other: Tensor | None, prior: Tensor | None, shift: 
             )
             programs, warps, *merged = _merging(walk, groups)
             kernels.fuse_kernel[(programs,)](
-                parts, statistics, *parameters, *moved, channels, groups, walk.chunks, prior_size, slope, offset,
+                parts, statistics, *given, *moved, channels, groups, walk.chunks, prior_size, slope, offset,
                 noise_scale, spread, eps, *merged, num_warps=warps,
             )  # fmt: skip
             kernels.apply_kernel[(walk.programs * walk.tiles,)](
-                x, other, y, statistics, weight, bias, channels, pixels, rows, groups, walk.tiles, eps, relu,
+                x, y, statistics, given.weight, given.bias, channels, pixels, rows, groups, walk.tiles, eps, relu,
                 *walk.tile, num_warps=walk.warps,
             )  # fmt: skip
         if running is not None and not moved_here:
             kernels.running_kernel[(_divide_up(channels, 128),)](
-                statistics, gain, *running, rows * pixels, channels, groups, slope, offset, 128
+                statistics, given.gain, *running, rows * pixels, channels, groups, slope, offset, 128
             )
     return y, statistics
 
@@ -213,10 +208,8 @@ def _contiguous(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
-def layer_backward(dy: Tensor, x: Tensor, y: Tensor | None, prior: Tensor | None, shift: Tensor | None,
-                   scale: Tensor | None, gain: Tensor | None, noise: Tensor | None, weight: Tensor | None,
-                   bias: Tensor | None, statistics: Tensor, d_belief: Tensor | None, posterior: bool,
-                   options: Filter) -> tuple[Tensor | None, ...]:  # fmt: skip
+def layer_backward(dy: Tensor, x: Tensor, given: Given, statistics: Tensor, d_belief: Tensor | None,
+                   posterior: bool, options: Filter) -> tuple[Tensor | None, ...]:  # fmt: skip
     """See :func:`kalmannorm.kernels.on_torch.layer_backward`."""
     kernels = _kernels("triton_layer")
     groups, *constants, relu = options
@@ -225,42 +218,40 @@ def layer_backward(dy: Tensor, x: Tensor, y: Tensor | None, prior: Tensor | None
     channels, pixels, rows = walk.shape
     dy = dense(dy, x)
     dx = torch.empty_like(x)
-    d_other = None if y is None else torch.empty_like(x)
     terms = _empty(x, 6, groups * channels)
     d_belief = _contiguous(d_belief)
-    prior_size = 0 if prior is None else prior.numel() // 2
+    prior_size = 0 if given.prior is None else given.prior.numel() // 2
     with _on_device_of(x):
         if walk.held:
             kernels.backward_kernel[(walk.programs,)](
-                dy, x, y, dx, d_other, statistics, terms, d_belief, prior, shift, scale, gain, noise, weight, bias,
-                channels, pixels, rows, groups, prior_size, posterior, *constants, relu, *walk.tile,
-                num_warps=walk.warps,
+                dy, x, dx, statistics, terms, d_belief, *given, channels, pixels, rows, groups, prior_size, posterior,
+                *constants, relu, *walk.tile, num_warps=walk.warps,
             )  # fmt: skip
         else:
             parts = _empty(x, walk.chunks, 2, groups, channels)
             line = _empty(x, 2, groups, channels)
             kernels.sums_kernel[(walk.programs * walk.chunks,)](
-                dy, x, y, parts, statistics, weight, bias, channels, pixels, rows, groups, walk.tiles, walk.chunk, eps,
-                relu, *walk.tile, num_warps=walk.warps,
+                dy, x, parts, statistics, given.weight, given.bias, channels, pixels, rows, groups, walk.tiles,
+                walk.chunk, eps, relu, *walk.tile, num_warps=walk.warps,
             )  # fmt: skip
             programs, warps, *merged = _merging(walk, groups)
             kernels.gradients_kernel[(programs,)](
-                parts, line, statistics, terms, d_belief, prior, shift, scale, gain, noise, weight, rows * pixels,
-                channels, groups, walk.chunks, prior_size, posterior, *constants, *merged, num_warps=warps,
+                parts, line, statistics, terms, d_belief, *given[:6], rows * pixels, channels,
+                groups, walk.chunks, prior_size, posterior, *constants, *merged, num_warps=warps,
             )  # fmt: skip
             kernels.input_gradient_kernel[(walk.programs * walk.tiles,)](
-                dy, x, y, dx, d_other, line, statistics, weight, bias, channels, pixels, rows, groups, walk.tiles, eps,
+                dy, x, dx, line, statistics, given.weight, given.bias, channels, pixels, rows, groups, walk.tiles, eps,
                 relu, *walk.tile, num_warps=walk.warps,
             )  # fmt: skip
-        return (dx, d_other, *_gradients(terms, groups, prior, gain, noise, weight, bias))
+        return (dx, *_gradients(terms, groups, given))
 
 
-def _gradients(terms: Tensor, groups: int, prior: Tensor | None, gain: Tensor | None, noise: Tensor | None,
-               weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, ...]:  # fmt: skip
+def _gradients(terms: Tensor, groups: int, given: Given) -> tuple[Tensor | None, ...]:
     """Shares of groups and channels, ``(6, S * C)``, added up to gradients of prior, gain, noise, weight and bias."""
     totals = terms if groups == 1 else terms.view(6, groups, -1).sum(1)
-    d_weight = None if weight is None else totals[0]
-    d_bias = None if bias is None else totals[1]
+    prior, gain, noise = given.prior, given.gain, given.noise
+    d_weight = None if given.weight is None else totals[0]
+    d_bias = None if given.bias is None else totals[1]
     if prior is None:  # those rows were not written
         d_gain, d_noise = (None if t is None else torch.zeros_like(t) for t in (gain, noise))
         return None, d_gain, d_noise, d_weight, d_bias

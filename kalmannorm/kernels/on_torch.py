@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kalmannorm.kernels.memory import dense
 from kalmannorm.kernels.moments import observe_channels, slope_by_variance
-from kalmannorm.kernels.options import Filter, Running
+from kalmannorm.kernels.options import Filter, Given, Running
 from kalmannorm.kernels.rectify import rectified, rectified_gradients
 
 __all__ = ["fuse", "gain_of", "layer_backward", "layer_forward", "link_backward", "link_bias_gradient",
@@ -39,13 +39,13 @@ def predicted(prior: Tensor, shift: Tensor | None, scale: Tensor | None, noise: 
     return mean if shift is None else mean + shift, var if scale is None else var * scale
 
 
-def fuse(mean: Tensor, var: Tensor, prior: Tensor | None, shift: Tensor | None, scale: Tensor | None,
-         gain: Tensor | None, noise: Tensor | None, options: Filter) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def fuse(mean: Tensor, var: Tensor, given: Given, options: Filter) -> tuple[Tensor, Tensor, Tensor]:
     """Posterior mean and variance, ``(S, C)``, and the gain, ``(1,)``, by functions that autograd knows."""
+    prior = given.prior
     if prior is None:
         return mean, var, torch.ones_like(mean[0, :1])
-    prior_mean, prior_var = predicted(prior, shift, scale, noise, options)
-    q = gain_of(gain, prior, options)
+    prior_mean, prior_var = predicted(prior, given.shift, given.scale, given.noise, options)
+    q = gain_of(given.gain, prior, options)
     innovation = mean - prior_mean
     posterior_mean = prior_mean + q * innovation
     posterior_var = prior_var + q * (var - prior_var)
@@ -82,22 +82,12 @@ def unbiased(posterior_var: Tensor, gain: Tensor | float, observed_var: Tensor, 
     return posterior_var + gain * observed_var / others
 
 
-def layer_forward(x: Tensor, other: Tensor | None, prior: Tensor | None, shift: Tensor | None, scale: Tensor | None,
-                  gain: Tensor | None, noise: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-                  running: Running | None, options: Filter) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Observe, fuse, normalize, add, rectify.
+def layer_forward(x: Tensor, given: Given, running: Running | None, options: Filter) -> tuple[Tensor, Tensor]:
+    """Observe, fuse, normalize, perhaps rectify.
 
     Args:
         x: ``(N, C, *)``, not empty, dense in memory.
-        other: None, or added to the normalized activation: like ``x``.
-        prior: mean and variance, ``(2, S, C, ...)`` or ``(2, 1, C, ...)``, axes behind of size 1, without process
-            noise; None where there is no prior at all: a gain of 1.
-        shift: ``(C,)`` or None, added to the prior's mean.
-        scale: ``(C,)`` or None, by which its variance, process noise and all, is multiplied.
-        gain: ``(1,)`` or None, see :class:`Filter`.
-        noise: ``(C,)`` or None, see :class:`Filter`.
-        weight: ``(C,)`` or None, as is ``bias``.
-        bias: see ``weight``.
+        given: the prior and the layer's vectors.
         running: what to move along, or None.
         options: the rest.
 
@@ -105,9 +95,9 @@ def layer_forward(x: Tensor, other: Tensor | None, prior: Tensor | None, shift: 
         The output, like ``x``; and ``(6, S, C)``: posterior mean and variance, the output's mean and variance, observed
         mean and (biased) variance.
     """
-    groups, channels = options.groups, x.shape[1]
+    groups, channels, weight, bias = options.groups, x.shape[1], given.weight, given.bias
     mean, var = _observe(x, groups)
-    posterior_mean, posterior_var, q = fuse(mean, var, prior, shift, scale, gain, noise, options)
+    posterior_mean, posterior_var, q = fuse(mean, var, given, options)
     shrinkage = posterior_var / (posterior_var + options.eps)
     output_var = shrinkage if weight is None else shrinkage * weight.square()
     output_mean = torch.zeros_like(mean) if bias is None else bias.expand_as(mean)
@@ -115,8 +105,6 @@ def layer_forward(x: Tensor, other: Tensor | None, prior: Tensor | None, shift: 
         count = x.numel() // (groups * channels)
         move_running(running, posterior_mean, unbiased(posterior_var, q, var, count))
     y = _normalize(x, posterior_mean, posterior_var, weight, bias, options.eps)
-    if other is not None:
-        y = y.add_(other)
     if options.relu:
         y = y.relu_()
     return y, torch.stack([posterior_mean, posterior_var, output_mean, output_var, mean, var])
@@ -158,33 +146,23 @@ def _line(mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None,
     return scale, -mean * scale if bias is None else bias - mean * scale
 
 
-def layer_backward(dy: Tensor, x: Tensor, y: Tensor | None, prior: Tensor | None, shift: Tensor | None,
-                   scale: Tensor | None, gain: Tensor | None, noise: Tensor | None, weight: Tensor | None,
-                   bias: Tensor | None, statistics: Tensor, d_belief: Tensor | None, posterior: bool,
-                   options: Filter) -> tuple[Tensor | None, ...]:  # fmt: skip
+def layer_backward(dy: Tensor, x: Tensor, given: Given, statistics: Tensor, d_belief: Tensor | None,
+                   posterior: bool, options: Filter) -> tuple[Tensor | None, ...]:  # fmt: skip
     """The gradients of :func:`layer_forward`; the formulas are in `kalmannorm.kernels.layer`.
 
     Args:
         dy: like ``x``.
         x: see :func:`layer_forward`.
-        y: the output, given only where something was added before a ReLU: its sign is the ReLU's mask. Else the mask is
-            computed again.
-        prior: see :func:`layer_forward`, as the others down to ``bias``.
-        shift: see ``prior``.
-        scale: see ``prior``.
-        gain: see ``prior``.
-        noise: see ``prior``.
-        weight: see ``prior``.
-        bias: see ``prior``.
+        given: see :func:`layer_forward`.
         statistics: as :func:`layer_forward` returned them.
         d_belief: of a mean and a variance, ``(2, S, C, ...)``, or None for zeros.
         posterior: whether these are the posterior's, and not the output's.
         options: see :func:`layer_forward`.
 
     Returns:
-        Gradients of ``x``, of what was added (where ``y`` was given), prior, gain, noise, weight and bias, each like
-        its tensor, and None where that is None.
+        Gradients of ``x``, prior, gain, noise, weight and bias, each like its tensor, and None where that is None.
     """
+    prior, shift, scale, gain, noise, weight, bias = given
     posterior_mean, posterior_var, _, _, mean, var = statistics
     groups, channels = mean.shape
     count = x.numel() // mean.numel()
@@ -192,7 +170,7 @@ def layer_backward(dy: Tensor, x: Tensor, y: Tensor | None, prior: Tensor | None
     factor, _ = _line(posterior_mean, posterior_var, weight, bias, options.eps)
     dy = dense(dy, x)
     if options.relu:
-        before = y if y is not None else _normalize(x, posterior_mean, posterior_var, weight, bias, options.eps)
+        before = _normalize(x, posterior_mean, posterior_var, weight, bias, options.eps)
         dy = torch.where(before > 0, dy, 0)
     dx, sum_dyx, sum_dy = _through_normalization(dy, x, posterior_mean, posterior_var, weight, factor, inverse, options)
 
@@ -236,7 +214,7 @@ def layer_backward(dy: Tensor, x: Tensor, y: Tensor | None, prior: Tensor | None
     by_output = 2 * by_output_var * gamma * posterior_var * inverse.square()
     d_weight = None if weight is None else (sum_dyx + by_output).sum(0)
     d_bias = None if bias is None else (sum_dy + by_output_mean).sum(0)
-    return dx, None if y is None else dy, d_prior, d_gain, d_noise, d_weight, d_bias
+    return dx, d_prior, d_gain, d_noise, d_weight, d_bias
 
 
 def _through_normalization(dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, scale: Tensor,

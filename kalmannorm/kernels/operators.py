@@ -6,7 +6,7 @@ long. In eager mode an autograd function costs less than an operator does. `on_t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kalmannorm.kernels.backends import backend_for
 from kalmannorm.kernels.on_torch import link_bias_gradient
-from kalmannorm.kernels.options import Filter
+from kalmannorm.kernels.options import Filter, Given
 
 __all__ = ["layer", "link"]
 
@@ -84,68 +84,57 @@ torch.library.register_autograd("kalmannorm::link", _derive_link, setup_context=
 # ---- the layer, without running statistics ----
 
 
-def _layer(x: Tensor, other: Tensor | None, prior: Tensor | None, shift: Tensor | None, scale: Tensor | None,
-           gain: Tensor | None, noise: Tensor | None, weight: Tensor | None, bias: Tensor | None, posterior: bool,
-           *options: Any) -> tuple[Tensor, Tensor]:  # fmt: skip
-    parameters = (prior, shift, scale, gain, noise, weight, bias)
-    y, statistics = backend_for(x, *parameters).layer_forward(x, other, *parameters, None, Filter(*options))
+def _layer(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    given, (_, *options) = Given(*others[:7]), others[7:]
+    y, statistics = backend_for(x, *given).layer_forward(x, given, None, Filter(*options))
     return y, statistics
 
 
 def _layer_shapes(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(x.dtype, torch.float32)
-    return torch.empty_like(x), x.new_empty((6, others[9], x.shape[1]), dtype=dtype)
+    return torch.empty_like(x), x.new_empty((6, others[8], x.shape[1]), dtype=dtype)
 
 
-def _layer_backward(dy: Tensor, x: Tensor, y: Tensor | None, prior: Tensor | None, shift: Tensor | None,
-                    scale: Tensor | None, gain: Tensor | None, noise: Tensor | None, weight: Tensor | None,
-                    bias: Tensor | None, statistics: Tensor, d_statistics: Tensor, posterior: bool,
-                    *options: Any) -> list[Tensor]:  # fmt: skip
-    parameters = (prior, shift, scale, gain, noise, weight, bias)
+def _layer_backward(dy: Tensor, x: Tensor, *others: Any) -> list[Tensor]:
+    given, (statistics, d_statistics, posterior, *options) = Given(*others[:7]), others[7:]
     sent = d_statistics[:2] if posterior else d_statistics[2:4]
-    backward = backend_for(x, *parameters).layer_backward
-    gradients = backward(dy, x, y, *parameters, statistics, sent, posterior, Filter(*options))
+    backward = backend_for(x, *given).layer_backward
+    gradients = backward(dy, x, given, statistics, sent, posterior, Filter(*options))
     return [g for g in gradients if g is not None]
 
 
-def _with_gradients(prior: Tensor | None, shift: Tensor | None, scale: Tensor | None,
-                    *others: Tensor | None) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Of the parameters, those that have gradients: all but the correction of the prior."""
-    return prior, *others
+def _with_gradients(given: Sequence[Any]) -> list[Any]:
+    """Those that have gradients: all but the correction of the prior."""
+    return [given[0], *given[3:7]]
 
 
-def _layer_backward_shapes(dy: Tensor, x: Tensor, y: Tensor | None, *others: Any) -> list[Tensor]:
-    like = [x, *([] if y is None else [x]), *(t for t in _with_gradients(*others[:7]) if t is not None)]
-    return [torch.empty_like(t) for t in like]
+def _layer_backward_shapes(dy: Tensor, x: Tensor, *others: Any) -> list[Tensor]:
+    return [torch.empty_like(t) for t in (x, *_with_gradients(others)) if t is not None]
 
 
 layer = _operator(
-    "layer", f"(Tensor x, Tensor? other, {_PARAMETERS}, bool posterior, {_OPTIONS}) -> (Tensor, Tensor)", _layer,
+    "layer", f"(Tensor x, {_PARAMETERS}, bool posterior, {_OPTIONS}) -> (Tensor, Tensor)", _layer,
     _layer_shapes,
 )  # fmt: skip
 _backward_of_layer = _operator(
     "layer_backward",
-    f"(Tensor dy, Tensor x, Tensor? y, {_PARAMETERS}, Tensor statistics, Tensor d_statistics, bool posterior,"
+    f"(Tensor dy, Tensor x, {_PARAMETERS}, Tensor statistics, Tensor d_statistics, bool posterior,"
     f" {_OPTIONS}) -> Tensor[]",
     _layer_backward, _layer_backward_shapes,
 )  # fmt: skip
 
 
 def _save_layer(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, other, *parameters = inputs[:9]
-    ctx.options = inputs[9:]
-    ctx.has_other = other is not None
-    y = output[0] if ctx.has_other and ctx.options[-1] else None
-    ctx.save_for_backward(x, *parameters, y, output[1])
+    ctx.options = inputs[8:]
+    ctx.save_for_backward(*inputs[:8], output[1])
 
 
 def _derive_layer(ctx: Any, dy: Tensor, d_statistics: Tensor) -> tuple[Tensor | None, ...]:
-    x, *parameters, y, statistics = ctx.saved_tensors
-    found = iter(_backward_of_layer(dy, x, y, *parameters, statistics, d_statistics, *ctx.options))
+    x, *parameters, statistics = ctx.saved_tensors
+    found = iter(_backward_of_layer(dy, x, *parameters, statistics, d_statistics, *ctx.options))
     dx = next(found)
-    d_other = next(found) if y is not None else dy if ctx.has_other else None
-    d_prior, *others = (None if t is None else next(found) for t in _with_gradients(*parameters))
-    return dx, d_other, d_prior, None, None, *others, *[None] * 8
+    d_prior, *others = (None if t is None else next(found) for t in _with_gradients(parameters))
+    return dx, d_prior, None, None, *others, *[None] * 8
 
 
 torch.library.register_autograd("kalmannorm::layer", _derive_layer, setup_context=_save_layer)

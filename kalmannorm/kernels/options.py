@@ -6,7 +6,27 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Filter", "Running"]
+__all__ = ["Filter", "Given", "Running"]
+
+
+class Given(NamedTuple):
+    """The prior and a layer's vectors, each None where there is none."""
+
+    prior: Tensor | None = None
+    """Mean and variance, without process noise: ``(2, S, C)`` or ``(2, 1, C)``, perhaps with axes of size 1 behind.
+    Without one the gain is 1."""
+    shift: Tensor | None = None
+    """``(C,)``, added to the prior's mean."""
+    scale: Tensor | None = None
+    """``(C,)``, by which its variance is multiplied, process noise and all."""
+    gain: Tensor | None = None
+    """``(1,)``, see :class:`Filter`."""
+    noise: Tensor | None = None
+    """``(C,)``, see :class:`Filter`."""
+    weight: Tensor | None = None
+    """``(C,)``."""
+    bias: Tensor | None = None
+    """``(C,)``."""
 
 
 class Filter(NamedTuple):

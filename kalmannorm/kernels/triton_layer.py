@@ -1,4 +1,4 @@
-"""Kernels of the layer on a GPU: observe, fuse with the prior, normalize; the residual sum and ReLU behind it.
+"""Kernels of the layer on a GPU: observe, fuse with the prior, normalize; the ReLU behind it.
 
 The mathematics is that of `layer`; `on_gpu` says which kernels are launched. An activation is ``(rows, C, pixels)`` in
 memory: ``(N, C, H * W)`` where it is contiguous, ``(N * H * W, C, 1)`` where channels are last. It is read in tiles
@@ -271,20 +271,17 @@ def _gradients(sum_dy, sum_dyx, n, at, channel, here, size, statistics, prior, p
 
 
 @triton.jit
-def _rectified(y, other, start, offset, inside, RELU: tl.constexpr):
-    if other is not None:
-        y += _load(other, start, offset, inside)
+def _rectified(y, RELU: tl.constexpr):
     if RELU:
         y = tl.where(y < 0, 0.0, y)  # a maximum would make zero of NaN
     return y
 
 
 @triton.jit
-def _masked(dy, x, output, start, offset, inside, mean, scale, beta, RELU: tl.constexpr):
-    """The gradient in front of the ReLU. Its mask is computed again, but where that would need the residual."""
+def _masked(dy, x, mean, scale, beta, RELU: tl.constexpr):
+    """The gradient in front of the ReLU, whose mask is computed again."""
     if RELU:
-        y = (x - mean) * scale + beta if output is None else _load(output, start, offset, inside)
-        dy = tl.where(y > 0, dy, 0.0)
+        dy = tl.where((x - mean) * scale + beta > 0, dy, 0.0)
     return dy
 
 
@@ -292,7 +289,7 @@ def _masked(dy, x, output, start, offset, inside, mean, scale, beta, RELU: tl.co
 
 
 @_jit
-def forward_kernel(x, other, y, statistics, prior, prior_shift, prior_scale, gain, noise, weight, bias, running_mean,
+def forward_kernel(x, y, statistics, prior, prior_shift, prior_scale, gain, noise, weight, bias, running_mean,
                    running_var, batches, nonfinite, momentum, channels, pixels, rows, groups, prior_size, GAIN_SLOPE:
                    tl.constexpr, GAIN_OFFSET: tl.constexpr, NOISE_SCALE: tl.constexpr, SPREAD: tl.constexpr, EPS:
                    tl.constexpr, RELU: tl.constexpr, A: tl.constexpr, K: tl.constexpr, B: tl.constexpr, LAST:
@@ -311,7 +308,7 @@ def forward_kernel(x, other, y, statistics, prior, prior_shift, prior_scale, gai
     )  # fmt: skip
     scale = _spread_out(_or(weight, channel, here, 1.0) * (1.0 / tl.sqrt(v + EPS)))
     value = (value - _spread_out(m)) * scale + _spread_out(_or(bias, channel, here, 0.0))
-    _store(y, start, offset, inside, _rectified(value, other, start, offset, inside, RELU))
+    _store(y, start, offset, inside, _rectified(value, RELU))
 
 
 @_jit
@@ -379,7 +376,7 @@ def fuse_kernel(parts, statistics, prior, prior_shift, prior_scale, gain, noise,
 
 
 @_jit
-def apply_kernel(x, other, y, statistics, weight, bias, channels, pixels, rows, groups, tiles, EPS: tl.constexpr,
+def apply_kernel(x, y, statistics, weight, bias, channels, pixels, rows, groups, tiles, EPS: tl.constexpr,
                  RELU: tl.constexpr, A: tl.constexpr, K: tl.constexpr, B: tl.constexpr, LAST: tl.constexpr,
                  ALIGN: tl.constexpr):  # fmt: skip
     """``y = gamma (x - m) / s + beta``, and what follows. A program a tile.
@@ -390,7 +387,7 @@ def apply_kernel(x, other, y, statistics, weight, bias, channels, pixels, rows, 
     start, offset, inside, _ = _tile(group, block, tiles - 1 - tile, channels, pixels, rows, A, K, B, LAST, ALIGN)
     value = _load(x, start, offset, inside)
     mean, _, scale, beta = _line(statistics, weight, bias, at, channel, here, size, EPS)
-    value = _rectified((value - mean) * scale + beta, other, start, offset, inside, RELU)
+    value = _rectified((value - mean) * scale + beta, RELU)
     _store(y, start, offset, inside, value)
 
 
@@ -415,7 +412,7 @@ def running_kernel(statistics, gain, running_mean, running_var, batches, nonfini
 
 
 @_jit
-def backward_kernel(dy, x, output, dx, d_other, statistics, terms, d_belief, prior, prior_shift, prior_scale, gain,
+def backward_kernel(dy, x, dx, statistics, terms, d_belief, prior, prior_shift, prior_scale, gain,
                     noise, weight, bias, channels, pixels, rows, groups, prior_size, POSTERIOR: tl.constexpr,
                     GAIN_SLOPE: tl.constexpr, GAIN_OFFSET: tl.constexpr, NOISE_SCALE: tl.constexpr, SPREAD:
                     tl.constexpr, EPS: tl.constexpr, RELU: tl.constexpr, A: tl.constexpr, K: tl.constexpr, B:
@@ -426,9 +423,7 @@ def backward_kernel(dy, x, output, dx, d_other, statistics, terms, d_belief, pri
     value = _load(x, start, offset, inside)
     gradient = _load(dy, start, offset, inside)
     mean, inverse, scale, beta = _line(statistics, weight, bias, at, channel, here, size, EPS)
-    gradient = _masked(gradient, value, output, start, offset, inside, mean, scale, beta, RELU)
-    if d_other is not None:
-        _store(d_other, start, offset, inside, gradient)
+    gradient = _masked(gradient, value, mean, scale, beta, RELU)
     centre, slope, level = _gradients(
         _sum(gradient), _sum(gradient * (value - mean) * inverse), n, at, channel, here, size, statistics, prior,
         prior_shift, prior_scale, gain, noise, weight, d_belief, terms, prior_size, POSTERIOR, GAIN_SLOPE, GAIN_OFFSET,
@@ -439,7 +434,7 @@ def backward_kernel(dy, x, output, dx, d_other, statistics, terms, d_belief, pri
 
 
 @_jit
-def sums_kernel(dy, x, output, parts, statistics, weight, bias, channels, pixels, rows, groups, tiles, chunk,
+def sums_kernel(dy, x, parts, statistics, weight, bias, channels, pixels, rows, groups, tiles, chunk,
                 EPS: tl.constexpr, RELU: tl.constexpr, A: tl.constexpr, K: tl.constexpr, B: tl.constexpr,
                 LAST: tl.constexpr, ALIGN: tl.constexpr):  # fmt: skip
     """``sum dy`` and ``sum dy (x - m) / s`` of each chunk of tiles: ``parts`` is ``(chunks, 2, groups, channels)``."""
@@ -452,7 +447,7 @@ def sums_kernel(dy, x, output, parts, statistics, weight, bias, channels, pixels
         start, offset, inside, _ = _tile(group, block, tile, channels, pixels, rows, A, K, B, LAST, ALIGN)
         value = _load(x, start, offset, inside)
         gradient = _load(dy, start, offset, inside)
-        gradient = _masked(gradient, value, output, start, offset, inside, mean, scale, beta, RELU)
+        gradient = _masked(gradient, value, mean, scale, beta, RELU)
         sums += gradient
         products += gradient * (value - mean)
     at = parts + part.to(tl.int64) * 2 * size + at
@@ -490,18 +485,16 @@ def gradients_kernel(parts, line, statistics, terms, d_belief, prior, prior_shif
 
 
 @_jit
-def input_gradient_kernel(dy, x, output, dx, d_other, line, statistics, weight, bias, channels, pixels, rows, groups,
+def input_gradient_kernel(dy, x, dx, line, statistics, weight, bias, channels, pixels, rows, groups,
                           tiles, EPS: tl.constexpr, RELU: tl.constexpr, A: tl.constexpr, K: tl.constexpr,
                           B: tl.constexpr, LAST: tl.constexpr, ALIGN: tl.constexpr):  # fmt: skip
-    """``dx``, and the residual's gradient. A program a tile, the last one first."""
+    """``dx``. A program a tile, the last one first."""
     group, block, tile, channel, here, at, size = _place(channels, groups, K, LAST, ALIGN)
     start, offset, inside, _ = _tile(group, block, tiles - 1 - tile, channels, pixels, rows, A, K, B, LAST, ALIGN)
     value = _load(x, start, offset, inside)
     gradient = _load(dy, start, offset, inside)
     mean, _, scale, beta = _line(statistics, weight, bias, at, channel, here, size, EPS)
-    gradient = _masked(gradient, value, output, start, offset, inside, mean, scale, beta, RELU)
-    if d_other is not None:
-        _store(d_other, start, offset, inside, gradient)
+    gradient = _masked(gradient, value, mean, scale, beta, RELU)
     centre = _spread_out(tl.load(statistics + 4 * size + at, mask=here, other=0.0))
     slope = _spread_out(tl.load(line + at, mask=here, other=0.0))
     level = _spread_out(tl.load(line + size + at, mask=here, other=0.0))

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 import kalmannorm
 from kalmannorm.lab.baselines.cross_iteration import to_cross_iteration
@@ -22,6 +21,7 @@ from kalmannorm.lab.baselines.proxy import to_proxy
 from kalmannorm.lab.baselines.renorm import RenormSchedule, to_batch_renorm
 from kalmannorm.lab.baselines.synchronized import to_sync
 from kalmannorm.lab.baselines.weight_norm import to_weight_norm
+from kalmannorm.modules import is_stock_batchnorm
 
 __all__ = ["METHODS", "Method", "normalize"]
 
@@ -59,7 +59,7 @@ class Method:
 
 def _batchnorm(network: nn.Module, samples: int | None = None) -> nn.Module:
     """BatchNorm is what networks are built with; a network that was given other layers before keeps those."""
-    stock = any(isinstance(layer, _BatchNorm) for layer in network.modules())
+    stock = any(map(is_stock_batchnorm, network.modules()))
     return to_ghost(network, samples) if stock and samples is not None else network
 
 

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from kalmannorm import KalmanNorm, online_statistics
 from kalmannorm.freezing import is_frozen
+from kalmannorm.modules import is_stock_batchnorm
 
 __all__ = ["evalnorm", "has_running_statistics", "online", "online_logits"]
 
@@ -27,9 +28,9 @@ def has_running_statistics(network: nn.Module) -> bool:
     return bool(_running(network))
 
 
-def _running(network: nn.Module) -> list[KalmanNorm | _BatchNorm]:
+def _running(network: nn.Module) -> list[_BatchNorm]:
     """Layers with running statistics that are not frozen."""
-    layers = [layer for layer in network.modules() if isinstance(layer, KalmanNorm | _BatchNorm)]
+    layers = [layer for layer in network.modules() if isinstance(layer, _BatchNorm)]
     return [layer for layer in layers if layer.running_mean is not None and not is_frozen(layer)]
 
 
@@ -47,7 +48,7 @@ def online_logits(network: nn.Module, images: Tensor, statistics_batch: int) -> 
         Logits ``(N, num_classes)``.
     """
     kalman = [layer for layer in network.modules() if isinstance(layer, KalmanNorm) and not is_frozen(layer)]
-    stock = any(isinstance(layer, _BatchNorm) and not is_frozen(layer) for layer in network.modules())
+    stock = any(is_stock_batchnorm(layer) and not is_frozen(layer) for layer in network.modules())
     if not kalman and not stock:
         return network(images)  # type: ignore[no-any-return]
     size = min(statistics_batch, len(images))

@@ -81,7 +81,7 @@ def watched(network: nn.Module) -> Iterator[list[Seen]]:
 
 def is_watched(layer: nn.Module) -> bool:
     """Whether a layer normalizes by statistics of the batch."""
-    return isinstance(layer, KalmanNorm | _BatchNorm) and not is_frozen(layer)
+    return isinstance(layer, _BatchNorm) and not is_frozen(layer)
 
 
 class _Watcher:

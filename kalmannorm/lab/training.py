@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
@@ -31,6 +30,7 @@ from kalmannorm.lab.methods import METHODS, normalize
 from kalmannorm.lab.optimization import Schedule, check_schedule, sgd
 from kalmannorm.lab.pretrained import load_trunk, trained_weights, trunk_of
 from kalmannorm.lab.scoring import online_logits
+from kalmannorm.modules import is_stock_batchnorm
 
 __all__ = ["Batch", "Classifier", "loader", "quiet", "quiet_trainer"]
 
@@ -116,7 +116,7 @@ class Classifier(lightning.LightningModule):
         check_schedule(rate, steps, schedule, milestones)
         check_annealing("", anneal, anneal_from)
         options = {"statistics_batch": statistics_batch, "steps": steps, **(normalization_options or {})}
-        stock = any(isinstance(layer, _BatchNorm) for layer in network.modules())
+        stock = any(map(is_stock_batchnorm, network.modules()))
         self._was_batchnorm = normalization == "bn" and stock and statistics_batch is not None
         self.network = _started(network, weights, partial(normalize, method=normalization, **options))
         self._memory_format = torch.channels_last if channels_last else torch.preserve_format

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kalmannorm.kernels import on_gpu
-from kalmannorm.kernels.options import Filter, Running
+from kalmannorm.kernels.options import Filter, Given, Running
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,6 @@ class LayerCase:
     learned: bool = True  # the gain is a tensor
     noise: bool = False
     affine: str = "weight bias"
-    residual: bool = False
     corrected: bool = False  # the prior
     sent: str = "output"  # gradients from above: of the output's belief, of the "posterior", or none
     running: bool = True
@@ -49,8 +48,7 @@ _SIGMOID = {"gain_slope": 3.0, "gain_offset": -0.4}
 LAYERS = {
     "plain": LayerCase((2, 5, 3, 7)),
     "sigmoid_relu": LayerCase((2, 5, 8, 8), Filter(**_SIGMOID, relu=True)),
-    "residual_relu": LayerCase((2, 5, 3, 7), Filter(**_SIGMOID, relu=True), residual=True),
-    "residual_only": LayerCase((2, 5, 3, 7), residual=True),
+    "odd_relu": LayerCase((2, 5, 3, 7), Filter(**_SIGMOID, relu=True)),
     "no_prior": LayerCase((3, 4, 5), Filter(relu=True), prior_groups=None),
     "fixed_gain": LayerCase((3, 4, 5), Filter(gain_offset=0.25), learned=False),
     "no_spread": LayerCase((3, 4, 5), Filter(spread=False), sent="posterior"),
@@ -66,22 +64,22 @@ LAYERS = {
     "groups_shared_prior": LayerCase((6, 5, 3, 3), Filter(groups=3, **_SIGMOID, relu=True)),
     "groups_own_priors": LayerCase((6, 5, 3, 3), Filter(groups=3), prior_groups=3, noise=True),
     "vectors": LayerCase((7, 70), Filter(relu=True)),
-    "vectors_groups": LayerCase((8, 6), Filter(groups=2), residual=True),
+    "vectors_groups": LayerCase((8, 6), Filter(groups=2)),
     "one_element": LayerCase((1, 3, 1, 1)),
-    "channels_last": LayerCase((2, 20, 3, 7), Filter(**_SIGMOID, relu=True), last=True, residual=True),
+    "channels_last": LayerCase((2, 20, 3, 7), Filter(**_SIGMOID, relu=True), last=True),
     "channels_last_3d": LayerCase((4, 5, 2, 3, 3), Filter(groups=2), last=True, prior_groups=2),
     "strided_gradient": LayerCase((2, 6, 4, 4), strided=True),
-    "bfloat16": LayerCase((2, 8, 4, 4), Filter(relu=True), dtype=torch.bfloat16, residual=True, tolerance=1e-2),
+    "bfloat16": LayerCase((2, 8, 4, 4), Filter(relu=True), dtype=torch.bfloat16, tolerance=1e-2),
     "float16_channels_last": LayerCase((2, 8, 4, 4), dtype=torch.float16, last=True, tolerance=2e-3),
     "constant_channel": LayerCase((2, 3, 4, 4), constant=1, sent="posterior"),
     "nan_channel": LayerCase((2, 5, 4, 4), nan=1),
     "far_mean": LayerCase((2, 3, 9, 9), mean=1000.0, std=0.5, tolerance=2e-4),
     "large": LayerCase((1, 1, 130, 129), Filter(**_SIGMOID, relu=True)),
-    "tiled": LayerCase((2, 2, 7, 9), Filter(**_SIGMOID, relu=True), residual=True, noise=True, tiny=True, twice=True),
+    "tiled": LayerCase((2, 2, 7, 9), Filter(**_SIGMOID, relu=True), noise=True, tiny=True, twice=True),
     "tiled_aligned": LayerCase((1, 2, 12, 16), tiny=True, sent=""),
     "tiled_rows": LayerCase((40, 2, 3, 3), Filter(groups=2, relu=True), prior_groups=2, corrected=True, tiny=True),
     "tiled_no_prior": LayerCase((2, 2, 8, 8), Filter(relu=True), prior_groups=None, affine="", tiny=True),
-    "tiled_channels_last": LayerCase((2, 34, 2, 3), Filter(relu=True), last=True, residual=True, tiny=True),
+    "tiled_channels_last": LayerCase((2, 34, 2, 3), Filter(relu=True), last=True, tiny=True),
     "tiled_channels_last_groups": LayerCase((4, 3, 7, 7), Filter(groups=2), last=True, noise=True, tiny=True),
     "tiled_float16": LayerCase((2, 2, 16, 8), dtype=torch.float16, tiny=True, tolerance=2e-3),
     "tiled_far_mean": LayerCase((1, 2, 16, 16), mean=1000.0, std=0.5, tiny=True, tolerance=2e-4),
@@ -152,7 +150,7 @@ def _as(case: LayerCase | LinkCase, t: Tensor) -> Tensor:
     return t.contiguous(memory_format=_LAST[t.ndim]) if case.last else t.contiguous()
 
 
-def _layer_reference(x, other, prior, shift, scale, gain, noise, weight, bias, o: Filter) -> tuple[Tensor, ...]:
+def _layer_reference(x, prior, shift, scale, gain, noise, weight, bias, o: Filter) -> tuple[Tensor, ...]:
     """In words of torch, for autograd."""
     blocks = x.unflatten(0, (o.groups, -1)).transpose(1, 2).flatten(2)  # (S, C, n)
     mean, var = blocks.mean(-1), blocks.var(-1, correction=0)
@@ -174,7 +172,6 @@ def _layer_reference(x, other, prior, shift, scale, gain, noise, weight, bias, o
     beta = torch.zeros_like(mean) if bias is None else bias.expand_as(mean)
     y = (blocks - m[..., None]) * (gamma / (v + o.eps).sqrt())[..., None] + beta[..., None]
     y = y.unflatten(2, (-1, x[0, 0].numel())).transpose(1, 2).reshape(x.shape)
-    y = y if other is None else y + other
     y = y.relu() if o.relu else y
     n = blocks.shape[-1]
     newest = m.mean(0), (v + q * var / max(n - 1, 1)).mean(0)
@@ -189,7 +186,6 @@ def _draw_layer(case: LayerCase, device: str) -> tuple[list[Tensor | None], Tens
         x[:, case.constant] = 3.7
     if case.nan is not None:
         x[0, case.nan] = math.nan
-    other = _as(case, torch.randn(case.shape)) if case.residual else None
     prior = shift = scale = gain = None
     if case.prior_groups is not None:
         mean, var = case.mean + torch.randn(case.prior_groups, channels), torch.rand(case.prior_groups, channels) + 0.2
@@ -204,7 +200,7 @@ def _draw_layer(case: LayerCase, device: str) -> tuple[list[Tensor | None], Tens
     if case.strided:
         dy = dy.mT.contiguous().mT
     sent = torch.randn(2, o.groups, channels) if case.sent else None
-    inputs = (_as(case, x), other, prior, shift, scale, gain, noise, weight, bias)
+    inputs = (_as(case, x), prior, shift, scale, gain, noise, weight, bias)
     *moved, dy, sent = [None if t is None else t.to(device) for t in (*inputs, dy, sent)]
     return moved, dy, sent
 
@@ -243,9 +239,9 @@ def run_layer(case: LayerCase, device: str, backend: ModuleType) -> list[str]:
     def both_ways() -> tuple[Running, list[Tensor | None]]:
         buffers = torch.ones(channels, device=device), torch.full((channels,), 2.0, device=device)
         running = Running(*buffers, torch.tensor(7, device=device), torch.tensor(3, device=device), 0.25)
-        y, statistics = backend.layer_forward(*inputs, running if case.running else None, o)
-        mask = y if case.residual and o.relu else None
-        gradients = backend.layer_backward(dy, x, mask, *inputs[2:], statistics, sent, posterior, o)
+        vectors = Given(*inputs[1:])
+        y, statistics = backend.layer_forward(x, vectors, running if case.running else None, o)
+        gradients = backend.layer_backward(dy, x, vectors, statistics, sent, posterior, o)
         return running, [y, statistics, *gradients]
 
     with _tiny_tiles(case.tiny):
@@ -258,10 +254,8 @@ def run_layer(case: LayerCase, device: str, backend: ModuleType) -> list[str]:
     names = ("posterior mean", "posterior variance", "output mean", "output variance", "mean", "variance")
     for name, row, wanted in zip(names, statistics, rows, strict=True):
         wrong += _differ(name, row, wanted, min(case.tolerance, 2e-4))
-    if not (case.residual and o.relu):
-        expected[1] = None  # the caller's
-    del expected[3:5]  # the correction is constant
-    names = ("dx", "d_other", "d_prior", "d_gain", "d_noise", "d_weight", "d_bias")
+    del expected[2:4]  # the correction is constant
+    names = ("dx", "d_prior", "d_gain", "d_noise", "d_weight", "d_bias")
     for name, gradient, wanted in zip(names, found, expected, strict=True):
         wrong += _differ(name, gradient, wanted, 10 * case.tolerance)
     if case.running:

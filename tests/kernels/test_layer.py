@@ -10,7 +10,7 @@ from torch.autograd import gradcheck, gradgradcheck
 import kalmannorm as kn
 from kalmannorm import Gaussian
 from kalmannorm.functional import kalman_update, normalize, observe
-from kalmannorm.kernels import Filter, Running, Through, layer, link
+from kalmannorm.kernels import Filter, Given, Running, Through, layer, link
 
 # The package's attribute of this name is the function.
 _module = importlib.import_module("kalmannorm.kernels.layer")
@@ -45,20 +45,26 @@ def plain(x, prior, gain, noise, weight, bias, options):
     return y.relu() if options.relu else y, posterior.mean, posterior.var
 
 
-def outputs(given, options, posterior=True):
-    out = layer(*given, options, posterior=posterior)
+def given(prior=None, gain=None, noise=None, weight=None, bias=None, shift=None, scale=None):
+    """What a layer is given, the correction last."""
+    return Given(prior, shift, scale, gain, noise, weight, bias)
+
+
+def outputs(tensors, options, posterior=True):
+    x, *rest = tensors
+    out = layer(x, given(*rest), options, posterior=posterior)
     return out.output, *out.belief.flatten(2)
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("shape", [(3, 4), (3, 4, 5), (2, 3, 5, 7), (1, 3, 2, 3, 2), (1, 2, 1, 1)])
 def test_equals_the_plain_functions(shape, options):
-    given = inputs(shape)
-    ours, theirs = outputs(given, options), plain(*given, options)
+    tensors = inputs(shape)
+    ours, theirs = outputs(tensors, options), plain(*tensors, options)
     upstream = [torch.randn_like(t) for t in ours]
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b)
-    gradients = (torch.autograd.grad(results, given, upstream) for results in (ours, theirs))
+    gradients = (torch.autograd.grad(results, tensors, upstream) for results in (ours, theirs))
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -72,9 +78,9 @@ def test_gradcheck_and_gradgradcheck(options, groups, posterior):
     def run(*tensors):
         return outputs(tensors, options, posterior)
 
-    given = inputs((2, 2, 2, 2), groups=groups)
-    assert gradcheck(run, given)
-    assert gradgradcheck(run, given)
+    tensors = inputs((2, 2, 2, 2), groups=groups)
+    assert gradcheck(run, tensors)
+    assert gradgradcheck(run, tensors)
 
 
 def below_a_link(groups, relu, bias):
@@ -95,16 +101,16 @@ def test_through_a_link_it_is_the_link_and_then_the_layer(groups, bias, relu, po
     x, prior, others, through, correction = below_a_link(groups, relu, bias)
     options = Filter(groups, gain_slope=-1.0, gain_offset=0.2, noise_scale=0.1, eps=1e-3)
     linked = link(prior, *through)
-    theirs = layer(x, linked.moments, *others, options, posterior=posterior, **correction)
+    theirs = layer(x, given(linked.moments, *others, **correction), options, posterior=posterior)
     theirs = theirs._replace(rectified=linked.rectified)
-    ours = layer(x, prior, *others, options, posterior=posterior, through=through, **correction)
-    given = [t for t in (x, prior, *others, *through[:2]) if t is not None]
+    ours = layer(x, given(prior, *others, **correction), options, posterior=posterior, through=through)
+    tensors = [t for t in (x, prior, *others, *through[:2]) if t is not None]
     upstream = [torch.randn_like(t) for t in ours if t is not None]
     gradients = []
     for out in (ours, theirs):
         sent = [(t, d) for t, d in zip((t for t in out if t is not None), upstream, strict=True) if t.requires_grad]
         outputs, incoming = zip(*sent, strict=True)
-        gradients.append(torch.autograd.grad(outputs, given, incoming))
+        gradients.append(torch.autograd.grad(outputs, tensors, incoming))
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(*gradients)
 
@@ -114,43 +120,25 @@ def test_gradgradcheck_through_a_link(relu):
     x, prior, others, through, correction = below_a_link(2, relu, bias=True)
 
     def run(x, prior, filter, bias):
-        given = Through(filter, bias, relu)
-        out = layer(x, prior, *others, Filter(groups=2, eps=1e-3), through=given, **correction)
+        vectors = given(prior, *others, **correction)
+        out = layer(x, vectors, Filter(groups=2, eps=1e-3), through=Through(filter, bias, relu))
         return tuple(t for t in (out.output, out.belief, out.rectified) if t is not None)
 
-    given = (x, prior, *through[:2])
-    assert gradcheck(run, given)
-    assert gradgradcheck(run, given)
-
-
-@pytest.mark.parametrize("relu", [False, True])
-def test_a_residual_gets_its_gradient(relu):
-    x, *rest = inputs((2, 3, 4))
-    other = torch.randn_like(x).requires_grad_()
-    options = Filter(eps=1e-3, relu=relu)
-    ours = layer(x, *rest, options, other=other).output
-    theirs = layer(x, *rest, options._replace(relu=False)).output + other
-    theirs = theirs.relu() if relu else theirs
-    torch.testing.assert_close(ours, theirs)
-    upstream = torch.randn_like(ours)
-    gradients = (torch.autograd.grad(y, (x, other), upstream) for y in (ours, theirs))
-    for a, b in zip(*gradients, strict=True):
-        torch.testing.assert_close(a, b)
+    tensors = (x, prior, *through[:2])
+    assert gradcheck(run, tensors)
+    assert gradgradcheck(run, tensors)
 
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_the_plain_expression_moves_the_same_averages(groups):
     """That of torch.func and of a compiler, beside the backends'."""
-    given = inputs((4, 3, 5), torch.float32)
+    x, *rest = inputs((4, 3, 5), torch.float32)
     running = [
         Running(torch.zeros(3), torch.ones(3), torch.tensor(4), torch.tensor(0), 0.3) for _ in range(2)
     ]  # fmt: skip
     options = Filter(groups, gain_slope=-1.0, noise_scale=0.1)
-    ours = layer(*given, options, running=running[0])
-    x, prior, *others = given
-    theirs = _module._plain(
-        x, None, prior, (None, None, *others), None, None, False, False, options, running[1]
-    )  # fmt: skip
+    ours = layer(x, given(*rest), options, running=running[0])
+    theirs = _module._plain(x, given(*rest), None, False, options, running[1])
     torch.testing.assert_close(ours.statistics, theirs[2])
     for a, b in zip(*running, strict=True):
         torch.testing.assert_close(a, b)
@@ -158,9 +146,9 @@ def test_the_plain_expression_moves_the_same_averages(groups):
 
 
 def test_statistics_are_returned_without_a_gradient():
-    given = inputs((3, 4, 5))
-    out = layer(*given, Filter())
-    seen = observe(given[0])
+    x, *rest = inputs((3, 4, 5))
+    out = layer(x, given(*rest), Filter())
+    seen = observe(x)
     torch.testing.assert_close(out.statistics[4], seen.mean.detach())
     torch.testing.assert_close(out.statistics[5], seen.var.detach())
     assert not out.statistics.requires_grad
@@ -168,13 +156,14 @@ def test_statistics_are_returned_without_a_gradient():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_has_statistics_in_float32(dtype):
-    given = inputs((4, 3, 8, 8), dtype)
-    out = layer(*given, Filter(eps=1e-3), posterior=True)
+    x, *rest = inputs((4, 3, 8, 8), dtype)
+    out = layer(x, given(*rest), Filter(eps=1e-3), posterior=True)
     assert (out.output.dtype, out.belief.dtype) == (dtype, torch.float32)
-    exact = layer(*(t.detach().double() for t in given), Filter(eps=1e-3), posterior=True)
+    wide = [t.detach().double() for t in (x, *rest)]
+    exact = layer(wide[0], given(*wide[1:]), Filter(eps=1e-3), posterior=True)
     torch.testing.assert_close(out.output.double(), exact.output, rtol=0.02, atol=0.02)
     torch.testing.assert_close(out.belief.double(), exact.belief, rtol=1e-5, atol=1e-5)
-    (dx,) = torch.autograd.grad(out.output, given[0], torch.randn_like(out.output))
+    (dx,) = torch.autograd.grad(out.output, x, torch.randn_like(out.output))
     assert dx.dtype == dtype
 
 
@@ -183,7 +172,7 @@ def test_half_precision_has_statistics_in_float32(dtype):
 def test_memory_format_is_kept(dtype, groups):
     x, *rest = inputs((2, 8, 4, 4), dtype)
     x = x.detach().to(memory_format=torch.channels_last).requires_grad_()
-    y = layer(x, *rest, Filter(groups)).output
+    y = layer(x, given(*rest), Filter(groups)).output
     assert y.is_contiguous(memory_format=torch.channels_last)
     (dx,) = torch.autograd.grad(y.square().sum(), x)
     assert dx.is_contiguous(memory_format=torch.channels_last)
@@ -193,12 +182,12 @@ def test_memory_format_is_kept(dtype, groups):
 def test_any_strides_will_do(compiled):
     x, *rest = inputs((2, 8, 4, 6), torch.float32)
     run = torch.compile(layer, fullgraph=True, backend="aot_eager") if compiled else layer
-    expected = layer(x, *rest, Filter()).output
+    expected = layer(x, given(*rest), Filter()).output
     transposed = x.detach().mT.contiguous().mT
     part = torch.cat([x.detach(), torch.randn_like(x)], 1)[:, :8]
     for strided in (transposed, part):
         assert not strided.is_contiguous()
-        torch.testing.assert_close(run(strided, *rest, Filter()).output, expected)
+        torch.testing.assert_close(run(strided, given(*rest), Filter()).output, expected)
 
 
 def strided(t):
@@ -219,12 +208,12 @@ def test_small_vectors_may_have_strides(dtype):
         running = Running(*buffer, torch.tensor(0), torch.tensor(0), 0.1)
         inputs = [form(t) for t in (noise, weight, bias)]
         prior = torch.stack([form(mean)[None], form(var)[None]], -1).movedim(-1, 0)
-        out = layer(x, prior, None, *inputs, options, running=running)
+        out = layer(x, given(prior, None, *inputs), options, running=running)
         results.append((*out[:3], running.mean, running.var))
     torch.testing.assert_close(*results)
     wide = torch.tensor([2.0], dtype=dtype).expand(8)
-    flat = layer(x, None, None, None, wide, None, options).output
-    torch.testing.assert_close(flat, layer(x, None, None, None, wide.clone(), None, options).output)
+    flat = layer(x, given(weight=wide), options).output
+    torch.testing.assert_close(flat, layer(x, given(weight=wide.clone()), options).output)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -240,19 +229,17 @@ def test_small_vectors_may_have_strides(dtype):
         ("a link", {"through": Through(torch.ones(4, 8), None, False)}),
         ("a link", {"through": Through(torch.ones(8, 8), torch.ones(4), False)}),
         ("a link", {"through": Through(torch.ones(8, 8), None, False), "prior": None}),
-        ("a residual", {"other": torch.ones(4, 8, 1, 1)}),
         ("running_mean", {"running": Running(*torch.zeros(2, 4), torch.tensor(0), torch.tensor(0), 0.1)}),
         ("a batch of 4", {"options": Filter(groups=3, gain_offset=0.3)}),
     ],
 )
 def test_what_has_another_size_is_refused(name, change, dtype):
-    given = {
-        "prior": torch.ones(2, 1, 8), "gain": None, "noise": torch.ones(8),
-        "weight": torch.ones(8), "bias": torch.ones(8), "options": Filter(gain_offset=0.3), **change,
-    }  # fmt: skip
-    given = {key: t.to(dtype) if isinstance(t, torch.Tensor) else t for key, t in given.items()}
+    vectors = {"prior": torch.ones(2, 1, 8), "noise": torch.ones(8), "weight": torch.ones(8), "bias": torch.ones(8)}
+    vectors |= {key: value for key, value in change.items() if key in Given._fields}
+    vectors = {key: None if t is None else t.to(dtype) for key, t in vectors.items()}
+    others = {"options": Filter(gain_offset=0.3)} | {k: v for k, v in change.items() if k not in Given._fields}
     with pytest.raises(ValueError, match=f"got {name}.*expected"):
-        layer(torch.randn(4, 8, 5, 5, dtype=dtype), **given)
+        layer(torch.randn(4, 8, 5, 5, dtype=dtype), Given(**vectors), **others)
 
 
 def test_a_link_of_another_number_of_channels_is_refused():

@@ -12,7 +12,7 @@ import torch
 from backend_cases import CASES, LAYERS, LayerCase, run
 
 from kalmannorm.kernels import on_gpu
-from kalmannorm.kernels.options import Filter, Running
+from kalmannorm.kernels.options import Filter, Given, Running
 
 pytest.importorskip("triton")
 
@@ -109,13 +109,13 @@ TILED = [
 @pytest.mark.parametrize(
     ("case", "expected"),
     [
-        pytest.param(LayerCase((2, 8, 56, 56), _FULL, noise=True, residual=True), HELD, id="held"),
+        pytest.param(LayerCase((2, 8, 56, 56), _FULL, noise=True), HELD, id="held"),
         pytest.param(LayerCase((2, 8, 14, 14), dtype=torch.bfloat16, last=True), HELD, id="held_channels_last"),
         pytest.param(
             LayerCase((4, 3, 5, 5), Filter(groups=2), prior_groups=None, affine="", sent=""),
             [*HELD, "running_kernel"], id="held_groups",
         ),
-        pytest.param(LayerCase((8, 8, 64, 64), _FULL, noise=True, residual=True), TILED, id="tiled"),
+        pytest.param(LayerCase((8, 8, 64, 64), _FULL, noise=True), TILED, id="tiled"),
         pytest.param(LayerCase((8, 64, 64, 64), _FULL, torch.float16, True), TILED, id="tiled_channels_last"),
     ],
 )  # fmt: skip
@@ -126,20 +126,15 @@ def test_layer_compiles(case, expected, compiled):
     c = torch.empty(channels)
     prior = None if case.prior_groups is None else torch.empty(2, case.prior_groups, channels)
     correction = c if case.corrected else None
-    parameters = (
-        None if prior is None else c[:1], c if case.noise else None, c if case.affine else None,
-        c if case.affine else None,
+    given = Given(
+        prior, correction, correction, None if prior is None else c[:1], c if case.noise else None,
+        c if case.affine else None, c if case.affine else None,
     )  # fmt: skip
     count = torch.tensor(0)
-    y, statistics = on_gpu.layer_forward(
-        x, x if case.residual else None, prior, correction, correction, *parameters, Running(c, c, count, count, 0.1), o
-    )
+    y, statistics = on_gpu.layer_forward(x, given, Running(c, c, count, count, 0.1), o)
     sent = torch.empty(2, o.groups, channels) if case.sent else None
-    gradients = on_gpu.layer_backward(
-        y, x, y if case.residual else None, prior, correction, correction, *parameters, statistics, sent,
-        case.sent == "posterior", o,
-    )  # fmt: skip
-    for gradient, t in zip(gradients, (x, x if case.residual else None, prior, *parameters), strict=True):
+    gradients = on_gpu.layer_backward(y, x, given, statistics, sent, case.sent == "posterior", o)
+    for gradient, t in zip(gradients, (x, prior, *given[3:]), strict=True):
         assert (None if gradient is None else gradient.shape) == (None if t is None else t.shape)
     assembly = compiled["triton_layer"].assembly
     assert sorted(assembly) == expected

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+
+from kalmannorm.modules import is_stock_batchnorm
 
 __all__ = ["count_in_steps"]
 
@@ -30,10 +31,9 @@ def count_in_steps(model: nn.Module, passes: int) -> nn.Module:
         >>> count_in_steps(nn.BatchNorm2d(8, momentum=0.75), 2).momentum
         0.5
     """
-    for layer in model.modules():
-        if isinstance(layer, _BatchNorm):
-            counted: Any = layer
-            before, counted.passes = getattr(layer, "passes", 1), passes
-            if layer.momentum is not None:
-                layer.momentum = 1 - (1 - layer.momentum) ** (before / passes)
+    counting: list[Any] = [layer for layer in model.modules() if is_stock_batchnorm(layer)]
+    for layer in counting:
+        before, layer.passes = getattr(layer, "passes", 1), passes
+        if layer.momentum is not None:
+            layer.momentum = 1 - (1 - layer.momentum) ** (before / passes)
     return model

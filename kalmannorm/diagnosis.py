@@ -1,0 +1,259 @@
+"""Why a network is worse in ``eval()`` than in training: its statistics, layer by layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kalmannorm.describe import in_columns, left_as_it_was
+from kalmannorm.functional import add_process_noise, observe
+from kalmannorm.gaussian import Gaussian
+from kalmannorm.inference import Population, call_with, collecting, populations_of, to_device, with_progress
+from kalmannorm.modules import KalmanLayer, is_trained
+from kalmannorm.propagation import paused
+from kalmannorm.steps import found_in
+
+__all__ = ["Diagnosis", "DiagnosisRow", "diagnose"]
+
+# A variance that is off by more is worth a word, and so is a mean that is off by more standard deviations.
+_FACTOR = 1.5
+_DISTANCE = 0.25
+# A spread of the variances from batch to batch, relative to their mean.
+_SPREAD = 0.5
+# A distance of the outputs.
+_OUTPUTS = 0.2
+
+
+@dataclass(frozen=True)
+class DiagnosisRow:
+    """One BatchNorm or Kalman layer. Ratios are geometric means over channels that are not constant, 1 where all is
+    well; NaN where there is nothing to compare.
+    """
+
+    name: str
+    """Its qualified name in the model."""
+    running: float
+    """The running variance over the data's, of the statistics that training normalizes by."""
+    mean: float
+    """The distance of the running mean from the data's, in standard deviations: the root of its mean square."""
+    spread: float
+    """How much the statistics that training normalizes by differ from batch to batch: the standard deviation of the
+    variances over their mean or, if it is larger, of the means in the data's standard deviations."""
+    prior: float
+    """The prior's variance over that of the input, of a Kalman layer."""
+    in_eval: float
+    """The mean square of the normalized input in ``eval()`` over that in training."""
+    advice: str
+    """What is wrong and what to do; empty where nothing is."""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What :func:`diagnose` found. ``str()`` gives a table."""
+
+    rows: list[DiagnosisRow]
+    outputs: float
+    """The distance of the network's outputs in ``eval()`` from those by each batch's statistics, over the size of the
+    latter; NaN where it puts out no floating-point tensor."""
+
+    def __str__(self) -> str:
+        lines = [("layer", "running var", "mean off by", "spread", "prior var", "in eval()", "")]
+        for row in self.rows:
+            ratios = (_times(row.running), _or_dash(row.mean, "std"), _or_dash(100 * row.spread, "%"),
+                      _times(row.prior), _times(row.in_eval))  # fmt: skip
+            lines.append((row.name, *ratios, row.advice))
+        wrong = sum(bool(row.advice) for row in self.rows)
+        said = f"{wrong} of {len(self.rows)} layers need attention"
+        if self.outputs == self.outputs:
+            said += f"; outputs in eval() and by batch statistics differ by {100 * self.outputs:.3g} % of their size"
+        if not wrong and self.outputs > _OUTPUTS:
+            said += ": the network uses what batches' own statistics tell, see kalmannorm.online_statistics(model)"
+        return "\n".join([*(line.rstrip() for line in in_columns(lines)), said])
+
+
+def _times(value: float) -> str:
+    return "-" if math.isnan(value) else f"x {value:.3g}"
+
+
+def _or_dash(value: float, unit: str) -> str:
+    return "-" if math.isnan(value) else f"{value:.3g} {unit}"
+
+
+def diagnose(model: nn.Module, loader: Iterable[Any], validation: Iterable[Any] | None = None, *,
+             forward: Callable[[nn.Module, Any], object] | None = None, max_batches: int | None = 16,
+             progress: bool = True) -> Diagnosis:  # fmt: skip
+    """Find out why ``eval()`` is worse than training, layer by layer; of networks with BatchNorm too.
+
+    Each batch runs twice through the network in ``eval()`` (dropout is off): once with layers that use its own
+    statistics, fused with their priors in Kalman layers, and once with running statistics. Parameters, buffers,
+    training flags and the random state are left as they were.
+
+    Args:
+        model: a network with BatchNorm or Kalman layers that track running statistics.
+        loader: training batches, of the training's batch size, as :func:`recalibrate` takes them.
+        validation: batches to run with running statistics in place of the training batches. If these are prepared
+            in another way than training batches, the first layers show it.
+        forward: ``forward(model, batch)`` makes the call, for other batches.
+        max_batches: stop after so many; None for all.
+        progress: show a progress bar, by rich or else tqdm, if one of them is installed.
+
+    Returns:
+        A row for each layer that is not frozen, in the order of the model.
+
+    Raises:
+        ValueError: where no layer has running statistics that are not frozen, or where there is no batch.
+        TypeError: for a batch that is none of these, without ``forward``.
+
+    Example:
+        >>> import torch, kalmannorm as kn
+        >>> model = torch.nn.Sequential(torch.nn.BatchNorm2d(3), torch.nn.ReLU())
+        >>> batches = [5 + torch.randn(2, 3, 8, 8) for _ in range(4)]
+        >>> print(kn.diagnose(model, batches, progress=False).rows[0].advice)
+        its running statistics are the initial ones: it saw no batch in train()
+    """
+    populations = populations_of(model)
+    online = {name: _Spread(p.layer, p.running_mean, p.running_var) for name, p in populations.items()}
+    device = next(iter([*model.parameters(), *model.buffers()])).device
+    call = forward or call_with
+    differences: list[tuple[float, float]] = []
+    batches = with_progress(loader, max_batches, progress, "diagnose")
+    with left_as_it_was(model), torch.no_grad(), closing(batches):
+        for batch in batches:
+            moved = to_device(batch, device)
+            with collecting(model, {**online}), _looking_at_priors(online):
+                by_batch = call(model, moved)
+            if validation is None:
+                differences += _difference(_in_eval(model, populations, call, moved), by_batch)
+        for batch in with_progress(validation or (), max_batches, progress, "validation"):
+            _in_eval(model, populations, call, to_device(batch, device))
+    if not any(each.samples for each in online.values()):
+        raise ValueError(f"kalmannorm.diagnose got an empty loader for {type(model).__name__}, expected a batch")
+    rows = [_row(name, seen, populations[name], validation is not None) for name, seen in online.items()]
+    off, size = (sum(each) for each in zip(*differences, strict=True)) if differences else (0.0, 0.0)
+    return Diagnosis(rows, math.sqrt(off / size) if size else math.nan)
+
+
+class _Spread(Population):
+    """Also keeps the statistics of each batch, and the priors' variances, ``(S, C)`` each."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.newest: list[Gaussian] = []
+        self.observed: list[Gaussian] = []  # the input's own, where others normalize it
+        self.priors: list[Tensor] = []
+        self.input: Tensor | None = None
+
+    def add(self, statistics: Gaussian, samples: int | Tensor) -> None:
+        """Merge those of a batch, ``(S, C)``."""
+        super().add(statistics, samples)
+        self.newest.append(statistics.map(Tensor.double))
+        if self.input is not None:
+            self.observed.append(observe(self.input, statistics.shape[0]).map(Tensor.double))
+            self.input = None
+
+    def look(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of a Kalman layer, which is normalized by other statistics than its input's."""
+        assert isinstance(layer, KalmanLayer)
+        self.input = args[0] if args else kwargs["input"]
+        with paused():
+            prior, noise = layer._prior(self.input, 1)
+            if prior is not None:
+                self.priors.append(add_process_noise(prior, noise).var.double())
+
+
+def _power(given: Gaussian, statistics: Gaussian, eps: float) -> Tensor:
+    """The mean square of what has these moments, normalized by these statistics."""
+    return (given.var + (given.mean - statistics.mean).square()) / (statistics.var + eps)
+
+
+@contextmanager
+def _looking_at_priors(populations: Mapping[str, _Spread]) -> Iterator[None]:
+    handles = [
+        seen.layer.register_forward_pre_hook(seen.look, with_kwargs=True)
+        for seen in populations.values() if isinstance(seen.layer, KalmanLayer)
+    ]  # fmt: skip
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _in_eval(model: nn.Module, populations: Mapping[str, Population], call: Callable[..., object],
+             batch: Any) -> object:  # fmt: skip
+    """The network's output by running statistics; its layers' inputs are added to ``populations``."""
+    handles = [
+        each.layer.register_forward_pre_hook(each.observe, with_kwargs=True) for each in populations.values()
+    ]
+    try:
+        model.eval()
+        with torch.compiler.set_stance("force_eager"):
+            return call(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _difference(output: object, expected: object) -> list[tuple[float, float]]:
+    """The squared distance of two outputs, and the squared size of the second."""
+    pairs = zip(found_in((output,), Tensor), found_in((expected,), Tensor), strict=False)
+    return [
+        (float((a.double() - b.double()).square().sum()), float(b.double().square().sum()))
+        for a, b in pairs if a.is_floating_point() and a.shape == b.shape
+    ]  # fmt: skip
+
+
+def _row(name: str, seen: _Spread, in_eval: Population, validated: bool) -> DiagnosisRow:
+    mean, var = seen.running_mean.double(), seen.running_var.double()
+    true = seen.statistics.map(lambda t: t[0])
+    alive = (true.var != 0) & (var != 0)
+    if not seen.samples or not bool(alive.any()):
+        nothing = "no batch came through it" if not seen.samples else "all of its channels are constant"
+        return DiagnosisRow(name, math.nan, math.nan, math.nan, math.nan, math.nan, nothing)
+    newest = _stacked(seen.newest)
+    spreads = newest.mean.std(0, correction=0) / true.std, newest.var.std(0, correction=0) / newest.var.mean(0)
+    observed = _stacked(seen.observed or seen.newest)
+    power = _power(in_eval.statistics, Gaussian(mean, var), seen.layer.eps)[0]
+    power = power / _power(observed, newest, seen.layer.eps).mean(0)
+    own = observed.pool([0]).var[0]
+    numbers = (
+        _geometric_mean(var / true.var, alive),
+        float(((mean - true.mean) / true.std)[alive].square().mean().sqrt()),
+        max(float(spread[alive].square().mean().sqrt()) for spread in spreads),
+        _geometric_mean(torch.cat(seen.priors).mean(0) / own, alive & (own > 0)) if seen.priors else math.nan,
+        _geometric_mean(power, alive & (power > 0)) if in_eval.samples else math.nan,
+    )
+    if is_trained(seen.running_mean, seen.running_var):
+        return DiagnosisRow(name, *numbers, _advice(*numbers, validated))
+    return DiagnosisRow(name, *numbers, "its running statistics are the initial ones: it saw no batch in train()")
+
+
+def _stacked(each: Sequence[Gaussian]) -> Gaussian:
+    return Gaussian(torch.cat([one.mean for one in each]), torch.cat([one.var for one in each]))
+
+
+def _geometric_mean(values: Tensor, among: Tensor) -> float:
+    return float(values[among].log().mean().exp()) if bool(among.any()) else math.nan
+
+
+def _advice(running: float, mean: float, spread: float, prior: float, in_eval: float, validated: bool) -> str:
+    if not math.isfinite(running) or not math.isfinite(mean):
+        return "statistics are not finite: kalmannorm.first_nonfinite(model)"
+    if _is_off(running) or mean > _DISTANCE:
+        return "its running statistics are not those of the weights as they are: kalmannorm.recalibrate(model, loader)"
+    if _is_off(in_eval):
+        others = "validation batches differ from training batches" if validated else "its input differs in eval()"
+        return f"{others}, or a layer below is off: mend the first layer of this table"
+    if spread > _SPREAD:
+        return "statistics differ much from batch to batch: larger batches, or kalmannorm.convert(model)"
+    return ""
+
+
+def _is_off(ratio: float) -> bool:
+    return ratio > _FACTOR or ratio < 1 / _FACTOR
