@@ -8,13 +8,13 @@ from typing import Any, Literal
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import kalmannorm
 from kalmannorm.lab import experiments, fitting
 from kalmannorm.lab.data.images import SOURCES
 from kalmannorm.lab.formatting import as_markdown
 from kalmannorm.lab.methods import METHODS
+from kalmannorm.lab.workers import bars
 
 
 def fit(
@@ -30,8 +30,7 @@ def fit(
     """
     chosen = experiments.config_of(config)
     shown = fitting.is_first_process()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    progress = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not shown)
+    progress = bars(Console(stderr=True), shown=shown)
     bar = progress.add_task("steps", total=fitting.steps(chosen, settings))
 
     def tell(step: int) -> None:

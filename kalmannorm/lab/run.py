@@ -256,6 +256,7 @@ def _listed(plan: Plan) -> str:
     total, seconds = [0, 0, 0], 0.0
     times: dict[str, float | None] = {}
     missing: dict[str, str] = {}
+    weights: dict[str, str] = {}
     trained = False
     for arm in plan.experiment.arms:
         if arm.analysis in COMPUTED:
@@ -267,29 +268,40 @@ def _listed(plan: Plan) -> str:
         searched = [int(arm.scaled(plan.length("search"), point)["trainer"]["max_steps"]) for point in points]
         numbers = (len(points), plan.experiment.seeds, sum(searched) + each * plan.experiment.seeds)
         total = [before + number for before, number in zip(total, numbers, strict=True)]
-        model, data = repr(config["model"]), repr(config["data"])
-        if model not in times:
+        like, data = _like(config), repr(config["data"])
+        if like not in times:
             with single_thread():  # as each training would have
-                times[model] = seconds_per_step(config)
+                times[like] = seconds_per_step(config)
         if data not in missing:
             missing[data] = not_at_hand(config)
-        step = times[model]
+        step = times[like]
         seconds += (step or 0.0) * numbers[2]
-        there = missing[data] or "here"
-        if (start := arm.start) and not _is_fresh(arm, plan.amount):
-            weights = _weights_of(plan, start.path.stem, start.arm)
-            there += "" if weights else f"; weights of {start.path.stem}/{start.arm} are missing, and trained first"
+        there = "see below" if missing[data] else "here"
+        start = None if _is_fresh(arm, plan.amount) else arm.start
+        if start and not _weights_of(plan, start.path.stem, start.arm):
+            weights[arm.name] = f"{start.path.stem}/{start.arm}"
+            there += ", weights missing"
         hours = "?" if step is None else f"{step * numbers[2] / 3600:,.2f}"
         rows.append([arm.name, str(numbers[0]), str(numbers[1]), f"{each:,}", f"{numbers[2]:,}", hours, there])
     text = f"{plan.experiment.title}\n\n{as_markdown(rows)}"
     if not trained:
         return f"{text}\nNothing is trained."
+    notes = [f"- Data: {text}" for text in dict.fromkeys(missing.values()) if text]
+    notes += [f"- {name}: the weights of {start} are missing, and trained first." for name, start in weights.items()]
+    text += "".join(f"{note}\n" for note in ("", *notes)) if notes else ""
     known = f"{seconds / 3600:,.1f} hours" if None not in times.values() else "hours unknown where they are '?'"
     return (
         f"{text}\n{total[0] + total[1]} runs, {total[0]} of them of the search; {total[2]:,} steps; {known}, on "
         f"{where()}. An estimate, from a few training steps on random images: without loading data, validation and "
         "other work on this machine."
     )
+
+
+def _like(config: Mapping[str, Any]) -> str:
+    """What the time of a step depends on."""
+    given, data = config["model"]["init_args"], config["data"].get("init_args", {})
+    names = ("network", "normalization", "normalization_options", "statistics_batch")
+    return repr([*(given.get(name) for name in names), *(data.get(name) for name in ("gradient_batch", "size"))])
 
 
 def _trained(plan: Plan, told: Told) -> list[Trial]:

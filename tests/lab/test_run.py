@@ -487,7 +487,8 @@ def test_what_is_started_from_is_trained_first_once(here, written, tmp_path, cap
     path = written(start="before/bn", arms={"kn-4": {"start": None}})
     assert here.run(path, "--list") == 0
     assert "15 runs" in (out := capsys.readouterr().out)
-    assert out.count("weights of before/bn are missing, and trained first") == 2
+    assert "- kn-2: the weights of before/bn are missing, and trained first.\n" in out
+    assert "kn-4: the weights" not in out
     assert here.run(path) == 0
     first, *others = here.jobs
     assert (str(first), first.keep, first.split) == ("bn, seed 0", True, "test")
