@@ -22,6 +22,7 @@ extensions = [
     "rule_table",
     "mathml",
     "docstrings",
+    "deviations",
 ]
 exclude_patterns = ["_build", "_ext", "**/.ipynb_checkpoints"]
 nitpicky = True
@@ -58,7 +59,10 @@ html_show_sourcelink = False
 html_copy_source = False
 html_math_renderer = "mathml"
 # A sidebar where there is a section to go through.
-_ALONE = ("index", "start", "which-normalization", "how-it-works", "teach-a-function", "api", "compared", "releases")
+_ALONE = (
+    "index", "start", "which-normalization", "how-it-works", "evidence", "api", "guide/troubleshooting", "compared",
+    "glossary",
+)  # fmt: skip
 html_sidebars = {page: [] for page in _ALONE}
 html_theme_options = {
     "navbar_align": "left",

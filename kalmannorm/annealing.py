@@ -22,7 +22,7 @@ def anneal(model: _M, factor: float) -> _M:
     Early in training a batch's own statistics keep a layer on its feet; in ``eval()`` they have no say. Called
     after each optimizer step, with the root of what it is to be in the end, this leads from one to the other. At one
     image and a small learning rate it lets running statistics score as online ones do; at a large one it does not
-    (docs/evidence.md, section 3).
+    (docs/evidence.md, "How far to trust a batch").
 
     It moves the layers' ``gain``, which goes on being learned. Layers with a fixed gain and frozen ones keep theirs.
 

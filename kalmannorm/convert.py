@@ -46,7 +46,6 @@ _STOCK: dict[str, dict[type[nn.Module], type[KalmanLayer]]] = {
 }
 # Layers of other libraries with a forward of their own, by name: a model that has them has imported them.
 _ELSEWHERE: dict[str, tuple[str, type[KalmanLayer]]] = {
-    "torchvision.ops.misc.FrozenBatchNorm2d": ("batch", KalmanNorm2d),
     "timm.layers.norm_act.BatchNormAct2d": ("batch", KalmanNormAct2d),
     "timm.layers.norm_act.SyncBatchNormAct": ("batch", KalmanNormAct2d),
     "timm.layers.norm_act.FrozenBatchNormAct2d": ("batch", KalmanNormAct2d),
@@ -59,6 +58,8 @@ _ELSEWHERE: dict[str, tuple[str, type[KalmanLayer]]] = {
 _RANDOM_DEPTH = {"StochasticDepth": ("p",), "DropPath": ("drop_prob", "p"), "DropBlock2d": ("drop_prob", "p"),
                  "DropBlock3d": ("p",)}  # fmt: skip
 _TENSORS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
+# The buffers of torchvision's FrozenBatchNorm2d. transformers has a copy of it a detector, some without `eps`.
+_FROZEN = {"weight", "bias", "running_mean", "running_var"}
 _RANKS: dict[type[nn.Module], tuple[int, ...]] = {
     nn.InstanceNorm1d: (3,), nn.InstanceNorm2d: (4,), nn.InstanceNorm3d: (5,)
 }  # fmt: skip
@@ -92,13 +93,15 @@ def convert(model: _M, *, layers: Sequence[str] = ("batch",), input_stats: Input
     Args:
         model: any network. If it is itself a normalization layer, its replacement is returned.
         layers: which kinds to replace: ``"batch"`` (BatchNorm1d/2d/3d, SyncBatchNorm, torchvision's
-            FrozenBatchNorm2d, timm's BatchNormAct2d and its relatives), ``"group"`` (GroupNorm, timm's
-            GroupNormAct), ``"instance"`` (InstanceNorm1d/2d/3d). Subclasses are replaced if they have
-            their stock class's forward; others are left alone, with a warning.
+            FrozenBatchNorm2d and its copies in transformers, timm's BatchNormAct2d and its
+            relatives), ``"group"`` (GroupNorm, timm's GroupNormAct), ``"instance"``
+            (InstanceNorm1d/2d/3d). Subclasses are replaced if they have their stock class's forward;
+            others are left alone, with a warning.
         input_stats: mean and standard deviation of the network's first input as it is fed in, one
-            number a channel each: after the usual normalization, zeros and ones. The first layer gets
-            its prior from them. Of a network with several floating-point inputs, a mapping from names of its
-            forward's arguments to such pairs; one number, ``(0.0, 1.0)``, holds for all channels, and for any shape.
+            number a channel each: after the usual normalization, zeros and ones. Single numbers hold for
+            all of an input, whichever of its axes has the channels. The first layer gets its prior from
+            them. Of a network with several floating-point inputs, a mapping from names of its forward's
+            arguments to such pairs.
         calibrate: correct priors by running statistics. None: in each layer whose running statistics are those of some
             training. True: in every layer, or an error. False: in none. The first call that computes priors makes the
             correction; of a network that drops blocks at random, :func:`kalmannorm.calibrate` should, and a warning
@@ -268,6 +271,8 @@ def stand_in(layer: nn.Module) -> tuple[str, type[KalmanLayer] | None]:
         return found
     if isinstance(layer, KalmanLayer):
         return "", None
+    if type(layer).__name__.endswith("FrozenBatchNorm2d") and layer._buffers.keys() == _FROZEN:
+        return "batch", KalmanNorm2d
     for kind, classes in _STOCK.items():
         for stock, kalman in classes.items():
             if isinstance(layer, stock):
@@ -345,7 +350,7 @@ def _from_batch_norm(layer: Any, name: str, kalman: Any, options: dict[str, Any]
 
 def _from_frozen_batch_norm(layer: Any, kalman: Any, options: dict[str, Any]) -> KalmanNorm:
     """Its weight and bias are buffers: they become parameters."""
-    new: KalmanNorm = kalman(layer.weight.shape[0], layer.eps, **options)
+    new: KalmanNorm = kalman(layer.weight.shape[0], getattr(layer, "eps", 1e-5), **options)
     new._modules.update(layer._modules)
     with torch.no_grad():
         for name in ("weight", "bias", "running_mean", "running_var"):
@@ -372,6 +377,8 @@ def _from_group_norm(layer: Any, name: str, kalman: Any, options: dict[str, Any]
 def connect(model: _M, *, input_stats: InputStats | None = None) -> _M:
     """Let beliefs flow between a network's Kalman layers. :func:`convert` has done it already.
 
+    You need it for a model that you write with Kalman layers yourself, and after layers were added or replaced.
+
     For a model written with Kalman layers by hand; and again after layers were added or replaced. It
     puts two forward hooks on each module that contains a Kalman layer, and tells each layer its name.
 
@@ -385,6 +392,13 @@ def connect(model: _M, *, input_stats: InputStats | None = None) -> _M:
     Raises:
         ValueError: where there is no Kalman layer, or ``input_stats`` is not one mean and one positive
             standard deviation a channel.
+
+    Example:
+        >>> import torch, kalmannorm as kn
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), kn.KalmanNorm2d(8))
+        >>> model = kn.connect(model, input_stats=([0.0] * 3, [1.0] * 3))
+        >>> kn.describe(model, torch.randn(1, 3, 8, 8)).with_prior
+        1
     """
     names = {layer: name for name, layer in model.named_modules() if isinstance(layer, KalmanLayer)}
     if not names:
@@ -462,6 +476,8 @@ def kalman_layers(model: nn.Module) -> Iterator[tuple[str, KalmanLayer]]:
 def to_batchnorm(model: _M) -> _M:
     """Replace Kalman layers by the stock layers of the same ``eval()`` output, in place, to deploy.
 
+    You need it to deploy a model, or to load its checkpoint where this library is not installed.
+
     Parameters and buffers are the same objects; gain and process noise are dropped. Training flags and
     ``requires_grad`` stay; a frozen layer gives one in ``eval()``, which ``model.train()`` would end. Standardized
     filters (:func:`standardize_weights`) are written into the parameters, and their layers become stock ones.
@@ -477,6 +493,12 @@ def to_batchnorm(model: _M) -> _M:
     Raises:
         ValueError: for a :class:`GroupKalmanNorm`, or a layer without running statistics, whose gain is not 1: it fuses
             in ``eval()``, so no stock layer does the same.
+
+    Example:
+        >>> import torch, kalmannorm as kn
+        >>> model = kn.convert(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)))
+        >>> type(kn.to_batchnorm(model)[1]).__name__
+        'BatchNorm2d'
     """
     model = with_stock_norms(model)
     bake(model)
@@ -530,6 +552,8 @@ def _stock_layer(layer: KalmanLayer) -> nn.Module:
 def fuse(model: _M) -> _M:
     """Fold normalization layers into the convolutions and linear layers before them, for inference.
 
+    You need it for the fastest inference: no normalization layer is left behind a convolution.
+
     Works on a trace of the model (``torch.fx``), in ``eval()``; the model itself is not changed. A
     convolution that is called at several places gets a copy for each.
 
@@ -541,6 +565,12 @@ def fuse(model: _M) -> _M:
 
     Raises:
         ValueError: for a model in training, or one that ``torch.fx`` cannot trace.
+
+    Example:
+        >>> import torch, kalmannorm as kn
+        >>> model = kn.convert(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)))
+        >>> [type(layer).__name__ for layer in kn.fuse(model.eval()).children()]
+        ['Conv2d']
     """
     if model.training:
         raise ValueError(f"{type(model).__name__} is in training, expected eval(): only running statistics fold")

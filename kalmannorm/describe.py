@@ -83,6 +83,8 @@ def _first_few(names: Sequence[str]) -> str:
 def describe(model: nn.Module, *inputs: Any, **kwargs: Any) -> Description:
     """Run a network once, in training mode, and see how beliefs travel through it.
 
+    You need it after :func:`convert`, to see which layers have a prior, and why others have none.
+
     Parameters, buffers, training flags and the random state are left as they were.
 
     Args:
@@ -96,6 +98,15 @@ def describe(model: nn.Module, *inputs: Any, **kwargs: Any) -> Description:
 
     Raises:
         ValueError: where the model has no Kalman layer.
+
+    Example:
+        >>> import torch, kalmannorm as kn
+        >>> model = torch.nn.Sequential(
+        ...     torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU(),
+        ...     torch.nn.Conv2d(8, 8, 3), torch.nn.BatchNorm2d(8))
+        >>> description = kn.describe(kn.convert(model), torch.randn(2, 3, 8, 8))
+        >>> [(row.name, row.prior_from) for row in description.rows]
+        [('1', ()), ('4', ('1',))]
     """
     layers = dict(kalman_layers(model))
     if not layers:
@@ -206,6 +217,8 @@ def _gain(layer: KalmanLayer, x: Tensor) -> float:
 def first_nonfinite(model: nn.Module) -> str | None:
     """The name of the first Kalman layer that saw a NaN or an infinity in training; None if none did.
 
+    You need it when a loss has become NaN.
+
     Each layer counts the batches whose statistics were not finite (its running statistics keep their
     last value then). Of the layers that saw the most, the first of the model is where it began: once
     the weights themselves are lost, all layers count alike.
@@ -215,6 +228,13 @@ def first_nonfinite(model: nn.Module) -> str | None:
 
     Raises:
         ValueError: where it has none.
+
+    Example:
+        >>> import torch, kalmannorm as kn
+        >>> model = kn.convert(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)))
+        >>> _ = model(torch.full((1, 3, 8, 8), float("inf")))
+        >>> kn.first_nonfinite(model)
+        '1'
     """
     counts = {}
     for name, layer in kalman_layers(model):

@@ -25,6 +25,8 @@ __all__ = ["Estimator", "belief_for", "defer", "drawn", "exact", "function_name"
 Estimator = Literal["exact", "monte_carlo"]
 
 _NOTHING = nullcontext()
+# What a rule may raise of shapes that it did not expect, and a torch function of draws.
+_FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 def prior_of(tensor: Tensor, groups: int, estimator: Estimator = "exact") -> Belief:
@@ -214,8 +216,8 @@ def _asked(rule: Rule, step: Step, args: Any, kwargs: dict[str, Any]) -> Any:
         return rule(*args, **kwargs)
     except torch.OutOfMemoryError:
         raise
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        said = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
+    except _FAILURES as error:
+        said = f"{type(error).__name__}: {_first_line(error)}"
         name = function_name(step.function)
         warnings.warn(
             f"the rule for {name} failed ({said}): what comes of it counts as unknown, and the next Kalman layer acts "
@@ -275,13 +277,19 @@ def _by_call(step: Step, kept: Callable[[Step], Any]) -> Tensor | Unknown:
         with in_grad_mode(step.grad):
             output = step.function(*args, **kwargs)  # type: ignore[misc]
         output = output if step.index is None else output[step.index]
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        return Unknown(f"{function_name(step.function)} fails on draws: {str(error).splitlines()[0]}")
+    except torch.OutOfMemoryError:
+        raise
+    except _FAILURES as error:  # torch's own functions assert shapes, too
+        return Unknown(f"{function_name(step.function)} fails on draws: {_first_line(error)}")
     if not output.is_floating_point():
         return Unknown(f"{function_name(step.function)} is not continuous")
     if output.ndim != len(step.shape):  # `squeeze` of one map, say, where there are several samples
         return Unknown(f"{function_name(step.function)} gives draws of another rank than the activation's")
     return output  # type: ignore[no-any-return]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or "no message").splitlines()[0]
 
 
 def function_name(function: Any) -> str:

@@ -37,12 +37,21 @@ class KalmanNormOutput(NamedTuple):
 def observe(x: Tensor, groups: int = 1) -> Gaussian:
     """Mean and biased variance of each group and channel (Eq. 1 and 8).
 
+    You need it, as the other functions here, to build a normalization of your own.
+
     Args:
         x: ``(N, C, *)``; ``N`` is a multiple of ``groups``.
         groups: ``S``, consecutive blocks of ``N / S`` samples.
 
     Returns:
         Moments ``(S, C)``, float32 for inputs of lower precision.
+
+    Example:
+        >>> import torch
+        >>> from kalmannorm.functional import observe
+        >>> found = observe(torch.tensor([[0.9], [2.1]]))
+        >>> print(f"{found.mean.item():.2f} {found.var.item():.2f}")
+        1.50 0.36
     """
     x = x.to(_wide(x.dtype))
     if groups == 1:
@@ -74,6 +83,15 @@ def kalman_update(prior: Gaussian | None, observation: Gaussian, gain: Tensor | 
 
     Returns:
         The posterior moments, ``(S, C)``.
+
+    Example:
+        >>> import torch, kalmannorm as kn
+        >>> from kalmannorm.functional import kalman_update
+        >>> prior = kn.Gaussian(torch.tensor([[0.0]]), torch.tensor([[1.0]]))
+        >>> seen = kn.Gaussian(torch.tensor([[1.5]]), torch.tensor([[0.36]]))
+        >>> posterior = kalman_update(prior, seen, gain=0.1)
+        >>> print(f"{posterior.mean.item():.2f} {posterior.var.item():.4f}")
+        0.15 1.1385
     """
     if prior is None:
         return observation
@@ -104,6 +122,13 @@ def trusted_gain(prior: Gaussian, observation: Gaussian, gain: Tensor | float, g
 
     Returns:
         ``q`` as given, or ``(S, 1)``.
+
+    Example:
+        >>> import torch, kalmannorm as kn
+        >>> from kalmannorm.functional import trusted_gain
+        >>> wide, seen = (kn.Gaussian(torch.zeros(1, 1), torch.full((1, 1), var)) for var in (500.0, 1.0))
+        >>> trusted_gain(wide, seen, 0.1, guard=100).item()
+        1.0
     """
     if guard is None:
         return gain
@@ -168,6 +193,14 @@ def kalman_norm(x: Tensor, prior: Gaussian | None, weight: Tensor | None = None,
         observation: the moments to fuse with the prior, where they are not just those of ``x``:
             see :func:`synchronize`.
         relu: rectify the result.
+
+    Example:
+        >>> import torch, kalmannorm as kn
+        >>> from kalmannorm.functional import kalman_norm
+        >>> prior = kn.Gaussian(torch.zeros(1, 1), torch.ones(1, 1))
+        >>> output = kalman_norm(torch.tensor([[0.9], [2.1]]), prior, gain=0.1).output
+        >>> [round(value, 2) for value in output.flatten().tolist()]  # batch normalization: -1 and 1
+        [0.7, 1.83]
     """
     if observation is None and guard is None:
         return _in_one_step(x, prior, weight, bias, gain, process_noise, spread, groups, eps, relu)
@@ -269,6 +302,14 @@ def group_kalman_norm(x: Tensor, prior: Gaussian | None, num_groups: int, weight
 
     Returns:
         The output, and statistics of shape ``(N, C)``: each channel has its group's.
+
+    Example:
+        >>> import torch
+        >>> from kalmannorm.functional import group_kalman_norm
+        >>> x = torch.randn(2, 8, 4, 4)
+        >>> expected = torch.nn.functional.group_norm(x, 4)
+        >>> torch.allclose(group_kalman_norm(x, None, 4).output, expected, atol=1e-5)  # without a prior
+        True
     """
     samples, channels = x.shape[:2]
     wide = x.to(_wide(x.dtype))

@@ -55,6 +55,8 @@ class Prior(NamedTuple):
 
 
 _IN_PLACE_RELUS = frozenset((F.relu, F.relu_, torch.relu_, Tensor.relu_))
+# By the names of methods that are written in Python.
+_IN_PYTHON = {"__rsub__": torch.rsub, "pow": torch.pow, "__pow__": torch.pow}
 # Inside a normalization layer the mode has nothing to watch.
 paused = torch._C.DisableTorchFunction
 
@@ -142,6 +144,8 @@ class Propagation(TorchFunctionMode):
         kwargs = kwargs or {}
         if is_resting(self):
             return func(*args, **kwargs)
+        if torch.compiler.is_dynamo_compiling():
+            func, args = _as_in_eager_mode(func, args)
         # Notes if it was changed unseen: after a function that works in place, nobody could tell.
         first = step_of(args[0]) if args and isinstance(args[0], Tensor) else None
         if first is not None and func in _IN_PLACE_RELUS and _is_rectified_by_its_layer(func, args, kwargs, first):
@@ -185,6 +189,20 @@ class Propagation(TorchFunctionMode):
         if len(parents) == 1 and index is None:
             defer(step)
         put(output, step)
+
+
+def _as_in_eager_mode(func: Any, args: Any) -> tuple[Any, Any]:
+    """The function that rules know, and its arguments, of one that a compiler calls: a strict export has
+    `operator.add` for ``a + b``, and methods that are written in Python are not found in a table.
+    """
+    name = getattr(func, "__name__", "")
+    if name in _IN_PYTHON:
+        return _IN_PYTHON[name], args
+    if getattr(func, "__module__", "") != "_operator":
+        return func, args
+    if isinstance(args[0], Tensor):
+        return getattr(Tensor, f"__{name}__", func), args
+    return getattr(Tensor, f"__r{name}__", func), args[::-1]
 
 
 def _is_rectified_by_its_layer(func: Any, args: Any, kwargs: Any, step: Step) -> bool:

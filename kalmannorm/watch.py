@@ -184,7 +184,7 @@ class Watch:
         if None in self.known:
             waiting = _started_on_first(self.known[None], values)
             direct = [t for t in values if isinstance(t, Tensor) and t.is_floating_point()]
-            if waiting is not None and direct:
+            if waiting is not None and direct and waiting.mean.ndim:
                 raise _misfit(waiting, direct[0], "an input", module)
             # A detector gets its images in a list; its first part gets them as a batch.
             if waiting is not None or self.mode.input_belief is not None:
@@ -241,12 +241,13 @@ def _states(tensors: Iterable[Tensor]) -> tuple[Any, ...]:
 
 def _started_on_first(given: Gaussian, values: Any) -> Gaussian | None:
     """Start a belief about the network's input on the first tensor that has its channels, unless that has
-    another; return it where there is none.
+    another; return it where there is none. One of single numbers starts on the first argument of two or more axes.
     """
-    for tensor in found_in(values, Tensor):
-        if not tensor.is_floating_point():
+    anywhere = given.mean.ndim == 0
+    for tensor in values if anywhere else found_in(values, Tensor):
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             continue
-        if not _fits(given, tensor):
+        if tensor.ndim < 2 or not _fits(given, tensor):
             return given
         step = step_of(tensor)
         if step is None or step.belief is None or isinstance(step.belief, Unknown):

@@ -186,7 +186,7 @@ def test_the_page_keeps_its_words_and_gets_tables_and_figures(measured, tmp_path
     for name, content in pictures.items():
         assert b"</svg>" in content
         assert f"(figures/{name})" in once
-    for line in before.split("<!-- goals -->")[0].splitlines():
+    for line in before.split("<!-- cpu -->")[0].splitlines():
         assert line in once
     (line,) = (line for line in once.splitlines() if line.startswith("| cifar_resnet8 | 2 | 16 | eager | bfloat16 |"))
     ours = {row["case"]: row for row in rows.read(measured) if row["method"] == "kalman_norm"}

@@ -5,12 +5,14 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from networks import conv_net
 from torch import nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 import kalmannorm as kn
+from kalmannorm.evaluation import prior_of
 from kalmannorm.steps import step_of
 
 
@@ -105,6 +107,62 @@ def test_every_batch_layer_converts_even_alone(stock, ours):
     for option in ("eps", "momentum", "affine", "track_running_stats"):
         if hasattr(stock, option):
             assert getattr(layer, option) == getattr(stock, option)
+
+
+class DetrFrozenBatchNorm2d(nn.Module):
+    """As transformers has one for each detector: no `eps` of its own."""
+
+    def __init__(self, channels):
+        super().__init__()
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.rand(channels) + 0.5)
+
+    def forward(self, x):
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias)
+
+
+def test_copies_of_frozen_batch_norm_convert():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), DetrFrozenBatchNorm2d(4))
+    x = torch.randn(2, 3, 6, 6)
+    before = model(x)
+    kn.convert(model)
+    assert type(model[1]) is kn.KalmanNorm2d
+    torch.testing.assert_close(model.eval()(x), before)
+    kn.to_batchnorm(model)
+    torch.testing.assert_close(model(x), before)
+
+    class FrozenBatchNorm2d(nn.Module):
+        """Of that name, but with other buffers."""
+
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("scale", torch.ones(4))
+
+    with pytest.raises(ValueError, match="nothing to convert"):
+        kn.convert(nn.Sequential(FrozenBatchNorm2d()))
+
+
+@pytest.mark.parametrize("shape", [(2, 40), (2, 5, 3), (2, 3, 4, 4)])
+def test_single_numbers_describe_an_input_of_any_layout(shape):
+    """Waveforms, sequences with their channels on the last axis, and images."""
+
+    class First(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(1)
+
+        def forward(self, x, scale):
+            return self.norm((x * scale).reshape(len(x), 1, 1, -1))
+
+    model = kn.convert(First(), input_stats=(2.0, 3.0))
+    (row,) = kn.describe(model, torch.randn(shape), 2.0).rows
+    assert row.prior_from == ("input",)
+    found = []
+    model.norm.register_forward_pre_hook(lambda layer, args: found.append(prior_of(args[0], 1)))
+    model(torch.randn(shape), 2.0)
+    assert (found[0].mean.item(), found[0].var.item()) == (4.0, 36.0)
+    with pytest.raises(ValueError, match="std above 0"):
+        kn.convert(First(), input_stats=(0.0, 0.0))
 
 
 def test_a_layer_without_bias_stays_without():

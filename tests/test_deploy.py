@@ -230,6 +230,26 @@ def test_one_at_a_time_exports_priors_as_constants():
     assert not any("process_noise" in str(name) for name in in_use - set(kept))
 
 
+def test_one_at_a_time_in_a_strict_export():
+    """Which has functions of Python's module `operator` for ``a + b``."""
+    model, x, y = trained_one_at_a_time()
+    strict = torch.export.export(model, (x,), strict=True).module()
+    torch.testing.assert_close(strict(x), y, rtol=1e-4, atol=1e-5)
+
+
+def test_one_at_a_time_in_int8():
+    pt2e = pytest.importorskip("torchao.quantization.pt2e.quantize_pt2e")
+    x86 = pytest.importorskip("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")
+    model, x, y = trained_one_at_a_time()
+    quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
+    prepared = pt2e.prepare_pt2e(torch.export.export(model, (x,)).module(), quantizer)
+    prepared(x)
+    quantized = pt2e.convert_pt2e(prepared)
+    assert sum(t.dtype == torch.int8 for t in quantized.state_dict().values()) == 7
+    with torch.no_grad():
+        assert 0 < relative_error(quantized(x), y) < 0.15
+
+
 def test_one_at_a_time_in_onnx(tmp_path):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")

@@ -50,6 +50,18 @@ def test_monte_carlo_needs_no_rule():
     assert "fails on draws" in row.reason  # the batch size is written into the network
 
 
+def test_a_torch_function_that_asserts_shapes_fails_on_draws_and_the_network_goes_on():
+    """As `nn.MultiheadAttention` with a padding mask, whose first axis has the samples of the batch."""
+    attention, padded = nn.MultiheadAttention(4, 2, batch_first=True), torch.zeros(2, 36, dtype=torch.bool)
+
+    def between(net, y):
+        tokens = y.flatten(2).transpose(1, 2)
+        mixed, _ = attention(tokens, tokens, tokens, key_padding_mask=padded)
+        return mixed.transpose(1, 2).unflatten(2, (6, 6))
+
+    assert "fails on draws" in prior_after_monte_carlo(between).reason
+
+
 def prior_after_monte_carlo(between):
     model = kn.convert(Net(between), estimator="monte_carlo")
     return kn.describe(model, torch.randn(2, 4, 6, 6)).rows[1]

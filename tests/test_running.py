@@ -784,6 +784,44 @@ def test_beliefs_are_freed_with_the_graph_of_their_step(options):
         gc.enable()
 
 
+class Between(nn.Module):
+    """A function between two norms."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+        self.convs = nn.ModuleList([nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)])
+        self.norms = nn.ModuleList([nn.BatchNorm2d(4), nn.BatchNorm2d(4)])
+
+    def forward(self, x):
+        return self.norms[1](self.convs[1](self.function(self.norms[0](self.convs[0](x)))))
+
+
+@pytest.mark.parametrize("strict", [None, True])
+@pytest.mark.parametrize(
+    "function",
+    [F.hardswish, F.hardsigmoid, lambda h: F.relu_(h + 1), lambda h: F.elu_(h + 1), lambda h: torch.sigmoid_(h + 1),
+     lambda h: 2 - h, lambda h: 2 * h - h / 3, lambda h: (h ** 2)[:, [1, 0, 3, 2]], lambda h: h * h.mean((2, 3), True),
+     lambda h: h - 2 * F.pad(h[..., 1:], (0, 1))],
+    ids=["hardswish", "hardsigmoid", "relu_", "elu_", "sigmoid_", "rsub", "line", "power", "gate", "shift"],
+)  # fmt: skip
+def test_what_a_compiler_sees_of_functions(function, strict):
+    """Some are hidden from modes, by torch.compile or a strict export, unless something is done."""
+    torch.manual_seed(0)
+    model = kn.convert(Between(function), input_stats=([0.0] * 3, [1.0] * 3), track_running_stats=False).eval()
+    x = images()
+    for norm in model.norms:
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+    assert kn.describe(model, x).with_prior == 2
+    expected = model(x)
+    compiled = (
+        torch.export.export(model, (x,), strict=True).module() if strict
+        else torch.compile(model, fullgraph=True, backend="aot_eager")
+    )  # fmt: skip
+    equal(compiled(x), expected, 1e-5)
+
+
 # -- functions that look for BatchNorm -------------------------------------------------------------
 
 

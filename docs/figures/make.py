@@ -5,7 +5,6 @@ seconds on a CPU.
 from __future__ import annotations
 
 import csv
-import json
 import math
 import statistics
 import sys
@@ -293,68 +292,42 @@ def draw_priors(found: dict[str, dict[str, list[float]]]) -> Figure:
 # -- The README's: what small batches do
 
 
-METHODS = {"bn": ("BatchNorm", "#c44e52"), "gn": ("GroupNorm", "#8c8c8c"), "kn": ("Kalman Normalization", "#4c72b0")}
+METHODS = {"bn": ("BatchNorm", "#c44e52"), "kn": ("Kalman Normalization", "#4c72b0")}
 TOGETHER = (128, 32, 8, 4, 2, 1)
-WHOLE = (128, 2)
-ON_A_GPU = RESULTS / "studies" / "batch-sizes-gpu" / "runs.csv"
-ANNEALED = "kn annealed"
+STANDARDIZED = {2: "kn-2-ws", 1: "kn-1-ws-fixed"}
+RIVAL = "gn-2-ws-proxy"
 
 
-def demo_losses(path: Path = RESULTS / "demo.json", window: int = 250) -> dict[str, list[list[float]]]:
-    """Each method's training losses of `make demo`, a list a seed, in means of ``window`` steps."""
-    found: dict[str, list[list[float]]] = {key: [] for key in METHODS}
-    for run in json.loads(path.read_text(encoding="utf-8"))["runs"]:
-        if run["job"]["method"] in found:
-            losses = run["losses"]
-            means = [statistics.fmean(losses[i : i + window]) for i in range(0, len(losses) - window + 1, window)]
-            found[run["job"]["method"]].append(means)
-    return found
-
-
-def accuracies(path: Path = RESULTS / "studies" / "batch-sizes-cpu" / "runs.csv") -> dict[tuple[str, int], list[float]]:
-    """Test accuracy in per cent with running statistics, a number a seed, by method and images normalized together."""
-    found: dict[tuple[str, int], list[float]] = {}
+def accuracies(path: Path = RESULTS / "studies" / "batch-sizes-cpu" / "runs.csv") -> dict[str, list[float]]:
+    """Test accuracy in per cent with running statistics, a number a seed, by arm of the study."""
+    found: dict[str, list[float]] = {}
     with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            method, size, *more = row["arm"].split("-")
-            method = " ".join((method, *more))
-            if row["kind"] == "final" and method in (*METHODS, ANNEALED):
-                found.setdefault((method, int(size)), []).append(100 * float(row["accuracy_running"]))
+            if row["kind"] == "final":
+                found.setdefault(row["arm"], []).append(100 * float(row["accuracy_running"]))
     return found
 
 
-def draw_front(
-    losses: dict[str, list[list[float]]],
-    whole: dict[tuple[str, int], list[float]],
-    scores: dict[tuple[str, int], list[float]],
-) -> Figure:
-    """Learning curves at two images; accuracy by images normalized together, of a whole network and of a small one."""
-    drawing = Figure(figsize=(10, 3.7), layout="constrained")
-    left, middle, right = drawing.subplots(1, 3, width_ratios=(1.1, 0.8, 1.1))
+def draw_front(scores: dict[str, list[float]]) -> Figure:
+    """Accuracy by images normalized together: BatchNorm, Kalman Normalization, and the strongest rival."""
+    drawing = Figure(figsize=(7, 3.8), layout="constrained")
+    axes = drawing.subplots()
+
+    def points(arms: dict[int, str], **looks: object) -> None:
+        places = [TOGETHER.index(size) for size in arms]
+        means = [statistics.fmean(scores[arm]) for arm in arms.values()]
+        deviations = [statistics.stdev(scores[arm]) for arm in arms.values()]
+        axes.errorbar(places, means, yerr=deviations, capsize=3, markersize=6, **looks)  # type: ignore[arg-type]
+
     for key, (name, colour) in METHODS.items():
-        for seed, curve in enumerate(losses[key]):
-            steps = [250 * (i + 0.5) for i in range(len(curve))]
-            left.plot(steps, curve, color=colour, alpha=0.8, linewidth=1.4, label=name if seed == 0 else None)
-        for axes, sizes, found in ((middle, WHOLE, whole), (right, TOGETHER, scores)):
-            places = [i for i, size in enumerate(sizes) if (key, size) in found]
-            means = [statistics.fmean(found[key, sizes[i]]) for i in places]
-            if key == "gn":  # it takes each image by itself
-                axes.axhline(means[0], color=colour, linestyle="--", linewidth=1.4)
-                continue
-            deviations = [statistics.stdev(found[key, sizes[i]]) for i in places]
-            axes.errorbar(places, means, yerr=deviations, fmt="o-", color=colour, capsize=3, markersize=5)
-    falling = scores[ANNEALED, 1]
-    mean, deviation = [statistics.fmean(falling)], [statistics.stdev(falling)]
-    right.errorbar([len(TOGETHER) - 1], mean, yerr=deviation, fmt="o", capsize=3, color=METHODS["kn"][1],
-                   markerfacecolor="white", label="with a gain that falls")  # fmt: skip
-    right.legend(fontsize=10, loc="lower left", frameon=False)
-    left.set(title="cluttered digits, 2 images a step", xlabel="step", ylabel="training loss", ylim=(0, None))
-    middle.set(title="CIFAR-10, ResNet-32", ylabel="test accuracy in %", ylim=(80, 88))
-    right.set(title="CIFAR-10, small ResNet", ylim=(0, 60))
-    for axes, sizes in ((middle, WHOLE), (right, TOGETHER)):
-        axes.set(xlabel="images normalized together", xlim=(-0.2, len(sizes) - 0.8))
-        axes.set_xticks(range(len(sizes)), [str(size) for size in sizes])
-    drawing.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=11)
+        points({size: f"{key}-{size}" for size in TOGETHER}, fmt="o-", color=colour, label=name)
+    colour = METHODS["kn"][1]
+    points(STANDARDIZED, fmt="s--", color=colour, markerfacecolor="white", label="... with standardized filters")
+    axes.axhline(statistics.fmean(scores[RIVAL]), color="#8c8c8c", linestyle=":",
+                 label="GroupNorm with standardized filters and a proxy")  # fmt: skip
+    axes.set(xlabel="images normalized together", ylabel="test accuracy in %", ylim=(0, 62), xlim=(-0.2, 5.2))
+    axes.set_xticks(range(len(TOGETHER)), [str(size) for size in TOGETHER])
+    axes.legend(fontsize=10, loc="lower left")
     return drawing
 
 
@@ -378,7 +351,7 @@ def main(folder: Path = HERE) -> list[Path]:
             "way": draw_way(way()),
             "depth": draw_depth(by_depth()),
             "priors": draw_priors(prior_ratios()),
-            "front": draw_front(demo_losses(), accuracies(ON_A_GPU), accuracies()),
+            "front": draw_front(accuracies()),
         }
         folder.mkdir(parents=True, exist_ok=True)
         for name, drawing in drawings.items():

@@ -1,4 +1,4 @@
-"""Which layers of which models get a prior: every torchvision model and every timm family with BatchNorm.
+"""Which layers of which models get a prior: torchvision's, each family of timm's, and networks of other packages.
 
 Each model is built without weights, converted, described, trained for one step on a batch of noise,
 and deployed. Models too large for that are described on the meta device, where nothing is computed.
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 import kalmannorm as kn
 from kalmannorm.convert import stand_in
+from kalmannorm.lab.coverage_networks import NETWORKS, Network, is_installed, outputs_of
 
 __all__ = ["TIMM", "Coverage", "Subject", "cover", "coverage", "page", "subjects"]
 
@@ -58,8 +59,15 @@ class Subject:
     name: str
     task: str
 
+    @property
+    def network(self) -> Network | None:
+        """How it is built; None for torchvision and timm, which build models by name."""
+        return NETWORKS.get(self.library, {}).get(self.name)
+
     def build(self) -> nn.Module:
         """The model, without weights."""
+        if self.network is not None:
+            return self.network.build()
         if self.library == "timm":
             import timm  # noqa: PLC0415 - an extra
 
@@ -79,6 +87,8 @@ class Subject:
 
     def inputs(self, model: nn.Module, size: int, samples: int) -> tuple[Any, ...]:
         """What to call it with."""
+        if self.network is not None:
+            return self.network.call(torch.randn(samples, *self.network.shape))
         if self.task == "video":
             return (torch.randn(samples, 3, max(size // 4, 14), size, size),)
         if self.task == "optical flow":
@@ -89,10 +99,18 @@ class Subject:
 
     def sizes(self, model: nn.Module) -> list[int]:
         """Side lengths to try, the smallest first."""
+        if self.network is not None:
+            return [self.network.shape[-1]]
         if self.task == "detection":
             return [96]
         own = getattr(model, "default_cfg", {}).get("input_size", (3, 224, 224))[-1]
         return sorted({64, 96, 128, own, 299})
+
+    def input_stats(self, model: nn.Module) -> tuple[Any, Any]:
+        """Zeros and ones, one a channel; of networks of other packages one for all, as their inputs' axes differ."""
+        if self.network is not None:
+            return 0.0, 1.0
+        return [0.0] * _channels(model), [1.0] * _channels(model)
 
 
 def _channels(model: nn.Module) -> int:
@@ -136,10 +154,14 @@ class Coverage:
     deployed: float
     """Largest difference of the ``eval()`` outputs before and after ``to_batchnorm``, over the largest output."""
     seconds: float
+    packages: str
+    """Their versions."""
 
 
 def subjects() -> Iterator[Subject]:
-    """Every torchvision model and one model of every timm family; those without BatchNorm are passed over later."""
+    """Every torchvision model, one model of every timm family, and the networks of packages that are installed; those
+    without BatchNorm are passed over later.
+    """
     import torchvision.models as zoo  # noqa: PLC0415 - slow
 
     tasks = {zoo.segmentation: "segmentation", zoo.detection: "detection", zoo.video: "video",
@@ -152,6 +174,10 @@ def subjects() -> Iterator[Subject]:
             seen.add(name)
     for name in TIMM:
         yield Subject("timm", name, "classification")
+    for library, networks in NETWORKS.items():
+        if is_installed(library):
+            for name, network in networks.items():
+                yield Subject(library, name, network.task)
 
 
 def cover(subject: Subject) -> Coverage | None:
@@ -163,7 +189,7 @@ def cover(subject: Subject) -> Coverage | None:
         model = subject.build()
         if not any(stand_in(layer)[0] == "batch" for layer in model.modules()):
             return None
-        kn.convert(model, input_stats=([0.0] * _channels(model), [1.0] * _channels(model)))
+        kn.convert(model, input_stats=subject.input_stats(model))
     left_alone = sum("leaves it as it is" in str(each.message) for each in raised)
     large = sum(p.numel() for p in model.parameters()) > _LARGEST
     if large:
@@ -175,13 +201,20 @@ def cover(subject: Subject) -> Coverage | None:
     result = Coverage(
         subject.library, subject.name, subject.task, size, "meta" if large else "cpu", len(rows),
         description.with_prior, sum(row.prior_from == ("input",) for row in rows), len(rows) - len(called),
-        left_alone, "; ".join(f"{reason} ({count})" for reason, count in reasons.most_common()), "meta", 0.0, 0.0,
+        left_alone, "; ".join(f"{reason} ({count})" for reason, count in reasons.most_common()),
+        "meta", 0.0, 0.0, _packages(subject.library),
     )  # fmt: skip
     if not large:
         result.step = _train(model, inputs)
         result.deployed = _deploy(subject, model, inputs)
     result.seconds = round(time.perf_counter() - began, 1)
     return result
+
+
+def _packages(library: str) -> str:
+    """Of what a model was made, with versions."""
+    names = [name for name in ("torch", library) if is_installed(name)]
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
 
 
 def _describe(subject: Subject, model: nn.Module) -> tuple[int, tuple[Any, ...], kn.Description]:
@@ -200,21 +233,11 @@ def _describe(subject: Subject, model: nn.Module) -> tuple[int, tuple[Any, ...],
     raise failed
 
 
-def _tensors(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, dict):
-        yield from _tensors(list(output.values()))
-    elif isinstance(output, list | tuple):
-        for each in output:
-            yield from _tensors(each)
-
-
 def _train(model: nn.Module, inputs: tuple[Any, ...]) -> str:
     """One step; what went wrong, or ``ok``."""
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), 1e-3)
-    terms = [t.float().square().mean() for t in _tensors(model(*inputs)) if t.is_floating_point() and t.requires_grad]
+    terms = [t.float().square().mean() for t in outputs_of(model(*inputs)) if t.is_floating_point() and t.requires_grad]
     torch.stack(terms).sum().backward()
     optimizer.step()
     for name, parameter in model.named_parameters():
@@ -233,10 +256,10 @@ def _deploy(subject: Subject, model: nn.Module, inputs: tuple[Any, ...]) -> floa
     call: Callable[[], Any] = lambda: model(*(inputs[:1] if subject.task == "detection" else inputs))  # noqa: E731
     with torch.no_grad():
         torch.manual_seed(0)
-        before = list(_tensors(call()))
+        before = outputs_of(call())
         kn.to_batchnorm(model)
         torch.manual_seed(0)
-        after = list(_tensors(call()))
+        after = outputs_of(call())
     differences = [0.0]
     for one, other in zip(before, after, strict=True):
         if one.numel():
@@ -246,7 +269,9 @@ def _deploy(subject: Subject, model: nn.Module, inputs: tuple[Any, ...]) -> floa
 
 
 def coverage(output: str = "docs/results", only: str = "") -> None:
-    """Count the layers that get a prior, over torchvision's models and timm's families.
+    """Count the layers that get a prior, over torchvision's models, timm's families and networks of other packages.
+
+    Rows of models that are passed over stay as they are in the table.
 
     Args:
         output: Folder for coverage.csv, and for coverage.md, the page made from it.
@@ -259,24 +284,45 @@ def coverage(output: str = "docs/results", only: str = "") -> None:
         raise ValueError(f"no model matches {only!r}")
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
-    found: list[Coverage] = []
-    with (folder / "coverage.csv").open("w", newline="") as file:
+    # In the order of the table, and new ones behind.
+    found: dict[tuple[str, str], Coverage | None] = {(e.library, e.model): e for e in read(folder / "coverage.csv")}
+    for subject in track(chosen, "models"):
+        found[subject.library, subject.name] = cover(subject)
+        _write(folder / "coverage.csv", [each for each in found.values() if each is not None])
+        gc.collect()
+    rows = [each for each in found.values() if each is not None]
+    (folder / "coverage.md").write_text(page(rows))
+    print(f"{folder / 'coverage.md'}: {_total(rows)}")
+
+
+def read(path: Path) -> list[Coverage]:
+    """The rows of a table, as they were written; none where there is no such file."""
+    if not path.exists():
+        return []
+    kinds: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str}
+    fields = {field.name: kinds[str(field.type)] for field in dataclasses.fields(Coverage)}
+    with path.open(newline="") as file:
+        return [Coverage(**{name: kind(row[name]) for name, kind in fields.items()}) for row in csv.DictReader(file)]
+
+
+def _write(path: Path, rows: Sequence[Coverage]) -> None:
+    with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Coverage)], lineterminator="\n")
         writer.writeheader()
-        for subject in track(chosen, "models"):
-            result = cover(subject)
-            if result is not None:
-                found.append(result)
-                writer.writerow(dataclasses.asdict(result))
-                file.flush()
-            gc.collect()
-    (folder / "coverage.md").write_text(page(found))
-    print(f"{folder / 'coverage.md'}: {_total(found)}")
+        writer.writerows(dataclasses.asdict(each) for each in rows)
 
 
 def _total(found: Sequence[Coverage]) -> str:
     layers, priors = sum(each.layers for each in found), sum(each.with_prior for each in found)
     return f"{priors:,} of {layers:,} layers ({_percent(priors, layers)} %) of {len(found)} models have a prior by rule"
+
+
+def _by_library(found: Sequence[Coverage]) -> Iterator[str]:
+    """A row of Markdown each."""
+    for library in dict.fromkeys(each.library for each in found):
+        rows = [each for each in found if each.library == library]
+        priors, layers = sum(each.with_prior for each in rows), sum(each.layers for each in rows)
+        yield f"| {library} | {len(rows)} | {priors:,} of {layers:,} ({_percent(priors, layers)} %) |"
 
 
 def _percent(part: int, whole: int) -> str:
@@ -289,17 +335,18 @@ def page(found: Sequence[Coverage]) -> str:
     Args:
         found: one entry a model.
     """
-    packages = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "torchvision", "timm"))
+    packages = sorted({package for each in found for package in each.packages.split(", ")})
     failed = sum(each.step not in ("ok", "meta") for each in found)
     worst = max((each.deployed for each in found), default=0.0)
     lines = [
         "# Coverage: which layers of which models get a prior",
         "",
-        f"Made by `kalmannorm coverage` ({packages}) from [coverage.csv](coverage.csv): every",
-        "model of torchvision with BatchNorm, and of each of timm's families with BatchNorm one model or more. Each",
-        "was built without weights, converted with `input_stats`, described, trained for one step on two samples of",
-        "noise (detectors: two images), and its `eval()` output compared before and after `to_batchnorm`. Models of",
-        f"more than {_LARGEST // 10**6} million parameters were only described, on the meta device.",
+        f"Made by `kalmannorm coverage` ({', '.join(packages)}) from",
+        "[coverage.csv](coverage.csv): every model of torchvision with BatchNorm, of each of timm's families with",
+        "BatchNorm one model or more, and networks of other packages, from small configurations. Each was built",
+        "without weights, converted with `input_stats`, described, trained for one step on two samples of noise",
+        "(detectors: two images), and its `eval()` output compared before and after `to_batchnorm`. Models of more",
+        f"than {_LARGEST // 10**6} million parameters were only described, on the meta device.",
         "",
         f"**{_total(found)}.**",
         f"{sum(each.from_input for each in found):,} of these layers have it from `input_stats` alone.",
@@ -308,6 +355,10 @@ def page(found: Sequence[Coverage]) -> str:
         f"{sum(each.step == 'ok' for each in found)} models trained a step,",
         f"{sum(each.step == 'meta' for each in found)} were too large for one, {failed} failed.",
         f"The largest difference that `to_batchnorm` made is {worst:.1e} of the largest output.",
+        "",
+        "| library | models | layers with a prior |",
+        "|---|---|---|",
+        *_by_library(found),
         "",
         "## What has no prior, and why",
         "",

@@ -122,7 +122,7 @@ def _drop(x: Gaussian, dims: Sequence[int], keepdim: bool) -> Gaussian:
 def mean(x: Gaussian, dim: Any = None, keepdim: bool = False, *, dtype: object = None, axis: Any = None) -> Belief:
     """The mean of independent elements: ``m`` and ``v / count``."""
     dims = _reduced(x, dim if axis is None else axis)
-    count = math.prod(x.shape[d] for d in dims)
+    count = math.prod([x.shape[d] for d in dims])
     averaged = Gaussian(x.mean.mean(dims, keepdim=True), x.var.mean(dims, keepdim=True) / count)
     return _drop(averaged, dims, keepdim)
 
@@ -130,7 +130,7 @@ def mean(x: Gaussian, dim: Any = None, keepdim: bool = False, *, dtype: object =
 @rule(*aliases("sum"))
 def sum_(x: Gaussian, dim: Any = None, keepdim: bool = False, *, dtype: object = None, axis: Any = None) -> Belief:
     """The sum of independent elements: ``count m`` and ``count v``."""
-    count = math.prod(x.shape[d] for d in _reduced(x, dim if axis is None else axis))
+    count = math.prod([x.shape[d] for d in _reduced(x, dim if axis is None else axis)])
     return mul(mean(x, dim, keepdim, axis=axis), float(count))
 
 
@@ -140,7 +140,7 @@ def amax(x: Gaussian, dim: Any = (), keepdim: bool = False) -> Belief:
     dims = _reduced(x, dim)
     if any(x.mean.shape[d] > 1 or x.var.shape[d] > 1 for d in dims):
         return Unknown("a maximum along an axis where the belief varies")
-    return _drop(largest_of(x, math.prod(x.shape[d] for d in dims)), dims, keepdim)
+    return _drop(largest_of(x, math.prod([x.shape[d] for d in dims])), dims, keepdim)
 
 
 @rule(*aliases("dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d", "feature_dropout"))

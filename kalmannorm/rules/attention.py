@@ -16,6 +16,7 @@ from torch import Tensor
 from kalmannorm.gaussian import Gaussian, Unknown
 from kalmannorm.rules.arithmetic import add, dropout, mul
 from kalmannorm.rules.linear import linear
+from kalmannorm.rules.pointwise import quadrature
 from kalmannorm.rules.table import Belief, aliases, rule
 
 __all__ = ["contraction"]
@@ -114,6 +115,15 @@ def baddbmm(input: Gaussian | Tensor, batch1: Gaussian | Tensor, batch2: Gaussia
     return add(mul(product, float(alpha)), added)
 
 
+@rule(*aliases("glu"))
+def glu(x: Gaussian, dim: int = -1) -> Belief:
+    """``a sigmoid(b)`` of the two halves of an axis."""
+    written = x.full([dim % x.ndim])
+    means, variances = (t.chunk(2, dim) for t in torch.broadcast_tensors(written.mean, written.var))
+    first, gate = (Gaussian(m, v) for m, v in zip(means, variances, strict=True))
+    return mul(first, quadrature(gate, torch.sigmoid))
+
+
 @rule(*aliases("softmax"))
 def softmax(x: Gaussian, dim: int | None = None, *args: Any, **kwargs: Any) -> Belief:
     """Exact, by ``1 / S = integral of e^(-t S) dt``, which makes the moments of ``p_i = e^(x_i) / S`` products
@@ -162,14 +172,14 @@ def _exponential_moments(x: Gaussian, dim: int, n: int) -> tuple[list[Tensor], T
 
 @rule(*aliases("scaled_dot_product_attention"))
 def attention(query: Gaussian | Tensor, key: Gaussian | Tensor, value: Gaussian | Tensor,
-              attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
+              attn_mask: Gaussian | Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
               scale: float | None = None, enable_gqa: bool = False) -> Belief:  # fmt: skip
     """``softmax(scale q k^T + mask) v``.
 
     The weights add up to 1, so what the values have in common passes unchanged; only how they differ
     is summed as a product of independent factors.
     """
-    if is_causal or (attn_mask is not None and attn_mask.dtype == torch.bool) or enable_gqa:
+    if is_causal or (isinstance(attn_mask, Tensor) and attn_mask.dtype == torch.bool) or enable_gqa:
         return Unknown("attention that is causal, masked or grouped")
     if not isinstance(query, Gaussian) or not isinstance(key, Gaussian) or not isinstance(value, Gaussian):
         return Unknown("attention with a query, key or value that does not depend on the input")
@@ -190,3 +200,36 @@ def attention(query: Gaussian | Tensor, key: Gaussian | Tensor, value: Gaussian 
     # What dropout takes from the sum of the weights, or adds to it.
     lost = (dropped.var - weights.var).sum(-1, keepdim=True) * (shape[-1] // dropped.var.shape[-1])
     return Gaussian(mixed.mean + common, mixed.var + lost * common.square())
+
+
+@rule(torch.nn.functional.multi_head_attention_forward)
+def multi_head_attention(
+    query: Gaussian | Tensor, key: Gaussian | Tensor, value: Gaussian | Tensor, embed_dim_to_check: int, num_heads: int,
+    in_proj_weight: Tensor | None, in_proj_bias: Tensor | None, bias_k: object, bias_v: object, add_zero_attn: bool,
+    dropout_p: float, out_proj_weight: Tensor, out_proj_bias: Tensor | None, training: bool = True,
+    key_padding_mask: object = None, need_weights: bool = True, attn_mask: object = None,
+    use_separate_proj_weight: bool = False, **kwargs: Any,
+) -> Any:  # fmt: skip
+    """``nn.MultiheadAttention``, of ``(time, N, channels)``: three linear maps, :func:`attention` by head, and another.
+
+    Masks are ignored: a key that they leave out is one more key like the others.
+    """
+    if use_separate_proj_weight or in_proj_weight is None or bias_k is not None or add_zero_attn:
+        return Unknown("attention with keys of another size, or with added ones")
+    biases = [None] * 3 if in_proj_bias is None else list(in_proj_bias.chunk(3))
+    heads = []
+    for x, weight, bias in zip((query, key, value), in_proj_weight.chunk(3), biases, strict=True):
+        if not isinstance(x, Gaussian) or x.ndim != 3:
+            return Unknown("attention without a batch, or with a query, key or value that does not depend on the input")
+        time, samples, _ = x.shape
+        projected = linear(x.map(lambda t: t.transpose(0, 1)).of((samples, time, x.shape[2])), weight, bias)
+        assert isinstance(projected, Gaussian)
+        split = projected.full([2]).map(lambda t: t.unflatten(2, (num_heads, -1)).transpose(1, 2))
+        heads.append(split.of((samples, num_heads, time, weight.shape[0] // num_heads)))
+    mixed = attention(heads[0], heads[1], heads[2], dropout_p=dropout_p if training else 0.0)
+    if isinstance(mixed, Unknown):
+        return mixed
+    merged = mixed.full([1, 3]).map(lambda t: t.transpose(1, 2).flatten(2))
+    output = linear(merged.of((samples, query.shape[0], embed_dim_to_check)), out_proj_weight, out_proj_bias)
+    assert isinstance(output, Gaussian)
+    return output.map(lambda t: t.transpose(0, 1)), Unknown("the weights of an attention")

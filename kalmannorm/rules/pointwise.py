@@ -35,7 +35,16 @@ def _phi(z: Tensor) -> Tensor:
 
 
 def quadrature(x: Gaussian, function: Callable[[Tensor], Tensor]) -> Gaussian:
-    """Mean and variance of ``function(x)``, element by element, by numerical integration."""
+    """Mean and variance of ``function(x)``, element by element, by numerical integration.
+
+    You need it to write a rule for a smooth function (:func:`kalmannorm.rule`).
+
+    Example:
+        >>> import torch, kalmannorm as kn
+        >>> x = kn.Gaussian(torch.zeros(1), torch.ones(1))
+        >>> print(f"{kn.rules.pointwise.quadrature(x, torch.exp).mean.item():.4f}")  # exp(1 / 2)
+        1.6487
+    """
     z = torch.linspace(-_REACH, _REACH, _NODES, device=x.mean.device, dtype=x.mean.dtype)
     weights = _phi(z) * (2 * _REACH / (_NODES - 1))
     values = function(x.mean.unsqueeze(-1) + x.std.unsqueeze(-1) * z)
@@ -47,11 +56,20 @@ def quadrature(x: Gaussian, function: Callable[[Tensor], Tensor]) -> Gaussian:
 def piecewise(x: Gaussian, breaks: Sequence[float], pieces: Sequence[Sequence[float]]) -> Gaussian:
     """A function that is a quadratic polynomial between breakpoints, in closed form.
 
+    You need it to write a rule for a function with corners.
+
     Args:
         x: the belief.
         breaks: ``b_1 < ... < b_k``.
         pieces: ``k + 1`` polynomials ``(c_0, c_1, c_2)``, for ``c_0 + c_1 x + c_2 x^2``, each from one
             breakpoint to the next.
+
+    Example:
+        >>> import torch, kalmannorm as kn
+        >>> x = kn.Gaussian(torch.zeros(1), torch.ones(1))
+        >>> found = kn.rules.pointwise.piecewise(x, [0.0], [(0, 0, 0), (0, 1, 0)])  # a ReLU
+        >>> print(f"{found.mean.item():.4f}")  # 1 / sqrt(2 pi)
+        0.3989
     """
     m, s = x.mean, x.std
     edges = [torch.full_like(m, -math.inf), *((b - m) / s for b in breaks), torch.full_like(m, math.inf)]
@@ -370,6 +388,12 @@ def power(x: Gaussian, exponent: object) -> Belief:
         return Unknown(f"power {exponent}")
     whole = int(exponent)
     return quadrature(x, lambda t: t**whole)
+
+
+@rule(*aliases("sqrt", "sqrt_"))
+def sqrt(x: Gaussian) -> Gaussian:
+    """By quadrature, of zero where the belief reaches below: the activation does not."""
+    return quadrature(x, lambda t: t.clamp_min(1e-12).sqrt())
 
 
 def _by_quadrature(function: Any) -> Callable[..., Gaussian]:

@@ -116,7 +116,7 @@ def _define(spatial: int) -> None:
     def adaptive_avg_pool(x: Gaussian, output_size: _Size) -> Gaussian:
         """``m``, and ``v`` times the mean of ``1 / k`` over windows of ``k`` elements."""
         counts = _adaptive_counts(x, output_size, spatial)
-        return _average(x, 1 / math.prod(sum(1 / k for k in axis) / len(axis) for axis in counts))
+        return _average(x, 1 / math.prod([sum(1 / k for k in axis) / len(axis) for axis in counts]))
 
     @rule(*aliases(f"adaptive_max_pool{spatial}d", f"adaptive_max_pool{spatial}d_with_indices"))
     def adaptive_max_pool(x: Gaussian, output_size: _Size, return_indices: bool = False) -> Gaussian:

@@ -64,7 +64,7 @@ def _ints(sizes: Sequence[Any]) -> list[Any]:
 
 
 @rule(*aliases("contiguous", "clone", "alias", "requires_grad_", "float", "double", "half", "bfloat16",
-               "type", "type_as", "retain_grad"))  # fmt: skip
+               "type", "type_as", "retain_grad", "as_tensor", "asarray"))  # fmt: skip
 def same(x: Gaussian, *args: object, **kwargs: object) -> Gaussian:
     """Copies and casts: the belief keeps its own precision."""
     return x
@@ -186,7 +186,7 @@ def reshape_to(x: Gaussian, shape: Sequence[int]) -> Gaussian:
     belief is constant stays constant; one that is only split or merged with constant axes keeps its
     blocks; any other is written out.
     """
-    known = math.prod(n for n in shape if n != -1)
+    known = math.prod([n for n in shape if n != -1])
     shape = [math.prod(x.shape) // max(known, 1) if n == -1 else n for n in shape]
     mean, var = torch.broadcast_tensors(x.mean, x.var)
     x = Gaussian(mean, var, x.shape)
@@ -256,7 +256,7 @@ def unflatten(x: Gaussian, dim: int, sizes: Sequence[int]) -> Gaussian:
 
 
 def _resolve(sizes: Sequence[int], total: int) -> list[int]:
-    known = math.prod(n for n in sizes if n != -1)
+    known = math.prod([n for n in sizes if n != -1])
     return [total // known if n == -1 else n for n in sizes]
 
 
@@ -267,8 +267,8 @@ def _resolve(sizes: Sequence[int], total: int) -> list[int]:
 def getitem(x: Gaussian, index: Any) -> Belief:
     """Indexing: slices along constant axes leave the belief as it is, and so do indices of samples."""
     parts = list(index) if isinstance(index, tuple) else [index]
-    # Arrays and numbers of numpy.
-    parts = [p if isinstance(p, Tensor) or not hasattr(p, "__array__") else torch.as_tensor(p) for p in parts]
+    if not torch.compiler.is_compiling():  # numpy's arrays and numbers
+        parts = [p if isinstance(p, Tensor) or not hasattr(p, "__array__") else torch.as_tensor(p) for p in parts]
     if any(isinstance(p, Gaussian) for p in parts):
         return Unknown("an index computed from the input")
     if any(isinstance(p, Tensor) and p.dtype == torch.bool and p.ndim > 1 for p in parts):
@@ -339,11 +339,72 @@ def index_add(into: Gaussian | Tensor, dim: int, index: Tensor, source: Gaussian
     return _sums(into, dim, index, source, alpha)
 
 
-@rule(*aliases("scatter", "scatter_", "scatter_reduce", "scatter_reduce_", "index_reduce", "index_reduce_",
-               "segment_reduce"))  # fmt: skip
+_SENT_OTHERWISE = Unknown("what an index sends to a row, other than a sum, or a mean or an extreme into zeros")
+# More neighbours than this count as this many: the largest of them lies hardly higher.
+_MOST = 64
+
+
+def _of_neighbours(counts: Tensor, reduce: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows that get ``counts`` independent standard normals each: the share of rows that get any, and the first two
+    moments of the mean or of the largest of a row's normals, averaged over all rows.
+    """
+    numbers = torch.arange(_MOST + 1, dtype=counts.dtype, device=counts.device)
+    share = torch.zeros_like(numbers).index_add_(0, counts.clamp_max(_MOST).long(), torch.ones_like(counts))
+    share = share / counts.shape[0]
+    if reduce == "mean":
+        first, second = torch.zeros_like(numbers), 1 / numbers.clamp_min(1)
+    else:
+        z = torch.linspace(-8, 8, 257, dtype=counts.dtype, device=counts.device)
+        weights = (-0.5 * z.square() + (numbers.unsqueeze(1) - 1) * torch.special.log_ndtr(z)).exp()
+        weights = weights / weights.sum(1, keepdim=True)
+        first, second = (weights * z).sum(1), (weights * z.square()).sum(1)
+    return 1 - share[0], (share * first)[1:].sum(), (share * second)[1:].sum()
+
+
+@rule(*aliases("scatter_reduce", "scatter_reduce_"))
+def scatter_reduce(into: Gaussian | Tensor, dim: int, index: Tensor, src: Gaussian | Tensor, reduce: str, *,
+                   include_self: bool = True) -> Belief:  # fmt: skip
+    """The mean, the largest or the smallest of a row's neighbours in a graph, and zero where it has none."""
+    if reduce == "sum":
+        return _sums(into, dim, index, src)
+    if isinstance(index, Gaussian):
+        return Unknown("an index computed from the input")
+    if include_self or isinstance(into, Gaussian) or reduce not in ("mean", "amax", "amin"):
+        return _SENT_OTHERWISE
+    if not isinstance(src, Gaussian) or _axis(src, dim) != 0:
+        return _SENT_OTHERWISE
+    x = src.pool([0])
+    to = index.reshape(index.shape[0], -1)[:, 0]
+    counts = torch.zeros(into.shape[0], dtype=x.mean.dtype, device=to.device)
+    counts = counts.index_add_(0, to, counts.new_ones(()).expand(to.shape[0]))
+    some, first, second = _of_neighbours(counts, reduce)
+    first = -first if reduce == "amin" else first
+    mean = some * x.mean + x.std * first
+    square = some * x.mean.square() + 2 * x.mean * x.std * first + x.var * second
+    return Gaussian(mean, (square - mean.square()).clamp_min(0))
+
+
+@rule(*aliases("scatter", "scatter_", "index_reduce", "index_reduce_", "segment_reduce"))
 def scatter(x: Gaussian | Tensor, *args: Any, **kwargs: Any) -> Belief:
-    """The largest of the neighbours, say."""
-    return Unknown("what an index sends to a row, other than its sum")
+    """What replaces a row, say."""
+    return _SENT_OTHERWISE
+
+
+@rule(*aliases("masked_fill", "masked_fill_"))
+def masked_fill(x: Gaussian, mask: Tensor, value: Any) -> Belief:
+    """A mixture: the value where the mask says so, and as before elsewhere. Minus infinity is for a softmax that
+    follows, to which such elements are none: the belief is of the others.
+    """
+    if isinstance(mask, Gaussian) or isinstance(value, Gaussian):
+        return Unknown("a mask computed from the input")
+    value = float(value)
+    if math.isinf(value):
+        return x
+    filled = mask.to(x.mean.dtype).reshape(*[1] * (x.ndim - mask.ndim), *mask.shape)
+    share = Gaussian(filled, torch.zeros_like(filled)).pool([d for d in range(x.ndim) if x.mean.shape[d] == 1]).mean
+    share = Gaussian(share, share).regroup(x.groups).mean
+    mean = (1 - share) * x.mean + share * value
+    return Gaussian(mean, (1 - share) * x.var + share * (1 - share) * (x.mean - value).square())
 
 
 def _cut(function: Callable[..., Any], dim_position: int, default: int | None) -> Callable[..., Any]:
@@ -410,7 +471,7 @@ def stack(tensors: Sequence[Gaussian | Tensor], dim: int = 0) -> Belief:
     return cat(raised, dim)
 
 
-@rule(*aliases("pad", "constant_pad_nd"))
+@rule(*aliases("pad", "constant_pad_nd"), torch._C._nn.pad)  # which a compiler finds inside of the first
 def pad(x: Gaussian, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Belief:
     """Padding: extra channels get the constant; a border around constant pixels is ignored."""
     amounts = list(pad)
@@ -505,3 +566,11 @@ def im2col(x: Gaussian, kernel_size: int | Sequence[int], *args: object, **kwarg
     taps = math.prod([kernel_size] * 2 if isinstance(kernel_size, int) else kernel_size)
     x = x.full([1]).pool((2, 3))
     return x.map(lambda t: t.flatten(2).repeat_interleave(taps, 1))
+
+
+@rule(F.fold)
+def col2im(x: Gaussian, output_size: Any, *args: Any, **kwargs: Any) -> Gaussian:
+    """``(N, C k, L)`` to ``(N, C, H, W)``: each pixel is the sum of the taps that meet there, taken as independent."""
+    x = x.full([1, 2])
+    x = Gaussian(*torch.broadcast_tensors(x.mean, x.var))
+    return x.map(lambda t: F.fold(t, output_size, *args, **kwargs)).pool((2, 3))

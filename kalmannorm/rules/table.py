@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -32,6 +33,10 @@ _TAKES: dict[Rule, tuple[frozenset[str] | None, int | None]] = {}
 # What torch calls the first and the second argument of a function: a rule has names of its own.
 _TORCHS_NAMES = (("input", "self", "tensor", "tensors", "inputs"), ("other", "mat2", "size", "shape", "repeats"))
 
+_LISTED: set[Callable[..., Any]] = {
+    function for functions in torch.overrides.get_overridable_functions().values() for function in functions
+}
+
 _HOMES = (torch, torch.Tensor, torch.nn.functional, torch.special)
 
 
@@ -53,9 +58,9 @@ def rule(*functions: Callable[..., Any]) -> Callable[[_R], _R]:
 
     Example:
         >>> import torch, kalmannorm as kn
-        >>> @kn.rule(torch.nn.functional.glu)
-        ... def glu(x, dim=-1):
-        ...     return kn.Unknown("halves of a GLU depend on each other")
+        >>> @kn.rule(torch.cumprod)
+        ... def cumprod(x, dim):
+        ...     return kn.Unknown("products of ever more elements")
     """
     for function in functions:
         if not callable(function):
@@ -71,9 +76,24 @@ def rule(*functions: Callable[..., Any]) -> Callable[[_R], _R]:
         _TAKES[decorated] = names, None if inspect.Parameter.VAR_POSITIONAL in kinds else positions
         for function in functions:
             RULES[function] = decorated
+        _show_to_compilers(functions)
         return decorated
 
     return register
+
+
+def _show_to_compilers(functions: Sequence[Callable[..., Any]]) -> None:
+    """Have torch.compile ask modes about these functions, as eager torch does. It goes by a list of torch's own that
+    lacks some: ``hardswish``, ``hardsigmoid``, ``relu_``.
+    """
+    missing = [function for function in functions if function not in _LISTED]
+    if not missing:
+        return
+    _LISTED.update(missing)
+    torch.overrides.get_overridable_functions()[torch.nn.functional].extend(missing)
+    compiler: Any = sys.modules.get("torch._dynamo.variables.torch")
+    if compiler is not None:  # it keeps a copy
+        compiler.get_overridable_functions.cache_clear()
 
 
 def as_rule_is_called(rule: Rule, args: tuple[Any, ...],
@@ -117,7 +137,9 @@ FACTORIES: frozenset[Callable[..., Any]] = frozenset(
 )  # fmt: skip
 
 # These change a tensor in place, and their rules do not ask for what it was: its first argument, or zeros.
-OVERWRITING: frozenset[Callable[..., Any]] = frozenset(aliases("copy_", "scatter_add_", "index_add_"))
+OVERWRITING: frozenset[Callable[..., Any]] = frozenset(
+    aliases("copy_", "scatter_add_", "index_add_", "scatter_", "scatter_reduce_", "index_reduce_")
+)
 
 # These take a shape or a type from their second argument, and values from the first alone.
 LIKE: frozenset[Callable[..., Any]] = frozenset(aliases("expand_as", "reshape_as", "view_as", "type_as", "to"))

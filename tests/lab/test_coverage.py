@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import kalmannorm as kn
-from kalmannorm.lab.coverage import TIMM, Coverage, Subject, cover, coverage, page, subjects
+from kalmannorm.lab.coverage import TIMM, Coverage, Subject, _write, cover, coverage, page, read, subjects
+from kalmannorm.lab.coverage_networks import NETWORKS, graph
 
 pytest.importorskip("timm")
 
@@ -98,8 +99,39 @@ def test_the_command_writes_a_table_and_a_page(tmp_path, capsys):
         coverage(str(tmp_path), "nothing like it")
 
 
+def test_rows_of_other_models_stay(tmp_path):
+    other = Coverage("l", "m", "t", 64, "cpu", 9, 5, 1, 0, 0, "no rule for f (3); masked (1)", "ok", 0.0, 1.0, "p 2")
+    _write(tmp_path / "coverage.csv", [other])
+    coverage(str(tmp_path), "torchvision/mnasnet0_5$")
+    coverage(str(tmp_path), "torchvision/mnasnet0_5$")
+    kept, new = read(tmp_path / "coverage.csv")
+    assert kept == other
+    assert (new.model, new.with_prior) == ("mnasnet0_5", 52)
+    text = (tmp_path / "coverage.md").read_text()
+    assert "| l | 1 | 5 of 9 (55.56 %) |\n| torchvision | 1 | 52 of 52 (100.00 %) |" in text
+    assert "| no rule for f | 3 | m |" in text
+
+
+@pytest.mark.parametrize("name", ["monai/UNet", "torch_geometric/GCN", "transformers/ResNet", "ultralytics/yolov8n"])
+def test_networks_of_other_packages(name):
+    pytest.importorskip(name.split("/")[0])
+    found = cover(_KNOWN[name])
+    assert found.with_prior == found.layers > 0
+    assert (found.step, found.reasons) == ("ok", "")
+    assert found.deployed <= 1e-6
+
+
+def test_graphs_are_separate_and_sequences_shorter():
+    nodes, edges = graph(torch.randn(3, 5, 2))
+    assert nodes.shape == (15, 2)
+    assert torch.equal(edges[0] // 5, edges[1] // 5)
+    assert set((edges // 5).flatten().tolist()) == {0, 1, 2}
+    x, lengths = NETWORKS["torchaudio"]["Conformer"].call(torch.randn(2, 40, 8))
+    assert (x.shape, lengths.tolist()) == ((2, 40, 8), [40, 30])
+
+
 def test_the_page_lists_reasons():
-    row = Coverage("l", "m", "t", 64, "cpu", 9, 5, 1, 0, 0, "no rule for f (3); masked (1)", "ok", 0.0, 1.0)
+    row = Coverage("l", "m", "t", 64, "cpu", 9, 5, 1, 0, 0, "no rule for f (3); masked (1)", "ok", 0.0, 1.0, "torch 2")
     text = page([row, row])
     assert "| no rule for f | 6 | m, m |" in text
     assert "| masked | 2 | m, m |" in text

@@ -6,7 +6,9 @@ import torch.nn.functional as F
 from drawing import agree, believe, check_alias, check_draws, check_unknown, covers, draw_through, values
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
+import kalmannorm as kn
 from kalmannorm.gaussian import Gaussian
 from kalmannorm.rules import RULES, aliases
 
@@ -199,3 +201,56 @@ def test_baddbmm_with_a_known_summand():
     torch.testing.assert_close(belief.var.expand(2, 3, 5).mean(), 4 * product.var.expand(2, 3, 5).mean())
     expected = 0.5 * known.mean() + 2 * product.mean.expand(2, 3, 5).mean()
     torch.testing.assert_close(belief.mean.expand(2, 3, 5).mean(), expected)
+
+
+def test_attention_with_a_bias_that_is_computed_from_the_input():
+    """As of relative positions in a conformer: a belief about the scores' summand."""
+    q, k, v = (believe((2, 2, 16, 4), seed=s, axes=(1, 3)) for s in range(3))
+    plain = RULES[F.scaled_dot_product_attention](q, k, v)
+    wide = Gaussian(torch.zeros(1, 2, 1, 1).double(), torch.full((1, 2, 1, 1), 4.0).double(), (2, 2, 16, 16))
+    sharp = RULES[F.scaled_dot_product_attention](q, k, v, attn_mask=wide)
+    assert (sharp.var > plain.var).all()
+    torch.testing.assert_close(sharp.mean, plain.mean)
+
+
+@covers(*aliases("glu"))
+@pytest.mark.parametrize("dim", [1, -2])
+def test_glu(function, dim):
+    check_draws(function, believe((2**14, 6, 8), groups=2), dim, groups=2)
+    check_draws(function, believe((2**12, 3, 8), axes=(1, 2)), -1)
+
+
+@covers(F.multi_head_attention_forward)
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_multi_head_attention(function, need_weights):
+    """Against tokens drawn each on its own, in the layout ``(time, N, channels)`` of its function."""
+    torch.manual_seed(0)
+    layer = nn.MultiheadAttention(8, 2).double()
+    arguments = (8, 2, layer.in_proj_weight, layer.in_proj_bias, None, None, False, 0.0, layer.out_proj.weight,
+                 layer.out_proj.bias)  # fmt: skip
+    q, k, v = (believe((16, 2**11, 8), seed=s, axes=(2,)) for s in range(3))
+    belief, weights = RULES[function](q, k, v, *arguments, need_weights=need_weights)
+    assert belief.mean.shape == (1, 1, 8)
+    assert "weights" in weights.reason
+    with torch.no_grad():
+        output, _ = function(*(x.draw(x.shape) for x in (q, k, v)), *arguments)
+    want_var, want_mean = torch.var_mean(output, (0, 1))
+    assert ((belief.mean[0, 0] - want_mean).abs() < 0.2 * want_var.sqrt() + 0.02).all()
+    # Channels that one linear map made depend on each other, which the next one's rule does not know.
+    assert ((belief.var[0, 0] / want_var).log2().abs() < 1).all(), belief.var[0, 0] / want_var
+    check_unknown("another size", function, q, k, v, 8, 2, None, *arguments[3:])
+    check_unknown("without a batch", function, q, values(16, 2, 8), v, *arguments)
+
+
+def test_networks_with_multi_head_attention_have_priors_behind_it():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.norm = nn.MultiheadAttention(8, 2, batch_first=True), nn.BatchNorm1d(8)
+
+        def forward(self, x):
+            return self.norm((x + self.attention(x, x, x)[0]).transpose(1, 2))
+
+    model = kn.convert(Block(), input_stats=(0.0, 1.0))
+    description = kn.describe(model, torch.randn(2, 5, 8))
+    assert description.with_prior == 1, description

@@ -244,3 +244,16 @@ def test_bounds_that_are_out_of_reach_are_none(bounds):
     expected = x if near == [None, None] else RULES[torch.clamp](x, *near)
     torch.testing.assert_close((clamped.mean, clamped.var), (expected.mean, expected.var))
     assert clamped.mean.isfinite().all()
+
+
+@covers(*aliases("sqrt", "sqrt_"))
+def test_sqrt(function):
+    """Of what is positive: a belief of 40 standard deviations above zero, and one that reaches it."""
+    x = Gaussian(torch.full((1, 3), 4.0).double(), torch.tensor([[0.01, 0.2, 0.5]]).double(), (DRAWS // 3, 3))
+    check_draws(function, x)
+    wide = Gaussian(torch.zeros(1, 1, requires_grad=True), torch.ones(1, 1, requires_grad=True), (4, 1))
+    y = RULES[function](wide)
+    (y.mean + y.var).sum().backward()
+    assert y.mean.isfinite().all()
+    assert wide.mean.grad.isfinite().all()
+    assert wide.var.grad.isfinite().all()

@@ -3,6 +3,8 @@
 Resizing blends elements, so it is compared with draws.
 """
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,7 +20,9 @@ from drawing import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+import kalmannorm as kn
 from kalmannorm.gaussian import Gaussian
 from kalmannorm.rules import RULES, aliases
 
@@ -44,7 +48,7 @@ def beliefs(draw, ranks=(2, 3, 4, 5), channels=(2, 4, 6)):
 
 
 @covers(*aliases("contiguous", "clone", "requires_grad_", "float", "double", "half", "bfloat16", "type_as",
-                 "type", "retain_grad"))  # fmt: skip
+                 "type", "retain_grad", "as_tensor", "asarray"))  # fmt: skip
 def test_same(function):
     """Casts too: a belief keeps its own precision."""
     x = believe((4, 3, 2, 2), groups=2)
@@ -458,7 +462,7 @@ def test_stack_with_a_known_tensor():
     torch.testing.assert_close(y.mean[:, :1], x.mean.mean().view(1, 1))
 
 
-@covers(*aliases("pad"), torch.constant_pad_nd)
+@covers(*aliases("pad"), torch.constant_pad_nd, torch._C._nn.pad)
 @given(value=st.floats(-2, 2), before=st.integers(-1, 2), after=st.integers(-1, 2),
        groups=st.integers(1, 2), axes=st.sampled_from([(), (1,), (1, 2)]))  # fmt: skip
 @MANY
@@ -467,7 +471,7 @@ def test_pad_with_channels(function, value, before, after, groups, axes):
     x = believe((4, 4, 3, 2), 1, groups, axes)
     amounts = [0, 0, 0, 0, before, after]
     y = RULES[function](x, amounts, value=value)
-    if function is F.pad:
+    if function in (F.pad, torch._C._nn.pad):
         assert torch.equal(RULES[function](x, amounts, "constant", value).mean, y.mean)
     mean, var = written_out(x)
     mean, var = F.pad(mean, amounts, value=value), F.pad(var, amounts)
@@ -607,7 +611,81 @@ def test_sums_over_neighbours(function):
     assert "first axis" in RULES[function](into, 1, named, terms).reason
 
 
-@covers(*aliases("scatter", "scatter_", "scatter_reduce", "scatter_reduce_", "index_reduce", "index_reduce_",
-                 "segment_reduce"))  # fmt: skip
+@covers(*aliases("scatter", "scatter_", "index_reduce", "index_reduce_", "segment_reduce"))
 def test_what_an_index_sends_otherwise_is_unknown(function):
-    assert "other than its sum" in RULES[function](believe((4, 3)), 0, torch.zeros(4), torch.zeros(4, 3)).reason
+    assert "other than a sum" in RULES[function](believe((4, 3)), 0, torch.zeros(4), torch.zeros(4, 3)).reason
+
+
+@covers(*aliases("scatter_reduce", "scatter_reduce_"))
+@pytest.mark.parametrize("reduce", ["mean", "amax", "amin"])
+def test_means_and_extremes_over_neighbours(function, reduce):
+    """A quarter of the rows gets 1 term, a quarter 9, a quarter 100 and the last one none."""
+    rows = torch.arange(1000)
+    index = torch.cat([rows, (1000 + rows).repeat(9), (2000 + rows).repeat(100)])
+    terms, zeros = believe((len(index), 3)), torch.zeros(4000, 3, dtype=torch.float64)
+    named = index[:, None].expand(-1, 3)
+    got = RULES[function](zeros, 0, named, terms, reduce, include_self=False)
+    drawn = function(zeros.clone(), 0, named, terms.draw(terms.shape), reduce, include_self=False)
+    var, mean = torch.var_mean(drawn, 0)
+    # That 100 count as 64 moves the largest by 0.1 deviations.
+    torch.testing.assert_close(got.mean[0], mean, atol=0.1, rtol=0.03)
+    torch.testing.assert_close(got.var[0], var, atol=0.05, rtol=0.1)
+
+
+@pytest.mark.parametrize("function", aliases("scatter_reduce"))
+def test_reductions_without_a_rule(function):
+    x, index = believe((6, 3)), torch.zeros(6, 3, dtype=torch.long)
+    zeros = torch.zeros(4, 3, dtype=torch.float64)
+    for into, options in ((zeros, {}), (believe((4, 3)), {"include_self": False})):
+        check_unknown("other than a sum", function, into, 0, index, x, "amax", **options)
+    check_unknown("other than a sum", function, zeros, 0, index, x, "prod", include_self=False)
+    check_unknown("an index computed", function, zeros, 0, x, x, "mean", include_self=False)
+    total = RULES[function](zeros, 0, index, x, "sum")
+    torch.testing.assert_close(total.mean, RULES[torch.scatter_add](zeros, 0, index, x).mean)
+
+
+def test_reductions_in_place_say_why_they_are_unknown():
+    """The zeros that a graph layer sends its messages to are not "changed in place by an activation"."""
+
+    class Messages(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3)
+
+        def forward(self, x, index):
+            return self.norm(torch.zeros(4, 3).scatter_reduce_(0, index, x, "prod"))
+
+    model = kn.convert(Messages(), input_stats=([0.0] * 3, [1.0] * 3))
+    (row,) = kn.describe(model, torch.randn(6, 3), torch.zeros(6, 3, dtype=torch.long)).rows
+    assert "other than a sum" in row.reason
+
+
+# -- masks -------------------------------------------------------------------------------------------
+
+
+@covers(*aliases("masked_fill", "masked_fill_"))
+def test_masked_fill(function):
+    x = believe((2**15, 3, 16), groups=2)
+    mask = torch.arange(16) % 4 == 0
+    check_draws(function, x, mask, 2.0, groups=2)
+    assert RULES[function](x, mask, 2.0).mean.shape == (2, 3, 1)
+    ragged = torch.arange(16) < torch.randint(1, 17, (2**15, 1, 1), generator=torch.Generator().manual_seed(0))
+    check_draws(function, believe((2**15, 3, 16)), ragged, -1.0)
+    assert RULES[function](x, mask, -math.inf) is x
+    check_unknown("a mask computed", function, x, x, 0.0)
+
+
+def test_masked_fill_of_some_channels():
+    x, mask = believe((2**15, 3, 16)), torch.tensor([True, False, False])[:, None]
+    check_draws(torch.masked_fill, x, mask, 2.0)
+
+
+# -- windows put back --------------------------------------------------------------------------------
+
+
+@covers(F.fold)
+def test_col2im(function):
+    x = believe((2**12, 3 * 4, 16), groups=2)
+    check_draws(function, x, 8, 2, stride=2, groups=2)
+    check_draws(function, believe((2**12, 3 * 4, 9)), 4, 2, stride=1, effective=1 / 4)
+    assert RULES[function](x, 8, 2, stride=2).mean.shape == (2, 3, 1, 1)

@@ -1,0 +1,88 @@
+"""The page: what was tried, and what happened."""
+
+from collections import Counter
+
+from benchmarks.tables import table
+from benchmarks.tried.trial import LAST, RATE, STEPS
+
+HEAD = f"""# What was tried, and what happened
+
+Made by `python -m benchmarks.tried` from [tried.csv](results/tried.csv): networks of other packages, and situations
+from public issue threads, with BatchNorm and with Kalman layers. A network is built from a small configuration, without
+weights. It is converted (`input_stats=(0.0, 1.0)`), described, and trained for {STEPS} steps of Adam (rate {RATE:g}) at
+1 and at 2 samples, from the same weights and on the same samples as with BatchNorm. Each output is to say, by -1 or 1,
+which of two waves the sample contains; the loss is the mean square of what is off.
+
+These are {STEPS} steps of one seed: they show faults, not which normalization is better.
+[Evidence](evidence.md) asks that.
+
+"""
+
+
+def page(rows):
+    """What was tried, as Markdown.
+
+    Args:
+        rows: the CSV's, their cells as text.
+    """
+    networks = [row for row in rows if row["kind"] == "network" and not row["happened"]]
+    skipped = sorted({row["library"] for row in rows if row["happened"].startswith("skipped")})
+    situations = [row for row in rows if row["kind"] == "situation"]
+    parts = [HEAD, *_summary(networks), "## Networks\n\n", _networks(networks)]
+    if skipped:
+        parts.append(f"Not installed where this ran: {', '.join(skipped)}.\n\n")
+    parts += ["### Layers without a prior\n\n", _reasons(networks)]
+    parts += ["## Situations\n\nThe number is better where it is smaller.\n\n", _situations(situations)]
+    packages = sorted({package for row in rows for package in row["packages"].split(", ")})
+    return "".join([*parts, f"With {', '.join(packages)}.\n"])
+
+
+def _summary(networks):
+    names = {(row["library"], row["name"]) for row in networks}
+    layers = {(row["library"], row["name"]): (int(row["with_prior"] or 0), int(row["layers"] or 0)) for row in networks}
+    priors, total = (sum(pair[i] for pair in layers.values()) for i in (0, 1))
+    both = [row for row in networks if row["batchnorm_last"] and row["kalman_last"]]
+    raised = {row["name"] for row in networks if row["batchnorm_error"]}
+    failed = {row["name"] for row in networks if row["kalman_error"]}
+    yield f"**{len(names)} networks: {priors:,} of {total:,} layers have a prior.** "
+    yield f"BatchNorm raised an error in {len(raised)} of them, a converted network in {len(failed)}. "
+    yield f"Of {len(both)} trainings that both sides finished, "
+    yield f"the converted network's loss was the smaller one at the end (the mean of {LAST} steps) in "
+    yield f"{sum(float(r['kalman_last']) < float(r['batchnorm_last']) for r in both)}, in `eval()` on new samples in "
+    yield f"{sum(float(r['kalman_eval']) < float(r['batchnorm_eval']) for r in both)}; its largest loss on the way was "
+    yield f"the larger one in {sum(float(r['kalman_largest']) > float(r['batchnorm_largest']) for r in both)}.\n\n"
+
+
+def _networks(networks):
+    head = ["network", "samples", "with a prior", "loss: first, last, largest; in `eval()`: BatchNorm", "Kalman",
+            "save and load, `to_batchnorm`"]  # fmt: skip
+    lines = []
+    for row in networks:
+        saved = [row[name] for name in ("reloaded", "deployed", "in_stock")]
+        lines.append([
+            f"{row['name']} ({row['library']})", row["samples"],
+            f"{row['with_prior'] or '-'} of {row['layers'] or '-'}",
+            _side(row, "batchnorm"), _side(row, "kalman"),
+            "-" if not all(saved) else "equal" if not any(map(float, saved)) else f"{max(map(float, saved)):.1e}",
+        ])  # fmt: skip
+    return table(head, lines) + "\n\nDetectors give other numbers in `eval()` than in training: boxes, say.\n\n"
+
+
+def _side(row, side):
+    if row[f"{side}_error"]:
+        return row[f"{side}_error"].split(", got")[0]
+    first, last, largest, in_eval = (row[f"{side}_{what}"] for what in ("first", "last", "largest", "eval"))
+    return f"{first}, {last}, {largest}; {in_eval}"
+
+
+def _reasons(networks):
+    found = Counter((row["library"], row["name"], row["reasons"]) for row in networks if row["reasons"])
+    lines = [[f"{name} ({library})", reasons] for library, name, reasons in found]
+    return f"{table(['network', 'reason (layers)'], lines)}\n\n" if lines else "None.\n\n"
+
+
+def _situations(situations):
+    head = ["situation", "threads", "measured", "BatchNorm", "Kalman", ""]
+    lines = [[row["name"], row["library"], row["measures"], row["batchnorm"], row["kalman"], row["happened"]]
+             for row in situations]  # fmt: skip
+    return table(head, lines) + "\n\n"

@@ -1,0 +1,140 @@
+"""Try one network: convert, describe, train beside BatchNorm, `eval()`, back to BatchNorm, save and load."""
+
+import copy
+import io
+import math
+import re
+import warnings
+from collections import Counter
+
+import torch
+
+import kalmannorm as kn
+from kalmannorm.lab.coverage_networks import outputs_of
+
+STEPS, LAST, RATE = 20, 5, 1e-3
+
+
+def examples(network, samples, seed):
+    """Samples of two classes, -1 and 1, which differ by the frequency of a wave along the last axis."""
+    generator = torch.Generator().manual_seed(seed)
+    classes = torch.randint(2, (samples,), generator=generator)
+    period = torch.where(classes == 0, 8.0, 3.0).view(-1, *[1] * len(network.shape))
+    phase = torch.rand(period.shape, generator=generator)
+    wave = torch.sin(2 * math.pi * (torch.arange(network.shape[-1]) / period + phase))
+    return wave + 0.5 * torch.randn(samples, *network.shape, generator=generator), 2.0 * classes - 1
+
+
+def loss_of(output, classes):
+    """How far every number of the output is from its sample's class: the mean square, over the output's tensors."""
+    terms = [
+        (t.float() - classes.repeat_interleave(len(t) // len(classes)).view(-1, *[1] * (t.ndim - 1))).square().mean()
+        for t in outputs_of(output)
+        if t.is_floating_point() and t.ndim and len(t) and len(t) % len(classes) == 0
+    ]
+    return torch.stack(terms).mean()
+
+
+def converted(network):
+    """With Kalman layers; its weights are those that `network.build` makes of the same seed."""
+    torch.manual_seed(0)
+    return kn.convert(network.build(), input_stats=(0.0, 1.0))
+
+
+def trained(model, network, samples):
+    """The losses of some steps of Adam."""
+    optimizer = torch.optim.Adam(model.parameters(), RATE)
+    losses = []
+    for step in range(STEPS):
+        x, classes = examples(network, samples, step)
+        torch.manual_seed(step)  # dropout
+        loss = loss_of(model.train()(*network.call(x)), classes)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@torch.no_grad()
+def in_eval(model, network):
+    """The output's tensors and the loss, of samples that were not trained on."""
+    x, classes = examples(network, 8, 10**6)
+    torch.manual_seed(0)
+    output = model.eval()(*network.call(x))
+    return [t for t in outputs_of(output) if t.is_floating_point()], loss_of(output, classes).item()
+
+
+def difference(one, other):
+    """The largest, over the largest number; infinite where one is not finite."""
+    worst = 0.0
+    for a, b in zip(one, other, strict=True):
+        if a.numel():
+            gap = float((a.double() - b.double()).abs().max() / a.double().abs().max().clamp_min(1e-30))
+            worst = max(worst, gap if math.isfinite(gap) else math.inf)
+    return worst
+
+
+def reloaded(model):
+    """A checkpoint of the model's, as it comes back from a file."""
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def side(kind, model, network, samples):
+    """The columns of one side: losses of training and the loss in `eval()`, or the error."""
+    try:
+        losses = trained(model, network, samples)
+        return {
+            f"{kind}_first": losses[0], f"{kind}_last": sum(losses[-LAST:]) / LAST, f"{kind}_largest": max(losses),
+            f"{kind}_eval": in_eval(model, network)[1],
+        }  # fmt: skip
+    except Exception as error:  # of a package's code, it may be any
+        return {f"{kind}_error": described(error)}
+
+
+def described(error):
+    """Its first line, for a cell of a table."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}".replace("|", "/")
+
+
+def tried(network, samples):
+    """The columns of a network's row."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        row = side("batchnorm", network.build(), network, samples)
+        try:
+            model = converted(network)
+            row |= _described(kn.describe(model, *network.call(examples(network, samples, 0)[0])))
+            row |= side("kalman", model, network, samples)
+            row |= _saved(model, network)
+        except Exception as error:
+            row["kalman_error"] = described(error)
+    return row
+
+
+def _described(description):
+    reasons = Counter(re.sub(r"[\d., ]*\d", " N", each.reason) for each in description.rows if each.reason)
+    return {
+        "layers": len(description.rows),
+        "with_prior": description.with_prior,
+        "reasons": "; ".join(f"{reason} ({count})" for reason, count in reasons.most_common()),
+    }
+
+
+def _saved(model, network):
+    """Differences in `eval()`: of a checkpoint in a new Kalman network, and of `to_batchnorm`'s in a stock network."""
+    before, _ = in_eval(model, network)
+    again = converted(network)
+    again.load_state_dict(reloaded(model))
+    torch.manual_seed(0)
+    stock = network.build()
+    back = kn.to_batchnorm(copy.deepcopy(model))
+    row = {"reloaded": difference(before, in_eval(again, network)[0])}
+    row["deployed"] = difference(before, in_eval(back, network)[0])
+    stock.load_state_dict(reloaded(back))
+    row["in_stock"] = difference(before, in_eval(stock, network)[0])
+    return row

@@ -1,0 +1,297 @@
+"""Networks of other packages, small and without weights: for the coverage table and for ``python -m benchmarks.tried``.
+
+Each maker imports its package when it is called, so packages that are not installed cost nothing but their rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["NETWORKS", "Network", "graph", "is_installed", "outputs_of"]
+
+
+def _alone(x: Tensor) -> tuple[Any, ...]:
+    return (x,)
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """How to build one, and what to call it with."""
+
+    task: str
+    build: Callable[[], nn.Module]
+    """The network with BatchNorm layers, untrained."""
+    shape: tuple[int, ...] = (3, 64, 64)
+    """Of one sample."""
+    call: Callable[[Tensor], tuple[Any, ...]] = _alone
+    """From samples, ``(N, *shape)``, to the arguments of ``forward``."""
+
+
+def is_installed(library: str) -> bool:
+    """Whether the package can be imported."""
+    return importlib.util.find_spec(library) is not None
+
+
+def outputs_of(output: Any) -> list[Tensor]:
+    """The tensors of an output: a tensor, a sequence, a mapping, or an object of such fields."""
+    if isinstance(output, Tensor):
+        return [output]
+    if isinstance(output, dict):  # transformers' outputs too
+        return outputs_of(list(output.values()))
+    return [t for each in output for t in outputs_of(each)] if isinstance(output, list | tuple) else []
+
+
+def graph(x: Tensor) -> tuple[Any, ...]:
+    """Graphs of equal size as one: nodes ``(N nodes, features)``, and edges between nodes of one graph."""
+    graphs, nodes = x.shape[:2]
+    edges = torch.randint(nodes, (graphs, 2, 4 * nodes), generator=torch.Generator().manual_seed(0))
+    return x.flatten(0, 1), (edges + nodes * torch.arange(graphs).view(-1, 1, 1)).transpose(0, 1).flatten(1)
+
+
+def _with_lengths(x: Tensor) -> tuple[Any, ...]:
+    """Of sequences ``(N, time, features)``: the first is whole, the others are cut short."""
+    lengths = torch.full((len(x),), 3 * x.shape[1] // 4)
+    lengths[0] = x.shape[1]
+    return x, lengths
+
+
+def _of(path: str, *args: Any, **kwargs: Any) -> nn.Module:
+    """Call what a dotted path leads to."""
+    module, _, name = path.rpartition(".")
+    made: nn.Module = getattr(importlib.import_module(module), name)(*args, **kwargs)
+    return made
+
+
+# -- transformers ----------------------------------------------------------------------------------
+
+_STAGES = {"embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
+
+
+def _transformer(model: str, config: str, **options: Any) -> nn.Module:
+    return _of(f"transformers.{model}", _of(f"transformers.{config}", **options))
+
+
+def _resnet_stages(config: str = "ResNetConfig", *stages: int) -> Any:
+    return _of(f"transformers.{config}", layer_type="basic", out_features=[f"stage{i}" for i in stages], **_STAGES)
+
+
+def _resnet() -> nn.Module:
+    return _transformer("ResNetForImageClassification", "ResNetConfig", layer_type="basic", **_STAGES)
+
+
+def _regnet() -> nn.Module:
+    return _transformer("RegNetForImageClassification", "RegNetConfig", groups_width=8, **_STAGES)
+
+
+def _mobilevit() -> nn.Module:
+    return _transformer("MobileViTForImageClassification", "MobileViTConfig", image_size=64, num_attention_heads=2,
+                        hidden_sizes=[16, 24, 32], neck_hidden_sizes=[8, 8, 16, 16, 24, 24, 32])  # fmt: skip
+
+
+def _mobilevitv2() -> nn.Module:
+    return _transformer("MobileViTV2ForImageClassification", "MobileViTV2Config", image_size=64, width_multiplier=0.25)
+
+
+def _levit() -> nn.Module:
+    return _transformer("LevitForImageClassification", "LevitConfig", image_size=64, hidden_sizes=[16, 32, 48],
+                        num_attention_heads=[2, 2, 2], depths=[1, 1, 1], key_dim=[8, 8, 8])  # fmt: skip
+
+
+def _mobilenetv2() -> nn.Module:
+    return _transformer("MobileNetV2ForImageClassification", "MobileNetV2Config", image_size=64, depth_multiplier=0.25)
+
+
+def _efficientnet() -> nn.Module:
+    return _transformer("EfficientNetForImageClassification", "EfficientNetConfig", image_size=64,
+                        width_coefficient=0.25, depth_coefficient=0.5, hidden_dim=320)  # fmt: skip
+
+
+def _detr() -> nn.Module:
+    return _transformer(
+        "DetrForObjectDetection", "DetrConfig", use_timm_backbone=False, use_pretrained_backbone=False, backbone=None,
+        backbone_config=_resnet_stages("ResNetConfig", 4), d_model=32, encoder_layers=1, decoder_layers=1,
+        encoder_ffn_dim=32, decoder_ffn_dim=32, encoder_attention_heads=2, decoder_attention_heads=2, num_queries=5,
+    )  # fmt: skip
+
+
+def _rtdetr() -> nn.Module:
+    return _transformer(
+        "RTDetrForObjectDetection", "RTDetrConfig", backbone_config=_resnet_stages("RTDetrResNetConfig", 2, 3, 4),
+        encoder_hidden_dim=32, encoder_in_channels=[16, 24, 32], encoder_ffn_dim=32, encoder_attention_heads=2,
+        d_model=32, decoder_in_channels=[32, 32, 32], decoder_layers=1, decoder_ffn_dim=32, decoder_attention_heads=2,
+        num_queries=5, num_denoising=0,
+    )  # fmt: skip
+
+
+def _segformer() -> nn.Module:
+    return _transformer("SegformerForSemanticSegmentation", "SegformerConfig", depths=[1] * 4, decoder_hidden_size=16,
+                        hidden_sizes=[8, 16, 24, 32], num_attention_heads=[1, 1, 2, 2])  # fmt: skip
+
+
+def _upernet() -> nn.Module:
+    return _transformer("UperNetForSemanticSegmentation", "UperNetConfig", hidden_size=16, use_auxiliary_head=False,
+                        backbone_config=_resnet_stages("ResNetConfig", 1, 2, 3, 4))  # fmt: skip
+
+
+def _wav2vec2() -> nn.Module:
+    return _transformer(
+        "Wav2Vec2ConformerModel", "Wav2Vec2ConformerConfig", hidden_size=16, num_hidden_layers=2, intermediate_size=32,
+        num_attention_heads=2, conv_dim=[16, 16], conv_stride=[4, 4], conv_kernel=[8, 8], num_feat_extract_layers=2,
+        num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2, mask_time_prob=0.0, layerdrop=0.0,
+    )  # fmt: skip
+
+
+_PATCHES = {"num_input_channels": 3, "context_length": 64, "patch_length": 8, "patch_stride": 8, "d_model": 16,
+            "num_targets": 2}  # fmt: skip
+
+
+def _patchtst() -> nn.Module:
+    return _transformer("PatchTSTForClassification", "PatchTSTConfig", num_hidden_layers=2, num_attention_heads=2,
+                        ffn_dim=32, **_PATCHES)  # fmt: skip
+
+
+def _patchtsmixer() -> nn.Module:
+    return _transformer("PatchTSMixerForTimeSeriesClassification", "PatchTSMixerConfig", num_layers=2,
+                        norm_mlp="BatchNorm", **_PATCHES)  # fmt: skip
+
+
+_TRANSFORMERS = {
+    "ResNet": Network("classification", _resnet),
+    "RegNet": Network("classification", _regnet),
+    "MobileViT": Network("classification", _mobilevit),
+    "MobileViTV2": Network("classification", _mobilevitv2),
+    "LeViT": Network("classification", _levit),
+    "MobileNetV2": Network("classification", _mobilenetv2),
+    "EfficientNet": Network("classification", _efficientnet),
+    "DETR": Network("detection", _detr),
+    "RT-DETR": Network("detection", _rtdetr),
+    "SegFormer": Network("segmentation", _segformer),
+    "UPerNet": Network("segmentation", _upernet),
+    "wav2vec2-conformer": Network("speech", _wav2vec2, (1600,)),
+    "PatchTST": Network("time series", _patchtst, (64, 3)),
+    "PatchTSMixer": Network("time series", _patchtsmixer, (64, 3)),
+}
+
+# -- ultralytics -----------------------------------------------------------------------------------
+
+
+def _yolo(name: str, kind: str = "DetectionModel") -> Callable[[], nn.Module]:
+    return lambda: _of(f"ultralytics.nn.tasks.{kind}", f"{name}.yaml", ch=3, nc=2, verbose=False)
+
+
+_ULTRALYTICS = {
+    "yolov5n": Network("detection", _yolo("yolov5n")),
+    "yolov8n": Network("detection", _yolo("yolov8n")),
+    "yolov9t": Network("detection", _yolo("yolov9t")),
+    "yolov10n": Network("detection", _yolo("yolov10n")),
+    "yolo11n": Network("detection", _yolo("yolo11n")),
+    "yolo12n": Network("detection", _yolo("yolo12n")),
+    "yolo11n-seg": Network("segmentation", _yolo("yolo11n-seg", "SegmentationModel")),
+    "yolo11n-cls": Network("classification", _yolo("yolo11n-cls", "ClassificationModel")),
+}
+
+# -- volumes ---------------------------------------------------------------------------------------
+
+
+def _monai(name: str, *args: Any, **kwargs: Any) -> Callable[[], nn.Module]:
+    return lambda: _of(f"monai.networks.nets.{name}", *args, **kwargs)
+
+
+def _volumes(task: str, build: Callable[[], nn.Module], size: int = 16) -> Network:
+    return Network(task, build, (1, size, size, size))
+
+
+_HIGH_RES = (
+    {"name": "conv_0", "n_features": 4, "kernel_size": 3},
+    {"name": "res_1", "n_features": 4, "kernels": (3, 3), "repeat": 1},
+    {"name": "res_2", "n_features": 8, "kernels": (3, 3), "repeat": 1},
+    {"name": "conv_1", "n_features": 8, "kernel_size": 1},
+    {"name": "conv_2", "kernel_size": 1},
+)
+_MONAI = {
+    "SegResNet": _volumes("segmentation", _monai("SegResNet", 3, 8, 1, 2, norm="batch", blocks_down=(1, 1, 1),
+                                                 blocks_up=(1, 1))),
+    "DynUNet": _volumes("segmentation", _monai("DynUNet", 3, 1, 2, [3, 3, 3], [1, 2, 2], [2, 2], filters=[4, 8, 16],
+                                               norm_name="batch")),
+    "VNet": _volumes("segmentation", _monai("VNet", spatial_dims=3, in_channels=1, out_channels=2)),
+    "UNet": _volumes("segmentation", _monai("UNet", 3, 1, 2, (4, 8, 16), (2, 2), norm="batch", num_res_units=1)),
+    "AttentionUnet": _volumes("segmentation", _monai("AttentionUnet", 3, 1, 2, (4, 8, 16), (2, 2))),
+    "BasicUNet": _volumes("segmentation", _monai("BasicUNet", 3, 1, 2, features=(4, 4, 8, 8, 16, 4), norm="batch")),
+    "HighResNet": _volumes("segmentation", _monai("HighResNet", 3, 1, 2, norm_type="batch", layer_params=_HIGH_RES)),
+    "RegUNet": _volumes("registration", _monai("RegUNet", 3, 1, 4, 2, out_channels=2)),
+    "DenseNet": _volumes("classification", _monai("DenseNet", 3, 1, 2, init_features=8, growth_rate=4,
+                                                  block_config=(2, 2))),
+    "ResNet": _volumes("classification", _monai("ResNet", "basic", [1, 1, 1, 1], [4, 8, 16, 32], 3, 1, num_classes=2)),
+}  # fmt: skip
+
+
+def _nnunet(kind: str) -> Callable[[], nn.Module]:
+    return lambda: _of(
+        f"dynamic_network_architectures.architectures.unet.{kind}", 1, 3, (4, 8, 16), nn.Conv3d, 3, (1, 2, 2), 1, 2, 1,
+        conv_bias=True, norm_op=nn.BatchNorm3d, norm_op_kwargs={}, nonlin=nn.LeakyReLU, nonlin_kwargs={"inplace": True},
+    )  # fmt: skip
+
+
+_NNUNET = {kind: _volumes("segmentation", _nnunet(kind)) for kind in ("PlainConvUNet", "ResidualEncoderUNet")}
+
+# -- graphs, speech, segmentation, self-supervision ------------------------------------------------
+
+
+def _gnn(kind: str) -> Network:
+    build = lambda: _of(f"torch_geometric.nn.{kind}", 8, 16, 3, 2, norm="BatchNorm")  # noqa: E731
+    return Network("graphs", build, (30, 8), graph)
+
+
+def _conformer() -> nn.Module:
+    return _of("torchaudio.models.Conformer", 8, 2, 16, 2, 7)
+
+
+def _ecapa() -> nn.Module:
+    return _of("speechbrain.lobes.models.ECAPA_TDNN.ECAPA_TDNN", 8, lin_neurons=8, channels=[16] * 5,
+               kernel_sizes=[5, 3, 3, 3, 1], dilations=[1, 2, 3, 4, 1], attention_channels=8, res2net_scale=4,
+               se_channels=8)  # fmt: skip
+
+
+def _xvector() -> nn.Module:
+    return _of("speechbrain.lobes.models.Xvector.Xvector", tdnn_blocks=3, tdnn_channels=[16] * 3, in_channels=8,
+               tdnn_kernel_sizes=[5, 3, 1], tdnn_dilations=[1, 2, 1], lin_neurons=8)  # fmt: skip
+
+
+def _smp(kind: str) -> Network:
+    build = lambda: _of(f"segmentation_models_pytorch.{kind}", "resnet18", encoder_weights=None, classes=2)  # noqa: E731
+    return Network("segmentation", build)
+
+
+def _head(kind: str) -> Network:
+    """A projection head behind a small encoder."""
+
+    def build() -> nn.Module:
+        encoder = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3, 2),
+                                nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())  # fmt: skip
+        return nn.Sequential(encoder, _of(f"lightly.models.modules.heads.{kind}", 16, 32, 8))
+
+    return Network("self-supervision", build, (3, 32, 32))
+
+
+NETWORKS: dict[str, dict[str, Network]] = {
+    "transformers": _TRANSFORMERS,
+    "ultralytics": _ULTRALYTICS,
+    "monai": _MONAI,
+    "dynamic_network_architectures": _NNUNET,
+    "torch_geometric": {kind: _gnn(kind) for kind in ("GCN", "GAT", "GraphSAGE", "GIN", "EdgeCNN")},
+    "segmentation_models_pytorch": {kind: _smp(kind) for kind in ("Unet", "FPN", "PSPNet", "Linknet", "DeepLabV3Plus")},
+    "torchaudio": {"Conformer": Network("speech", _conformer, (40, 8), _with_lengths)},
+    "speechbrain": {
+        "ECAPA-TDNN": Network("speech", _ecapa, (60, 8)),
+        "Xvector": Network("speech", _xvector, (60, 8)),
+    },
+    "lightly": {kind: _head(kind) for kind in
+                ("BYOLProjectionHead", "SimSiamProjectionHead", "BarlowTwinsProjectionHead")},
+}  # fmt: skip
