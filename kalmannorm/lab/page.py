@@ -25,8 +25,9 @@ __all__ = ["GAPS", "curves", "write_page"]
 # How files of figures of variance gaps begin.
 GAPS = "variance-gaps-"
 CURVES = (
-    "Left, the training loss, mean over seeds and over fiftieths of the run; right, the scores on validation images as "
-    "training goes on, by running statistics (solid) and by each statistics batch's own (dashed)."
+    "The training loss, mean over seeds and over fiftieths of the run; and on its right, where there are some, the "
+    "scores on validation images as training goes on, by running statistics (solid) and by each statistics batch's own "
+    "(dashed)."
 )
 STEPS = (
     "Steps to the baseline's: the first validation at which a run was as good as the baseline is at its end, on the "
@@ -83,19 +84,21 @@ def _groups(runs: Runs) -> dict[str, list[ArmRuns]]:
 
 def curves(runs: Runs, arms: Sequence[ArmRuns]) -> Figure:
     """Loss and scores of the arms' trainings as they went on, mean over seeds."""
-    drawing = figures.empty(10, 4.2)
-    losses, scores = drawing.subplots(1, 2)
+    scored = {arm.name: [name for name in runs.scores if len(arm.curve(name))] for arm in arms}
+    several = any(scored.values())
+    drawing = figures.empty(10 if several else 6, 4.2)
+    losses, *others = drawing.subplots(1, 1 + several, squeeze=False)[0]
     for arm, colour in zip(arms, _colours(arms), strict=True):
         loss = arm.curve("loss")
         losses.plot(loss.index, loss, color=colour, label=arm.label if len(arms) > 1 else runs.title(arm))
-        names = [name for name in arm.curves.columns if name in runs.scores]
-        for name in names:
+        for name in scored[arm.name]:
             points = 100 * arm.curve(name)
             # Equal curves hide each other unless the one behind is seen through the other's gaps.
             style = "--" if name.endswith("online") or name == "mask_ap" else "-"
-            scores.plot(points.index, points, style, color=colour, marker="." if len(points) < 20 else "")
+            others[0].plot(points.index, points, style, color=colour, marker="." if len(points) < 20 else "")
     figures.plain(losses, xlabel="step", ylabel="training loss", ylim=(0, _top(losses)))
-    figures.plain(scores, xlabel="step", ylabel="validation, %")
+    for scores in others:
+        figures.plain(scores, xlabel="step", ylabel="validation, %")
     losses.legend(frameon=False, fontsize=8)
     return drawing
 
