@@ -6,17 +6,21 @@ up these common changes, which the rules take for independent: its prior varianc
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.overrides import TorchFunctionMode
 
 from kalmannorm.modules import KalmanLayer
 from kalmannorm.propagation import paused
+from kalmannorm.steps import found_in
 
 __all__ = ["bake", "filters_below_norms", "standardize_weights", "standardized", "use_standardized"]
 
@@ -94,7 +98,7 @@ _STANDARDIZED: dict[type[nn.Module], type[nn.Module]] = {
 _STOCK = {new: stock for stock, new in _STANDARDIZED.items()}
 
 
-def standardize_weights(model: _M, names: Iterable[str] | None = None) -> _M:
+def standardize_weights(model: _M, names: Iterable[str] | None = None, *, inputs: Any = None) -> _M:
     """Give the convolutions and linear layers below normalization layers filters of zero mean and unit norm, in place.
 
     The layers keep their parameters, hooks and names; ``weight`` stays the raw filter in the ``state_dict`` and for the
@@ -103,13 +107,16 @@ def standardize_weights(model: _M, names: Iterable[str] | None = None) -> _M:
 
     A layer is standardized if its output reaches a Kalman, batch, group or instance normalization layer through sums,
     concatenation, pooling, dropout and changes of shape, without an activation or another weight in between. So
-    classifiers, predictors and squeeze-and-excitation stay as they are. The model's graph is found by ``torch.fx``.
+    classifiers, predictors and squeeze-and-excitation stay as they are. The model's graph is found by ``torch.fx``, or
+    by one call with ``inputs``, which works for every model.
     :func:`to_batchnorm` writes the standardized filters into the parameters and brings back the stock layers.
 
     Args:
         model: the network, with or without Kalman layers.
         names: qualified names of the layers to standardize, exactly these, without a look at the graph or at what the
             normalization layers have tracked.
+        inputs: call a copy of the model with this tensor, these positional arguments (a tuple), or these keyword
+            arguments (a mapping), in training mode, and follow what the filters put out.
 
     Returns:
         The model. A warning lists layers that cannot be standardized, and why: filters of one weight; transposed
@@ -127,7 +134,7 @@ def standardize_weights(model: _M, names: Iterable[str] | None = None) -> _M:
         >>> [type(layer).__name__ for layer in kn.standardize_weights(model)]
         ['StandardizedConv2d', 'BatchNorm2d', 'ReLU', 'Conv2d']
     """
-    use_standardized(filters_below_norms(model) if names is None else _named(model, names))
+    use_standardized(filters_below_norms(model, inputs) if names is None else _named(model, names))
     return model
 
 
@@ -146,9 +153,9 @@ def bake(model: nn.Module) -> None:
             layer.__class__ = _STOCK[type(layer)]
 
 
-def filters_below_norms(model: nn.Module) -> list[nn.Module]:
+def filters_below_norms(model: nn.Module, inputs: Any = None) -> list[nn.Module]:
     """The layers that :func:`standardize_weights` is to change; warns of those that it cannot."""
-    reached = _reached(model)
+    reached = _in_order(model, _reached(model) if inputs is None else _reached_in_a_call(model, inputs))
     if not reached:
         raise ValueError(
             f"{type(model).__name__} has nothing to standardize: no convolution or linear layer whose output reaches a "
@@ -256,9 +263,8 @@ def _traced_in_training(model: nn.Module) -> fx.Graph:
         first = str(error).partition("\n")[0]
         raise ValueError(
             f"{type(model).__name__} cannot be traced by torch.fx ({type(error).__name__}: {first}), so "
-            "kalmannorm.standardize_weights cannot tell which filters reach a normalization layer. Standardize the "
-            "parts that can be traced, kalmannorm.standardize_weights(model.backbone) for one, or name the layers: "
-            "kalmannorm.standardize_weights(model, names=['conv1', ...])"
+            "kalmannorm.standardize_weights cannot tell which filters reach a normalization layer. Give it an input "
+            "to call the model with: kalmannorm.standardize_weights(model, inputs=images)"
         ) from error
     finally:
         for module, flag in flags.items():
@@ -280,8 +286,68 @@ def _reached(model: nn.Module) -> dict[str, dict[str, nn.Module]]:
             continue
         for below in _walk(node.all_input_nodes, layers, constants):
             reached.setdefault(str(below.target), {})[str(node.target)] = norm
+    return reached
+
+
+def _in_order(model: nn.Module, reached: dict[str, dict[str, nn.Module]]) -> dict[str, dict[str, nn.Module]]:
     order = [name for name, _ in model.named_modules(remove_duplicate=False)]
     return {name: reached[name] for name in order if name in reached}
+
+
+class _Following(TorchFunctionMode):
+    """Notes on each tensor which filters' outputs it is made of, by what may lie in between. A tensor without a note
+    is a constant.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        notes = [note for t in found_in((*args, *(kwargs or {}).values()), Tensor) if (note := _note(t)) is not None]
+        name = func.__name__.strip("_")
+        passes = name in _FUNCTIONS or (name in _SCALINGS and len(notes) == 1)
+        for each in found_in((output,), Tensor) if notes else ():
+            _put_note(each, frozenset().union(*notes) if passes else frozenset())
+        return output
+
+
+_NOTE = "_kalmannorm_filters"
+
+
+def _note(tensor: Tensor) -> frozenset[str] | None:
+    return getattr(tensor, _NOTE, None)
+
+
+def _put_note(value: Any, note: frozenset[str]) -> None:
+    for tensor in found_in((value,), Tensor):
+        setattr(tensor, _NOTE, note)
+
+
+def _reached_in_a_call(model: nn.Module, inputs: Any) -> dict[str, dict[str, nn.Module]]:
+    """As :func:`_reached`, by a call of a copy."""
+    args = () if isinstance(inputs, Mapping) else inputs if isinstance(inputs, tuple) else (inputs,)
+    kwargs = inputs if isinstance(inputs, Mapping) else {}
+    reached: dict[str, dict[str, nn.Module]] = {}
+    followed = copy.deepcopy(model).train()
+
+    def arrive(name: str, norm: nn.Module, args: Any) -> None:
+        for tensor in found_in(args, Tensor):
+            for below in _note(tensor) or ():
+                reached.setdefault(below, {})[name] = model.get_submodule(name)
+
+    for name, module in followed.named_modules():
+        if _is_norm(module):
+            module.register_forward_pre_hook(partial(arrive, name))
+            module.register_forward_hook(lambda _, __, output: _put_note(output, frozenset()))
+        elif isinstance(module, _ConvNd | nn.Linear):
+            module.register_forward_hook(lambda _, __, output, name=name: _put_note(output, frozenset({name})))  # type: ignore[misc]
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
+    _put_note((args, kwargs), frozenset())
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices), _Following():
+            followed(*args, **kwargs)
+    finally:
+        for tensor in found_in((args, kwargs), Tensor):
+            delattr(tensor, _NOTE)
+    return reached
 
 
 def _constants(graph: fx.Graph) -> set[fx.Node]:

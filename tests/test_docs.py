@@ -205,6 +205,10 @@ def test_prose_lines_have_at_most_100_characters(path):
     assert [line for line in prose if len(line) > 100] == []
 
 
+def test_the_readme_is_a_front_door():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
 def test_the_words_are_at_most_twelve():
     assert 6 < len(re.findall(r"^\| \*\*", (DOCS / "glossary.md").read_text(), re.M)) <= 12
 

@@ -25,7 +25,7 @@ import kalmannorm as kn
 from kalmannorm.lab.models.cifar_resnet import CifarResNet
 from kalmannorm.lab.models.signal import SignalNet, TabularNet
 from kalmannorm.lab.models.unet3d import UNet3d
-from kalmannorm.standardization import standardized
+from kalmannorm.standardization import filters_below_norms, standardized
 
 
 def plain(weight):
@@ -293,7 +293,7 @@ class Branching(nn.Module):
 
 def test_a_model_that_cannot_be_traced():
     model = Branching().eval()
-    with pytest.raises(ValueError, match=r"Branching cannot be traced .*model\.backbone.*names="):
+    with pytest.raises(ValueError, match=r"Branching cannot be traced .*inputs=images"):
         kn.convert(model, weight_standardization=True)
     assert not model.training
     assert type(model.backbone[1]) is nn.BatchNorm2d
@@ -569,3 +569,45 @@ def test_a_pruned_filter_stays_standardized():
     x = torch.randn(2, 3, 8, 8)
     expected = model(x)
     torch.testing.assert_close(kn.to_batchnorm(model)(x), expected)
+
+
+class Untraceable(nn.Module):
+    """Its course depends on a value, which `torch.fx` cannot follow."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.gate, self.branch, self.late = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, images, scale=1.0):
+        h = F.relu(self.norm(self.stem(images)))
+        if h.sum() > -1:
+            h = h * torch.sigmoid(self.gate(h)) + self.branch(h) * scale
+        return self.head(F.relu(self.late(h)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("inputs", ["tensor", "tuple", "mapping"])
+def test_filters_are_found_in_a_call(inputs):
+    model = Untraceable().eval()
+    images = torch.randn(2, 3, 6, 6)
+    given = {"tensor": images, "tuple": (images, 2.0), "mapping": {"images": images}}[inputs]
+    with pytest.raises(ValueError, match=r"cannot be traced by torch.fx.*standardize_weights\(model, inputs=images\)"):
+        kn.standardize_weights(model)
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    kn.standardize_weights(model, inputs=given)
+    changed = [name for name, layer in model.named_modules() if type(layer).__name__.startswith("Standardized")]
+    assert changed == ["stem", "branch"]  # not the gate, and not the head
+    assert not model.training
+    torch.testing.assert_close(dict(model.state_dict()), dict(before), rtol=0, atol=0)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not vars(images)
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v3_small", "densenet121", "googlenet", "shufflenet_v2_x0_5"])
+def test_a_call_finds_what_the_graph_has(name):
+    options = {"init_weights": False} if name == "googlenet" else {}
+    model = torchvision.models.get_model(name, weights=None, **options)
+    by_graph, by_call = (filters_below_norms(model, x) for x in (None, torch.randn(2, 3, 64, 64)))
+    assert by_graph == by_call
+    assert len(by_graph) > 20

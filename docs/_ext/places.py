@@ -32,6 +32,8 @@ class Places(SphinxTransform):
             place = (here / target.partition("#")[0]).resolve()
             if not place.is_dir() or not place.is_relative_to(root):
                 continue
+            if place.with_name(place.name + ".md").is_file():  # a page beside a folder of its name
+                continue
             path = str(place.relative_to(root))
             if REPOSITORY:
                 words = reference.children[0].children
