@@ -22,7 +22,7 @@ $(READY): pyproject.toml
 	touch $(READY)
 
 demo: $(READY)
-	$(BIN)/kalmannorm demo
+	$(BIN)/kalmannorm run demo
 
 test: $(READY)
 	$(BIN)/python -m pytest -n auto --dist worksteal
@@ -49,7 +49,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.operations --output docs/results/operations.csv
 
 report: $(READY)
-	for study in $$(ls docs/results/studies); do $(BIN)/kalmannorm study $$study --report --output docs/results/studies; done
+	for study in $$(ls docs/results/studies); do $(BIN)/kalmannorm run $$study --report --output docs/results/studies; done
 	$(BIN)/python docs/results/tables.py
 
 clean:

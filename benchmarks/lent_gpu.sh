@@ -12,7 +12,7 @@
 # how many processes. speed SECONDS PATTERN...: cases of `python -m benchmarks`, added to what OUT has. study NAME SECONDS WORKERS: goes on with the study in RUNS
 # (default runs/gpu), with CUDA's multi-process service, and packs its runs; the checkpoints of those that have not
 # ended are in pieces, to be laid together (cat) and unpacked into RUNS before a later session goes on. Elsewhere
-# `kalmannorm study NAME --collect --output RUNS`, with the same torch, makes the tables.
+# `kalmannorm run NAME --collect --output RUNS`, with the same torch, makes the tables.
 # ONLY='kn-1*,brn-2' are the arms, if not all. GROW=1 believes what docs/results tells of runs that ended before, and
 # trains what it does not tell of (there too, --collect then wants --grow, and that folder's CSV files). SCALE=tiny
 # rehearses a study on a CPU. KALMANNORM_COMMIT names the commit where files travel without their history.
@@ -51,7 +51,7 @@ study)
     fi
     nvidia-cuda-mps-control -d 2>/dev/null && served=yes || served=
     # Interrupted, it stops at once, and has a checkpoint of each run.
-    timeout -s INT -k 20 "$seconds" "$PYTHON" -m kalmannorm.lab.cli study "$name" --workers "$workers" --scale "$SCALE" \
+    timeout -s INT -k 20 "$seconds" "$PYTHON" -m kalmannorm.lab.cli run "$name" --workers "$workers" --scale "$SCALE" \
         --only "$ONLY" --output "$RUNS" ${GROW:+--grow} >"$OUT/study.log" 2>&1
     echo "the study: $?"
     [ -n "$served" ] && echo quit | timeout 20 nvidia-cuda-mps-control

@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import resnet18
 
 import kalmannorm as kn
-from kalmannorm.lab.callbacks import KalmanNormCallback
+from kalmannorm.integrations.lightning import KalmanNormCallback
 
 
 class Classifier(lightning.LightningModule):  # yours: nothing in it knows of Kalman layers

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from kalmannorm.lab.tables import as_markdown, format_value
+from kalmannorm.lab.formatting import as_markdown, format_value
 
 HERE = Path(__file__).parent
 BOTH = ("accuracy_running", "accuracy_online")

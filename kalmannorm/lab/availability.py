@@ -10,27 +10,25 @@ from typing import Any
 
 import datasets
 
-from kalmannorm.lab.computed import COMPUTED
 from kalmannorm.lab.costs import build
 from kalmannorm.lab.data.folders import locate
 from kalmannorm.lab.data.generated import generate_for
 from kalmannorm.lab.data.images import SOURCES
-from kalmannorm.lab.data.roots import VARIABLE, MissingDataError, find
-from kalmannorm.lab.recipes import Scale
-from kalmannorm.lab.tables import Cell
+from kalmannorm.lab.data.roots import VARIABLE, find
+from kalmannorm.lab.experiments import Scale
 
-__all__ = ["data_at", "missing_data", "not_at_hand", "with_data"]
+__all__ = ["data_at", "missing_data", "not_at_hand"]
 
 
 @contextmanager
-def data_at(place: Path | None, cells: Sequence[Cell], output: Path, scale: Scale) -> Iterator[None]:
+def data_at(place: Path | None, configs: Sequence[Mapping[str, Any]], output: Path, scale: Scale) -> Iterator[None]:
     """Within it, this process and those it starts find their data sets.
 
     Args:
         place: The folder with the data sets; None for the one that ``KALMANNORM_DATA`` names.
-        cells: What is to be trained.
+        configs: Of what is to be trained.
         output: For the tiny scale, data sets are generated in there.
-        scale: See `recipes.Recipe.scaled`.
+        scale: See `kalmannorm.lab.experiments.scaled`.
 
     Raises:
         ValueError: A place that is no folder, or one for the tiny scale.
@@ -44,8 +42,8 @@ def data_at(place: Path | None, cells: Sequence[Cell], output: Path, scale: Scal
     cache = datasets.config.HF_DATASETS_CACHE
     if scale == "tiny":
         root = (output / "generated-data").absolute()
-        for cell in cells:
-            generate_for(cell.config["data"], root)
+        for config in configs:
+            generate_for(config["data"], root)
         # What `datasets` makes of generated images is no use to anything else.
         datasets.config.HF_DATASETS_CACHE = root / "cache"
         changed |= {VARIABLE: str(root), "HF_DATASETS_CACHE": str(root / "cache")}
@@ -62,25 +60,6 @@ def data_at(place: Path | None, cells: Sequence[Cell], output: Path, scale: Scal
                 del os.environ[name]
             else:
                 os.environ[name] = value
-
-
-def with_data(cells: Sequence[Cell]) -> list[Cell]:
-    """The cells whose data are here, or were downloaded now; the others are told why not.
-
-    Raises:
-        MissingDataError: There are none.
-    """
-    reasons: dict[str, str] = {}
-    for cell in cells:
-        if cell.recipe.cell.get("analysis") not in COMPUTED:
-            key = repr(cell.config["data"])
-            if key not in reasons:
-                reasons[key] = missing_data(cell.config)
-            cell.problems += [reasons[key]] if reasons[key] else []
-    ready = [cell for cell in cells if not cell.problems]
-    if not ready:
-        raise MissingDataError(cells[0].problems[0])
-    return ready
 
 
 def missing_data(config: Mapping[str, Any]) -> str:

@@ -11,23 +11,27 @@ from collections.abc import Callable, Iterator, Sequence
 
 # What the extra brings, by the names that are imported.
 NEEDED = (
-    "datasets", "jsonargparse", "lightning", "matplotlib", "pycocotools", "rich", "sklearn", "tensorboard",
-    "torchmetrics", "torchvision", "yaml",
+    "datasets", "jsonargparse", "lightning", "matplotlib", "pandas", "pycocotools", "rich", "sklearn", "torchmetrics",
+    "torchvision", "yaml",
 )  # fmt: skip
 
-# A function each, whose keyword arguments are the options; its docstring is the help. A bool that is False by default
-# is a flag, and what is not an option of its own goes to an argument `settings`, if there is one.
+# Of each subcommand its function and its help. The function's keyword arguments are the options, and its docstring is
+# the help of the subcommand. A bool that is False by default is a flag, and what is not an option of its own goes to an
+# argument `settings`, if there is one. Functions are loaded when they are called for: their modules take seconds.
 COMMANDS = {
-    "demo": "kalmannorm.lab.demo:demo",
-    "fit": "kalmannorm.lab.commands:fit",
-    "validate": "kalmannorm.lab.commands:on_validation",
-    "test": "kalmannorm.lab.commands:on_test",
-    "compare": "kalmannorm.lab.compare:compare",
-    "reproduce": "kalmannorm.lab.reproduce:reproduce",
-    "study": "kalmannorm.lab.study:study",
-    "layers": "kalmannorm.lab.layers:layers",
-    "coverage": "kalmannorm.lab.coverage:coverage",
+    "run": ("kalmannorm.lab.run:run", "Run an experiment: a table of the paper, or a comparison with a search."),
+    "list": ("kalmannorm.lab.commands:show", "Tell what there is: experiments, methods, networks and data sets."),
+    "compare": ("kalmannorm.lab.compare:compare", "Find out which normalization to use on your images."),
+    "fit": ("kalmannorm.lab.commands:fit", "Train one network and score it."),
+    "validate": ("kalmannorm.lab.commands:on_validation", "Score a run's last checkpoint on validation images."),
+    "test": ("kalmannorm.lab.commands:on_test", "Score a run's last checkpoint on test images."),
+    "export": ("kalmannorm.lab.commands:export", "Write the weights of a run, for a script without the laboratory."),
+    "layers": ("kalmannorm.lab.layers:layers", "Show what the filter is worth in each layer of a trained network."),
+    "coverage": ("kalmannorm.lab.coverage:coverage", "Tell which layers of other libraries' models get a prior."),
 }
+# Other names of a subcommand, with what comes before the arguments that are given.
+ALIASES = {"study": ["run"], "reproduce": ["run"], "demo": ["run", "demo"]}
+USAGE = "usage: kalmannorm COMMAND ...; kalmannorm COMMAND --help tells all of it"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,32 +44,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0, 1 where a package is missing or a run failed, 2 where the command line is wrong or data are
         missing, 130 after Ctrl-C.
     """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] in (["--help"], ["-h"]):
+        print(_usage())
+        return 0
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         print(f'kalmannorm: {", ".join(missing)} not found: pip install "kalmannorm[lab]"', file=sys.stderr)
         return 1
+    if not given or given[0] not in (*COMMANDS, *ALIASES):
+        wrong = f"unknown command {given[0]!r}" if given else "expected a command"
+        print(f"kalmannorm: {wrong}; there are {', '.join((*COMMANDS, *ALIASES))}", file=sys.stderr)
+        return 2
+    name, *given = [*ALIASES.get(given[0], given[:1]), *given[1:]]
     # Only now: all of these need the extra.
     from jsonargparse import ArgumentError, ArgumentParser  # noqa: PLC0415
 
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    # The others are loaded for the list of all subcommands alone.
-    wanted = given[:1] if given and given[0] in COMMANDS else list(COMMANDS)
-    functions = {name: _load(COMMANDS[name]) for name in wanted}
-    parser = ArgumentParser("kalmannorm", description="The laboratory of Kalman Normalization.", exit_on_error=False)
-    subcommands = parser.add_subcommands(dest="command")
-    for name, function in functions.items():
-        subparser = ArgumentParser(exit_on_error=False, epilog=_help(function, "settings"))
-        flags = {option for option, default in _options(function) if default is False}
-        subparser.add_function_arguments(
-            function, as_group=False, as_positional=_has_positional(function), skip={*flags, "settings"}
-        )
-        for flag in sorted(flags):  # left to itself, jsonargparse wants "--validation true"
-            subparser.add_argument(f"--{flag}", action="store_true", help=_help(function, flag))
-        subcommands.add_subcommand(name, subparser, help=(function.__doc__ or "").partition("\n")[0])
+    function = _load(COMMANDS[name][0])
+    parser = ArgumentParser(f"kalmannorm {name}", exit_on_error=False, epilog=_help(function, "settings"))
+    flags = {option for option, default in _options(function) if default is False}
+    positional = _has_positional(function)
+    parser.add_function_arguments(function, as_group=False, as_positional=positional, skip={*flags, "settings"})
+    for flag in sorted(flags):  # left to itself, jsonargparse wants "--validation true"
+        parser.add_argument(f"--{flag}", action="store_true", help=_help(function, flag))
     try:
-        own, settings = _own_and_settings(functions.get(given[0]) if given else None, given)
-        parsed = parser.parse_args(own)
-        code = functions[parsed.command](**parsed[parsed.command].as_dict(), **settings)
+        own, settings = _own_and_settings(function, given)
+        code = function(**parser.parse_args(own).as_dict(), **settings)
     except (ArgumentError, ValueError, FileNotFoundError, NotADirectoryError) as error:
         print(f"kalmannorm: {_one_line(str(error))}", file=sys.stderr)
         return 2
@@ -76,6 +80,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("kalmannorm: interrupted", file=sys.stderr)
         return 130
     return code or 0
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {words}" for name, (_, words) in COMMANDS.items()]
+    others = [f"{name} ({' '.join(['kalmannorm', *instead])})" for name, instead in ALIASES.items()]
+    about = [USAGE, "", "The laboratory of Kalman Normalization.", "", *lines, "", f"Also: {', '.join(others)}."]
+    return "\n".join(about)
 
 
 def _load(place: str) -> Callable[..., int | None]:
@@ -102,10 +114,10 @@ def _help(function: Callable[..., int | None], option: str) -> str:
 
 
 def _own_and_settings(
-    function: Callable[..., int | None] | None, given: Sequence[str]
+    function: Callable[..., int | None], given: Sequence[str]
 ) -> tuple[list[str], dict[str, list[str]]]:
     """What of a command line is for the function itself, and the rest as its argument ``settings``, if it has one."""
-    names = dict(_options(function)) if function else {}
+    names = dict(_options(function))
     if "settings" not in names:
         return list(given), {}
     known = {f"--{name}" for name in names if name != "settings"} | {"--help", "-h"}
@@ -121,7 +133,7 @@ def _own_and_settings(
 def _one_line(message: str) -> str:
     line = " ".join(message.split())
     # jsonargparse recounts every type it has tried; the option, one type and the value are what one needs.
-    option = rf"Parser key \"(?:(?:{'|'.join(COMMANDS)})\.)?([\w.]+)\""
+    option = r"Parser key \"([\w.]+)\""
     wrong = re.match(rf"{option}.*?Expected an? <class '(\w+)'>.* value: (.*)$", line)
     return "--{}: expected {}; got {}".format(*wrong.groups()) if wrong else line
 

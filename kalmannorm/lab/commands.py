@@ -1,30 +1,36 @@
-"""The subcommands that train and score one network: ``kalmannorm fit | validate | test``."""
+"""The subcommands of one network and of none: ``kalmannorm fit | validate | test | export | list``."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from kalmannorm.lab import fitting
-from kalmannorm.lab.recipes import read
+import kalmannorm
+from kalmannorm.lab import experiments, fitting
+from kalmannorm.lab.data.images import SOURCES
+from kalmannorm.lab.formatting import as_markdown
+from kalmannorm.lab.methods import METHODS
+from kalmannorm.lab.workers import bars
 
 
-def fit(*, config: str, output: Path, settings: Sequence[str] = ()) -> None:
+def fit(
+    *, config: str, output: Path, split: Literal["validation", "test"] | None = None, settings: Sequence[str] = ()
+) -> None:
     """Train one network and score it; an interrupted run goes on where it was.
 
     Args:
-        config: A recipe, such as table8/resnet32-kn-bs2, or a file.
+        config: An arm of an experiment, such as table8/resnet32-kn-bs2, or a file.
         output: Folder for the checkpoint, the curve and the scores.
+        split: Which images are scored at the end: test, or validation where there are no others.
         settings: Any setting of the configuration in its place, such as --trainer.max_steps 10.
     """
-    chosen = read(config).config
+    chosen = experiments.config_of(config)
     shown = fitting.is_first_process()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    progress = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not shown)
+    progress = bars(Console(stderr=True), shown=shown)
     bar = progress.add_task("steps", total=fitting.steps(chosen, settings))
 
     def tell(step: int) -> None:
@@ -32,7 +38,7 @@ def fit(*, config: str, output: Path, settings: Sequence[str] = ()) -> None:
         progress.update(bar, completed=step)
 
     try:
-        result = fitting.fit(chosen, output, tell, settings)
+        result = fitting.fit(chosen, output, tell, settings, split)
     finally:
         if progress.live.is_started:
             progress.stop()
@@ -70,3 +76,48 @@ def _score(output: Path, split: Literal["validation", "test"], settings: Sequenc
 def _show(scores: dict[str, float]) -> None:
     for name, value in scores.items():
         print(f"{name} {value:.4f}")
+
+
+def export(run: Path, file: Path, *, stock: bool = False) -> None:
+    """Write the weights of a run's network alone, and show the lines that load them.
+
+    Args:
+        run: The folder of a finished run.
+        file: Where to write the state dict, such as model.pt.
+        stock: As torch's own layers, where the run trained Kalman layers: they give the same outputs in eval().
+    """
+    module: Any = fitting.load(run)
+    network, given = module.network, fitting.configuration(run)["model"]["init_args"]
+    if stock:
+        network = kalmannorm.to_batchnorm(network)
+    torch.save(network.state_dict(), file)
+    built = given["network"]
+    place, _, name = built["class_path"].rpartition(".")
+    arguments = {**(built.get("init_args") or {}), **(built.get("dict_kwargs") or {})}
+    # What is a class itself, such as the stock layer, is a default.
+    arguments = {key: value for key, value in arguments.items() if not isinstance(value, dict)}
+    lines = ["import torch", f"from {place} import {name}", f"network = {name}(**{arguments!r})"]
+    if not stock and given["normalization"] != "bn":
+        options = {"statistics_batch": given.get("statistics_batch"), **(given.get("normalization_options") or {})}
+        lines.insert(1, "from kalmannorm.lab.methods import normalize")
+        lines.append(f"network = normalize(network, {given['normalization']!r}, **{options!r})")
+    lines.append(f"network.load_state_dict(torch.load({str(file)!r}, weights_only=True))")
+    print("\n".join([*lines, "network.eval()"]))
+
+
+def show() -> None:
+    """Tell what there is: experiments, with their runs and steps, normalizations and data sets.
+
+    `kalmannorm run NAME --list` tells of one experiment what it would take on this machine, and what is missing for it.
+    """
+    rows = [["experiment", "arms", "runs", "steps", ""]]
+    for name in experiments.names():
+        found = experiments.read(name)
+        arms = [arm for arm in found.arms if arm.form != "released" and arm.analysis not in ("parameters", "speed")]
+        runs = [(len(arm.points()), int(arm.config["trainer"]["max_steps"])) for arm in arms]
+        steps = sum(length * (points * found.search_scale + found.seeds) for points, length in runs)
+        count = sum(points + found.seeds for points, _ in runs)
+        rows.append([name, str(len(found.arms)), str(count), f"{steps:,.0f}", found.title])
+    methods = [["normalization", ""], *([name, method.label] for name, method in METHODS.items())]
+    sets = [*SOURCES, "imagenet", "coco", "pennfudan"]
+    print(as_markdown(rows), as_markdown(methods), f"Data sets: {', '.join(sets)}; and folders of images.", sep="\n")

@@ -3,140 +3,76 @@
 from __future__ import annotations
 
 import difflib
-import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from rich.console import Console
+import yaml
+from PIL import Image
+from rich.progress import track
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from kalmannorm.lab.configuration import flat
 from kalmannorm.lab.data.folders import FolderData
+from kalmannorm.lab.experiments import load, merge, nested
 from kalmannorm.lab.methods import METHODS, normalize
-from kalmannorm.lab.results import Result, csv_text, finished, write_atomically
-from kalmannorm.lab.trainings import Job, divergence, reason, run_jobs
+from kalmannorm.lab.pretrained import load_trunk, trained_weights
+from kalmannorm.lab.results import write_atomically
+from kalmannorm.lab.run import run
 from kalmannorm.lab.workers import available_cpus
 
-if TYPE_CHECKING:
-    from kalmannorm.lab.fitting import Split
+__all__ = ["classifier", "compare"]
 
-__all__ = ["Outcome", "Plan", "by_method", "classifier", "compare"]
+# Of images that are normalized as `folders.image_transform` does, about.
+_INPUT_STATS = [[0.0, 0.0, 0.0], [1.0, 1.0, 1.0]]
 
 
 def classifier(name: str, num_classes: int) -> nn.Module:
-    """An untrained classifier of torchvision that has BatchNorm, from ``(N, 3, H, W)`` to ``(N, num_classes)``.
+    """An untrained classifier that has BatchNorm, from ``(N, 3, H, W)`` to ``(N, num_classes)``.
+
+    Args:
+        name: One of torchvision's, such as ``"resnet18"``; or ``"timm/resnet26d"`` for one of timm's.
+        num_classes: Number of logits.
 
     Raises:
         ValueError: There is none of this name, or it has no BatchNorm to replace.
     """
-    from torchvision import models  # noqa: PLC0415 - slow
+    return _classifier(name, num_classes, trained=False)
 
-    known = models.list_models(module=models)
-    if name not in known:
-        close = difflib.get_close_matches(name, known, 3) or ["resnet18", "mobilenet_v2", "efficientnet_b0"]
-        raise ValueError(f"torchvision has no classifier {name!r}; it has for example {', '.join(close)}")
-    build: Callable[..., nn.Module] = models.get_model_builder(name)
-    # Without auxiliary heads, whose outputs would come beside the logits; only these two have them.
-    options = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
-    network = build(weights=None, num_classes=num_classes, **options)
+
+def _classifier(name: str, num_classes: int | None, *, trained: bool) -> nn.Module:
+    """A classifier; with trained weights it has as many classes as those."""
+    of_timm, own = name.startswith("timm/"), name.removeprefix("timm/")
+    network: nn.Module
+    if of_timm:
+        try:
+            import timm  # noqa: PLC0415 - not everybody has it
+        except ImportError as error:
+            raise ValueError(f"--network: {name} needs timm: pip install timm") from error
+        known = timm.list_models()
+    else:
+        from torchvision import models  # noqa: PLC0415 - slow
+
+        known = models.list_models(module=models)
+    if own not in known:
+        library = "timm" if of_timm else "torchvision"
+        close = difflib.get_close_matches(own, known, 3) or ["resnet18", "mobilenet_v2", "efficientnet_b0"]
+        raise ValueError(f"{library} has no classifier {own!r}; it has for example {', '.join(close)}")
+    classes: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
+    if of_timm:
+        network = timm.create_model(own, pretrained=trained, **classes)
+    else:
+        # Without auxiliary heads, whose outputs would come beside the logits; only these two have them.
+        auxiliary = own in ("googlenet", "inception_v3") and not trained
+        options: dict[str, Any] = {"aux_logits": False, "init_weights": True} if auxiliary else {}
+        network = models.get_model(own, weights="DEFAULT" if trained else None, **options, **classes)
     if not any(isinstance(layer, _BatchNorm) for layer in network.modules()):
-        raise ValueError(f"torchvision's {name} has no BatchNorm, so there is nothing to compare")
+        raise ValueError(f"{name} has no BatchNorm, so there is nothing to compare")
     return network
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is compared, alike for all methods; see `compare`."""
-
-    folder: str
-    methods: tuple[str, ...]
-    statistics_batch: int
-    gradient_batch: int
-    network: str
-    size: int
-    steps: int
-    rates: tuple[float, ...]
-    seeds: int
-    num_classes: int
-    test_images: int
-    guessing: float
-    """Accuracy of who names the largest class of the test images each time."""
-
-    def trial(self, method: str, rate: float, seed: int, split: Split, output: Path) -> Outcome:
-        """A run that nothing has come of yet, in a folder below ``output``."""
-        kind, name = ("search", f"rate-{rate:g}") if split == "validation" else ("runs", f"seed-{seed}")
-        what = f"{kind}/{METHODS[method].label}, rate {rate:g}"
-        folder, config = output / kind / f"{method}-{name}", self.config(method, rate, seed)
-        return Outcome(method, rate, Job(what, seed, config, folder, split, keep=kind == "runs"))
-
-    def config(self, method: str, rate: float, seed: int) -> dict[str, Any]:
-        """What `kalmannorm.lab.fitting.fit` takes."""
-        network = {"name": self.network, "num_classes": self.num_classes}
-        return {
-            "seed_everything": seed,
-            "model": {
-                "class_path": "kalmannorm.lab.training.Classifier",
-                "init_args": {
-                    "network": {"class_path": "kalmannorm.lab.compare.classifier", "init_args": network},
-                    "normalization": method,
-                    "num_classes": self.num_classes,
-                    "statistics_batch": self.statistics_batch,
-                    "rate": rate,
-                    "schedule": "warmup",
-                },
-            },
-            "data": {
-                "class_path": "kalmannorm.lab.data.folders.FolderData",
-                "init_args": {
-                    "folder": self.folder,
-                    "gradient_batch": self.gradient_batch,
-                    "size": self.size,
-                    # A process that trains on the CPU has one core, and would wait for its own workers.
-                    "workers": 4 if torch.cuda.is_available() else 0,
-                },
-            },
-            # Scored when it has ended, and not before.
-            "trainer": {"max_steps": self.steps, "val_check_interval": self.steps + 1},
-            "checkpoint_every": min(1000, self.steps),
-        }
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A run, and what came of it.
-
-    Attributes:
-        method: A key of METHODS.
-        rate: Learning rate.
-        job: The training; of the search if it is scored on validation images, one of those that count on test images.
-        result: If it came to an end.
-        error: Why it does not count: what it raised, or how it diverged; empty where it does.
-    """
-
-    method: str
-    rate: float
-    job: Job
-    result: Result | None = None
-    error: str = ""
-
-    @property
-    def accuracy(self) -> float:
-        """By running statistics, as in plain ``eval()``; 0 to 1, and 0 where the run does not count."""
-        return self.result.scores["accuracy_running"] if self.result and not self.error else 0.0
-
-    @property
-    def last_loss(self) -> float:
-        """Mean training loss of the last tenth of the steps."""
-        return self.result.last_loss if self.result else math.nan
-
-    @property
-    def said(self) -> str:
-        """Which run it is, and why it does not count."""
-        return f"{self.job} {'' if self.result else 'failed: '}{self.error}"
 
 
 def compare(
@@ -146,31 +82,40 @@ def compare(
     statistics_batch: int = 2,
     gradient_batch: int | None = None,
     network: str = "resnet18",
+    weights: str = "default",
     size: int = 64,
     steps: int = 1000,
     rates: str = "0.003,0.01,0.03,0.1",
     seeds: int = 3,
     workers: int | None = None,
-    output: Path = Path("runs/compare"),
-) -> None:
+    output: Path = Path("runs"),
+    settings: Sequence[str] = (),
+) -> int:
     """Find out which normalization to use on your images, at your batch size.
 
     Each method is trained once at each rate, in full, and scored on validation images; then at its best rate from
-    other seeds, and scored on test images, once. What was interrupted goes on when it is called again.
+    other seeds, and scored on test images, once. What was interrupted goes on when it is called again. The experiment
+    is written as a file, OUTPUT/compare.yaml: change it at will, and run it by `kalmannorm run`.
 
     Args:
         folder: Images, one folder a class; or with train, val and perhaps test folders around those.
-        methods: Which to compare, separated by commas: some of bn, brn, gn, ln, in, wn, ghost, sync, mabn, cbn,
+        methods: Which to compare, separated by commas: some of bn, brn, gn, ln, in, wn, frozen, ghost, sync, mabn, cbn,
             evonorm, frn, kn, kn-paper, kn-released, gkn.
         statistics_batch: Images that are normalized together.
         gradient_batch: Images a training step, if more than that.
-        network: A classifier of torchvision with BatchNorm.
+        network: A classifier of torchvision with BatchNorm; or timm/NAME.
+        weights: What trainings start from: default for the weights that the library has, where they can be had; none;
+            or a file with a state dict.
         size: Side of the images, in pixels.
         steps: Training steps of each run.
         rates: Learning rates to search, separated by commas.
         seeds: Runs of each method that count.
         workers: Processes that train at the same time; as many as there are CPUs or GPUs if not given.
         output: Folder for the runs, the table and the report.
+        settings: Any setting of the configuration, such as --trainer.precision bf16-mixed.
+
+    Returns:
+        The exit code: 1 where a run failed. One that diverged is a result.
     """
     counts = {"statistics_batch": statistics_batch, "size": size, "steps": steps, "seeds": seeds, "workers": workers}
     for name, value in counts.items():
@@ -180,72 +125,110 @@ def compare(
     if images % statistics_batch or images < 1:
         raise ValueError(f"--gradient_batch: expected a multiple of statistics_batch={statistics_batch}; got {images}")
     keys = tuple(dict.fromkeys(name.strip() for name in methods.split(",")))
+    searched, more = _numbers(rates), _settings(settings)
     data = _checked_data(folder, size, images)
-    _check_methods(keys, network, data.num_classes, statistics_batch, size)
-    plan = Plan(folder, keys, statistics_batch, images, network, size, steps, _numbers(rates), seeds,
-                data.num_classes, len(data.test_set), _largest_share(data))  # fmt: skip
-    _claim(output, plan)
-    console = Console()
-    processes = workers or torch.cuda.device_count() or available_cpus()
-    search = [plan.trial(key, rate, 0, "validation", output) for key in keys for rate in plan.rates]
-    searched = _run(search, processes, console)
-    best = {key: _best(outcomes) for key, outcomes in by_method(searched).items()}
-    final = [
-        plan.trial(key, rate, seed, "test", output)
-        for key, rate in best.items() if rate is not None
-        for seed in range(1, seeds + 1)
-    ]  # fmt: skip
-    counted = _run(final, processes, console)
-    write_atomically(output / "results.csv", _as_csv([*searched, *counted]))
-    if not any(by_method(counted).values()):
-        first = next(outcome for outcome in (*counted, *searched) if outcome.error)
-        raise ValueError(f"each run failed or diverged, so there is nothing to compare; {first.said}")
-
-    from kalmannorm.lab.compare_report import terminal_table, write_page  # noqa: PLC0415 - matplotlib is slow
-
-    page = write_page(output / "report.html", plan, searched, counted, min(processes, len(final)))
-    console.print(terminal_table(plan, counted))
-    for outcome in (*searched, *counted):
-        if outcome.error:
-            console.print(f"Left out: {outcome.said}", soft_wrap=True, highlight=False, markup=False)
-    console.print(f"Report: {page}", soft_wrap=True, highlight=False)
+    start = _start(network, weights, output)
+    _check_methods(keys, network, data.num_classes, statistics_batch, size, start)
+    _check_pictures(data)
+    content = {
+        "title": f"Which normalization for {Path(folder).name}?",
+        "question": _words(network, start, weights, images, statistics_batch, size, steps),
+        "search": {"model.init_args.rate": searched},
+        "seeds": seeds,
+        "verdict": {"guessing": _largest_share(data), "images": len(data.test_set)},
+        "config": merge(_config(network, data.num_classes, statistics_batch, start, folder, images, size, steps), more),
+        "arms": {key: {"label": METHODS[key].label, "model": _model(key)} for key in keys},
+    }
+    path = _written(output, content)
+    return run(str(path), seeds=seeds, workers=workers, output=output)
 
 
-def by_method(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
-    """Outcomes that neither failed nor diverged, by method; an empty list where all did."""
-    groups: dict[str, list[Outcome]] = {}
-    for outcome in outcomes:
-        groups.setdefault(outcome.method, []).extend([outcome] if outcome.result and not outcome.error else [])
-    return groups
+def _config(
+    network: str, classes: int, group: int, start: Path | None, folder: str, images: int, size: int, steps: int
+) -> dict[str, Any]:
+    """What `kalmannorm.lab.fitting.fit` takes, for all methods."""
+    of_network = {"class_path": "kalmannorm.lab.compare.classifier"}
+    # A process that trains on the CPU has one core, and would wait for its own workers.
+    workers = 4 if torch.cuda.is_available() else 0
+    model: dict[str, Any] = {
+        "network": {**of_network, "init_args": {"name": network, "num_classes": classes}},
+        "num_classes": classes,
+        "statistics_batch": group,
+        "schedule": "warmup",
+    }
+    return {
+        "model": {
+            "class_path": "kalmannorm.lab.training.Classifier",
+            "init_args": model if start is None else {**model, "weights": str(start)},
+        },
+        "data": {
+            "class_path": "kalmannorm.lab.data.folders.FolderData",
+            "init_args": {"folder": folder, "gradient_batch": images, "size": size, "workers": workers},
+        },
+        # Scored when it has ended, and not before.
+        "trainer": {"max_steps": steps, "val_check_interval": steps + 1},
+        "checkpoint_every": min(1000, steps),
+    }
 
 
-def _best(outcomes: Sequence[Outcome]) -> float | None:
-    """The rate of the highest validation accuracy, of equal ones that of the lower training loss; of `by_method`."""
-    return max(outcomes, key=lambda o: (o.accuracy, -o.last_loss)).rate if outcomes else None
+def _model(method: str) -> dict[str, Any]:
+    options = {"normalization_options": {"input_stats": _INPUT_STATS}} if method.startswith("kn") else {}
+    return {"normalization": method, **options}
 
 
-def _run(trials: Sequence[Outcome], workers: int, console: Console) -> list[Outcome]:
-    """The trials with what came of them; those that ended in an earlier call are only read."""
-    found = {trial.job.folder: Result.read(trial.job.folder) for trial in trials if finished(trial.job.folder)}
-    left = [trial.job for trial in trials if trial.job.folder not in found]
-    new = iter(run_jobs(left, workers, console))
-    return [_ended(trial, found.get(trial.job.folder) or next(new)) for trial in trials]
+def _words(network: str, start: Path | None, weights: str, images: int, group: int, size: int, steps: int) -> str:
+    asked = "; its trained weights could not be had" if weights == "default" else ""
+    begun = f"untrained{asked}" if start is None else "from trained weights"
+    return (
+        f"{network}, {begun}; {steps} steps of SGD with momentum 0.9, weight decay 0.0001 on weights alone, and a rate "
+        f"that rises over the first tenth and falls to 0 along a cosine. {images} images a step, of which {group} at a "
+        f"time are normalized together; random crops of {size} pixels, flipped or not. A seed fixes the order of the "
+        "images and what is not trained yet, alike for all methods."
+    )
 
 
-def _ended(trial: Outcome, found: Result | Exception) -> Outcome:
-    if isinstance(found, Exception):
-        return replace(trial, error=reason(found))
-    return replace(trial, result=found, error=divergence(found))
-
-
-def _numbers(rates: str) -> tuple[float, ...]:
+def _start(network: str, weights: str, output: Path) -> Path | None:
+    """The file of weights to start from; None for none."""
+    if weights == "none":
+        return None
+    if weights != "default":
+        if not Path(weights).is_file():
+            raise ValueError(f"--weights: expected default, none or a file; got {weights}")
+        return Path(weights)
+    kept = output / f"{network.replace('/', '-')}.pt"
+    if kept.is_file():
+        return kept
     try:
-        numbers = tuple(dict.fromkeys(float(rate) for rate in rates.split(",")))
+        state = _classifier(network, None, trained=True).state_dict()
+    except (OSError, RuntimeError):  # out of reach, or there are none
+        return None
+    own = set(classifier(network, 1000).state_dict())
+    output.mkdir(parents=True, exist_ok=True)
+    torch.save({name: value for name, value in state.items() if name in own}, kept)  # but for auxiliary heads
+    return kept
+
+
+def _numbers(rates: str) -> list[float]:
+    try:
+        numbers = [*dict.fromkeys(float(rate) for rate in rates.split(","))]
     except ValueError:
         raise ValueError(f"--rates: expected numbers separated by commas; got {rates!r}") from None
     if not all(0 < rate < math.inf for rate in numbers):
         raise ValueError(f"--rates: expected numbers above 0; got {rates!r}")
     return numbers
+
+
+def _settings(words: Sequence[str]) -> dict[str, Any]:
+    """Settings as a command line gives them: ``--trainer.precision bf16-mixed``, or with an equals sign."""
+    parts = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    found: dict[str, Any] = {}
+    for name, value in zip(parts[::2], parts[1::2], strict=False):
+        if "." not in name:
+            raise ValueError(f"unknown option {name}")
+        found = merge(found, nested(name.removeprefix("--"), yaml.safe_load(value)))
+    if len(parts) % 2:
+        raise ValueError(f"{parts[-1]}: expected a value")
+    return found
 
 
 def _checked_data(folder: str, size: int, images: int) -> FolderData:
@@ -258,13 +241,37 @@ def _checked_data(folder: str, size: int, images: int) -> FolderData:
     return data
 
 
+def _check_pictures(data: FolderData) -> None:
+    """Decode every picture once: a truncated one would end each training that comes to it."""
+    sets: list[Any] = [data.train_set, data.validation_set, data.test_set]
+    sets = [part for part in sets if hasattr(part.dataset, "samples")]  # but for Parquet files
+    files = sorted({str(part.dataset.samples[index][0]) for part in sets for index in part.indices})
+    with ThreadPoolExecutor(available_cpus()) as pool:
+        found = pool.map(_broken, files)
+        wrong = [text for text in track(found, "pictures", len(files), transient=True) if text]
+    if wrong:
+        more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise ValueError(f"{wrong[0]}{more}: repair or remove it")
+
+
+def _broken(file: str) -> str:
+    try:
+        with Image.open(file) as picture:
+            picture.load()
+    except (OSError, SyntaxError, ValueError) as error:
+        return f"{file} cannot be read as a picture ({error})"
+    return ""
+
+
 def _largest_share(data: FolderData) -> float:
-    """Of the test images, the share of the class that most of them are of."""
+    """Of the test images, the share of the class that most of them are of: who names it each time has so many right."""
     labels = torch.tensor(data.test_set.dataset.targets)[data.test_set.indices]  # type: ignore[attr-defined]
     return int(labels.bincount().max()) / len(labels)
 
 
-def _check_methods(methods: Sequence[str], name: str, num_classes: int, statistics_batch: int, size: int) -> None:
+def _check_methods(
+    methods: Sequence[str], name: str, num_classes: int, statistics_batch: int, size: int, start: Path | None
+) -> None:
     """Refuse now what would fail in every run."""
     network = classifier(name, num_classes).eval()
     try:
@@ -272,48 +279,31 @@ def _check_methods(methods: Sequence[str], name: str, num_classes: int, statisti
             network(torch.zeros(1, 3, size, size))
     except RuntimeError as error:
         raise ValueError(f"--size: {name} cannot take images of {size} pixels: {error}") from error
+    if start is not None:
+        load_trunk(network, trained_weights(start))
     for method in methods:
         if method not in METHODS:
             raise ValueError(f"--methods: unknown method {method!r}; expected some of {', '.join(METHODS)}")
-        if method == "frozen":
-            raise ValueError(
-                "--methods: 'frozen' keeps the statistics of a trained network, and these are untrained; leave it out"
-            )
+        if method == "frozen" and start is None:
+            raise ValueError("--methods: 'frozen' keeps the statistics of a trained network: give --weights")
         try:
             normalize(classifier(name, num_classes), method, statistics_batch=statistics_batch)
         except (ValueError, RuntimeError) as error:
             raise ValueError(f"--methods: {method} does not suit {name}: {error}") from error
 
 
-def _claim(output: Path, plan: Plan) -> None:
-    """Make the output folder this comparison's, unless it is another's."""
-    mine = json.loads(json.dumps(plan.__dict__))
-    path = output / "compare.json"
+def _written(output: Path, content: dict[str, Any]) -> Path:
+    """The file of the experiment; refused where the folder holds another one."""
+    path = output / "compare.yaml"
     try:
         if path.exists():
-            other = json.loads(path.read_text(encoding="utf-8"))
-            for name, value in mine.items():
-                if other.get(name) != value:
-                    raise ValueError(
-                        f"--output: {output} holds a comparison with {name}={other.get(name)}; got {value}"
-                    )
+            now, before = flat(content), flat(load(path))
+            for key in dict.fromkeys([*now, *before]):
+                if now.get(key) != before.get(key):
+                    there, here = before.get(key, "nothing"), now.get(key, "nothing")
+                    raise ValueError(f"--output: {output} holds a comparison with {key}={there}; got {here}")
         output.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(mine, indent=1) + "\n")
+        write_atomically(path, yaml.safe_dump(content, sort_keys=False, width=120))
     except OSError as error:
         raise ValueError(f"--output: cannot write to {output}: {error.strerror}") from error
-
-
-def _as_csv(outcomes: Sequence[Outcome]) -> str:
-    records = []
-    for outcome in outcomes:
-        job, result = outcome.job, outcome.result
-        numbers = {}
-        if result:
-            numbers = {**result.scores, "last_loss": result.last_loss, "seconds_per_step": result.seconds_per_step}
-        records.append({
-            "method": outcome.method, "rate": f"{outcome.rate:g}", "seed": job.seed, "split": job.split,
-            **{name: f"{number:.6g}" for name, number in numbers.items()}, "error": outcome.error,
-        })  # fmt: skip
-    names = ["method", "rate", "seed", "split", "accuracy_running", "accuracy_online", "last_loss",
-             "seconds_per_step", "error"]  # fmt: skip
-    return csv_text(records, names)
+    return path

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kalmannorm.lab.baselines.width import parameter_count
 from kalmannorm.lab.costs import build, device, image_size, random_batch, timed_step
-from kalmannorm.lab.recipes import merge
+from kalmannorm.lab.experiments import merge
 
-__all__ = ["COMPUTED", "parameters", "relative_gap", "speed", "variance_gaps"]
+__all__ = ["COMPUTED", "measured_gaps", "parameters", "relative_gap", "speed", "without_memory"]
 
 ROUNDS = 20
 BATCHES = 1000
@@ -23,12 +22,21 @@ BATCHES = 1000
 
 def parameters(config: Mapping[str, Any]) -> dict[str, float]:
     """How many parameters the network of a configuration has, in millions (Table 2)."""
+    return {"parameters": sum(each.numel() for each in without_memory(config).network.parameters()) / 1e6}
+
+
+def without_memory(config: Mapping[str, Any]) -> Any:
+    """The module of a configuration, on torch's meta device; statistics of the input need numbers, and are left out."""
+    given = config["model"]["init_args"]
+    options = dict(given.get("normalization_options") or {})
+    options.pop("input_stats", None)
+    model = {**config["model"], "init_args": {**given, "normalization_options": options}}
     with torch.device("meta"):
-        return {"parameters": parameter_count(build(config, "model").network) / 1e6}
+        return build({**config, "model": model}, "model")
 
 
 def speed(config: Mapping[str, Any], rounds: int = ROUNDS) -> dict[str, float]:
-    """Images a second in training on random images, BN and KN in turn, and their ratio (Table 3).
+    """Images a second in training on random images, BN and a form of KN in turn, and their ratio (Table 3).
 
     A step is of one statistics batch, as one device of the paper's takes it. The median of ``rounds`` steps each, after
     two that warm up.
@@ -37,10 +45,9 @@ def speed(config: Mapping[str, Any], rounds: int = ROUNDS) -> dict[str, float]:
     count, size = given["statistics_batch"], image_size(config)
     assert size is not None
     batch = random_batch(count, size, given["num_classes"])
-    modules = {
-        name: build(merge(config, {"model": {"init_args": {"normalization": name}}}), "model").to(device()).train()
-        for name in ("bn", "kn")
-    }
+    stock = {"normalization": "bn", "normalization_options": None}
+    configs = {"bn": merge(config, {"model": {"init_args": stock}}), "kn": config}
+    modules = {name: build(each, "model").to(device()).train() for name, each in configs.items()}
     optimizers = {name: module.configure_optimizers()["optimizer"] for name, module in modules.items()}
     seconds: dict[str, list[float]] = {name: [] for name in modules}
     for _ in range(2 + rounds):
@@ -54,17 +61,19 @@ def speed(config: Mapping[str, Any], rounds: int = ROUNDS) -> dict[str, float]:
 COMPUTED: dict[str, Callable[[Mapping[str, Any]], dict[str, float]]] = {"parameters": parameters, "speed": speed}
 
 
-def variance_gaps(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Fig. 5 of a trained network: test images in statistics batches against the running variances.
+def measured_gaps(folder: Path, config: Mapping[str, Any], drawing: Path | None = None) -> float:
+    """Fig. 5 of a trained network: how far the variances of statistics batches are from the running ones.
 
     Args:
         folder: Of the finished run.
         config: What it was trained by.
+        drawing: Where to write the figure, as PNG.
 
     Returns:
-        For each layer ``|variance - running variance|``, ``(batches, C)``, and the running variances ``(C,)``.
+        See `relative_gap`; of test images.
     """
-    from kalmannorm.lab.analysis import variance_gaps as gaps_of  # noqa: PLC0415
+    from kalmannorm.lab.analysis import variance_gaps  # noqa: PLC0415
+    from kalmannorm.lab.figures import variance_gaps as drawn  # noqa: PLC0415
     from kalmannorm.lab.fitting import load  # noqa: PLC0415
     from kalmannorm.lab.seen import statistics_batches  # noqa: PLC0415
 
@@ -72,8 +81,10 @@ def variance_gaps(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, Te
     data = build(config, "data")
     data.setup()
     size = config["model"]["init_args"]["statistics_batch"]
-    gaps = gaps_of(network, list(islice(statistics_batches(data.test_dataloader(), size), BATCHES)))
-    return gaps, {name: network.get_submodule(name).running_var for name in gaps}
+    gaps = variance_gaps(network, list(islice(statistics_batches(data.test_dataloader(), size), BATCHES)))
+    if drawing is not None:
+        drawn({f"{size} images": gaps}).savefig(drawing, dpi=150)
+    return relative_gap(gaps, {name: network.get_submodule(name).running_var for name in gaps})
 
 
 def relative_gap(gaps: Mapping[str, Tensor], running: Mapping[str, Tensor]) -> float:

@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from kalmannorm.lab.training import quiet
 
-__all__ = ["Run", "check_same"]
+__all__ = ["Run", "check_same", "flat"]
 
 # A run is so many steps, whatever an epoch is; and what its folder keeps, the callbacks here write.
 _TRAINER: dict[str, Any] = {
@@ -101,15 +101,16 @@ def check_same(folder: Path, config: Mapping[str, Any]) -> None:
     """
     path = folder / "config.yaml"
     if path.is_file():
-        now, before = _flat(config), _flat(yaml.safe_load(path.read_text(encoding="utf-8")))
+        now, before = flat(config), flat(yaml.safe_load(path.read_text(encoding="utf-8")))
         for key in dict.fromkeys([*now, *before]):
             here, there = now.get(key, "nothing"), before.get(key, "nothing")
             if here != there:
                 raise ValueError(f"{folder} holds a run with another configuration: {key} is {there} there; got {here}")
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A mapping of mappings as one, from names with dots."""
     found: dict[str, Any] = {}
     for key, value in config.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
     return found

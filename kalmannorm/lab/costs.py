@@ -5,21 +5,23 @@ from __future__ import annotations
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import lightning
 import torch
 from jsonargparse import ArgumentParser
 
-from kalmannorm.lab.recipes import merge
-from kalmannorm.lab.tables import Cell, as_markdown
+from kalmannorm.lab.experiments import merge
 
-__all__ = ["build", "costs", "device", "image_size", "images_a_step", "random_batch", "seconds_per_step", "timed_step"]
+__all__ = [
+    "build", "device", "image_size", "images_a_step", "random_batch", "seconds_per_step", "single_thread",
+    "timed_step", "where",
+]  # fmt: skip
 
 # Images of so many pixels together are timed on a CPU; a step of more is taken to cost in proportion.
 PIXELS = 8 * 32 * 32
-NOT_TRAINED = ("parameters", "speed")
 BASES = {"model": lightning.LightningModule, "data": lightning.LightningDataModule}
 
 
@@ -97,39 +99,22 @@ def seconds_per_step(config: Mapping[str, Any], steps: int = 3) -> float | None:
     smaller = merge(config, {"model": {"init_args": {"statistics_batch": group}}})
     module = build(smaller, "model").to(device()).train()
     optimizer = module.configure_optimizers()["optimizer"]
-    batch = random_batch(count, size, given["num_classes"])
+    batch = random_batch(count, size, given.get("num_classes", 10))
     timed_step(module, optimizer, batch)
     return statistics.median(timed_step(module, optimizer, batch) for _ in range(steps)) * whole / count
 
 
-def costs(cells: Sequence[Cell], seeds: int, why_not: Callable[[Mapping[str, Any]], str]) -> str:
-    """What there is to do, a line a cell: steps, images seen, hours on one device of this machine, and the data.
+@contextmanager
+def single_thread() -> Iterator[None]:
+    """Within it, torch has one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
-    Args:
-        cells: Of a table.
-        seeds: Trainings of each.
-        why_not: Says why a configuration's data cannot be had; nothing if they can.
-    """
-    seconds: dict[str, float | None] = {}
-    data: dict[str, str] = {}
-    rows = [["cell", "steps", "images seen", "hours a seed", "data"]]
-    total = 0.0
-    for cell in cells:
-        config = cell.config
-        if cell.recipe.cell.get("analysis") in NOT_TRAINED:
-            rows.append([cell.recipe.name, "-", "-", "-", "needs none"])
-            continue
-        steps, model, images = config["trainer"]["max_steps"], repr(config["model"]), repr(config["data"])
-        if model not in seconds:
-            seconds[model] = seconds_per_step(config)
-        if images not in data:
-            data[images] = why_not(config) or "here"
-        step = seconds[model]
-        total += (step or 0.0) * steps * seeds
-        hours = "?" if step is None else f"{step * steps / 3600:,.2f}"
-        rows.append([cell.recipe.name, f"{steps:,}", f"{steps * images_a_step(config):,}", hours, data[images]])
-    where = torch.cuda.get_device_name() if device().type == "cuda" else "one CPU thread"
-    return (
-        f"{as_markdown(rows)}\n{total / 3600:,.1f} hours with {seeds} seeds, on {where}. An estimate, from a few "
-        "training steps on random images: without loading data, validation and other work on this machine."
-    )
+
+def where() -> str:
+    """What `seconds_per_step` is measured on, in words."""
+    return torch.cuda.get_device_name() if device().type == "cuda" else "one CPU thread"

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torchmetrics.detection import MeanAveragePrecision
 
-from kalmannorm.lab.callbacks import recalibrate_by_training_batches
+from kalmannorm.integrations.lightning import recalibrate_by_training_batches
 from kalmannorm.lab.data.objects import Target
 from kalmannorm.lab.methods import METHODS, normalize
 from kalmannorm.lab.optimization import Schedule, check_schedule, sgd

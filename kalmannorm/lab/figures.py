@@ -2,110 +2,53 @@
 
 from __future__ import annotations
 
-import math
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from kalmannorm.lab.analysis import PriorError
-from kalmannorm.lab.tables import mean_and_deviation
+from kalmannorm.lab.formatting import mean_and_deviation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Runs", "arms", "filter_history", "learning", "prior_errors", "search", "variance_gaps"]
+__all__ = ["arms", "empty", "plain", "prior_errors", "search", "variance_gaps"]
 
 # The estimates' colours, the same in all figures.
 COLOURS = {"prior": "#dd8452", "observation": "#8c8c8c", "posterior": "#4c72b0"}
-MARKERS = (("o", True), ("D", False), ("s", True), ("^", False))  # and whether they are filled
 
 
-class Runs(NamedTuple):
-    """One method's runs, to be drawn in one colour."""
-
-    label: str
-    colour: str
-    losses: Sequence[Sequence[float]]
-    """A list a seed, a number a step."""
-    scores: Mapping[str, Sequence[float]]
-    """A list a score, a number a seed."""
-
-
-def _figure(width: float, height: float) -> Figure:
+def empty(width: float, height: float) -> Figure:
+    """A figure of so many inches."""
     from matplotlib.figure import Figure  # noqa: PLC0415  (slow to import, and workers never draw)
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _plain(axes: Axes, **settings: Any) -> None:
+def plain(axes: Axes, **settings: Any) -> None:
+    """Axes with these settings, and no frame above and to the right."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.set(**settings)
 
 
-def learning(methods: Sequence[Runs], score_label: str = "accuracy, %",
-             limits: tuple[float, float] | None = (0, 100)) -> Figure:  # fmt: skip
-    """Learning curves beside the scores of every seed.
+def search(points: Mapping[str, Sequence[tuple[float, float]]], colours: Mapping[str, Any], setting: str) -> Figure:
+    """Validation scores by the setting that is searched, a line an arm.
 
     Args:
-        methods: Each a colour; the curve is the mean over seeds in a band of one standard deviation, smoothed
-            over a fiftieth of the run. Its scores are a dot a seed; the first score is a filled circle, the
-            second an open diamond, named in the legend where there are several.
-        score_label: What the scores are, with their unit.
-        limits: Of the axis of scores; None for what they span.
+        points: For each arm, by its label, pairs of a value of the setting and a score in per cent.
+        colours: Of the arms.
+        setting: Its name.
     """
-    drawing = _figure(10, max(3.2, 1.8 + 0.6 * len(methods)))
-    curves, scores = drawing.subplots(1, 2, width_ratios=(3, 2))
-    names = list(dict.fromkeys(name for runs in methods for name in runs.scores))
-    for row, runs in enumerate(methods):
-        _curve(curves, runs)
-        for place, name in enumerate(names):
-            values = runs.scores.get(name, [])
-            marker, filled = MARKERS[place % len(MARKERS)]
-            offset = 0.24 * (place - (len(names) - 1) / 2)
-            scores.scatter(values, [row + offset] * len(values), marker=marker, edgecolor=runs.colour,
-                           facecolor=runs.colour if filled else "white")  # fmt: skip
-    _plain(curves, xlabel="step", ylabel="training loss", ylim=(0, None))
-    curves.legend(frameon=False)
-    _plain(scores, xlabel=score_label, ylim=(len(methods) - 0.5, -0.5), **({"xlim": limits} if limits else {}))
-    scores.set_yticks(range(len(methods)), [runs.label for runs in methods])
-    if len(names) > 1:
-        for (marker, filled), name in zip(MARKERS, names, strict=False):
-            scores.scatter([], [], marker=marker, edgecolor="#333333",
-                           facecolor="#333333" if filled else "white", label=name)  # fmt: skip
-        scores.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
-    return drawing
-
-
-def _curve(axes: Axes, runs: Runs) -> None:
-    losses = torch.tensor(runs.losses, dtype=torch.float64)
-    window = max(1, losses.shape[1] // 50)
-    smooth = losses.unfold(1, window, window).mean(2)
-    # A curve ends where a run diverged.
-    smooth = torch.where(smooth.isfinite(), smooth, torch.nan)
-    steps = ((torch.arange(smooth.shape[1]) + 0.5) * window).numpy()
-    pairs = [mean_and_deviation(each) for each in smooth.T.tolist()]
-    mean, spread = torch.tensor(pairs, dtype=torch.float64).T.numpy()
-    axes.plot(steps, mean, color=runs.colour, label=runs.label)
-    axes.fill_between(steps, mean - spread, mean + spread, color=runs.colour, alpha=0.2, linewidth=0)
-
-
-def search(points: Mapping[str, Sequence[tuple[float, float]]], colours: Mapping[str, str]) -> Figure:
-    """Validation accuracy by learning rate, a line a method.
-
-    Args:
-        points: For each method, by its label, pairs of rate and accuracy in per cent.
-        colours: Of the methods.
-    """
-    drawing = _figure(7, 3.4)
+    drawing = empty(7, 3.4)
     axes = drawing.subplots()
     for label, pairs in points.items():
         rates, accuracies = [rate for rate, _ in sorted(pairs)], [accuracy for _, accuracy in sorted(pairs)]
         axes.plot(rates, accuracies, "o-", color=colours[label], label=label)
-    _plain(axes, xlabel="learning rate", ylabel="validation accuracy, %", xscale="log", ylim=(0, 100))
+    plain(axes, xlabel=setting, ylabel="validation, %", xscale="log")
     all_rates = sorted({rate for pairs in points.values() for rate, _ in pairs})
     axes.set_xticks(all_rates, [f"{rate:g}" for rate in all_rates])
     axes.set_xticks([], minor=True)
@@ -124,7 +67,7 @@ def arms(scores: Mapping[str, Mapping[str, Sequence[float]]], score_label: str) 
     """
     columns = list(dict.fromkeys(column for own in scores.values() for column in own))
     several = len(columns) > 1
-    drawing = _figure(7, 3.8 if several else 1.2 + 0.45 * len(scores))
+    drawing = empty(7, 3.8 if several else 1.2 + 0.45 * len(scores))
     axes = drawing.subplots()
     for row, (label, own) in enumerate(scores.items()):
         found = {column: mean_and_deviation(values) for column, values in own.items() if len(values)}
@@ -137,11 +80,11 @@ def arms(scores: Mapping[str, Mapping[str, Sequence[float]]], score_label: str) 
         elif found:
             axes.errorbar(means, [row], xerr=spreads, fmt="o", capsize=3, color=f"C{row % 10}")
     if several:
-        _plain(axes, ylabel=score_label)
+        plain(axes, ylabel=score_label)
         axes.set_xticks(range(len(columns)), columns)
         axes.legend(frameon=False)
     else:
-        _plain(axes, xlabel=score_label, ylim=(len(scores) - 0.5, -0.5))
+        plain(axes, xlabel=score_label, ylim=(len(scores) - 0.5, -0.5))
         axes.set_yticks(range(len(scores)), list(scores))
     return drawing
 
@@ -171,7 +114,7 @@ def variance_gaps(gaps: Mapping[str, Mapping[str, Tensor]], layers: Sequence[str
     high = float(every.max()) if len(every) else 1.0
     low = max(float(every.min()), high / 1e4) if len(every) else high
     scale = LogNorm(low, max(high, low * 1.01))
-    drawing = _figure(1.6 + 3.6 * len(gaps), 0.9 + 1.7 * len(layers))
+    drawing = empty(1.6 + 3.6 * len(gaps), 0.9 + 1.7 * len(layers))
     grid = drawing.subplots(len(layers), len(gaps), squeeze=False)
     for row, name in enumerate(layers):
         for column, title in enumerate(gaps):
@@ -203,7 +146,7 @@ def prior_errors(rows: Sequence[PriorError]) -> Figure:
     """
     rows = [row for row in rows if row.reference == "population"]
     names = list(dict.fromkeys(row.layer for row in rows))
-    drawing = _figure(10, 4)
+    drawing = empty(10, 4)
     means, ratios = drawing.subplots(1, 2)
     for estimate, colour in COLOURS.items():
         own = [row for row in rows if row.estimate == estimate]
@@ -218,39 +161,12 @@ def prior_errors(rows: Sequence[PriorError]) -> Figure:
         ratios.fill_between(places, (centre - spread).tolist(), (centre + spread).tolist(), color=colour, alpha=0.15,
                             linewidth=0)  # fmt: skip
     ratios.axhline(0, color="#333333", linewidth=0.8)
-    _plain(means, ylabel="squared error of the mean,\npopulation variances", yscale="log")
-    _plain(ratios, ylabel="log(variance / population's)")
+    plain(means, ylabel="squared error of the mean,\npopulation variances", yscale="log")
+    plain(ratios, ylabel="log(variance / population's)")
     means.legend(frameon=False)
     for axes in (means, ratios):
         if len(names) <= 20:
             axes.set_xticks(range(len(names)), names, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
         else:
             axes.set_xlabel("layer, from the first to the last")
-    return drawing
-
-
-def filter_history(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Gains, process noise and the priors' errors over the training, a line a layer, from dark to light.
-
-    Args:
-        rows: Of `kalmannorm.lab.filter_history.FilterHistory`.
-    """
-    from matplotlib import colormaps  # noqa: PLC0415
-
-    names = list(dict.fromkeys(row["layer"] for row in rows))
-    drawing = _figure(10, 3.6)
-    panels = {
-        "gain": "gain",
-        "process_noise": "process noise, mean",
-        "prior_population_log_ratio_rms": "prior's variance, log ratio (rms)",
-    }
-    for axes, (key, label) in zip(drawing.subplots(1, 3), panels.items(), strict=True):
-        for place, name in enumerate(names):
-            own = [row for row in rows if row["layer"] == name and row.get(key) is not None]
-            colour = colormaps["viridis"](0.9 * place / max(1, len(names) - 1))
-            shown = name if len(names) <= 8 or place in (0, len(names) - 1) else None
-            axes.plot([row["step"] for row in own], [row[key] for row in own], color=colour, label=shown)
-        highest = max((row[key] for row in rows if row.get(key) is not None), default=1.0)
-        _plain(axes, xlabel="step", ylabel=label, ylim=(0, 1.1 * highest if 0 < highest < math.inf else 1))
-    drawing.axes[0].legend(frameon=False, fontsize=8)
     return drawing

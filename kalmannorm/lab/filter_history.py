@@ -9,9 +9,10 @@ import lightning
 import torch
 from torch import nn
 
+from kalmannorm.integrations.lightning import network_of
 from kalmannorm.lab.analysis import errors_of
 from kalmannorm.lab.results import csv_text, write_atomically
-from kalmannorm.lab.seen import Forward, calls_of, first_element, is_watched, network_of
+from kalmannorm.lab.seen import Forward, calls_of, first_element, is_watched
 from kalmannorm.modules import KalmanNorm
 
 __all__ = ["FilterHistory"]

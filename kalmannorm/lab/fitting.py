@@ -21,7 +21,8 @@ from kalmannorm.lab.curve import Curve, RandomState
 from kalmannorm.lab.results import Result, environment, finished, write_atomically
 
 __all__ = [
-    "Result", "Split", "ended_run", "finished", "fit", "is_first_process", "load", "load_with_data", "score", "steps",
+    "Result", "Split", "configuration", "ended_run", "finished", "fit", "is_first_process", "load", "load_with_data",
+    "score", "steps",
 ]  # fmt: skip
 
 Split = Literal["validation", "test"]
@@ -169,6 +170,15 @@ def load_with_data(folder: Path) -> tuple[lightning.LightningModule, Any]:
     module, data = _loaded(folder)
     data.setup()
     return module, data
+
+
+def configuration(folder: Path) -> dict[str, Any]:
+    """All that a run was configured by.
+
+    Raises:
+        ValueError: The folder holds no run.
+    """
+    return _stored(folder).complete()
 
 
 def _loaded(folder: Path) -> tuple[lightning.LightningModule, Any]:

@@ -14,10 +14,10 @@ import kalmannorm
 from kalmannorm.convert import with_stock_norms
 from kalmannorm.lab import fitting
 from kalmannorm.lab.analysis import errors_of
+from kalmannorm.lab.formatting import as_markdown
 from kalmannorm.lab.results import csv_text, write_atomically
 from kalmannorm.lab.scoring import online_logits
 from kalmannorm.lab.seen import calls_of, first_element, statistics_batches
-from kalmannorm.lab.tables import as_markdown
 
 __all__ = ["COLUMNS", "layers"]
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-__all__ = ["Schedule", "annealing", "check_annealing", "check_schedule", "parameter_groups", "sgd", "share_of_rate"]
+__all__ = ["Schedule", "check_schedule", "parameter_groups", "sgd", "share_of_rate"]
 
 Schedule = Literal["cosine", "warmup", "milestones"]
 
@@ -91,28 +91,3 @@ def share_of_rate(
         passed = [milestone for milestone in (milestones or {}).items() if milestone[0] <= done]
         return rise * max(passed, default=(0.0, 1.0))[1]
     return rise * (1 + math.cos(math.pi * done)) / 2
-
-
-def check_annealing(who: str, factor: float, start: float) -> None:
-    """Refuse what `annealing` cannot do.
-
-    Raises:
-        ValueError: A factor that is not above 0, or a start outside of the training.
-    """
-    if not 0 < factor < math.inf:
-        raise ValueError(f"{who}anneal must be above 0; got {factor}")
-    if not 0 <= start < 1:
-        raise ValueError(f"{who}anneal_from must be a share of the training, 0 up to below 1; got {start}")
-
-
-def annealing(step: int, steps: int, factor: float, start: float = 0.0) -> float:
-    """What `kalmannorm.anneal` is given at a step, counted from 0, so that all of them together are ``factor``.
-
-    Args:
-        step: The step.
-        steps: Of the training.
-        factor: Of all steps together.
-        start: The share of the training from which on there is any.
-    """
-    first = min(math.ceil(start * steps), steps - 1)
-    return 1.0 if step < first else float(factor ** (1 / (steps - first)))

@@ -96,7 +96,12 @@ def figure(drawing: Figure, caption: str) -> str:
     """A matplotlib figure, drawn into the page, over its caption."""
     buffer = io.BytesIO()
     drawing.savefig(buffer, format="png", dpi=150, bbox_inches="tight")
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
+    return picture(buffer.getvalue(), caption)
+
+
+def picture(png: bytes, caption: str) -> str:
+    """A picture as PNG, over its caption."""
+    data = base64.b64encode(png).decode("ascii")
     image = f'<img alt="{escape(caption)}" src="data:image/png;base64,{data}">'
     return f'<figure><div class="scroll">{image}</div><figcaption>{escape(caption)}</figcaption></figure>'
 

@@ -23,7 +23,10 @@ import yaml
 import kalmannorm
 from kalmannorm.lab.workers import available_cpus
 
-__all__ = ["Result", "csv_text", "environment", "finished", "write_atomically"]
+__all__ = ["ENVIRONMENT", "Result", "csv_text", "environment", "finished", "write_atomically"]
+
+# What `environment` says.
+ENVIRONMENT = ("commit", "kalmannorm", "torch", "lightning", "python", "machine", "accelerator", "date")
 
 
 @dataclass(frozen=True)

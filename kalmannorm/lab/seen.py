@@ -17,7 +17,7 @@ from kalmannorm.inference import online_statistics
 from kalmannorm.modules import KalmanNorm
 from kalmannorm.propagation import paused
 
-__all__ = ["Forward", "Seen", "calls_of", "first_element", "is_watched", "network_of", "statistics_batches", "watched"]
+__all__ = ["Forward", "Seen", "calls_of", "first_element", "is_watched", "statistics_batches", "watched"]
 
 Forward = Callable[[nn.Module, Any], object]
 
@@ -82,15 +82,6 @@ def watched(network: nn.Module) -> Iterator[list[Seen]]:
 def is_watched(layer: nn.Module) -> bool:
     """Whether a layer normalizes by statistics of the batch."""
     return isinstance(layer, _BatchNorm) and not is_frozen(layer)
-
-
-def network_of(module: nn.Module, wanted: Callable[[nn.Module], bool]) -> nn.Module:
-    """The one part of a LightningModule that contains such layers; all of it, where they are in several.
-
-    Training steps call the parts, so what is said of the network's input must be said of the part's.
-    """
-    parts = [part for part in module.children() if any(wanted(layer) for layer in part.modules())]
-    return parts[0] if len(parts) == 1 and not wanted(parts[0]) else module
 
 
 class _Watcher:

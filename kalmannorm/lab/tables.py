@@ -1,187 +1,371 @@
-"""Measured beside reported, in the layout of the paper's tables."""
+"""An experiment's table and figure, from the files of its runs alone."""
 
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from pathlib import Path
 
-import yaml
+import pandas as pd
 
-from kalmannorm.lab.recipes import CONFIGS, Recipe
-from kalmannorm.lab.results import Result, csv_text
+from kalmannorm.lab import figures
+from kalmannorm.lab.experiments import Arm, Experiment
+from kalmannorm.lab.formatting import as_markdown, format_value, is_share
+from kalmannorm.lab.rows import CURVES, DIVERGED, MEASURED, PLANNED, RUNS, Row, read_table, settings_of
 
-__all__ = [
-    "Cell", "Layout", "as_csv", "as_markdown", "format_value", "grid", "layout", "mean_and_deviation",
-    "steps_to_reach", "summary", "with_spread",
-]  # fmt: skip
+__all__ = ["ArmRuns", "Runs", "grids", "notes", "read_runs", "said", "summary", "write_table"]
 
-# Numbers after the point, by the beginning of a metric's name; what is none of these is a share, shown in per cent.
-DIGITS = {"steps": 0, "parameters": 2, "images_per_second": 2, "ratio": 3, "variance_gap": 3}
-
-
-@dataclass
-class Cell:
-    """A cell of a table, and what was measured for it.
-
-    Attributes:
-        recipe: What it is.
-        config: What it was trained by: the recipe's, scaled.
-        runs: The finished trainings, by seed.
-        reached: By seed, the steps that a training took to be as good as the baseline's is at its end; None where it
-            never was.
-        computed: What was measured otherwise, by metric.
-        problems: Why something is not there.
-    """
-
-    recipe: Recipe
-    config: dict[str, Any]
-    runs: dict[int, Result] = field(default_factory=dict)
-    reached: dict[int, int | None] = field(default_factory=dict)
-    computed: dict[str, float] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-
-    @property
-    def metric(self) -> str:
-        """What counts most: the first that the paper reports, or the accuracy with running statistics."""
-        reported = (name for name in self.recipe.cell.get("reported", {}) if name != "steps_to_baseline")
-        return next(reported, "accuracy_running")
-
-    def values(self, metric: str) -> list[float]:
-        """A number a seed, in the unit that is shown."""
-        if metric in self.computed:
-            return [self.computed[metric]]
-        if metric == "steps_to_baseline":
-            return [step for step in self.reached.values() if step is not None]
-        return [100 * run.scores[metric] for run in self.runs.values() if metric in run.scores]
-
-    def places(self) -> Iterator[tuple[str, str, str]]:
-        """Metric, row and column of each number that the table shows of it."""
-        row, column = self.recipe.cell["row"], self.recipe.cell["column"]
-        named = next((each for each in (row, column) if isinstance(each, Mapping)), {self.metric: ""})
-        for metric in named:
-            yield metric, *(each[metric] if isinstance(each, Mapping) else each for each in (row, column))
+# Columns that follow, of `results.environment`, that a reader of the table is told.
+_TOLD = ("commit", "torch", "machine", "accelerator", "date")
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Title, caption, and the order of rows and columns of a table."""
+class ArmRuns:
+    """The rows of an arm; those that count are of the settings that were chosen, or of none where none were.
 
-    title: str
-    caption: str
-    rows: list[str]
-    columns: list[str]
-
-
-def layout(table: str, cells: Sequence[Cell]) -> Layout:
-    """A table's own, from its ``table.yaml``, without rows and columns that these cells have no place in."""
-    path = CONFIGS / table / "table.yaml"
-    given = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    places = [(row, column) for cell in cells for _, row, column in cell.places()]
-    rows, columns = dict.fromkeys(row for row, _ in places), dict.fromkeys(column for _, column in places)
-
-    def ordered(used: Mapping[str, None], order: Sequence[str]) -> list[str]:
-        return [name for name in order if name in used] + [name for name in used if name not in order]
-
-    return Layout(
-        given.get("title", table),
-        given.get("caption", ""),
-        ordered(rows, given.get("rows", [])),
-        ordered(columns, given.get("columns", [])),
-    )
-
-
-def steps_to_reach(result: Result, metric: str, goal: float) -> int | None:
-    """The first validation's step at which a run's metric (0 to 1) was at least ``goal``; None if it never was."""
-    return next((int(each["step"]) for each in result.validations if each.get(metric, -1.0) >= goal), None)
-
-
-def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation (over ``n - 1``; 0 of a single value); of values that are not finite, nan.
-
-    Example:
-        >>> mean_and_deviation([1.0, 3.0, 5.0]), mean_and_deviation([math.nan, 1.0])
-        ((3.0, 2.0), (nan, nan))
+    Attributes:
+        name: Of the arm.
+        label: Its row in the table.
+        column: Its column.
+        search: Its rows of the search.
+        final: Those that count, or failed or diverged.
+        curves: The rows of the curves of the latter.
+        arm: What the experiment's file says of it; None where that does not have it any longer.
     """
-    # `statistics.stdev` ends in an AttributeError where one is not finite.
-    if not all(map(math.isfinite, values)):
-        return sum(values) / len(values), math.nan
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+    name: str
+    label: str
+    column: str
+    search: list[Row]
+    final: list[Row]
+    curves: pd.DataFrame
+    arm: Arm | None = None
+    reached: list[float] = field(default_factory=list)
+
+    @property
+    def counted(self) -> list[Row]:
+        """Of the runs that count, those that did not fail or diverge."""
+        return [row for row in self.final if not row["error"]]
+
+    @property
+    def chosen(self) -> Row | None:
+        return next((row for row in self.search if row["chosen"]), None)
+
+    def values(self, score: str) -> list[float]:
+        """A score of each run that counts, in the unit that is shown."""
+        if score == "steps_to_baseline":
+            return self.reached
+        return [(100 if is_share(score) else 1) * float(row[score]) for row in self.counted if row.get(score)]
+
+    def text(self, score: str) -> str:
+        """Mean and deviation of a score, and of how many runs if not of all."""
+        values = self.values(score)
+        found = format_value(score, values)
+        whole = len(values) == len(self.final) or score == "steps_to_baseline"
+        return found if whole else f"{found} ({len(values)} of {len(self.final)} runs)"
+
+    def curve(self, name: str) -> pd.Series:
+        """The loss, or a score in validation, by step: the mean over the runs that count."""
+        seeds = [row["seed"] for row in self.counted]
+        if name not in self.curves or not seeds:
+            return pd.Series(dtype=float)
+        own = self.curves[self.curves["seed"].isin(seeds) & (self.curves[name] != "")]
+        return own.astype({name: float, "step": int}).groupby("step")[name].mean()
 
 
-def with_spread(values: Sequence[float], digits: int) -> str:
-    """Mean, and the standard deviation over seeds if there are several."""
-    mean, deviation = mean_and_deviation(values)
-    return f"{mean:,.{digits}f} ± {deviation:,.{digits}f}" if len(values) > 1 else f"{mean:,.{digits}f}"
+@dataclass(frozen=True)
+class Runs:
+    """All that the files say."""
+
+    arms: list[ArmRuns]
+    settings: list[str]
+    scores: list[str]
+    rows: list[Row]
+
+    @cached_property
+    def columns(self) -> list[str]:
+        return list(dict.fromkeys(arm.column for arm in self.arms))
+
+    @cached_property
+    def labels(self) -> list[str]:
+        return list(dict.fromkeys(arm.label for arm in self.arms))
+
+    def at(self, label: str, column: str) -> ArmRuns | None:
+        return next((arm for arm in self.arms if (arm.label, arm.column) == (label, column)), None)
+
+    def title(self, arm: ArmRuns) -> str:
+        """Where an arm is in the table."""
+        return f"{arm.label}, {arm.column}" if len(self.columns) > 1 else arm.label
+
+    def short(self, setting: str) -> str:
+        """A setting's last word, if no other has the same."""
+        last = setting.rpartition(".")[2]
+        return last if sum(other.rpartition(".")[2] == last for other in self.settings) == 1 else setting
+
+    def said(self, row: Row) -> str:
+        """A row's searched settings in words."""
+        return ", ".join(f"{self.short(setting)} {row[setting]}" for setting in self.settings if row[setting])
 
 
-def format_value(metric: str, values: Sequence[float]) -> str:
-    """As `with_spread`, in the digits of a metric; a dash without values."""
-    digits = next((digits for name, digits in DIGITS.items() if metric.startswith(name)), 2)
-    return with_spread(values, digits) if values else "-"
+def write_table(experiment: Experiment, folder: Path) -> str:
+    """Write ``table.md`` and ``figure.svg`` beside ``runs.csv``; the same file gives the same two.
+
+    Args:
+        experiment: For its words and the order of its arms; the numbers, arms and settings are those of the file.
+        folder: With the file.
+
+    Returns:
+        The table.
+
+    Raises:
+        ValueError: There is no such file, or it is not of an experiment's runs.
+    """
+    runs = read_runs(experiment, folder)
+    text = "\n\n".join(part.strip("\n") for part in _parts(experiment, runs)) + "\n"
+    (folder / "table.md").write_text(text, encoding="utf-8")
+    import matplotlib as mpl  # noqa: PLC0415 - slow
+
+    if not experiment.is_table:
+        metric = experiment.metric.replace("_", " ")
+        points = {
+            label: {arm.column: arm.values(experiment.metric) for arm in runs.arms if arm.label == label}
+            for label in runs.labels
+        }
+        with mpl.rc_context({"svg.hashsalt": "kalmannorm", "svg.fonttype": "none"}):
+            figures.arms(points, f"{metric}, %").savefig(folder / "figure.svg", metadata={"Date": None})
+    return text
 
 
-def grid(cells: Sequence[Cell], order: Layout) -> list[list[str]]:
+def read_runs(experiment: Experiment, folder: Path) -> Runs:
+    """The files in an experiment's folder.
+
+    Raises:
+        ValueError: There is no ``runs.csv``, or it is not of an experiment's runs.
+    """
+    path = folder / RUNS
+    if not path.is_file():
+        raise ValueError(f"--output: there is no {path} to report on")
+    table, curves = read_table(path), read_table(folder / CURVES)
+    header = list(table.columns)
+    absent = [name for name in (*PLANNED, *MEASURED) if name not in header]
+    if absent or table.empty:
+        raise ValueError(f"{path} is not a study's file of runs: it has no {', '.join(absent) or 'rows'}")
+    settings, rows = settings_of(header), table.to_dict("records")
+    scores = header[header.index("split") + 1 : header.index("last_loss")]
+    known = {arm.name: arm for arm in experiment.arms}
+    # Those of the experiment in its order, then what else the file has.
+    found = dict.fromkeys(row["arm"] for row in rows)
+    arms: dict[str, ArmRuns] = {}
+    for name in [*(arm for arm in known if arm in found), *(arm for arm in found if arm not in known)]:
+        own = [row for row in rows if row["arm"] == name]
+        search, final = ([row for row in own if row["kind"] == kind] for kind in ("search", "final"))
+        chosen: Row = next((row for row in search if row["chosen"]), {})
+        # Those of an earlier choice stay in the file.
+        final = [row for row in final if all(row[setting] == chosen.get(setting, "") for setting in settings)]
+        mine = curves
+        if len(curves):
+            mine = curves[(curves["arm"] == name) & (curves["kind"] == "final")]
+            for setting in settings_of_curves(curves):
+                mine = mine[mine[setting] == chosen.get(setting, "")]
+        arms[name] = ArmRuns(name, own[0]["label"], own[0]["column"], search, final, mine, known.get(name))
+    for arm in arms.values():
+        baseline = arms.get(arm.arm.baseline) if arm.arm else None
+        if baseline is not None:
+            arm.reached.extend(_steps_to(baseline, arm, _metric(experiment, arm.arm)))
+    return Runs(list(arms.values()), settings, scores, rows)
+
+
+def settings_of_curves(curves: pd.DataFrame) -> list[str]:
+    """The searched settings among the columns of ``curves.csv``."""
+    names = list(curves.columns)
+    return names[names.index("seed") + 1 : names.index("step")]
+
+
+def _metric(experiment: Experiment, arm: Arm | None) -> str:
+    """What counts most: the first that the paper reports, or the experiment's."""
+    reported = (name for name in (arm.reported if arm else {}) if name != "steps_to_baseline")
+    return next(reported, experiment.metric)
+
+
+def _steps_to(baseline: ArmRuns, arm: ArmRuns, metric: str) -> list[float]:
+    """The first validation of each run at which it was as good as the baseline is at its end, both on validation
+    images; nothing of a run that never was.
+    """
+    goal = baseline.curve(metric)
+    if goal.empty or metric not in arm.curves:
+        return []
+    own = arm.curves[arm.curves[metric] != ""].astype({metric: float, "step": int})
+    counted = [row["seed"] for row in arm.counted]
+    good = own[own["seed"].isin(counted) & (own[metric] >= float(goal.iloc[-1]))]
+    return [float(step) for step in good.groupby("seed")["step"].min()]
+
+
+def _parts(experiment: Experiment, runs: Runs) -> list[str]:
+    parts = [f"# {experiment.title}", *([experiment.question] if experiment.question else [])]
+    parts += [said(experiment, runs)]
+    for title, rows in grids(experiment, runs):
+        parts += [*([f"**{title}**"] if title else []), as_markdown(rows)]
+    more = summary(experiment, runs)
+    metric = experiment.metric.replace("_", " ")
+    parts += [as_markdown(more)] if len(more) > 1 else []
+    parts += [] if experiment.is_table else [f"![{metric}](figure.svg)"]
+    return [*parts, "\n".join(f"- {note}" for note in notes(experiment, runs))]
+
+
+def said(experiment: Experiment, runs: Runs) -> str:
+    """How long trainings were, on which images they are scored, and over how many seeds numbers are."""
+    trained = [arm for arm in runs.arms if any(row["split"] and row["steps"] for row in arm.final)]
+    counts = {len(arm.final) for arm in (trained if experiment.is_table else runs.arms) if arm.final} or {0}
+    seeds = max(counts)
+    split = next((row["split"] for row in runs.rows if row["kind"] == "final"), experiment.scored)
+    several = f"{seeds}" if len(counts) == 1 else f"{min(counts)} to {seeds}"
+    over = {0: "no run counts", 1: "one seed"}.get(seeds, f"mean ± standard deviation over {several} seeds")
+    scales = sorted({row["scale"] for row in runs.rows} - {"1"})
+    if experiment.is_table:
+        words = ["In brackets: the paper."] if any(arm.arm and arm.arm.reported for arm in runs.arms) else []
+        if trained:
+            how = f"Scaled down ({', '.join(scales)}): not comparable with the paper's" if scales else "The paper's"
+            words = [f"{how} numbers of training steps; {over}.", *words]
+        return " ".join(words)
+    small = f"Scaled down ({', '.join(scales)}): these numbers only show that the study runs.\n\n" if scales else ""
+    return f"{small}In per cent, on {split} images; {over}."
+
+
+def grids(experiment: Experiment, runs: Runs) -> list[tuple[str, list[list[str]]]]:
+    """The tables, each with its title: a number in each place, or a table for each score."""
+    if experiment.is_table:
+        return [("", _places(experiment, runs))]
+    scores = sorted(runs.scores, key=lambda name: name != experiment.metric) or [experiment.metric]
+    if len(runs.columns) == 1:
+        rows = [["", *(name.replace("_", " ") for name in scores)]]
+        return [("", rows + [[arm.label, *(arm.text(score) for score in scores)] for arm in runs.arms])]
+    return [(score.replace("_", " "), _grid(runs, score)) for score in scores]
+
+
+def _grid(runs: Runs, score: str) -> list[list[str]]:
+    found = [[runs.at(label, column) for column in runs.columns] for label in runs.labels]
+    body = [[arm.text(score) if arm else "" for arm in row] for row in found]
+    return [["", *runs.columns], *([label, *row] for label, row in zip(runs.labels, body, strict=True))]
+
+
+def _places(experiment: Experiment, runs: Runs) -> list[list[str]]:
     """The header and the rows: measured, and in brackets what the paper reports."""
     texts: dict[tuple[str, str], str] = {}
-    for cell in cells:
-        for metric, row, column in cell.places():
-            reported = cell.recipe.cell.get("reported", {}).get(metric)
-            measured = format_value(metric, cell.values(metric))
+    for arm in runs.arms:
+        if arm.arm is None:
+            continue
+        for metric, row, column in arm.arm.places(_metric(experiment, arm.arm)):
+            reported = arm.arm.reported.get(metric)
+            measured = arm.text(metric) if arm.values(metric) else _why_not(arm)
             texts[row, column] = measured if reported is None else f"{measured} ({reported:,})"
-    body = [[row, *(texts.get((row, column), "") for column in order.columns)] for row in order.rows]
-    return [["", *order.columns], *body]
+    columns = list(dict.fromkeys(column for _, column in texts))
+    # A form of KN stands below the row that it is a form of.
+    order = {row: place for place, row in enumerate(experiment.rows)}
+    rows = list(dict.fromkeys(row for row, _ in texts))
+    rows.sort(key=lambda row: next((order[known] for known in order if row.startswith(known)), len(order)))
+    return [["", *columns], *([row, *(texts.get((row, column), "") for column in columns)] for row in rows)]
 
 
-def summary(cells: Sequence[Cell]) -> list[list[str]]:
-    """A row a cell under a header, with all that was measured of its trainings."""
-    trained = [cell for cell in cells if cell.runs]
-    scores = list(dict.fromkeys(name for cell in trained for run in cell.runs.values() for name in run.scores))
-    named = [f"{name.replace('_', ' ')}, %" for name in scores]
-    rows = [["cell", "seeds", *named, "steps to the baseline's", "last loss", "ms a step"]]
-    for cell in trained:
-        runs = cell.runs.values()
-        values = [format_value(name, cell.values(name)) for name in (*scores, "steps_to_baseline")]
-        last = [run.last_loss for run in runs]
-        speed = f"{1000 * statistics.fmean(run.seconds_per_step for run in runs):.1f}"
-        rows.append([cell.recipe.name, str(len(runs)), *values, format_value("ratio", last), speed])
+def _why_not(arm: ArmRuns) -> str:
+    """In place of a number: that the rule diverged, or nothing but a dash."""
+    return "diverged" if any(row["error"].startswith(DIVERGED) for row in arm.final) else "-"
+
+
+def summary(experiment: Experiment, runs: Runs) -> list[list[str]]:
+    """A row an arm under a header: what it was trained with, and how its training went."""
+    metric = experiment.metric.replace("_", " ")
+    header = ["arm", "seeds", "searched", "chosen", f"its {metric} in validation, %", "last loss", "ms a step"]
+    arms = runs.arms
+    if experiment.is_table:
+        arms = [arm for arm in arms if any(row["last_loss"] for row in arm.counted)]
+        scores = [score for score in runs.scores if score != "variance_gap"]
+        header = ["arm", "seeds", *(f"{score.replace('_', ' ')}, %" for score in scores), "steps to the baseline's",
+                  "last loss", "ms a step"]  # fmt: skip
+    rows = [header]
+    for arm in arms:
+        best = arm.chosen
+        settings = "as it is" if not arm.search else runs.said(best) if best else "-"
+        score = f"{100 * float(best[experiment.metric]):.2f}" if best and best.get(experiment.metric) else "-"
+        last = format_value("ratio", [float(row["last_loss"]) for row in arm.counted if row["last_loss"]])
+        times = [1000 * float(row["seconds_per_step"]) for row in arm.counted if row["seconds_per_step"]]
+        speed = f"{math.fsum(times) / len(times):.1f}" if times else "-"
+        middle = [str(len(arm.search)), settings, score]
+        if experiment.is_table:
+            middle = [format_value(score, arm.values(score)) for score in (*scores, "steps_to_baseline")]
+        rows.append([arm.name, str(len(arm.final)), *middle, last, speed])
     return rows
 
 
-def as_markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A table with its header first, its columns aligned so that it can be read as it is."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    padded = ([text.ljust(width) for text, width in zip(row, widths, strict=True)] for row in rows)
-    lines = [f"| {' | '.join(row)} |" for row in padded]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines) + "\n"
+def notes(experiment: Experiment, runs: Runs) -> list[str]:
+    """What to know before trusting the numbers."""
+    found = []
+    words = {arm.name: arm.note for arm in experiment.arms if arm.note}
+    for arm in runs.arms:
+        found += [f"{runs.title(arm)}: {words[arm.name]}"] if arm.name in words else []
+        found += [*_edges(arm, runs), *_better(arm, runs, experiment.metric)]
+        if arm.search and not arm.chosen:
+            found.append(f"{runs.title(arm)}: no run of the search came to an end, so none was trained that counts.")
+    for row in runs.rows:
+        if row["error"].startswith("not run: "):
+            found.append(f"{row['arm']}, {row['error']}")
+        elif row["error"]:
+            settings = runs.said(row)
+            what = "search" if row["kind"] == "search" else "run"
+            place = ", ".join(part for part in (settings, f"seed {row['seed']}") if part)
+            found.append(f"{row['arm']}, {what} of {place}: {row['error']}")
+    sizes = {len(arm.search) for arm in runs.arms}
+    if len(sizes) > 1:
+        found.append("The searches are of different sizes: see the column of how many were searched.")
+    if max(sizes) and experiment.search_scale != 1:
+        found.append(f"A run of the search takes {experiment.search_scale:g} of the steps of one that counts.")
+    hours = sum(float(row["seconds"]) for row in runs.rows if row["seconds"]) / 3600
+    told = [f"{name} {' / '.join(values)}" for name in _TOLD if (values := _values(runs, name))]
+    searched = sum(len(arm.search) for arm in runs.arms)
+    earlier = len(runs.rows) - searched - sum(len(arm.final) for arm in runs.arms)
+    parts = ["1 run" if len(runs.rows) == 1 else f"{len(runs.rows)} runs"]
+    parts += [f"{searched} of them of the search"] if searched else []
+    parts += [f"{earlier} of settings that were chosen before and do not count"] if earlier else []
+    if any(row["seconds"] for row in runs.rows) or not experiment.is_table:
+        found.append(f"{', '.join(parts)}, {hours:.2g} hours in all.{' ' * bool(told)}{'; '.join(told)}")
+    return found
 
 
-def as_csv(cells: Sequence[Cell], scale: str) -> str:
-    """A line a run, and one for each cell without any; scores are shares, as the runs give them."""
-    return csv_text([record for cell in cells for record in _records(cell, scale)])
+def _edges(arm: ArmRuns, runs: Runs) -> list[str]:
+    """Where the best value is the lowest or the highest of those tried: a better one may lie beyond."""
+    found = []
+    for setting in runs.settings:
+        tried = {row[setting] for row in arm.search}
+        numbers = _numbers(tried)
+        if arm.chosen and len(numbers) > 1:
+            best = float(arm.chosen[setting])
+            if best in (min(numbers), max(numbers)):
+                found.append(
+                    f"{runs.title(arm)}: the best {runs.short(setting)}, {best:g}, is at the end of those searched "
+                    f"({min(numbers):g} to {max(numbers):g})."
+                )
+    return found
 
 
-def _records(cell: Cell, scale: str) -> Iterator[dict[str, Any]]:
-    given = cell.config["model"].get("init_args", {})
-    common = {
-        "cell": cell.recipe.name,
-        "run": cell.recipe.run,
-        "normalization": given.get("normalization", "bn"),
-        "statistics_batch": given.get("statistics_batch", ""),
-        "gradient_batch": cell.config["data"].get("init_args", {}).get("gradient_batch", ""),
-        "scale": scale,
-        "steps": cell.config["trainer"]["max_steps"],
-    }
-    for seed, run in cell.runs.items():
-        seconds = {"seconds": round(run.seconds, 3), "seconds_per_step": f"{run.seconds_per_step:.6g}"}
-        scores = {name: f"{value:.6g}" for name, value in run.scores.items()}
-        reached = {"steps_to_baseline": cell.reached[seed]} if cell.reached.get(seed) else {}
-        yield {**common, "seed": seed, "status": "finished", **seconds, **scores, **reached}
-    if cell.computed:
-        computed = {name: f"{value:.6g}" for name, value in cell.computed.items()}
-        yield {**common, "seed": "", "status": "computed", **computed}
-    for problem in cell.problems:
-        yield {**common, "seed": "", "status": "not run", "problem": problem}
+def _better(arm: ArmRuns, runs: Runs, metric: str) -> list[str]:
+    """What would have been chosen if it had still been among the values to try."""
+    best = arm.chosen
+    if best is None or not best.get(metric):
+        return []
+    ended = [row for row in arm.search if row[metric] and not row["error"]]
+    better = [row for row in ended if float(row[metric]) > float(best[metric])]
+    return [f"{runs.title(arm)}: {runs.said(row)} was better, but is no longer searched." for row in better]
+
+
+def _numbers(texts: set[str]) -> list[float]:
+    """The numbers that texts are; nothing where one is none."""
+    try:
+        return [float(text) for text in texts]
+    except ValueError:
+        return []
+
+
+def _values(runs: Runs, name: str) -> Sequence[str]:
+    values = list(dict.fromkeys(row[name] for row in runs.rows if row.get(name)))
+    return [value[:7] for value in values] if name == "commit" else values

@@ -20,13 +20,14 @@ from torchmetrics.classification import MulticlassAccuracy
 
 import kalmannorm
 from kalmannorm.convert import with_stock_norms
+from kalmannorm.integrations.lightning import annealing, check_annealing
 from kalmannorm.lab.baselines.passes import count_in_steps
 from kalmannorm.lab.baselines.renorm import BatchRenorm
 from kalmannorm.lab.baselines.weight_norm import initialize
 from kalmannorm.lab.capturing import CapturedStep
 from kalmannorm.lab.data.sharing import images_a_process
 from kalmannorm.lab.methods import METHODS, normalize
-from kalmannorm.lab.optimization import Schedule, annealing, check_annealing, check_schedule, sgd
+from kalmannorm.lab.optimization import Schedule, check_schedule, sgd
 from kalmannorm.lab.pretrained import load_trunk, trained_weights, trunk_of
 from kalmannorm.lab.scoring import online_logits
 from kalmannorm.modules import is_stock_batchnorm

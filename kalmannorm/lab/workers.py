@@ -13,7 +13,15 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 __all__ = ["Tell", "available_cpus", "bars", "in_turn", "run_all"]
 
@@ -28,10 +36,10 @@ def available_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def bars(console: Console) -> Progress:
-    """Progress bars that count steps."""
+def bars(console: Console, *, shown: bool = True) -> Progress:
+    """Progress bars that count steps, with the time that has passed and the time that is left."""
     columns = (TextColumn("{task.description:<32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=console)
+    return Progress(*columns, TimeRemainingColumn(), console=console, disable=not shown)
 
 
 def run_all(

@@ -1,4 +1,4 @@
-"""Which data are at hand; `test_reproduce` has what a table does about those that are not."""
+"""Which data are at hand; `test_run` has what a table does about those that are not."""
 
 import os
 
@@ -6,9 +6,9 @@ import pytest
 
 from kalmannorm.lab.availability import data_at, missing_data, not_at_hand
 from kalmannorm.lab.data.roots import VARIABLE
-from kalmannorm.lab.recipes import read
+from kalmannorm.lab.experiments import config_of
 
-CIFAR, IMAGENET = (read(name).config for name in ("table8/resnet32-kn-bs2", "table1/resnet50-kn"))
+CIFAR, IMAGENET = map(config_of, ("table8/resnet32-kn-bs2", "table1/resnet50-kn"))
 
 
 def no_network():

@@ -1,11 +1,12 @@
 """The reports as a reader sees them, on a desktop and on a phone."""
 
+import shutil
+from pathlib import Path
+
 import browser
 import pytest
 
-from kalmannorm.lab import demo, figures, report
-from kalmannorm.lab.figures import Runs
-from kalmannorm.lab.runs import RATES, Job, Result
+from kalmannorm.lab import experiments, figures, page, report
 
 SIZES = pytest.mark.parametrize("size", [browser.DESKTOP, browser.PHONE], ids=["desktop", "phone"])
 
@@ -17,7 +18,7 @@ def chromium():
 
 
 def drawing():
-    return figures.learning([Runs("KalmanNorm", "#4c72b0", [[3.0, 2.0, 1.0]], {"running": [90.0]})])
+    return figures.search({"KalmanNorm": [(0.1, 90.0), (0.3, 80.0)]}, {"KalmanNorm": "#4c72b0"}, "rate")
 
 
 @pytest.fixture(scope="module")
@@ -50,16 +51,17 @@ def test_a_folded_part_is_folded_until_it_is_opened(chromium, everything):
     assert "xxx" in browser.look(chromium, everything).facts["text"]
 
 
+KEPT = Path(__file__).parents[2] / "docs" / "results" / "studies"
+
+
 @SIZES
-def test_the_demos_report_fits(chromium, tmp_path, size):
-    results = [
-        Result(Job(method, seed, 50, 0.01), 0.5, 0.6, 0.01, [2.0] * 50) for method in RATES for seed in range(3)
-    ]
-    environment = dict.fromkeys(("command", "kalmannorm", "torch", "python", "machine", "seconds"), "kalmannorm demo")
-    found = browser.look(chromium, demo.write_page(tmp_path / "report.html", results, environment), size)
-    browser.assert_readable(found)
-    assert found.facts["images"] == 2
-    assert "KalmanNorm (default)" in found.facts["text"]
+def test_an_experiments_page_fits(chromium, tmp_path, size):
+    for name in ("signals", "fine-tuning-cpu"):
+        shutil.copytree(KEPT / name, tmp_path / name)
+        found = browser.look(chromium, page.write_page(experiments.read(name), tmp_path / name), size)
+        browser.assert_readable(found)
+        assert found.facts["images"] >= 2
+        assert "mean ± standard deviation over 3 seeds" in found.facts["text"]
 
 
 def broken(block):
@@ -76,18 +78,18 @@ def broken(block):
     ],
 )
 def test_a_page_that_is_wrong_is_found_out(chromium, tmp_path, block, wrong):
-    page = tmp_path / "page.html"
-    page.write_text(broken(block), encoding="utf-8")
-    found = browser.look(chromium, page)
+    path = tmp_path / "page.html"
+    path.write_text(broken(block), encoding="utf-8")
+    found = browser.look(chromium, path)
     assert len(found.facts[wrong]) == 1
     with pytest.raises(AssertionError):
         browser.assert_readable(found)
 
 
 def test_what_the_console_says_and_what_is_fetched_is_found_out(chromium, tmp_path):
-    page = tmp_path / "page.html"
+    path = tmp_path / "page.html"
     block = "<script>console.error('no')</script><img src='http://127.0.0.1:9/x.png'>"
-    page.write_text(broken(block), encoding="utf-8")
-    errors = browser.look(chromium, page).errors
+    path.write_text(broken(block), encoding="utf-8")
+    errors = browser.look(chromium, path).errors
     assert "no" in errors
     assert any("asked for http://127.0.0.1:9" in error for error in errors)

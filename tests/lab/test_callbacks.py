@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import kalmannorm as kn
 from kalmannorm.convert import kalman_layers
-from kalmannorm.lab.callbacks import KalmanNormCallback
+from kalmannorm.integrations.lightning import KalmanNormCallback
 from kalmannorm.lab.training import quiet_trainer
 
 
@@ -249,7 +249,7 @@ SCRIPT = """
     import torch
     sys.path.insert(0, {folder!r})
     from test_callbacks import *
-    from kalmannorm.lab.callbacks import KalmanNormCallback
+    from kalmannorm.integrations.lightning import KalmanNormCallback
 
     class Ranks(lightning.Callback):
         def on_train_end(self, trainer, pl_module):

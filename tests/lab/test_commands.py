@@ -1,9 +1,13 @@
 """fit, validate and test from the command line."""
 
 import pytest
+import torch
 import yaml
 
+from kalmannorm.lab import experiments
 from kalmannorm.lab.cli import main
+from kalmannorm.lab.fitting import load
+from kalmannorm.lab.methods import METHODS
 
 
 @pytest.fixture
@@ -44,7 +48,7 @@ def test_train_then_score(images, recipe, tmp_path, capsys):
         (["--trainer.devices", "0"], ["devices", "0"]),
         (["--checkpoint_every", "0"], ["checkpoint_every", "got 0"]),
         (["--trainr.max_steps", "1"], ["trainr"]),
-        (["--config", "no-such-recipe"], ["no-such-recipe"]),
+        (["--config", "no-such-arm"], ["no-such-arm"]),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(images, recipe, tmp_path, capsys, settings, words):
@@ -69,3 +73,24 @@ def test_a_folder_without_a_run(tmp_path, capsys):
     for command in ("validate", "test"):
         assert main([command, "--output", str(tmp_path)]) == 2
         assert "holds no run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stock", [False, True], ids=["as trained", "stock"])
+def test_exported_weights_are_loaded_by_the_lines_that_are_shown(images, recipe, tmp_path, capsys, stock):
+    assert main(["fit", "--config", recipe, "--output", str(tmp_path / "run")]) == 0
+    capsys.readouterr()
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "model.pt"), *["--stock"] * stock]) == 0
+    names: dict = {}
+    exec(capsys.readouterr().out, names)
+    exported, images = names["network"], torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(exported(images), load(tmp_path / "run").network(images))
+    kinds = {type(layer).__name__ for layer in exported.modules()}
+    assert ("KalmanNorm2d" in kinds, "BatchNorm2d" in kinds) == (not stock, stock)
+
+
+def test_the_list_tells_what_there_is(capsys):
+    assert main(["list"]) == 0
+    out = capsys.readouterr().out
+    for name in (*experiments.names(), *METHODS, "cifar100", "coco"):
+        assert name in out

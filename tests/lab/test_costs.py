@@ -5,8 +5,12 @@ import torch
 
 from kalmannorm.lab import costs
 from kalmannorm.lab.computed import relative_gap, speed
-from kalmannorm.lab.recipes import merge, read
-from kalmannorm.lab.tables import Cell
+from kalmannorm.lab.experiments import merge, read
+
+
+def tiny(name):
+    experiment, _, arm = name.partition("/")
+    return next(each for each in read(experiment).arms if each.name == arm).scaled("tiny")
 
 
 def test_a_step_is_timed_in_proportion_to_the_gradient_batch(config, monkeypatch):
@@ -18,7 +22,7 @@ def test_a_step_is_timed_in_proportion_to_the_gradient_batch(config, monkeypatch
 
 @pytest.mark.parametrize("name", ["table8/resnet32-kn-bs2", "table8/inception-cifar10-brn-bs2", "peers/inception-cbn"])
 def test_a_real_step_takes_time(name):
-    assert 0.01 < costs.seconds_per_step(read(name).scaled("tiny"), 1) < 60
+    assert 0.01 < costs.seconds_per_step(tiny(name), 1) < 60
 
 
 def test_images_of_many_sizes_are_not_timed(config):
@@ -26,19 +30,8 @@ def test_images_of_many_sizes_are_not_timed(config):
     assert costs.seconds_per_step(config) is None
 
 
-def test_the_list_counts_images_and_hours_and_names_the_data(monkeypatch):
-    monkeypatch.setattr(costs, "seconds_per_step", lambda config: 3600.0)
-    cells = [Cell(read(name), read(name).scaled("tiny")) for name in ("table8/resnet32-kn-bs2", "table2/resnet50-kn")]
-    text = costs.costs(cells, 2, lambda config: "not here")
-    line = next(line for line in text.splitlines() if "table8/resnet32-kn-bs2" in line)
-    assert [word.strip() for word in line.split("|")[2:6]] == ["6", "24", "6.00", "not here"]
-    assert "needs none" in next(line for line in text.splitlines() if "table2" in line)
-    assert "12.0 hours with 2 seeds" in text
-    assert "estimate" in text
-
-
 def test_speed_is_of_both_in_turn_and_their_ratio():
-    found = speed(read("table3/inception-v2").scaled("tiny"), rounds=1)
+    found = speed(tiny("table3/inception-v2-default"), rounds=1)
     assert found["ratio"] == pytest.approx(found["images_per_second_bn"] / found["images_per_second_kn"])
     assert found["images_per_second_kn"] > 0
 

@@ -9,7 +9,6 @@ import torch
 
 from kalmannorm.lab import figures
 from kalmannorm.lab.analysis import PriorError
-from kalmannorm.lab.figures import Runs
 
 
 def drawn(drawing):
@@ -18,36 +17,6 @@ def drawn(drawing):
     drawing.savefig(buffer, format="png", dpi=40)
     assert buffer.getvalue().startswith(b"\x89PNG")
     return drawing
-
-
-def test_a_curve_is_the_mean_over_seeds_in_a_band_of_a_deviation():
-    runs = Runs("BN", "#c44e52", [[4.0, 2.0], [8.0, 4.0]], {"running": [60.0, 80.0], "online": [70.0, 70.0]})
-    curves, scores = drawn(figures.learning([runs])).axes
-    (line,), (band,) = curves.lines, curves.collections
-    np.testing.assert_allclose(line.get_ydata(), [6, 3])
-    np.testing.assert_allclose(line.get_xdata(), [0.5, 1.5])
-    edges = band.get_paths()[0].vertices[:, 1]
-    assert edges.max() == pytest.approx(6 + math.sqrt(8))
-    assert edges.min() == pytest.approx(3 - math.sqrt(2))
-    dots = [dots.get_offsets() for dots in scores.collections]
-    np.testing.assert_allclose(dots[0][:, 0], [60, 80])
-    np.testing.assert_allclose(dots[1][:, 0], [70, 70])
-    assert dots[0][0, 1] < dots[1][0, 1]
-    assert [text.get_text() for text in scores.get_legend().get_texts()] == ["running", "online"]
-
-
-def test_a_long_curve_is_smoothed_and_one_that_diverges_ends():
-    losses = [float(i) for i in range(400)]
-    broken = [1.0] * 50 + [math.inf] * 50
-    one = Runs("BN", "#c44e52", [losses], {"top": [60.0]})
-    other = Runs("KN", "#4c72b0", [broken], {})
-    curves, scores = drawn(figures.learning([one, other], "AP, %", None)).axes
-    smooth, ended = (line.get_ydata() for line in curves.lines)
-    np.testing.assert_allclose(smooth, [8 * i + 3.5 for i in range(50)])
-    assert np.isfinite(ended[:25]).all()
-    assert np.isnan(ended[25:]).all()
-    assert scores.get_xlabel() == "AP, %"
-    assert scores.get_legend() is None
 
 
 def test_heat_maps_stand_side_by_side_on_one_logarithmic_scale():
@@ -101,22 +70,10 @@ def test_many_layers_are_not_all_named():
     assert "layer3" not in [text.get_text() for text in means.get_xticklabels()]
 
 
-def test_the_filters_history_is_a_line_a_layer():
-    rows = [
-        {"step": step, "layer": layer, "gain": gain, "process_noise": None}
-        for step, layer, gain in ((10, "a", 0.1), (10, "b", 0.2), (20, "a", 0.3), (20, "b", 0.4))
-    ]
-    rows[3]["prior_population_log_ratio_rms"] = 0.7
-    gains, noise, errors = drawn(figures.filter_history(rows)).axes
-    assert [list(line.get_ydata()) for line in gains.lines] == [[0.1, 0.3], [0.2, 0.4]]
-    assert [text.get_text() for text in gains.get_legend().get_texts()] == ["a", "b"]
-    assert all(len(line.get_ydata()) == 0 for line in noise.lines)
-    assert list(errors.lines[1].get_ydata()) == [0.7]
-    assert gains.get_ylim() == pytest.approx((0, 0.44))
-
-
-def test_the_search_is_a_line_a_method_in_order_of_the_rates():
-    (axes,) = drawn(figures.search({"KN": [(0.1, 50.0), (0.01, 80.0)], "BN": []}, {"KN": "red", "BN": "blue"})).axes
+def test_the_search_is_a_line_an_arm_in_order_of_the_values():
+    points = {"KN": [(0.1, 50.0), (0.01, 80.0)], "BN": []}
+    (axes,) = drawn(figures.search(points, {"KN": "red", "BN": "blue"}, "rate")).axes
+    assert axes.get_xlabel() == "rate"
     line, empty = axes.lines
     assert (list(line.get_xdata()), list(line.get_ydata())) == ([0.01, 0.1], [80, 50])
     assert len(empty.get_xdata()) == 0

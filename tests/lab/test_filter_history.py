@@ -7,8 +7,8 @@ import torch
 from test_callbacks import Nested, assert_same, loader, trainer_of
 
 import kalmannorm as kn
+from kalmannorm.integrations.lightning import KalmanNormCallback
 from kalmannorm.lab.analysis import prior_errors
-from kalmannorm.lab.callbacks import KalmanNormCallback
 from kalmannorm.lab.filter_history import FilterHistory
 
 

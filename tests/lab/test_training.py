@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 import kalmannorm
+from kalmannorm.integrations.lightning import annealing
 from kalmannorm.lab.baselines.group import to_groupnorm
 from kalmannorm.lab.curve import Curve
 from kalmannorm.lab.methods import normalize
 from kalmannorm.lab.models.small import SmallConvNet
-from kalmannorm.lab.optimization import annealing, parameter_groups, share_of_rate
+from kalmannorm.lab.optimization import parameter_groups, share_of_rate
 from kalmannorm.lab.training import Classifier, loader, quiet_trainer
 
 

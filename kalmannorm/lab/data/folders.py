@@ -96,9 +96,9 @@ class FolderData(lightning.LightningDataModule):
         score_batch: Images a batch in validation and test.
         size: Side of the images, in pixels.
         workers: Processes that load images.
-        validation: Share of each class's training images to hold out where there is no ``test``, one at least; and
-            where there is no ``val`` either, as many again for the test. ``"test"`` holds none out, and validates on
-            the test images: for curves as papers show them, not for choices.
+        validation: Share of each class's training images to hold out where there is no ``test``, one at least (but of a
+            class of very few images none); and where there is no ``val`` either, as many again for the test.
+            ``"test"`` holds none out and validates on the test images: for curves as papers show them, not for choices.
         split_seed: Decides which; and with ``limit``, which ones are kept.
         limit: Keep so many images of each split, drawn from all classes.
         seed: Of the order, the crops and the flips.
@@ -133,8 +133,7 @@ class FolderData(lightning.LightningDataModule):
 
         Raises:
             MissingDataError: There is no such folder.
-            ValueError: ``train``, ``val`` and ``test`` differ in their classes, or a class has too few images to be in
-                each split.
+            ValueError: ``train``, ``val`` and ``test`` differ in their classes.
         """
         if hasattr(self, "train_set"):
             return
@@ -143,7 +142,6 @@ class FolderData(lightning.LightningDataModule):
             raise ValueError(f"{self.folder} has no test images to validate on: expected train/ and val/, or a share")
         self.classes, self.num_classes = _common_classes(self.folder, pictures), len(pictures["train"].classes)
         splits = _splits(pictures, self.validation, self.split_seed)
-        _check_classes(self.folder, splits, pictures["train"])
         for split, (part, indices) in splits.items():
             # Listed once: a large folder takes minutes.
             transformed = copy.copy(pictures[part])
@@ -207,7 +205,8 @@ def _splits(pictures: dict[str, Any], share: float | Literal["test"], seed: int)
 def _cut(order: np.ndarray, labels: np.ndarray, share: float, times: int) -> list[np.ndarray]:
     """So many parts with a share of each class, but at least an image of it, and then the rest.
 
-    A share of all images would leave it to chance how many of a small class are among them.
+    A share of all images would leave it to chance how many of a small class are among them. A class that has not an
+    image for each part and one for the rest is in the rest alone: it is trained on, and not scored.
 
     Args:
         order: Of the images; the parts keep it.
@@ -218,23 +217,9 @@ def _cut(order: np.ndarray, labels: np.ndarray, share: float, times: int) -> lis
     own = labels[order]
     counts = np.bincount(own)
     size = np.maximum(1, np.rint(share * counts)).astype(int)
+    enough = counts > times
     # How many of its class come before an image.
     place = np.empty_like(order)
     place[np.argsort(own, kind="stable")] = np.concatenate([np.arange(count) for count in counts])
-    part = np.minimum(place // size[own], times)
+    part = np.where(enough[own], np.minimum(place // size[own], times), times)
     return [order[part == number] for number in range(times + 1)]
-
-
-def _check_classes(place: str, splits: dict[str, tuple[str, np.ndarray]], training: Any) -> None:
-    """Refuse a split of the training images without an image of a class."""
-    cut = {split: indices for split, (part, indices) in splits.items() if part == "train"}
-    if len(cut) < 2:
-        return
-    labels = np.asarray(training.targets)
-    counts = np.bincount(labels, minlength=len(training.classes))
-    for split, indices in cut.items():
-        for absent in np.flatnonzero(np.bincount(labels[indices], minlength=len(counts)) == 0):
-            raise ValueError(
-                f"{place}: no image of class {training.classes[absent]!r} would be left for {split}; expected at least "
-                f"{len(cut)} to split into {', '.join(cut)}; got {counts[absent]}"
-            )

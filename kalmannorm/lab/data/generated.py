@@ -43,7 +43,7 @@ def generate_for(data: Mapping[str, Any], root: Path) -> Path:
         return root / folder if (root / folder).exists() else generate_folders(root, folder)
     if kind == "DetectionData":
         return generate_objects(root, options["name"])
-    if kind in ("SignalData", "VolumeData"):
+    if kind in ("ClutterData", "SignalData", "VolumeData"):
         return root  # which come without files
     raise ValueError(f"there are no generated images for {kind}")
 

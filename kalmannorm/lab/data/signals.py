@@ -1,4 +1,4 @@
-"""Real data without an image, from sets that ship with scikit-learn: nothing is downloaded."""
+"""Data from sets that ship with scikit-learn, so that nothing is downloaded: signals, rows, and the demo's images."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kalmannorm.lab.data.augmentation import Scaling
+from kalmannorm.lab.data.digits import Split, cluttered_digits
 from kalmannorm.lab.data.memory import Splits
 from kalmannorm.lab.data.memory_data import MemoryData
 
-__all__ = ["SignalData"]
+__all__ = ["ClutterData", "SignalData"]
 
 # Inputs, classes, and the shape of one input.
 SETS: dict[str, tuple[int, int, tuple[int, ...]]] = {"digits": (1797, 10, (1, 64)), "breast_cancer": (569, 2, (30,))}
@@ -89,3 +91,42 @@ class SignalData(MemoryData):
         # The test inputs first: they stay the same whatever the size of the validation split.
         test, validation, train = shuffled.tensor_split([self.test, self.test + self.validation])
         return Splits(*((inputs[chosen], labels[chosen]) for chosen in (train, validation, test)))
+
+
+class ClutterData(MemoryData):
+    """The demo's images, see `kalmannorm.lab.data.digits.cluttered_digits`; they are given as they are.
+
+    Args:
+        gradient_batch: Images a gradient step, over all processes and accumulated batches.
+        train: How many images to train on.
+        scored: How many to validate on, and as many others to test on.
+        split_seed: Decides which digits go into which split, and how the images are composed.
+        score_batch: Images a batch in validation and test.
+        seed: Of the order.
+        device: Where the images are kept; by default where the trainer's model is.
+    """
+
+    num_classes = 10
+
+    def __init__(
+        self,
+        gradient_batch: int = 2,
+        *,
+        train: int = 8000,
+        scored: int = 2000,
+        split_seed: int = 0,
+        score_batch: int = 500,
+        seed: int = 0,
+        device: str | torch.device | None = None,
+    ) -> None:
+        super().__init__(gradient_batch, score_batch=score_batch, seed=seed, device=device)
+        self.counts: dict[Split, int] = {"train": train, "validation": scored, "test": scored}
+        self.split_seed = split_seed
+
+    def load(self) -> Splits:
+        """The three splits, of different digits."""
+        return Splits(*(cluttered_digits(split, count, self.split_seed) for split, count in self.counts.items()))
+
+    def scaling_of(self, inputs: Tensor) -> Scaling:
+        """Nothing: the images are about from -1 to 1."""
+        return Scaling(torch.zeros(1), torch.ones(1))

@@ -67,7 +67,7 @@ class InceptionV2(nn.Module):
         num_classes: Number of logits.
         norm_layer: Makes a normalization layer of so many channels.
         in_channels: Channels of the images.
-        width: Multiplies the channels of every convolution, rounded; see `baselines.width.matching_width`.
+        width: Multiplies the channels of every convolution, rounded.
 
     Raises:
         ValueError: where the width leaves a convolution no channel.

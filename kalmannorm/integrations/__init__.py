@@ -1,0 +1,1 @@
+"""Kalman layers in other libraries' training loops."""

@@ -1,0 +1,194 @@
+"""Kalman layers for any LightningModule, by one entry in `Trainer(callbacks=[...])`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import lightning
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from kalmannorm import anneal, convert, first_nonfinite, online_statistics, recalibrate
+from kalmannorm.convert import kalman_layers, stand_in
+from kalmannorm.modules import KalmanNorm
+
+__all__ = ["KalmanNormCallback", "annealing", "check_annealing", "network_of", "recalibrate_by_training_batches"]
+
+
+class KalmanNormCallback(lightning.Callback):
+    """Converts a LightningModule's network when a trainer sets it up, and watches over its statistics.
+
+    It converts in `setup`: before `configure_optimizers`, so the optimizer gets gains and process noise, and
+    before a checkpoint is loaded, so `ckpt_path=` works in each of the trainer's methods. A network that has
+    Kalman layers already is left as it is; so is one built in `LightningModule.setup` or `configure_model`,
+    which come later: call `kalmannorm.convert` there. `Trainer(sync_batchnorm=True)` makes layers without
+    `stats_batch_size` share statistics between processes, as it does BatchNorm's.
+
+    Without a trainer, `load_from_checkpoint(path, strict=False)` gives the BatchNorm network to deploy; so do
+    the strategies that spawn processes, in the main one.
+
+    Args:
+        online: Validate, test and predict by the statistics of each batch, see `kalmannorm.online_statistics`.
+        recalibrate: Replace running statistics by those of so many training batches when training ends,
+            see `kalmannorm.recalibrate`; None leaves them. The network must take a batch, or its first
+            element. Checkpoints saved before have running averages; `trainer.save_checkpoint` then has these.
+        anneal: What priors are worth at the end of training, in units of what they were worth at the start: each
+            optimizer step takes its share, see `kalmannorm.anneal`. 1 leaves gains to what is learned.
+        anneal_from: The share of the steps after which that begins: where the learning rate has come down.
+        log_gains: Log the layers' mean gain for a single feature map, as `kalman_gain`, after each epoch: near
+            0 where the network trusts its priors, near 1 where it trusts the batch.
+        stop_at_nonfinite: End training where a loss is not finite; looked at as often as the trainer logs.
+        convert_options: What `kalmannorm.convert` takes. `input_stats` are of what the one attribute with
+            normalization layers is fed; of what the module itself is, where several attributes have them.
+
+    Raises:
+        ValueError: In `setup`, from `kalmannorm.convert`, for example where there is nothing to convert. For an
+            ``anneal`` that is not above 0, an ``anneal_from`` that is no share, and in training, where that has no end.
+        FloatingPointError: In training, for a loss that is not finite; it names the layer where it began.
+
+    Example:
+        >>> callback = KalmanNormCallback(input_stats=([0.0] * 3, [1.0] * 3), recalibrate=200)
+        >>> trainer = lightning.Trainer(max_epochs=10, callbacks=[callback])  # doctest: +SKIP
+    """
+
+    def __init__(self, *, online: bool = False, recalibrate: int | None = None, anneal: float = 1.0,
+                 anneal_from: float = 0.0, log_gains: bool = False, stop_at_nonfinite: bool = True,
+                 **convert_options: Any) -> None:  # fmt: skip
+        check_annealing("KalmanNormCallback: ", anneal, anneal_from)
+        self.online, self.recalibrate, self.anneal, self.anneal_from = online, recalibrate, anneal, anneal_from
+        self.log_gains, self.stop_at_nonfinite = log_gains, stop_at_nonfinite
+        self.convert_options = convert_options
+        self._switched = ExitStack()
+        self._synchronized: list[KalmanNorm] = []
+
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Convert, and share statistics between processes if the trainer is to."""
+        if next(kalman_layers(pl_module), None) is None:
+            layers = self.convert_options.get("layers", ("batch",))
+            kinds = (layers,) if isinstance(layers, str) else tuple(layers)
+            convert(network_of(pl_module, lambda layer: stand_in(layer)[0] in kinds), **self.convert_options)
+        if getattr(trainer.strategy, "_layer_sync", None) is not None and dist.is_initialized():
+            self._synchronized = [
+                layer for layer in pl_module.modules()
+                if isinstance(layer, KalmanNorm) and layer.process_group is None and layer.stats_batch_size is None
+            ]  # fmt: skip
+        for layer in self._synchronized:
+            layer.process_group = dist.group.WORLD
+
+    def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: Any) -> None:
+        """Undo the sharing, as the trainer does BatchNorm's, and switch back."""
+        self._switched.close()
+        for layer in self._synchronized:
+            layer.process_group = None
+        self._synchronized = []
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Find out how long training will be."""
+        if self.anneal == 1:
+            return
+        steps = trainer.estimated_stepping_batches
+        if not 0 < steps < math.inf:
+            raise ValueError(
+                f"KalmanNormCallback got anneal={self.anneal} and a training of {steps} steps, expected a Trainer with "
+                "max_epochs or max_steps"
+            )
+        self._steps = int(steps)
+
+    def on_before_optimizer_step(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule,
+                                 optimizer: torch.optim.Optimizer) -> None:  # fmt: skip
+        """Anneal."""
+        if self.anneal == 1:
+            return
+        share = annealing(trainer.global_step, self._steps, self.anneal, self.anneal_from)
+        if share != 1:
+            anneal(pl_module, share)
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule,
+                           outputs: Tensor | Mapping[str, Any] | None, batch: Any, batch_idx: int) -> None:  # fmt: skip
+        """Look at the loss, now and then: each look waits for the device."""
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if self.stop_at_nonfinite and every and trainer.global_step % every == 0:
+            loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+            if isinstance(loss, Tensor) and not bool(loss.isfinite().all()):
+                raise FloatingPointError(f"loss {loss.item()} after step {trainer.global_step}: {_cause(pl_module)}")
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Log the mean gain."""
+        if self.log_gains:
+            gains = [float(torch.as_tensor(layer.kalman_gain(1)).detach()) for _, layer in kalman_layers(pl_module)]
+            pl_module.log("kalman_gain", sum(gains) / len(gains))
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Recalibrate."""
+        if self.recalibrate is not None:
+            network = network_of(pl_module, lambda layer: isinstance(layer, KalmanNorm))
+            recalibrate_by_training_batches(network, trainer, self.recalibrate)
+
+    def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Switch to online statistics."""
+        if self.online:
+            self._switched.enter_context(online_statistics(pl_module))
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Switch back."""
+        self._switched.close()
+
+    on_test_start = on_predict_start = on_validation_start
+    on_test_end = on_predict_end = on_validation_end
+    on_exception = teardown  # type: ignore[assignment]
+
+
+def recalibrate_by_training_batches(network: torch.nn.Module, trainer: lightning.Trainer, max_batches: int) -> None:
+    """As `kalmannorm.recalibrate`, by the batches that a trainer trained on, of all its processes."""
+    loader: Any = trainer.train_dataloader
+    batches = map(trainer.strategy.batch_to_device, loader)
+    with trainer.precision_plugin.forward_context():
+        recalibrate(network, batches, max_batches=max_batches, progress=False, process_group=dist.group.WORLD)
+
+
+def _cause(pl_module: lightning.LightningModule) -> str:
+    try:
+        name = first_nonfinite(pl_module)
+    except ValueError:  # GroupKalmanNorm does not count
+        return "look at the network's input first"
+    if name is None:
+        return "the Kalman layers' statistics were finite so far, so look behind them"
+    return f"statistics were not finite first in layer {name!r}"
+
+
+def network_of(module: nn.Module, wanted: Callable[[nn.Module], bool]) -> nn.Module:
+    """The one part of a LightningModule that contains such layers; all of it, where they are in several.
+
+    Training steps call the parts, so what is said of the network's input must be said of the part's.
+    """
+    parts = [part for part in module.children() if any(wanted(layer) for layer in part.modules())]
+    return parts[0] if len(parts) == 1 and not wanted(parts[0]) else module
+
+
+def check_annealing(who: str, factor: float, start: float) -> None:
+    """Refuse what `annealing` cannot do.
+
+    Raises:
+        ValueError: A factor that is not above 0, or a start outside of the training.
+    """
+    if not 0 < factor < math.inf:
+        raise ValueError(f"{who}anneal must be above 0; got {factor}")
+    if not 0 <= start < 1:
+        raise ValueError(f"{who}anneal_from must be a share of the training, 0 up to below 1; got {start}")
+
+
+def annealing(step: int, steps: int, factor: float, start: float = 0.0) -> float:
+    """What `kalmannorm.anneal` is given at a step, counted from 0, so that all of them together are ``factor``.
+
+    Args:
+        step: The step.
+        steps: Of the training.
+        factor: Of all steps together.
+        start: The share of the training from which on there is any.
+    """
+    first = min(math.ceil(start * steps), steps - 1)
+    return 1.0 if step < first else float(factor ** (1 / (steps - first)))

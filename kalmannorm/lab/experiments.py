@@ -1,0 +1,538 @@
+"""Experiments: a question or a table of the paper, and the arms that answer it, written as one YAML file.
+
+A file has ``title`` and ``arms``, and perhaps:
+
+- ``question``: what is asked, or how the table is to be read.
+- ``of``: another file beside this one, that this one is merged onto: the same arms at another size.
+- ``base``: a file of settings, or several, relative to this one, that all configurations are merged onto. It has what
+  ``kalmannorm fit`` takes (``seed_everything``, ``model``, ``data``, ``trainer``, ``checkpoint_every``), and perhaps a
+  ``base`` of its own, a ``tiny``, a ``note`` by subject and ``input_stats``.
+- ``config``: what all arms have in common, as ``kalmannorm fit`` takes it.
+- ``search``: from a setting, as ``model.init_args.rate``, to the values to try; a grid over several. Every arm is
+  searched so, by its ``metric`` on validation images, from the seed ``search_seed``, in runs of the share
+  ``search_scale`` of the steps (1).
+- ``seeds``: how many trainings of each arm count, with seeds 0, 1, ..., of which ``search_seed`` is none; ``scored``:
+  on which images, ``test`` or ``validation``. With ``validation``, no run looks at test images.
+- ``start``: ``NAME/ARM``, from another file beside this one: an arm without a search, whose weights (of seed 0, at the
+  same scale) all trainings start from, as ``model.init_args.weights``. It is trained first if it was not yet.
+- ``tiny``: what to change so that a training takes seconds on a CPU, on generated images. Where it has
+  ``model.init_args.weights``, nothing is started from at that scale.
+- ``rows``: the order of the table's rows, where it is not that of the arms.
+- ``input_stats``: mean and standard deviation of the network's input, for arms with ``kalman``.
+- ``verdict``: ``guessing`` and ``images``: say in words which arm is best, see `kalmannorm.lab.verdict`.
+
+An arm has a ``config`` of its own (or ``model``, the ``init_args`` of the model in it) and perhaps
+
+- ``label`` and ``column``: its row and column in the table, each a text, or a text for each metric that is shown;
+- a ``base``, ``search``, ``start`` or ``tiny`` beside or in place of the experiment's;
+- ``note``: a text to stand below the table, or texts by subject, for the page;
+- ``reported``: the paper's number, or one for each metric, in per cent where it is an accuracy or a precision;
+- ``baseline: true``: the arms that follow, up to the next such one, are compared with this one's final accuracy;
+- ``run``: ``NAME/ARM``, another experiment's arm, whose training this is too: it is trained once, in that one's folder;
+- ``analysis``: what is computed in place of a training (``parameters``, ``speed``), or after it (``variance_gap``);
+- ``kalman: true``: train Kalman Normalization, in each of the forms that are asked for, see `FORMS`; what it is a
+  ``run`` of, or has its ``start`` from, is of the same form.
+
+``label`` and ``column`` may also stand outside of the arms, for all that have none.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
+
+if TYPE_CHECKING:
+    from kalmannorm.lab.fitting import Split
+
+__all__ = [
+    "CONFIGS", "FORMS", "STUDIES", "Arm", "Experiment", "Scale", "Start", "check_search_seed", "config_of", "merge",
+    "names", "nested", "read", "scaled", "shown", "tables",
+]  # fmt: skip
+
+CONFIGS, STUDIES = Path(__file__).parent / "configs", Path(__file__).parent / "studies"
+# The forms of Kalman Normalization, by the option --kalman: an arm's method and options, and what is added to its name
+# and its label. The paper's number stands beside the first two: it does not say which of them it is of.
+FORMS: dict[str, tuple[str, dict[str, Any], str, str]] = {
+    "paper": ("kn-paper", {}, "", ""),
+    "released": ("kn-released", {}, "-released", ", released code"),
+    "default": ("kn", {}, "-default", ", our default"),
+    "standardized": ("kn", {"weight_standardization": True}, "-standardized", ", ours with standardized filters"),
+}
+# Lengths of a training, which a scale multiplies.
+_LENGTHS = (("trainer", "max_steps"), ("trainer", "val_check_interval"), (None, "checkpoint_every"))
+_NEEDED = ("title", "arms")
+_OPTIONAL = (
+    "question", "of", "base", "config", "scored", "metric", "search", "search_seed", "search_scale", "seeds", "start",
+    "tiny", "rows", "label", "column", "input_stats", "verdict",
+)  # fmt: skip
+_KEYS = (*_NEEDED, *_OPTIONAL)
+_KEYS_OF_ARM = (
+    "label", "column", "config", "model", "search", "start", "note", "tiny", "base", "reported", "baseline", "run",
+    "analysis", "kalman",
+)  # fmt: skip
+_KEYS_OF_BASE = ("base", "tiny", "note", "input_stats")
+
+Scale = float | Literal["tiny"]
+Place = str | dict[str, str]
+
+
+@dataclass(frozen=True)
+class Start:
+    """Whose weights trainings start from.
+
+    Attributes:
+        path: Of another experiment's file.
+        arm: One of its arms.
+        scored: Which images that experiment's runs are scored on.
+    """
+
+    path: Path
+    arm: str
+    scored: Split
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One of the things that an experiment compares; see above for what is not explained here.
+
+    Attributes:
+        name: In the file.
+        label: Its row in the table, a text or one for each metric.
+        column: Its column, likewise; the metric's name where the experiment has only one.
+        config: What ``fit`` takes, but for the searched settings.
+        tiny: What is merged onto ``config`` for the scale ``"tiny"``.
+        search: From a setting to the values to try.
+        start: Whose weights it starts from; None for fresh ones.
+        note: What a reader of the table should know of it.
+        notes: What a reader of the page should: each choice that the paper leaves open.
+        reported: The paper's number by metric.
+        baseline: The name of the arm whose final accuracy it is to reach; empty if there is none.
+        run: Whose training it is, ``(experiment, arm)``; its own by default.
+        analysis: What is computed; empty if nothing is.
+        form: Of Kalman Normalization, a key of `FORMS`; empty for another method.
+    """
+
+    name: str
+    label: Place
+    column: Place
+    config: dict[str, Any]
+    tiny: dict[str, Any]
+    search: dict[str, list[Any]] = field(default_factory=dict)
+    start: Start | None = None
+    note: str = ""
+    notes: tuple[str, ...] = ()
+    reported: dict[str, float] = field(default_factory=dict)
+    baseline: str = ""
+    run: tuple[str, str] = ("", "")
+    analysis: str = ""
+    form: str = ""
+
+    def points(self) -> list[dict[str, Any]]:
+        """What to try: the searched settings, each with one of its values. Nothing where there is no search."""
+        if not self.search:
+            return []
+        return [dict(zip(self.search, values, strict=True)) for values in itertools.product(*self.search.values())]
+
+    def scaled(self, scale: Scale, settings: Mapping[str, Any] | None = None, seed: int = 0) -> dict[str, Any]:
+        """What `kalmannorm.lab.fitting.fit` takes.
+
+        Args:
+            scale: See `scaled`.
+            settings: Of the searched ones.
+            seed: Of weights and order.
+        """
+        config = scaled(self.config, self.tiny, scale)
+        for setting, value in (settings or {}).items():
+            config = merge(config, nested(setting, value))
+        return merge(config, {"seed_everything": seed})
+
+    def places(self, metric: str) -> Iterator[tuple[str, str, str]]:
+        """Metric, row and column of each number that a table of the paper shows of it.
+
+        Args:
+            metric: What is shown where neither row nor column says which.
+        """
+        named = next((each for each in (self.label, self.column) if isinstance(each, Mapping)), {metric: ""})
+        for each in named:
+            row, column = (place[each] if isinstance(place, Mapping) else place for place in (self.label, self.column))
+            yield each, row, column
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A question, and what is trained to answer it; see above for what is not explained here.
+
+    Attributes:
+        name: Of the file.
+        metric: The score that the search maximizes, on validation images, and that the figure shows.
+        search_scale: The share of the steps that a run of the search takes.
+        arms: In the order of the table.
+        is_table: It is laid out as a table of the paper: each number in a place of its own.
+    """
+
+    name: str
+    title: str
+    question: str
+    scored: Split
+    metric: str
+    search_seed: int
+    search_scale: float
+    seeds: int
+    arms: tuple[Arm, ...]
+    rows: tuple[str, ...] = ()
+    verdict: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def is_table(self) -> bool:
+        return any(arm.reported or isinstance(arm.label, dict) or isinstance(arm.column, dict) for arm in self.arms)
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of ``base`` with what ``over`` says; mappings in both are merged, all else is replaced.
+
+    A mapping from numbers, as milestones are, is a value.
+    """
+    merged = dict(copy.deepcopy(base))
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        both = both and all(isinstance(name, str) for name in value)
+        merged[key] = merge(merged[key], value) if both else copy.deepcopy(value)
+    return merged
+
+
+def scaled(config: Mapping[str, Any], tiny: Mapping[str, Any], scale: Scale) -> dict[str, Any]:
+    """The configuration of a shorter training.
+
+    Args:
+        config: Of the training in full.
+        tiny: What is merged onto it for the scale ``"tiny"``.
+        scale: A share of the steps, schedules and intervals with them; or ``"tiny"``.
+
+    Raises:
+        ValueError: A share that is not above 0.
+    """
+    if scale == "tiny":
+        return merge(config, tiny)
+    if not 0 < scale < float("inf"):
+        raise ValueError(f"scale must be 'tiny' or a number above 0; got {scale}")
+    shorter = dict(copy.deepcopy(config))
+    for section, key in _LENGTHS:
+        place = shorter.get(section, {}) if section else shorter
+        if key in place and scale != 1:
+            place[key] = max(1, round(place[key] * scale))
+    return shorter
+
+
+def tables() -> list[str]:
+    """The tables and figures of the paper, and what is laid out like them."""
+    return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+
+
+def names() -> list[str]:
+    """All experiments that come with the laboratory."""
+    return tables() + sorted(path.stem for path in STUDIES.glob("*.yaml"))
+
+
+def path_of(name: str | Path) -> Path:
+    """The file of an experiment, by its name or itself.
+
+    Raises:
+        ValueError: There is none.
+    """
+    for path in (CONFIGS / f"{name}.yaml", STUDIES / f"{name}.yaml", Path(name)):
+        if path.is_file():
+            return path
+    raise ValueError(f"no experiment or file {str(name)!r}; experiments are {', '.join(names())}")
+
+
+def read(name: str | Path) -> Experiment:
+    """Read an experiment.
+
+    Args:
+        name: Such as ``"table8"`` or ``"batch-sizes-cpu"``, or the path of a YAML file.
+
+    Raises:
+        ValueError: There is no such experiment or file, or the file is not of the form that is described above.
+
+    Example:
+        >>> [arm.name for arm in read("table2").arms if arm.form == "paper"]
+        ['inception-v2-kn', 'resnet101-kn', 'resnet50-kn']
+    """
+    path = path_of(name)
+    # Those that come along do not change.
+    return _known(path) if path.parent in (CONFIGS, STUDIES) else _read(path)
+
+
+def _read(path: Path) -> Experiment:
+    content = _content(path)
+    _check_keys(path, "", content, _KEYS)
+    for key in _NEEDED:
+        if not content.get(key):
+            raise ValueError(f"{path}: an experiment needs {', '.join(_NEEDED)}; got no {key}")
+    scored, metric = content.get("scored", "test"), content.get("metric", "accuracy_running")
+    if scored not in ("test", "validation"):
+        raise ValueError(f"{path}: scored must be 'test' or 'validation'; got {scored!r}")
+    if not isinstance(metric, str) or not metric:
+        raise ValueError(f"{path}: metric must be the name of a score; got {metric!r}")
+    seeds = {key: content.get(key, default) for key, default in (("seeds", 3), ("search_seed", 100))}
+    for key, least in (("seeds", 1), ("search_seed", 0)):
+        if isinstance(seeds[key], bool) or not isinstance(seeds[key], int) or seeds[key] < least:
+            raise ValueError(f"{path}: {key} must be a whole number from {least} on; got {seeds[key]!r}")
+    share = content.get("search_scale", 1)
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
+        raise ValueError(f"{path}: search_scale must be a number above 0, up to 1; got {share!r}")
+    arms = tuple(_arms(path, content, metric))
+    for arm in arms:
+        _check_data(path, arm, scored)
+    title, question = (" ".join(str(content.get(key, "")).split()) for key in ("title", "question"))
+    experiment = Experiment(
+        path.stem, title, question, scored, metric, seeds["search_seed"], share, seeds["seeds"], arms,
+        tuple(content.get("rows", ())), content.get("verdict") or {},
+    )  # fmt: skip
+    check_search_seed(str(path), experiment)
+    return experiment
+
+
+_known = functools.cache(_read)
+
+
+def config_of(name: str | Path) -> dict[str, Any]:
+    """What ``fit`` takes, of an arm or of a file of settings with its bases.
+
+    Args:
+        name: Such as ``"table8/resnet32-kn-bs2"``, or the path of a YAML file.
+
+    Raises:
+        ValueError: There is no such arm or file.
+
+    Example:
+        >>> config_of("table8/resnet32-kn-bs2")["model"]["init_args"]["normalization"]
+        'kn-paper'
+    """
+    if Path(name).is_file():
+        return {key: value for key, value in _merged(Path(name)).items() if key not in _KEYS_OF_BASE}
+    experiment, _, arm = str(name).partition("/")
+    if experiment not in names():
+        raise ValueError(f"no arm or file {str(name)!r}; arms are NAME/ARM, with names {', '.join(names())}")
+    found = {each.name: each for each in read(experiment).arms}
+    if arm not in found:
+        raise ValueError(f"no arm {str(name)!r}; those of {experiment} are {', '.join(found)}")
+    return found[arm].config
+
+
+def check_search_seed(who: str, experiment: Experiment) -> None:
+    """Refuse a search from a seed that counts: what it chose would be good by that seed's luck.
+
+    Raises:
+        ValueError: Seeds 0 to ``seeds - 1`` have it, and an arm is searched.
+    """
+    if experiment.search_seed < experiment.seeds and any(arm.search for arm in experiment.arms):
+        raise ValueError(
+            f"{who}: search_seed must not be one of the {experiment.seeds} seeds that count, 0 to "
+            f"{experiment.seeds - 1}; got {experiment.search_seed}"
+        )
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The content of a YAML file, without its bases.
+
+    Raises:
+        ValueError: The file is not YAML, or not of keys and values.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold keys and values; got {type(content).__name__}")
+    return content
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """A file, on top of the one that it is of."""
+    content = load(path)
+    if "of" not in content:
+        return content
+    whole = path.parent / f"{content['of']}.yaml"
+    if not whole.is_file():
+        raise ValueError(f"{path}: there is no file {whole} that it could be of")
+    return merge(_content(whole), content)
+
+
+def _merged(path: Path) -> dict[str, Any]:
+    """A file's content on top of its bases'."""
+    content = load(path)
+    return merge(_based(path, content.pop("base", [])), content)
+
+
+def _based(path: Path, bases: str | Sequence[str]) -> dict[str, Any]:
+    """The bases that a file names, merged in order."""
+    merged: dict[str, Any] = {}
+    for base in [bases] if isinstance(bases, str) else bases:
+        other = path.parent / base
+        if not other.is_file():
+            raise ValueError(f"{path}: there is no file {other} to base it on")
+        merged = merge(merged, _merged(other))
+    return merged
+
+
+def shown(value: Any) -> str:
+    """A searched setting's value as tables and folders have it."""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _arms(path: Path, content: Mapping[str, Any], metric: str) -> Iterator[Arm]:
+    whole = _based(path, content.get("base", []))
+    own = {key: _mapping(path, key, content.get(key)) for key in ("config", "tiny")}
+    own |= {key: content[key] for key in ("input_stats",) if key in content}
+    taken: dict[tuple[str, str], str] = {}
+    baseline = ""
+    for key, given in _mapping(path, "arms", content["arms"]).items():
+        name, place = str(key), f"arms.{key}"
+        if not re.fullmatch(r"\w[\w.+-]*", name):
+            raise ValueError(f"{path}: an arm's name must be of letters, digits and '_.+-'; got {name!r}")
+        raw = {part: content[part] for part in ("label", "column", "start", "search") if part in content}
+        raw |= _mapping(path, place, given)
+        _check_keys(path, place, raw, _KEYS_OF_ARM)
+        baseline = name if raw.get("baseline") else baseline
+        based = merge(merge(whole, _based(path, raw.get("base", []))), own)
+        for form in FORMS if raw.get("kalman") else ("",):
+            formed = _of_form(name, raw, form, based.get("input_stats"))
+            arm = _arm(path, place, formed, based, metric, baseline)
+            for _, row, column in arm.places(""):
+                if (other := taken.setdefault((row, column), arm.name)) != arm.name:
+                    where = f"label {row!r}, column {column!r}"
+                    raise ValueError(f"{path}: {place} has the place of arms.{other} in the table: {where}")
+            yield arm
+
+
+def _of_form(name: str, raw: Mapping[str, Any], form: str, input_stats: Any) -> dict[str, Any]:
+    """What the file says of an arm, with its name, and with a form of Kalman Normalization where it is one."""
+    given = {**raw, "name": name, "form": form}
+    if not form:
+        return given
+    method, options, ending, words = FORMS[form]
+    if input_stats is not None:
+        options = {"input_stats": input_stats, **options}
+    given["name"] += ending
+    given["model"] = merge({"normalization": method, "normalization_options": options}, raw.get("model") or {})
+    for key in ("run", "start"):  # of the same form
+        if raw.get(key):
+            given[key] += ending
+    if form not in ("paper", "released"):
+        given["reported"] = {}
+    # Where the methods are the columns, the words are the column's.
+    named = "column" if "KN" in str(raw.get("column", "")) else "label"
+    place = raw.get(named, name)
+    given[named] = {key: text + words for key, text in place.items()} if isinstance(place, Mapping) else place + words
+    return given
+
+
+def _arm(
+    path: Path, place: str, raw: Mapping[str, Any], whole: Mapping[str, Any], metric: str, baseline: str
+) -> Arm:
+    own = _mapping(path, f"{place}.config", raw.get("config"))
+    model = {"model": {"init_args": _mapping(path, f"{place}.model", raw.get("model"))}} if raw.get("model") else {}
+    bare = {key: value for key, value in whole.items() if key not in (*_KEYS_OF_BASE, "config")}
+    config = merge(merge(merge(bare, whole["config"]), own), model)
+    tiny = merge(whole.get("tiny", {}), _mapping(path, f"{place}.tiny", raw.get("tiny")))
+    run, notes = (path.stem, raw["name"]), dict(whole.get("note", {}))
+    if "run" in raw:
+        other, _, arm_name = raw["run"].partition("/")
+        arms = {arm.name: arm for arm in read(path.parent / f"{other}.yaml").arms}
+        if arm_name not in arms:
+            raise ValueError(f"{path}: {place}.run must be NAME/ARM, of a file beside this one; got {raw['run']!r}")
+        shared = arms[arm_name]
+        config, tiny, run, notes = shared.config, shared.tiny, shared.run, dict(enumerate(shared.notes))
+    for part in (("model", "class_path"), ("data", "class_path"), ("trainer", "max_steps")):
+        if not isinstance(config.get(part[0]), Mapping) or part[1] not in config[part[0]]:
+            raise ValueError(f"{path}: {place} must say {'.'.join(part)}, itself, in config or in a base; got none")
+    note = raw.get("note", "")
+    notes |= note if isinstance(note, Mapping) else {}
+    label, column = _text(raw.get("label", raw["name"])), _text(raw.get("column", metric))
+    reported = raw.get("reported", {})
+    if not isinstance(reported, Mapping):
+        named = next((each for each in (label, column) if isinstance(each, Mapping)), {metric: ""})
+        reported = {next(iter(named)): reported}
+    return Arm(
+        raw["name"], label, column, config, tiny, _search(path, f"{place}.search", raw.get("search")),
+        _start(path, place, raw.get("start")), "" if isinstance(note, Mapping) else " ".join(str(note).split()),
+        tuple(notes.values()), dict(reported), baseline, run, raw.get("analysis", ""), raw["form"],
+    )  # fmt: skip
+
+
+def _text(given: Any) -> Place:
+    return dict(given) if isinstance(given, Mapping) else str(given)
+
+
+def _search(path: Path, place: str, given: Any) -> dict[str, list[Any]]:
+    search = _mapping(path, place, given)
+    for setting, values in search.items():
+        if not isinstance(setting, str) or not all(setting.split(".")) or setting == "seed_everything":
+            raise ValueError(f"{path}: {place} must be of settings such as model.init_args.rate; got {setting!r}")
+        if not isinstance(values, list) or not values:
+            raise ValueError(f"{path}: {place}.{setting} must be a list of values to try; got {values!r}")
+        plain = all(isinstance(value, str | int | float | None) for value in values)
+        if not plain or any(isinstance(value, float) and not math.isfinite(value) for value in values):
+            raise ValueError(f"{path}: {place}.{setting} must be of plain, finite values; got {values!r}")
+        if len({shown(value) for value in values}) < len(values):
+            raise ValueError(f"{path}: {place}.{setting} must be of different values; got {values!r}")
+    return search
+
+
+def _start(path: Path, place: str, given: Any) -> Start | None:
+    if given is None:
+        return None
+    name, _, arm_name = str(given).partition("/")
+    other = path.parent / f"{name}.yaml"
+    if not other.is_file():
+        raise ValueError(f"{path}: {place}.start must be NAME/ARM, of a file beside this one; got {given!r}")
+    whole = read(other)
+    arm = next((arm for arm in whole.arms if arm.name == arm_name), None)
+    if arm is None or arm.search or arm.start:
+        raise ValueError(
+            f"{path}: {place}.start must be an arm of {name} that has no search and no start itself; got {given!r}"
+        )
+    return Start(other, arm_name, whole.scored)
+
+
+def _check_data(path: Path, arm: Arm, scored: str) -> None:
+    """Refuse what would choose by test images, or by none."""
+    for config in (arm.config, arm.scaled("tiny")):
+        held_out = config["data"].get("init_args", {}).get("validation")
+        if (arm.search or scored == "validation") and held_out in ("test", 0):
+            raise ValueError(
+                f"{path}: arms.{arm.name} needs validation images: data.init_args.validation must be a number above 0; "
+                f"got {held_out!r}"
+            )
+
+
+def _mapping(path: Path, place: str, given: Any) -> dict[str, Any]:
+    if given is None:
+        return {}
+    if not isinstance(given, dict):
+        raise ValueError(f"{path}: {place} must hold keys and values; got {given!r}")
+    return given
+
+
+def _check_keys(path: Path, place: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
+    for key in given:
+        if key not in known:
+            where = f"{place}: " if place else ""
+            raise ValueError(f"{path}: {where}unknown key {key!r}; known are {', '.join(known)}")
+
+
+def nested(setting: str, value: Any) -> dict[str, Any]:
+    """A setting, as ``model.init_args.rate``, with its value as a mapping of mappings."""
+    for key in reversed(setting.split(".")):
+        value = {key: value}
+    return dict(value)

@@ -1,0 +1,51 @@
+"""Numbers over seeds, and tables, as text."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+
+__all__ = ["as_markdown", "format_value", "mean_and_deviation", "with_spread"]
+
+# Numbers after the point, by the beginning of a metric's name; what is none of these is a share, shown in per cent.
+DIGITS = {"steps": 0, "parameters": 2, "images_per_second": 2, "ratio": 3, "variance_gap": 3}
+
+
+def is_share(metric: str) -> bool:
+    """Whether a metric is shown in per cent."""
+    return not metric.startswith(tuple(DIGITS))
+
+
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation (over ``n - 1``; 0 of a single value); of values that are not finite, nan.
+
+    Example:
+        >>> mean_and_deviation([1.0, 3.0, 5.0]), mean_and_deviation([math.nan, 1.0])
+        ((3.0, 2.0), (nan, nan))
+    """
+    # `statistics.stdev` ends in an AttributeError where one is not finite.
+    if not all(map(math.isfinite, values)):
+        return sum(values) / len(values), math.nan
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def with_spread(values: Sequence[float], digits: int) -> str:
+    """Mean, and the standard deviation over seeds if there are several."""
+    mean, deviation = mean_and_deviation(values)
+    return f"{mean:,.{digits}f} ± {deviation:,.{digits}f}" if len(values) > 1 else f"{mean:,.{digits}f}"
+
+
+def format_value(metric: str, values: Sequence[float]) -> str:
+    """As `with_spread`, in the digits of a metric; a dash without values."""
+    digits = next((digits for name, digits in DIGITS.items() if metric.startswith(name)), 2)
+    return with_spread(values, digits) if values else "-"
+
+
+def as_markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table with its header first, its columns aligned so that it can be read as it is."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    padded = ([text.ljust(width) for text, width in zip(row, widths, strict=True)] for row in rows)
+    lines = [f"| {' | '.join(row)} |" for row in padded]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines) + "\n"

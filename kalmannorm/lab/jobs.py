@@ -1,0 +1,129 @@
+"""Trainings in a pool of processes, or one after another on several devices each."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+from rich.console import Console
+
+from kalmannorm.lab.experiments import merge
+from kalmannorm.lab.results import Result
+from kalmannorm.lab.workers import Tell, available_cpus, in_turn, run_all
+
+if TYPE_CHECKING:
+    from kalmannorm.lab.fitting import Split
+
+__all__ = ["Job", "divergence", "fit_on_devices", "reason", "run_jobs"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training: a configuration with a seed, and its folder.
+
+    Attributes:
+        name: Such as ``"table8/resnet32-kn-bs2"``.
+        seed: Also in ``config``.
+        config: What ``fit`` takes.
+        folder: Where the run is kept.
+        split: Which images are scored, see `kalmannorm.lab.fitting.fit`.
+        keep: Keep the last checkpoint once the run has ended, and not the scores and curves alone.
+    """
+
+    name: str
+    seed: int
+    config: dict[str, Any]
+    folder: Path
+    split: Split | None = None
+    keep: bool = True
+
+    def __str__(self) -> str:
+        """What a progress bar calls it."""
+        return f"{self.name.partition('/')[2]}, seed {self.seed}"
+
+
+def run_jobs(jobs: Sequence[Job], workers: int | None, console: Console, devices: int = 1) -> list[Result | Exception]:
+    """What comes of trainings, in their order: each a result, or what it raised.
+
+    Args:
+        jobs: To be done; what is finished is only read.
+        workers: Trainings at the same time, by default as many as there are GPUs, or else CPUs.
+        console: Where the progress bars are.
+        devices: Devices a training; with several, trainings run one after another.
+    """
+    if not jobs:
+        return []
+    if devices > 1:
+        return in_turn(jobs, lambda job: fit_on_devices(devices, job), _steps, console)
+    count = min(workers or torch.cuda.device_count() or available_cpus(), len(jobs))
+    return run_all(jobs, _fit, _steps, count, console, keep_going=True)
+
+
+def _steps(job: Job) -> int:
+    return int(job.config["trainer"]["max_steps"])
+
+
+def _fit(job: Job, tell: Tell) -> Result:
+    # Lightning takes seconds to import, and only the processes that train need it.
+    from kalmannorm.lab.fitting import fit  # noqa: PLC0415
+
+    result = fit(job.config, job.folder, tell, split=job.split)
+    if not job.keep:
+        (job.folder / "last.ckpt").unlink(missing_ok=True)
+    return result
+
+
+def fit_on_devices(devices: int, job: Job) -> Result:
+    """A training on several devices, as a command of its own: Lightning starts a process for each device from it.
+
+    What it prints goes into a file beside the run's folder.
+
+    Raises:
+        RuntimeError: The command failed; with its last line.
+    """
+    folder = job.folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    spread = merge(job.config, {"trainer": {"devices": devices, "strategy": "ddp"}})
+    file, log = folder.with_name(f"{folder.name}.yaml"), folder.with_name(f"{folder.name}.log")
+    file.write_text(yaml.safe_dump(spread, sort_keys=False), encoding="utf-8")
+    line = [sys.executable, "-m", "kalmannorm.lab.cli", "fit", "--config", str(file), "--output", str(folder)]
+    line += ["--split", job.split] if job.split else []
+    with (
+        log.open("w", encoding="utf-8") as output,
+        # A group of its own, so that all of its processes can be ended together.
+        subprocess.Popen(line, stdout=output, stderr=subprocess.STDOUT, start_new_session=True) as process,
+    ):
+        try:
+            code = process.wait()
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    if code:
+        said = [text for text in log.read_text(encoding="utf-8").splitlines() if text.strip()]
+        raise RuntimeError(f"{said[-1] if said else 'it said nothing'} (exit code {code}; all of it is in {log.name})")
+    return Result.read(folder)
+
+
+def reason(error: Exception) -> str:
+    """One line that says what went wrong; of jsonargparse's several, what the class itself said."""
+    text = str(error)
+    said = text.partition("Errors:\n  - ")[2].partition("\n")[0]
+    return f"{type(error).__name__}: {said or ' '.join(text.split())[:300]}"
+
+
+def divergence(result: Result) -> str:
+    """What is not finite at a run's end; empty where all is."""
+    if not math.isfinite(result.last_loss):
+        step = next(step for step, loss in enumerate(result.losses, 1) if not math.isfinite(loss))
+        return f"diverged: the loss was {result.losses[step - 1]} at step {step}"
+    wrong = [f"{name} is {value}" for name, value in result.scores.items() if not math.isfinite(value)]
+    return f"diverged: {', '.join(wrong)}" if wrong else ""

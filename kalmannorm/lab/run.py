@@ -1,0 +1,526 @@
+"""Running an experiment: the same search for each arm, then trainings that count, and what they give."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import pandas as pd
+from rich.console import Console
+
+from kalmannorm.lab import experiments, page, tables
+from kalmannorm.lab.availability import data_at, missing_data, not_at_hand
+from kalmannorm.lab.computed import COMPUTED, measured_gaps
+from kalmannorm.lab.costs import seconds_per_step, single_thread, where
+from kalmannorm.lab.data.roots import MissingDataError
+from kalmannorm.lab.experiments import FORMS, Arm, Experiment, Scale, merge, shown
+from kalmannorm.lab.formatting import as_markdown
+from kalmannorm.lab.jobs import Job, divergence, reason, run_jobs
+from kalmannorm.lab.results import Result, finished
+from kalmannorm.lab.rows import MEASURED, PLANNED, Key, Row, Rows, Told, ToldRun, key_of, settings_of, table
+from kalmannorm.lab.training import quiet
+
+if TYPE_CHECKING:
+    from kalmannorm.lab.fitting import Split
+
+__all__ = ["Plan", "Trial", "run", "run_experiment"]
+
+WINDOWS = 50
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A training of an arm, and what came of it.
+
+    Attributes:
+        arm: What is trained.
+        kind: Of the search, or one of those that count.
+        settings: Of the searched ones.
+        seed: Of weights and order.
+        split: Which images it is scored on.
+        result: If it came to an end.
+        error: Why it does not count: what it raised, or how it diverged; empty where it does.
+        failed: It raised something, and not because it diverged or because its data are not here.
+        chosen: Its settings won the search.
+        told: In place of a result, what the files in the output folder tell of it: its row, and those of its curve.
+        computed: What was measured otherwise than by a training, or after it.
+    """
+
+    arm: Arm
+    kind: Literal["search", "final"]
+    settings: dict[str, Any]
+    seed: int
+    split: Split
+    result: Result | None = None
+    error: str = ""
+    failed: bool = False
+    chosen: bool = False
+    told: ToldRun | None = None
+    computed: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def key(self) -> Key:
+        """What its rows are known by."""
+        settings = frozenset((setting, shown(value)) for setting, value in self.settings.items())
+        return self.arm.name, self.kind, str(self.seed), settings
+
+    def merit(self, metric: str) -> tuple[float, float] | None:
+        """By which the search's winner is found: the score, of equal ones the lower training loss; None without."""
+        if self.told is not None:
+            row = self.told[0]
+            return (float(row[metric]), -float(row["last_loss"])) if row.get(metric) and not row["error"] else None
+        if self.result is None or self.error:
+            return None
+        return self.result.scores[metric], -self.result.last_loss
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How an experiment is run; see `run`."""
+
+    experiment: Experiment
+    amount: Scale
+    output: Path
+    devices: int
+    workers: int | None
+    weights: Path | None
+    console: Console
+
+    @property
+    def folder(self) -> Path:
+        return self.output / self.experiment.name
+
+    @property
+    def scale(self) -> str:
+        return "tiny" if self.amount == "tiny" else f"{self.amount:g}"
+
+    def runs(self, name: str = "") -> Path:
+        """The folder of all runs of this scale, of this experiment or of another one."""
+        ending = "" if self.devices == 1 else f"-{self.devices}-devices"
+        return self.output / (name or self.experiment.name) / "runs" / f"{self.scale}{ending}"
+
+    def length(self, kind: str) -> Scale:
+        """How long a run is, as a share of the experiment's steps."""
+        return self.amount if self.amount == "tiny" or kind == "final" else self.amount * self.experiment.search_scale
+
+
+def run(
+    name: str,
+    *,
+    only: str = "*",
+    kalman: str = "paper,default,standardized",
+    scale: str = "1",
+    data: Path | None = None,
+    weights: Path | None = None,
+    seeds: int | None = None,
+    devices: int = 1,
+    workers: int | None = None,
+    output: Path = Path("runs"),
+    list: bool = False,
+    report: bool = False,
+    collect: bool = False,
+    grow: bool = False,
+) -> int:
+    """Run an experiment: a table or a figure of the paper again, or a comparison with a fair search for each arm.
+
+    Searches the settings of each arm alike, where there are some to search, trains each arm from several seeds, and
+    compares. What is finished is not trained again, and what was interrupted goes on where it was. The files of runs
+    and curves keep what they say of arms that were not asked for. Arms whose data are not here are listed as such.
+    Where arms start from another experiment's weights, these are trained first, in the same output folder.
+
+    Args:
+        name: Such as table8 or batch-sizes-cpu, or a YAML file; `kalmannorm list` shows what there is.
+        only: The arms to run, as a pattern or several: 'kn-*,bn-2'.
+        kalman: Which forms of Kalman Normalization a table of the paper has rows of, separated by commas: some of
+            paper, released, default, standardized.
+        scale: A share of the experiment's steps, or tiny: seconds a run, on generated images.
+        data: The folder with the data sets, in place of the one that KALMANNORM_DATA names.
+        weights: Where arms start from trained weights: the output folder that has them, or a file for all.
+        seeds: Trainings of each arm that count, with seeds 0, 1, ..., if not as many as the experiment says.
+        devices: Devices a training; with several, trainings run one after another.
+        workers: Trainings at the same time, by default as many as there are GPUs, or else CPUs.
+        output: Folder for the runs and the tables.
+        list: Only say what there is to do, about how long it would take, and what is missing for it.
+        report: Only make the table, the figure and the page again, from the files of runs in the output folder.
+        collect: Train nothing: tell what has come to an end in the output folder, as of an experiment that was
+            interrupted or that ran elsewhere, and what its runs.csv tells of runs whose own folders are gone.
+        grow: Believe what the output folder's runs.csv tells of runs whose own folders are gone, as where only that
+            file was kept, and train what it does not tell of: new values of a search, more seeds. Nobody can check that
+            these runs were of the same configuration.
+
+    Returns:
+        The exit code: 1 where a run failed. One that diverged is a result.
+    """
+    amount = _checked(scale, devices, workers=workers, seeds=seeds)
+    if weights is not None and not weights.exists():
+        raise ValueError(f"--weights: expected an output folder, or a file of weights; got {weights}")
+    whole = experiments.read(name)
+    asked = replace(whole, arms=_chosen(whole, only, kalman), seeds=seeds or whole.seeds)
+    experiments.check_search_seed("--seeds", asked)
+    plan = Plan(asked, amount, output, devices, workers, weights, Console())
+    with data_at(data, [arm.scaled(amount) for arm in asked.arms], output, amount):
+        if list:
+            print(_listed(plan))
+            return 0
+        return run_experiment(whole, plan, report=report, collect=collect, grow=grow)
+
+
+def run_experiment(whole: Experiment, plan: Plan, *, report: bool, collect: bool, grow: bool) -> int:
+    """`run`, of arms that are chosen, where data are found."""
+    trials: Sequence[Trial] = ()
+    before = Rows() if report else Rows.read(plan.folder, plan.scale)
+    told = before.told() if grow or collect else {}
+    if collect:
+        trials = _collected(plan, told, grow)
+    elif not report:
+        for path, arms in _starts(plan.experiment, plan.amount).items():
+            if absent := ",".join(arm for arm in arms if _weights_of(plan, path.stem, arm) is None):
+                source = experiments.read(path)
+                first = replace(source, arms=_chosen(source, absent, ",".join(FORMS)), seeds=1)
+                run_experiment(source, replace(plan, experiment=first), report=False, collect=False, grow=False)
+        trials = _trained(plan, told)
+    if not report:
+        others = before.without({trial.arm.name for trial in trials})
+        rows = others + Rows(_runs_table(plan, trials), _curves_table(trials))
+        if grow or collect:
+            rows += _nowhere_else(before, trials, plan.runs())
+        rows.write(plan.folder, [arm.name for arm in whole.arms])
+    plan.console.print(tables.write_table(whole, plan.folder), soft_wrap=True, highlight=False, markup=False)
+    written = page.write_page(whole, plan.folder)
+    plan.console.print(f"Report: {written}", soft_wrap=True, highlight=False, markup=False)
+    return int(any(trial.failed for trial in trials))
+
+
+def _checked(scale: str, devices: int, **others: int | None) -> Scale:
+    """The scale that a command line gives, with its counts checked as well."""
+    for name, value in {"devices": devices, **others}.items():
+        if value is not None and value < 1:
+            raise ValueError(f"--{name}: expected at least 1; got {value}")
+    if devices > 1 and (others.get("workers") or 1) > 1:
+        raise ValueError("--workers: trainings on several devices run one after another; got both")
+    if scale == "tiny":
+        return "tiny"
+    try:
+        share = float(scale)
+    except ValueError:
+        share = 0.0
+    if not 0 < share < float("inf"):
+        raise ValueError(f"--scale: expected tiny, or a number above 0; got {scale}")
+    return share
+
+
+def _chosen(asked: Experiment, only: str, kalman: str) -> tuple[Arm, ...]:
+    forms = kalman.split(",")
+    for form in forms:
+        if form not in FORMS:
+            raise ValueError(f"--kalman: expected some of {', '.join(FORMS)}; got {form!r}")
+    patterns, there = only.split(","), [arm for arm in asked.arms if not arm.form or arm.form in forms]
+    chosen = tuple(arm for arm in there if any(fnmatch(arm.name, pattern) for pattern in patterns))
+    if not chosen:
+        arms = ", ".join(arm.name for arm in there)
+        raise ValueError(f"--only: no arm of {asked.name} is called {only!r}; there are {arms}")
+    return chosen
+
+
+def _starts(asked: Experiment, amount: Scale) -> dict[Path, list[str]]:
+    """The experiments that arms start from, and which of their arms."""
+    found: dict[Path, list[str]] = {}
+    for start in dict.fromkeys(arm.start for arm in asked.arms if arm.start and not _is_fresh(arm, amount)):
+        found.setdefault(start.path, []).append(start.arm)
+    return found
+
+
+def _is_fresh(arm: Arm, amount: Scale) -> bool:
+    """Whether nothing is started from at the tiny scale."""
+    return amount == "tiny" and "weights" in arm.tiny.get("model", {}).get("init_args", {})
+
+
+def _weights_of(plan: Plan, name: str, arm: str) -> Path | None:
+    """The weights of an arm that another one starts from, on however many devices they were trained."""
+    if plan.weights is not None and plan.weights.is_file():
+        return plan.weights
+    runs = (plan.weights or plan.output) / name / "runs"
+    folders = sorted(runs.glob(f"{plan.scale}*"), key=lambda folder: folder != plan.runs(name))
+    places = (place for folder in folders for place in (folder / arm / "as-it-is").glob("*-seed-0"))
+    return next((place / "last.ckpt" for place in places if finished(place)), None)
+
+
+def _listed(plan: Plan) -> str:
+    """What there is to do, a line an arm: runs, steps, hours on one device of this machine, and what is missing."""
+    rows = [["arm", "runs of the search", "runs that count", "steps a run", "steps", "hours", "data"]]
+    total, seconds = [0, 0, 0], 0.0
+    times: dict[str, float | None] = {}
+    missing: dict[str, str] = {}
+    weights: dict[str, str] = {}
+    trained = False
+    for arm in plan.experiment.arms:
+        if arm.analysis in COMPUTED:
+            rows.append([arm.name, "-", "-", "-", "-", "-", "needs none"])
+            continue
+        trained = True
+        points, config = arm.points(), arm.scaled(plan.amount)
+        each = int(config["trainer"]["max_steps"])
+        searched = [int(arm.scaled(plan.length("search"), point)["trainer"]["max_steps"]) for point in points]
+        numbers = (len(points), plan.experiment.seeds, sum(searched) + each * plan.experiment.seeds)
+        total = [before + number for before, number in zip(total, numbers, strict=True)]
+        like, data = _like(config), repr(config["data"])
+        if like not in times:
+            with single_thread():  # as each training would have
+                times[like] = seconds_per_step(config)
+        if data not in missing:
+            missing[data] = not_at_hand(config)
+        step = times[like]
+        seconds += (step or 0.0) * numbers[2]
+        there = "see below" if missing[data] else "here"
+        start = None if _is_fresh(arm, plan.amount) else arm.start
+        if start and not _weights_of(plan, start.path.stem, start.arm):
+            weights[arm.name] = f"{start.path.stem}/{start.arm}"
+            there += ", weights missing"
+        hours = "?" if step is None else f"{step * numbers[2] / 3600:,.2f}"
+        rows.append([arm.name, str(numbers[0]), str(numbers[1]), f"{each:,}", f"{numbers[2]:,}", hours, there])
+    text = f"{plan.experiment.title}\n\n{as_markdown(rows)}"
+    if not trained:
+        return f"{text}\nNothing is trained."
+    notes = [f"- Data: {text}" for text in dict.fromkeys(missing.values()) if text]
+    notes += [f"- {name}: the weights of {start} are missing, and trained first." for name, start in weights.items()]
+    text += "".join(f"{note}\n" for note in ("", *notes)) if notes else ""
+    known = f"{seconds / 3600:,.1f} hours" if None not in times.values() else "hours unknown where they are '?'"
+    return (
+        f"{text}\n{total[0] + total[1]} runs, {total[0]} of them of the search; {total[2]:,} steps; {known}, on "
+        f"{where()}. An estimate, from a few training steps on random images: without loading data, validation and "
+        "other work on this machine."
+    )
+
+
+def _like(config: Mapping[str, Any]) -> str:
+    """What the time of a step depends on."""
+    given, data = config["model"]["init_args"], config["data"].get("init_args", {})
+    names = ("network", "normalization", "normalization_options", "statistics_batch")
+    return repr([*(given.get(name) for name in names), *(data.get(name) for name in ("gradient_batch", "size"))])
+
+
+def _trained(plan: Plan, told: Told) -> list[Trial]:
+    """All runs, with what came of them, or with what is told of them from before."""
+    quiet()
+    arms = plan.experiment.arms
+    reasons: dict[str, str] = {}
+    absent = {}
+    for arm in arms:
+        config = arm.scaled(plan.amount)
+        if arm.analysis not in COMPUTED:
+            key = repr(config["data"])
+            if key not in reasons:
+                reasons[key] = missing_data(config)
+            if reasons[key] and not any(name == arm.name for name, *_ in told):
+                absent[arm.name] = reasons[key]
+    if len(absent) == len(arms):
+        raise MissingDataError(absent[arms[0].name])
+    try:
+        plan.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output: cannot make the folder {plan.folder}: {error.strerror}") from error
+    asked = plan.experiment
+    here = replace(asked, arms=tuple(arm for arm in arms if arm.name not in absent and arm.analysis not in COMPUTED))
+
+    def run(trials: list[Trial]) -> list[Trial]:
+        return _run(plan, [replace(trial, told=told.get(trial.key)) for trial in trials])
+
+    trials = [_analysed(plan, trial) for trial in _in_two(here, run)]
+    for arm in arms:
+        trial = Trial(arm, "final", {}, 0, asked.scored)
+        if arm.name in absent:
+            trials.append(replace(trial, error=f"not run: {absent[arm.name]}"))
+        elif arm.analysis in COMPUTED:
+            trials.append(replace(trial, computed=COMPUTED[arm.analysis](arm.scaled(plan.amount))))
+    return trials
+
+
+def _in_two(asked: Experiment, run: Callable[[list[Trial]], list[Trial]]) -> list[Trial]:
+    """The runs of all arms' searches together, then those that count, by the settings that were best."""
+    searched = run(
+        [Trial(arm, "search", point, asked.search_seed, "validation") for arm in asked.arms for point in arm.points()]
+    )
+    finals = []
+    for arm in asked.arms:
+        own = [place for place, trial in enumerate(searched) if trial.arm is arm]
+        best = _best([searched[place] for place in own], asked.metric) if own else None
+        if best is not None:
+            searched[own[best]] = replace(searched[own[best]], chosen=True)
+        if best is not None or not arm.search:
+            settings = searched[own[best]].settings if best is not None else {}
+            finals += [Trial(arm, "final", settings, seed, asked.scored) for seed in range(asked.seeds)]
+    return [*searched, *run(finals)]
+
+
+def _collected(plan: Plan, told: Told, grow: bool) -> list[Trial]:
+    """The runs that have ended, and those that are told of: of those that have not, with `grow` alone."""
+
+    def ended(trials: list[Trial]) -> list[Trial]:
+        from kalmannorm.lab.fitting import ended_run  # noqa: PLC0415 - slow
+
+        jobs = [_job(plan, trial) for trial in trials]
+        found = [ended_run(job.config, job.folder, job.split) for job in jobs]
+        known = [
+            _outcome(trial, result, plan.experiment)
+            if result
+            else replace(trial, told=told.get(trial.key) if grow or not job.folder.exists() else None)
+            for trial, job, result in zip(trials, jobs, found, strict=True)
+        ]
+        return [trial for trial in known if trial.result or trial.told]
+
+    trials = _in_two(plan.experiment, ended)
+    if not trials:
+        raise ValueError(f"--output: no run of {plan.experiment.name} has ended in {plan.runs()}")
+    return trials
+
+
+def _nowhere_else(before: Rows, trials: Sequence[Trial], runs: Path) -> Rows:
+    """What the files tell of other runs of these arms than these, and of which there is no folder."""
+    arms = {trial.arm.name: trial.arm for trial in trials}
+    names = settings_of(before.runs.columns)
+    here, kept = {trial.key for trial in trials}, set()
+    for row in before.runs.to_dict("records"):
+        arm = arms.get(row["arm"])
+        if arm is None or (key := key_of(row, names)) in here:
+            continue
+        # In the order of the search, as the folder is named.
+        given = {name: row[name] for name in dict.fromkeys([*arm.search, *names]) if row.get(name)}
+        if not _place(runs, arm.name, given, row["split"], row["seed"]).exists():
+            kept.add(key)
+    found = before.among(kept)
+    if len(found.runs):
+        words = [_words(arms[name]) | {"chosen": ""} for name in found.runs["arm"]]
+        found.runs = found.runs.assign(**{key: [each[key] for each in words] for key in words[0]})
+    return found
+
+
+def _best(trials: Sequence[Trial], metric: str) -> int | None:
+    """The place of the greatest merit; None where none has any."""
+    found = {place: merit for place, trial in enumerate(trials) if (merit := trial.merit(metric)) is not None}
+    return max(found, key=lambda place: found[place]) if found else None
+
+
+def _run(plan: Plan, trials: Sequence[Trial]) -> list[Trial]:
+    """The trials with what came of them; those that are told of are not tried."""
+    jobs = {}
+    for place, trial in enumerate(trials):
+        job = _job(plan, trial)
+        if trial.told is None or finished(job.folder):
+            jobs[place] = job
+    # Two arms may be one training.
+    each = {job.folder: job for job in jobs.values()}
+    found = dict(zip(each, run_jobs([*each.values()], plan.workers, plan.console, plan.devices), strict=True))
+    return [
+        _outcome(trial, found[jobs[place].folder], plan.experiment) if place in jobs else trial
+        for place, trial in enumerate(trials)
+    ]
+
+
+def _job(plan: Plan, trial: Trial) -> Job:
+    arm = trial.arm
+    settings = [f"{setting.rpartition('.')[2]} {shown(value)}" for setting, value in trial.settings.items()]
+    config = arm.scaled(plan.length(trial.kind), trial.settings, trial.seed)
+    if (start := arm.start) and not _is_fresh(arm, plan.amount):
+        expected = _place(plan.runs(start.path.stem), start.arm, {}, start.scored, 0) / "last.ckpt"
+        weights = _weights_of(plan, start.path.stem, start.arm) or expected
+        config = merge(config, {"model": {"init_args": {"weights": str(weights)}}})
+    experiment, name = arm.run
+    folder = _place(plan.runs(experiment), name, trial.settings, trial.split, trial.seed)
+    what = f"{plan.experiment.name}/{' '.join([arm.name, *settings])}"
+    return Job(what, trial.seed, config, folder, trial.split, keep=trial.kind == "final")
+
+
+def _place(runs: Path, arm: str, settings: Mapping[str, Any], split: str, seed: int | str) -> Path:
+    """A run's folder; runs of other settings have other ones: a search may grow, and have another winner."""
+    parts = ",".join(f"{setting}={shown(value)}" for setting, value in settings.items())
+    return runs / arm / (re.sub(r"[^\w.=,+-]+", "-", parts) or "as-it-is") / f"{split}-seed-{seed}"
+
+
+def _outcome(trial: Trial, found: Result | Exception, asked: Experiment) -> Trial:
+    if isinstance(found, Exception):
+        # By which a module says that it diverged.
+        return replace(trial, error=reason(found), failed=not isinstance(found, FloatingPointError), told=None)
+    missing = asked.metric not in found.scores
+    error = divergence(found)
+    if missing:
+        error = f"no score is called {asked.metric!r}; there are {', '.join(found.scores)}"
+    return replace(trial, result=found, error=error, failed=missing, told=None)
+
+
+def _analysed(plan: Plan, trial: Trial) -> Trial:
+    """With what is computed after a training."""
+    if trial.arm.analysis != "variance_gap" or trial.result is None or trial.error or trial.kind != "final":
+        return trial
+    job = _job(plan, trial)
+    drawing = plan.folder / f"{page.GAPS}{trial.arm.name}.png" if trial.seed == 0 else None
+    return replace(trial, computed={"variance_gap": measured_gaps(job.folder, job.config, drawing)})
+
+
+def _words(arm: Arm) -> dict[str, str]:
+    """Its place in the table, as the file of runs has it: one text, also where each metric has its own."""
+    row, column = (each if isinstance(each, str) else " / ".join(each.values()) for each in (arm.label, arm.column))
+    return {"label": row, "column": column}
+
+
+def _runs_table(plan: Plan, trials: Sequence[Trial]) -> pd.DataFrame:
+    """A row a run; between the columns that all experiments have, the searched settings and the scores."""
+    records = []
+    for trial in trials:
+        chosen, words = "yes" if trial.chosen else "", _words(trial.arm)
+        if trial.told is not None:
+            records.append(trial.told[0] | words | {"chosen": chosen})
+            continue
+        record = {
+            "study": plan.experiment.name,
+            "arm": trial.arm.name,
+            **words,
+            "kind": trial.kind,
+            "seed": str(trial.seed),
+            **{setting: shown(value) for setting, value in trial.settings.items()},
+            "chosen": chosen,
+            "split": trial.split,
+            "scale": plan.scale,
+            "error": trial.error,
+        }
+        numbers = dict(trial.computed)
+        if result := trial.result:
+            numbers |= {
+                **result.scores, "last_loss": result.last_loss, "seconds": result.seconds,
+                "seconds_per_step": result.seconds_per_step,
+            }  # fmt: skip
+            record |= {"steps": str(len(result.losses)), **result.environment}
+        records.append(record | {name: f"{value:.6g}" for name, value in numbers.items()})
+    settings = dict.fromkeys(setting for trial in trials for setting in trial.settings)
+    scores = dict.fromkeys(name for trial in trials if trial.result for name in trial.result.scores)
+    scores |= dict.fromkeys(name for trial in trials for name in trial.computed)
+    return table(records, [*PLANNED[:-2], *settings, *PLANNED[-2:], *scores, *MEASURED])
+
+
+def _curves_table(trials: Sequence[Trial]) -> pd.DataFrame:
+    """For each run, its loss in windows, at each one's last step, and its validations."""
+    records: list[Row] = []
+    for trial in trials:
+        if trial.told is not None:
+            records += trial.told[1]
+        if not trial.result:
+            continue
+        losses = trial.result.losses
+        windows = min(WINDOWS, len(losses))
+        edges = [len(losses) * place // windows for place in range(windows + 1)]
+        rows: dict[int, dict[str, float]] = {
+            end: {"loss": sum(losses[start:end]) / (end - start)} for start, end in itertools.pairwise(edges)
+        }
+        for each in trial.result.validations:
+            rows.setdefault(int(each["step"]), {}).update({k: v for k, v in each.items() if k != "step"})
+        common = {"arm": trial.arm.name, "kind": trial.kind, "seed": str(trial.seed)}
+        common |= {setting: shown(value) for setting, value in trial.settings.items()}
+        for step in sorted(rows):
+            numbers = {name: f"{value:.6g}" for name, value in rows[step].items()}
+            records.append({**common, "step": str(step), **numbers})
+    settings = dict.fromkeys(setting for trial in trials for setting in trial.settings)
+    return table(records, ["arm", "kind", "seed", *settings, "step", "loss"])

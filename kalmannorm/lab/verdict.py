@@ -1,0 +1,90 @@
+"""Which arm of an experiment is best, in words: whether anything differs by more than its seeds do."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from kalmannorm.lab.formatting import mean_and_deviation, with_spread
+
+if TYPE_CHECKING:
+    from kalmannorm.lab.experiments import Experiment
+    from kalmannorm.lab.tables import Runs
+
+__all__ = ["verdict", "verdict_of"]
+
+# A difference of means counts where it is more than so many times the deviation between seeds.
+BEYOND = 2.0
+
+
+def verdict(
+    accuracies: Mapping[str, Sequence[float]], seconds: Mapping[str, float], guessing: float, images: int
+) -> str:
+    """Which method to use, in words.
+
+    Args:
+        accuracies: For each method, by its label, a list over seeds, 0 to 1.
+        seconds: For each, the seconds a step.
+        guessing: Accuracy of a guess: the share of the largest class.
+        images: Images that were scored.
+    """
+    found = {label: mean_and_deviation(values) for label, values in accuracies.items()}
+    means, deviations = ({label: pair[place] for label, pair in found.items()} for place in (0, 1))
+    best, *others = sorted(means, key=lambda label: -means[label])
+    said = f"{best} has the highest accuracy, {_percent(accuracies[best])} % of {images} test images"
+    # The mean over seeds is surer than one of them.
+    error = deviations[best] / math.sqrt(len(accuracies[best]))
+    if means[best] <= guessing + max(BEYOND * error, 1 / images):
+        return f"No method learned anything in these runs: {said}, and guessing gives {100 * guessing:.1f} %."
+    if min(len(values) for values in accuracies.values()) < 2:
+        ahead = [f"{100 * (means[best] - means[o]):.1f} points above {o}" for o in others]
+        more = f", {_listed(ahead)}" if ahead else ""
+        return f"{said}{more}. With a single seed nothing says how much of that is chance: use --seeds 3 or more."
+    beaten, even = [], []
+    for other in others:
+        points = 100 * (means[best] - means[other])
+        spread = 100 * math.sqrt((deviations[best] ** 2 + deviations[other] ** 2) / 2)
+        if points > max(BEYOND * spread, 100 / images):
+            times = f"{points / spread:.2g} times the deviation between seeds" if spread else "all seeds alike"
+            beaten.append(f"{other} by {points:.1f} points ({times})")
+        else:
+            even.append(f"{other} ({points:.1f} points, where seeds deviate by {spread:.1f})")
+    parts = [f"{said}."]
+    if beaten:
+        parts.append(f"It beats {_listed(beaten)}.")
+    if even:
+        parts.append(f"There is no difference beyond the spread to {_listed(even)}.")
+    choice = [best, *(other for other in others if any(each.startswith(f"{other} (") for each in even))]
+    cheapest = min(choice, key=lambda label: seconds[label])
+    if len(choice) > 1 and cheapest != best:
+        parts.append(f"Of these, a step of {cheapest} takes the least time.")
+    return " ".join([*parts, _cost(best, others, seconds)]).strip()
+
+
+def _cost(best: str, others: Sequence[str], seconds: Mapping[str, float]) -> str:
+    ratios = [f"{seconds[best] / seconds[other]:.2f} times {other}'s" for other in others]
+    return f"A step of {best} takes {1000 * seconds[best]:.1f} ms, {_listed(ratios)}." if ratios else ""
+
+
+def _listed(texts: Sequence[str]) -> str:
+    return texts[0] if len(texts) == 1 else ", ".join(texts[:-1]) + " and " + texts[-1]
+
+
+def _percent(values: Sequence[float]) -> str:
+    return with_spread([100 * value for value in values], 1)
+
+
+def verdict_of(experiment: Experiment, runs: Runs) -> str:
+    """`verdict` of an experiment's runs, and which arms have none that counts."""
+    groups = {arm.label: arm.counted for arm in runs.arms if arm.counted}
+    absent = [arm.label for arm in runs.arms if not arm.counted]
+    without = f" No run of {_listed(absent)} counts: each failed or diverged." if absent else ""
+    if not groups:
+        return without.strip()
+    accuracies = {label: [float(row[experiment.metric]) for row in rows] for label, rows in groups.items()}
+    times = {label: [float(row["seconds_per_step"]) for row in rows] for label, rows in groups.items()}
+    seconds = {label: statistics.median(values) for label, values in times.items()}
+    known = experiment.verdict
+    return verdict(accuracies, seconds, known["guessing"], int(known["images"])) + without
