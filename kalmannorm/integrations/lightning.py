@@ -10,13 +10,25 @@ from typing import Any
 import lightning
 import torch
 import torch.distributed as dist
+from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
 from torch import Tensor, nn
 
 from kalmannorm import anneal, convert, first_nonfinite, online_statistics, recalibrate
 from kalmannorm.convert import kalman_layers, stand_in
-from kalmannorm.modules import KalmanNorm
+from kalmannorm.modules import KalmanNorm, is_stock_batchnorm
 
 __all__ = ["KalmanNormCallback", "annealing", "check_annealing", "network_of", "recalibrate_by_training_batches"]
+
+
+class _SyncOfStockLayers(TorchSyncBatchNorm):
+    """Makes BatchNorm layers SyncBatchNorm, and leaves Kalman layers, which are subclasses of BatchNorm."""
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        for parent in list(model.modules()):
+            for name, child in parent.named_children():
+                if is_stock_batchnorm(child):
+                    setattr(parent, name, super().apply(child))
+        return model
 
 
 class KalmanNormCallback(lightning.Callback):
@@ -71,7 +83,10 @@ class KalmanNormCallback(lightning.Callback):
             layers = self.convert_options.get("layers", ("batch",))
             kinds = (layers,) if isinstance(layers, str) else tuple(layers)
             convert(network_of(pl_module, lambda layer: stand_in(layer)[0] in kinds), **self.convert_options)
-        if getattr(trainer.strategy, "_layer_sync", None) is not None and dist.is_initialized():
+        strategy: Any = trainer.strategy
+        if getattr(strategy, "_layer_sync", None) is not None:
+            strategy._layer_sync = _SyncOfStockLayers()  # the trainer's would replace Kalman layers too
+        if getattr(strategy, "_layer_sync", None) is not None and dist.is_initialized():
             self._synchronized = [
                 layer for layer in pl_module.modules()
                 if isinstance(layer, KalmanNorm) and layer.process_group is None and layer.stats_batch_size is None
