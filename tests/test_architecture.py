@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -80,3 +81,9 @@ def test_the_pages_name_tests_that_are_there():
     for page in (ROOT / "docs").glob("*.md"):
         for name in re.findall(r"`((?:lab/)?test_\w+\.py)`", page.read_text()):
             assert (ROOT / "tests" / name).exists(), (page.name, name)
+
+
+def test_an_import_leaves_the_compiler_alone():
+    """It takes a second to import."""
+    code = "import sys, kalmannorm; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

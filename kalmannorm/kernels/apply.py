@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["alias", "differentiable_gradients", "direct", "in_grad_mode", "is_transformed", "saved_tensor_hooks"]
+__all__ = [
+    "alias", "constant_to_compilers", "differentiable_gradients", "direct", "in_grad_mode", "is_transformed",
+    "saved_tensor_hooks",
+]  # fmt: skip
+
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 _NOTHING = nullcontext()
 
@@ -31,6 +36,12 @@ def alias(t: Tensor) -> Tensor:
     attribute is to be set on it.
     """
     return torch.ops.aten.alias.default(t)  # type: ignore[no-any-return]
+
+
+def constant_to_compilers(function: _F) -> _F:
+    """As `torch.compiler.assume_constant_result`, which imports the compiler: a second at each start of a program."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def saved_tensor_hooks() -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kalmannorm.kernels.apply import constant_to_compilers
 from kalmannorm.kernels.memory import dense, is_channels_last
 from kalmannorm.kernels.native import library
 from kalmannorm.kernels.options import Filter, Given, Running
@@ -33,7 +34,7 @@ def _declare(native: ctypes.CDLL) -> ctypes.CDLL:
 _native: Any = None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_to_compilers
 def is_available() -> bool:
     """Whether the kernels could be compiled. The first call compiles them."""
     global _native  # noqa: PLW0603

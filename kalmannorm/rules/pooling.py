@@ -12,9 +12,8 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-import torch
-
 from kalmannorm.gaussian import Gaussian
+from kalmannorm.kernels.apply import constant_to_compilers
 from kalmannorm.rules.table import aliases, rule
 
 __all__ = ["extreme_moments", "largest_of"]
@@ -34,7 +33,7 @@ def _average(x: Gaussian, count: float) -> Gaussian:
     return Gaussian(x.mean, x.var / count)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_to_compilers
 def extreme_moments(count: int) -> tuple[float, float]:
     """Mean and variance of the largest of ``count`` independent standard normals."""
     return _extreme_moments(count)
