@@ -372,16 +372,16 @@ def test_a_lent_gpu_s_study_leaves_what_has_ended_and_what_has_not(tmp_path):
         names = packed.getnames()
     assert "./signals/runs.csv" in names
     assert not [name for name in names if "ckpt" in name]
-    assert sum(name.endswith("result.json") for name in names) == 7
+    assert sum(name.endswith("result.json") for name in names) == 6 + 3  # rates, seeds
     cut_off = next((tmp_path / "runs").rglob("test-seed-0/result.json"))
     cut_off.unlink()
     assert "the study: 124" in run("study", "signals", "0.5", "2").stdout
     with tarfile.open(tmp_path / "out" / "checkpoints.tgz.aa") as packed:
         assert packed.getnames() == [str(cut_off.with_name("last.ckpt").relative_to(tmp_path / "runs"))]
     # What is told in docs/results is not trained again: nothing at all where all is told.
-    kept = ROOT / "docs" / "results" / "studies" / "signals" / "runs.csv"
+    kept = ROOT / "docs" / "results" / "studies" / "volumes-standardized" / "runs.csv"
     environment |= {"GROW": "1", "SCALE": "1", "RUNS": str(tmp_path / "grown")}
-    assert "the study: 0" in run("study", "signals", "120", "2").stdout
-    grown = (tmp_path / "grown" / "signals" / "runs.csv").read_text().splitlines()
+    assert "the study: 0" in run("study", "volumes-standardized", "120", "2").stdout
+    grown = (tmp_path / "grown" / "volumes-standardized" / "runs.csv").read_text().splitlines()
     assert sorted(grown) == sorted(kept.read_text().splitlines())
     assert not list((tmp_path / "grown").rglob("result.json"))
