@@ -446,6 +446,7 @@ def _input_beliefs(model: nn.Module, input_stats: InputStats | None) -> dict[str
 
 
 def _arguments(module: nn.Module) -> Mapping[str, inspect.Parameter]:
+    module = getattr(module, "_orig_mod", module)  # what torch.compile wraps
     try:
         return inspect.signature(module.forward).parameters
     except (TypeError, ValueError):  # of a function that is not Python's
@@ -457,7 +458,7 @@ def _positional(module: nn.Module) -> list[str]:
 
 
 def _belief(stats: tuple[Any, Any], what: str) -> Gaussian:
-    given = (torch.as_tensor(t, dtype=torch.float64).detach() for t in stats)
+    given = (torch.as_tensor(t, dtype=torch.float64, device="cpu").detach() for t in stats)
     mean, std = (t.flatten() if t.ndim else t for t in given)
     if mean.shape != std.shape or not bool((std > 0).all()) or not bool(mean.isfinite().all()):
         raise ValueError(

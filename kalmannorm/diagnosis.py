@@ -26,6 +26,8 @@ _FACTOR = 1.5
 _DISTANCE = 0.25
 # A spread of the variances from batch to batch, relative to their mean.
 _SPREAD = 0.5
+# Of single precision, squared, and then some.
+_ROUNDING = 1e-12
 # A distance of the outputs.
 _OUTPUTS = 0.2
 
@@ -117,6 +119,8 @@ def diagnose(model: nn.Module, loader: Iterable[Any], validation: Iterable[Any] 
         >>> print(kn.diagnose(model, batches, progress=False).rows[0].advice)
         its running statistics are the initial ones: it saw no batch in train()
     """
+    if isinstance(model, nn.parallel.DistributedDataParallel):  # its call would wait for the other processes
+        model = model.module
     populations = populations_of(model)
     online = {name: _Spread(p.layer, p.running_mean, p.running_var) for name, p in populations.items()}
     device = next(iter([*model.parameters(), *model.buffers()])).device
@@ -130,7 +134,7 @@ def diagnose(model: nn.Module, loader: Iterable[Any], validation: Iterable[Any] 
                 by_batch = call(model, moved)
             if validation is None:
                 differences += _difference(_in_eval(model, populations, call, moved), by_batch)
-        for batch in with_progress(validation or (), max_batches, progress, "validation"):
+        for batch in with_progress(() if validation is None else validation, max_batches, progress, "validation"):
             _in_eval(model, populations, call, to_device(batch, device))
     if not any(each.samples for each in online.values()):
         raise ValueError(f"kalmannorm.diagnose got an empty loader for {type(model).__name__}, expected a batch")
@@ -212,7 +216,8 @@ def _difference(output: object, expected: object) -> list[tuple[float, float]]:
 def _row(name: str, seen: _Spread, in_eval: Population, validated: bool) -> DiagnosisRow:
     mean, var = seen.running_mean.double(), seen.running_var.double()
     true = seen.statistics.map(lambda t: t[0])
-    alive = (true.var != 0) & (var != 0)
+    # The variance of a constant is what rounding leaves of its square.
+    alive = (true.var > _ROUNDING * true.mean.square()) & (var != 0)
     if not seen.samples or not bool(alive.any()):
         nothing = "no batch came through it" if not seen.samples else "all of its channels are constant"
         return DiagnosisRow(name, math.nan, math.nan, math.nan, math.nan, math.nan, nothing)

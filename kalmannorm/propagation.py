@@ -23,7 +23,7 @@ from kalmannorm.evaluation import defer
 from kalmannorm.gaussian import Gaussian, Unknown
 from kalmannorm.kernels import rectify_output
 from kalmannorm.kernels.apply import alias
-from kalmannorm.rules import Belief
+from kalmannorm.rules import RULES, Belief
 from kalmannorm.rules.pointwise import Deferred
 from kalmannorm.rules.table import FACTORIES, LIKE, OVERWRITING, SOURCES
 from kalmannorm.steps import SCALARS, Step, put, step_of
@@ -57,6 +57,10 @@ class Prior(NamedTuple):
 _IN_PLACE_RELUS = frozenset((F.relu, F.relu_, torch.relu_, Tensor.relu_))
 # By the names of methods that are written in Python.
 _IN_PYTHON = {"__rsub__": torch.rsub, "pow": torch.pow, "__pow__": torch.pow}
+# What rules know of `operator`'s functions.
+_OPERATORS = frozenset(
+    name for name in dir(Tensor) if name.startswith("__") and getattr(Tensor, name) in (Tensor.__setitem__, *RULES)
+)
 # Inside a normalization layer the mode has nothing to watch.
 paused = torch._C.DisableTorchFunction
 
@@ -182,6 +186,10 @@ class Propagation(TorchFunctionMode):
             # What it was is gone, and what it is now depends on the batch.
             attach(output, Unknown("a known tensor was changed in place by an activation"), "")
             return
+        if torch.compiler.is_dynamo_compiling() and getattr(func, "__module__", "") == "_operator":
+            # A strict export cannot write such a function down, should the step leave the graph with its tensor.
+            attach(output, Unknown(f"no rule for operator.{func.__name__}"), "")
+            return
         step = Step(func, recorded, keywords, tuple(output.shape), index, parents=parents)
         if step.depth > _LONGEST:
             attach(output, Unknown(f"more than {_LONGEST} calls since the last normalization layer"), "")
@@ -200,9 +208,12 @@ def _as_in_eager_mode(func: Any, args: Any) -> tuple[Any, Any]:
         return _IN_PYTHON[name], args
     if getattr(func, "__module__", "") != "_operator":
         return func, args
-    if isinstance(args[0], Tensor):
-        return getattr(Tensor, f"__{name}__", func), args
-    return getattr(Tensor, f"__r{name}__", func), args[::-1]
+    # Comparisons and the like have no rule and need none: torch's own methods for them take other arguments.
+    reflected = not isinstance(args[0], Tensor)
+    method = f"__r{name}__" if reflected else f"__{name}__"
+    if method not in _OPERATORS:
+        return func, args
+    return getattr(Tensor, method), args[::-1] if reflected else args
 
 
 def _is_rectified_by_its_layer(func: Any, args: Any, kwargs: Any, step: Step) -> bool:

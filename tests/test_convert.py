@@ -485,3 +485,32 @@ def test_a_model_stays_as_it_was_where_input_stats_are_wrong():
 def test_group_layers_have_no_running_statistics_to_drop():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4))
     assert type(kn.convert(model, layers=("group",), track_running_stats=False)[1]) is kn.GroupKalmanNorm
+
+
+class TwoInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
+        self.second = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8))
+
+    def forward(self, x, y):
+        return self.first(x) + self.second(y)
+
+
+def test_input_stats_by_name_of_what_was_compiled():
+    """What torch.compile gives has a forward of any arguments."""
+    model = torch.compile(TwoInputs(), backend="eager")
+    with pytest.raises(ValueError, match="input_stats of 'z'"):
+        kn.convert(model, input_stats={"z": (0.0, 1.0)})
+    model = kn.convert(model, input_stats={"x": (0.0, 1.0), "y": (0.0, 2.0)})
+    assert kn.describe(model, torch.randn(6, 4), torch.randn(6, 5)).with_prior == 2
+
+
+def test_input_stats_of_a_network_that_is_made_on_the_meta_device():
+    with torch.device("meta"):
+        model = kn.convert(TwoInputs(), input_stats={"x": (0.0, 1.0), "y": ([0.0] * 5, [1.0] * 5)})
+    model = model.to_empty(device="cpu")
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    assert kn.describe(model, torch.randn(6, 4), torch.randn(6, 5)).with_prior == 2

@@ -143,3 +143,26 @@ def test_bad_input():
         kn.diagnose(network(), [], progress=False)
     with pytest.raises(ValueError, match="Linear has nothing to recalibrate"):
         kn.diagnose(nn.Linear(2, 2), [torch.randn(2, 2)])
+
+
+def test_a_channel_that_is_constant_but_for_rounding_does_not_count():
+    loader = batches()
+    model = kn.convert(network())
+    with torch.no_grad():
+        model[0].weight[3:] = 0  # their biases are left, whose mean over a batch is not quite themselves
+    for _ in range(20):
+        for x in loader:
+            model(x)
+    row = kn.diagnose(model, loader, progress=False).rows[0]
+    assert row.running == pytest.approx(1, rel=0.1)
+    assert row.mean < 0.1
+
+
+def test_a_validation_loader_without_a_length():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(batches())
+
+    model = trained(network(), batches())
+    found = kn.diagnose(model, batches(), torch.utils.data.DataLoader(Stream(), batch_size=None), progress=False)
+    assert found.rows == kn.diagnose(model, batches(), batches(), progress=False).rows

@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+import operator
 import pickle
 import weakref
 
@@ -797,6 +798,17 @@ class Between(nn.Module):
         return self.norms[1](self.convs[1](self.function(self.norms[0](self.convs[0](x)))))
 
 
+class Last(nn.Module):
+    """A function behind a network."""
+
+    def __init__(self, network, function):
+        super().__init__()
+        self.network, self.function = network, function
+
+    def forward(self, x):
+        return self.function(self.network(x))
+
+
 @pytest.mark.parametrize("strict", [None, True])
 @pytest.mark.parametrize(
     "function",
@@ -820,6 +832,24 @@ def test_what_a_compiler_sees_of_functions(function, strict):
         else torch.compile(model, fullgraph=True, backend="aot_eager")
     )  # fmt: skip
     equal(compiled(x), expected, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda h: h * operator.lt(0.5, h), lambda h: h * operator.ge(0.5, h), lambda h: h * ~(h > 0),
+     lambda h: h * ((h > 0) ^ (h > 1)),
+     lambda h: h * ((h > 0) & (h < 1)), lambda h: 7 % (h.abs() + 1), lambda h: h // 2],
+    ids=["less", "at_least", "not", "xor", "and", "rmod", "floordiv"],
+)  # fmt: skip
+@pytest.mark.parametrize("last", [False, True])
+def test_a_strict_export_of_operators_without_a_rule(function, last):
+    """They keep their own order of arguments, and may be the last thing that a network does."""
+    torch.manual_seed(0)
+    model = kn.convert(Between(function), input_stats=([0.0] * 3, [1.0] * 3), calibrate=False)
+    model = kn.connect(Last(model, function)) if last else model
+    x = images()
+    expected = copy.deepcopy(model)(x)
+    equal(torch.export.export(model, (x,), strict=True).module()(x), expected, 1e-5)
 
 
 # -- functions that look for BatchNorm -------------------------------------------------------------

@@ -390,16 +390,21 @@ def scatter(x: Gaussian | Tensor, *args: Any, **kwargs: Any) -> Belief:
     return _SENT_OTHERWISE
 
 
+# Networks write -1e4, -1e9 or the least number of a type for minus infinity.
+_AS_INFINITE = 1e4
+
+
 @rule(*aliases("masked_fill", "masked_fill_"))
 def masked_fill(x: Gaussian, mask: Tensor, value: Any) -> Belief:
-    """A mixture: the value where the mask says so, and as before elsewhere. Minus infinity is for a softmax that
-    follows, to which such elements are none: the belief is of the others.
+    """A mixture: the value where the mask says so, and as before elsewhere. Minus infinity, or nearly so, is
+    for a softmax that follows, to which such elements are none: the belief is of the others.
     """
     if isinstance(mask, Gaussian) or isinstance(value, Gaussian):
         return Unknown("a mask computed from the input")
     value = float(value)
-    if math.isinf(value):
+    if abs(value) >= _AS_INFINITE:
         return x
+    x = x.full([d for d in range(1, x.ndim) if x.mean.shape[d] not in (1, x.shape[d])])  # blocks of channels
     filled = mask.to(x.mean.dtype).reshape(*[1] * (x.ndim - mask.ndim), *mask.shape)
     share = Gaussian(filled, torch.zeros_like(filled)).pool([d for d in range(x.ndim) if x.mean.shape[d] == 1]).mean
     share = Gaussian(share, share).regroup(x.groups).mean
@@ -569,8 +574,10 @@ def im2col(x: Gaussian, kernel_size: int | Sequence[int], *args: object, **kwarg
 
 
 @rule(F.fold)
-def col2im(x: Gaussian, output_size: Any, *args: Any, **kwargs: Any) -> Gaussian:
+def col2im(x: Gaussian, output_size: Any, *args: Any, **kwargs: Any) -> Belief:
     """``(N, C k, L)`` to ``(N, C, H, W)``: each pixel is the sum of the taps that meet there, taken as independent."""
+    if x.ndim != 3:
+        return Unknown("a fold without a batch")
     x = x.full([1, 2])
     x = Gaussian(*torch.broadcast_tensors(x.mean, x.var))
     return x.map(lambda t: F.fold(t, output_size, *args, **kwargs)).pool((2, 3))

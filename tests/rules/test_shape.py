@@ -678,6 +678,16 @@ def test_masked_fill(function):
 def test_masked_fill_of_some_channels():
     x, mask = believe((2**15, 3, 16)), torch.tensor([True, False, False])[:, None]
     check_draws(torch.masked_fill, x, mask, 2.0)
+    pairs, four = believe((2**15, 2, 16)), torch.tensor([True, False, False, True])[:, None]
+    moved = RULES[torch.masked_fill](pairs.of((2**15, 4, 16)), four, 2.0)
+    assert torch.equal(moved.mean[0, :, 0], torch.tensor([2.0, *pairs.mean[0, :, 0], 2.0]).to(moved.mean))
+
+
+@pytest.mark.parametrize("value", [-1e4, -1e9, torch.finfo(torch.float16).min, torch.finfo(torch.float32).min])
+def test_masked_fill_of_as_good_as_minus_infinity(value):
+    """As networks write it before a softmax."""
+    x = believe((4, 3, 16))
+    assert RULES[torch.masked_fill](x, torch.arange(16) % 4 == 0, value) is x
 
 
 # -- windows put back --------------------------------------------------------------------------------
@@ -689,3 +699,4 @@ def test_col2im(function):
     check_draws(function, x, 8, 2, stride=2, groups=2)
     check_draws(function, believe((2**12, 3 * 4, 9)), 4, 2, stride=1, effective=1 / 4)
     assert RULES[function](x, 8, 2, stride=2).mean.shape == (2, 3, 1, 1)
+    check_unknown("without a batch", function, believe((3 * 4, 16)), 8, 2, stride=2)
