@@ -408,7 +408,7 @@ class KalmanLayer(nn.Module):
         """
         for parameter in (self.gain, self.process_noise):
             if isinstance(parameter, Tensor) and parameter.requires_grad and torch.is_grad_enabled():
-                nothing = 0 * parameter.sum()
+                nothing = parameter[:0].sum()  # not 0 times it, which may be NaN
                 bias = nothing.expand(channels) if bias is None else bias + nothing
         return bias
 
@@ -416,7 +416,7 @@ class KalmanLayer(nn.Module):
         """An empty batch: an empty output, from which every parameter gets a zero gradient."""
         y = x
         for parameter in self.parameters(recurse=False):
-            y = y + 0 * parameter.sum().to(x.dtype)
+            y = y + parameter[:0].sum().to(x.dtype)
         return y
 
     def _options_repr(self) -> str:

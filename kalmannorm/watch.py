@@ -53,11 +53,13 @@ class Watch:
             watch_shards(module)
             self._begin(module, (*args, *kwargs, *kwargs.values()))
             if not is_resting(self.mode):
-                self._start_beliefs(module, args, kwargs)
+                self._start_beliefs(module, args, kwargs, self.mode)
             if not torch.compiler.is_compiling():
                 self.mode.opener = module
                 self._warn_of_replaced_layers(module)
             self.mode.__enter__()  # type: ignore[no-untyped-call]
+        elif mode is not None and self.given and _are_unknown_inputs((*args, *kwargs.values())):
+            self._start_beliefs(module, args, kwargs, mode)  # a part knows what the whole was not told
         elif mode is not None and mode.input_belief is not None:
             mode.input_belief = _started_on_first(mode.input_belief, (*args, *kwargs.values()))
 
@@ -163,7 +165,8 @@ class Watch:
             stacklevel=2,
         )
 
-    def _start_beliefs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _start_beliefs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
+                       mode: Propagation) -> None:  # fmt: skip
         """Mark the inputs, so that all that comes of them is known to depend on them."""
         values = (*args, *kwargs.values())
         self._move_beliefs(values)
@@ -177,18 +180,22 @@ class Watch:
                 step = step_of(tensor)
                 if step is not None and step.source != "input":
                     continue  # from another part, whose beliefs go on here
-                if belief is not None and not _fits(belief, tensor):
+                known: Gaussian | Unknown = Unknown(f"the network's input {place!r}")
+                if belief is not None and _fits(belief, tensor):
+                    known = _laid_out(belief, tensor)
+                elif belief is not None and tensor is value:
                     raise _misfit(belief, tensor, f"an input {place!r}", module)
-                unknown = Unknown(f"the network's input {place!r}")
-                attach(tensor, unknown if belief is None else _laid_out(belief, tensor), "input")
+                elif belief is not None:  # a list of images
+                    mode.input_belief = belief
+                attach(tensor, known, "input")
         if None in self.known:
             waiting = _started_on_first(self.known[None], values)
             direct = [t for t in values if isinstance(t, Tensor) and t.is_floating_point()]
             if waiting is not None and direct and waiting.mean.ndim:
                 raise _misfit(waiting, direct[0], "an input", module)
             # A detector gets its images in a list; its first part gets them as a batch.
-            if waiting is not None or self.mode.input_belief is not None:
-                self.mode.input_belief = waiting
+            if waiting is not None or mode.input_belief is not None:
+                mode.input_belief = waiting
 
     def _move_beliefs(self, values: Any) -> None:
         """Keep the beliefs where the inputs are: a copy at each call would make the device wait, and no CUDA graph may
@@ -254,6 +261,11 @@ def _started_on_first(given: Gaussian, values: Any) -> Gaussian | None:
             attach(tensor, _laid_out(given, tensor), "input")
         return None
     return given
+
+
+def _are_unknown_inputs(values: Any) -> bool:
+    steps = [step_of(tensor) for tensor in found_in(values, Tensor)]
+    return any(step is not None and step.source == "input" and isinstance(step.belief, Unknown) for step in steps)
 
 
 def _fits(given: Gaussian, tensor: Tensor) -> bool:

@@ -570,3 +570,17 @@ def test_one_value_a_channel_without_a_prior_is_told_of_once():
         model(torch.randn(1, 3))
     model(torch.randn(1, 3))  # a second warning would be an error here
     kn.convert(network(), input_stats=([0.0] * 3, [1.0] * 3))(torch.randn(1, 3))
+
+
+def test_a_lost_gain_does_not_reach_eval():
+    """Its gradient is zero there, and so is what it adds, whatever it is."""
+    layer = kn.KalmanNorm2d(3).eval()
+    x = torch.randn(2, 3, 4, 4, requires_grad=True)
+    expected = layer(x.detach())
+    with torch.no_grad():
+        layer.gain.fill_(float("nan"))
+        layer.process_noise.fill_(float("inf"))
+    y = layer(x)
+    assert torch.equal(y.detach(), expected.detach())
+    y.sum().backward()
+    assert layer.gain.grad.item() == 0

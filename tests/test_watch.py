@@ -562,3 +562,33 @@ class Keywords(nn.Module):
 
     def forward(self, **batch):
         return self.norm(batch["image"])
+
+
+def test_input_stats_of_a_part_hold_in_the_whole():
+    x, adj = torch.randn(5, 3), torch.rand(5, 5)
+    part = kn.convert(Graph(), input_stats={"x": ([0.0] * 3, [1.0] * 3), "adj": (0.5, 0.3)})
+
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.part = part
+
+        def forward(self, features, edges):
+            return self.part(features, adj=edges)
+
+    assert kn.describe(kn.connect(Whole()), x, adj).with_prior == 2
+    unnamed = kn.convert(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), input_stats=([0.0] * 3, [1.0] * 3))
+    assert kn.describe(kn.connect(nn.Sequential(unnamed)), torch.randn(2, 3, 4, 4)).with_prior == 1
+
+
+def test_named_input_stats_reach_the_batch_of_a_detector():
+    class Detector(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+
+        def forward(self, images):
+            return self.body(torch.stack(images))
+
+    model = kn.convert(Detector(), input_stats={"images": ([0.0] * 3, [1.0] * 3)})
+    assert kn.describe(model, [torch.randn(3, 8, 8) for _ in range(2)]).with_prior == 1
