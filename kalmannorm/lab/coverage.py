@@ -268,7 +268,7 @@ def _deploy(subject: Subject, model: nn.Module, inputs: tuple[Any, ...]) -> floa
     return max(differences)
 
 
-def coverage(output: str = "docs/results", only: str = "") -> None:
+def coverage(output: str = ".", only: str = "") -> None:
     """Count the layers that get a prior, over torchvision's models, timm's families and networks of other packages.
 
     Rows of models that are passed over stay as they are in the table.
@@ -341,7 +341,7 @@ def page(found: Sequence[Coverage]) -> str:
     lines = [
         "# Coverage: which layers of which models get a prior",
         "",
-        f"Made by `kalmannorm coverage` ({', '.join(packages)}) from",
+        f"Made by `kalmannorm coverage --output docs/results` ({', '.join(packages)}) from",
         "[coverage.csv](coverage.csv): every model of torchvision with BatchNorm, of each of timm's families with",
         "BatchNorm one model or more, and networks of other packages, from small configurations. Each was built",
         "without weights, converted with `input_stats`, described, trained for one step on two samples of noise",
