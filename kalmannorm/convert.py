@@ -379,8 +379,7 @@ def connect(model: _M, *, input_stats: InputStats | None = None) -> _M:
 
     You need it for a model that you write with Kalman layers yourself, and after layers were added or replaced.
 
-    For a model written with Kalman layers by hand; and again after layers were added or replaced. It
-    puts two forward hooks on each module that contains a Kalman layer, and tells each layer its name.
+    It puts two forward hooks on each module that contains a Kalman layer, and tells each layer its name.
 
     Args:
         model: the network.

@@ -16,6 +16,7 @@ from kalmannorm.evaluation import drawn, exact, function_name, without_autocast
 from kalmannorm.gaussian import Unknown
 from kalmannorm.modules import KalmanLayer
 from kalmannorm.propagation import is_open, paused
+from kalmannorm.standardization import random_state_kept
 from kalmannorm.steps import Step, step_of
 
 __all__ = ["Description", "Row", "describe", "first_nonfinite"]
@@ -141,9 +142,8 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
     training = {module: module.training for module in model.modules()}
     awaiting = {layer: (layer.awaits_correction, layer.dropped_statistics) for _, layer in kalman_layers(model)}
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
     try:
-        with torch.random.fork_rng(devices):
+        with random_state_kept(model):
             yield
     finally:
         for module, flag in training.items():

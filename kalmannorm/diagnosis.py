@@ -123,6 +123,7 @@ def diagnose(model: nn.Module, loader: Iterable[Any], validation: Iterable[Any] 
         model = model.module
     populations = populations_of(model)
     online = {name: _Spread(p.layer, p.running_mean, p.running_var) for name, p in populations.items()}
+    kalman = [(seen.layer, seen.look) for seen in online.values() if isinstance(seen.layer, KalmanLayer)]
     device = next(iter([*model.parameters(), *model.buffers()])).device
     call = forward or call_with
     differences: list[tuple[float, float]] = []
@@ -130,12 +131,13 @@ def diagnose(model: nn.Module, loader: Iterable[Any], validation: Iterable[Any] 
     with left_as_it_was(model), torch.no_grad(), closing(batches):
         for batch in batches:
             moved = to_device(batch, device)
-            with collecting(model, {**online}), _looking_at_priors(online):
+            with collecting(model, {**online}), _before_calls(kalman):
                 by_batch = call(model, moved)
             if validation is None:
                 differences += _difference(_in_eval(model, populations, call, moved), by_batch)
-        for batch in with_progress(() if validation is None else validation, max_batches, progress, "validation"):
-            _in_eval(model, populations, call, to_device(batch, device))
+        if validation is not None:
+            for batch in with_progress(validation, max_batches, progress, "validation"):
+                _in_eval(model, populations, call, to_device(batch, device))
     if not any(each.samples for each in online.values()):
         raise ValueError(f"kalmannorm.diagnose got an empty loader for {type(model).__name__}, expected a batch")
     rows = [_row(name, seen, populations[name], validation is not None) for name, seen in online.items()]
@@ -177,11 +179,9 @@ def _power(given: Gaussian, statistics: Gaussian, eps: float) -> Tensor:
 
 
 @contextmanager
-def _looking_at_priors(populations: Mapping[str, _Spread]) -> Iterator[None]:
-    handles = [
-        seen.layer.register_forward_pre_hook(seen.look, with_kwargs=True)
-        for seen in populations.values() if isinstance(seen.layer, KalmanLayer)
-    ]  # fmt: skip
+def _before_calls(hooks: Iterable[tuple[nn.Module, Callable[..., None]]]) -> Iterator[None]:
+    """Call each of these before its layer, with the layer's arguments."""
+    handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer, hook in hooks]
     try:
         yield
     finally:
@@ -192,16 +192,9 @@ def _looking_at_priors(populations: Mapping[str, _Spread]) -> Iterator[None]:
 def _in_eval(model: nn.Module, populations: Mapping[str, Population], call: Callable[..., object],
              batch: Any) -> object:  # fmt: skip
     """The network's output by running statistics; its layers' inputs are added to ``populations``."""
-    handles = [
-        each.layer.register_forward_pre_hook(each.observe, with_kwargs=True) for each in populations.values()
-    ]
-    try:
-        model.eval()
-        with torch.compiler.set_stance("force_eager"):
-            return call(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    model.eval()
+    with torch.compiler.set_stance("force_eager"), _before_calls((p.layer, p.observe) for p in populations.values()):
+        return call(model, batch)
 
 
 def _difference(output: object, expected: object) -> list[tuple[float, float]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -22,7 +23,9 @@ from kalmannorm.modules import KalmanLayer
 from kalmannorm.propagation import paused
 from kalmannorm.steps import found_in
 
-__all__ = ["bake", "filters_below_norms", "standardize_weights", "standardized", "use_standardized"]
+__all__ = [
+    "bake", "filters_below_norms", "random_state_kept", "standardize_weights", "standardized", "use_standardized",
+]  # fmt: skip
 
 _M = TypeVar("_M", bound=nn.Module)
 _EPS = 1e-4
@@ -294,6 +297,11 @@ def _in_order(model: nn.Module, reached: dict[str, dict[str, nn.Module]]) -> dic
     return {name: reached[name] for name in order if name in reached}
 
 
+def random_state_kept(model: nn.Module) -> AbstractContextManager[None]:
+    """Restore the random state afterwards, on the devices of the model too."""
+    return torch.random.fork_rng(sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda}))
+
+
 class _Following(TorchFunctionMode):
     """Notes on each tensor which filters' outputs it is made of, by what may lie in between. A tensor without a note
     is a constant.
@@ -339,10 +347,9 @@ def _reached_in_a_call(model: nn.Module, inputs: Any) -> dict[str, dict[str, nn.
             module.register_forward_hook(lambda _, __, output: _put_note(output, frozenset()))
         elif isinstance(module, _ConvNd | nn.Linear):
             module.register_forward_hook(lambda _, __, output, name=name: _put_note(output, frozenset({name})))  # type: ignore[misc]
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
     _put_note((args, kwargs), frozenset())
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices), _Following():
+        with torch.no_grad(), random_state_kept(model), _Following():
             followed(*args, **kwargs)
     finally:
         for tensor in found_in((args, kwargs), Tensor):
