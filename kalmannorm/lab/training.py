@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -32,7 +31,7 @@ from kalmannorm.lab.pretrained import load_trunk, trained_weights, trunk_of
 from kalmannorm.lab.scoring import online_logits
 from kalmannorm.modules import is_stock_batchnorm
 
-__all__ = ["Batch", "Classifier", "loader", "quiet", "quiet_trainer"]
+__all__ = ["Batch", "Classifier", "quiet"]
 
 Batch = tuple[Tensor, Tensor]
 # Warnings that a run is not the place for.
@@ -271,36 +270,9 @@ def _captures(trainer: lightning.Trainer) -> bool:
     return trainer.strategy.root_device.type == "cuda" and trainer.world_size == 1 and whole and not scaled
 
 
-def loader(images: Tensor, labels: Tensor, batch_size: int, seed: int | None = None) -> DataLoader[Batch]:
-    """Batches of tensors in memory: shuffled by ``seed`` and of equal size, or in order if that is None."""
-    data = TensorDataset(images, labels)
-    if seed is None:
-        return DataLoader(data, batch_size)  # type: ignore[arg-type]
-    order = RandomSampler(data, generator=torch.Generator().manual_seed(seed))
-    # A sampler of whole batches: one indexing a batch instead of one an image and a stack of them.
-    return DataLoader(data, sampler=BatchSampler(order, batch_size, drop_last=True), batch_size=None)  # type: ignore[arg-type]
-
-
 def quiet() -> None:
     """Leave out what Lightning says of every run."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for message in UNWANTED:
         warnings.filterwarnings("ignore", message)
-
-
-def quiet_trainer(steps: int, *callbacks: lightning.Callback, **options: Any) -> lightning.Trainer:
-    """A Trainer for many short runs: it stops after ``steps``, saves nothing and prints nothing."""
-    quiet()
-    settings: dict[str, Any] = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "max_epochs": -1,
-        "max_steps": steps,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "callbacks": list(callbacks),
-    }
-    return lightning.Trainer(**(settings | options))

@@ -10,6 +10,7 @@ import warnings
 import lightning
 import pytest
 import torch
+from short_trainings import quiet_trainer
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -17,7 +18,6 @@ from torch.utils.data import DataLoader, TensorDataset
 import kalmannorm as kn
 from kalmannorm.convert import kalman_layers
 from kalmannorm.integrations.lightning import KalmanNormCallback
-from kalmannorm.lab.training import quiet_trainer
 
 
 def layers():

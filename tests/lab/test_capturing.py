@@ -3,13 +3,14 @@
 import lightning
 import pytest
 import torch
+from short_trainings import loader, quiet_trainer
 from torch import nn
 
 from kalmannorm.lab import capturing, training
 from kalmannorm.lab.capturing import CapturedStep
 from kalmannorm.lab.curve import Curve
 from kalmannorm.lab.models.small import SmallConvNet
-from kalmannorm.lab.training import Classifier, loader, quiet_trainer
+from kalmannorm.lab.training import Classifier
 
 
 def _loss(model):

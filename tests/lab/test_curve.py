@@ -6,11 +6,11 @@ import lightning
 import numpy as np
 import pytest
 import torch
+from short_trainings import quiet_trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from kalmannorm.lab.curve import Curve, RandomState
-from kalmannorm.lab.training import quiet_trainer
 
 
 class Counted(lightning.LightningModule):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from short_trainings import quiet_trainer
 from torch import nn
 
 import kalmannorm as kn
@@ -12,7 +13,6 @@ from kalmannorm.lab.data.generated_objects import generate_objects
 from kalmannorm.lab.data.objects import DetectionData
 from kalmannorm.lab.detection import Detector
 from kalmannorm.lab.experiments import merge, read
-from kalmannorm.lab.training import quiet_trainer
 
 NAMES = ("box_ap", "mask_ap", "box_ap50", "mask_ap50")
 PARTS = ("loss_classifier", "loss_box_reg", "loss_mask", "loss_objectness", "loss_rpn_box_reg")

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from short_trainings import quiet_trainer
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -17,7 +18,6 @@ from kalmannorm.lab.curve import Curve
 from kalmannorm.lab.data.volumes import VolumeData
 from kalmannorm.lab.models.unet3d import UNet3d
 from kalmannorm.lab.segmentation import Segmenter, soft_dice_loss
-from kalmannorm.lab.training import quiet_trainer
 
 
 class Said(nn.Module):

@@ -5,6 +5,7 @@ import math
 import lightning
 import pytest
 import torch
+from short_trainings import loader, quiet_trainer
 from torch import nn
 
 import kalmannorm
@@ -14,7 +15,7 @@ from kalmannorm.lab.curve import Curve
 from kalmannorm.lab.methods import normalize
 from kalmannorm.lab.models.small import SmallConvNet
 from kalmannorm.lab.optimization import parameter_groups, share_of_rate
-from kalmannorm.lab.training import Classifier, loader, quiet_trainer
+from kalmannorm.lab.training import Classifier
 
 
 def _data(count=32):

@@ -4,10 +4,11 @@ import lightning
 import pytest
 import torch
 from image_files import write_parquet
+from short_trainings import quiet_trainer
 from torch import nn
 
 from kalmannorm.lab.data.classification import ClassificationData
-from kalmannorm.lab.training import Classifier, quiet_trainer
+from kalmannorm.lab.training import Classifier
 
 
 @pytest.fixture

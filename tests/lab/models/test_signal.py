@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from short_trainings import loader, quiet_trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -9,7 +10,7 @@ import kalmannorm
 from kalmannorm.lab.curve import Curve
 from kalmannorm.lab.methods import METHODS
 from kalmannorm.lab.models.signal import LAYERS, SignalNet, TabularNet
-from kalmannorm.lab.training import Classifier, loader, quiet_trainer
+from kalmannorm.lab.training import Classifier
 
 NETWORKS = {"signals": (SignalNet, (1, 64), 10), "rows": (TabularNet, (30,), 2)}
 every_network = pytest.mark.parametrize("kind", NETWORKS)
