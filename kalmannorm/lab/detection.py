@@ -10,6 +10,7 @@ import lightning
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torchmetrics.detection import MeanAveragePrecision
 
 from kalmannorm.integrations.lightning import recalibrate_by_training_batches
@@ -18,6 +19,7 @@ from kalmannorm.lab.methods import METHODS, normalize
 from kalmannorm.lab.optimization import Schedule, check_schedule, sgd
 from kalmannorm.lab.pretrained import load_backbone, resnet_of, trained_weights
 from kalmannorm.lab.scoring import has_running_statistics, online
+from kalmannorm.modules import is_trained
 
 __all__ = ["Detector"]
 
@@ -42,7 +44,7 @@ class Detector(lightning.LightningModule):
         normalization_options: See `kalmannorm.lab.methods.normalize`.
         weights: State dict of a trained ResNet, or the ``last.ckpt`` of one of our runs; up to
             its classifier.
-        scratch: Allow ``normalization="frozen"`` without ``weights``, where it normalizes nothing.
+        scratch: Allow ``normalization="frozen"`` in a network that was not trained, where it normalizes nothing.
         rate: Learning rate, before the schedule's factor.
         steps: Optimizer steps the schedule is laid out for.
         schedule: See `kalmannorm.lab.optimization.sgd`.
@@ -80,7 +82,9 @@ class Detector(lightning.LightningModule):
     ) -> None:
         super().__init__()
         check_schedule(rate, steps, schedule, milestones)
-        if normalization == "frozen" and weights is None and not scratch:
+        trained = any(is_trained(layer.running_mean, layer.running_var) for layer in network.modules()
+                      if isinstance(layer, _BatchNorm))  # fmt: skip
+        if normalization == "frozen" and weights is None and not trained and not scratch:
             raise ValueError(
                 "normalization='frozen' keeps the statistics of a trained network: give weights=FILE, or scratch=True "
                 "to train without; got neither"

@@ -153,6 +153,9 @@ def test_frozen_layers_want_weights():
     with pytest.raises(ValueError, match="weights=FILE, or scratch=True"):
         Detector(network, "frozen")
     Detector(network, "frozen", scratch=True)
+    network = nn.Sequential(nn.BatchNorm2d(8))
+    network[0].running_mean += 1  # trained before
+    Detector(network, "frozen")
 
 
 @pytest.mark.parametrize("name", ["table6", "pennfudan"])

