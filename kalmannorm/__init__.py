@@ -18,8 +18,8 @@ from kalmannorm.modules import (
     KalmanNorm2d,
     KalmanNorm3d,
     KalmanNormAct2d,
-    preset,
 )
+from kalmannorm.paper import preset
 from kalmannorm.rules import rule
 from kalmannorm.standardization import standardize_weights
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from kalmannorm.convert import kalman_layers
 from kalmannorm.describe import in_columns
-from kalmannorm.evaluation import prior_of
+from kalmannorm.evaluation import without_autocast
 from kalmannorm.functional import add_process_noise, observe
 from kalmannorm.gaussian import Gaussian, Unknown
 from kalmannorm.inference import Population, call_with, merge_over_processes, to_device, with_progress
@@ -189,7 +189,9 @@ class _Observed:
             return
         with paused():
             observation = observe(x)
-            prior = prior_of(x, 1, self.layer.estimator)
+            with without_autocast(x.device):
+                belief = self.layer.belief(x, 1)
+                prior = belief if isinstance(belief, Unknown) else belief.per_channel(1)
             self.population.add(observation, x.shape[0])
             if isinstance(prior, Unknown):
                 self.reason = prior.reason

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kalmannorm.convert import kalman_layers
-from kalmannorm.evaluation import drawn, exact, function_name, without_autocast
+from kalmannorm.evaluation import function_name, without_autocast
 from kalmannorm.gaussian import Unknown
 from kalmannorm.modules import KalmanLayer
 from kalmannorm.propagation import is_open, paused
@@ -170,7 +170,7 @@ def _row(name: str, layer: KalmanLayer, x: Tensor) -> Row:
         reason = "its input does not depend on a floating-point input of the network"
     else:
         with without_autocast(x.device):
-            value = exact(step) if layer.estimator == "exact" else drawn(step, layer._groups(x.shape[0]))
+            value = layer.belief(x, layer.statistic_groups(x.shape[0]))
         reason = value.reason if isinstance(value, Unknown) else ""
         if reason and layer.prior_scale is not None and getattr(layer, "running_mean", None) is not None:
             return Row(name, kind, _gain(layer, x), ("its running statistics",), (), "")

@@ -168,7 +168,7 @@ class _Spread(Population):
         assert isinstance(layer, KalmanLayer)
         self.input = args[0] if args else kwargs["input"]
         with paused():
-            prior, noise = layer._prior(self.input, 1)
+            prior, noise = layer.prior(self.input, 1)
             if prior is not None:
                 self.priors.append(add_process_noise(prior, noise).var.double())
 

@@ -18,10 +18,10 @@ from kalmannorm.evaluation import exact, without_autocast
 from kalmannorm.gaussian import Gaussian, Packed
 from kalmannorm.kernels.apply import is_transformed, saved_tensor_hooks
 from kalmannorm.modules import KalmanLayer
+from kalmannorm.priors import tensors_of
 from kalmannorm.propagation import Propagation, attach, current, paused
 from kalmannorm.rules import Belief
 from kalmannorm.steps import SCALARS, step_of
-from kalmannorm.watch import tensors_of
 
 __all__ = ["capture"]
 

@@ -15,68 +15,31 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from kalmannorm.checkpoints import is_recomputing, is_reentrant
-from kalmannorm.evaluation import Estimator, belief_for, without_autocast
+from kalmannorm.correction import VERSION, CorrectedPrior, is_trained
+from kalmannorm.evaluation import belief_for, without_autocast
 from kalmannorm.functional import KalmanNormOutput, add_process_noise, group_kalman_norm, kalman_norm, synchronize
 from kalmannorm.gaussian import Gaussian, Packed, Unknown
 from kalmannorm.kernels import Filter, Given, Running, layer, move_running, unbiased
 from kalmannorm.kernels.apply import is_transformed
-from kalmannorm.propagation import Prior, Propagation, attach, attach_step, current, is_open, is_resting, paused
+from kalmannorm.paper import drawn_belief, preset
+from kalmannorm.priors import INITIAL_NOISE, Prior
+from kalmannorm.propagation import Propagation, attach, attach_step, current, is_open, is_resting, paused
+from kalmannorm.rules import Belief
 from kalmannorm.rules.linear import Linked
 
 __all__ = [
     "GroupKalmanNorm", "GroupKalmanNormAct", "KalmanLayer", "KalmanNorm", "KalmanNorm1d", "KalmanNorm2d",
-    "KalmanNorm3d", "KalmanNormAct2d", "preset",
+    "KalmanNorm3d", "KalmanNormAct2d", "is_stock_batchnorm", "is_trained", "preset",
 ]  # fmt: skip
 
 _L = TypeVar("_L", bound="KalmanLayer")
 Gain = float | Literal["prior-strength", "learned"]
 Carry = Literal["output", "posterior"]
+Estimator = Literal["exact", "monte_carlo"]
 
 # The released code's gain at 2 samples a group is 0.1: a prior worth 18 samples.
 _INITIAL_STRENGTH = 18.0
 _INITIAL_GAIN = 0.1
-_INITIAL_NOISE = 0.01
-# Of a correction. Half precision holds it, and a gradient through the prior stays finite.
-_LARGEST_SCALE = 1e4
-
-_PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {"gain": "learned", "process_noise": True, "spread": False, "carry": "posterior",
-              "estimator": "monte_carlo", "guard": None},
-    "released": {"gain": 0.1, "process_noise": False, "spread": True, "carry": "posterior",
-                 "estimator": "monte_carlo", "guard": 100.0},
-}  # fmt: skip
-
-
-def preset(name: str) -> dict[str, Any]:
-    """Keyword options that reproduce a published variant.
-
-    You need it to compare with the paper; the default scored better in our runs (docs/evidence.md).
-
-    ``"paper"`` is Eq. 7: gain and process noise learned, the posterior handed on, Monte-Carlo draws.
-    ``"released"`` is the authors' TensorFlow code: gain fixed at its value for 2 samples a group (it
-    has 0.95 for 128: ``{**kn.preset("released"), "gain": 0.95}``), no process noise, the mixture's
-    variance, a guard at 100.
-
-    Raises:
-        ValueError: for another name.
-
-    Example:
-        >>> import kalmannorm as kn
-        >>> kn.KalmanNorm2d(8, **kn.preset("paper")).carry
-        'posterior'
-    """
-    if name not in _PRESETS:
-        raise ValueError(f"unknown preset {name!r}, expected one of {sorted(_PRESETS)}")
-    return dict(_PRESETS[name])
-
-
-def is_trained(mean: Tensor | None, var: Tensor | None) -> bool:
-    """Whether running statistics, ``(C,)`` each, are no longer the initial zeros and ones. Unknown, so False, without
-    values: on the meta device or in a compiler's stand-ins.
-    """
-    if mean is None or var is None or mean.is_meta or type(mean) not in (Tensor, nn.Parameter):
-        return False
-    return bool((mean != 0).any()) or bool((var != 1).any())
 
 
 def is_stock_batchnorm(layer: nn.Module) -> bool:
@@ -90,14 +53,16 @@ def _as_one_call(layer: nn.Module, x: fx.Proxy) -> Any:
     return tracer.create_proxy("call_module", tracer.path_of_module(layer), (x,), {})
 
 
-class KalmanLayer(nn.Module):
-    """What the layers share: the options of the filter, its parameters, and how a belief is handed on."""
+class KalmanLayer(CorrectedPrior):
+    """The options and parameters of the filter, the layer's prior, and the belief that it attaches to its output."""
 
     weight: Any
     bias: Any
     eps: float
     layer_name: str
-    _groups: Callable[[int], int]  # how many statistic groups so many samples make
+    _ranks: tuple[int, ...]  # of inputs
+    _channels: Any
+    statistic_groups: Callable[[int], int]
     process_noise: nn.Parameter | None
     # The layer whose place it took, emptied of its tensors, where that is not a plain torch.nn one: in a
     # tuple, so that it is no submodule.
@@ -106,8 +71,6 @@ class KalmanLayer(nn.Module):
     frozen = False
     # How often its training flag was set: parameters may have been changed since by `.data`, which nothing counts.
     times_switched = 0
-    prior_shift: Tensor | None
-    prior_scale: Tensor | None
 
     def _init_filter(self, channels: int, gain: Gain, process_noise: bool, spread: bool, carry: Carry,
                      estimator: Estimator, guard: float | None, device: Any, dtype: Any) -> None:  # fmt: skip
@@ -133,18 +96,17 @@ class KalmanLayer(nn.Module):
             )
         noise = nn.Parameter(torch.zeros(channels, device=device, dtype=dtype)) if process_noise else None
         self.register_parameter("process_noise", noise)
-        # Whether running statistics of a stock checkpoint correct the prior; None: if they are those of some training.
-        self.calibrates: bool | None = None
+        self.calibrates = None
         self.drop_correction()
         # A compiler's guards look at what a layer itself has, and not at its class.
         self.online = False  # set by `kalmannorm.online_statistics`
         self.is_observed = False  # set by `kalmannorm.calibrate` while it looks at priors
 
     def __prepare_scriptable__(self) -> None:
-        """What torch.jit.script asks first.
+        """Called by torch.jit.script, which cannot compile a Kalman layer.
 
         Raises:
-            TypeError: it cannot compile this.
+            TypeError: always.
         """
         raise TypeError(
             f"torch.jit.script cannot compile {self._label()}, expected stock layers: kalmannorm.to_batchnorm(model) "
@@ -174,7 +136,7 @@ class KalmanLayer(nn.Module):
         return value
 
     def _label(self) -> str:
-        """What errors call it."""
+        """The layer's name in errors."""
         kind = type(self).__name__
         name = self.__dict__.get("layer_name", "")
         return f"{kind} {name!r}" if name else kind
@@ -192,7 +154,7 @@ class KalmanLayer(nn.Module):
         """
         if not isinstance(self.gain, Tensor):
             return self.gain
-        parameter = self.gain.to(self._statistics_dtype())
+        parameter = self.gain.to(torch.promote_types(self.gain.dtype, torch.float32))
         if self.gain_rule == "learned":
             return torch.sigmoid(parameter + math.log(_INITIAL_GAIN / (1 - _INITIAL_GAIN)))
         return samples / (samples + _INITIAL_STRENGTH * parameter.exp())
@@ -212,81 +174,11 @@ class KalmanLayer(nn.Module):
 
     def observed_maps(self, samples: int) -> int:
         """The ``n`` of :meth:`kalman_gain` for a batch: how many feature maps a statistic is taken over."""
-        return samples // self._groups(samples)
+        return samples // self.statistic_groups(samples)
 
     def process_variance(self) -> Tensor | None:
-        """``R``, ``(C,)``: what the path from the layer below adds to the prior's variance."""
-        return self._variance_of(self.process_noise)
-
-    def _variance_of(self, noise: Tensor | None) -> Tensor | None:
-        return None if noise is None else _INITIAL_NOISE * noise.to(self._statistics_dtype()).exp()
-
-    def await_correction(self) -> None:
-        """Correct the prior by the running statistics at the next call that computes a prior."""
-        self.prior_shift = torch.zeros_like(self._running_belief().mean[0])
-        # Which no factor is; and far below 0, as an average of weights may move it towards the factor.
-        self.prior_scale = self.prior_shift - _LARGEST_SCALE
-        self.awaits_correction = True
-
-    def drop_correction(self) -> None:
-        """Use priors as the layers below predict them."""
-        self._buffers.update(prior_shift=None, prior_scale=None)
-        self.awaits_correction = False  # if so, the scale is below 0 until the next call that computes a prior
-        # What the correction is to lead to, of a pretrained layer that keeps no running statistics.
-        self.dropped_statistics: Gaussian | None = None
-
-    @torch.no_grad()
-    def correction_to(self, prior: Gaussian, target: Gaussian) -> tuple[Tensor, Tensor]:
-        """Shift and scale that turn a prior into a target: ``m + shift`` and ``scale (v + R)``.
-
-        A channel whose prior or target is not finite is left as it is, with shift 0 and scale 1.
-
-        Args:
-            prior: ``(1, C)``, without process noise.
-            target: ``(1, C)``.
-
-        Returns:
-            Each ``(C,)``. The scale is at most 10,000.
-        """
-        var = add_process_noise(prior, self.process_variance()).var[0]
-        shift = target.mean[0] - prior.mean[0]
-        scale = target.var[0] / var.clamp_min(torch.finfo(var.dtype).tiny)
-        finite = shift.isfinite() & scale.isfinite()
-        return torch.where(finite, shift, 0.0), torch.where(finite, scale, 1.0).clamp(0.0, _LARGEST_SCALE)
-
-    def _correction(self, prior: Gaussian) -> tuple[Tensor, Tensor]:
-        """Shift and scale, ``(C,)`` each; at the first call, those that lead to the running statistics."""
-        shift, scale = self.prior_shift, self.prior_scale
-        assert shift is not None
-        assert scale is not None
-        if not self.awaits_correction:
-            return shift, scale
-        is_derived = scale.is_meta or (is_transformed() and not torch.compiler.is_compiling())
-        if is_derived or torch.compiler.is_compiling() or bool((scale < 0).any()):
-            given = prior.detach().per_channel(1)
-            found = self.correction_to(given, self._running_belief().map(lambda t: t.to(given.mean.device)))
-            if is_derived:  # buffers cannot be changed in place inside of torch.func, and hold nothing on meta
-                return found
-            with torch.no_grad():
-                shift.copy_(found[0])
-                scale.copy_(found[1])
-        self.awaits_correction, self.dropped_statistics = False, None
-        return shift, scale
-
-    def _running_belief(self) -> Gaussian:
-        """The running statistics, ``(1, C)``; where they were dropped, what they were."""
-        mean, var = getattr(self, "running_mean", None), getattr(self, "running_var", None)
-        if mean is None or var is None:
-            assert self.dropped_statistics is not None
-            return self.dropped_statistics
-        dtype = torch.promote_types(var.dtype, torch.float32)
-        return Gaussian(mean[None].to(dtype), var[None].to(dtype))
-
-    @property
-    def has_known_statistics(self) -> bool:
-        """Whether there are statistics of a training that can correct the prior."""
-        mean, var = getattr(self, "running_mean", None), getattr(self, "running_var", None)
-        return self.dropped_statistics is not None or is_trained(mean, var)
+        """``R``, ``(C,)``: added to the prior's variance for the path from the layer below."""
+        return Prior(None, self.process_noise).process_variance()
 
     @property
     def keeps_priors(self) -> bool:
@@ -294,30 +186,20 @@ class KalmanLayer(nn.Module):
         fuses = not self.training and not self.online and getattr(self, "running_mean", None) is None
         return fuses and self.estimator == "exact" and self.carry == "output"
 
-    def _statistics_dtype(self) -> torch.dtype:
-        for tensor in (self.process_noise, self.gain, self.weight):
-            if isinstance(tensor, Tensor):
-                return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-        return torch.float32
+    def prior(self, x: Tensor, groups: int) -> tuple[Gaussian | None, Tensor | None]:
+        """The corrected prior of an input, ``(S, C)``, and its process noise ``R``, ``(C,)`` or None.
 
-    def _prior(self, x: Tensor, groups: int) -> tuple[Gaussian | None, Tensor | None]:
-        """The prior of the input, ``(S, C)``, corrected, None where it is unknown or the gain leaves it no say; and its
-        process noise ``R``, ``(C,)`` or None.
+        The prior is None where it is unknown, and where the gain is fixed at 1.
+
+        Args:
+            x: the input, ``(N, C, *)``.
+            groups: the number of statistic groups ``S``.
         """
         with without_autocast(x.device):
-            return self._corrected(self._prior_for_kernel(x, groups, current()), groups)
+            return self._prior(x, groups, current()).corrected(groups)
 
-    def _corrected(self, prior: Prior, groups: int) -> tuple[Gaussian | None, Tensor | None]:
-        belief, variance = prior.belief, self._variance_of(prior.noise)
-        if belief is None:
-            return None, variance
-        belief = belief.per_channel(groups)
-        if prior.shift is None or prior.scale is None:
-            return belief, variance
-        variance = None if variance is None else variance * prior.scale
-        return Gaussian(belief.mean + prior.shift, belief.var * prior.scale), variance
-
-    def _prior_for_kernel(self, x: Tensor, groups: int, mode: Propagation | None) -> Prior:
+    def _prior(self, x: Tensor, groups: int, mode: Propagation | None) -> Prior:
+        """The prior as the kernel takes it: kept from an earlier pass in ``eval()``, or computed."""
         if self.ignores_prior:
             return Prior(None, self.process_noise)
         if mode is None or not self.keeps_priors or torch.compiler.is_dynamo_compiling() or not mode.priors.are_used:
@@ -335,20 +217,19 @@ class KalmanLayer(nn.Module):
                 f"{self._label()} sees no propagation and acts as {self._stock_name()}: no module above it was "
                 "connected. Build the model with kalmannorm.convert(model), or call kalmannorm.connect(model) once."
             )
-        prior = belief_for(x, groups, self.estimator)
-        if isinstance(prior, Unknown):
-            return self._prior_without_layers_below()
-        if self.prior_scale is None:
-            return Prior(prior, self.process_noise)
-        return Prior(prior, self.process_noise, *self._correction(prior))
-
-    def _prior_without_layers_below(self) -> Prior:
-        """Where nothing is known of the input: the running statistics, without process noise, of a corrected layer."""
+        belief = self.belief(x, groups)
+        if not isinstance(belief, Unknown):
+            return Prior(belief, self.process_noise, *(() if self.prior_scale is None else self._correction(belief)))
         if self.prior_scale is None or getattr(self, "running_mean", None) is None:
             return Prior(None, self.process_noise)
-        # As the logarithm of no noise: the parameter keeps a gradient, of zero, for DistributedDataParallel.
+        # A corrected layer then takes its running statistics, without process noise. In the logarithm, so that the
+        # parameter keeps a gradient, of zero, for DistributedDataParallel.
         noise = None if self.process_noise is None else self.process_noise - math.inf
         return Prior(self._running_belief().map(Tensor.clone), noise)
+
+    def belief(self, x: Tensor, groups: int) -> Belief:
+        """The belief about an input by the layer's estimator, as :func:`kalmannorm.evaluation.belief_for` gives it."""
+        return belief_for(x, groups) if self.estimator == "exact" else drawn_belief(x, groups)
 
     def _warn_once(self, message: str) -> None:
         if not torch.compiler.is_compiling() and message not in self._warned:
@@ -358,12 +239,16 @@ class KalmanLayer(nn.Module):
     def _stock_name(self) -> str:
         return "BatchNorm"
 
-    def _hand_on(self, y: Tensor, statistics: Gaussian) -> None:
-        """Attach to the output what is believed of it.
+    def _attach_belief(self, y: Tensor, statistics: Gaussian) -> None:
+        """Attach the belief about the output.
 
-        ``carry="output"``: ``(beta, gamma^2 v / (v + eps))``, of what really leaves the layer. In training it is the
-        same for all groups; in ``eval()`` none may depend on another one.
-        ``carry="posterior"``: ``(m, v)`` of its input, as the paper and the released code do.
+        ``carry="output"``: ``(beta, gamma^2 v / (v + eps))``, the output's own moments. In training they are the same
+        for all groups; in ``eval()`` no group may depend on another.
+        ``carry="posterior"``: ``(m, v)`` of the input, as the paper and the released code do.
+
+        Args:
+            y: the output.
+            statistics: the posterior ``(S, C)``, or the :meth:`_lasting` one.
         """
         if (mode := current()) is None or is_resting(mode):
             return
@@ -381,39 +266,41 @@ class KalmanLayer(nn.Module):
         attach(y, belief.map(lambda t: t.reshape(*t.shape, *pixels)), self.layer_name or type(self).__name__)
 
     def _lasting(self, posterior: Gaussian, prior: Gaussian | None, noise: Tensor | None) -> Gaussian:
-        """The statistics of the belief to hand on. Where priors are kept, the prior's in place of the posterior's, so
-        that those of the layers above do not depend on the batch.
+        """The statistics from which the output's belief follows: where priors are kept, the prior's and not the
+        posterior's, so that the beliefs above do not depend on the batch.
 
         Args:
             posterior: ``(S, C)``.
-            prior: ``(1 or S, C, ...)``, without process noise; None where it is unknown.
+            prior: ``(1 or S, C)``, without process noise; None where it is unknown.
             noise: the process noise ``R``, ``(C,)``, or None.
         """
         if not self.keeps_priors:
             return posterior
         if prior is None:
             return Gaussian(torch.zeros_like(posterior.mean[:1]), torch.ones_like(posterior.var[:1]))
-        return add_process_noise(prior.map(lambda t: t.flatten(1)[:1]), noise)
+        return add_process_noise(prior.map(lambda t: t[:1]), noise)
 
-    def _check_input(self, x: Tensor, channels: int, ranks: tuple[int, ...]) -> None:
-        if x.ndim not in ranks or x.shape[1] != channels:
-            shapes = " or ".join(f"(N, {channels}{', *' * (rank - 2)})" for rank in ranks)
+    def _check_input(self, x: Tensor) -> None:
+        channels = self._channels
+        if x.ndim not in self._ranks or x.shape[1] != channels:
+            shapes = " or ".join(f"(N, {channels}{', *' * (rank - 2)})" for rank in self._ranks)
             raise ValueError(f"{self._label()} got an input of shape {tuple(x.shape)}, expected {shapes}")
         if not x.is_floating_point():
             raise TypeError(f"{self._label()} got an input of type {x.dtype}, expected a floating-point type")
 
-    def _idle(self, bias: Tensor | None, channels: int) -> Tensor | None:
-        """The bias, unchanged, but with a gradient of zero for the parameters that a layer without a
-        prior does not use: DistributedDataParallel expects one for every parameter.
+    def _bias_without_prior(self) -> Tensor | None:
+        """The bias, with a zero gradient for the parameters that a layer without a prior does not use:
+        DistributedDataParallel expects a gradient for every parameter.
         """
+        bias: Tensor | None = self.bias
         for parameter in (self.gain, self.process_noise):
             if isinstance(parameter, Tensor) and parameter.requires_grad and torch.is_grad_enabled():
                 nothing = parameter[:0].sum()  # not 0 times it, which may be NaN
-                bias = nothing.expand(channels) if bias is None else bias + nothing
+                bias = nothing.expand(self._channels) if bias is None else bias + nothing
         return bias
 
     def _normalize_nothing(self, x: Tensor) -> Tensor:
-        """An empty batch: an empty output, from which every parameter gets a zero gradient."""
+        """The output of an empty batch, from which every parameter gets a zero gradient."""
         y = x
         for parameter in self.parameters(recurse=False):
             y = y + parameter[:0].sum().to(x.dtype)
@@ -434,53 +321,23 @@ class KalmanLayer(nn.Module):
         """
         version = local_metadata.get("version")
         if version is not None or prefix + "running_mean" in state_dict:  # else these may be parameters alone
-            self._make_room_for_correction(state_dict, prefix, version)
+            self._prepare_correction(state_dict, prefix, version)
         missing: list[str] = []
         unexpected: list[str] = []
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing, unexpected, error_msgs
         )
-        drops = isinstance(self, KalmanNorm) and self.running_mean is None
+        drops = self._buffers.get("running_mean", self) is None
         dropped = {prefix + name for name in ("running_mean", "running_var", "num_batches_tracked")} if drops else ()
         unexpected_keys.extend(key for key in unexpected if key not in dropped)
         optional = {prefix + name for name in ("gain", "process_noise", "prior_shift", "prior_scale")}
         missing_keys.extend(key for key in missing if key not in optional)
-        if self.prior_scale is not None and not self.prior_scale.is_meta:
-            self.awaits_correction = bool((self.prior_scale < 0).any())
-            if not self.awaits_correction:
-                self.dropped_statistics = None
-            elif not self.has_known_statistics:
-                self.drop_correction()
-                self._warn_once(
-                    f"{self._label()} loads a checkpoint that was made before its prior was corrected, and keeps no "
-                    "running statistics that could do it: its prior stays uncorrected. Run the network once before "
-                    "its state_dict is saved, or call kalmannorm.calibrate(model, loader)"
-                )
-
-    def _make_room_for_correction(self, state_dict: dict[str, Any], prefix: str, version: int | None) -> None:
-        """Have the buffers of the correction that a checkpoint has, or asks for."""
-        given = state_dict.get(prefix + "prior_scale")
-        if given is not None:
-            if self.prior_scale is None:
-                like = self.weight if self.weight is not None else given
-                self.prior_shift, self.prior_scale = (
-                    torch.empty_like(given, device=like.device) for _ in range(2)
-                )
-            return
-        if not any(prefix + name in state_dict for name in ("weight", "running_mean", "gain", "process_noise")):
-            return
-        own = {prefix + "gain", prefix + "process_noise"} & state_dict.keys()
-        is_kalman = bool(own) or (version or 0) >= KalmanNorm._version
-        mean, var = state_dict.get(prefix + "running_mean"), state_dict.get(prefix + "running_var")
-        self.drop_correction()
-        asks = not is_kalman and self.calibrates is not False and isinstance(self, KalmanNorm)
-        if not asks or mean is None or var is None or not is_trained(mean, var):
-            return
-        if self.running_mean is None:  # type: ignore[has-type]
-            like = mean if self.weight is None else self.weight
-            dtype = torch.promote_types(mean.dtype, torch.float32)
-            self.dropped_statistics = Gaussian(mean[None], var[None]).map(lambda t: t.to(like.device, dtype, copy=True))
-        self.await_correction()
+        if not self._check_loaded_correction():
+            self._warn_once(
+                f"{self._label()} loads a checkpoint that was made before its prior was corrected, and keeps no "
+                "running statistics that could do it: its prior stays uncorrected. Run the network once before "
+                "its state_dict is saved, or call kalmannorm.calibrate(model, loader)"
+            )
 
 
 class KalmanNorm(KalmanLayer, _BatchNorm):
@@ -519,7 +376,7 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
         TypeError: for an input that is not floating-point.
     """
 
-    _version = 3  # of its part of a checkpoint; that of torch's layer is 2
+    _version = VERSION
     _ranks: tuple[int, ...] = (2, 3, 4, 5)
     running_mean: Tensor | None
     running_var: Tensor | None
@@ -562,7 +419,7 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
         self.dropped_statistics = dropped
 
     def reset_running_stats(self) -> None:
-        """Running statistics, and the counters, as they were at the start."""
+        """Reset running statistics and counters to their initial values."""
         super().reset_running_stats()
         nonfinite = self._buffers.get("nonfinite_batches")
         if nonfinite is not None:
@@ -584,6 +441,10 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
         return new
 
     @property
+    def _channels(self) -> int:
+        return self.num_features
+
+    @property
     def is_fusing(self) -> bool:
         """Whether the next call normalizes by fused batch statistics, not by running ones."""
         return self.running_mean is None or (not self.frozen and (self.training or self.online))
@@ -593,57 +454,59 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
         if isinstance(input, fx.Proxy):
             return _as_one_call(self, input)
         with paused():
-            self._check_input(input, self.num_features, self._ranks)
+            self._check_input(input)
             if not self.is_fusing:
                 return self._by_running_statistics(input)
             if input.numel() == 0 and self.process_group is None:
                 return self._normalize_nothing(input)
-            groups = self._groups(input.shape[0])
-            if self._is_one_step():
-                return self._in_one_step(input, groups)
-            samples: int | Tensor = self.observed_maps(input.shape[0])
-            count: int | Tensor = input.numel() // (groups * self.num_features)
-            observation = None
-            if self.process_group is not None:
-                observation, samples, count = synchronize(input, self.process_group)
-            prior, noise = self._prior(input, groups)
-            if prior is None and not isinstance(count, Tensor):
-                self._check_values(count)
-            bias = self.bias if prior is not None else self._idle(self.bias, self.num_features)
-            out = kalman_norm(
-                input, prior, self.weight, bias, gain=self.kalman_gain(samples), spread=self.spread,
-                process_noise=noise, guard=self.guard, groups=groups, eps=self.eps, observation=observation,
-            )  # fmt: skip
-            if self.training:
-                self._remember(out, count)
-            if self.collect is not None:
-                self.collect(out.posterior, groups * samples)
-            self._hand_on(out.output, self._lasting(out.posterior, prior, noise))
-            return out.output
+            groups = self.statistic_groups(input.shape[0])
+            return self._by_kernel(input, groups) if self._has_kernel() else self._step_by_step(input, groups)
 
-    def _is_one_step(self) -> bool:
-        """Whether the kernel does it all: not where torch.func derives this call, or a compiler must count batches."""
+    def _step_by_step(self, x: Tensor, groups: int) -> Tensor:
+        """Observe, fuse, normalize, by the functions of :mod:`kalmannorm.functional`."""
+        samples: int | Tensor = self.observed_maps(x.shape[0])
+        count: int | Tensor = x.numel() // (groups * self.num_features)
+        observation = None
+        if self.process_group is not None:
+            observation, samples, count = synchronize(x, self.process_group)
+        prior, noise = self.prior(x, groups)
+        if prior is None and not isinstance(count, Tensor):
+            self._check_values(count)
+        bias = self.bias if prior is not None else self._bias_without_prior()
+        out = kalman_norm(
+            x, prior, self.weight, bias, gain=self.kalman_gain(samples), spread=self.spread, process_noise=noise,
+            guard=self.guard, groups=groups, eps=self.eps, observation=observation,
+        )  # fmt: skip
+        if self.training:
+            self._remember(out, count)
+        if self.collect is not None:
+            self.collect(out.posterior, groups * samples)
+        self._attach_belief(out.output, self._lasting(out.posterior, prior, noise))
+        return out.output
+
+    def _has_kernel(self) -> bool:
+        """Whether the fused kernel can handle this call."""
         if self.guard is not None or self.process_group is not None:
             return False
         return not is_transformed() or (torch.compiler.is_compiling() and self.momentum is not None)
 
-    def _in_one_step(self, x: Tensor, groups: int, relu: bool = False) -> Tensor:
-        """The common case by its kernel, running statistics and all."""
+    def _by_kernel(self, x: Tensor, groups: int, relu: bool = False) -> Tensor:
+        """The same in one autograd function, which also updates the running statistics and may rectify."""
         mode = current()
         gain, slope, offset = self._gain_line(x.shape[0] // groups)
         with without_autocast(x.device):
-            prior = self._prior_for_kernel(x, groups, mode)
+            prior = self._prior(x, groups, mode)
             known = prior.belief
             if known is None:
                 self._check_values(x.numel() // (groups * self.num_features))
-            # Where the link below was not computed yet, it is computed along with the layer; not where its result is
-            # handed on.
+            # A link below that was not computed yet is computed in the same autograd function; but not where the prior
+            # is needed by itself.
             joint = type(known) is Linked and not self.keeps_priors
             below, through = known.link() if joint else (known, None)  # type: ignore[union-attr]
             moments = None if below is None else below.packed().moments
             out = layer(
                 x, Given(moments, prior.shift, prior.scale, gain, prior.noise, self.weight, self.bias),
-                Filter(groups, slope, offset, _INITIAL_NOISE, self.spread, self.eps, relu),
+                Filter(groups, slope, offset, INITIAL_NOISE, self.spread, self.eps, relu),
                 running=self._running() if self.training else None, posterior=self.carry == "posterior",
                 through=through,
             )  # fmt: skip
@@ -652,14 +515,13 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
             if mode is not None and not torch.compiler.is_dynamo_compiling():
                 mode.lent.append(known.below)  # type: ignore[union-attr]
         if self.collect is not None:
-            self.collect(Gaussian(out.statistics[0], out.statistics[1]), x.shape[0])
+            self.collect(_posterior(out.statistics), x.shape[0])
         if mode is None or is_resting(mode):
             return out.output
         if self.keeps_priors:
-            posterior = Gaussian(out.statistics[0], out.statistics[1])
-            self._hand_on(out.output, self._lasting(posterior, *self._corrected(prior, groups)))
+            self._attach_belief(out.output, self._lasting(_posterior(out.statistics), *prior.corrected(groups)))
         elif groups > 1 and not self.training and self.carry == "output":
-            self._hand_on(out.output, Gaussian(out.statistics[0], out.statistics[1]))
+            self._attach_belief(out.output, _posterior(out.statistics))
         else:
             attach(out.output, Packed(out.belief), self.layer_name or type(self).__name__)
         if relu:
@@ -667,7 +529,7 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
         return out.output
 
     def _check_values(self, count: int) -> None:
-        """Without a prior, one value a channel is its own mean: where BatchNorm raises its error."""
+        """Warn of one value a channel without a prior, which is its own mean. BatchNorm raises its error there."""
         if count == 1 and (self.training or self.running_mean is None):
             self._warn_once(
                 f"{self._label()} got one value a channel, and nothing is believed of its input: its output "
@@ -676,7 +538,7 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
             )
 
     def _running(self) -> Running | None:
-        """What a call moves along, unless there is nothing, or a checkpoint runs it again."""
+        """Buffers to update; None if there are none or a checkpoint is recomputing."""
         mean, var = self.running_mean, self.running_var
         batches, nonfinite = self.num_batches_tracked, self.nonfinite_batches
         if mean is None or var is None or batches is None or nonfinite is None or is_recomputing():
@@ -688,7 +550,12 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
             momentum = (batches + 1).double().reciprocal() if is_transformed() else 1 / (int(batches) + 1)
         return Running(mean, var, batches, nonfinite, momentum)
 
-    def _groups(self, samples: int) -> int:
+    def statistic_groups(self, samples: int) -> int:
+        """The number ``S`` of groups in a batch of so many samples.
+
+        Raises:
+            ValueError: ``stats_batch_size`` does not divide it.
+        """
         size = self.stats_batch_size
         if size is None:
             return 1
@@ -699,12 +566,12 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
         return samples // size
 
     def _by_running_statistics(self, x: Tensor) -> Tensor:
-        # In eval() by itself, in a network that trains, it needs a gradient for every parameter too.
+        # A layer in eval() within a training network needs a gradient for every parameter, too.
         plain = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-        bias = self.bias if plain else self._idle(self.bias, self.num_features)
+        bias = self.bias if plain else self._bias_without_prior()
         y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, bias, False, 0.0, self.eps)
         if is_open():  # a frozen layer among training ones
-            self._hand_on(y, self._running_belief())
+            self._attach_belief(y, self._running_belief())
         return y
 
     def _remember(self, out: KalmanNormOutput, count: int | Tensor) -> None:
@@ -727,6 +594,10 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
         """The options, in the order of the constructor."""
         text = f"{_NormBase.extra_repr(self)}, {self._options_repr()}"
         return text + (f", stats_batch_size={self.stats_batch_size}" if self.stats_batch_size is not None else "")
+
+
+def _posterior(statistics: Tensor) -> Gaussian:
+    return Gaussian(statistics[0], statistics[1])
 
 
 class KalmanNorm1d(KalmanNorm, nn.BatchNorm1d):
@@ -823,8 +694,13 @@ class GroupKalmanNorm(KalmanLayer, nn.GroupNorm):
         """Always: there are no running statistics."""
         return True
 
-    def _groups(self, samples: int) -> int:
+    def statistic_groups(self, samples: int) -> int:
+        """One for each sample."""
         return samples
+
+    @property
+    def _channels(self) -> int:
+        return self.num_channels
 
     def observed_maps(self, samples: int) -> int:
         """As the batch layers': the feature maps of a channel group."""
@@ -838,17 +714,17 @@ class GroupKalmanNorm(KalmanLayer, nn.GroupNorm):
         if isinstance(input, fx.Proxy):
             return _as_one_call(self, input)
         with paused():
-            self._check_input(input, self.num_channels, self._ranks)
+            self._check_input(input)
             if input.numel() == 0:
                 return self._normalize_nothing(input)
-            prior, noise = self._prior(input, input.shape[0])
-            bias = self.bias if prior is not None else self._idle(self.bias, self.num_channels)
+            prior, noise = self.prior(input, input.shape[0])
+            bias = self.bias if prior is not None else self._bias_without_prior()
             out = group_kalman_norm(
                 input, prior, self.num_groups, self.weight, bias,
                 gain=self.kalman_gain(self.observed_maps(input.shape[0])), process_noise=noise,
                 spread=self.spread, guard=self.guard, eps=self.eps,
             )  # fmt: skip
-            self._hand_on(out.output, self._lasting(out.posterior, prior, noise))
+            self._attach_belief(out.output, self._lasting(out.posterior, prior, noise))
             return out.output
 
     def extra_repr(self) -> str:
@@ -889,14 +765,14 @@ class KalmanNormAct2d(_ThenActivation, KalmanNorm2d):
         """Normalize ``(N, C, H, W)``, drop, activate; a ReLU in the same step."""
         if isinstance(input, fx.Proxy):
             return _as_one_call(self, input)  # type: ignore[no-any-return]
-        if not self._rectifies() or not self.is_fusing or not self._is_one_step() or input.numel() == 0:
+        if not self._rectifies() or not self.is_fusing or not self._has_kernel() or input.numel() == 0:
             return super().forward(input)
         with paused():
-            self._check_input(input, self.num_features, self._ranks)
-            return self._in_one_step(input, self._groups(input.shape[0]), relu=True)
+            self._check_input(input)
+            return self._by_kernel(input, self.statistic_groups(input.shape[0]), relu=True)
 
     def _rectifies(self) -> bool:
-        """Whether all that follows is a ReLU, which nobody listens to."""
+        """Whether only a ReLU without hooks follows."""
         if type(self.act) is not nn.ReLU or type(self.drop) is not nn.Identity:
             return False
         hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

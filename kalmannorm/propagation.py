@@ -9,9 +9,8 @@ evaluated. So what no layer asks for, a classifier's head for one, costs nothing
 from __future__ import annotations
 
 import threading
-import weakref
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,35 +22,19 @@ from kalmannorm.evaluation import defer
 from kalmannorm.gaussian import Gaussian, Unknown
 from kalmannorm.kernels import rectify_output
 from kalmannorm.kernels.apply import alias
+from kalmannorm.priors import KeptPriors
 from kalmannorm.rules import RULES, Belief
 from kalmannorm.rules.pointwise import Deferred
 from kalmannorm.rules.table import FACTORIES, LIKE, OVERWRITING, SOURCES
 from kalmannorm.steps import SCALARS, Step, put, step_of
 
-__all__ = ["Prior", "Propagation", "attach", "attach_step", "current", "is_open", "is_resting", "paused"]
+__all__ = ["Propagation", "attach", "attach_step", "current", "is_open", "is_resting", "paused"]
 
 _BASE = Tensor._base.__get__  # type: ignore[union-attr]
 
 # A state that a network hands to itself from call to call must not grow a chain without end. A vision
 # transformer with BatchNorm in its stem and at its end makes some 1,000 calls in between.
 _LONGEST = 2000
-
-
-class Prior(NamedTuple):
-    """What a layer's kernel is given."""
-
-    belief: Gaussian | None
-    """In a shape of :func:`~kalmannorm.evaluation.belief_for`; None where there is none."""
-    noise: Tensor | None
-    """The logarithm of its process noise, ``(C,)``."""
-    shift: Tensor | None = None
-    """How it is corrected, ``(C,)``: see :func:`kalmannorm.kernels.layer`."""
-    scale: Tensor | None = None
-
-    def copied(self) -> Prior:
-        """Without gradients, in memory of its own."""
-        belief = None if self.belief is None else self.belief.detach().map(Tensor.clone).packed()
-        return Prior(belief, *(None if t is None else t.detach().clone() for t in self[1:]))
 
 
 _IN_PLACE_RELUS = frozenset((F.relu, F.relu_, torch.relu_, Tensor.relu_))
@@ -63,51 +46,6 @@ _OPERATORS = frozenset(
 )
 # Inside a normalization layer the mode has nothing to watch.
 paused = torch._C.DisableTorchFunction
-
-
-class KeptPriors:
-    """Priors that depend on parameters alone, for passes to come."""
-
-    def __init__(self) -> None:
-        # By layer and number of its call in a pass.
-        self.kept: dict[tuple[Any, int], Prior] = {}
-        self.key: Any = None
-        self.tensors: list[weakref.ref[Tensor]] = []
-        self.calls: dict[Any, int] = {}
-        self.are_used = False
-        self.are_complete = False
-
-    def begin(self, key: Any, tensors: Sequence[Tensor], layers: Sequence[Any]) -> None:
-        """Begin a pass.
-
-        Args:
-            key: what its priors depend on; None where none are to be kept.
-            tensors: the parameters and buffers among it.
-            layers: those that may be called. If the last pass called each that fuses once, it was not ended by an
-                error, and took no course of its own.
-        """
-        self.are_complete = self.are_used and key is not None and key == self.key and self.calls == {
-            layer: 1 for layer in layers if layer.is_fusing and not layer.ignores_prior
-        }
-        self.calls, self.are_used = {}, key is not None
-        if self.are_used and key != self.key:
-            self.kept, self.key, self.tensors = {}, key, [weakref.ref(t) for t in tensors]
-
-    def of(self, layer: Any, compute: Callable[[], Prior]) -> Prior:
-        """The prior of a layer's next call in this pass."""
-        place = layer, self.calls.get(layer, 0)
-        self.calls[layer] = place[1] + 1
-        if self.are_complete and place not in self.kept:
-            # Called once in the pass that was recorded, and more often in this one: nothing is known of this input.
-            self.key = None
-            return self.kept[layer, 0]
-        if place not in self.kept:
-            prior = compute()
-            if torch.compiler.is_compiling():  # an exporter's stand-ins
-                return prior
-            with torch.inference_mode(False):
-                self.kept[place] = prior.copied()
-        return self.kept[place]
 
 
 class Propagation(TorchFunctionMode):

@@ -1,4 +1,4 @@
-"""FSDP frees a module's parameters as soon as it is left: what leaves it is evaluated there."""
+"""FSDP reshards parameters after a module's forward, so the moments of its outputs are evaluated first."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kalmannorm.evaluation import drawn, exact, without_autocast
+from kalmannorm.evaluation import exact, without_autocast
 from kalmannorm.gaussian import Gaussian, Unknown
+from kalmannorm.paper import drawn
 from kalmannorm.propagation import current, paused
 from kalmannorm.steps import Step, found_in, put, step_of
 
@@ -19,7 +20,7 @@ __all__ = ["watch_shards"]
 
 
 def watch_shards(module: nn.Module) -> None:
-    """Evaluate what leaves a module whose parameters FSDP frees as soon as it is left.
+    """Evaluate the outputs' moments of each module whose parameters FSDP reshards.
 
     FSDP may have come after :func:`kalmannorm.connect`, so this is asked whenever the mode opens.
     """
@@ -63,7 +64,7 @@ def _groups_of_draws(layers: Sequence[Any], step: Step) -> int | None:
     for layer in layers:
         if layer.estimator == "monte_carlo" and step.shape:
             with suppress(ValueError):
-                return int(layer._groups(step.shape[0]))
+                return int(layer.statistic_groups(step.shape[0]))
     return None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from kalmannorm.gaussian import Gaussian, Unknown
-from kalmannorm.kernels.apply import is_transformed
+from kalmannorm.priors import may_be_kept
 from kalmannorm.propagation import Propagation, attach, current, is_resting
 from kalmannorm.shards import watch_shards
 from kalmannorm.steps import found_in, step_of
 
-__all__ = ["Watch", "tensors_of"]
+__all__ = ["Watch"]
 
 
 class Watch:
@@ -51,7 +51,8 @@ class Watch:
             mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         if current() is None and any(layer.is_fusing or layer.is_observed for layer in self.layers):
             watch_shards(module)
-            self._begin(module, (*args, *kwargs, *kwargs.values()))
+            if not torch.compiler.is_dynamo_compiling() and (self.mode.of_threads or may_be_kept(self.layers)):
+                self.mode.priors.begin(module, self.layers, (*args, *kwargs, *kwargs.values()))
             if not is_resting(self.mode):
                 self._start_beliefs(module, args, kwargs, self.mode)
             if not torch.compiler.is_compiling():
@@ -73,59 +74,6 @@ class Watch:
             if output is not None and self.mode.input_belief is not None:
                 self.mode.input_belief = None
                 self._warn_of_unused_belief(module)
-
-    def _begin(self, module: nn.Module, values: Any) -> None:
-        """Say which priors of passes before may be used."""
-        if not torch.compiler.is_dynamo_compiling():
-            key, tensors = self._what_priors_depend_on(module, values)
-            if key is not None or self.mode.of_threads:  # in a training none are kept
-                self.mode.priors.begin(key, tensors, self.layers)
-
-    def _what_priors_depend_on(self, module: nn.Module, values: Any) -> tuple[Any, list[Tensor]]:
-        """What must be the same for priors to be the same, and the tensors among it; None where they also depend on the
-        batch or on chance, or need gradients.
-
-        An exporter gets what was kept before, as constants.
-        """
-        if not all(layer.keeps_priors and not layer.is_observed for layer in self.layers if layer.is_fusing):
-            return None, []
-        if torch.compiler.is_compiling():
-            return (self.mode.priors.key if self._holds_for_export(values) else None), []
-        if is_transformed() or any(each.training for each in module.modules()):  # dropout, for one
-            return None, []
-        tensors = tensors_of(module)
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-            return None, []
-        given = list(found_in(values, Tensor))
-        if any(type(t) not in (Tensor, nn.Parameter) for t in (*given, *tensors)):  # stand-ins
-            return None, []
-        if any(not t.is_floating_point() for t in given):  # whose values may lead to other priors
-            return None, []
-        if any(t.is_inference() for t in tensors):
-            return None, []
-        inputs = tuple((t.shape, t.dtype, t.device) for t in given)
-        switched = sum(layer.times_switched for layer in self.layers)
-        return (inputs, _options(values), switched, _states(tensors)), tensors
-
-    def _holds_for_export(self, values: Any) -> bool:
-        """Whether priors that were kept are still right, for inputs of any batch size. An exporter has put stand-ins in
-        the place of the parameters that they depend on.
-        """
-        if self.mode.priors.key is None or not torch.compiler.is_exporting():
-            return False
-        inputs, options, switched, states = self.mode.priors.key
-        tensors = [t for ref in self.mode.priors.tensors if (t := ref()) is not None]
-        if _states(tensors) != states:
-            return False
-        given = list(found_in(values, Tensor))
-        sizes = [(size, known) for t, (shape, _, _) in zip(given, inputs, strict=False)
-                 for size, known in zip(t.shape[1:], shape[1:], strict=False)]  # fmt: skip
-        return (
-            [t.ndim for t in given] == [len(shape) for shape, _, _ in inputs]
-            and all(type(size) is int and size == known for size, known in sizes)
-            and options == _options(values)
-            and switched == sum(layer.times_switched for layer in self.layers)
-        )
 
     def _was_left_open(self, mode: Propagation, module: nn.Module) -> bool:
         """Whether an interrupt (an error closes it) has kept a mode from closing: who opened it is not being called."""
@@ -215,12 +163,6 @@ class Watch:
             self.known = moved
 
 
-def tensors_of(module: nn.Module) -> list[Tensor]:
-    """Its parameters and buffers, of one that is used twice each time; faster than torch's own walk."""
-    return [t for each in module.modules() for t in (*each._parameters.values(), *each._buffers.values())
-            if t is not None]  # fmt: skip
-
-
 def _tensors_in(place: str, value: Any) -> Iterator[tuple[str, Tensor]]:
     """As :func:`found_in`, each with where it is: ``batch['image']``."""
     if isinstance(value, Tensor):
@@ -234,16 +176,6 @@ def _tensors_in(place: str, value: Any) -> Iterator[tuple[str, Tensor]]:
     elif is_dataclass(value) and not isinstance(value, type):
         for field in fields(value):
             yield from _tensors_in(f"{place}.{field.name}", getattr(value, field.name, None))
-
-
-def _options(values: Any) -> tuple[Any, ...]:
-    """By which a forward may take another course."""
-    return tuple(found_in(values, bool | int | float | str))
-
-
-def _states(tensors: Iterable[Tensor]) -> tuple[Any, ...]:
-    """What changes where tensors change."""
-    return tuple([(t._version, t.data_ptr()) for t in tensors])
 
 
 def _started_on_first(given: Gaussian, values: Any) -> Gaussian | None:

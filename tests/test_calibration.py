@@ -55,7 +55,7 @@ def priors(model, x):
     found = []
 
     def look(layer, args):
-        prior, noise = layer._prior(args[0], 1)
+        prior, noise = layer.prior(args[0], 1)
         found.append((prior.mean[0].detach(), (prior.var[0] + (0 if noise is None else noise)).detach()))
 
     handles = [layer.register_forward_pre_hook(look) for layer in kalman_layers(model)]
@@ -231,7 +231,7 @@ def test_a_layer_called_twice_has_one_correction():
         model(images(2))
     first = model.norm.prior_scale.clone()
     found = []
-    handle = model.norm.register_forward_pre_hook(lambda layer, args: found.append(layer._prior(args[0], 1)[0].var[0]))
+    handle = model.norm.register_forward_pre_hook(lambda layer, args: found.append(layer.prior(args[0], 1)[0].var[0]))
     with kn.online_statistics(model):
         model(images(2))
     handle.remove()

@@ -32,7 +32,7 @@ def test_monte_carlo_approximates_exact():
         model = conv_net(estimator=estimator)
         model[3].padding = (0, 0)  # its border is the one thing they differ in
         model[4].register_forward_pre_hook(
-            lambda layer, args, e=estimator: priors.update({e: prior_of(args[0], 1, e)})
+            lambda layer, args, e=estimator: priors.update({e: layer.belief(args[0], 1).per_channel(1)})
         )
         torch.manual_seed(1)
         model(torch.randn(2, 3, 128, 128))
@@ -75,7 +75,7 @@ def test_draws_are_not_changed_by_functions_that_work_in_place():
     model = kn.convert(Net(between), estimator="monte_carlo", process_noise=False)
     seen = {}
     model.second.register_forward_pre_hook(
-        lambda layer, args: seen.update(prior=prior_of(args[0], 1, "monte_carlo"))
+        lambda layer, args: seen.update(prior=layer.belief(args[0], 1).per_channel(1))
     )
     model(torch.randn(2, 4, 32, 32))
     assert (seen["prior"].var > 0.2).all()

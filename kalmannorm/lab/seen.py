@@ -100,9 +100,9 @@ class _Watcher:
             if not isinstance(layer, KalmanNorm):
                 self._add(None, observe(x), len(x))
                 return
-            groups = layer._groups(len(x))
+            groups = layer.statistic_groups(len(x))
             # The layer finds again what this evaluates: the rules' beliefs, and the draws, are kept.
-            prior, noise = layer._prior(x, groups)
+            prior, noise = layer.prior(x, groups)
             prior = None if prior is None else add_process_noise(prior, noise)
             if shared is None:
                 self._add(prior, observe(x, groups), len(x) // groups)

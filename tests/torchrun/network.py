@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from kalmannorm.convert import kalman_layers
-from kalmannorm.evaluation import prior_of
 from kalmannorm.gaussian import Gaussian
 from kalmannorm.propagation import paused
 
@@ -101,7 +100,7 @@ def layers_with_prior(model):
 
         def look(layer, args, name=name):
             with paused():
-                if isinstance(prior_of(args[0], layer._groups(len(args[0])), layer.estimator), Gaussian):
+                if isinstance(layer.belief(args[0], layer.statistic_groups(len(args[0]))), Gaussian):
                     names.add(name)
 
         layer.register_forward_pre_hook(look)

@@ -1,0 +1,159 @@
+"""The correction of a layer's prior: a shift and a scale for each channel (`kalmannorm.calibrate`).
+
+With ``R`` the process noise, the layer fuses with
+
+    m_prior' = m_prior + shift        v_prior' = scale (v_prior + R)
+
+A layer that comes with trained running statistics gets the correction that leads to these, at its first call.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kalmannorm.functional import add_process_noise
+from kalmannorm.gaussian import Gaussian
+from kalmannorm.kernels.apply import is_transformed
+
+__all__ = ["VERSION", "CorrectedPrior", "is_trained"]
+
+# The version of a Kalman layer's part of a checkpoint; that of torch's layers is at most 2.
+VERSION = 3
+# The largest scale. Half precision holds it, and a gradient through the prior stays finite.
+_LARGEST_SCALE = 1e4
+
+
+def is_trained(mean: Tensor | None, var: Tensor | None) -> bool:
+    """Whether running statistics, ``(C,)`` each, differ from their initial zeros and ones. False where the values are
+    not there: on the meta device or in a compiler's stand-ins.
+    """
+    if mean is None or var is None or mean.is_meta or type(mean) not in (Tensor, nn.Parameter):
+        return False
+    return bool((mean != 0).any()) or bool((var != 1).any())
+
+
+class CorrectedPrior(nn.Module):
+    """The buffers ``prior_shift`` and ``prior_scale``, ``(C,)`` or None, and how they are found and loaded."""
+
+    weight: Any
+    prior_shift: Tensor | None
+    prior_scale: Tensor | None
+    awaits_correction: bool
+    """Whether the next call that computes a prior finds the correction. Until then the scale is below 0."""
+    calibrates: bool | None = None
+    """Whether running statistics in a BatchNorm checkpoint correct the prior; None: if they are trained ones."""
+    dropped_statistics: Gaussian | None
+    """The target of the correction, in a pretrained layer that keeps no running statistics."""
+
+    def process_variance(self) -> Tensor | None:
+        """``R``, ``(C,)``."""
+        raise NotImplementedError
+
+    def await_correction(self) -> None:
+        """Correct the prior by the running statistics at the next call that computes a prior."""
+        self.prior_shift = torch.zeros_like(self._running_belief().mean[0])
+        # Far below 0, as an average of weights may move it towards a scale.
+        self.prior_scale = self.prior_shift - _LARGEST_SCALE
+        self.awaits_correction = True
+
+    def drop_correction(self) -> None:
+        """Use priors as the layers below predict them."""
+        self._buffers.update(prior_shift=None, prior_scale=None)
+        self.awaits_correction, self.dropped_statistics = False, None
+
+    @torch.no_grad()
+    def correction_to(self, prior: Gaussian, target: Gaussian) -> tuple[Tensor, Tensor]:
+        """Shift and scale that turn a prior into a target.
+
+        A channel whose prior or target is not finite is left as it is, with shift 0 and scale 1.
+
+        Args:
+            prior: ``(1, C)``, without process noise.
+            target: ``(1, C)``.
+
+        Returns:
+            Each ``(C,)``. The scale is at most 10,000.
+        """
+        var = add_process_noise(prior, self.process_variance()).var[0]
+        shift = target.mean[0] - prior.mean[0]
+        scale = target.var[0] / var.clamp_min(torch.finfo(var.dtype).tiny)
+        finite = shift.isfinite() & scale.isfinite()
+        return torch.where(finite, shift, 0.0), torch.where(finite, scale, 1.0).clamp(0.0, _LARGEST_SCALE)
+
+    def _correction(self, prior: Gaussian) -> tuple[Tensor, Tensor]:
+        """Shift and scale, ``(C,)`` each; at the first call, those that lead to the running statistics."""
+        shift, scale = self.prior_shift, self.prior_scale
+        assert shift is not None
+        assert scale is not None
+        if not self.awaits_correction:
+            return shift, scale
+        is_derived = scale.is_meta or (is_transformed() and not torch.compiler.is_compiling())
+        if is_derived or torch.compiler.is_compiling() or bool((scale < 0).any()):
+            given = prior.detach().per_channel(1)
+            found = self.correction_to(given, self._running_belief().map(lambda t: t.to(given.mean.device)))
+            if is_derived:  # buffers cannot be changed in place inside of torch.func, and hold nothing on meta
+                return found
+            with torch.no_grad():
+                shift.copy_(found[0])
+                scale.copy_(found[1])
+        self.awaits_correction, self.dropped_statistics = False, None
+        return shift, scale
+
+    def _running_belief(self) -> Gaussian:
+        """The running statistics, ``(1, C)``; after they were dropped, those that were dropped."""
+        mean, var = getattr(self, "running_mean", None), getattr(self, "running_var", None)
+        if mean is None or var is None:
+            assert self.dropped_statistics is not None
+            return self.dropped_statistics
+        dtype = torch.promote_types(var.dtype, torch.float32)
+        return Gaussian(mean[None].to(dtype), var[None].to(dtype))
+
+    @property
+    def has_known_statistics(self) -> bool:
+        """Whether there are trained statistics that can correct the prior."""
+        mean, var = getattr(self, "running_mean", None), getattr(self, "running_var", None)
+        return self.dropped_statistics is not None or is_trained(mean, var)
+
+    def _prepare_correction(self, state_dict: dict[str, Any], prefix: str, version: int | None) -> None:
+        """Make the buffers of the correction that a checkpoint holds, or, with BatchNorm's statistics, asks for.
+
+        Args:
+            state_dict: the checkpoint.
+            prefix: of this layer's keys in it.
+            version: of this layer's part of it.
+        """
+        given = state_dict.get(prefix + "prior_scale")
+        if given is not None:
+            if self.prior_scale is None:
+                like = self.weight if self.weight is not None else given
+                self.prior_shift, self.prior_scale = (torch.empty_like(given, device=like.device) for _ in range(2))
+            return
+        if not any(prefix + name in state_dict for name in ("weight", "running_mean", "gain", "process_noise")):
+            return
+        own = {prefix + "gain", prefix + "process_noise"} & state_dict.keys()
+        is_kalman = bool(own) or (version or 0) >= VERSION
+        mean, var = state_dict.get(prefix + "running_mean"), state_dict.get(prefix + "running_var")
+        self.drop_correction()
+        asks = not is_kalman and self.calibrates is not False and "running_mean" in self._buffers
+        if not asks or mean is None or var is None or not is_trained(mean, var):
+            return
+        if self._buffers["running_mean"] is None:
+            like = mean if self.weight is None else self.weight
+            dtype = torch.promote_types(mean.dtype, torch.float32)
+            self.dropped_statistics = Gaussian(mean[None], var[None]).map(lambda t: t.to(like.device, dtype, copy=True))
+        self.await_correction()
+
+    def _check_loaded_correction(self) -> bool:
+        """Whether a loaded correction can be used, or one still be found; if not, it is dropped."""
+        if self.prior_scale is None or self.prior_scale.is_meta:
+            return True
+        self.awaits_correction = bool((self.prior_scale < 0).any())
+        if not self.awaits_correction:
+            self.dropped_statistics = None
+        elif not self.has_known_statistics:
+            self.drop_correction()
+            return False
+        return True

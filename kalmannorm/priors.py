@@ -1,0 +1,170 @@
+"""The prior that a layer fuses with, and those that `eval()` computes once and keeps."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kalmannorm.gaussian import Gaussian
+from kalmannorm.kernels.apply import is_transformed
+from kalmannorm.steps import found_in
+
+__all__ = ["INITIAL_NOISE", "KeptPriors", "Prior", "may_be_kept", "tensors_of"]
+
+# The process noise ``R`` that a layer begins with.
+INITIAL_NOISE = 0.01
+
+
+class Prior(NamedTuple):
+    """The prior as a layer's kernel takes it."""
+
+    belief: Gaussian | None
+    """In a shape of :func:`~kalmannorm.evaluation.belief_for`; None where it is unknown."""
+    noise: Tensor | None
+    """The logarithm of its process noise, ``(C,)``."""
+    shift: Tensor | None = None
+    """Its correction, ``(C,)``: see :func:`kalmannorm.kernels.layer`."""
+    scale: Tensor | None = None
+
+    def process_variance(self) -> Tensor | None:
+        """``R``, ``(C,)``, in float32 at least."""
+        if self.noise is None:
+            return None
+        return INITIAL_NOISE * self.noise.to(torch.promote_types(self.noise.dtype, torch.float32)).exp()
+
+    def corrected(self, groups: int) -> tuple[Gaussian | None, Tensor | None]:
+        """Mean and variance, ``(S, C)``, or None, and the process noise ``R``, ``(C,)`` or None, corrected."""
+        belief, variance = self.belief, self.process_variance()
+        if belief is None:
+            return None, variance
+        belief = belief.per_channel(groups)
+        if self.shift is None or self.scale is None:
+            return belief, variance
+        variance = None if variance is None else variance * self.scale
+        return Gaussian(belief.mean + self.shift, belief.var * self.scale), variance
+
+    def copied(self) -> Prior:
+        """Without gradients, in memory of its own."""
+        belief = None if self.belief is None else self.belief.detach().map(Tensor.clone).packed()
+        return Prior(belief, *(None if t is None else t.detach().clone() for t in self[1:]))
+
+
+class KeptPriors:
+    """Priors that depend on parameters alone, kept from one forward pass to the next.
+
+    A pass keeps each prior by layer and number of its call. The next one uses them, if nothing that they depend on has
+    changed since: parameters, buffers, shapes of inputs, and numbers and strings among the arguments.
+    """
+
+    def __init__(self) -> None:
+        self.kept: dict[tuple[Any, int], Prior] = {}
+        self.key: Any = None
+        self.tensors: list[weakref.ref[Tensor]] = []
+        self.calls: dict[Any, int] = {}
+        self.are_used = False
+        self.are_complete = False
+
+    def begin(self, module: nn.Module, layers: Sequence[Any], values: Any) -> None:
+        """Begin a pass.
+
+        Args:
+            module: the network that is called.
+            layers: its Kalman layers. If the last pass called each that fuses once, it was not ended by an error, and
+                its course did not depend on the inputs.
+            values: the arguments of the call.
+        """
+        tensors: list[Tensor] = []
+        if not may_be_kept(layers):
+            key = None
+        elif torch.compiler.is_compiling():  # an exporter gets the kept priors, as constants
+            key = self.key if self._hold_for_export(layers, values) else None
+        else:
+            tensors = tensors_of(module)
+            key = _what_they_depend_on(module, tensors, layers, values)
+        self.are_complete = self.are_used and key is not None and key == self.key and self.calls == {
+            layer: 1 for layer in layers if layer.is_fusing and not layer.ignores_prior
+        }
+        self.calls, self.are_used = {}, key is not None
+        if self.are_used and key != self.key:
+            self.kept, self.key, self.tensors = {}, key, [weakref.ref(t) for t in tensors]
+
+    def of(self, layer: Any, compute: Callable[[], Prior]) -> Prior:
+        """The prior of a layer's next call in this pass."""
+        place = layer, self.calls.get(layer, 0)
+        self.calls[layer] = place[1] + 1
+        if self.are_complete and place not in self.kept:
+            # Called once in the recorded pass, and more often in this one: the belief about this input is unknown.
+            self.key = None
+            return self.kept[layer, 0]
+        if place not in self.kept:
+            prior = compute()
+            if torch.compiler.is_compiling():  # an exporter's stand-ins
+                return prior
+            with torch.inference_mode(False):
+                self.kept[place] = prior.copied()
+        return self.kept[place]
+
+    def _hold_for_export(self, layers: Sequence[Any], values: Any) -> bool:
+        """Whether the kept priors are still right, for inputs of any batch size. An exporter has put stand-ins in the
+        place of the parameters that they depend on.
+        """
+        if self.key is None or not torch.compiler.is_exporting():
+            return False
+        inputs, options, switched, states = self.key
+        given = list(found_in(values, Tensor))
+        sizes = [(size, known) for t, (shape, _, _) in zip(given, inputs, strict=False)
+                 for size, known in zip(t.shape[1:], shape[1:], strict=False)]  # fmt: skip
+        return (
+            [t.ndim for t in given] == [len(shape) for shape, _, _ in inputs]
+            and all(type(size) is int and size == known for size, known in sizes)
+            and options == _options(values)
+            and switched == _times_switched(layers)
+            and states == _states(t for ref in self.tensors if (t := ref()) is not None)
+        )
+
+
+def may_be_kept(layers: Sequence[Any]) -> bool:
+    """Whether each layer that fuses uses a prior that depends on parameters alone. In training none does."""
+    return all(layer.keeps_priors and not layer.is_observed for layer in layers if layer.is_fusing)
+
+
+def _what_they_depend_on(module: nn.Module, tensors: Sequence[Tensor], layers: Sequence[Any], values: Any) -> Any:
+    """Equal for two passes whose priors are equal; None if they also depend on the batch or on chance, or if they need
+    gradients.
+    """
+    if is_transformed() or any(each.training for each in module.modules()):  # dropout, for one
+        return None
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return None
+    given = list(found_in(values, Tensor))
+    if any(type(t) not in (Tensor, nn.Parameter) for t in (*given, *tensors)):  # stand-ins
+        return None
+    # Integers' values may lead to other priors. Changes of inference tensors are not counted.
+    if any(not t.is_floating_point() for t in given) or any(t.is_inference() for t in tensors):
+        return None
+    inputs = tuple((t.shape, t.dtype, t.device) for t in given)
+    return inputs, _options(values), _times_switched(layers), _states(tensors)
+
+
+def tensors_of(module: nn.Module) -> list[Tensor]:
+    """The parameters and buffers of a module, those of a shared one repeatedly; faster than torch's own walk."""
+    return [t for each in module.modules() for t in (*each._parameters.values(), *each._buffers.values())
+            if t is not None]  # fmt: skip
+
+
+def _options(values: Any) -> tuple[Any, ...]:
+    """The arguments on which the course of a forward pass may depend."""
+    return tuple(found_in(values, bool | int | float | str))
+
+
+def _times_switched(layers: Sequence[Any]) -> int:
+    return sum(layer.times_switched for layer in layers)
+
+
+def _states(tensors: Iterable[Tensor]) -> tuple[Any, ...]:
+    """Differs once one of the tensors was changed or moved."""
+    return tuple([(t._version, t.data_ptr()) for t in tensors])
