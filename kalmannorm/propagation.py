@@ -1,9 +1,9 @@
-"""How beliefs travel: a mode that watches torch calls.
+"""The mode that records torch calls while a network runs.
 
-While a network runs, every torch function that meets a tensor with a belief is *recorded* on its
-output as a :class:`~kalmannorm.steps.Step`. Nothing is computed then. The next normalization layer asks
-for the belief of its input (:func:`kalmannorm.evaluation.belief_for`), and only then the chain below is
-evaluated. So what no layer asks for, a classifier's head for one, costs nothing.
+A torch function that gets a tensor with a belief is *recorded* on its output as a :class:`~kalmannorm.steps.Step`.
+Nothing is computed then. The next normalization layer asks for the belief about its input
+(:func:`kalmannorm.evaluation.belief_for`), which evaluates the chain of steps that leads there. Steps that no layer
+asks for, such as a classifier's head, cost nothing.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ __all__ = ["Propagation", "attach", "attach_step", "current", "is_open", "is_res
 
 _BASE = Tensor._base.__get__  # type: ignore[union-attr]
 
-# A state that a network hands to itself from call to call must not grow a chain without end. A vision
+# The longest chain. A state that a network passes to itself from call to call must not grow one without end. A vision
 # transformer with BatchNorm in its stem and at its end makes some 1,000 calls in between.
 _LONGEST = 2000
 
 
 _IN_PLACE_RELUS = frozenset((F.relu, F.relu_, torch.relu_, Tensor.relu_))
-# By the names of methods that are written in Python.
+# Methods that are written in Python, by name.
 _IN_PYTHON = {"__rsub__": torch.rsub, "pow": torch.pow, "__pow__": torch.pow}
-# What rules know of `operator`'s functions.
+# The methods of tensors that have rules, under the names that `operator` gives them.
 _OPERATORS = frozenset(
     name for name in dir(Tensor) if name.startswith("__") and getattr(Tensor, name) in (Tensor.__setitem__, *RULES)
 )
-# Inside a normalization layer the mode has nothing to watch.
+# Inside of a normalization layer nothing is recorded.
 paused = torch._C.DisableTorchFunction
 
 
@@ -52,16 +52,16 @@ class Propagation(TorchFunctionMode):
     """Records what happens to tensors that carry a step.
 
     Args:
-        layers: who may ask for what is recorded.
+        layers: the normalization layers that may ask for beliefs.
     """
 
     def __init__(self, layers: Sequence[Any] = ()) -> None:
         super().__init__()
         self.layers = layers
-        self.input_belief: Gaussian | None = None  # one that no tensor has been found for yet
+        self.input_belief: Gaussian | None = None  # `input_stats` whose tensor has not been found yet
         self.opener: Any = None  # the module that was entered
-        # Beliefs that layers have computed along with their own: for this pass, as each leads to the layer, which keeps
-        # its input, which leads back to the belief.
+        # Beliefs that a layer's kernel computed for others to use. They are dropped after the pass, or there would be a
+        # cycle: such a belief leads to the layer, which saves its input, which leads to the belief.
         self.lent: list[Deferred] = []
         self.of_threads: dict[int, KeptPriors] = {}
 
@@ -73,7 +73,7 @@ class Propagation(TorchFunctionMode):
 
     @property
     def priors(self) -> KeptPriors:
-        """Those that this thread keeps: several may call one model in ``eval()``."""
+        """The kept priors of this thread, as several threads may call one model in ``eval()``."""
         thread = threading.get_ident()
         if thread not in self.of_threads:
             self.of_threads[thread] = KeptPriors()
@@ -88,14 +88,14 @@ class Propagation(TorchFunctionMode):
             return func(*args, **kwargs)
         if torch.compiler.is_dynamo_compiling():
             func, args = _as_in_eager_mode(func, args)
-        # Notes if it was changed unseen: after a function that works in place, nobody could tell.
+        # Before the call, as a function that works in place would hide an earlier change that was not recorded.
         first = step_of(args[0]) if args and isinstance(args[0], Tensor) else None
         if first is not None and func in _IN_PLACE_RELUS and _is_rectified_by_its_layer(func, args, kwargs, first):
             output = args[0]
         else:
             output = func(*args, **kwargs)
         if isinstance(output, Tensor):
-            if func not in FACTORIES and func != _BASE:  # who looks at what a view is a view of computes nothing
+            if func not in FACTORIES and func != _BASE:  # `Tensor._base` computes nothing
                 self._record(func, args, kwargs, output, None)
         elif func is torch.Tensor.__setitem__:
             _record_assignment(args)
@@ -121,7 +121,7 @@ class Propagation(TorchFunctionMode):
         if args and output is args[0] and not torch.compiler.is_compiling() and output._base is not None:
             attach(output._base, Unknown("a view of it was changed in place"), "")
         if args and output is args[0] and not isinstance(recorded[0], Step) and func not in OVERWRITING:
-            # What it was is gone, and what it is now depends on the batch.
+            # The tensor now depends on the batch in a way that no rule describes.
             attach(output, Unknown("a known tensor was changed in place by an activation"), "")
             return
         if torch.compiler.is_dynamo_compiling() and getattr(func, "__module__", "") == "_operator":
@@ -138,8 +138,8 @@ class Propagation(TorchFunctionMode):
 
 
 def _as_in_eager_mode(func: Any, args: Any) -> tuple[Any, Any]:
-    """The function that rules know, and its arguments, of one that a compiler calls: a strict export has
-    `operator.add` for ``a + b``, and methods that are written in Python are not found in a table.
+    """The function and arguments as in eager mode, where a compiler calls another: a strict export has `operator.add`
+    for ``a + b``, and methods that are written in Python are in no table.
     """
     name = getattr(func, "__name__", "")
     if name in _IN_PYTHON:
@@ -155,7 +155,7 @@ def _as_in_eager_mode(func: Any, args: Any) -> tuple[Any, Any]:
 
 
 def _is_rectified_by_its_layer(func: Any, args: Any, kwargs: Any, step: Step) -> bool:
-    """Rectify a layer's output in place together with the layer, if nothing was computed from it before."""
+    """Rectify a layer's output in place, as a part of the layer, if nothing was computed from the output before."""
     if step.function is not None or step.is_used or len(args) != 1 or torch.compiler.is_dynamo_compiling():
         return False
     if func is F.relu and kwargs.get("inplace") is not True:
@@ -164,7 +164,7 @@ def _is_rectified_by_its_layer(func: Any, args: Any, kwargs: Any, step: Step) ->
 
 
 def _recorded(value: Any, parents: list[Step], output: Tensor) -> Any:
-    """An argument, each tensor in it replaced by its step, if it has one; these are collected."""
+    """An argument with each tensor that has a step replaced by it; the steps are added to ``parents``."""
     kind = type(value)
     if kind is tuple or kind is list:
         return value if SCALARS.issuperset(map(type, value)) else kind([_recorded(v, parents, output) for v in value])
@@ -176,7 +176,7 @@ def _recorded(value: Any, parents: list[Step], output: Tensor) -> Any:
 
 
 def _record_assignment(args: Any) -> None:
-    """``x[i] = y``: what is believed of ``x``, and of the tensor it is a view of, holds no more."""
+    """``x[i] = y``: the belief about ``x``, and about the tensor of which it is a view, is lost."""
     target = args[0]
     if any(isinstance(a, Tensor) and step_of(a) is not None for a in args):
         lost = Unknown("assigned in place, element by element")
@@ -186,19 +186,19 @@ def _record_assignment(args: Any) -> None:
 
 
 def is_resting(mode: Propagation) -> bool:
-    """Whether all priors of this pass are kept, so that nothing is recorded."""
+    """Whether all priors of this pass are kept ones, so that nothing is recorded."""
     if torch.compiler.is_dynamo_compiling() or not mode.of_threads:
         return False
     return mode.priors.are_complete
 
 
 def is_open() -> bool:
-    """Whether a mode is watching this thread."""
+    """Whether a mode is recording in this thread."""
     return current() is not None
 
 
 def current() -> Propagation | None:
-    """The mode that is watching this thread, if any."""
+    """The mode that is recording in this thread, if any."""
     for mode in torch.overrides._get_current_function_mode_stack():
         if isinstance(mode, Propagation):
             return mode
@@ -206,12 +206,12 @@ def current() -> Propagation | None:
 
 
 def attach(tensor: Tensor, belief: Belief, source: str) -> None:
-    """Start a belief on a tensor.
+    """Attach a belief to a tensor: a step where a chain starts.
 
     Args:
         tensor: the activation.
-        belief: what is believed of it.
-        source: who says so: a layer's name, or "input".
+        belief: the belief about it.
+        source: its origin: a layer's name, or "input".
     """
     shape = tuple(tensor.shape)
     if isinstance(belief, Gaussian):
@@ -219,11 +219,11 @@ def attach(tensor: Tensor, belief: Belief, source: str) -> None:
     step = Step(None, (), {}, shape, source=source, belief=belief, parents=())
     put(tensor, step)
     if step.hooks is not None and (mode := current()) is not None:
-        # A checkpointed region that finds the mode open must find it open when it runs again. Watched modules inside
-        # open it themselves, but a region may be any function.
+        # A checkpointed region that began with an open mode must run again with one. Converted modules open it
+        # themselves, but a region may be any function.
         enter_again(step.hooks, lambda: Propagation(mode.layers))
 
 
 def attach_step(tensor: Tensor, func: Any) -> None:
-    """Record that a function was applied to a tensor whose belief has been attached, where no mode could see it."""
+    """Record a function that was applied to a tensor with a belief where the mode was paused."""
     put(tensor, Step(func, (step_of(tensor),), {}, tuple(tensor.shape)))

@@ -1,9 +1,8 @@
-"""What was done to a tensor: a chain of steps, which ends where a belief starts.
+"""The recorded calls that lead to a tensor: a chain of steps, which ends where a belief starts.
 
-A step is an attribute of its tensor. It lives and dies with it, ``torch.compile`` traces it, and an
-in-place function overwrites it with the right meaning. Three kinds of tensor meet a function: those
-with a step (they depend on the network's input; the step may lead to nothing known), and those without
-(parameters, constants), which a rule takes as they are.
+A step is an attribute of its tensor. It lives as long as the tensor, ``torch.compile`` traces it, and an in-place
+function overwrites it. A tensor with a step depends on the network's input, even if the step leads to no belief. One
+without a step is a parameter or a constant, which a rule takes as it is.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from kalmannorm.gaussian import Unknown
 from kalmannorm.kernels.apply import saved_tensor_hooks
 from kalmannorm.rules import Belief
 
-__all__ = ["SCALARS", "Step", "computed_in", "found_in", "may_use", "put", "replace", "step_of"]
+__all__ = ["SCALARS", "Step", "computed_in", "found_in", "may_use", "placed_in", "put", "replace", "step_of"]
 
 _T = TypeVar("_T")
 
@@ -31,7 +30,7 @@ _VERSION = "_kalmannorm_version"
 # Arguments that hold no tensor.
 SCALARS = frozenset((int, float, bool, str, type(None)))
 
-# Beside a value that was computed before, in another place.
+# Marks a value that was computed again, in another checkpoint region.
 _AGAIN = "again"
 
 
@@ -45,10 +44,10 @@ class Step:
         shape: the output's shape.
         index: which output, of a function that returns several.
         source: where the belief starts: the layer's name, or "input".
-        belief: the belief that starts there, known at once.
-        parents: the steps among the arguments; found there, where they aren't given.
+        belief: the belief that starts there.
+        parents: the steps among the arguments; None searches the arguments for them.
 
-    Its ``depth`` is the length of the longest chain below it that nobody has evaluated yet.
+    Its ``depth`` is the length of the longest chain below it that was not evaluated yet.
     """
 
     __slots__ = (
@@ -76,7 +75,7 @@ class Step:
         for parent in self.parents:
             self.depth = max(self.depth, parent.depth + 1)
 
-    # A tensor may be saved or copied. What is believed of it is of this run alone, and stays behind.
+    # A tensor may be saved or copied. Its belief is about this run alone, and is not saved with it.
     def __reduce__(self) -> tuple[Any, ...]:
         return OrderedDict, ()  # which torch.load(weights_only=True) knows
 
@@ -85,27 +84,26 @@ class Step:
 
 
 def may_use(where: Any, step: Step, now: Any) -> bool:
-    """Whether a value that a step keeps may be used where it is asked for.
+    """Whether a step's kept value may be used in the current checkpoint region.
 
-    Not where a checkpointed region asks for the belief of something outside it, unless the region
-    itself computed it, or it was there before any region asked: the region will run again, and must
-    then compute the same things again.
+    A region runs again in the backward pass and must then compute the same values again. So it uses a value from
+    outside only if that was there before any region asked for it.
 
     Args:
-        where: what :func:`computed_in` noted.
-        step: whose value it is.
-        now: the region that asks, of :func:`~kalmannorm.kernels.apply.saved_tensor_hooks`.
+        where: the note of :func:`computed_in` beside the value.
+        step: the value's step.
+        now: the current region, from :func:`~kalmannorm.kernels.apply.saved_tensor_hooks`.
     """
     return bool(where == now or where == step.hooks or where == (_AGAIN, now))
 
 
 def computed_in(kept: Any, now: Any) -> Any:
-    """What to note beside a value that is computed now, in the place of what a step kept, if anything."""
+    """The note beside a value that is computed now: where, and whether it replaces a value kept before."""
     return now if kept is None else (_AGAIN, now)
 
 
 def replace(value: Any, kind: type, by: Callable[[Any], Any]) -> Any:
-    """Replace what is of one kind, in lists and tuples too."""
+    """Replace each object of one kind, in lists and tuples too."""
     if isinstance(value, kind):
         return by(value)
     its = type(value)
@@ -115,18 +113,19 @@ def replace(value: Any, kind: type, by: Callable[[Any], Any]) -> Any:
 
 
 def step_of(tensor: Tensor, as_it_was: bool = False) -> Step | None:
-    """The step recorded on a tensor, or on the one that it is an alias of.
+    """The step recorded on a tensor, or on the tensor of which it is an alias.
+
+    A change in place that was not recorded makes it unknown.
 
     Args:
         tensor: any.
-        as_it_was: ask for what was recorded before a change in place that is being recorded now. Any other change since
-            then makes it unknown.
+        as_it_was: the step before the change in place that is being recorded now.
     """
     step = getattr(tensor, _STEP, None)
     if step is None and type(tensor) is nn.Parameter:
         return None
     if step is None and not torch.compiler.is_compiling() and (base := tensor._base) is not None:
-        # Where nothing is watched, FSDP and DDP pass a tensor through an autograd function that returns it.
+        # Outside of the mode, FSDP and DDP pass a tensor through an autograd function that returns it.
         step = getattr(base, _STEP, None) if _place(tensor) == _place(base) else None
         tensor = base
     if not isinstance(step, Step):
@@ -141,14 +140,14 @@ def step_of(tensor: Tensor, as_it_was: bool = False) -> Step | None:
 
 
 def _version(tensor: Tensor) -> int | None:
-    """How often a tensor, or what it shares memory with, was changed in place; None where torch does not count."""
+    """torch's count of changes in place, of all tensors that share memory; None where torch does not count."""
     if torch.compiler.is_dynamo_compiling() or tensor.is_inference():
         return None
     return tensor._version
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
-    """Which elements of its storage a tensor shows."""
+    """The elements of its storage that a tensor shows."""
     return tensor.shape, tensor.stride(), tensor.storage_offset()
 
 
@@ -159,13 +158,20 @@ def put(tensor: Tensor, step: Step | None) -> None:
 
 
 def found_in(values: Any, kind: type[_T] | UnionType) -> Iterator[_T]:
-    """What is of one kind, in lists, tuples, mappings and dataclasses too."""
-    for value in values:
-        if isinstance(value, kind):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from found_in(value, kind)
-        elif isinstance(value, Mapping):
-            yield from found_in(value.values(), kind)
-        elif is_dataclass(value) and not isinstance(value, type):
-            yield from found_in([getattr(value, field.name, None) for field in fields(value)], kind)
+    """All objects of one kind in lists, tuples, mappings and dataclasses."""
+    return (value for _, value in placed_in("", values, kind))
+
+
+def placed_in(place: str, value: Any, kind: type[_T] | UnionType) -> Iterator[tuple[str, _T]]:
+    """As :func:`found_in`, each object with its place: ``batch['image']``."""
+    if isinstance(value, kind):
+        yield place, value
+    elif isinstance(value, list | tuple):
+        for i, each in enumerate(value):
+            yield from placed_in(f"{place}[{i}]", each, kind)
+    elif isinstance(value, Mapping):
+        for key, each in value.items():
+            yield from placed_in(f"{place}[{key!r}]", each, kind)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for field in fields(value):
+            yield from placed_in(f"{place}.{field.name}", getattr(value, field.name, None), kind)

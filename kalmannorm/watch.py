@@ -1,11 +1,10 @@
-"""When beliefs travel: from where a network is entered to where it is left."""
+"""The hooks that open the recording mode when a network is entered, and close it when the network is left."""
 
 from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from kalmannorm.gaussian import Gaussian, Unknown
 from kalmannorm.priors import may_be_kept
 from kalmannorm.propagation import Propagation, attach, current, is_resting
 from kalmannorm.shards import watch_shards
-from kalmannorm.steps import found_in, step_of
+from kalmannorm.steps import found_in, placed_in, step_of
 
 __all__ = ["Watch"]
 
@@ -23,14 +22,13 @@ __all__ = ["Watch"]
 class Watch:
     """Opens the mode when a module is entered and closes it when the module is left.
 
-    It sits, as two forward hooks, on every module that contains a Kalman layer; the outermost one
-    entered opens the mode, the others find it open. So calling a part of a network works, and so
-    does recomputing it in a checkpoint.
+    It has two forward hooks on every module that contains a Kalman layer. The outermost module opens the mode, and the
+    others find it open. So a part of a network can be called by itself, or be recomputed in a checkpoint.
 
     Args:
         layers: the Kalman layers inside.
-        given: what is believed of the module's inputs, by the names of its forward's arguments; None for a name means
-            the first floating-point tensor. Mean and variance are ``(C,)``, or of one number for inputs of any shape.
+        given: the beliefs about the module's inputs, by the names of its forward's arguments; None as a name stands for
+            the first floating-point tensor. Mean and variance are ``(C,)``, or one number for inputs of any shape.
         arguments: the names of its forward's positional arguments.
     """
 
@@ -38,9 +36,9 @@ class Watch:
         self.layers = layers
         self.arguments = tuple(arguments)
         self.given = dict(given)
-        self.known = self.given  # where the inputs are, and of their type
+        self.known = self.given  # on the inputs' device, and of their type
         self._warned = self._looked = False
-        # Made once: torch.compile must find the mode somewhere when it breaks a graph inside.
+        # Made once, as torch.compile looks for the mode again when it breaks a graph inside.
         self.mode = Propagation(layers)
 
     def open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -60,7 +58,7 @@ class Watch:
                 self._warn_of_replaced_layers(module)
             self.mode.__enter__()  # type: ignore[no-untyped-call]
         elif mode is not None and self.given and _are_unknown_inputs((*args, *kwargs.values())):
-            self._start_beliefs(module, args, kwargs, mode)  # a part knows what the whole was not told
+            self._start_beliefs(module, args, kwargs, mode)  # `input_stats` were given to this part alone
         elif mode is not None and mode.input_belief is not None:
             mode.input_belief = _started_on_first(mode.input_belief, (*args, *kwargs.values()))
 
@@ -76,16 +74,16 @@ class Watch:
                 self._warn_of_unused_belief(module)
 
     def _was_left_open(self, mode: Propagation, module: nn.Module) -> bool:
-        """Whether an interrupt (an error closes it) has kept a mode from closing: who opened it is not being called."""
+        """Whether an interrupt has kept a mode from closing, as the module that opened it is not being called."""
         if torch.compiler.is_compiling() or mode.opener is None:
             return False
         if mode is self.mode:
             return _calls_on_the_stack(module) < 2
-        # Looked for only where another network is called: the parts of one find its mode open all the time.
+        # Looked for only where another network is called, as the parts of one always find its mode open.
         return self.layers[0] not in mode.layers and _calls_on_the_stack(mode.opener) == 0
 
     def _warn_of_replaced_layers(self, module: nn.Module) -> None:
-        """At the first call: functions that replace BatchNorm layers take Kalman layers for such."""
+        """Warn at the first call, as functions that replace BatchNorm layers replace Kalman layers too."""
         if self._looked:
             return
         self._looked = True
@@ -115,19 +113,19 @@ class Watch:
 
     def _start_beliefs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
                        mode: Propagation) -> None:  # fmt: skip
-        """Mark the inputs, so that all that comes of them is known to depend on them."""
+        """Attach a belief to each input, `Unknown` where none was given, so that steps lead back to it."""
         values = (*args, *kwargs.values())
         self._move_beliefs(values)
         # More positional arguments than names are those of `*args`.
         names = [*(*self.arguments, *map(str, range(len(self.arguments), len(args))))[: len(args)], *kwargs]
         for name, value in zip(names, values, strict=True):
             belief = self.known.get(name)
-            for place, tensor in _tensors_in(name, value):
+            for place, tensor in placed_in(name, value, Tensor):
                 if not (tensor.is_floating_point() or tensor.is_complex()):
                     continue  # indices, masks and classes are constants
                 step = step_of(tensor)
                 if step is not None and step.source != "input":
-                    continue  # from another part, whose beliefs go on here
+                    continue  # the output of another part of the network
                 known: Gaussian | Unknown = Unknown(f"the network's input {place!r}")
                 if belief is not None and _fits(belief, tensor):
                     known = _laid_out(belief, tensor)
@@ -141,13 +139,13 @@ class Watch:
             direct = [t for t in values if isinstance(t, Tensor) and t.is_floating_point()]
             if waiting is not None and direct and waiting.mean.ndim:
                 raise _misfit(waiting, direct[0], "an input", module)
-            # A detector gets its images in a list; its first part gets them as a batch.
+            # A detector gets its images in a list, and its first part gets them as a batch.
             if waiting is not None or mode.input_belief is not None:
                 mode.input_belief = waiting
 
     def _move_beliefs(self, values: Any) -> None:
-        """Keep the beliefs where the inputs are: a copy at each call would make the device wait, and no CUDA graph may
-        hold one. A compiled call makes its copy: what it changed here would be compiled again.
+        """Keep the given beliefs on the inputs' device: a copy at each call would make the device wait, and a CUDA
+        graph allows none. A compiled call makes a copy, as a change here would compile it again.
         """
         if not self.given or torch.compiler.is_compiling():
             return
@@ -163,24 +161,9 @@ class Watch:
             self.known = moved
 
 
-def _tensors_in(place: str, value: Any) -> Iterator[tuple[str, Tensor]]:
-    """As :func:`found_in`, each with where it is: ``batch['image']``."""
-    if isinstance(value, Tensor):
-        yield place, value
-    elif isinstance(value, list | tuple):
-        for i, each in enumerate(value):
-            yield from _tensors_in(f"{place}[{i}]", each)
-    elif isinstance(value, Mapping):
-        for key, each in value.items():
-            yield from _tensors_in(f"{place}[{key!r}]", each)
-    elif is_dataclass(value) and not isinstance(value, type):
-        for field in fields(value):
-            yield from _tensors_in(f"{place}.{field.name}", getattr(value, field.name, None))
-
-
 def _started_on_first(given: Gaussian, values: Any) -> Gaussian | None:
-    """Start a belief about the network's input on the first tensor that has its channels, unless that has
-    another; return it where there is none. One of single numbers starts on the first argument of two or more axes.
+    """Attach a belief about the network's input to the first tensor of so many channels, unless that has a belief;
+    return the belief if there is no such tensor. Single numbers go to the first argument of two or more axes.
     """
     anywhere = given.mean.ndim == 0
     for tensor in values if anywhere else found_in(values, Tensor):
@@ -221,7 +204,7 @@ def _laid_out(given: Gaussian, tensor: Tensor) -> Gaussian:
 
 
 def _calls_on_the_stack(module: nn.Module) -> int:
-    """How many calls of a module are under way, up to 2: it may call itself, on its way through others."""
+    """The number of calls of a module in progress, at most 2: a module may call itself, through others."""
     if torch.compiler.is_compiling():
         return 1
     calls, least = 0, 0
@@ -229,7 +212,7 @@ def _calls_on_the_stack(module: nn.Module) -> int:
     while frame is not None and calls < 2:
         name = frame.f_code.co_name
         calls += name == "_call_impl" and frame.f_locals.get("self") is module
-        if name.startswith("torch_dynamo_resume"):  # where a graph was broken, a call may have lost its frame
+        if name.startswith("torch_dynamo_resume"):  # behind a graph break a call may have lost its frame
             least = 1
         frame = frame.f_back  # type: ignore[assignment]
     return max(calls, least)
