@@ -13,7 +13,7 @@ __all__ = ["Gaussian", "Packed", "Unknown", "lengthen"]
 
 
 class Unknown(NamedTuple):
-    """No belief, and why: what a rule returns where it cannot follow."""
+    """No belief, and the reason: a rule returns it where it cannot compute the moments."""
 
     reason: str
 

@@ -98,7 +98,7 @@ class KalmanLayer(CorrectedPrior):
         self.register_parameter("process_noise", noise)
         self.calibrates = None
         self.drop_correction()
-        # A compiler's guards look at what a layer itself has, and not at its class.
+        # On the layer, as a compiler's guards look at instances and not at their class.
         self.online = False  # set by `kalmannorm.online_statistics`
         self.is_observed = False  # set by `kalmannorm.calibrate` while it looks at priors
 
@@ -209,7 +209,7 @@ class KalmanLayer(CorrectedPrior):
     def _computed_prior(self, x: Tensor, groups: int, mode: Propagation | None) -> Prior:
         if is_recomputing() and is_reentrant():
             raise RuntimeError(
-                f"{self._label()} is run again by a reentrant checkpoint, which loses what is believed of its input "
+                f"{self._label()} is run again by a reentrant checkpoint, which loses the belief about its input "
                 "and the gradients through it: expected torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
             )
         if self.training and mode is None:
@@ -359,7 +359,7 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
             ``kappa``, the number of samples that the prior is worth.
         process_noise: learn ``R``, ``(C,)``, added to the prior's variance.
         spread: count the distance of the two means into the fused variance.
-        carry: hand on the belief of the layer's ``"output"``, or the ``"posterior"`` of its input.
+        carry: attach to the output the belief about the ``"output"``, or the ``"posterior"`` of the input.
         estimator: move beliefs by ``"exact"`` rules, or by ``"monte_carlo"`` draws, as the paper.
         stats_batch_size: normalize groups of so many consecutive samples; None for the whole batch.
         guard: see :func:`kalmannorm.functional.trusted_gain`.
@@ -667,7 +667,7 @@ class GroupKalmanNorm(KalmanLayer, nn.GroupNorm):
         'GroupKalmanNorm'
     """
 
-    # Fewer where it stands for instance normalization, which takes inputs without a batch axis for what they are.
+    # Fewer where it replaces instance normalization, which also takes inputs without a batch axis.
     _ranks: tuple[int, ...] = (2, 3, 4, 5)
 
     def __init__(self, num_groups: int, num_channels: int, eps: float = 1e-5, affine: bool = True, *,
