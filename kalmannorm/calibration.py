@@ -12,23 +12,23 @@ and gradients still flow through the prior.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kalmannorm.convert import kalman_layers
 from kalmannorm.describe import in_columns
 from kalmannorm.evaluation import without_autocast
 from kalmannorm.functional import add_process_noise, observe
 from kalmannorm.gaussian import Gaussian, Unknown
-from kalmannorm.inference import Population, call_with, merge_over_processes, to_device, with_progress
 from kalmannorm.modules import KalmanLayer
-from kalmannorm.propagation import paused
+from kalmannorm.passes import Population, call_with, merge_over_processes, run_batches
+from kalmannorm.traversal import attributes_kept, attributes_of, in_eval, inputs_seen, kalman_layers, set_attributes
 
 __all__ = ["Calibration", "CalibrationRow", "calibrate"]
 
@@ -114,39 +114,25 @@ def calibrate(model: nn.Module, inputs_or_loader: Any = None, *, source: Literal
         >>> bool(model[1].prior_scale > 1)            # the input is wider than the model was told
         True
     """
-    layers = {
-        name: layer for name, layer in kalman_layers(model) if not layer.frozen and not layer.ignores_prior
-    }
+    layers = {name: layer for name, layer in kalman_layers(model) if not layer.frozen and not layer.ignores_prior}
     if not layers:
         raise ValueError(f"{type(model).__name__} has no Kalman layer whose prior could be corrected, expected one")
     if source not in ("running", "data"):
         raise ValueError(f"kalmannorm.calibrate got source={source!r}, expected 'running' or 'data'")
     if inputs_or_loader is None:
         return _at_next_call(model, layers)
-    found = {name: _Observed(layer, source) for name, layer in layers.items()}
-    device = next(iter([*model.parameters(), *model.buffers()])).device
+    observed = {name: _Observed(layer, source) for name, layer in layers.items()}
     single = isinstance(inputs_or_loader, Tensor | Mapping)
-    loader: Iterable[Any] = [inputs_or_loader] if single else inputs_or_loader
-    shown = progress and not single and (process_group is None or dist.get_rank(process_group) == 0)
-    batches = 0
-    shown_batches = with_progress(loader, max_batches, shown, "calibrate")
-    with _looking_at(model, found), closing(shown_batches):
-        for batch in shown_batches:
-            (forward or call_with)(model, to_device(batch, device))
-            batches += 1
+    with _observing(model, observed.values()):
+        run_batches(
+            model, [inputs_or_loader] if single else inputs_or_loader, partial(forward or call_with, model),
+            caller="calibrate", max_batches=max_batches, progress=progress and not single, process_group=process_group,
+        )  # fmt: skip
     if process_group is not None:
-        populations = {name: observed.population for name, observed in found.items()}
-        populations, batches = merge_over_processes(populations, batches, process_group)
-        for name, observed in found.items():
-            observed.population = populations[name]
-    if batches == 0:
-        raise ValueError(f"kalmannorm.calibrate got an empty loader for {type(model).__name__}, expected a batch")
-    rows = [observed.correct(name) for name, observed in found.items()]
+        merge_over_processes(observed.values(), process_group)
+    rows = [each.correct(name) for name, each in observed.items()]
     if process_group is not None:
-        for layer in layers.values():  # a prior may differ a little where batches differ in shape
-            for buffer in (layer.prior_shift, layer.prior_scale):
-                if buffer is not None:
-                    dist.broadcast(buffer, dist.get_global_rank(process_group, 0), group=process_group)
+        _share_corrections(layers.values(), process_group)
     return Calibration(rows)
 
 
@@ -167,54 +153,40 @@ def _at_next_call(model: nn.Module, layers: Mapping[str, KalmanLayer]) -> Calibr
     return Calibration(rows)
 
 
-class _Observed:
-    """What a layer saw in the pass: its input's moments, and the priors of it."""
+class _Observed(Population):
+    """A layer's inputs in the pass, and the priors of them."""
 
     def __init__(self, layer: KalmanLayer, source: str) -> None:
-        self.layer = layer
+        super().__init__(layer)
         known = layer.has_known_statistics and source == "running"
-        self.target = layer._running_belief().map(Tensor.double) if known else None  # else the data's
-        channels: int = getattr(layer, "num_features", 0) or getattr(layer, "num_channels", 0)
-        like = next(iter([*layer.parameters(recurse=False), *layer.buffers(recurse=False)]), torch.empty(0))
-        zeros = like.new_zeros((channels,), dtype=torch.float32)
-        self.population = Population(layer, zeros, zeros)  # type: ignore[arg-type]
-        self.was_online = layer.online
+        self.target = layer._running_belief().map(Tensor.double) if known else None  # None: the data's
         self.priors: list[Gaussian] = []
         self.reason = "it was not called"
 
-    def look(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook."""
-        x: Tensor = args[0] if args else kwargs["input"]
+    def look(self, x: Tensor) -> None:
+        """Add an input, ``(N, C, *)``, and its prior."""
         if not x.numel():
             return
-        with paused():
-            observation = observe(x)
-            with without_autocast(x.device):
-                belief = self.layer.belief(x, 1)
-                prior = belief if isinstance(belief, Unknown) else belief.per_channel(1)
-            self.population.add(observation, x.shape[0])
-            if isinstance(prior, Unknown):
-                self.reason = prior.reason
-                return
-            self.priors.append(prior.map(Tensor.double))
-            if self.target is None:
-                # It normalizes by what it sees now, so that the layers above see a network that works.
-                self.set(*self.layer.correction_to(prior, observation))
+        observation = observe(x)
+        with without_autocast(x.device):
+            belief = self.layer.belief(x, 1)
+            prior = belief if isinstance(belief, Unknown) else belief.per_channel(1)
+        self.add(observation, x.shape[0])
+        if isinstance(prior, Unknown):
+            self.reason = prior.reason
+            return
+        self.priors.append(prior.map(Tensor.double))
+        if self.target is None:
+            # Normalized by the batch, so that the layers above see a network that works.
+            self._set(*self.layer.correction_to(prior, observation))
 
-    def set(self, shift: Tensor, scale: Tensor) -> None:
-        """Keep a correction in the layer."""
+    def _set(self, shift: Tensor, scale: Tensor) -> None:
         layer = self.layer
         layer.prior_shift, layer.prior_scale = shift.float(), scale.float()
         layer.awaits_correction, layer.dropped_statistics = False, None
 
-    @property
-    def prior(self) -> Gaussian:
-        """The mean of the priors, ``(1, C)``."""
-        means, variances = zip(*[(prior.mean, prior.var) for prior in self.priors], strict=True)
-        return Gaussian(torch.stack(means).mean(0), torch.stack(variances).mean(0))
-
     def correct(self, name: str) -> CalibrationRow:
-        """Set the layer's correction; say how far its prior was off."""
+        """Set the layer's correction; return how far its prior was off."""
         layer, source = self.layer, "data" if self.target is None else "running statistics"
         if not self.priors and self.target is not None and getattr(layer, "running_mean", None) is not None:
             layer.await_correction()
@@ -222,9 +194,10 @@ class _Observed:
         if not self.priors:
             layer.drop_correction()
             return CalibrationRow(name, "", math.nan, math.nan, self.reason)
-        target = self.population.statistics if self.target is None else self.target
-        prior = self.prior
-        self.set(*layer.correction_to(prior, target))
+        target = self.statistics if self.target is None else self.target
+        means, variances = zip(*[(prior.mean, prior.var) for prior in self.priors], strict=True)
+        prior = Gaussian(torch.stack(means).mean(0), torch.stack(variances).mean(0))
+        self._set(*layer.correction_to(prior, target))
         var = add_process_noise(prior, layer.process_variance()).var.detach()
         alive = target.var > 0
         if not bool(alive.any()):
@@ -235,33 +208,27 @@ class _Observed:
 
 
 @contextmanager
-def _looking_at(model: nn.Module, found: Mapping[str, _Observed]) -> Iterator[None]:
-    """Run a model in ``eval()`` with its beliefs, and let each layer's be looked at. What was compiled runs eagerly."""
-    training = {module: module.training for module in model.modules()}
-    corrections = [
-        (layer, (layer.prior_shift, layer.prior_scale, layer.awaits_correction, layer.dropped_statistics))
-        for layer in (observed.layer for observed in found.values())
-    ]
-    handles = []
+def _observing(model: nn.Module, observed: Collection[_Observed]) -> Iterator[None]:
+    """Run a model in ``eval()`` with beliefs, and observe its layers; after an error their corrections are restored."""
+    layers = [each.layer for each in observed]
+    corrections = attributes_of(layers, "prior_shift", "prior_scale", "awaits_correction", "dropped_statistics")
+    looks = [(each.layer, each.look) for each in observed]
     try:
-        model.eval()
-        for observed in found.values():
-            layer = observed.layer
-            layer.is_observed = True
-            if observed.target is None:
-                layer.drop_correction()
-                layer.online = True
-            handles.append(layer.register_forward_pre_hook(observed.look, with_kwargs=True))
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with in_eval(model), attributes_kept(layers, "is_observed", "online"), inputs_seen(looks):
+            for each in observed:
+                each.layer.is_observed = True
+                if each.target is None:
+                    each.layer.drop_correction()
+                    each.layer.online = True
             yield
     except BaseException:
-        for layer, before in corrections:
-            layer.prior_shift, layer.prior_scale, layer.awaits_correction, layer.dropped_statistics = before
+        set_attributes(corrections)
         raise
-    finally:
-        for module, flag in training.items():
-            module.training = flag
-        for observed in found.values():
-            observed.layer.is_observed, observed.layer.online = False, observed.was_online
-        for handle in handles:
-            handle.remove()
+
+
+def _share_corrections(layers: Collection[KalmanLayer], group: dist.ProcessGroup) -> None:
+    """Give all processes the first one's corrections: priors may differ a little where batches differ in shape."""
+    for layer in layers:
+        for buffer in (layer.prior_shift, layer.prior_scale):
+            if buffer is not None:
+                dist.broadcast(buffer, dist.get_global_rank(group, 0), group=group)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -27,9 +27,10 @@ from kalmannorm.modules import (
     is_trained,
 )
 from kalmannorm.standardization import bake, filters_below_norms, use_standardized
+from kalmannorm.traversal import kalman_layers
 from kalmannorm.watch import Watch
 
-__all__ = ["connect", "convert", "fuse", "kalman_layers", "to_batchnorm", "with_stock_norms"]
+__all__ = ["connect", "convert", "fuse", "to_batchnorm", "with_stock_norms"]
 
 _M = TypeVar("_M", bound=nn.Module)
 InputStats = tuple[Any, Any] | Mapping[str, tuple[Any, Any]]
@@ -464,13 +465,6 @@ def _belief(stats: tuple[Any, Any], what: str) -> Gaussian:
             f"kalmannorm.convert got {what}={stats!r}, expected (mean, std), one number a channel each, std above 0"
         )
     return Gaussian(mean, std.square())
-
-
-def kalman_layers(model: nn.Module) -> Iterator[tuple[str, KalmanLayer]]:
-    """Each Kalman layer of a model, with its name."""
-    for name, layer in model.named_modules():
-        if isinstance(layer, KalmanLayer):
-            yield name, layer
 
 
 def to_batchnorm(model: _M) -> _M:

@@ -6,18 +6,18 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kalmannorm.convert import kalman_layers
 from kalmannorm.evaluation import function_name, without_autocast
 from kalmannorm.gaussian import Unknown
 from kalmannorm.modules import KalmanLayer
-from kalmannorm.propagation import is_open, paused
-from kalmannorm.standardization import random_state_kept
+from kalmannorm.propagation import is_open
 from kalmannorm.steps import Step, step_of
+from kalmannorm.traversal import attributes_kept, buffers_kept, inputs_seen, kalman_layers, random_state_kept
 
 __all__ = ["Description", "Row", "describe", "first_nonfinite"]
 
@@ -112,24 +112,17 @@ def describe(model: nn.Module, *inputs: Any, **kwargs: Any) -> Description:
     layers = dict(kalman_layers(model))
     if not layers:
         raise ValueError(f"{type(model).__name__} has no Kalman layer to describe: kalmannorm.convert(model) first")
-    names = {layer: name for name, layer in layers.items()}
     rows: dict[str, Row] = {}
 
-    def look(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-        assert isinstance(layer, KalmanLayer)
-        if names[layer] not in rows:
-            with paused():
-                rows[names[layer]] = _row(names[layer], layer, args[0])
+    def look(name: str, x: Tensor) -> None:
+        if name not in rows:
+            rows[name] = _row(name, layers[name], x)
 
-    handles = [layer.register_forward_pre_hook(look) for layer in layers.values()]
-    try:
-        with left_as_it_was(model), torch.no_grad():
-            model.train()
-            model(*inputs, **kwargs)
-            rows = {name: replace(row, correction=mean_scale(layers[name])) for name, row in rows.items()}
-    finally:
-        for handle in handles:
-            handle.remove()
+    looks = [(layer, partial(look, name)) for name, layer in layers.items()]
+    with left_as_it_was(model), torch.no_grad(), inputs_seen(looks):
+        model.train()
+        model(*inputs, **kwargs)
+        rows = {name: replace(row, correction=mean_scale(layers[name])) for name, row in rows.items()}
     for name, layer in layers.items():
         if name not in rows:
             rows[name] = Row(name, type(layer).__name__, 1.0, (), (), "the layer was not called")
@@ -139,21 +132,11 @@ def describe(model: nn.Module, *inputs: Any, **kwargs: Any) -> Description:
 @contextmanager
 def left_as_it_was(model: nn.Module) -> Iterator[None]:
     """Restore buffers, training flags and the random state afterwards."""
-    training = {module: module.training for module in model.modules()}
-    awaiting = {layer: (layer.awaits_correction, layer.dropped_statistics) for _, layer in kalman_layers(model)}
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    try:
-        with random_state_kept(model):
-            yield
-    finally:
-        for module, flag in training.items():
-            module.training = flag
-        for layer, before in awaiting.items():
-            layer.awaits_correction, layer.dropped_statistics = before
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                if name in buffers:  # not one that the call itself made
-                    buffer.copy_(buffers[name])
+    layers = [layer for _, layer in kalman_layers(model)]
+    flags = attributes_kept(model.modules(), "training")
+    waiting = attributes_kept(layers, "awaits_correction", "dropped_statistics")
+    with random_state_kept(model), flags, waiting, buffers_kept(model):
+        yield
 
 
 def _row(name: str, layer: KalmanLayer, x: Tensor) -> Row:

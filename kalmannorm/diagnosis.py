@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from kalmannorm.describe import in_columns, left_as_it_was
 from kalmannorm.functional import add_process_noise, observe
 from kalmannorm.gaussian import Gaussian
-from kalmannorm.inference import Population, call_with, collecting, populations_of, to_device, with_progress
+from kalmannorm.inference import collecting, layers_to_recalibrate
 from kalmannorm.modules import KalmanLayer, is_trained
-from kalmannorm.propagation import paused
+from kalmannorm.passes import Population, call_with, run_batches
 from kalmannorm.steps import found_in
+from kalmannorm.traversal import in_eval, inputs_seen
 
 __all__ = ["Diagnosis", "DiagnosisRow", "diagnose"]
 
@@ -121,26 +122,29 @@ def diagnose(model: nn.Module, loader: Iterable[Any], validation: Iterable[Any] 
     """
     if isinstance(model, nn.parallel.DistributedDataParallel):  # its call would wait for the other processes
         model = model.module
-    populations = populations_of(model)
-    online = {name: _Spread(p.layer, p.running_mean, p.running_var) for name, p in populations.items()}
-    kalman = [(seen.layer, seen.look) for seen in online.values() if isinstance(seen.layer, KalmanLayer)]
-    device = next(iter([*model.parameters(), *model.buffers()])).device
-    call = forward or call_with
+    layers = layers_to_recalibrate(model)
+    by_running = {name: Population(layer) for name, layer in layers.items()}
+    by_batch = {name: _Spread(layer) for name, layer in layers.items()}
+    call = partial(forward or call_with, model)
     differences: list[tuple[float, float]] = []
-    batches = with_progress(loader, max_batches, progress, "diagnose")
-    with left_as_it_was(model), torch.no_grad(), closing(batches):
-        for batch in batches:
-            moved = to_device(batch, device)
-            with collecting(model, {**online}), _before_calls(kalman):
-                by_batch = call(model, moved)
-            if validation is None:
-                differences += _difference(_in_eval(model, populations, call, moved), by_batch)
+
+    def run_by_running(batch: Any) -> object:
+        with in_eval(model), inputs_seen([(each.layer, each.observe) for each in by_running.values()]):
+            return call(batch)
+
+    def run_by_batch(batch: Any) -> None:
+        kalman = [(each.layer, each.look) for each in by_batch.values() if isinstance(each.layer, KalmanLayer)]
+        with collecting(model, by_batch.values()), inputs_seen(kalman):
+            expected = call(batch)
+        if validation is None:
+            differences.extend(_differences(run_by_running(batch), expected))
+
+    run = partial(run_batches, model, caller="diagnose", max_batches=max_batches, progress=progress)
+    with left_as_it_was(model):
+        run(loader, run_by_batch)
         if validation is not None:
-            for batch in with_progress(validation, max_batches, progress, "validation"):
-                _in_eval(model, populations, call, to_device(batch, device))
-    if not any(each.samples for each in online.values()):
-        raise ValueError(f"kalmannorm.diagnose got an empty loader for {type(model).__name__}, expected a batch")
-    rows = [_row(name, seen, populations[name], validation is not None) for name, seen in online.items()]
+            run(validation, run_by_running, title="validation")
+    rows = [_row(name, seen, by_running[name], validation is not None) for name, seen in by_batch.items()]
     off, size = (sum(each) for each in zip(*differences, strict=True)) if differences else (0.0, 0.0)
     return Diagnosis(rows, math.sqrt(off / size) if size else math.nan)
 
@@ -148,10 +152,10 @@ def diagnose(model: nn.Module, loader: Iterable[Any], validation: Iterable[Any] 
 class _Spread(Population):
     """Also keeps the statistics of each batch, and the priors' variances, ``(S, C)`` each."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__(layer)
         self.newest: list[Gaussian] = []
-        self.observed: list[Gaussian] = []  # the input's own, where others normalize it
+        self.observed: list[Gaussian] = []  # the input's own, of a Kalman layer, which normalizes it by others
         self.priors: list[Tensor] = []
         self.input: Tensor | None = None
 
@@ -163,14 +167,12 @@ class _Spread(Population):
             self.observed.append(observe(self.input, statistics.shape[0]).map(Tensor.double))
             self.input = None
 
-    def look(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of a Kalman layer, which is normalized by other statistics than its input's."""
-        assert isinstance(layer, KalmanLayer)
-        self.input = args[0] if args else kwargs["input"]
-        with paused():
-            prior, noise = layer.prior(self.input, 1)
-            if prior is not None:
-                self.priors.append(add_process_noise(prior, noise).var.double())
+    def look(self, x: Tensor) -> None:
+        """Keep the input of a Kalman layer, ``(N, C, *)``, and its prior."""
+        self.input = x
+        prior, noise = self.layer.prior(x, 1)
+        if prior is not None:
+            self.priors.append(add_process_noise(prior, noise).var.double())
 
 
 def _power(given: Gaussian, statistics: Gaussian, eps: float) -> Tensor:
@@ -178,26 +180,7 @@ def _power(given: Gaussian, statistics: Gaussian, eps: float) -> Tensor:
     return (given.var + (given.mean - statistics.mean).square()) / (statistics.var + eps)
 
 
-@contextmanager
-def _before_calls(hooks: Iterable[tuple[nn.Module, Callable[..., None]]]) -> Iterator[None]:
-    """Call each of these before its layer, with the layer's arguments."""
-    handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer, hook in hooks]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _in_eval(model: nn.Module, populations: Mapping[str, Population], call: Callable[..., object],
-             batch: Any) -> object:  # fmt: skip
-    """The network's output by running statistics; its layers' inputs are added to ``populations``."""
-    model.eval()
-    with torch.compiler.set_stance("force_eager"), _before_calls((p.layer, p.observe) for p in populations.values()):
-        return call(model, batch)
-
-
-def _difference(output: object, expected: object) -> list[tuple[float, float]]:
+def _differences(output: object, expected: object) -> list[tuple[float, float]]:
     """The squared distance of two outputs, and the squared size of the second."""
     pairs = zip(found_in((output,), Tensor), found_in((expected,), Tensor), strict=False)
     return [
@@ -206,28 +189,28 @@ def _difference(output: object, expected: object) -> list[tuple[float, float]]:
     ]  # fmt: skip
 
 
-def _row(name: str, seen: _Spread, in_eval: Population, validated: bool) -> DiagnosisRow:
-    mean, var = seen.running_mean.double(), seen.running_var.double()
+def _row(name: str, seen: _Spread, by_running: Population, validated: bool) -> DiagnosisRow:
+    layer = seen.layer
+    running = Gaussian(layer.running_mean, layer.running_var).map(Tensor.double)
     true = seen.statistics.map(lambda t: t[0])
     # The variance of a constant is what rounding leaves of its square.
-    alive = (true.var > _ROUNDING * true.mean.square()) & (var != 0)
+    alive = (true.var > _ROUNDING * true.mean.square()) & (running.var != 0)
     if not seen.samples or not bool(alive.any()):
         nothing = "no batch came through it" if not seen.samples else "all of its channels are constant"
         return DiagnosisRow(name, math.nan, math.nan, math.nan, math.nan, math.nan, nothing)
     newest = _stacked(seen.newest)
     spreads = newest.mean.std(0, correction=0) / true.std, newest.var.std(0, correction=0) / newest.var.mean(0)
     observed = _stacked(seen.observed or seen.newest)
-    power = _power(in_eval.statistics, Gaussian(mean, var), seen.layer.eps)[0]
-    power = power / _power(observed, newest, seen.layer.eps).mean(0)
+    power = _power(by_running.statistics, running, layer.eps)[0] / _power(observed, newest, layer.eps).mean(0)
     own = observed.pool([0]).var[0]
     numbers = (
-        _geometric_mean(var / true.var, alive),
-        float(((mean - true.mean) / true.std)[alive].square().mean().sqrt()),
+        _geometric_mean(running.var / true.var, alive),
+        float(((running.mean - true.mean) / true.std)[alive].square().mean().sqrt()),
         max(float(spread[alive].square().mean().sqrt()) for spread in spreads),
         _geometric_mean(torch.cat(seen.priors).mean(0) / own, alive & (own > 0)) if seen.priors else math.nan,
-        _geometric_mean(power, alive & (power > 0)) if in_eval.samples else math.nan,
+        _geometric_mean(power, alive & (power > 0)) if by_running.samples else math.nan,
     )
-    if is_trained(seen.running_mean, seen.running_var):
+    if is_trained(layer.running_mean, layer.running_var):
         return DiagnosisRow(name, *numbers, _advice(*numbers, validated))
     return DiagnosisRow(name, *numbers, "its running statistics are the initial ones: it saw no batch in train()")
 

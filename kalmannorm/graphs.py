@@ -22,6 +22,7 @@ from kalmannorm.priors import tensors_of
 from kalmannorm.propagation import Propagation, attach, current, paused
 from kalmannorm.rules import Belief
 from kalmannorm.steps import SCALARS, step_of
+from kalmannorm.traversal import attributes_kept, buffers_kept, random_state_kept
 
 __all__ = ["capture"]
 
@@ -296,15 +297,13 @@ class _WithOwnGradients(torch.autograd.Function):
 
 def _recorded(module: nn.Module, run: _Function, samples: tuple[Tensor, ...]) -> _Function:
     """Record a function; buffers and random numbers stay as they were, as the batch is still to come."""
-    buffers = [(b, b.detach().clone()) for b in module.buffers()]
-    device = samples[0].device
-    state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    # They will run when a replay's gradients come.
-    hooked = [(t, t._backward_hooks) for t in samples if t._backward_hooks]
-    for tensor, _ in hooked:
-        tensor._backward_hooks = None
+    hooked = [t for t in samples if t._backward_hooks]  # the hooks run when a replay's gradients come
     try:
-        with torch.autocast("cuda", enabled=False):  # a backward pass runs without
+        # A backward pass runs without autocast.
+        with (random_state_kept(module), buffers_kept(module), attributes_kept(hooked, "_backward_hooks"),
+              torch.autocast("cuda", enabled=False)):  # fmt: skip
+            for tensor in hooked:
+                tensor._backward_hooks = None
             return _graphed(run, samples)
     except RuntimeError as error:
         raise RuntimeError(
@@ -312,14 +311,6 @@ def _recorded(module: nn.Module, run: _Function, samples: tuple[Tensor, ...]) ->
             "forward pass that asks for no tensor's value, as .item(), .cpu(), print and boolean masks do. Capture a "
             "part of the model, or undo it: del model.forward"
         ) from error
-    finally:
-        for tensor, hooks in hooked:
-            tensor._backward_hooks = hooks
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
-        if state is not None:
-            torch.cuda.set_rng_state(state, device)
 
 
 def _graphed(run: _Function, samples: tuple[Tensor, ...]) -> _Function:

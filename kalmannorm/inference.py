@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager
-from itertools import islice
-from operator import length_hint
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -15,12 +14,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kalmannorm.freezing import is_frozen
-from kalmannorm.functional import kalman_update, observe
-from kalmannorm.gaussian import Gaussian
 from kalmannorm.modules import KalmanNorm, is_stock_batchnorm
-from kalmannorm.propagation import paused
+from kalmannorm.passes import Population, call_with, merge_over_processes, run_batches
+from kalmannorm.traversal import attributes_kept, in_eval, inputs_seen
 
-__all__ = ["online_statistics", "recalibrate"]
+__all__ = ["collecting", "layers_to_recalibrate", "online_statistics", "recalibrate"]
 
 _M = TypeVar("_M", bound=nn.Module)
 
@@ -50,24 +48,18 @@ def online_statistics(model: nn.Module) -> Iterator[None]:
         >>> bool(online.mean().abs() < model(image).mean().abs())
         True
     """
-    kalman = [m for m in model.modules() if isinstance(m, KalmanNorm) and not is_frozen(m)]
-    batch: list[Any] = [m for m in model.modules() if is_stock_batchnorm(m) and not is_frozen(m)]
-    if not kalman and not batch:
+    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and not is_frozen(m)]
+    kalman = [layer for layer in layers if isinstance(layer, KalmanNorm)]
+    stock = [layer for layer in layers if is_stock_batchnorm(layer)]
+    if not kalman and not stock:
         raise ValueError(f"{type(model).__name__} has no KalmanNorm and no BatchNorm layer that is not frozen")
-    was_online = [layer.online for layer in kalman]
-    # A BatchNorm layer without running statistics uses the batch's.
-    kept = [(layer, layer.running_mean, layer.running_var) for layer in batch if not layer.training]
-    for layer in kalman:
-        layer.online = True
-    for stock, _, _ in kept:
-        stock.running_mean = stock.running_var = None
-    try:
+    switched: list[Any] = [layer for layer in stock if not layer.training]
+    with attributes_kept(kalman, "online"), attributes_kept(switched, "running_mean", "running_var"):
+        for layer in kalman:
+            layer.online = True
+        for layer in switched:  # BatchNorm without running statistics uses the batch's
+            layer.running_mean = layer.running_var = None
         yield
-    finally:
-        for layer, online in zip(kalman, was_online, strict=True):
-            layer.online = online
-        for stock, mean, var in kept:
-            stock.running_mean, stock.running_var = mean, var
 
 
 def recalibrate(model: _M, loader: Iterable[Any], *, forward: Callable[[nn.Module, Any], object] | None = None,
@@ -115,23 +107,15 @@ def recalibrate(model: _M, loader: Iterable[Any], *, forward: Callable[[nn.Modul
         >>> model[0].running_mean, model[0].running_var
         (tensor([2.]), tensor([1.]))
     """
-    if max_batches is not None and max_batches < 1:
-        raise ValueError(f"kalmannorm.recalibrate got max_batches={max_batches}, expected None or a number above 0")
     network: nn.Module = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    populations = populations_of(network)
-    device = next(iter([*network.parameters(), *network.buffers()])).device
-    call = forward or call_with
-    shown = progress and (process_group is None or dist.get_rank(process_group) == 0)
-    batches = 0
-    shown_batches = with_progress(loader, max_batches, shown, "recalibrate")
-    with collecting(network, populations), closing(shown_batches):
-        for batch in shown_batches:
-            call(network, to_device(batch, device))
-            batches += 1
+    populations = {name: Population(layer) for name, layer in layers_to_recalibrate(network).items()}
+    with collecting(network, populations.values()):
+        run_batches(
+            network, loader, partial(forward or call_with, network), caller="recalibrate", max_batches=max_batches,
+            progress=progress, process_group=process_group,
+        )  # fmt: skip
     if process_group is not None:
-        populations, batches = merge_over_processes(populations, batches, process_group)
-    if batches == 0:
-        raise ValueError(f"kalmannorm.recalibrate got an empty loader for {type(network).__name__}, expected a batch")
+        merge_over_processes(populations.values(), process_group)
     new = _finite_statistics(populations)
     with torch.no_grad():
         for buffer, value in new:
@@ -142,167 +126,55 @@ def recalibrate(model: _M, loader: Iterable[Any], *, forward: Callable[[nn.Modul
     return model
 
 
-class Population:
-    """What a layer saw of the data so far: mean and variance, ``(1, C)`` in float64, of so many samples."""
+def layers_to_recalibrate(model: nn.Module) -> dict[str, _BatchNorm]:
+    """BatchNorm and Kalman layers with running statistics that are not frozen, by name.
 
-    def __init__(self, layer: _BatchNorm, running_mean: Tensor, running_var: Tensor) -> None:
-        self.layer = layer
-        self.running_mean = running_mean
-        self.running_var = running_var
-        zeros = torch.zeros(1, len(running_mean), device=running_mean.device, dtype=torch.float64)
-        self.statistics = Gaussian(zeros, zeros)
-        self.samples = zeros.new_zeros(())
-
-    def empty(self) -> Population:
-        """One for the same layer that has seen nothing."""
-        return Population(self.layer, self.running_mean, self.running_var)
-
-    def add(self, statistics: Gaussian, samples: int | Tensor) -> None:
-        """Merge those of a batch, ``(S, C)``: an update whose gain is the batch's share of all samples."""
-        self.samples = self.samples + samples
-        share = samples / self.samples.clamp_min(1)
-        newest = statistics.map(torch.Tensor.double).pool([0])
-        self.statistics = kalman_update(self.statistics, newest, share)
-
-    def observe(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of a stock layer."""
-        x: Tensor = args[0] if args else kwargs["input"]
-        if x.numel():
-            with paused():
-                self.add(observe(x), x.shape[0])
-
-
-def populations_of(model: nn.Module) -> dict[str, Population]:
-    """An empty one for each layer to recalibrate."""
-    populations = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, _BatchNorm) and not is_frozen(layer):
-            mean, var = layer.running_mean, layer.running_var
-            if mean is not None and var is not None:
-                populations[name] = Population(layer, mean, var)
-    if not populations:
+    Raises:
+        ValueError: where there is none.
+    """
+    layers = {
+        name: layer for name, layer in model.named_modules()
+        if isinstance(layer, _BatchNorm) and layer.running_mean is not None and not is_frozen(layer)
+    }  # fmt: skip
+    if not layers:
         raise ValueError(
             f"{type(model).__name__} has nothing to recalibrate: expected a KalmanNorm or BatchNorm layer "
             "with running statistics that is not frozen"
         )
-    return populations
+    return layers
 
 
 @contextmanager
-def collecting(model: nn.Module, populations: dict[str, Population]) -> Iterator[None]:
-    """Run a model in ``eval()`` by online statistics, which are added to ``populations``.
-
-    What was compiled runs eagerly: one pass is not worth compiling it anew.
-    """
-    training = {module: module.training for module in model.modules()}
-    handles = []
-    try:
-        model.eval()
-        for population in populations.values():
+def collecting(model: nn.Module, populations: Iterable[Population]) -> Iterator[None]:
+    """Run a model in ``eval()`` by online statistics, and add those of each call to the layers' ``populations``."""
+    with ExitStack() as stack:
+        stock = []
+        for population in populations:
             layer = population.layer
             if isinstance(layer, KalmanNorm):
                 layer.collect = population.add
+                stack.callback(vars(layer).pop, "collect", None)
             else:
-                handles.append(layer.register_forward_pre_hook(population.observe, with_kwargs=True))
-        with online_statistics(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+                stock.append((layer, population.observe))
+        with in_eval(model), inputs_seen(stock), online_statistics(model):
             yield
-    finally:
-        for module, flag in training.items():
-            module.training = flag
-        for population in populations.values():
-            population.layer.__dict__.pop("collect", None)
-        for handle in handles:
-            handle.remove()
 
 
-def call_with(model: nn.Module, batch: Any) -> object:
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    first = batch[0] if isinstance(batch, tuple | list) and batch else batch
-    if isinstance(first, Tensor) or (isinstance(first, tuple | list) and first and isinstance(first[0], Tensor)):
-        return model(first)
-    raise TypeError(
-        f"the loader gave a batch of type {type(batch).__name__} ({_kinds(batch)}), expected a tensor, a "
-        "tuple or list that begins with a tensor or a list of tensors, or a mapping; or forward=, which makes the call"
-    )
+def _finite_statistics(populations: Mapping[str, Population]) -> list[tuple[Tensor, Tensor]]:
+    """Running statistics, and the values to write to them.
 
-
-def _kinds(batch: Any) -> str:
-    if not isinstance(batch, tuple | list):
-        return "no tensor"
-    return "of " + (", ".join(type(each).__name__ for each in batch) or "nothing")
-
-
-def to_device(value: Any, device: torch.device) -> Any:
-    """Move the tensors in tuples, lists and mappings, and what else can be moved."""
-    if hasattr(value, "to"):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {key: to_device(each, device) for key, each in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*[to_device(each, device) for each in value])
-    if isinstance(value, tuple | list):
-        return type(value)([to_device(each, device) for each in value])
-    return value
-
-
-def with_progress(loader: Iterable[Any], most: int | None, shown: bool, title: str) -> Generator[Any, None, None]:
-    """The batches, at most so many, with a progress bar where one is installed."""
-    batches = islice(loader, most)
-    bar = _progress_bar(title) if shown else None
-    if bar is None:
-        yield from batches
-    else:
-        total = length_hint(loader) or most
-        yield from bar(batches, total and min(total, most or total))
-
-
-def _progress_bar(title: str) -> Callable[[Iterable[Any], int | None], Iterable[Any]] | None:
-    """What shows how far an iterable is, given how long it is; of the libraries that are there."""
-    try:
-        from rich.console import Console  # noqa: PLC0415
-        from rich.progress import track  # noqa: PLC0415
-    except ImportError:
-        pass
-    else:
-        console = Console(stderr=True)
-        return lambda batches, total: track(batches, title, total, console=console, transient=True)
-    try:
-        from tqdm.auto import tqdm  # type: ignore[import-untyped]  # noqa: PLC0415
-    except ImportError:
-        return None
-    return lambda batches, total: tqdm(batches, title, total, leave=False)
-
-
-def merge_over_processes(populations: dict[str, Population], batches: int,
-                         group: dist.ProcessGroup) -> tuple[dict[str, Population], int]:  # fmt: skip
-    """What all processes saw, merged in the order of their ranks, so the same in each; and how many batches."""
-    parts = [t for p in populations.values() for t in (p.samples[None], p.statistics.mean[0], p.statistics.var[0])]
-    parts.append(parts[0].new_tensor([batches]))
-    mine = torch.cat([t.to(parts[0].device) for t in parts])
-    rows = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(rows, mine, group=group)
-    merged = {name: population.empty() for name, population in populations.items()}
-    for row in rows:
-        pieces = iter(row.split([len(t) for t in parts]))
-        for population in merged.values():
-            samples, mean, var = (next(pieces).to(population.samples.device) for _ in range(3))
-            population.add(Gaussian(mean[None], var[None]), samples[0])
-    return merged, int(sum(row[-1] for row in rows))
-
-
-def _finite_statistics(populations: dict[str, Population]) -> list[tuple[Tensor, Tensor]]:
-    """Buffers, and what is to be written to them."""
+    Raises:
+        ValueError: for a value that is not finite in the buffer's type.
+    """
     new = []
     for name, population in populations.items():
-        if not population.samples:
-            continue
-        found = population.statistics
-        for buffer, value in ((population.running_mean, found.mean[0]), (population.running_var, found.var[0])):
-            value = value.to(buffer)
-            if not value.isfinite().all():
+        layer, found = population.layer, population.statistics.map(lambda t: t[0])
+        for buffer, value in ((layer.running_mean, found.mean), (layer.running_var, found.var)):
+            if not population.samples:
+                continue
+            if not value.to(buffer).isfinite().all():
                 raise ValueError(
-                    f"{type(population.layer).__name__} {name!r} got statistics that are not finite in {buffer.dtype}, "
+                    f"{type(layer).__name__} {name!r} got statistics that are not finite in {buffer.dtype}, "
                     "expected finite ones; no layer was changed"
                 )
             new.append((buffer, value))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -22,9 +21,10 @@ from torch.overrides import TorchFunctionMode
 from kalmannorm.modules import KalmanLayer
 from kalmannorm.propagation import paused
 from kalmannorm.steps import found_in
+from kalmannorm.traversal import attributes_kept, random_state_kept
 
 __all__ = [
-    "bake", "filters_below_norms", "random_state_kept", "standardize_weights", "standardized", "use_standardized",
+    "bake", "filters_below_norms", "standardize_weights", "standardized", "use_standardized",
 ]  # fmt: skip
 
 _M = TypeVar("_M", bound=nn.Module)
@@ -256,12 +256,12 @@ class _Tracer(fx.Tracer):
 
 def _traced_in_training(model: nn.Module) -> fx.Graph:
     """The model's graph, with what runs in training only."""
-    flags = {module: module.training for module in model.modules()}
     attributes = set(vars(model))
     try:
-        for module in flags:
-            module.training = True
-        return _Tracer().trace(model)
+        with attributes_kept(model.modules(), "training"):
+            for module in model.modules():
+                module.training = True
+            return _Tracer().trace(model)
     except Exception as error:  # the model's own code runs on stand-ins, and may raise anything
         first = str(error).partition("\n")[0]
         raise ValueError(
@@ -270,8 +270,6 @@ def _traced_in_training(model: nn.Module) -> fx.Graph:
             "to call the model with: kalmannorm.standardize_weights(model, inputs=images)"
         ) from error
     finally:
-        for module, flag in flags.items():
-            module.training = flag
         for name in set(vars(model)) - attributes:  # tensors that its forward makes
             delattr(model, name)
 
@@ -295,11 +293,6 @@ def _reached(model: nn.Module) -> dict[str, dict[str, nn.Module]]:
 def _in_order(model: nn.Module, reached: dict[str, dict[str, nn.Module]]) -> dict[str, dict[str, nn.Module]]:
     order = [name for name, _ in model.named_modules(remove_duplicate=False)]
     return {name: reached[name] for name in order if name in reached}
-
-
-def random_state_kept(model: nn.Module) -> AbstractContextManager[None]:
-    """Restore the random state afterwards, on the devices of the model too."""
-    return torch.random.fork_rng(sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda}))
 
 
 class _Following(TorchFunctionMode):

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import kalmannorm as kn
-from kalmannorm.convert import kalman_layers
 from kalmannorm.integrations.lightning import KalmanNormCallback
+from kalmannorm.traversal import kalman_layers
 
 
 def layers():

@@ -11,13 +11,13 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.segmentation import DiceScore
 
 import kalmannorm
-from kalmannorm.convert import kalman_layers
 from kalmannorm.lab import experiments, fitting
 from kalmannorm.lab.costs import build
 from kalmannorm.lab.curve import Curve
 from kalmannorm.lab.data.volumes import VolumeData
 from kalmannorm.lab.models.unet3d import UNet3d
 from kalmannorm.lab.segmentation import Segmenter, soft_dice_loss
+from kalmannorm.traversal import kalman_layers
 
 
 class Said(nn.Module):

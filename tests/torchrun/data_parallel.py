@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import kalmannorm as kn
-from kalmannorm.convert import kalman_layers
+from kalmannorm.traversal import kalman_layers
 
 
 def train(model, parts, micro_batches=1, steps=3):

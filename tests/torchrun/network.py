@@ -8,9 +8,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from kalmannorm.convert import kalman_layers
 from kalmannorm.gaussian import Gaussian
 from kalmannorm.propagation import paused
+from kalmannorm.traversal import kalman_layers
 
 CHANNELS = 5  # not a multiple of the two processes
 

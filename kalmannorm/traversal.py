@@ -1,0 +1,103 @@
+"""Walks over a network's modules: their names, their inputs, and their state, restored afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kalmannorm.modules import KalmanLayer
+from kalmannorm.propagation import paused
+
+__all__ = [
+    "attributes_kept", "attributes_of", "buffers_kept", "device_of", "in_eval", "inputs_seen", "kalman_layers",
+    "random_state_kept", "set_attributes",
+]  # fmt: skip
+
+Look = Callable[[Tensor], None]
+_Attributes = list[tuple[Any, str, Any]]
+
+
+def kalman_layers(model: nn.Module) -> Iterator[tuple[str, KalmanLayer]]:
+    """Each Kalman layer of a model with its first name."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, KalmanLayer):
+            yield name, layer
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of a model's first parameter or buffer; the CPU without any."""
+    return next((t.device for t in chain(model.parameters(), model.buffers())), torch.device("cpu"))
+
+
+def attributes_of(objects: Iterable[Any], *names: str) -> _Attributes:
+    """Values of attributes, for :func:`set_attributes`."""
+    return [(each, name, getattr(each, name)) for each in objects for name in names]
+
+
+def set_attributes(attributes: _Attributes) -> None:
+    """Set attributes back to the values that :func:`attributes_of` found."""
+    for each, name, value in attributes:
+        setattr(each, name, value)
+
+
+@contextmanager
+def attributes_kept(objects: Iterable[Any], *names: str) -> Iterator[None]:
+    """Restore attributes of objects afterwards."""
+    before = attributes_of(objects, *names)
+    try:
+        yield
+    finally:
+        set_attributes(before)
+
+
+@contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Restore the values of a model's buffers afterwards."""
+    before = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                if name in before:  # not one that was registered since
+                    buffer.copy_(before[name])
+
+
+def random_state_kept(model: nn.Module) -> AbstractContextManager[None]:
+    """Restore the random state afterwards, on the CPU and on the devices of a model's parameters."""
+    return torch.random.fork_rng(sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda}))
+
+
+@contextmanager
+def in_eval(model: nn.Module) -> Iterator[None]:
+    """Run a model in ``eval()`` without gradients; training flags are restored afterwards.
+
+    Compiled parts run eagerly, as a single pass does not pay for another compilation.
+    """
+    with attributes_kept(model.modules(), "training"), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        model.eval()
+        yield
+
+
+@contextmanager
+def inputs_seen(looks: Iterable[tuple[nn.Module, Look]]) -> Iterator[None]:
+    """Call a function with each input of its layer before the layer runs; what it computes moves no beliefs."""
+
+    def hook_of(look: Look) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            with paused():
+                look(args[0] if args else kwargs["input"])
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(hook_of(look), with_kwargs=True) for layer, look in looks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
