@@ -3,7 +3,8 @@
 from kalmannorm import functional, rules
 from kalmannorm.annealing import anneal
 from kalmannorm.calibration import Calibration, calibrate
-from kalmannorm.convert import connect, convert, fuse, to_batchnorm
+from kalmannorm.connect import connect
+from kalmannorm.convert import convert, fuse, to_batchnorm
 from kalmannorm.describe import Description, describe, first_nonfinite
 from kalmannorm.diagnosis import Diagnosis, diagnose
 from kalmannorm.freezing import freeze

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -11,65 +10,28 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 from torch.fx.experimental.optimization import fuse as fuse_graph
-from torch.nn.modules.batchnorm import _NormBase
 
-from kalmannorm.freezing import is_frozen, let_go
-from kalmannorm.gaussian import Gaussian
-from kalmannorm.modules import (
-    GroupKalmanNorm,
-    GroupKalmanNormAct,
-    KalmanLayer,
-    KalmanNorm,
-    KalmanNorm1d,
-    KalmanNorm2d,
-    KalmanNorm3d,
-    KalmanNormAct2d,
-    is_trained,
+from kalmannorm.connect import InputStats, connect, disconnect, input_beliefs
+from kalmannorm.freezing import remove_freezing_hook
+from kalmannorm.modules import KalmanLayer, KalmanNorm, is_trained
+from kalmannorm.stand_ins import (
+    KINDS,
+    device_and_dtype,
+    kalman_layer,
+    move_hooks,
+    stand_in,
+    stock_ancestor,
+    stock_layer,
 )
 from kalmannorm.standardization import bake, filters_below_norms, use_standardized
-from kalmannorm.traversal import kalman_layers
-from kalmannorm.watch import Watch
+from kalmannorm.traversal import kalman_layers, untraceable
 
-__all__ = ["connect", "convert", "fuse", "to_batchnorm", "with_stock_norms"]
+__all__ = ["convert", "fuse", "to_batchnorm", "with_stock_norms"]
 
 _M = TypeVar("_M", bound=nn.Module)
-InputStats = tuple[Any, Any] | Mapping[str, tuple[Any, Any]]
-# What takes the place of a stock layer, and of a subclass that has its forward.
-_STOCK: dict[str, dict[type[nn.Module], type[KalmanLayer]]] = {
-    "batch": {
-        nn.BatchNorm1d: KalmanNorm1d,
-        nn.BatchNorm2d: KalmanNorm2d,
-        nn.BatchNorm3d: KalmanNorm3d,
-        nn.SyncBatchNorm: KalmanNorm,
-    },
-    "group": {nn.GroupNorm: GroupKalmanNorm},
-    "instance": dict.fromkeys((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), GroupKalmanNorm),
-}
-# Layers of other libraries with a forward of their own, by name: a model that has them has imported them.
-_ELSEWHERE: dict[str, tuple[str, type[KalmanLayer]]] = {
-    "timm.layers.norm_act.BatchNormAct2d": ("batch", KalmanNormAct2d),
-    "timm.layers.norm_act.SyncBatchNormAct": ("batch", KalmanNormAct2d),
-    "timm.layers.norm_act.FrozenBatchNormAct2d": ("batch", KalmanNormAct2d),
-    "timm.layers.norm_act.GroupNormAct": ("group", GroupKalmanNormAct),
-    "timm.layers.norm_act.GroupNorm1Act": ("group", GroupKalmanNormAct),
-    "timm.layers.norm.GroupNorm": ("group", GroupKalmanNorm),
-    "timm.layers.norm.GroupNorm1": ("group", GroupKalmanNorm),
-}
-# Modules that drop whole blocks at random, and what says how often.
+# Modules that drop whole blocks at random, and their attributes with the rate.
 _RANDOM_DEPTH = {"StochasticDepth": ("p",), "DropPath": ("drop_prob", "p"), "DropBlock2d": ("drop_prob", "p"),
                  "DropBlock3d": ("p",)}  # fmt: skip
-_TENSORS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
-# The buffers of torchvision's FrozenBatchNorm2d. transformers has a copy of it a detector, some without `eps`.
-_FROZEN = {"weight", "bias", "running_mean", "running_var"}
-_RANKS: dict[type[nn.Module], tuple[int, ...]] = {
-    nn.InstanceNorm1d: (3,), nn.InstanceNorm2d: (4,), nn.InstanceNorm3d: (5,)
-}  # fmt: skip
-# What users register on a layer. The dicts themselves move, so that their handles still remove.
-_HOOKS = (
-    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks",
-)  # fmt: skip
-_KINDS = tuple(_STOCK)
 _FOLDED_INTO = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 _OPTIONS = ("gain", "process_noise", "spread", "carry", "estimator", "stats_batch_size", "guard", "process_group")
 # A channel group has one sample.
@@ -137,35 +99,21 @@ def convert(model: _M, *, layers: Sequence[str] = ("batch",), input_stats: Input
     kinds = (layers,) if isinstance(layers, str) else tuple(layers)
     if not track_running_stats and "batch" in kinds:
         options.setdefault("stats_batch_size", 1)
-    _check_names("layers", kinds, _KINDS)
-    _input_beliefs(model, input_stats)  # an error leaves the model as it was
+    _check_names("layers", kinds, KINDS)
+    input_beliefs(model, input_stats)  # raises before anything is changed
     _check_names("option", options, _OPTIONS)
     filters = filters_below_norms(model) if weight_standardization else []
     if calibrate:
         _insist_on_statistics(model, kinds)
-    replaced: dict[nn.Module, KalmanLayer] = {}
-    of_model = _place_of((*model.parameters(), *model.buffers()))  # for layers without tensors of their own
-    for name, layer in model.named_modules():
-        new = _kalman_layer(layer, name, kinds, of_model | options)
-        if new is not None:
-            replaced[layer] = new
-    if not replaced and any(isinstance(layer, KalmanLayer) for layer in model.modules()):
+    replaced = _stand_ins(model, kinds, options)
+    if not replaced:
         asked = {**options, "calibrate": calibrate, "weight_standardization": weight_standardization or None,
                  "track_running_stats": None if track_running_stats else False}  # fmt: skip
-        if given := [name for name, value in asked.items() if value is not None]:
-            raise ValueError(
-                f"{type(model).__name__} is converted already, so kalmannorm.convert got {', '.join(given)} in vain: "
-                "expected a model with stock layers (kalmannorm.to_batchnorm makes them), or input_stats alone"
-            )
+        _refuse_unless_converted(model, kinds, [name for name, value in asked.items() if value is not None])
         return connect(model, input_stats=input_stats)
-    if not replaced:
-        raise ValueError(
-            f"{type(model).__name__} has nothing to convert: no layer of the kinds {list(kinds)}, "
-            f"expected at least one (kinds are {list(_KINDS)})"
-        )
     for new in replaced.values():
         new.calibrates = calibrate
-        if calibrate is not False and _has_statistics(new):
+        if calibrate is not False and new.has_known_statistics:
             new.await_correction()
         if not track_running_stats and isinstance(new, KalmanNorm):
             new.drop_running_stats()
@@ -173,12 +121,68 @@ def convert(model: _M, *, layers: Sequence[str] = ("batch",), input_stats: Input
         _warn_of_random_depth(model)
         _warn_of_few_batches(replaced.values())
     model = _replace_modules(model, replaced)
+    for new in replaced.values():
+        remove_freezing_hook(new)
     use_standardized(filters)
     return connect(model, input_stats=input_stats)
 
 
+def _stand_ins(model: nn.Module, kinds: Sequence[str], options: dict[str, Any]) -> dict[nn.Module, KalmanLayer]:
+    """The Kalman layers that are to replace layers of these kinds; warns of layers that none can replace."""
+    replaced = {}
+    of_model = device_and_dtype((*model.parameters(), *model.buffers()))  # for layers without tensors of their own
+    for name, layer in model.named_modules():
+        kind, kalman = stand_in(layer)
+        if kind not in kinds:
+            continue
+        if kalman is None:
+            warnings.warn(
+                f"{type(layer).__name__} {name!r} is a kind of {stock_ancestor(layer).__name__} with a forward of its "
+                "own, or tensors: kalmannorm.convert leaves it as it is",
+                stacklevel=3,
+            )
+            continue
+        left_out = _OF_BATCHES if kind != "batch" and "batch" in kinds else ()
+        given = {option: value for option, value in options.items() if option not in left_out}
+        replaced[layer] = kalman_layer(layer, name, kalman, of_model | given)
+    return replaced
+
+
+def _refuse_unless_converted(model: nn.Module, kinds: Sequence[str], options: Sequence[str]) -> None:
+    """Raise for a model without a layer to replace, unless it is converted and no options are given."""
+    if next(kalman_layers(model), None) is None:
+        raise ValueError(
+            f"{type(model).__name__} has nothing to convert: no layer of the kinds {list(kinds)}, "
+            f"expected at least one (kinds are {list(KINDS)})"
+        )
+    if options:
+        raise ValueError(
+            f"{type(model).__name__} is converted already, so kalmannorm.convert got {', '.join(options)} in vain: "
+            "expected a model with stock layers (kalmannorm.to_batchnorm makes them), or input_stats alone"
+        )
+
+
+def _check_names(what: str, given: Iterable[str], allowed: Sequence[str]) -> None:
+    for name in given:
+        if name not in allowed:
+            raise ValueError(f"kalmannorm.convert got {what} {name!r}, expected one of {list(allowed)}")
+
+
+def _insist_on_statistics(model: nn.Module, kinds: Sequence[str]) -> None:
+    """Raise where a layer to replace has no running statistics that could correct its prior."""
+    for name, layer in model.named_modules():
+        kind, kalman = stand_in(layer)
+        mean, var = getattr(layer, "running_mean", None), getattr(layer, "running_var", None)
+        if kind in kinds and kalman is not None and not is_trained(mean, var):
+            raise ValueError(
+                f"kalmannorm.convert got calibrate=True, but {type(layer).__name__} {name!r} has "
+                f"{'no running statistics' if mean is None else 'running statistics of no training'}: load trained "
+                "weights before, or correct its prior from data by kalmannorm.calibrate(model, loader)"
+            )
+
+
 def _warn_of_random_depth(model: nn.Module) -> None:
-    """A correction that the first training step makes would be of the blocks that this step happens to keep."""
+    """The first training step would correct priors for the blocks that it happens to keep."""
     for name, module in model.named_modules():
         if any(getattr(module, share, 0) for share in _RANDOM_DEPTH.get(type(module).__name__, ())):
             warnings.warn(
@@ -190,7 +194,7 @@ def _warn_of_random_depth(model: nn.Module) -> None:
 
 
 def _warn_of_few_batches(layers: Iterable[KalmanLayer]) -> None:
-    """Running statistics that are mostly zeros and ones still, as of a network that was called once to try it."""
+    """Running statistics of a network that was called once or twice are mostly zeros and ones."""
     for layer in layers:
         batches, momentum = getattr(layer, "num_batches_tracked", None), getattr(layer, "momentum", None)
         count = int(batches) if layer.awaits_correction and batches is not None else 0
@@ -204,267 +208,17 @@ def _warn_of_few_batches(layers: Iterable[KalmanLayer]) -> None:
             return
 
 
-def _has_statistics(layer: nn.Module) -> bool:
-    return is_trained(getattr(layer, "running_mean", None), getattr(layer, "running_var", None))
-
-
-def _insist_on_statistics(model: nn.Module, kinds: Sequence[str]) -> None:
-    """Raise where a layer to replace has no running statistics that could correct its prior."""
-    for name, layer in model.named_modules():
-        kind, kalman = stand_in(layer)
-        if kind in kinds and kalman is not None and not _has_statistics(layer):
-            has_none = getattr(layer, "running_mean", None) is None
-            raise ValueError(
-                f"kalmannorm.convert got calibrate=True, but {type(layer).__name__} {name!r} has "
-                f"{'no running statistics' if has_none else 'running statistics of no training'}: load trained "
-                "weights before, or correct its prior from data by kalmannorm.calibrate(model, loader)"
-            )
-
-
-def _check_names(what: str, given: Any, allowed: Sequence[str]) -> None:
-    for name in given:
-        if name not in allowed:
-            raise ValueError(f"kalmannorm.convert got {what} {name!r}, expected one of {list(allowed)}")
-
-
 def _replace_modules(model: _M, replaced: Mapping[nn.Module, nn.Module]) -> _M:
-    """Put new modules in the places of old ones, wherever these are used."""
+    """Put new modules, which get the hooks of old ones, in the places of these, under second names too."""
+    for old, new in replaced.items():
+        move_hooks(new, old)
     if model in replaced:
         return replaced[model]  # type: ignore[return-value]
     for parent in list(model.modules()):
-        # Not `named_children`, which shows a module once: a second name for it must be replaced too.
-        for name, module in parent._modules.items():
+        for name, module in parent._modules.items():  # `named_children` shows a module once
             if module is not None and module in replaced:
                 parent._modules[name] = replaced[module]
     return model
-
-
-def _kalman_layer(layer: nn.Module, name: str, kinds: Sequence[str], options: dict[str, Any]) -> KalmanLayer | None:
-    """The Kalman layer that takes this one's place, if it is of a kind to replace."""
-    kind, kalman = stand_in(layer)
-    if kind not in kinds:
-        return None
-    if kalman is None:
-        warnings.warn(
-            f"{type(layer).__name__} {name!r} is a kind of {_stock_ancestor(layer).__name__} with a forward of its "
-            "own, or tensors: kalmannorm.convert leaves it as it is",
-            stacklevel=3,
-        )
-        return None
-    if kind != "batch" and "batch" in kinds:
-        options = {name: value for name, value in options.items() if name not in _OF_BATCHES}
-    make = _from_batch_norm if kind == "batch" else _from_group_norm
-    new: KalmanLayer = make(layer, name, kalman, _on(layer, options))
-    new.layer_name = name
-    if type(layer).__module__.split(".")[0] != "torch" and isinstance(layer, (_NormBase, nn.GroupNorm)):
-        new.replaces = (_emptied(layer),)
-    new.training = layer.training  # not `train(...)`: what is inside a layer keeps a flag of its own
-    _take_hooks(new, layer)
-    let_go(new)
-    return new
-
-
-def stand_in(layer: nn.Module) -> tuple[str, type[KalmanLayer] | None]:
-    """Which kind of layer this is, and the class that can take its place; None for its class where the
-    layer is of a kind, but computes something of its own.
-    """
-    if (found := _ELSEWHERE.get(f"{type(layer).__module__}.{type(layer).__name__}")) is not None:
-        return found
-    if isinstance(layer, KalmanLayer):
-        return "", None
-    if type(layer).__name__.endswith("FrozenBatchNorm2d") and layer._buffers.keys() == _FROZEN:
-        return "batch", KalmanNorm2d
-    for kind, classes in _STOCK.items():
-        for stock, kalman in classes.items():
-            if isinstance(layer, stock):
-                same = type(layer).forward is stock.forward and _has_stock_tensors(layer)
-                return kind, kalman if same else None
-    return "", None
-
-
-def _has_stock_tensors(layer: nn.Module) -> bool:
-    """Whether a layer has no parameters, buffers or submodules but those of torch.nn: a parametrization,
-    for one, makes others.
-    """
-    return {*layer._parameters, *layer._buffers, *layer._modules} <= _TENSORS
-
-
-def _stock_ancestor(layer: nn.Module) -> type:
-    return next(kind for kind in type(layer).__mro__ if kind.__module__.startswith("torch.nn"))
-
-
-def _on(layer: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
-    """The options, and where the layer's tensors live."""
-    return options | _place_of((*layer.parameters(recurse=False), *layer.buffers(recurse=False)))
-
-
-def _place_of(tensors: Iterable[torch.Tensor]) -> dict[str, Any]:
-    """Device and type of the first floating-point tensor, if there is one."""
-    first = next((t for t in tensors if t.is_floating_point()), None)
-    return {} if first is None else {"device": first.device, "dtype": first.dtype}
-
-
-def _emptied(layer: nn.Module) -> nn.Module:
-    """The layer without its tensors and submodules, which its stand-in holds."""
-    shell: Any = copy.copy(layer)
-    shell._parameters = dict.fromkeys(layer._parameters)
-    shell._buffers = dict.fromkeys(layer._buffers)
-    shell._modules = dict.fromkeys(layer._modules)
-    if hasattr(shell, "process_group"):
-        shell.process_group = None
-    for name in _HOOKS:  # its stand-in has them
-        setattr(shell, name, type(getattr(layer, name))())
-    return shell  # type: ignore[no-any-return]
-
-
-def _take_hooks(new: nn.Module, old: nn.Module) -> None:
-    for name in _HOOKS:
-        setattr(new, name, getattr(old, name))
-        setattr(old, name, type(getattr(old, name))())  # what is put on the old layer is not the new one's
-
-
-def _adopt(new: KalmanLayer, old: nn.Module) -> None:
-    """Take over the parameters, buffers and submodules themselves."""
-    new._parameters.update({name: tensor for name, tensor in old._parameters.items() if name in new._parameters})
-    new._buffers.update({name: tensor for name, tensor in old._buffers.items() if name in new._buffers})
-    new._modules.update(old._modules)
-    for added in (new.gain, new.process_noise):
-        if isinstance(added, nn.Parameter) and new.weight is not None:
-            added.requires_grad_(new.weight.requires_grad)
-
-
-def _from_batch_norm(layer: Any, name: str, kalman: Any, options: dict[str, Any]) -> KalmanNorm:
-    if not hasattr(layer, "num_batches_tracked"):
-        return _from_frozen_batch_norm(layer, kalman, options)
-    if isinstance(layer.weight, nn.parameter.UninitializedParameter):
-        raise ValueError(f"{type(layer).__name__} {name!r} is lazy: run the model once before kalmannorm.convert")
-    synchronizes = isinstance(layer, nn.SyncBatchNorm) and torch.distributed.is_initialized()
-    if synchronizes and "process_group" not in options and options.get("stats_batch_size") is None:
-        options["process_group"] = layer.process_group or torch.distributed.group.WORLD
-    new: KalmanNorm = kalman(
-        layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats, **options
-    )
-    _adopt(new, layer)
-    new.frozen = is_frozen(layer)
-    return new
-
-
-def _from_frozen_batch_norm(layer: Any, kalman: Any, options: dict[str, Any]) -> KalmanNorm:
-    """Its weight and bias are buffers: they become parameters."""
-    new: KalmanNorm = kalman(layer.weight.shape[0], getattr(layer, "eps", 1e-5), **options)
-    new._modules.update(layer._modules)
-    with torch.no_grad():
-        for name in ("weight", "bias", "running_mean", "running_var"):
-            getattr(new, name).copy_(getattr(layer, name))
-    return new
-
-
-def _from_group_norm(layer: Any, name: str, kalman: Any, options: dict[str, Any]) -> GroupKalmanNorm:
-    if isinstance(layer, nn.GroupNorm):
-        groups, channels = layer.num_groups, layer.num_channels
-    elif layer.track_running_stats:
-        raise ValueError(
-            f"{type(layer).__name__} {name!r} tracks running statistics, which GroupKalmanNorm has not: "
-            "expected track_running_stats=False"
-        )
-    else:
-        groups = channels = layer.num_features
-    new: GroupKalmanNorm = kalman(groups, channels, layer.eps, layer.affine, **options)
-    new._ranks = next((ranks for kind, ranks in _RANKS.items() if isinstance(layer, kind)), new._ranks)
-    _adopt(new, layer)
-    return new
-
-
-def connect(model: _M, *, input_stats: InputStats | None = None) -> _M:
-    """Let beliefs flow between a network's Kalman layers. :func:`convert` has done it already.
-
-    You need it for a model that you write with Kalman layers yourself, and after layers were added or replaced.
-
-    It puts two forward hooks on each module that contains a Kalman layer, and tells each layer its name.
-
-    Args:
-        model: the network.
-        input_stats: see :func:`convert`. None leaves what the network was told before.
-
-    Returns:
-        The model.
-
-    Raises:
-        ValueError: where there is no Kalman layer, or ``input_stats`` is not one mean and one positive
-            standard deviation a channel.
-
-    Example:
-        >>> import torch, kalmannorm as kn
-        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), kn.KalmanNorm2d(8))
-        >>> model = kn.connect(model, input_stats=([0.0] * 3, [1.0] * 3))
-        >>> kn.describe(model, torch.randn(1, 3, 8, 8)).with_prior
-        1
-    """
-    names = {layer: name for name, layer in model.named_modules() if isinstance(layer, KalmanLayer)}
-    if not names:
-        raise ValueError(f"{type(model).__name__} has no Kalman layer to connect, expected at least one")
-    for layer, name in names.items():
-        layer.layer_name = name
-    given = _input_beliefs(model, input_stats)
-    for module in model.modules():
-        known = _disconnect(module)
-        inside = [layer for layer in module.modules() if layer in names and layer is not module]
-        if inside:
-            watch = Watch(inside, (module is model and given) or known, _positional(module))
-            module.register_forward_pre_hook(watch.open, with_kwargs=True, prepend=True)
-            module.register_forward_hook(watch.close, always_call=True)
-    return model
-
-
-def _disconnect(module: nn.Module) -> dict[str | None, Gaussian]:
-    """Take the hooks away; return what was believed of the module's inputs."""
-    known: dict[str | None, Gaussian] = {}
-    for hooks in (module._forward_pre_hooks, module._forward_hooks):
-        for key, hook in list(hooks.items()):
-            if isinstance(watch := getattr(hook, "__self__", None), Watch):
-                known = watch.given
-                del hooks[key]
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
-                module._forward_hooks_always_called.pop(key, None)
-    return known
-
-
-def _input_beliefs(model: nn.Module, input_stats: InputStats | None) -> dict[str | None, Gaussian]:
-    """What ``input_stats`` say, by the names of arguments; None for the first floating-point tensor."""
-    if input_stats is None:
-        return {}
-    if not isinstance(input_stats, Mapping):
-        return {None: _belief(input_stats, "input_stats")}
-    arguments = _arguments(model)
-    for name in input_stats:
-        if name not in arguments and not any(p.kind is p.VAR_KEYWORD for p in arguments.values()):
-            raise ValueError(
-                f"kalmannorm.convert got input_stats of {name!r}, expected names of what {type(model).__name__}'s "
-                f"forward takes: {list(arguments)}"
-            )
-    return {name: _belief(stats, f"input_stats[{name!r}]") for name, stats in input_stats.items()}
-
-
-def _arguments(module: nn.Module) -> Mapping[str, inspect.Parameter]:
-    module = getattr(module, "_orig_mod", module)  # what torch.compile wraps
-    try:
-        return inspect.signature(module.forward).parameters
-    except (TypeError, ValueError):  # of a function that is not Python's
-        return {}
-
-
-def _positional(module: nn.Module) -> list[str]:
-    return [name for name, p in _arguments(module).items() if p.kind not in (p.KEYWORD_ONLY, p.VAR_KEYWORD)]
-
-
-def _belief(stats: tuple[Any, Any], what: str) -> Gaussian:
-    given = (torch.as_tensor(t, dtype=torch.float64, device="cpu").detach() for t in stats)
-    mean, std = (t.flatten() if t.ndim else t for t in given)
-    if mean.shape != std.shape or not bool((std > 0).all()) or not bool(mean.isfinite().all()):
-        raise ValueError(
-            f"kalmannorm.convert got {what}={stats!r}, expected (mean, std), one number a channel each, std above 0"
-        )
-    return Gaussian(mean, std.square())
 
 
 def to_batchnorm(model: _M) -> _M:
@@ -508,39 +262,11 @@ def with_stock_norms(model: _M) -> _M:
                 f"{type(layer).__name__} {name!r} fuses its input with a prior in eval() too, expected gain=1.0 or "
                 "running statistics: no stock layer computes the same"
             )
-        replaced[layer] = _stock_layer(layer)
+        replaced[layer] = stock_layer(layer)
     model = _replace_modules(model, replaced)
     for module in model.modules():
-        _disconnect(module)
+        disconnect(module)
     return model
-
-
-def _stock_layer(layer: KalmanLayer) -> nn.Module:
-    """The layer that was there, or torch.nn's, with the same tensors."""
-    stock: Any
-    if layer.replaces:
-        stock = _emptied(layer.replaces[0])
-        for option in {"eps", "momentum"} & vars(layer).keys():
-            setattr(stock, option, getattr(layer, option))
-        stock._modules.update(layer._modules)
-    elif isinstance(layer, GroupKalmanNorm):
-        stock = nn.GroupNorm(layer.num_groups, layer.num_channels, layer.eps, layer.affine)
-    else:
-        kind: Any = next(stock for stock, kalman in _STOCK["batch"].items() if isinstance(layer, kalman))
-        stock = kind(layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats)
-    for key in stock._parameters:
-        stock._parameters[key] = layer._parameters[key]
-    for key in stock._buffers:
-        stock._buffers[key] = layer._buffers[key]
-    # Not `train(...)`: what is inside a layer keeps a flag of its own.
-    stock.training = layer.training and not layer.frozen
-    _take_hooks(stock, layer)
-    behind = [] if layer.replaces else [m for m in layer.children() if not isinstance(m, nn.Identity)]
-    if not behind:
-        return stock  # type: ignore[no-any-return]
-    both = nn.Sequential(stock, *behind)
-    both.training = layer.training
-    return both
 
 
 def fuse(model: _M) -> _M:
@@ -576,12 +302,10 @@ def _traced(model: nn.Module) -> torch.fx.GraphModule:
     try:
         traced = torch.fx.symbolic_trace(model)
     except Exception as error:  # the model's own code runs on stand-ins, and may raise anything
-        first = str(error).partition("\n")[0]
-        raise ValueError(
-            f"{type(model).__name__} cannot be traced by torch.fx ({type(error).__name__}: {first}), "
-            "expected a forward whose course does not depend on its input: deploy kalmannorm.to_batchnorm(model), or "
-            "fuse the parts of it that can be traced"
-        ) from error
+        raise untraceable(
+            model, error, "expected a forward whose course does not depend on its input: deploy "
+            "kalmannorm.to_batchnorm(model), or fuse the parts of it that can be traced",
+        ) from error  # fmt: skip
     called: set[str] = set()
     for node in traced.graph.nodes:
         if node.op != "call_module":
@@ -592,5 +316,3 @@ def _traced(model: nn.Module) -> torch.fx.GraphModule:
             node.target = copied
         called.add(node.target)
     return traced
-
-

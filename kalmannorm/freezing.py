@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from kalmannorm.modules import KalmanLayer
 
-__all__ = ["freeze", "is_frozen", "let_go"]
+__all__ = ["freeze", "is_frozen", "remove_freezing_hook"]
 
 _M = TypeVar("_M", bound=nn.Module)
 
@@ -56,7 +56,7 @@ def freeze(model: _M, frozen: bool = True) -> _M:
         elif frozen:
             _hold_in_eval(layer)
         elif is_frozen(layer):
-            let_go(layer)
+            remove_freezing_hook(layer)
             layer.training = model.training
     return model
 
@@ -69,7 +69,7 @@ def is_frozen(layer: nn.Module) -> bool:
 
 
 def _to_eval(layer: nn.Module, args: Any) -> None:
-    """Forward pre-hook."""
+    """Forward pre-hook of a frozen stock layer."""
     if layer.training:
         layer.training = False
 
@@ -80,8 +80,8 @@ def _hold_in_eval(layer: nn.Module) -> None:
         layer.register_forward_pre_hook(_to_eval)
 
 
-def let_go(layer: nn.Module) -> None:
-    """Let a stock layer follow ``train()`` again."""
+def remove_freezing_hook(layer: nn.Module) -> None:
+    """Remove the hook that keeps a frozen stock layer in ``eval()``, if it is there."""
     for key, hook in list(layer._forward_pre_hooks.items()):
         if hook is _to_eval:
             del layer._forward_pre_hooks[key]

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -21,13 +22,15 @@ from torch.overrides import TorchFunctionMode
 from kalmannorm.modules import KalmanLayer
 from kalmannorm.propagation import paused
 from kalmannorm.steps import found_in
-from kalmannorm.traversal import attributes_kept, random_state_kept
+from kalmannorm.traversal import attributes_kept, random_state_kept, untraceable
 
 __all__ = [
     "bake", "filters_below_norms", "standardize_weights", "standardized", "use_standardized",
 ]  # fmt: skip
 
 _M = TypeVar("_M", bound=nn.Module)
+_Filters = frozenset[str]  # names of convolutions and linear layers
+_Reached = defaultdict[str, list[str]]  # the normalization layers that a filter's output reaches, by names
 _EPS = 1e-4
 
 # What an output may pass on its way from a filter to a norm: linear maps, maxima, and changes of shape.
@@ -158,20 +161,20 @@ def bake(model: nn.Module) -> None:
 
 def filters_below_norms(model: nn.Module, inputs: Any = None) -> list[nn.Module]:
     """The layers that :func:`standardize_weights` is to change; warns of those that it cannot."""
-    reached = _in_order(model, _reached(model) if inputs is None else _reached_in_a_call(model, inputs))
+    reached = _reached(model) if inputs is None else _reached_in_a_call(model, inputs)
     if not reached:
         raise ValueError(
             f"{type(model).__name__} has nothing to standardize: no convolution or linear layer whose output reaches a "
             "normalization layer without an activation in between, expected at least one"
         )
-    reasons = {name: _why_not(model, model.get_submodule(name)) for name in reached}
-    found = [name for name, why in reasons.items() if not why and not _is_standardized(model.get_submodule(name))]
-    for name in found:
-        for norm_name, norm in reached[name].items():
-            _refuse_trained(norm_name, norm)
+    layers = {name: layer for name, layer in model.named_modules(remove_duplicate=False) if name in reached}
+    reasons = {name: _why_not(model, layer) for name, layer in layers.items()}
+    found = {name: layer for name, layer in layers.items() if not reasons[name] and not _is_standardized(layer)}
+    for norm in (norm for name in found for norm in reached[name]):
+        _refuse_trained(norm, model.get_submodule(norm))
     if left := [f"{name!r} {why}" for name, why in reasons.items() if why]:
         warnings.warn(f"kalmannorm.standardize_weights leaves {'; '.join(left)}", stacklevel=3)
-    return [model.get_submodule(name) for name in found]
+    return list(found.values())
 
 
 def _named(model: nn.Module, names: Iterable[str]) -> list[nn.Module]:
@@ -263,76 +266,89 @@ def _traced_in_training(model: nn.Module) -> fx.Graph:
                 module.training = True
             return _Tracer().trace(model)
     except Exception as error:  # the model's own code runs on stand-ins, and may raise anything
-        first = str(error).partition("\n")[0]
-        raise ValueError(
-            f"{type(model).__name__} cannot be traced by torch.fx ({type(error).__name__}: {first}), so "
-            "kalmannorm.standardize_weights cannot tell which filters reach a normalization layer. Give it an input "
-            "to call the model with: kalmannorm.standardize_weights(model, inputs=images)"
-        ) from error
+        raise untraceable(
+            model, error, "so kalmannorm.standardize_weights cannot tell which filters reach a normalization layer. "
+            "Give it an input to call the model with: kalmannorm.standardize_weights(model, inputs=images)",
+        ) from error  # fmt: skip
     finally:
         for name in set(vars(model)) - attributes:  # tensors that its forward makes
             delattr(model, name)
 
 
-def _reached(model: nn.Module) -> dict[str, dict[str, nn.Module]]:
-    """Names of convolutions and linear layers, and the norms that each one's output reaches."""
+def _reached(model: nn.Module) -> _Reached:
+    """The norms that each filter's output reaches, by names, in a trace of the model."""
+    reached: _Reached = defaultdict(list)
     if _is_norm(model):
-        return {}
-    graph = _traced_in_training(model)
-    layers = {node: model.get_submodule(node.target) for node in graph.nodes if node.op == "call_module"}  # type: ignore[arg-type]
-    constants = _constants(graph)
-    reached: dict[str, dict[str, nn.Module]] = {}
-    for node, norm in layers.items():
-        if not _is_norm(norm):
-            continue
-        for below in _walk(node.all_input_nodes, layers, constants):
-            reached.setdefault(str(below.target), {})[str(node.target)] = norm
+        return reached
+    filters: dict[fx.Node, _Filters | None] = {}  # None: computed from parameters and buffers alone
+    for node in _traced_in_training(model).nodes:
+        inputs = [filters[each] for each in node.all_input_nodes]
+        below = [each for each in inputs if each is not None]
+        filters[node] = frozenset()
+        if node.op == "call_module":
+            name, layer = str(node.target), model.get_submodule(str(node.target))
+            if _is_norm(layer):
+                for each in _union(below):
+                    reached[each].append(name)
+            elif isinstance(layer, _ConvNd | nn.Linear):
+                filters[node] = frozenset({name})
+            elif type(layer).__module__ in _TORCH_HOMES or type(layer).__name__ in _PASSED:
+                filters[node] = _union(below)
+        elif node.op == "get_attr":
+            filters[node] = None
+        elif node.op in ("call_function", "call_method"):
+            function = node.target if isinstance(node.target, str) else node.target.__name__
+            filters[node] = None if inputs and not below else _after(function, below)
     return reached
 
 
-def _in_order(model: nn.Module, reached: dict[str, dict[str, nn.Module]]) -> dict[str, dict[str, nn.Module]]:
-    order = [name for name, _ in model.named_modules(remove_duplicate=False)]
-    return {name: reached[name] for name in order if name in reached}
+def _after(function: str, below: Sequence[_Filters]) -> _Filters:
+    """The filters that a function's output is made of, given those of its arguments that are not constant: none, where
+    the function mixes in weights, or a nonlinearity other than a maximum.
+    """
+    name = function.strip("_")
+    passes = name in _FUNCTIONS or (name in _SCALINGS and len(below) == 1)
+    return _union(below) if passes else frozenset()
+
+
+def _union(below: Sequence[_Filters]) -> _Filters:
+    return frozenset().union(*below)
 
 
 class _Following(TorchFunctionMode):
-    """Notes on each tensor which filters' outputs it is made of, by what may lie in between. A tensor without a note
-    is a constant.
-    """
+    """Notes on each tensor the filters whose outputs it is made of. A tensor without a note is a constant."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         notes = [note for t in found_in((*args, *(kwargs or {}).values()), Tensor) if (note := _note(t)) is not None]
-        name = func.__name__.strip("_")
-        passes = name in _FUNCTIONS or (name in _SCALINGS and len(notes) == 1)
-        for each in found_in((output,), Tensor) if notes else ():
-            _put_note(each, frozenset().union(*notes) if passes else frozenset())
+        if notes:
+            _put_note(output, _after(func.__name__, notes))
         return output
 
 
 _NOTE = "_kalmannorm_filters"
 
 
-def _note(tensor: Tensor) -> frozenset[str] | None:
+def _note(tensor: Tensor) -> _Filters | None:
     return getattr(tensor, _NOTE, None)
 
 
-def _put_note(value: Any, note: frozenset[str]) -> None:
+def _put_note(value: Any, note: _Filters) -> None:
     for tensor in found_in((value,), Tensor):
         setattr(tensor, _NOTE, note)
 
 
-def _reached_in_a_call(model: nn.Module, inputs: Any) -> dict[str, dict[str, nn.Module]]:
+def _reached_in_a_call(model: nn.Module, inputs: Any) -> _Reached:
     """As :func:`_reached`, by a call of a copy."""
     args = () if isinstance(inputs, Mapping) else inputs if isinstance(inputs, tuple) else (inputs,)
     kwargs = inputs if isinstance(inputs, Mapping) else {}
-    reached: dict[str, dict[str, nn.Module]] = {}
+    reached: _Reached = defaultdict(list)
     followed = copy.deepcopy(model).train()
 
     def arrive(name: str, norm: nn.Module, args: Any) -> None:
         for tensor in found_in(args, Tensor):
             for below in _note(tensor) or ():
-                reached.setdefault(below, {})[name] = model.get_submodule(name)
+                reached[below].append(name)
 
     for name, module in followed.named_modules():
         if _is_norm(module):
@@ -348,41 +364,3 @@ def _reached_in_a_call(model: nn.Module, inputs: Any) -> dict[str, dict[str, nn.
         for tensor in found_in((args, kwargs), Tensor):
             delattr(tensor, _NOTE)
     return reached
-
-
-def _constants(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes computed from parameters and buffers alone."""
-    constants: set[fx.Node] = set()
-    for node in graph.nodes:
-        inputs = node.all_input_nodes
-        computed = node.op in ("call_function", "call_method") and inputs and constants.issuperset(inputs)
-        if node.op == "get_attr" or computed:
-            constants.add(node)
-    return constants
-
-
-def _walk(start: Iterable[fx.Node], layers: dict[fx.Node, nn.Module], constants: set[fx.Node]) -> Iterator[fx.Node]:
-    """Calls of convolutions and linear layers that a norm's inputs come from."""
-    waiting, seen = list(start), set()
-    while waiting:
-        node = waiting.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if isinstance(layers.get(node), _ConvNd | nn.Linear):
-            yield node
-        elif _is_passed(node, layers, constants):
-            waiting += node.all_input_nodes
-
-
-def _is_passed(node: fx.Node, layers: dict[fx.Node, nn.Module], constants: set[fx.Node]) -> bool:
-    """Whether a call mixes in no nonlinearity but a maximum, and no weights."""
-    if node in layers:
-        kind = type(layers[node])
-        return kind.__module__ in _TORCH_HOMES or kind.__name__ in _PASSED
-    if node.op not in ("call_function", "call_method"):
-        return False
-    name = (node.target if isinstance(node.target, str) else node.target.__name__).strip("_")
-    if name in _SCALINGS:
-        return sum(each not in constants for each in node.all_input_nodes) <= 1
-    return name in _FUNCTIONS

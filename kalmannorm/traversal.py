@@ -15,7 +15,7 @@ from kalmannorm.propagation import paused
 
 __all__ = [
     "attributes_kept", "attributes_of", "buffers_kept", "device_of", "in_eval", "inputs_seen", "kalman_layers",
-    "random_state_kept", "set_attributes",
+    "random_state_kept", "set_attributes", "untraceable",
 ]  # fmt: skip
 
 Look = Callable[[Tensor], None]
@@ -101,3 +101,11 @@ def inputs_seen(looks: Iterable[tuple[nn.Module, Look]]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def untraceable(model: nn.Module, error: Exception, remedy: str) -> ValueError:
+    """The error to raise where ``torch.fx`` cannot trace a model."""
+    first = str(error).partition("\n")[0]
+    return ValueError(
+        f"{type(model).__name__} cannot be traced by torch.fx ({type(error).__name__}: {first}), {remedy}"
+    )

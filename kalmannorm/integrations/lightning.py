@@ -14,8 +14,8 @@ from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
 from torch import Tensor, nn
 
 from kalmannorm import anneal, convert, first_nonfinite, online_statistics, recalibrate
-from kalmannorm.convert import stand_in
 from kalmannorm.modules import KalmanNorm, is_stock_batchnorm
+from kalmannorm.stand_ins import stand_in
 from kalmannorm.traversal import kalman_layers
 
 __all__ = ["KalmanNormCallback", "annealing", "check_annealing", "network_of", "recalibrate_by_training_batches"]

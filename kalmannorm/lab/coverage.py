@@ -24,8 +24,8 @@ from rich.progress import track
 from torch import Tensor, nn
 
 import kalmannorm as kn
-from kalmannorm.convert import stand_in
 from kalmannorm.lab.coverage_networks import NETWORKS, Network, is_installed, outputs_of
+from kalmannorm.stand_ins import stand_in
 
 __all__ = ["TIMM", "Coverage", "Subject", "cover", "coverage", "page", "subjects"]
 
