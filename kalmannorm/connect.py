@@ -20,22 +20,21 @@ InputStats = tuple[Any, Any] | Mapping[str, tuple[Any, Any]]
 
 
 def connect(model: _M, *, input_stats: InputStats | None = None) -> _M:
-    """Let beliefs flow between a network's Kalman layers. :func:`convert` has done it already.
+    """Let beliefs flow between a network's Kalman layers, as :func:`convert` does.
 
-    You need it for a model that you write with Kalman layers yourself, and after layers were added or replaced.
-
-    It puts two forward hooks on each module that contains a Kalman layer, and tells each layer its name.
+    You need it for a model that you write with Kalman layers, and after layers were added or replaced. It puts two
+    forward hooks on each module that contains a Kalman layer, and sets the layers' names.
 
     Args:
         model: the network.
-        input_stats: see :func:`convert`. None leaves what the network was told before.
+        input_stats: as in :func:`convert`. None leaves those that were given before.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: where there is no Kalman layer, or ``input_stats`` is not one mean and one positive
-            standard deviation a channel.
+        ValueError: without a Kalman layer, or if ``input_stats`` is not one mean and one positive standard deviation
+            a channel.
 
     Example:
         >>> import torch, kalmannorm as kn

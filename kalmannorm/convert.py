@@ -13,7 +13,7 @@ from torch.fx.experimental.optimization import fuse as fuse_graph
 
 from kalmannorm.connect import InputStats, connect, disconnect, input_beliefs
 from kalmannorm.freezing import remove_freezing_hook
-from kalmannorm.modules import KalmanLayer, KalmanNorm, is_trained
+from kalmannorm.modules import KalmanLayer, KalmanNorm
 from kalmannorm.stand_ins import (
     KINDS,
     device_and_dtype,
@@ -43,49 +43,45 @@ def convert(model: _M, *, layers: Sequence[str] = ("batch",), input_stats: Input
             **options: Any) -> _M:  # fmt: skip
     """Replace a network's normalization layers by Kalman layers, in place, and connect them.
 
-    The new layers hold the very same parameters and buffers, so an optimizer made before keeps
-    working on them; only gain and process noise are new (add them to it). Device, dtype, training
-    flag and ``requires_grad`` stay. ``eval()`` output does not change by one bit.
+    The new layers hold the same parameter and buffer objects, so an existing optimizer keeps working; add the new
+    gains and process noises to it. Device, dtype, training flags and ``requires_grad`` stay. The output in ``eval()``
+    is bit-equal.
 
-    A model that is converted already stays as it is, but for its ``input_stats``, where they are given.
+    The running statistics of a *pretrained* network correct each layer's prior, channel by channel, at the first call
+    that computes priors (:func:`kalmannorm.calibrate`). So the first training step sees the network as it was trained.
 
-    A *pretrained* network brings its running statistics along: they correct each layer's prior, channel by channel,
-    at the first call that computes priors (:func:`kalmannorm.calibrate`). So the first training step sees the network
-    as it was trained.
+    Of a model that is converted already, only the beliefs about its inputs change, if ``input_stats`` are given.
 
     Args:
-        model: any network. If it is itself a normalization layer, its replacement is returned.
-        layers: which kinds to replace: ``"batch"`` (BatchNorm1d/2d/3d, SyncBatchNorm, torchvision's
-            FrozenBatchNorm2d and its copies in transformers, timm's BatchNormAct2d and its
-            relatives), ``"group"`` (GroupNorm, timm's GroupNormAct), ``"instance"``
-            (InstanceNorm1d/2d/3d). Subclasses are replaced if they have their stock class's forward;
-            others are left alone, with a warning.
-        input_stats: mean and standard deviation of the network's first input as it is fed in, one
-            number a channel each: after the usual normalization, zeros and ones. Single numbers hold for
-            all of an input, whichever of its axes has the channels. The first layer gets its prior from
-            them. Of a network with several floating-point inputs, a mapping from names of its forward's
-            arguments to such pairs.
-        calibrate: correct priors by running statistics. None: in each layer whose running statistics are those of some
-            training. True: in every layer, or an error. False: in none. The first call that computes priors makes the
-            correction; of a network that drops blocks at random, :func:`kalmannorm.calibrate` should, and a warning
-            says so.
-        weight_standardization: give the filters below normalization layers zero mean and unit norm too, for training
-            from scratch: see :func:`standardize_weights`. ``eval()`` output changes then.
-        track_running_stats: False drops running statistics: in ``eval()`` too, each sample is normalized by its own
-            statistics fused with the prior (or each ``stats_batch_size`` samples, if that is given). The most accurate
-            at one sample a step. The first layer has no prior then without ``input_stats``. In ``eval()`` without
-            gradients priors are computed once, and again where parameters, the inputs' shape or the mode have changed
-            (a write through ``.data`` is not seen). Inference does not fold into convolutions.
-        options: keyword options of :class:`KalmanNorm2d`, for every layer. What stands in for SyncBatchNorm shares
-            statistics if ``torch.distributed`` is initialized, unless ``stats_batch_size`` asks for smaller groups.
+        model: any network.
+        layers: the kinds to replace: ``"batch"`` (BatchNorm1d/2d/3d, SyncBatchNorm, FrozenBatchNorm2d of torchvision
+            and transformers, timm's BatchNormAct2d and its relatives), ``"group"`` (GroupNorm, timm's GroupNormAct),
+            ``"instance"`` (InstanceNorm1d/2d/3d). A subclass is replaced if it has its stock class's forward; others
+            stay, with a warning.
+        input_stats: mean and standard deviation of the network's first input, one number a channel each; zeros and
+            ones for an input that was normalized as usual. Single numbers describe an input whichever of its axes has
+            the channels. The first layer gets its prior from them. For several floating-point inputs: a mapping from
+            names of the forward's arguments to such pairs.
+        calibrate: correct priors by running statistics. None: in each layer with running statistics of a training.
+            True: in every layer, or raise. False: in none. The first call that computes priors makes the correction.
+            For a network that drops blocks at random, call :func:`kalmannorm.calibrate`; a warning says so.
+        weight_standardization: also give the filters below normalization layers zero mean and unit norm, to train from
+            scratch: see :func:`standardize_weights`. This changes the output in ``eval()``.
+        track_running_stats: False drops running statistics: in ``eval()`` too, each sample (or each
+            ``stats_batch_size`` samples) is normalized by its own statistics fused with the prior. This is the most
+            accurate way to train at one sample a step. The first layer's prior then needs ``input_stats``. In
+            ``eval()`` without gradients, priors are computed once, and again after parameters, the inputs' shape or
+            the mode have changed (a write through ``.data`` is not seen). Layers cannot be folded into convolutions.
+        options: keyword options of :class:`KalmanNorm2d`, for every layer. Layers that replace SyncBatchNorm share
+            statistics if ``torch.distributed`` is initialized, unless ``stats_batch_size`` is given.
 
     Returns:
-        The model.
+        The model, or the replacement of a model that is itself a layer.
 
     Raises:
-        ValueError: for unknown kinds or options, or where there is nothing to convert; for options of a model that is
-            converted already; with ``calibrate=True`` for a layer whose running statistics say nothing; for what
-            :func:`standardize_weights` raises. The model is then as it was.
+        ValueError: for unknown kinds or options; without a layer to convert; for options of a model that is converted
+            already; with ``calibrate=True``, for a layer without running statistics of a training; and as
+            :func:`standardize_weights`. The model is then unchanged.
 
     Example:
         >>> import torch, kalmannorm as kn
@@ -103,23 +99,22 @@ def convert(model: _M, *, layers: Sequence[str] = ("batch",), input_stats: Input
     input_beliefs(model, input_stats)  # raises before anything is changed
     _check_names("option", options, _OPTIONS)
     filters = filters_below_norms(model) if weight_standardization else []
-    if calibrate:
-        _insist_on_statistics(model, kinds)
     replaced = _stand_ins(model, kinds, options)
     if not replaced:
         asked = {**options, "calibrate": calibrate, "weight_standardization": weight_standardization or None,
                  "track_running_stats": None if track_running_stats else False}  # fmt: skip
         _refuse_unless_converted(model, kinds, [name for name, value in asked.items() if value is not None])
-        return connect(model, input_stats=input_stats)
-    for new in replaced.values():
+    for old, new in replaced.items():
+        if calibrate and not new.has_known_statistics:
+            raise _no_statistics(old, new.layer_name)
         new.calibrates = calibrate
         if calibrate is not False and new.has_known_statistics:
             new.await_correction()
         if not track_running_stats and isinstance(new, KalmanNorm):
             new.drop_running_stats()
-    if any(new.awaits_correction for new in replaced.values()):
+    if waiting := [new for new in replaced.values() if new.awaits_correction]:
         _warn_of_random_depth(model)
-        _warn_of_few_batches(replaced.values())
+        _warn_of_few_batches(waiting)
     model = _replace_modules(model, replaced)
     for new in replaced.values():
         remove_freezing_hook(new)
@@ -168,17 +163,14 @@ def _check_names(what: str, given: Iterable[str], allowed: Sequence[str]) -> Non
             raise ValueError(f"kalmannorm.convert got {what} {name!r}, expected one of {list(allowed)}")
 
 
-def _insist_on_statistics(model: nn.Module, kinds: Sequence[str]) -> None:
-    """Raise where a layer to replace has no running statistics that could correct its prior."""
-    for name, layer in model.named_modules():
-        kind, kalman = stand_in(layer)
-        mean, var = getattr(layer, "running_mean", None), getattr(layer, "running_var", None)
-        if kind in kinds and kalman is not None and not is_trained(mean, var):
-            raise ValueError(
-                f"kalmannorm.convert got calibrate=True, but {type(layer).__name__} {name!r} has "
-                f"{'no running statistics' if mean is None else 'running statistics of no training'}: load trained "
-                "weights before, or correct its prior from data by kalmannorm.calibrate(model, loader)"
-            )
+def _no_statistics(layer: nn.Module, name: str) -> ValueError:
+    """The error for a layer whose prior cannot be corrected."""
+    has_none = getattr(layer, "running_mean", None) is None
+    return ValueError(
+        f"kalmannorm.convert got calibrate=True, but {type(layer).__name__} {name!r} has "
+        f"{'no running statistics' if has_none else 'running statistics of no training'}: load trained "
+        "weights before, or correct its prior from data by kalmannorm.calibrate(model, loader)"
+    )
 
 
 def _warn_of_random_depth(model: nn.Module) -> None:
@@ -197,7 +189,7 @@ def _warn_of_few_batches(layers: Iterable[KalmanLayer]) -> None:
     """Running statistics of a network that was called once or twice are mostly zeros and ones."""
     for layer in layers:
         batches, momentum = getattr(layer, "num_batches_tracked", None), getattr(layer, "momentum", None)
-        count = int(batches) if layer.awaits_correction and batches is not None else 0
+        count = 0 if batches is None else int(batches)
         if count > 0 and momentum is not None and (1 - momentum) ** count > 0.75:
             warnings.warn(
                 f"{type(layer).__name__} {layer.layer_name!r} has running statistics of {count} batches, which are "
@@ -222,25 +214,24 @@ def _replace_modules(model: _M, replaced: Mapping[nn.Module, nn.Module]) -> _M:
 
 
 def to_batchnorm(model: _M) -> _M:
-    """Replace Kalman layers by the stock layers of the same ``eval()`` output, in place, to deploy.
+    """Replace Kalman layers by stock layers with the same output in ``eval()``, in place.
 
     You need it to deploy a model, or to load its checkpoint where this library is not installed.
 
     Parameters and buffers are the same objects; gain and process noise are dropped. Training flags and
-    ``requires_grad`` stay; a frozen layer gives one in ``eval()``, which ``model.train()`` would end. Standardized
-    filters (:func:`standardize_weights`) are written into the parameters, and their layers become stock ones.
+    ``requires_grad`` stay; a frozen layer becomes one in ``eval()``, until ``model.train()``. Standardized filters
+    (:func:`standardize_weights`) are written into the parameters of stock convolutions and linear layers.
 
     Args:
-        model: a network with :class:`KalmanNorm` layers or standardized filters. If it is itself a layer, its
-            replacement is returned.
+        model: a network with :class:`KalmanNorm` layers or standardized filters.
 
     Returns:
-        The model, with layers of torch.nn only; where a layer had taken the place of another library's
-        (timm's norm-and-activation layers), with that.
+        The model, or the replacement of a model that is itself a layer. Its layers are those of torch.nn, or of the
+        library whose layers :func:`convert` had replaced (timm's normalization with activation).
 
     Raises:
-        ValueError: for a :class:`GroupKalmanNorm`, or a layer without running statistics, whose gain is not 1: it fuses
-            in ``eval()``, so no stock layer does the same.
+        ValueError: for a :class:`GroupKalmanNorm` or a layer without running statistics, unless its gain is 1: it fuses
+            in ``eval()``, which no stock layer does.
 
     Example:
         >>> import torch, kalmannorm as kn
@@ -270,18 +261,14 @@ def with_stock_norms(model: _M) -> _M:
 
 
 def fuse(model: _M) -> _M:
-    """Fold normalization layers into the convolutions and linear layers before them, for inference.
-
-    You need it for the fastest inference: no normalization layer is left behind a convolution.
-
-    Works on a trace of the model (``torch.fx``), in ``eval()``; the model itself is not changed. A
-    convolution that is called at several places gets a copy for each.
+    """Fold normalization layers into the convolutions and linear layers before them, for the fastest inference.
 
     Args:
-        model: a network in ``eval()``, with Kalman or BatchNorm layers.
+        model: a network in ``eval()``, with Kalman or BatchNorm layers. It is not changed.
 
     Returns:
-        A fused copy. A layer that follows no convolution or linear layer is in it as it was.
+        A fused copy, as a graph of ``torch.fx``. A convolution that is called several times has a copy for each call.
+        A normalization layer that follows no convolution or linear layer stays.
 
     Raises:
         ValueError: for a model in training, or one that ``torch.fx`` cannot trace.
@@ -298,7 +285,7 @@ def fuse(model: _M) -> _M:
 
 
 def _traced(model: nn.Module) -> torch.fx.GraphModule:
-    """The model's graph, in which no layer with weights is called twice: each call may be folded otherwise."""
+    """The model's graph with a copy of a convolution for each of its calls, as different layers may follow."""
     try:
         traced = torch.fx.symbolic_trace(model)
     except Exception as error:  # the model's own code runs on stand-ins, and may raise anything
