@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from kalmannorm.modules import KalmanLayer
+from kalmannorm.traversal import kalman_layers
 
 __all__ = ["anneal"]
 
@@ -19,12 +19,10 @@ _M = TypeVar("_M", bound=nn.Module)
 def anneal(model: _M, factor: float) -> _M:
     """Make each prior worth ``factor`` times as many samples: divide the odds ``q / (1 - q)`` of every learned gain.
 
-    Early in training a batch's own statistics keep a layer on its feet; in ``eval()`` they have no say. Called
-    after each optimizer step, with the root of what it is to be in the end, this leads from one to the other. At one
-    image and a small learning rate it lets running statistics score as online ones do; at a large one it does not
-    (docs/evidence.md, "How far to trust a batch").
-
-    It moves the layers' ``gain``, which goes on being learned. Layers with a fixed gain and frozen ones keep theirs.
+    Early in training a batch's own statistics stabilize a layer; in ``eval()`` they are not used. Called after each
+    optimizer step, with a root of the final factor, this leads from one to the other. At one image and a small learning
+    rate, running statistics then score like online ones; at a large learning rate they do not (docs/evidence.md, "How
+    far to trust a batch"). Gains are still learned; fixed gains and those of frozen layers stay.
 
     Args:
         model: the network, changed in place.
@@ -34,8 +32,8 @@ def anneal(model: _M, factor: float) -> _M:
         The model.
 
     Raises:
-        ValueError: for another factor, for one so near 1 that the type of a gain cannot hold the change (bfloat16:
-            below 1.07), or where the model has no Kalman layer that learns its gain.
+        ValueError: for another factor; for one so near 1 that the type of a gain cannot hold the change (bfloat16:
+            below 1.07); for a model without a Kalman layer that learns its gain.
 
     Example:
         >>> import torch, kalmannorm as kn
@@ -49,8 +47,7 @@ def anneal(model: _M, factor: float) -> _M:
     """
     if not 0 < factor < math.inf:
         raise ValueError(f"kalmannorm.anneal got factor={factor!r}, expected a number above 0")
-    layers = [layer for layer in model.modules() if isinstance(layer, KalmanLayer)]
-    learned = [(layer, layer.gain) for layer in layers if isinstance(layer.gain, Tensor)]
+    learned = [(layer, layer.gain) for _, layer in kalman_layers(model) if isinstance(layer.gain, Tensor)]
     if not learned:
         raise ValueError(f"{type(model).__name__} has no Kalman layer that learns its gain, expected at least one")
     step = math.log(factor)

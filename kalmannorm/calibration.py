@@ -1,12 +1,8 @@
-"""Priors corrected by statistics that are known: a pretrained network's running ones, or those of data.
+"""Priors corrected by known statistics: a pretrained network's running ones, or those of data.
 
-The rules take the terms of a sum for independent. In a trained network they are not: activations behind a ReLU rise and
-fall together, and a prior's variance comes out several times too small. How wrong a prior is, a channel, changes
-slowly while weights move, so one correction is kept as a constant,
-
-    m_prior' = m_prior + shift        v_prior' = scale (v_prior + R)
-
-and gradients still flow through the prior.
+The rules assume that the terms of a sum are independent. In a trained network, activations behind a ReLU rise and fall
+together, and a prior's variance comes out several times too small. The error of a channel's prior changes slowly while
+weights move, so a constant corrects it (:mod:`kalmannorm.correction`); gradients still flow through the prior.
 """
 
 from __future__ import annotations
@@ -22,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kalmannorm.describe import in_columns
+from kalmannorm.describe import geometric_mean, in_columns, mean_distance
 from kalmannorm.evaluation import without_autocast
 from kalmannorm.functional import add_process_noise, observe
 from kalmannorm.gaussian import Gaussian, Unknown
@@ -40,19 +36,19 @@ class CalibrationRow:
     name: str
     """Its qualified name in the model."""
     source: str
-    """What its prior was corrected by: "running statistics" or "data"; empty where it was not corrected."""
+    """The statistics that its prior was corrected by: "running statistics" or "data"; empty without a correction."""
     variance: float
-    """The prior's variance over the true one before the correction, process noise included: the geometric mean over
-    channels whose variance is above 0. NaN where it is not known yet."""
+    """The prior's variance, process noise included, over the true one, before the correction: the geometric mean over
+    channels that are not constant. NaN if it is not known yet."""
     mean: float
-    """The distance of the two means, in true standard deviations: the root of its mean square over these channels."""
+    """The root mean square distance of the two means over these channels, in true standard deviations."""
     reason: str = ""
     """Why it was not corrected, or not yet."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What :func:`calibrate` found and corrected. ``str()`` gives a table."""
+    """The result of :func:`calibrate`. ``str()`` gives a table."""
 
     rows: list[CalibrationRow]
 
@@ -69,44 +65,44 @@ class Calibration:
 def calibrate(model: nn.Module, inputs_or_loader: Any = None, *, source: Literal["running", "data"] = "running",
               forward: Callable[[nn.Module, Any], object] | None = None, max_batches: int | None = None,
               progress: bool = True, process_group: dist.ProcessGroup | None = None) -> Calibration:  # fmt: skip
-    """Correct each layer's prior, channel by channel, by statistics that are known.
+    """Correct each layer's prior, channel by channel, by known statistics.
 
-    :func:`kalmannorm.convert` has asked for it where a network is pretrained. Call this to see how far priors are off;
-    for a :class:`GroupKalmanNorm` or a layer without running statistics, which need data; or later in a training. Call
-    it with an input before the first step where blocks are dropped at random (stochastic depth): that step would see
-    some of them dropped, and the correction would hold for these alone.
+    :func:`kalmannorm.convert` asks for it in pretrained networks. Call this to see how far priors are off; for layers
+    without running statistics, such as :class:`GroupKalmanNorm`, which need data; or again later in a training. If
+    blocks are dropped at random (stochastic depth), call it with an input before the first step, whose correction
+    would otherwise hold for the blocks that it kept.
 
-    The correction is constant from then on, part of the state dict (``prior_shift``, ``prior_scale``), and gone after
-    :func:`kalmannorm.to_batchnorm`. A layer that is called several times has one, for the mean of its priors. Where
-    nothing is known of a layer's input, its running statistics are its prior; without them it has none.
+    The correction is constant from then on, part of the state dict (``prior_shift``, ``prior_scale``), and dropped by
+    :func:`kalmannorm.to_batchnorm`. A layer that is called several times has one, for the mean of its priors. If
+    nothing is known about a layer's input, its running statistics are its prior; without them it has none.
 
     Args:
-        model: a converted network; its layers' corrections are changed in place.
+        model: a converted network, changed in place.
         inputs_or_loader: an input (a tensor, or a mapping that is called as ``model(**inputs)``), or batches as
             :func:`kalmannorm.recalibrate` takes them. The network runs in ``eval()``. None: nothing runs, and
             each layer with running statistics corrects its prior at the next call that computes one.
-        source: ``"running"``: by running statistics; where a layer has none, or none of a training, by the data's.
-            ``"data"``: by the data's everywhere; each layer of the pass is then normalized by the batch, so take
-            batches of 32 and more. Running statistics of a Kalman layer are fused ones: after a training with this
+        source: ``"running"``: by running statistics, or by the data's in layers without those of a training.
+            ``"data"``: by the data's in all layers; each batch is normalized by its own statistics then, so take
+            batches of 32 and more. A Kalman layer's running statistics are fused ones: after a training with this
             library, take data.
         forward: ``forward(model, batch)`` makes the call, for other batches.
         max_batches: stop after so many; None for all.
-        progress: show a progress bar, by rich or else tqdm, if one of them is installed.
-        process_group: merge the data over its processes, all of which must call this; all get the same corrections.
+        progress: show a progress bar of rich or tqdm, if one of them is installed.
+        process_group: merge the data of its processes, all of which must call this; all get the same corrections.
 
     Returns:
-        A row for each Kalman layer: how far its prior was off, and by what it was corrected.
+        A row for each Kalman layer.
 
     Raises:
-        ValueError: where the model has no Kalman layer; for another ``source``; without data, where no layer has
-            running statistics of a training.
+        ValueError: for a model without a Kalman layer that uses its prior; for another ``source``; for an empty loader;
+            without data, if no layer has running statistics of a training.
         TypeError: for a batch that is none of these, without ``forward``.
 
     Example:
         >>> import torch, kalmannorm as kn
         >>> model = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False), torch.nn.BatchNorm1d(1))
         >>> _ = torch.nn.init.constant_(model[0].weight, 2.0)
-        >>> for _ in range(30):                       # its training: running statistics move away from 0 and 1
+        >>> for _ in range(30):                       # running statistics move away from 0 and 1
         ...     _ = model(torch.randn(64, 1))
         >>> model = kn.convert(model, input_stats=([0.0], [0.5]))
         >>> kn.calibrate(model, torch.randn(8, 1)).rows[0].source
@@ -142,15 +138,19 @@ def _at_next_call(model: nn.Module, layers: Mapping[str, KalmanLayer]) -> Calibr
     for name, layer in layers.items():
         if layer.has_known_statistics:
             layer.await_correction()
-            rows.append(CalibrationRow(name, "running statistics", math.nan, math.nan, "at the next call"))
+            rows.append(_unmeasured(name, "running statistics", "at the next call"))
         else:
-            rows.append(CalibrationRow(name, "", math.nan, math.nan, "it has no running statistics of a training"))
+            rows.append(_unmeasured(name, "", "it has no running statistics of a training"))
     if not any(row.source for row in rows):
         raise ValueError(
             f"{type(model).__name__} has no Kalman layer with running statistics of a training, expected one, or data: "
             "kalmannorm.calibrate(model, loader)"
         )
     return Calibration(rows)
+
+
+def _unmeasured(name: str, source: str, reason: str) -> CalibrationRow:
+    return CalibrationRow(name, source, math.nan, math.nan, reason)
 
 
 class _Observed(Population):
@@ -190,10 +190,10 @@ class _Observed(Population):
         layer, source = self.layer, "data" if self.target is None else "running statistics"
         if not self.priors and self.target is not None and getattr(layer, "running_mean", None) is not None:
             layer.await_correction()
-            return CalibrationRow(name, source, math.nan, math.nan, f"which are its prior: {self.reason}")
+            return _unmeasured(name, source, f"which are its prior: {self.reason}")
         if not self.priors:
             layer.drop_correction()
-            return CalibrationRow(name, "", math.nan, math.nan, self.reason)
+            return _unmeasured(name, "", self.reason)
         target = self.statistics if self.target is None else self.target
         means, variances = zip(*[(prior.mean, prior.var) for prior in self.priors], strict=True)
         prior = Gaussian(torch.stack(means).mean(0), torch.stack(variances).mean(0))
@@ -201,10 +201,9 @@ class _Observed(Population):
         var = add_process_noise(prior, layer.process_variance()).var.detach()
         alive = target.var > 0
         if not bool(alive.any()):
-            return CalibrationRow(name, source, math.nan, math.nan, "all of its channels are constant")
-        ratio = (var / target.var)[alive].log().mean().exp()
-        distance = ((prior.mean - target.mean) / target.std)[alive].square().mean().sqrt()
-        return CalibrationRow(name, source, float(ratio), float(distance))
+            return _unmeasured(name, source, "all of its channels are constant")
+        ratio = geometric_mean(var / target.var, alive)
+        return CalibrationRow(name, source, ratio, mean_distance(prior.mean, target, alive))
 
 
 @contextmanager

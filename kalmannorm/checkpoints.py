@@ -1,4 +1,4 @@
-"""Activation checkpoints: regions of the forward pass that run again in the backward pass."""
+"""Activation checkpoints, which recompute regions of the forward pass in the backward pass."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ __all__ = ["enter_again", "is_recomputing", "is_reentrant"]
 
 
 def is_recomputing() -> bool:
-    """Whether the forward pass runs again, inside of a backward pass."""
+    """Whether a backward pass recomputes the forward pass."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def is_reentrant() -> bool:
-    """Whether it runs again by an autograd function's own backward pass, as ``use_reentrant=True`` does.
+    """Whether the backward pass of an autograd function recomputes it, as with ``use_reentrant=True``.
 
-    Such a function takes and returns plain tensors. What else belongs to them, as beliefs do, has no
-    gradient, and is gone when it runs again. The other kind runs again where autograd unpacks what it saved.
+    Such a function takes and returns plain tensors, without beliefs and their gradients. The other kind of checkpoint
+    recomputes when autograd unpacks saved tensors.
     """
     frame = sys._getframe()
     while frame is not None:
@@ -39,7 +39,7 @@ def is_reentrant() -> bool:
 
 
 class _Within:
-    """A function that runs within a context."""
+    """A function that runs in a context."""
 
     def __init__(self, context: Callable[[], AbstractContextManager[Any]], function: Callable[..., Any]) -> None:
         self.context = context
@@ -51,11 +51,11 @@ class _Within:
 
 
 def enter_again(hooks: Any, context: Callable[[], AbstractContextManager[Any]]) -> None:
-    """Enter a context when the region that runs now runs again.
+    """Enter a context when the present region is recomputed.
 
     Args:
-        hooks: the topmost hooks for saved tensors, by which a region is known.
-        context: makes it.
+        hooks: the topmost hooks for saved tensors, which identify the region.
+        context: makes the context.
     """
     for cell in hooks[0].__closure__ or () if hasattr(hooks[0], "__closure__") else ():
         region = cell.cell_contents

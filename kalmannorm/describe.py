@@ -1,4 +1,4 @@
-"""Who gets a prior, from where, and through what: a table of a network's Kalman layers."""
+"""A table of a network's Kalman layers: which have a prior, and where it comes from."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from kalmannorm.evaluation import function_name, without_autocast
-from kalmannorm.gaussian import Unknown
+from kalmannorm.gaussian import Gaussian, Unknown
 from kalmannorm.modules import KalmanLayer
 from kalmannorm.propagation import is_open
 from kalmannorm.steps import Step, step_of
 from kalmannorm.traversal import attributes_kept, buffers_kept, inputs_seen, kalman_layers, random_state_kept
 
-__all__ = ["Description", "Row", "describe", "first_nonfinite"]
+__all__ = [
+    "Description", "Row", "describe", "first_nonfinite", "geometric_mean", "in_columns", "left_as_it_was",
+    "mean_distance",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -31,21 +34,21 @@ class Row:
     kind: str
     """Its class."""
     gain: float
-    """The gain it used: how far it trusts the batch, in (0, 1]; NaN on the meta device."""
+    """Its gain, the weight of the batch in (0, 1]; NaN on the meta device."""
     prior_from: tuple[str, ...]
-    """The layers below (or ``"input"``) that its prior comes from; empty where there is none."""
+    """The layers below (or ``"input"``) that its prior comes from; empty without a prior."""
     through: tuple[str, ...]
     """The functions that the prior crossed, in the order they were called."""
     reason: str
-    """Why there is no prior; empty where there is one."""
+    """Why there is no prior; empty with one."""
     correction: float | None = None
-    """By how much the prior's variance is corrected (:func:`kalmannorm.calibrate`): the geometric mean of the factor
-    over channels. None where it is not."""
+    """The factor that corrects the prior's variance (:func:`kalmannorm.calibrate`): its geometric mean over channels;
+    None without a correction."""
 
 
 @dataclass(frozen=True)
 class Description:
-    """What :func:`describe` found. ``str()`` gives a table."""
+    """The result of :func:`describe`. ``str()`` gives a table."""
 
     rows: list[Row]
 
@@ -76,29 +79,35 @@ def in_columns(lines: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join([*map(str.ljust, line[:-1], widths), line[-1]]) for line in lines]
 
 
+def geometric_mean(values: Tensor, among: Tensor) -> float:
+    """The geometric mean of those values where a mask holds; NaN if it holds nowhere."""
+    return float(values[among].log().mean().exp()) if bool(among.any()) else math.nan
+
+
+def mean_distance(mean: Tensor, true: Gaussian, among: Tensor) -> float:
+    """The root mean square, over channels where a mask holds, of a mean's distance in standard deviations."""
+    return float(((mean - true.mean) / true.std)[among].square().mean().sqrt())
+
+
 def _first_few(names: Sequence[str]) -> str:
-    """In a deep residual network a prior comes from a dozen layers."""
     return ", ".join(names) if len(names) <= 3 else f"{names[0]}, {names[1]} and {len(names) - 2} more"
 
 
 def describe(model: nn.Module, *inputs: Any, **kwargs: Any) -> Description:
-    """Run a network once, in training mode, and see how beliefs travel through it.
+    """Run a network once, in training mode, and report which layers have a prior, and why others have none.
 
-    You need it after :func:`convert`, to see which layers have a prior, and why others have none.
-
-    Parameters, buffers, training flags and the random state are left as they were.
+    Parameters, buffers, training flags and the random state are restored.
 
     Args:
         model: a converted or connected network.
-        inputs: what to call it with.
+        inputs: positional arguments of the call.
         kwargs: keyword arguments of the call.
 
     Returns:
-        A row for each Kalman layer, in the order in which the layers are called; one that is called
-        more than once is described by its first call, one that is never called comes last.
+        A row for each Kalman layer in the order of their first calls; a layer that is not called comes last.
 
     Raises:
-        ValueError: where the model has no Kalman layer.
+        ValueError: for a model without a Kalman layer.
 
     Example:
         >>> import torch, kalmannorm as kn
@@ -122,7 +131,7 @@ def describe(model: nn.Module, *inputs: Any, **kwargs: Any) -> Description:
     with left_as_it_was(model), torch.no_grad(), inputs_seen(looks):
         model.train()
         model(*inputs, **kwargs)
-        rows = {name: replace(row, correction=mean_scale(layers[name])) for name, row in rows.items()}
+        rows = {name: replace(row, correction=_mean_scale(layers[name])) for name, row in rows.items()}
     for name, layer in layers.items():
         if name not in rows:
             rows[name] = Row(name, type(layer).__name__, 1.0, (), (), "the layer was not called")
@@ -140,9 +149,8 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
 
 
 def _row(name: str, layer: KalmanLayer, x: Tensor) -> Row:
-    kind = type(layer).__name__
-    step = step_of(x)
-    reason = ""
+    """The row of a layer that is about to normalize ``x``, ``(N, C, *)``."""
+    kind, step, reason = type(layer).__name__, step_of(x), ""
     if not is_open():
         reason = "no module above it is connected"
     elif layer.ignores_prior:
@@ -159,25 +167,20 @@ def _row(name: str, layer: KalmanLayer, x: Tensor) -> Row:
             return Row(name, kind, _gain(layer, x), ("its running statistics",), (), "")
     if reason or step is None:
         return Row(name, kind, 1.0, (), (), reason)
-    sources: list[str] = []
-    through: list[str] = []
-    for each in _ancestors(step):
-        if each.function is None:
-            sources.append(each.source)
-        else:
-            through.append(function_name(each.function))
-    return Row(name, kind, _gain(layer, x), tuple(dict.fromkeys(sources)), tuple(through), "")
+    steps = _ancestors(step)
+    sources = dict.fromkeys(each.source for each in steps if each.function is None)
+    through = [function_name(each.function) for each in steps if each.function is not None]
+    return Row(name, kind, _gain(layer, x), tuple(sources), tuple(through), "")
 
 
-def mean_scale(layer: KalmanLayer) -> float | None:
-    """The geometric mean of the factor on a prior's variance, over channels whose factor is not 0; None without."""
+def _mean_scale(layer: KalmanLayer) -> float | None:
     scale = layer.prior_scale
-    alive = None if scale is None or scale.is_meta else scale[scale > 0]
-    return None if alive is None or not alive.numel() else float(alive.double().log().mean().exp())
+    found = math.nan if scale is None or scale.is_meta else geometric_mean(scale.double(), scale > 0)
+    return None if math.isnan(found) else found
 
 
 def _ancestors(step: Step) -> list[Step]:
-    """The steps that lead to this one, itself included, each after those that it was computed from."""
+    """The steps that lead to this one, itself included, each after its own ancestors."""
     found: dict[Step, None] = {}
     waiting = [step]
     while waiting:
@@ -200,17 +203,15 @@ def _gain(layer: KalmanLayer, x: Tensor) -> float:
 def first_nonfinite(model: nn.Module) -> str | None:
     """The name of the first Kalman layer that saw a NaN or an infinity in training; None if none did.
 
-    You need it when a loss has become NaN.
-
-    Each layer counts the batches whose statistics were not finite (its running statistics keep their
-    last value then). Of the layers that saw the most, the first of the model is where it began: once
-    the weights themselves are lost, all layers count alike.
+    You need it when a loss has become NaN. Each layer counts the batches whose statistics were not finite; its running
+    statistics keep their last value. The trouble began in the first of the layers with the largest count: once the
+    weights are NaN, all layers count alike.
 
     Args:
         model: a network with :class:`KalmanNorm` layers that track running statistics.
 
     Raises:
-        ValueError: where it has none.
+        ValueError: for a network without such layers.
 
     Example:
         >>> import torch, kalmannorm as kn
@@ -219,12 +220,9 @@ def first_nonfinite(model: nn.Module) -> str | None:
         >>> kn.first_nonfinite(model)
         '1'
     """
-    counts = {}
-    for name, layer in kalman_layers(model):
-        counter = getattr(layer, "nonfinite_batches", None)
-        if counter is not None:
-            counts[name] = int(counter)
+    counters = {name: getattr(layer, "nonfinite_batches", None) for name, layer in kalman_layers(model)}
+    counts = {name: int(counter) for name, counter in counters.items() if counter is not None}
     if not counts:
         raise ValueError(f"{type(model).__name__} has no KalmanNorm layer that tracks running statistics")
-    most = max(counts.values())
-    return next(name for name, count in counts.items() if count == most) if most else None
+    first = max(counts, key=counts.__getitem__)  # of equal ones, the first
+    return first if counts[first] else None

@@ -1,4 +1,4 @@
-"""Why a network is worse in ``eval()`` than in training: its statistics, layer by layer."""
+"""Why a network is worse in ``eval()`` than in training: its statistics by layer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kalmannorm.describe import in_columns, left_as_it_was
+from kalmannorm.describe import geometric_mean, in_columns, left_as_it_was, mean_distance
 from kalmannorm.functional import add_process_noise, observe
 from kalmannorm.gaussian import Gaussian
 from kalmannorm.inference import collecting, layers_to_recalibrate
@@ -22,48 +22,47 @@ from kalmannorm.traversal import in_eval, inputs_seen
 
 __all__ = ["Diagnosis", "DiagnosisRow", "diagnose"]
 
-# A variance that is off by more is worth a word, and so is a mean that is off by more standard deviations.
+# The advice begins where a variance is off by this factor, or a mean by so many standard deviations;
 _FACTOR = 1.5
 _DISTANCE = 0.25
-# A spread of the variances from batch to batch, relative to their mean.
+# where statistics spread so much from batch to batch, or outputs differ so much.
 _SPREAD = 0.5
-# Of single precision, squared, and then some.
-_ROUNDING = 1e-12
-# A distance of the outputs.
 _OUTPUTS = 0.2
+# A variance below this share of the squared mean is what rounding in single precision leaves of a constant.
+_ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
 class DiagnosisRow:
-    """One BatchNorm or Kalman layer. Ratios are geometric means over channels that are not constant, 1 where all is
-    well; NaN where there is nothing to compare.
+    """One BatchNorm or Kalman layer. Ratios are geometric means over channels that are not constant, ideally 1; NaN
+    without anything to compare.
     """
 
     name: str
     """Its qualified name in the model."""
     running: float
-    """The running variance over the data's, of the statistics that training normalizes by."""
+    """The running variance over that of the statistics which training normalizes by."""
     mean: float
-    """The distance of the running mean from the data's, in standard deviations: the root of its mean square."""
+    """The root mean square distance of the running mean from theirs, in standard deviations."""
     spread: float
-    """How much the statistics that training normalizes by differ from batch to batch: the standard deviation of the
-    variances over their mean or, if it is larger, of the means in the data's standard deviations."""
+    """How much these statistics differ from batch to batch: the standard deviation of the variances over their mean or,
+    if it is larger, of the means in the data's standard deviations."""
     prior: float
-    """The prior's variance over that of the input, of a Kalman layer."""
+    """The variance of a Kalman layer's prior over that of its input."""
     in_eval: float
     """The mean square of the normalized input in ``eval()`` over that in training."""
     advice: str
-    """What is wrong and what to do; empty where nothing is."""
+    """What is wrong, and the remedy; empty if nothing is."""
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What :func:`diagnose` found. ``str()`` gives a table."""
+    """The result of :func:`diagnose`. ``str()`` gives a table."""
 
     rows: list[DiagnosisRow]
     outputs: float
     """The distance of the network's outputs in ``eval()`` from those by each batch's statistics, over the size of the
-    latter; NaN where it puts out no floating-point tensor."""
+    latter; NaN without a floating-point output."""
 
     def __str__(self) -> str:
         lines = [("layer", "running var", "mean off by", "spread", "prior var", "in eval()", "")]
@@ -91,26 +90,26 @@ def _or_dash(value: float, unit: str) -> str:
 def diagnose(model: nn.Module, loader: Iterable[Any], validation: Iterable[Any] | None = None, *,
              forward: Callable[[nn.Module, Any], object] | None = None, max_batches: int | None = 16,
              progress: bool = True) -> Diagnosis:  # fmt: skip
-    """Find out why ``eval()`` is worse than training, layer by layer; of networks with BatchNorm too.
+    """Find out why ``eval()`` is worse than training, layer by layer, with Kalman or BatchNorm layers.
 
     Each batch runs twice through the network in ``eval()`` (dropout is off): once with layers that use its own
     statistics, fused with their priors in Kalman layers, and once with running statistics. Parameters, buffers,
-    training flags and the random state are left as they were.
+    training flags and the random state are restored.
 
     Args:
         model: a network with BatchNorm or Kalman layers that track running statistics.
         loader: training batches, of the training's batch size, as :func:`recalibrate` takes them.
-        validation: batches to run with running statistics in place of the training batches. If these are prepared
-            in another way than training batches, the first layers show it.
+        validation: batches to run with running statistics in place of the training batches. The first layers show
+            whether these are prepared in another way.
         forward: ``forward(model, batch)`` makes the call, for other batches.
         max_batches: stop after so many; None for all.
-        progress: show a progress bar, by rich or else tqdm, if one of them is installed.
+        progress: show a progress bar of rich or tqdm, if one of them is installed.
 
     Returns:
         A row for each layer that is not frozen, in the order of the model.
 
     Raises:
-        ValueError: where no layer has running statistics that are not frozen, or where there is no batch.
+        ValueError: without a layer with running statistics that is not frozen, or without a batch.
         TypeError: for a batch that is none of these, without ``forward``.
 
     Example:
@@ -176,7 +175,7 @@ class _Spread(Population):
 
 
 def _power(given: Gaussian, statistics: Gaussian, eps: float) -> Tensor:
-    """The mean square of what has these moments, normalized by these statistics."""
+    """The mean square of a tensor with the moments ``given``, normalized by ``statistics``."""
     return (given.var + (given.mean - statistics.mean).square()) / (statistics.var + eps)
 
 
@@ -204,11 +203,11 @@ def _row(name: str, seen: _Spread, by_running: Population, validated: bool) -> D
     power = _power(by_running.statistics, running, layer.eps)[0] / _power(observed, newest, layer.eps).mean(0)
     own = observed.pool([0]).var[0]
     numbers = (
-        _geometric_mean(running.var / true.var, alive),
-        float(((running.mean - true.mean) / true.std)[alive].square().mean().sqrt()),
+        geometric_mean(running.var / true.var, alive),
+        mean_distance(running.mean, true, alive),
         max(float(spread[alive].square().mean().sqrt()) for spread in spreads),
-        _geometric_mean(torch.cat(seen.priors).mean(0) / own, alive & (own > 0)) if seen.priors else math.nan,
-        _geometric_mean(power, alive & (power > 0)) if by_running.samples else math.nan,
+        geometric_mean(torch.cat(seen.priors).mean(0) / own, alive & (own > 0)) if seen.priors else math.nan,
+        geometric_mean(power, alive & (power > 0)) if by_running.samples else math.nan,
     )
     if is_trained(layer.running_mean, layer.running_var):
         return DiagnosisRow(name, *numbers, _advice(*numbers, validated))
@@ -217,10 +216,6 @@ def _row(name: str, seen: _Spread, by_running: Population, validated: bool) -> D
 
 def _stacked(each: Sequence[Gaussian]) -> Gaussian:
     return Gaussian(torch.cat([one.mean for one in each]), torch.cat([one.var for one in each]))
-
-
-def _geometric_mean(values: Tensor, among: Tensor) -> float:
-    return float(values[among].log().mean().exp()) if bool(among.any()) else math.nan
 
 
 def _advice(running: float, mean: float, spread: float, prior: float, in_eval: float, validated: bool) -> str:

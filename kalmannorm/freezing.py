@@ -1,4 +1,4 @@
-"""Normalization layers fixed at what they have learned."""
+"""Normalization layers with fixed statistics and parameters."""
 
 from __future__ import annotations
 
@@ -15,27 +15,26 @@ _M = TypeVar("_M", bound=nn.Module)
 
 
 def freeze(model: _M, frozen: bool = True) -> _M:
-    """Fix normalization layers at what they have learned, in training too (the paper's BN*).
+    """Fix statistics and parameters of normalization layers, in training too (the paper's BN*).
 
-    :class:`KalmanNorm` and stock BatchNorm layers normalize by their running statistics even in
-    ``train()``, and their affine map, gain and process noise get no gradient. A layer without running
-    statistics, such as :class:`GroupKalmanNorm`, still fuses; only its parameters are fixed. To the
-    layers above, a frozen Kalman layer hands on what its running statistics say.
+    :class:`KalmanNorm` and stock BatchNorm layers normalize by their running statistics even in ``train()``, and their
+    parameters get no gradient. A layer without running statistics, such as :class:`GroupKalmanNorm`, still fuses. The
+    belief about a frozen Kalman layer's output comes from its running statistics.
 
-    It holds through ``model.train()``, copying and pickling; like the training flag, it is not in the
-    ``state_dict``. A frozen stock BatchNorm layer keeps its class: a forward pre-hook holds it in
-    ``eval()``. Freeze before the model is wrapped for distributed training.
+    Layers stay frozen through ``model.train()``, copying and pickling; the ``state_dict`` does not say so. A stock
+    BatchNorm layer keeps its class: a forward pre-hook holds it in ``eval()``. Freeze before the model is wrapped for
+    distributed training.
 
     Args:
-        model: the network, changed in place; or a part of one.
-        frozen: False undoes it. All these parameters then get gradients, whatever they did before, and
-            stock BatchNorm layers the model's training flag.
+        model: the network, or a part of one, changed in place.
+        frozen: False undoes it: all of these parameters get gradients, and stock BatchNorm layers the model's training
+            flag.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: where the model has no Kalman and no BatchNorm layer.
+        ValueError: for a model without Kalman and BatchNorm layers.
 
     Example:
         >>> import torch, kalmannorm as kn
@@ -50,7 +49,7 @@ def freeze(model: _M, frozen: bool = True) -> _M:
         for parameter in layer.parameters(recurse=False):
             parameter.requires_grad_(not frozen)
             if frozen:
-                parameter.grad = None  # or the optimizer's next step would still use it
+                parameter.grad = None  # the optimizer's next step would use it
         if isinstance(layer, KalmanLayer):
             layer.frozen = frozen
         elif frozen:

@@ -17,50 +17,48 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from kalmannorm.evaluation import exact, without_autocast
 from kalmannorm.gaussian import Gaussian, Packed
 from kalmannorm.kernels.apply import is_transformed, saved_tensor_hooks
-from kalmannorm.modules import KalmanLayer
 from kalmannorm.priors import tensors_of
 from kalmannorm.propagation import Propagation, attach, current, paused
 from kalmannorm.rules import Belief
 from kalmannorm.steps import SCALARS, step_of
-from kalmannorm.traversal import attributes_kept, buffers_kept, random_state_kept
+from kalmannorm.traversal import attributes_kept, buffers_kept, kalman_layers, random_state_kept
 
 __all__ = ["capture"]
 
 _M = TypeVar("_M", bound=nn.Module)
 _Function = Callable[..., tuple[Tensor, ...]]
-# Calls without a recording before somebody is told; and calls of other kinds to remember, for each graph.
+# Calls in a row whose parameters had moved before a warning; and kinds of calls to count for each graph.
 _MANY = 20
 
 
 def capture(model: _M, *, warm_up: int = 3, shapes: int = 4) -> _M:
     """Replay a network's forward and backward pass as CUDA graphs, in place.
 
-    At 1 to 4 samples a GPU waits for Python most of the time: a replayed graph has none. The numbers, the running
-    statistics and the training loop stay as they are, with autocast, gradient scaling, accumulation and clipping, and
-    `DistributedDataParallel` around the model. The first batches of a shape run as they are; the next one is recorded,
-    by :func:`torch.cuda.make_graphed_callables`; all later ones are replayed. A batch runs as it is in ``eval()``,
-    without gradients, on another device than a GPU, inside ``torch.compile`` and activation checkpoints, and where
-    there are graphs of ``shapes`` shapes already. Parameters that move, are frozen or unfrozen, and modules that are
-    switched between training and evaluation, are recorded anew.
+    At 1 to 4 samples a GPU waits for Python most of the time; replaying a graph needs no Python. Numbers, running
+    statistics and the training loop stay the same, with autocast, gradient scaling, accumulation and clipping, and
+    `DistributedDataParallel` around the model. The first batches of a shape run without a graph; the next one is
+    recorded by :func:`torch.cuda.make_graphed_callables`; later ones are replayed. Calls also run without a graph in
+    ``eval()``, without gradients, on a CPU, inside ``torch.compile`` and activation checkpoints, for more than
+    ``shapes`` shapes, and before the backward pass of another call. A graph is recorded again after parameters were
+    moved, frozen or unfrozen, and after modules were switched between training and evaluation.
 
-    What Python decides while the batch is recorded stays decided: a forward pass must not depend on the values of
-    tensors, or on counts and rates that it keeps in Python. A second call before the backward pass of a first one runs
-    as it is. Of a detector, capture the part that has static shapes:
-    ``model.backbone = kn.capture(model.backbone)``. What is believed of a part's input and output crosses its border.
+    Python's decisions during the recording are final: a forward pass must not depend on the values of tensors, or on
+    counts and rates that it keeps in Python. Capture the part of a detector that has static shapes:
+    ``model.backbone = kn.capture(model.backbone)``. Beliefs about its inputs and outputs pass through.
 
     Args:
         model: any module, converted or not. It takes and returns tensors, also in lists, tuples and dicts.
-        warm_up: how many batches of a shape run as they are, at least 1.
-        shapes: for how many shapes to keep a graph. Each holds the memory of a step.
+        warm_up: the number of batches of a shape before the recording, at least 1.
+        shapes: the largest number of graphs. Each holds the memory of a step.
 
     Returns:
-        The model itself. ``del model.forward`` undoes it.
+        The model. ``del model.forward`` undoes it.
 
     Raises:
-        TypeError: for something that is not a module.
-        ValueError: for a model that is captured already, for layers with ``momentum=None``, which read their count of
-            batches, or a number below 1.
-        RuntimeError: later, for a batch that cannot be recorded.
+        TypeError: for an object that is not a module.
+        ValueError: for a captured model; for layers with ``momentum=None``, which read their count of batches; for a
+            number below 1.
+        RuntimeError: in a later call, for a batch that cannot be recorded.
 
     Example:
         >>> import torch, kalmannorm as kn
@@ -86,15 +84,15 @@ def capture(model: _M, *, warm_up: int = 3, shapes: int = 4) -> _M:
 
 
 class _Replayed:
-    """A module's forward."""
+    """The forward of a captured module."""
 
-    changes = 0  # of what a graph holds on to, since the last recording
+    changes = 0  # calls since the last recording that found another state than the call before
 
     def __init__(self, module: nn.Module, warm_up: int, shapes: int) -> None:
         self.module = module
         self.warm_up = warm_up
         self.shapes = shapes
-        self.own = module.__dict__.get("forward")  # where it has one that is not its class's
+        self.own = module.__dict__.get("forward")  # a forward of this module, not of its class
         self._forget()
 
     def _forget(self) -> None:
@@ -111,7 +109,7 @@ class _Replayed:
         self._forget()
 
     def as_it_is(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module does without graphs."""
+        """Call the module without a graph."""
         if self.own is not None:
             return self.own(*args, **kwargs)
         return type(self.module).forward(self.module, *args, **kwargs)
@@ -123,30 +121,39 @@ class _Replayed:
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if not _is_capturable(leaves, tensors) or not any(p.requires_grad for p in self.module.parameters()):
             return self.as_it_is(*args, **kwargs)
-        if (state := _state(self.module)) != self.state:
-            self._forget()
-            self.state = state
-            self.changes += 1
-            if self.changes == _MANY:
-                warnings.warn(
-                    f"kalmannorm.capture has recorded nothing of {type(self.module).__name__} yet: at each call some "
-                    "parameter or buffer is another tensor than before, or a module was switched. Change tensors in "
-                    "place",
-                    stacklevel=3,
-                )
+        self._forget_after_changes()
         with paused():
             beliefs = [_belief_of(t) for t in tensors]
             key = _key(leaves, form, beliefs)
         if key not in self.graphs:
-            if len(self.seen) > _MANY * self.shapes:
-                self.seen.clear()
-            self.seen[key] += 1
-            if self.seen[key] <= self.warm_up or len(self.graphs) >= self.shapes:
+            if not self._is_due(key):
                 return self.as_it_is(*args, **kwargs)
             self.graphs[key] = _Graph(self, leaves, form, beliefs)
             self.changes = 0
         graph = self.graphs[key]
         return self.as_it_is(*args, **kwargs) if graph.is_awaited else graph(tensors, beliefs)
+
+    def _forget_after_changes(self) -> None:
+        """Drop graphs that hold other parameters, buffers or modes than the module has now."""
+        if (state := _state(self.module)) == self.state:
+            return
+        self._forget()
+        self.state = state
+        self.changes += 1
+        if self.changes == _MANY:
+            warnings.warn(
+                f"kalmannorm.capture has recorded nothing of {type(self.module).__name__} yet: at each call some "
+                "parameter or buffer is another tensor than before, or a module was switched. Change tensors in "
+                "place",
+                stacklevel=4,
+            )
+
+    def _is_due(self, key: Any) -> bool:
+        """Whether to record a call, after enough calls like it."""
+        if len(self.seen) > _MANY * self.shapes:
+            self.seen.clear()
+        self.seen[key] += 1
+        return self.seen[key] > self.warm_up and len(self.graphs) < self.shapes
 
 
 def _is_capturable(leaves: Sequence[Any], tensors: Sequence[Tensor]) -> bool:
@@ -166,8 +173,8 @@ def _is_being_captured() -> bool:
 
 
 def _state(module: nn.Module) -> tuple[Any, ...]:
-    """What a graph holds on to."""
-    layers = [each for each in module.modules() if isinstance(each, KalmanLayer)]
+    """Flags and addresses that a graph depends on."""
+    layers = [layer for _, layer in kalman_layers(module)]
     return (
         tuple([(each.training, getattr(each, "momentum", None)) for each in module.modules()]),
         tuple([(t.data_ptr(), t.requires_grad) for t in tensors_of(module)]),
@@ -176,7 +183,7 @@ def _state(module: nn.Module) -> tuple[Any, ...]:
 
 
 def _belief_of(tensor: Tensor) -> Belief | None:
-    """What is believed of a tensor that enters or leaves; None where nothing watches it."""
+    """The belief about a tensor that enters or leaves the module; None without a step."""
     step = step_of(tensor)
     if step is None:
         return None
@@ -189,7 +196,7 @@ def _belief_of(tensor: Tensor) -> Belief | None:
 
 
 def _key(leaves: Sequence[Any], form: TreeSpec, beliefs: Sequence[Belief | None]) -> Any:
-    """What must be the same for a graph to stand for a call."""
+    """Identifies calls that one graph can replay."""
     given = [(t.shape, t.stride(), t.dtype, t.device, t.requires_grad) if isinstance(t, Tensor) else (type(t), t)
              for t in leaves]  # fmt: skip
     known = [(b.moments.shape, b.moments.requires_grad) if isinstance(b, Packed) else b for b in beliefs]
@@ -203,38 +210,48 @@ class _Graph:
     Args:
         replayed: the module's forward.
         leaves: the arguments of the call, flat.
-        form: how they lie in one another.
-        beliefs: what is believed of each tensor among them.
+        form: their nesting.
+        beliefs: about each tensor among them.
     """
 
     def __init__(self, replayed: _Replayed, leaves: Sequence[Any], form: TreeSpec,
                  beliefs: Sequence[Belief | None]) -> None:  # fmt: skip
-        module = replayed.module
-        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self.parameters = [p for p in replayed.module.parameters() if p.requires_grad]
+        self.awaited: weakref.ref[Any] | None = None  # the last replay's autograd node
+        run = self._function(replayed, leaves, form, beliefs)
+        with paused():
+            given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+            given += [b.moments for b in beliefs if isinstance(b, Packed)]
+            samples = [t.detach().clone().requires_grad_(t.requires_grad) for t in given]
+        self.replay = _recorded(replayed.module, run, (*samples, *self.parameters))
+
+    def _function(self, replayed: _Replayed, leaves: Sequence[Any], form: TreeSpec,
+                  beliefs: Sequence[Belief | None]) -> _Function:  # fmt: skip
+        """The call as a function of input tensors, moments of beliefs about them, and the module's parameters. It
+        returns the output's tensors and the moments of beliefs about them.
+        """
         mode = current()
-        layers = mode.layers if mode is not None else [m for m in module.modules() if isinstance(m, KalmanLayer)]
-        is_part = mode is not None and mode.opener is not module
+        layers = [layer for _, layer in kalman_layers(replayed.module)] if mode is None else mode.layers
+        is_part = mode is not None and mode.opener is not replayed.module
+        waiting = None if mode is None else mode.input_belief
         places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         known = [place for place, belief in enumerate(beliefs) if isinstance(belief, Packed)]
-        waiting = None if mode is None else mode.input_belief
         amp = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-        self.awaited: weakref.ref[Any] | None = None  # the last replay's node
 
         def run(*given: Tensor) -> tuple[Tensor, ...]:
-            """Of inputs, of what is believed of them, and of the parameters, which are the module's own."""
             tensors, moments = given[: len(places)], given[len(places) : len(places) + len(known)]
             tensors = tuple([t.clone() if t.requires_grad else t for t in tensors])  # it may be changed in place
             filled = list(leaves)
             for place, tensor in zip(places, tensors, strict=True):
                 filled[place] = tensor
             if mode is not None:
-                mode.input_belief = waiting  # for a part that has not been called yet
+                mode.input_belief = waiting  # each run of the recording takes it
             for place, tensor in enumerate(tensors):
                 if (belief := beliefs[place]) is not None:
                     attach(tensor, Packed(moments[known.index(place)]) if place in known else belief, "input")
             args, kwargs = tree_unflatten(filled, form)
             watched = nullcontext() if mode is not None else Propagation(layers)
-            # A graph may not read a copy of a parameter that autocast has made outside of it.
+            # A graph must not read copies of parameters that autocast cached outside of it.
             with watched, torch.autocast("cuda", amp[1], enabled=amp[0], cache_enabled=False):
                 found, self.form = tree_flatten(replayed.as_it_is(*args, **kwargs))
             self.places = [place for place, t in enumerate(found) if isinstance(t, Tensor)]
@@ -245,15 +262,11 @@ class _Graph:
                 self.beliefs = [_belief_of(t) if is_part else None for t in tensors]
             return *tensors, *[b.moments for b in self.beliefs if isinstance(b, Packed)]
 
-        with paused():
-            given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-            given += [b.moments for b in beliefs if isinstance(b, Packed)]
-            samples = [t.detach().clone().requires_grad_(t.requires_grad) for t in given]
-        self.replay = _recorded(module, run, (*samples, *self.parameters))
+        return run
 
     @property
     def is_awaited(self) -> bool:
-        """Whether the last replay may still get a backward pass, which the next one would spoil."""
+        """Whether the last replay may still get a backward pass, whose memory the next one would overwrite."""
         node = None if self.awaited is None else self.awaited()
         return node is not None and not node.is_done
 
@@ -265,7 +278,7 @@ class _Graph:
             views = _WithOwnGradients.apply(self, *[given[place] for place in places])  # type: ignore[no-untyped-call]
             for place, view in zip(places, views, strict=True):
                 given[place] = view
-            # A graph writes to one place: what comes out of it is copied, as are gradients.
+            # A graph always writes its outputs to the same memory.
             found = [t.clone() for t in self.replay(*given)]
             more = iter(found[len(self.places) :])
             outputs = list(self.outputs)
@@ -278,7 +291,7 @@ class _Graph:
 
 
 class _WithOwnGradients(torch.autograd.Function):
-    """Tensors as they are, but their gradients copied: ``.grad`` may take and keep the memory of what it gets."""
+    """The identity, whose backward pass copies gradients: ``.grad`` may keep the memory of those that it gets."""
 
     @staticmethod
     def forward(ctx: Any, graph: _Graph, *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
@@ -296,7 +309,7 @@ class _WithOwnGradients(torch.autograd.Function):
 
 
 def _recorded(module: nn.Module, run: _Function, samples: tuple[Tensor, ...]) -> _Function:
-    """Record a function; buffers and random numbers stay as they were, as the batch is still to come."""
+    """Record a function. Buffers and the random state are restored, as the batch itself still has to run."""
     hooked = [t for t in samples if t._backward_hooks]  # the hooks run when a replay's gradients come
     try:
         # A backward pass runs without autocast.
@@ -314,7 +327,7 @@ def _recorded(module: nn.Module, run: _Function, samples: tuple[Tensor, ...]) ->
 
 
 def _graphed(run: _Function, samples: tuple[Tensor, ...]) -> _Function:
-    # Other threads, a data loader's or NCCL's, may go on. (torch 2.11 has no such argument, and may not let them.)
+    # Other threads, a data loader's or NCCL's, may go on; torch 2.11 lacks the argument for it.
     known = inspect.signature(torch.cuda.make_graphed_callables).parameters
     mode: dict[str, Any] = {"capture_error_mode": "thread_local"} if "capture_error_mode" in known else {}
     graphed: Any = torch.cuda.make_graphed_callables(run, samples, allow_unused_input=True, **mode)

@@ -1,4 +1,4 @@
-"""Statistics at inference other than the running ones: a batch's own, or those of all data."""
+"""Statistics at inference other than running averages: a batch's own, or those of a data set."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ _M = TypeVar("_M", bound=nn.Module)
 def online_statistics(model: nn.Module) -> Iterator[None]:
     """Normalize by the statistics of each batch in ``eval()`` (the paper's option B, Tables 4, 5, 7).
 
-    You need it where ``eval()`` scores worse than training, at one image above all.
+    You need it if ``eval()`` scores worse than training, above all at one image.
 
-    Inside the ``with``, :class:`KalmanNorm` layers in ``eval()`` fuse each batch with its prior as in
-    training, by groups of ``stats_batch_size`` if they have it; stock BatchNorm layers use the batch's
-    statistics. No buffer changes. Layers in training are left alone, and so are frozen ones.
+    Inside the ``with``, :class:`KalmanNorm` layers in ``eval()`` fuse each batch with its prior as in training, in
+    groups of ``stats_batch_size`` if they have one; stock BatchNorm layers use the batch's statistics. No buffer
+    changes. Layers in training and frozen ones are unchanged.
 
     Args:
         model: the network.
 
     Raises:
-        ValueError: where the model has no layer with running statistics, or only frozen ones.
+        ValueError: for a model without :class:`KalmanNorm` and BatchNorm layers, or with frozen ones only.
 
     Example:
         >>> import torch, kalmannorm as kn
@@ -65,38 +65,35 @@ def online_statistics(model: nn.Module) -> Iterator[None]:
 def recalibrate(model: _M, loader: Iterable[Any], *, forward: Callable[[nn.Module, Any], object] | None = None,
                 max_batches: int | None = None, progress: bool = True,
                 process_group: dist.ProcessGroup | None = None) -> _M:  # fmt: skip
-    """Replace running statistics by those of a whole data set, under the weights as they are now.
+    """Replace running statistics by those of a data set under the present weights.
 
-    Running averages trail behind the weights. This runs the data through the fixed network, each
-    :class:`KalmanNorm` layer fusing every batch with its prior as in training (and each stock BatchNorm
-    layer using the batch's statistics), and merges what they were normalized by: the mean of the means,
-    and by the law of total variance the mean of the variances plus the variance of the means. Each
-    sample counts the same; where a layer's prior has no say (``gain=1.0``) and all samples have the same
-    size, the result is the mean and the biased variance of the data set, however it is cut into
-    batches. After Wu and Johnson, *Rethinking "Batch" in BatchNorm* (2021), section 3 (Precise BatchNorm).
+    Running averages lag behind the weights. This runs the data through the fixed network in ``eval()``, while each
+    :class:`KalmanNorm` layer fuses every batch with its prior as in training (and each stock BatchNorm layer uses the
+    batch's statistics), and merges the statistics that they normalize by: the mean of the means and, by the law of
+    total variance, the mean of the variances plus the variance of the means. Each sample has the same weight. With
+    ``gain=1.0`` and samples of one size, the result is the mean and the biased variance of the data set, however it is
+    cut into batches. After Wu and Johnson, *Rethinking "Batch" in BatchNorm* (2021), section 3 (Precise BatchNorm).
 
-    All else runs in ``eval()`` and keeps its state. Frozen layers keep their statistics and normalize by
-    them. ``num_batches_tracked`` stays: it counts the batches of training. Training flags are restored,
-    and buffers change at the very end only, so an error leaves the model as it was.
+    Frozen layers keep their statistics and normalize by them. ``num_batches_tracked`` stays: it counts the batches of
+    training. Training flags are restored. Buffers change at the very end, so an error leaves the model unchanged.
 
     Args:
         model: the network, changed in place. Of ``DistributedDataParallel``, the module inside is run.
-        loader: its batches. Each is an input (a tensor); or a tuple or list that begins with the input
-            (a tensor, or a list of them, as torchvision's detection models take); or a mapping, called
-            as ``model(**batch)``. Tensors are moved to the device of the model's first tensor. Use
-            training batches, of the training's batch size.
+        loader: its batches. Each is an input (a tensor); or a tuple or list that begins with the input (a tensor, or a
+            list of them, as torchvision's detection models take); or a mapping, called as ``model(**batch)``. Tensors
+            are moved to the device of the model's first tensor. Use training batches of the training's batch size.
         forward: ``forward(model, batch)`` makes the call, for other batches.
         max_batches: stop after so many; None for all.
-        progress: show a progress bar, by rich or else tqdm, if one of them is installed.
-        process_group: merge over its processes, each of which saw other data; all must call this. Layers
-            with a ``process_group`` of their own share every batch: their processes need equally many.
+        progress: show a progress bar of rich or tqdm, if one of them is installed.
+        process_group: merge over its processes, each with other data; all must call this. Layers with a
+            ``process_group`` of their own share every batch, so their processes need equally many.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: where no layer has running statistics that are not frozen, where there is no batch,
-            or where a layer's new statistics are not finite.
+        ValueError: without a layer with running statistics that is not frozen, without a batch, or for new statistics
+            that are not finite.
         TypeError: for a batch that is none of these, without ``forward``.
 
     Example:

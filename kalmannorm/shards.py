@@ -22,7 +22,7 @@ __all__ = ["watch_shards"]
 def watch_shards(module: nn.Module) -> None:
     """Evaluate the outputs' moments of each module whose parameters FSDP reshards.
 
-    FSDP may have come after :func:`kalmannorm.connect`, so this is asked whenever the mode opens.
+    It is called whenever the mode opens, as FSDP may wrap modules after :func:`kalmannorm.connect`.
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None or torch.compiler.is_compiling() or not torch.distributed.is_initialized():
@@ -33,7 +33,7 @@ def watch_shards(module: nn.Module) -> None:
 
 
 def _leave_shard(module: Any, args: tuple[Any, ...], output: Any) -> None:
-    """Forward hook."""
+    """Forward hook of a module whose parameters FSDP reshards."""
     if (mode := current()) is None:
         return
     with paused():
@@ -44,8 +44,8 @@ def _leave_shard(module: Any, args: tuple[Any, ...], output: Any) -> None:
 
 
 def _without_shards(step: Step, module: Any, layers: Sequence[Any]) -> Step:
-    """The same step, with values that need a module's parameters no more, neither to be computed, nor
-    in their backward pass: that asks FSDP to gather them again.
+    """A copy of a step with its moments, and its draws if a layer needs them, computed; their backward pass asks FSDP
+    to gather the module's parameters.
     """
     new = Step(step.function, step.args, step.kwargs, step.shape, step.index, step.source)
     belief = exact(step)
@@ -60,7 +60,7 @@ def _without_shards(step: Step, module: Any, layers: Sequence[Any]) -> Step:
 
 
 def _groups_of_draws(layers: Sequence[Any], step: Step) -> int | None:
-    """How many draws the layers that draw will ask for; None where none does, or none could."""
+    """The number of statistic groups that a layer draws for; None without such a layer."""
     for layer in layers:
         if layer.estimator == "monte_carlo" and step.shape:
             with suppress(ValueError):
@@ -69,9 +69,7 @@ def _groups_of_draws(layers: Sequence[Any], step: Step) -> int | None:
 
 
 def _gathered(tensor: Tensor, module: Any) -> Tensor:
-    """A copy, as an output's mean is the bias itself; when a gradient passes it, the module's parameters
-    will be there.
-    """
+    """A copy (an output's mean may be the bias itself) whose backward pass first gathers the module's parameters."""
     tensor = tensor.clone()
     if tensor.requires_grad:
         tensor.register_hook(lambda _: module.unshard())

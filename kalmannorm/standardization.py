@@ -1,7 +1,7 @@
-"""Standardized filters: zero mean and unit norm, so that a prior's independence assumption nearly holds.
+"""Filters of zero mean and unit norm, for which a prior's assumption of independence nearly holds.
 
-After a ReLU, activations rise and fall together. A filter whose weights sum to something other than zero adds
-up these common changes, which the rules take for independent: its prior variance is too small.
+After a ReLU, activations rise and fall together. A filter whose weights do not sum to zero adds up these common
+changes, which the rules take for independent, so the prior variance of its output is too small.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _Filters = frozenset[str]  # names of convolutions and linear layers
 _Reached = defaultdict[str, list[str]]  # the normalization layers that a filter's output reaches, by names
 _EPS = 1e-4
 
-# What an output may pass on its way from a filter to a norm: linear maps, maxima, and changes of shape.
+# Functions between a filter and a norm: linear maps, maxima, and changes of shape.
 _FUNCTIONS = frozenset("""
     add iadd sub isub neg cat concat stack chunk split tensor_split unbind getitem mean sum amax avg_pool1d avg_pool2d
     avg_pool3d max_pool1d max_pool2d max_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
@@ -107,31 +107,30 @@ _STOCK = {new: stock for stock, new in _STANDARDIZED.items()}
 def standardize_weights(model: _M, names: Iterable[str] | None = None, *, inputs: Any = None) -> _M:
     """Give the convolutions and linear layers below normalization layers filters of zero mean and unit norm, in place.
 
-    The layers keep their parameters, hooks and names; ``weight`` stays the raw filter in the ``state_dict`` and for the
-    optimizer, and each call standardizes it (Qiao et al. 2019). Priors are then right without a correction, from the
-    first step on. For training from scratch: a network trained without would compute something else.
+    Layers keep their parameters, hooks and names. ``weight`` is still the raw filter in the ``state_dict`` and for the
+    optimizer; each call standardizes it (Qiao et al. 2019). Priors are then right without a correction, from the first
+    step on. This is for training from scratch, as it changes a trained network's outputs.
 
     A layer is standardized if its output reaches a Kalman, batch, group or instance normalization layer through sums,
     concatenation, pooling, dropout and changes of shape, without an activation or another weight in between. So
-    classifiers, predictors and squeeze-and-excitation stay as they are. The model's graph is found by ``torch.fx``, or
-    by one call with ``inputs``, which works for every model.
-    :func:`to_batchnorm` writes the standardized filters into the parameters and brings back the stock layers.
+    classifiers, predictors and squeeze-and-excitation stay. The model's graph is found by ``torch.fx``, or by one call
+    with ``inputs``, which works for every model. :func:`to_batchnorm` writes the standardized filters into the
+    parameters of stock layers.
 
     Args:
         model: the network, with or without Kalman layers.
-        names: qualified names of the layers to standardize, exactly these, without a look at the graph or at what the
-            normalization layers have tracked.
-        inputs: call a copy of the model with this tensor, these positional arguments (a tuple), or these keyword
-            arguments (a mapping), in training mode, and follow what the filters put out.
+        names: qualified names of the layers to standardize, whatever the graph and the normalization layers are.
+        inputs: a tensor, positional arguments (a tuple), or keyword arguments (a mapping) to call a copy of the model
+            with, in training mode.
 
     Returns:
-        The model. A warning lists layers that cannot be standardized, and why: filters of one weight; transposed
-        convolutions, whose outputs meet only some taps each where they stride, so that zero mean over all taps would
-        not do; and layers with a forward or parameters of their own.
+        The model. A warning lists layers that cannot be standardized: those with filters of one weight, or with a
+        forward or parameters of their own; and transposed convolutions, whose outputs each meet only some of the taps
+        that would have zero mean together.
 
     Raises:
-        ValueError: for a model that ``torch.fx`` cannot trace; where there is nothing to standardize; for names that
-            are unknown or of other layers; where the normalization layers above have tracked batches already.
+        ValueError: for a model that ``torch.fx`` cannot trace; without a layer to standardize; for names that are
+            unknown or of other layers; for normalization layers that have tracked batches.
 
     Example:
         >>> import torch, kalmannorm as kn
@@ -151,16 +150,16 @@ def use_standardized(layers: Iterable[nn.Module]) -> None:
 
 
 def bake(model: nn.Module) -> None:
-    """Write standardized filters into the parameters, and make their layers stock ones."""
+    """Write standardized filters into the parameters of stock layers."""
     for layer in model.modules():
-        if type(layer) in _STOCK and "weight" in layer._parameters:  # else computed from others, by pruning for one
+        if type(layer) in _STOCK and "weight" in layer._parameters:  # pruning, for one, computes it from another tensor
             with torch.no_grad():
                 layer.weight.copy_(standardized(layer.weight))  # type: ignore[operator,arg-type]
             layer.__class__ = _STOCK[type(layer)]
 
 
 def filters_below_norms(model: nn.Module, inputs: Any = None) -> list[nn.Module]:
-    """The layers that :func:`standardize_weights` is to change; warns of those that it cannot."""
+    """The layers that :func:`standardize_weights` changes; warns of those that it cannot change."""
     reached = _reached(model) if inputs is None else _reached_in_a_call(model, inputs)
     if not reached:
         raise ValueError(
@@ -169,7 +168,7 @@ def filters_below_norms(model: nn.Module, inputs: Any = None) -> list[nn.Module]
         )
     layers = {name: layer for name, layer in model.named_modules(remove_duplicate=False) if name in reached}
     reasons = {name: _why_not(model, layer) for name, layer in layers.items()}
-    found = {name: layer for name, layer in layers.items() if not reasons[name] and not _is_standardized(layer)}
+    found = {name: layer for name, layer in layers.items() if not reasons[name] and type(layer) not in _STOCK}
     for norm in (norm for name in found for norm in reached[name]):
         _refuse_trained(norm, model.get_submodule(norm))
     if left := [f"{name!r} {why}" for name, why in reasons.items() if why]:
@@ -188,13 +187,9 @@ def _named(model: nn.Module, names: Iterable[str]) -> list[nn.Module]:
             raise ValueError(f"{type(model).__name__} has no layer {name!r}, expected names of model.named_modules()")
         if why := _why_not(model, layers[name]):
             raise ValueError(f"kalmannorm.standardize_weights cannot standardize {name!r}: it {why}")
-        if not _is_standardized(layers[name]) and layers[name] not in found:
+        if type(layers[name]) not in _STOCK and layers[name] not in found:
             found.append(layers[name])
     return found
-
-
-def _is_standardized(layer: nn.Module) -> bool:
-    return type(layer) in _STOCK
 
 
 def _why_not(model: nn.Module, layer: nn.Module) -> str:
@@ -220,7 +215,7 @@ def _why_not(model: nn.Module, layer: nn.Module) -> str:
 
 
 def _refuse_trained(name: str, norm: nn.Module) -> None:
-    """Standardized filters change the function that a norm's statistics were taken of."""
+    """Raise for a normalization layer with statistics of the function that standardized filters would change."""
     batches = getattr(norm, "num_batches_tracked", None)
     if isinstance(batches, Tensor):
         if batches.is_meta or int(batches) == 0:
@@ -242,7 +237,7 @@ def _refuse_trained(name: str, norm: nn.Module) -> None:
 
 
 def _is_norm(layer: nn.Module) -> bool:
-    """Whether filters below are standardized: Kalman, batch, group and instance normalization of any library."""
+    """Whether a layer is Kalman, batch, group or instance normalization, of any library."""
     return isinstance(layer, KalmanLayer | nn.GroupNorm) or hasattr(layer, "running_var")
 
 
@@ -258,7 +253,7 @@ class _Tracer(fx.Tracer):
 
 
 def _traced_in_training(model: nn.Module) -> fx.Graph:
-    """The model's graph, with what runs in training only."""
+    """The model's graph in training mode."""
     attributes = set(vars(model))
     try:
         with attributes_kept(model.modules(), "training"):
