@@ -33,34 +33,34 @@ class _SyncOfStockLayers(TorchSyncBatchNorm):
 
 
 class KalmanNormCallback(lightning.Callback):
-    """Converts a LightningModule's network when a trainer sets it up, and watches over its statistics.
+    """Converts a LightningModule's network when a trainer sets it up, and checks losses for NaN.
 
-    It converts in `setup`: before `configure_optimizers`, so the optimizer gets gains and process noise, and
-    before a checkpoint is loaded, so `ckpt_path=` works in each of the trainer's methods. A network that has
-    Kalman layers already is left as it is; so is one built in `LightningModule.setup` or `configure_model`,
-    which come later: call `kalmannorm.convert` there. `Trainer(sync_batchnorm=True)` makes layers without
-    `stats_batch_size` share statistics between processes, as it does BatchNorm's.
+    It converts in `setup`: before `configure_optimizers`, so the optimizer gets gains and process noises, and
+    before a checkpoint is loaded, so `ckpt_path=` works in each of the trainer's methods. It does not convert a
+    network that has Kalman layers already, or one that is built later, in `LightningModule.setup` or
+    `configure_model`: call `kalmannorm.convert` there. With `Trainer(sync_batchnorm=True)`, Kalman layers without
+    `stats_batch_size` share statistics between processes.
 
     Without a trainer, `load_from_checkpoint(path, strict=False)` gives the BatchNorm network to deploy; so do
-    the strategies that spawn processes, in the main one.
+    the strategies that spawn processes, in the main process.
 
     Args:
         online: Validate, test and predict by the statistics of each batch, see `kalmannorm.online_statistics`.
-        recalibrate: Replace running statistics by those of so many training batches when training ends,
-            see `kalmannorm.recalibrate`; None leaves them. The network must take a batch, or its first
-            element. Checkpoints saved before have running averages; `trainer.save_checkpoint` then has these.
-        anneal: What priors are worth at the end of training, in units of what they were worth at the start: each
-            optimizer step takes its share, see `kalmannorm.anneal`. 1 leaves gains to what is learned.
-        anneal_from: The share of the steps after which that begins: where the learning rate has come down.
+        recalibrate: Replace running statistics by those of so many training batches at the end of training,
+            see `kalmannorm.recalibrate`; None keeps them. The network must take a batch, or its first element.
+            Checkpoints that are saved before have running averages; `trainer.save_checkpoint` saves the new ones.
+        anneal: The factor on the samples that priors are worth, over the whole training; each optimizer step takes
+            its share, see `kalmannorm.anneal`. 1 leaves gains to the optimizer.
+        anneal_from: The share of the steps before the first of these: until the learning rate is low.
         log_gains: Log the layers' mean gain for a single feature map, as `kalman_gain`, after each epoch: near
-            0 where the network trusts its priors, near 1 where it trusts the batch.
-        stop_at_nonfinite: End training where a loss is not finite; looked at as often as the trainer logs.
-        convert_options: What `kalmannorm.convert` takes. `input_stats` are of what the one attribute with
-            normalization layers is fed; of what the module itself is, where several attributes have them.
+            0 if the network trusts its priors, near 1 if it trusts the batch.
+        stop_at_nonfinite: End training at a loss that is not finite; checked as often as the trainer logs.
+        convert_options: Options of `kalmannorm.convert`. `input_stats` describe the input of the one attribute with
+            normalization layers, or of the module itself if several attributes have them.
 
     Raises:
-        ValueError: In `setup`, from `kalmannorm.convert`, for example where there is nothing to convert. For an
-            ``anneal`` that is not above 0, an ``anneal_from`` that is no share, and in training, where that has no end.
+        ValueError: In `setup`, from `kalmannorm.convert`, for example without a layer to convert. For an ``anneal`` not
+            above 0 or an ``anneal_from`` outside [0, 1); in training, for an ``anneal`` without a last step.
         FloatingPointError: In training, for a loss that is not finite; it names the layer where it began.
 
     Example:
@@ -79,21 +79,22 @@ class KalmanNormCallback(lightning.Callback):
         self._synchronized: list[KalmanNorm] = []
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Convert, and share statistics between processes if the trainer is to."""
+        """Convert; share statistics between processes if the trainer synchronizes BatchNorm."""
         if next(kalman_layers(pl_module), None) is None:
             layers = self.convert_options.get("layers", ("batch",))
             kinds = (layers,) if isinstance(layers, str) else tuple(layers)
             convert(network_of(pl_module, lambda layer: stand_in(layer)[0] in kinds), **self.convert_options)
         strategy: Any = trainer.strategy
-        if getattr(strategy, "_layer_sync", None) is not None:
-            strategy._layer_sync = _SyncOfStockLayers()  # the trainer's would replace Kalman layers too
-        if getattr(strategy, "_layer_sync", None) is not None and dist.is_initialized():
+        if getattr(strategy, "_layer_sync", None) is None:
+            return
+        strategy._layer_sync = _SyncOfStockLayers()  # the trainer's would replace Kalman layers too
+        if dist.is_initialized():
             self._synchronized = [
                 layer for layer in pl_module.modules()
                 if isinstance(layer, KalmanNorm) and layer.process_group is None and layer.stats_batch_size is None
             ]  # fmt: skip
-        for layer in self._synchronized:
-            layer.process_group = dist.group.WORLD
+            for layer in self._synchronized:
+                layer.process_group = dist.group.WORLD
 
     def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: Any) -> None:
         """Undo the sharing, as the trainer does BatchNorm's, and switch back."""
@@ -103,7 +104,7 @@ class KalmanNormCallback(lightning.Callback):
         self._synchronized = []
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Find out how long training will be."""
+        """Count the steps to come."""
         if self.anneal == 1:
             return
         steps = trainer.estimated_stepping_batches
@@ -116,7 +117,7 @@ class KalmanNormCallback(lightning.Callback):
 
     def on_before_optimizer_step(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule,
                                  optimizer: torch.optim.Optimizer) -> None:  # fmt: skip
-        """Anneal."""
+        """Anneal gains by this step's share."""
         if self.anneal == 1:
             return
         share = annealing(trainer.global_step, self._steps, self.anneal, self.anneal_from)
@@ -125,7 +126,7 @@ class KalmanNormCallback(lightning.Callback):
 
     def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule,
                            outputs: Tensor | Mapping[str, Any] | None, batch: Any, batch_idx: int) -> None:  # fmt: skip
-        """Look at the loss, now and then: each look waits for the device."""
+        """Check the loss when the trainer logs, as each check waits for the device."""
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if self.stop_at_nonfinite and every and trainer.global_step % every == 0:
             loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
@@ -159,7 +160,7 @@ class KalmanNormCallback(lightning.Callback):
 
 
 def recalibrate_by_training_batches(network: torch.nn.Module, trainer: lightning.Trainer, max_batches: int) -> None:
-    """As `kalmannorm.recalibrate`, by the batches that a trainer trained on, of all its processes."""
+    """As `kalmannorm.recalibrate`, by training batches of all processes of a trainer."""
     loader: Any = trainer.train_dataloader
     batches = map(trainer.strategy.batch_to_device, loader)
     with trainer.precision_plugin.forward_context():
@@ -177,19 +178,23 @@ def _cause(pl_module: lightning.LightningModule) -> str:
 
 
 def network_of(module: nn.Module, wanted: Callable[[nn.Module], bool]) -> nn.Module:
-    """The one part of a LightningModule that contains such layers; all of it, where they are in several.
-
-    Training steps call the parts, so what is said of the network's input must be said of the part's.
+    """The one child of a LightningModule that contains such layers, as training steps call the child; or the module
+    itself, if several children do.
     """
     parts = [part for part in module.children() if any(wanted(layer) for layer in part.modules())]
     return parts[0] if len(parts) == 1 and not wanted(parts[0]) else module
 
 
 def check_annealing(who: str, factor: float, start: float) -> None:
-    """Refuse what `annealing` cannot do.
+    """Check the arguments of `annealing`.
+
+    Args:
+        who: The beginning of the error.
+        factor: As `annealing`'s.
+        start: As `annealing`'s.
 
     Raises:
-        ValueError: A factor that is not above 0, or a start outside of the training.
+        ValueError: For a factor not above 0, or a start outside [0, 1).
     """
     if not 0 < factor < math.inf:
         raise ValueError(f"{who}anneal must be above 0; got {factor}")
@@ -198,13 +203,13 @@ def check_annealing(who: str, factor: float, start: float) -> None:
 
 
 def annealing(step: int, steps: int, factor: float, start: float = 0.0) -> float:
-    """What `kalmannorm.anneal` is given at a step, counted from 0, so that all of them together are ``factor``.
+    """The factor of `kalmannorm.anneal` at a step.
 
     Args:
-        step: The step.
-        steps: Of the training.
-        factor: Of all steps together.
-        start: The share of the training from which on there is any.
+        step: The step, counted from 0.
+        steps: The number of steps of the training.
+        factor: The product of the factors of all steps.
+        start: The share of the steps before the first factor other than 1.
     """
     first = min(math.ceil(start * steps), steps - 1)
     return 1.0 if step < first else float(factor ** (1 / (steps - first)))
