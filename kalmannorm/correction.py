@@ -141,7 +141,7 @@ class CorrectedPrior(nn.Module):
         if not asks or mean is None or var is None or not is_trained(mean, var):
             return
         if self._buffers["running_mean"] is None:
-            like = mean if self.weight is None else self.weight
+            like = mean if self.weight is None or self.weight.is_meta else self.weight
             dtype = torch.promote_types(mean.dtype, torch.float32)
             self.dropped_statistics = Gaussian(mean[None], var[None]).map(lambda t: t.to(like.device, dtype, copy=True))
         self.await_correction()

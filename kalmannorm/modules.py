@@ -332,12 +332,29 @@ class KalmanLayer(CorrectedPrior):
         unexpected_keys.extend(key for key in unexpected if key not in dropped)
         optional = {prefix + name for name in ("gain", "process_noise", "prior_shift", "prior_scale")}
         missing_keys.extend(key for key in missing if key not in optional)
+        self._leave_meta()
         if not self._check_loaded_correction():
             self._warn_once(
                 f"{self._label()} loads a checkpoint that was made before its prior was corrected, and keeps no "
                 "running statistics that could do it: its prior stays uncorrected. Run the network once before "
                 "its state_dict is saved, or call kalmannorm.calibrate(model, loader)"
             )
+
+
+    def _leave_meta(self) -> None:
+        """Give tensors that a BatchNorm checkpoint lacks their initial values, if its own were assigned to this layer
+        on the meta device.
+        """
+        weight: Tensor | None = self.weight
+        if weight is None or weight.is_meta:
+            return
+        for name in ("gain", "process_noise"):
+            parameter = self._parameters.get(name)
+            if parameter is not None and parameter.is_meta:
+                zeros = torch.zeros_like(parameter, device=weight.device)
+                self._parameters[name] = nn.Parameter(zeros, parameter.requires_grad)
+        if self.prior_scale is not None and self.prior_scale.is_meta:
+            self.await_correction()
 
 
 class KalmanNorm(KalmanLayer, _BatchNorm):

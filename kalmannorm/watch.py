@@ -69,9 +69,9 @@ class Watch:
             if torch.compiler.is_compiling():
                 return
             self.mode.opener = None
-            if output is not None and self.mode.input_belief is not None:
-                self.mode.input_belief = None
-                self._warn_of_unused_belief(module)
+            waiting, self.mode.input_belief = self.mode.input_belief, None
+            if output is not None and waiting is not None:
+                self._warn_of_unused_belief(waiting, module)
 
     def _was_left_open(self, mode: Propagation, module: nn.Module) -> bool:
         """Whether an interrupt has kept a mode from closing, as the module that opened it is not being called."""
@@ -99,11 +99,11 @@ class Watch:
                 stacklevel=2,
             )
 
-    def _warn_of_unused_belief(self, module: nn.Module) -> None:
-        if self._warned or None not in self.given:
+    def _warn_of_unused_belief(self, given: Gaussian, module: nn.Module) -> None:
+        if self._warned or torch.compiler.is_compiling():
             return
         self._warned = True
-        channels = self.given[None].mean.numel()
+        channels = given.mean.numel()
         warnings.warn(
             f"input_stats given to kalmannorm.convert describe {channels} channels, but {type(module).__name__} got no "
             f"tensor of shape (N, {channels}, ...) that could be found, in lists, mappings and dataclasses too: the "
@@ -118,22 +118,17 @@ class Watch:
         self._move_beliefs(values)
         # More positional arguments than names are those of `*args`.
         names = [*(*self.arguments, *map(str, range(len(self.arguments), len(args))))[: len(args)], *kwargs]
+        unmet = dict(self.known)
         for name, value in zip(names, values, strict=True):
-            belief = self.known.get(name)
             for place, tensor in placed_in(name, value, Tensor):
-                if not (tensor.is_floating_point() or tensor.is_complex()):
-                    continue  # indices, masks and classes are constants
-                step = step_of(tensor)
-                if step is not None and step.source != "input":
-                    continue  # the output of another part of the network
-                known: Gaussian | Unknown = Unknown(f"the network's input {place!r}")
-                if belief is not None and _fits(belief, tensor):
-                    known = _laid_out(belief, tensor)
-                elif belief is not None and tensor is value:
-                    raise _misfit(belief, tensor, f"an input {place!r}", module)
-                elif belief is not None:  # a list of images
-                    mode.input_belief = belief
-                attach(tensor, known, "input")
+                if tensor.is_floating_point() or tensor.is_complex():  # indices, masks and classes are constants
+                    unmet.pop(name, None)
+                    if not _start_belief(tensor, self.known.get(name), place):
+                        if tensor is value:
+                            raise _misfit(self.known[name], tensor, f"an input {place!r}", module)
+                        mode.input_belief = self.known[name]  # a list of images
+        if unmet and None not in self.known and len(unmet) == len(self.known):
+            self._warn_of_unused_belief(next(iter(unmet.values())), module)
         if None in self.known:
             waiting = _started_on_first(self.known[None], values)
             direct = [t for t in values if isinstance(t, Tensor) and t.is_floating_point()]
@@ -159,6 +154,17 @@ class Watch:
             moved = {name: belief.map(lambda t: t.to(device, dtype)) for name, belief in self.given.items()}
         if all(type(belief.mean) is Tensor for belief in moved.values()):  # and not a compiler's or exporter's stand-in
             self.known = moved
+
+
+def _start_belief(tensor: Tensor, given: Gaussian | None, place: str) -> bool:
+    """Attach a belief about an input, :class:`Unknown` if it is None or does not fit; whether it is None or fits."""
+    fits = given is None or _fits(given, tensor)
+    step = step_of(tensor)
+    if step is not None and step.source != "input":
+        return True  # the output of another part of the network
+    known = None if given is None or not fits else _laid_out(given, tensor)
+    attach(tensor, known or Unknown(f"the network's input {place!r}"), "input")
+    return fits
 
 
 def _started_on_first(given: Gaussian, values: Any) -> Gaussian | None:

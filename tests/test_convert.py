@@ -506,6 +506,38 @@ def test_input_stats_by_name_of_what_was_compiled():
     assert kn.describe(model, torch.randn(6, 4), torch.randn(6, 5)).with_prior == 2
 
 
+@pytest.mark.parametrize("keeps_statistics", [True, False])
+def test_a_checkpoint_that_is_assigned_to_a_network_on_the_meta_device(keeps_statistics):
+    trained = small()
+    for _ in range(30):
+        trained(2 * torch.randn(4, 3, 8, 8) + 1)
+    with torch.device("meta"):
+        model = small()
+    kn.convert(model, track_running_stats=keeps_statistics)
+    model.load_state_dict(copy.deepcopy(trained.state_dict()), assign=True)
+    assert not any(t.is_meta for t in [*model.parameters(), *model.buffers()])
+    expected = kn.convert(trained, track_running_stats=keeps_statistics)
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(model(x), expected(x), rtol=0, atol=0)
+    assert model.state_dict().keys() == expected.state_dict().keys()
+    torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=0, atol=0)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("convert", [
+    lambda model: kn.convert(model, layers=("batch", "instance")),
+    lambda model: kn.to_batchnorm(kn.convert(model, layers=("batch", "group"))),
+])  # fmt: skip
+def test_hooks_stay_where_a_later_layer_cannot_be_converted(convert):
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.InstanceNorm2d(4, track_running_stats=True), nn.GroupNorm(2, 4))
+    calls = []
+    model[0].register_forward_hook(lambda *_: calls.append(1))
+    with pytest.raises(ValueError, match=r"tracks running statistics|fuses its input with a prior"):
+        convert(model)
+    model(torch.randn(2, 4, 3, 3))
+    assert calls == [1]
+
+
 def test_input_stats_of_a_network_that_is_made_on_the_meta_device():
     with torch.device("meta"):
         model = kn.convert(TwoInputs(), input_stats={"x": (0.0, 1.0), "y": ([0.0] * 5, [1.0] * 5)})

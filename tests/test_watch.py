@@ -347,6 +347,40 @@ def test_input_stats_that_no_tensor_was_found_for_are_told_of_once():
     model(Hidden())  # a second warning would be an error here
 
 
+@pytest.mark.parametrize(("given", "call"), [
+    pytest.param("images", lambda model, images: model(list(images[:, :1])), id="no tensor of these channels"),
+    pytest.param("pictures", lambda model, images: model(images=images), id="another name"),
+    pytest.param("mask", lambda model, images: model(images, mask=images > 0), id="no floating-point tensor"),
+])  # fmt: skip
+def test_named_input_stats_that_no_tensor_was_found_for_are_told_of_once(given, call):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3)
+
+        def forward(self, images, **options):
+            return self.norm(images if isinstance(images, torch.Tensor) else torch.stack(images).repeat(1, 3, 1, 1))
+
+    images = torch.randn(2, 3, 8, 8)
+    model = kn.convert(Net(), input_stats={given: ([0.0] * 3, [1.0] * 3)})
+    with pytest.warns(UserWarning, match="describe 3 channels, but Net got no tensor of shape"):
+        call(model, images)
+    call(model, images)  # a second warning would be an error here
+
+
+def test_named_input_stats_of_an_argument_that_is_left_out_are_kept():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3)
+
+        def forward(self, images, depth=None):
+            return self.norm(images)
+
+    model = kn.convert(Net(), input_stats={"images": ([0.0] * 3, [1.0] * 3), "depth": ([0.0], [1.0])})
+    model(torch.randn(2, 3, 8, 8))  # a warning would be an error here
+
+
 def test_an_interrupt_in_one_network_does_not_reach_another():
     stats = {"input_stats": ([0.0] * 3, [1.0] * 3)}
     model, other, fresh = conv_net(**stats), conv_net(**stats), conv_net(**stats)
