@@ -100,12 +100,17 @@ class Propagation(TorchFunctionMode):
         elif func is torch.Tensor.__setitem__:
             _record_assignment(args)
         elif isinstance(output, tuple | list) and not isinstance(output, torch.Size) and func not in FACTORIES:
-            if torch.compiler.is_dynamo_compiling():
-                output = type(output)([alias(each) if isinstance(each, Tensor) else each for each in output])
-            for i, each in enumerate(output):
-                if isinstance(each, Tensor):
-                    self._record(func, args, kwargs, each, i)
+            return self._record_each(func, args, kwargs, output)
         return output
+
+    def _record_each(self, func: Any, args: Any, kwargs: Any, outputs: Any) -> Any:
+        """Record several outputs; return them, or the tensors that stand for them in a compiled graph."""
+        if torch.compiler.is_dynamo_compiling():
+            outputs = type(outputs)([alias(each) if isinstance(each, Tensor) else each for each in outputs])
+        for i, each in enumerate(outputs):
+            if isinstance(each, Tensor):
+                self._record(func, args, kwargs, each, i)
+        return outputs
 
     def _record(self, func: Any, args: Any, kwargs: Any, output: Tensor, index: int | None) -> None:
         parents: list[Step] = []

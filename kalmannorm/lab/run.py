@@ -308,16 +308,7 @@ def _trained(plan: Plan, told: Told) -> list[Trial]:
     """All runs, with what came of them, or with what is told of them from before."""
     quiet()
     arms = plan.experiment.arms
-    reasons: dict[str, str] = {}
-    absent = {}
-    for arm in arms:
-        config = arm.scaled(plan.amount)
-        if arm.analysis not in COMPUTED:
-            key = repr(config["data"])
-            if key not in reasons:
-                reasons[key] = missing_data(config)
-            if reasons[key] and not any(name == arm.name for name, *_ in told):
-                absent[arm.name] = reasons[key]
+    absent = _without_data(plan, told)
     if len(absent) == len(arms):
         raise MissingDataError(absent[arms[0].name])
     try:
@@ -338,6 +329,22 @@ def _trained(plan: Plan, told: Told) -> list[Trial]:
         elif arm.analysis in COMPUTED:
             trials.append(replace(trial, computed=COMPUTED[arm.analysis](arm.scaled(plan.amount))))
     return trials
+
+
+def _without_data(plan: Plan, told: Told) -> dict[str, str]:
+    """The arms whose data are missing and that are not told of, and the reason for each."""
+    reasons: dict[str, str] = {}
+    absent = {}
+    for arm in plan.experiment.arms:
+        if arm.analysis in COMPUTED:
+            continue
+        config = arm.scaled(plan.amount)
+        key = repr(config["data"])
+        if key not in reasons:
+            reasons[key] = missing_data(config)
+        if reasons[key] and not any(name == arm.name for name, *_ in told):
+            absent[arm.name] = reasons[key]
+    return absent
 
 
 def _in_two(asked: Experiment, run: Callable[[list[Trial]], list[Trial]]) -> list[Trial]:

@@ -281,14 +281,20 @@ def getitem(x: Gaussian, index: Any) -> Belief:
         if part is Ellipsis:
             axis += rest
         elif part is not None:
-            if isinstance(part, slice) and not _varies(x, axis):
-                parts[i] = slice(None)
-            elif axis == 0 and isinstance(part, Tensor) and part.ndim > 0 and not _varies(x, 0):
-                parts[i] = torch.zeros([1] * part.ndim, dtype=torch.long, device=x.mean.device)
-            elif not isinstance(part, slice) or part != slice(None):
-                x = x.full([axis])
+            x, parts[i] = _index_of_axis(x, axis, part)
             axis += 1
     return x.map(lambda t: t[tuple(parts)])
+
+
+def _index_of_axis(x: Gaussian, axis: int, part: Any) -> tuple[Gaussian, Any]:
+    """The index of moments for that of a tensor along one axis, and the moments with as many elements as it needs."""
+    if isinstance(part, slice) and not _varies(x, axis):
+        return x, slice(None)
+    if axis == 0 and isinstance(part, Tensor) and part.ndim > 0 and not _varies(x, 0):
+        return x, torch.zeros([1] * part.ndim, dtype=torch.long, device=x.mean.device)
+    if isinstance(part, slice) and part == slice(None):
+        return x, part
+    return x.full([axis]), part
 
 
 _PICKING = frozenset(aliases("index_select"))
