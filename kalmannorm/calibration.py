@@ -24,7 +24,7 @@ from kalmannorm.functional import add_process_noise, observe
 from kalmannorm.gaussian import Gaussian, Unknown
 from kalmannorm.modules import KalmanLayer
 from kalmannorm.passes import Population, call_with, merge_over_processes, run_batches
-from kalmannorm.traversal import attributes_kept, attributes_of, in_eval, inputs_seen, kalman_layers, set_attributes
+from kalmannorm.traversal import attributes_kept, in_eval, inputs_seen, kalman_layers
 
 __all__ = ["Calibration", "CalibrationRow", "calibrate"]
 
@@ -210,19 +210,16 @@ class _Observed(Population):
 def _observing(model: nn.Module, observed: Collection[_Observed]) -> Iterator[None]:
     """Run a model in ``eval()`` with beliefs, and observe its layers; after an error their corrections are restored."""
     layers = [each.layer for each in observed]
-    corrections = attributes_of(layers, "prior_shift", "prior_scale", "awaits_correction", "dropped_statistics")
+    corrections = ("prior_shift", "prior_scale", "awaits_correction", "dropped_statistics")
     looks = [(each.layer, each.look) for each in observed]
-    try:
-        with in_eval(model), attributes_kept(layers, "is_observed", "online"), inputs_seen(looks):
-            for each in observed:
-                each.layer.is_observed = True
-                if each.target is None:
-                    each.layer.drop_correction()
-                    each.layer.online = True
+    with attributes_kept(layers, *corrections, after_errors=True), attributes_kept(layers, "is_observed", "online"):
+        for each in observed:
+            each.layer.is_observed = True
+            if each.target is None:
+                each.layer.drop_correction()
+                each.layer.online = True
+        with in_eval(model), inputs_seen(looks):
             yield
-    except BaseException:
-        set_attributes(corrections)
-        raise
 
 
 def _share_corrections(layers: Collection[KalmanLayer], group: dist.ProcessGroup) -> None:

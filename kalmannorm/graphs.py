@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from kalmannorm.evaluation import exact, without_autocast
+from kalmannorm.evaluation import exact, first_line, without_autocast
 from kalmannorm.gaussian import Gaussian, Packed
 from kalmannorm.kernels.apply import is_transformed, saved_tensor_hooks
 from kalmannorm.priors import tensors_of
@@ -320,7 +320,7 @@ def _recorded(module: nn.Module, run: _Function, samples: tuple[Tensor, ...]) ->
             return _graphed(run, samples)
     except RuntimeError as error:
         raise RuntimeError(
-            f"kalmannorm.capture cannot record {type(module).__name__} ({str(error).splitlines()[0]}): expected a "
+            f"kalmannorm.capture cannot record {type(module).__name__} ({first_line(error)}): expected a "
             "forward pass that asks for no tensor's value, as .item(), .cpu(), print and boolean masks do. Capture a "
             "part of the model, or undo it: del model.forward"
         ) from error

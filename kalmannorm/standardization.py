@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from kalmannorm.modules import KalmanLayer
 from kalmannorm.propagation import paused
@@ -30,7 +31,7 @@ __all__ = [
 
 _M = TypeVar("_M", bound=nn.Module)
 _Filters = frozenset[str]  # names of convolutions and linear layers
-_Reached = defaultdict[str, list[str]]  # the normalization layers that a filter's output reaches, by names
+_Norms = defaultdict[str, list[str]]  # the normalization layers that a filter's output reaches, by names
 _EPS = 1e-4
 
 # Functions between a filter and a norm: linear maps, maxima, and changes of shape.
@@ -160,7 +161,7 @@ def bake(model: nn.Module) -> None:
 
 def filters_below_norms(model: nn.Module, inputs: Any = None) -> list[nn.Module]:
     """The layers that :func:`standardize_weights` changes; warns of those that it cannot change."""
-    reached = _reached(model) if inputs is None else _reached_in_a_call(model, inputs)
+    reached = _norms_in_a_trace(model) if inputs is None else _norms_in_a_call(model, inputs)
     if not reached:
         raise ValueError(
             f"{type(model).__name__} has nothing to standardize: no convolution or linear layer whose output reaches a "
@@ -270,11 +271,11 @@ def _traced_in_training(model: nn.Module) -> fx.Graph:
             delattr(model, name)
 
 
-def _reached(model: nn.Module) -> _Reached:
-    """The norms that each filter's output reaches, by names, in a trace of the model."""
-    reached: _Reached = defaultdict(list)
+def _norms_in_a_trace(model: nn.Module) -> _Norms:
+    """The normalization layers that each filter's output reaches, in a trace of the model."""
+    norms: _Norms = defaultdict(list)
     if _is_norm(model):
-        return reached
+        return norms
     filters: dict[fx.Node, _Filters | None] = {}  # None: computed from parameters and buffers alone
     for node in _traced_in_training(model).nodes:
         inputs = [filters[each] for each in node.all_input_nodes]
@@ -284,7 +285,7 @@ def _reached(model: nn.Module) -> _Reached:
             name, layer = str(node.target), model.get_submodule(str(node.target))
             if _is_norm(layer):
                 for each in _union(below):
-                    reached[each].append(name)
+                    norms[each].append(name)
             elif isinstance(layer, _ConvNd | nn.Linear):
                 filters[node] = frozenset({name})
             elif type(layer).__module__ in _TORCH_HOMES or type(layer).__name__ in _PASSED:
@@ -294,7 +295,7 @@ def _reached(model: nn.Module) -> _Reached:
         elif node.op in ("call_function", "call_method"):
             function = node.target if isinstance(node.target, str) else node.target.__name__
             filters[node] = None if inputs and not below else _after(function, below)
-    return reached
+    return norms
 
 
 def _after(function: str, below: Sequence[_Filters]) -> _Filters:
@@ -311,51 +312,47 @@ def _union(below: Sequence[_Filters]) -> _Filters:
 
 
 class _Following(TorchFunctionMode):
-    """Notes on each tensor the filters whose outputs it is made of. A tensor without a note is a constant."""
+    """Finds the filters whose outputs the tensors of a call are made of; tensors without an entry are constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.filters = WeakTensorKeyDictionary()
+
+    def of(self, values: Any) -> list[_Filters]:
+        return [self.filters[t] for t in found_in((values,), Tensor) if t in self.filters]
+
+    def put(self, values: Any, filters: _Filters) -> None:
+        self.filters.update(dict.fromkeys(found_in((values,), Tensor), filters))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        notes = [note for t in found_in((*args, *(kwargs or {}).values()), Tensor) if (note := _note(t)) is not None]
-        if notes:
-            _put_note(output, _after(func.__name__, notes))
+        if below := self.of((args, kwargs or {})):
+            self.put(output, _after(func.__name__, below))
         return output
 
 
-_NOTE = "_kalmannorm_filters"
-
-
-def _note(tensor: Tensor) -> _Filters | None:
-    return getattr(tensor, _NOTE, None)
-
-
-def _put_note(value: Any, note: _Filters) -> None:
-    for tensor in found_in((value,), Tensor):
-        setattr(tensor, _NOTE, note)
-
-
-def _reached_in_a_call(model: nn.Module, inputs: Any) -> _Reached:
-    """As :func:`_reached`, by a call of a copy."""
+def _norms_in_a_call(model: nn.Module, inputs: Any) -> _Norms:
+    """As :func:`_norms_in_a_trace`, by a call of a copy."""
     args = () if isinstance(inputs, Mapping) else inputs if isinstance(inputs, tuple) else (inputs,)
     kwargs = inputs if isinstance(inputs, Mapping) else {}
-    reached: _Reached = defaultdict(list)
+    norms: _Norms = defaultdict(list)
+    following = _Following()
+
+    def enter_norm(name: str, norm: nn.Module, args: Any) -> None:
+        for each in _union(following.of(args)):
+            norms[each].append(name)
+
+    def leave(filters: _Filters, layer: nn.Module, args: Any, output: Any) -> None:
+        following.put(output, filters)
+
     followed = copy.deepcopy(model).train()
-
-    def arrive(name: str, norm: nn.Module, args: Any) -> None:
-        for tensor in found_in(args, Tensor):
-            for below in _note(tensor) or ():
-                reached[below].append(name)
-
     for name, module in followed.named_modules():
         if _is_norm(module):
-            module.register_forward_pre_hook(partial(arrive, name))
-            module.register_forward_hook(lambda _, __, output: _put_note(output, frozenset()))
+            module.register_forward_pre_hook(partial(enter_norm, name))
+            module.register_forward_hook(partial(leave, frozenset()))
         elif isinstance(module, _ConvNd | nn.Linear):
-            module.register_forward_hook(lambda _, __, output, name=name: _put_note(output, frozenset({name})))  # type: ignore[misc]
-    _put_note((args, kwargs), frozenset())
-    try:
-        with torch.no_grad(), random_state_kept(model), _Following():
-            followed(*args, **kwargs)
-    finally:
-        for tensor in found_in((args, kwargs), Tensor):
-            delattr(tensor, _NOTE)
-    return reached
+            module.register_forward_hook(partial(leave, frozenset({name})))
+    following.put((args, kwargs), frozenset())
+    with torch.no_grad(), random_state_kept(model), following:
+        followed(*args, **kwargs)
+    return norms

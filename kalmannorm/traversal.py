@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kalmannorm.evaluation import first_line
 from kalmannorm.modules import KalmanLayer
 from kalmannorm.propagation import paused
 
 __all__ = [
-    "attributes_kept", "attributes_of", "buffers_kept", "device_of", "in_eval", "inputs_seen", "kalman_layers",
-    "random_state_kept", "set_attributes", "untraceable",
+    "attributes_kept", "buffers_kept", "device_of", "in_eval", "inputs_seen", "kalman_layers", "random_state_kept",
+    "untraceable",
 ]  # fmt: skip
 
 Look = Callable[[Tensor], None]
-_Attributes = list[tuple[Any, str, Any]]
 
 
 def kalman_layers(model: nn.Module) -> Iterator[tuple[str, KalmanLayer]]:
@@ -34,25 +34,18 @@ def device_of(model: nn.Module) -> torch.device:
     return next((t.device for t in chain(model.parameters(), model.buffers())), torch.device("cpu"))
 
 
-def attributes_of(objects: Iterable[Any], *names: str) -> _Attributes:
-    """Values of attributes, for :func:`set_attributes`."""
-    return [(each, name, getattr(each, name)) for each in objects for name in names]
-
-
-def set_attributes(attributes: _Attributes) -> None:
-    """Set attributes back to the values that :func:`attributes_of` found."""
-    for each, name, value in attributes:
-        setattr(each, name, value)
-
-
 @contextmanager
-def attributes_kept(objects: Iterable[Any], *names: str) -> Iterator[None]:
-    """Restore attributes of objects afterwards."""
-    before = attributes_of(objects, *names)
+def attributes_kept(objects: Iterable[Any], *names: str, after_errors: bool = False) -> Iterator[None]:
+    """Restore attributes of objects afterwards; with ``after_errors``, only after an error."""
+    before = [(each, name, getattr(each, name)) for each in objects for name in names]
+    is_over = False
     try:
         yield
+        is_over = after_errors
     finally:
-        set_attributes(before)
+        if not is_over:
+            for each, name, value in before:
+                setattr(each, name, value)
 
 
 @contextmanager
@@ -105,7 +98,6 @@ def inputs_seen(looks: Iterable[tuple[nn.Module, Look]]) -> Iterator[None]:
 
 def untraceable(model: nn.Module, error: Exception, remedy: str) -> ValueError:
     """The error to raise where ``torch.fx`` cannot trace a model."""
-    first = str(error).partition("\n")[0]
     return ValueError(
-        f"{type(model).__name__} cannot be traced by torch.fx ({type(error).__name__}: {first}), {remedy}"
+        f"{type(model).__name__} cannot be traced by torch.fx ({type(error).__name__}: {first_line(error)}), {remedy}"
     )
