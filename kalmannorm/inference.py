@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kalmannorm.freezing import is_frozen
+from kalmannorm.gaussian import Gaussian
 from kalmannorm.modules import KalmanNorm, is_stock_batchnorm
 from kalmannorm.passes import Population, call_with, merge_over_processes, run_batches
 from kalmannorm.traversal import attributes_kept, in_eval, inputs_seen
 
-__all__ = ["collecting", "layers_to_recalibrate", "online_statistics", "recalibrate"]
+__all__ = ["Collector", "collecting", "layers_to_recalibrate", "online_statistics", "recalibrate"]
 
 _M = TypeVar("_M", bound=nn.Module)
 
@@ -141,18 +142,29 @@ def layers_to_recalibrate(model: nn.Module) -> dict[str, _BatchNorm]:
     return layers
 
 
+class Collector(Protocol):
+    """Gets a layer's online statistics: a stock layer's inputs, a Kalman layer's fused statistics ``(S, C)``."""
+
+    layer: Any
+
+    def observe(self, x: Tensor) -> None:
+        """Get an input ``(N, C, *)``."""
+
+    def add(self, statistics: Gaussian, samples: int | Tensor, /) -> None:
+        """Get statistics of so many samples."""
+
+
 @contextmanager
-def collecting(model: nn.Module, populations: Iterable[Population]) -> Iterator[None]:
-    """Run a model in ``eval()`` by online statistics, and add those of each call to the layers' ``populations``."""
+def collecting(model: nn.Module, collectors: Iterable[Collector]) -> Iterator[None]:
+    """Run a model in ``eval()`` by online statistics, and give those of each call to the layers' collectors."""
     with ExitStack() as stack:
         stock = []
-        for population in populations:
-            layer = population.layer
-            if isinstance(layer, KalmanNorm):
-                layer.collect = population.add
-                stack.callback(vars(layer).pop, "collect", None)
+        for each in collectors:
+            if isinstance(each.layer, KalmanNorm):
+                each.layer.collect = each.add
+                stack.callback(vars(each.layer).pop, "collect", None)
             else:
-                stock.append((layer, population.observe))
+                stock.append((each.layer, each.observe))
         with in_eval(model), inputs_seen(stock), online_statistics(model):
             yield
 

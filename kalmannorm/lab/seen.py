@@ -6,16 +6,15 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kalmannorm.freezing import is_frozen
 from kalmannorm.functional import add_process_noise, observe, synchronize
 from kalmannorm.gaussian import Gaussian
-from kalmannorm.inference import online_statistics
+from kalmannorm.inference import collecting
 from kalmannorm.modules import KalmanNorm
-from kalmannorm.propagation import paused
+from kalmannorm.traversal import device_of, inputs_seen, random_state_kept
 
 __all__ = ["Forward", "Seen", "calls_of", "first_element", "is_watched", "statistics_batches", "watched"]
 
@@ -55,28 +54,10 @@ def watched(network: nn.Module) -> Iterator[list[Seen]]:
         ValueError: There is no KalmanNorm and no BatchNorm layer that is not frozen.
     """
     seen: list[Seen] = []
-    training = {module: module.training for module in network.modules()}
-    tensors = [*network.parameters(), *network.buffers()]
-    devices = sorted({t.device.index for t in tensors if t.is_cuda})
-    handles = []
-    try:
-        network.eval()
-        for name, layer in network.named_modules():
-            if is_watched(layer):
-                watcher = _Watcher(name, seen)
-                handles.append(layer.register_forward_pre_hook(watcher.before, with_kwargs=True))
-                if isinstance(layer, KalmanNorm):
-                    layer.collect = watcher.collect
-        forked = torch.random.fork_rng(devices)
-        with online_statistics(network), torch.no_grad(), torch.compiler.set_stance("force_eager"), forked:
-            yield seen
-    finally:
-        for module, flag in training.items():
-            module.training = flag
-            if isinstance(module, KalmanNorm):
-                module.__dict__.pop("collect", None)
-        for handle in handles:
-            handle.remove()
+    watchers = [_Watcher(name, layer, seen) for name, layer in network.named_modules() if is_watched(layer)]
+    kalman = [(each.layer, each.observe) for each in watchers if isinstance(each.layer, KalmanNorm)]
+    with random_state_kept(network), collecting(network, watchers), inputs_seen(kalman):
+        yield seen
 
 
 def is_watched(layer: nn.Module) -> bool:
@@ -87,33 +68,32 @@ def is_watched(layer: nn.Module) -> bool:
 class _Watcher:
     """Keeps the calls of one layer."""
 
-    def __init__(self, name: str, seen: list[Seen]) -> None:
-        self.name, self.seen = name, seen
+    def __init__(self, name: str, layer: nn.Module, seen: list[Seen]) -> None:
+        self.name, self.layer, self.seen = name, layer, seen
 
-    def before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook: prior and observation; the posterior is the observation until the layer says else."""
-        x: Tensor = args[0] if args else kwargs["input"]
+    def observe(self, x: Tensor) -> None:
+        """Before a call: prior and observation; the posterior is the observation until the layer says else."""
+        layer = self.layer
         shared = layer.process_group if isinstance(layer, KalmanNorm) else None
         if not x.numel() and shared is None:
             return  # it normalizes nothing; others' samples are observed by an empty part too
-        with paused():
-            if not isinstance(layer, KalmanNorm):
-                self._add(None, observe(x), len(x))
-                return
-            groups = layer.statistic_groups(len(x))
-            # The layer finds again what this evaluates: the rules' beliefs, and the draws, are kept.
-            prior, noise = layer.prior(x, groups)
-            prior = None if prior is None else add_process_noise(prior, noise)
-            if shared is None:
-                self._add(prior, observe(x, groups), len(x) // groups)
-            else:
-                together = synchronize(x, shared)
-                self._add(prior, together.observation, int(together.samples))
+        if not isinstance(layer, KalmanNorm):
+            self._add(None, observe(x), len(x))
+            return
+        groups = layer.statistic_groups(len(x))
+        # The layer finds again what this evaluates: the rules' beliefs, and the draws, are kept.
+        prior, noise = layer.prior(x, groups)
+        prior = None if prior is None else add_process_noise(prior, noise)
+        if shared is None:
+            self._add(prior, observe(x, groups), len(x) // groups)
+        else:
+            together = synchronize(x, shared)
+            self._add(prior, together.observation, int(together.samples))
 
     def _add(self, prior: Gaussian | None, observation: Gaussian, samples: int) -> None:
         self.seen.append(Seen(self.name, prior, observation, observation, samples))
 
-    def collect(self, posterior: Gaussian, samples: int | Tensor) -> None:
+    def add(self, posterior: Gaussian, samples: int | Tensor) -> None:
         """As `KalmanNorm.collect`."""
         self.seen[-1] = self.seen[-1]._replace(posterior=posterior)
 
@@ -121,8 +101,7 @@ class _Watcher:
 def first_element(network: nn.Module, batch: Any) -> object:
     """Call a network on a batch that is its input, or begins with it."""
     images = batch if isinstance(batch, Tensor) else batch[0]
-    device = next(iter([*network.parameters(), *network.buffers()])).device
-    return network(images.to(device))
+    return network(images.to(device_of(network)))
 
 
 def calls_of(network: nn.Module, batches: Iterable[Any], forward: Forward) -> dict[str, list[Seen]]:
