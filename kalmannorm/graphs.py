@@ -118,7 +118,7 @@ class _Replayed:
         if torch.compiler.is_compiling() or not self.module.training or not torch.is_grad_enabled():
             return self.as_it_is(*args, **kwargs)
         leaves, form = tree_flatten((args, kwargs))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        tensors = _tensors(leaves)
         if not _is_capturable(leaves, tensors) or not any(p.requires_grad for p in self.module.parameters()):
             return self.as_it_is(*args, **kwargs)
         self._forget_after_changes()
@@ -220,8 +220,7 @@ class _Graph:
         self.awaited: weakref.ref[Any] | None = None  # the last replay's autograd node
         run = self._function(replayed, leaves, form, beliefs)
         with paused():
-            given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-            given += [b.moments for b in beliefs if isinstance(b, Packed)]
+            given = [*_tensors(leaves), *_moments(beliefs)]
             samples = [t.detach().clone().requires_grad_(t.requires_grad) for t in given]
         self.replay = _recorded(replayed.module, run, (*samples, *self.parameters))
 
@@ -234,33 +233,25 @@ class _Graph:
         layers = [layer for _, layer in kalman_layers(replayed.module)] if mode is None else mode.layers
         is_part = mode is not None and mode.opener is not replayed.module
         waiting = None if mode is None else mode.input_belief
-        places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        known = [place for place, belief in enumerate(beliefs) if isinstance(belief, Packed)]
+        count, with_moments = len(beliefs), len(beliefs) + len(_moments(beliefs))
         amp = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
 
         def run(*given: Tensor) -> tuple[Tensor, ...]:
-            tensors, moments = given[: len(places)], given[len(places) : len(places) + len(known)]
-            tensors = tuple([t.clone() if t.requires_grad else t for t in tensors])  # it may be changed in place
-            filled = list(leaves)
-            for place, tensor in zip(places, tensors, strict=True):
-                filled[place] = tensor
+            tensors = [t.clone() if t.requires_grad else t for t in given[:count]]  # it may be changed in place
             if mode is not None:
                 mode.input_belief = waiting  # each run of the recording takes it
-            for place, tensor in enumerate(tensors):
-                if (belief := beliefs[place]) is not None:
-                    attach(tensor, Packed(moments[known.index(place)]) if place in known else belief, "input")
-            args, kwargs = tree_unflatten(filled, form)
+            _attach(tensors, beliefs, given[count:with_moments], "input")
+            args, kwargs = tree_unflatten(_filled(leaves, tensors), form)
             watched = nullcontext() if mode is not None else Propagation(layers)
             # A graph must not read copies of parameters that autocast cached outside of it.
             with watched, torch.autocast("cuda", amp[1], enabled=amp[0], cache_enabled=False):
-                found, self.form = tree_flatten(replayed.as_it_is(*args, **kwargs))
-            self.places = [place for place, t in enumerate(found) if isinstance(t, Tensor)]
-            self.outputs = [None if isinstance(t, Tensor) else t for t in found]
-            tensors = tuple([found[place] for place in self.places])
+                outputs, self.form = tree_flatten(replayed.as_it_is(*args, **kwargs))
+            tensors = _tensors(outputs)
+            self.outputs = [_TENSOR if isinstance(t, Tensor) else t for t in outputs]
             self.are_derived = [t.requires_grad for t in tensors]
             with paused():
                 self.beliefs = [_belief_of(t) if is_part else None for t in tensors]
-            return *tensors, *[b.moments for b in self.beliefs if isinstance(b, Packed)]
+            return *tensors, *_moments(self.beliefs)
 
         return run
 
@@ -271,23 +262,43 @@ class _Graph:
         return node is not None and not node.is_done
 
     def __call__(self, tensors: Sequence[Tensor], beliefs: Sequence[Belief | None]) -> Any:
-        moments = [b.moments for b in beliefs if isinstance(b, Packed)]
         with paused():
-            given = [*tensors, *moments, *self.parameters]
+            given = [*tensors, *_moments(beliefs), *self.parameters]
             places = [place for place, t in enumerate(given) if t.requires_grad]
             views = _WithOwnGradients.apply(self, *[given[place] for place in places])  # type: ignore[no-untyped-call]
             for place, view in zip(places, views, strict=True):
                 given[place] = view
             # A graph always writes its outputs to the same memory.
             found = [t.clone() for t in self.replay(*given)]
-            more = iter(found[len(self.places) :])
-            outputs = list(self.outputs)
-            for number, (place, belief) in enumerate(zip(self.places, self.beliefs, strict=True)):
-                tensor = found[number] if self.are_derived[number] else found[number].detach()
-                outputs[place] = tensor
-                if belief is not None:
-                    attach(tensor, Packed(next(more)) if isinstance(belief, Packed) else belief, "captured")
-        return tree_unflatten(outputs, self.form)
+            outputs = [t if is_derived else t.detach() for t, is_derived in zip(found, self.are_derived, strict=False)]
+            _attach(outputs, self.beliefs, found[len(outputs) :], "captured")
+        return tree_unflatten(_filled(self.outputs, outputs), self.form)
+
+
+_TENSOR = object()  # in the place of a tensor in flat outputs
+
+
+def _tensors(leaves: Sequence[Any]) -> list[Tensor]:
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def _filled(leaves: Sequence[Any], tensors: Sequence[Tensor]) -> list[Any]:
+    """Flat arguments or outputs with other tensors."""
+    given = iter(tensors)
+    return [next(given) if leaf is _TENSOR or isinstance(leaf, Tensor) else leaf for leaf in leaves]
+
+
+def _moments(beliefs: Sequence[Belief | None]) -> list[Tensor]:
+    return [belief.moments for belief in beliefs if isinstance(belief, Packed)]
+
+
+def _attach(tensors: Sequence[Tensor], beliefs: Sequence[Belief | None], moments: Sequence[Tensor],
+            source: str) -> None:  # fmt: skip
+    """Attach beliefs to tensors, with other moments."""
+    given = iter(moments)
+    for tensor, belief in zip(tensors, beliefs, strict=True):
+        if belief is not None:
+            attach(tensor, Packed(next(given)) if isinstance(belief, Packed) else belief, source)
 
 
 class _WithOwnGradients(torch.autograd.Function):
