@@ -18,8 +18,10 @@ from kalmannorm.checkpoints import is_recomputing, is_reentrant
 from kalmannorm.evaluation import Estimator, belief_for, without_autocast
 from kalmannorm.functional import KalmanNormOutput, add_process_noise, group_kalman_norm, kalman_norm, synchronize
 from kalmannorm.gaussian import Gaussian, Packed, Unknown
-from kalmannorm.kernels import Filter, Given, Running, layer, move_running, unbiased
-from kalmannorm.kernels.apply import is_transformed
+from kalmannorm.kernels.arguments import Given, Options, Running
+from kalmannorm.kernels.autograd import is_transformed
+from kalmannorm.kernels.formulas import move_running
+from kalmannorm.kernels.layer import layer
 from kalmannorm.propagation import Prior, Propagation, attach, attach_step, current, is_open, is_resting, paused
 from kalmannorm.rules.linear import Linked
 
@@ -198,7 +200,7 @@ class KalmanLayer(nn.Module):
         return samples / (samples + _INITIAL_STRENGTH * parameter.exp())
 
     def _gain_line(self, samples: int) -> tuple[Tensor | None, float, float]:
-        """The gain for a kernel: parameter, slope and offset, see :class:`~kalmannorm.kernels.Filter`."""
+        """The gain for a kernel: parameter, slope and offset, see :class:`~kalmannorm.kernels.arguments.Options`."""
         gain = self.gain
         if not isinstance(gain, Tensor):
             return None, 0.0, gain
@@ -643,7 +645,7 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
             moments = None if below is None else below.packed().moments
             out = layer(
                 x, Given(moments, prior.shift, prior.scale, gain, prior.noise, self.weight, self.bias),
-                Filter(groups, slope, offset, _INITIAL_NOISE, self.spread, self.eps, relu),
+                Options(groups, slope, offset, _INITIAL_NOISE, self.spread, self.eps, relu),
                 running=self._running() if self.training else None, posterior=self.carry == "posterior",
                 through=through,
             )  # fmt: skip
@@ -712,9 +714,8 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
         running = self._running()
         if running is None:
             return
-        newest = unbiased(out.posterior.var, out.gain, out.observation.var, count)
         try:
-            move_running(running, out.posterior.mean, newest)
+            move_running(running, out.posterior, out.gain, out.observation.var, count)
         except RuntimeError as error:
             if not is_transformed():
                 raise

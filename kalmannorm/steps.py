@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kalmannorm.gaussian import Unknown
-from kalmannorm.kernels.apply import saved_tensor_hooks
+from kalmannorm.kernels.autograd import saved_tensor_hooks
 from kalmannorm.rules import Belief
 
 __all__ = ["SCALARS", "Step", "computed_in", "found_in", "may_use", "put", "replace", "step_of"]
@@ -94,7 +94,7 @@ def may_use(where: Any, step: Step, now: Any) -> bool:
     Args:
         where: what :func:`computed_in` noted.
         step: whose value it is.
-        now: the region that asks, of :func:`~kalmannorm.kernels.apply.saved_tensor_hooks`.
+        now: the region that asks, of :func:`~kalmannorm.kernels.autograd.saved_tensor_hooks`.
     """
     return bool(where == now or where == step.hooks or where == (_AGAIN, now))
 

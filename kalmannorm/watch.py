@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from kalmannorm.gaussian import Gaussian, Unknown
-from kalmannorm.kernels.apply import is_transformed
+from kalmannorm.kernels.autograd import is_transformed
 from kalmannorm.propagation import Propagation, attach, current, is_resting
 from kalmannorm.shards import watch_shards
 from kalmannorm.steps import found_in, step_of
