@@ -12,19 +12,33 @@ from torch import Tensor
 
 from kalmannorm.gaussian import Gaussian
 from kalmannorm.kernels.arguments import Given, Options, Running
+from kalmannorm.kernels.memory_format import dense
 from kalmannorm.kernels.moments import moments
 from kalmannorm.kernels.rectify import rectified
 from kalmannorm.kernels.standardize import standardize
 
 __all__ = [
-    "at_least_float32", "fold_taps", "fuse", "gain_of", "layer_forward", "link_forward", "move_running", "noise_of",
-    "normalize", "observe", "predicted",
+    "at_least_float32", "by_sample", "fold_taps", "for_samples", "fuse", "gain_of", "layer_forward", "link_forward",
+    "move_running", "noise_of", "normalize", "observe", "predicted",
 ]  # fmt: skip
 
 
 def at_least_float32(x: Tensor) -> Tensor:
     """The tensor in the type that statistics have: float32, or float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def by_sample(x: Tensor, groups: int) -> Tensor:
+    """``(1, N C, P)``, each sample's channels as channels of their own; with one group, the tensor itself.
+
+    torch's kernels of BatchNorm then serve several groups too.
+    """
+    return x if groups == 1 else x.reshape(1, x.shape[0] * x.shape[1], -1)
+
+
+def for_samples(t: Tensor, x: Tensor) -> Tensor:
+    """``(S, C)`` for each channel of :func:`by_sample`, ``(N C,)``; with one group, ``(C,)``."""
+    return t.view(-1) if t.shape[0] == 1 else t.repeat_interleave(x.shape[0] // t.shape[0], 0).view(-1)
 
 
 def observe(x: Tensor, groups: int = 1) -> Gaussian:
@@ -46,14 +60,10 @@ def observe(x: Tensor, groups: int = 1) -> Gaussian:
         >>> print(f"{found.mean.item():.2f} {found.var.item():.2f}")
         1.50 0.36
     """
-    x = at_least_float32(x)
+    mean, var = moments(by_sample(at_least_float32(x), groups))
     if groups == 1:
-        mean, var = moments(x)
         return Gaussian(mean[None], var[None])
-    # Each sample as channels of its own, then a group's samples together.
-    samples, channels = x.shape[:2]
-    mean, var = moments(x.reshape(1, samples * channels, -1))
-    each = Gaussian(mean, var).map(lambda t: t.view(groups, samples // groups, channels))
+    each = Gaussian(mean, var).map(lambda t: t.view(groups, -1, x.shape[1]))
     return each.pool([1]).map(lambda t: t.squeeze(1))
 
 
@@ -106,19 +116,14 @@ def normalize(x: Tensor, statistics: Gaussian, weight: Tensor | None, bias: Tens
     mean, var = statistics.mean, statistics.var
     weight = torch.ones_like(mean[0]) if weight is None else weight.to(mean.dtype)
     bias = torch.zeros_like(mean[0]) if bias is None else bias.to(mean.dtype)
-    if mean.shape[0] == 1:
-        return standardize(x, mean.view(-1), var.view(-1), weight, bias, eps)
-    if x.is_contiguous():
-        # Each sample as channels of its own, with its group's statistics.
-        samples, channels = x.shape[:2]
-        mean, var = (t.repeat_interleave(samples // len(t), 0).view(-1) for t in (mean, var))
-        weight, bias = weight.repeat(samples), bias.repeat(samples)
-        y = standardize(x.reshape(1, samples * channels, -1), mean, var, weight, bias, eps).view(x.shape)
-    else:
-        scale = weight * torch.rsqrt(var + eps)
-        scale, shift = (t.view(t.shape[0], 1, -1, *[1] * (x.ndim - 2)) for t in (scale, bias - mean * scale))
-        y = torch.addcmul(shift, x.unflatten(0, (mean.shape[0], -1)), scale).flatten(0, 1).to(x.dtype)
+    groups = mean.shape[0]
+    vectors = (mean, var, weight.expand_as(mean), bias.expand_as(mean))
+    mean, var, weight, bias = (for_samples(t, x) for t in vectors)
+    y = standardize(by_sample(x, groups), mean, var, weight, bias, eps)
+    if groups == 1:
+        return y
     # For autograd no view, which, as the output of an autograd function, could not be changed in place.
+    y = dense(y.view(x.shape), x)
     return torch.ops.aten._unsafe_view.default(y, y.shape)  # type: ignore[no-any-return]
 
 

@@ -15,7 +15,9 @@ from torch import Tensor
 from kalmannorm.gaussian import Gaussian
 from kalmannorm.kernels.arguments import Given, Options
 from kalmannorm.kernels.formulas import (
+    by_sample,
     fold_taps,
+    for_samples,
     gain_of,
     layer_forward,
     link_forward,
@@ -46,15 +48,15 @@ def layer_backward(dy: Tensor, x: Tensor, given: Given, statistics: Tensor, d_be
     Returns:
         Gradients of ``x``, prior, gain, noise, weight and bias, each like its tensor, and None where that is None.
     """
-    normalized_by, (mean, var) = Gaussian(statistics[0], statistics[1]), statistics[4:]
+    posterior_mean, posterior_var, _, _, mean, var = statistics
     gamma = torch.ones_like(mean[0]) if given.weight is None else given.weight
-    inverse = torch.rsqrt(normalized_by.var + options.eps)
+    inverse = torch.rsqrt(posterior_var + options.eps)
     scale = inverse * gamma
     dy = dense(dy, x)
     if options.relu:
-        before = normalize(x, normalized_by, given.weight, given.bias, options.eps)
+        before = normalize(x, Gaussian(posterior_mean, posterior_var), given.weight, given.bias, options.eps)
         dy = torch.where(before > 0, dy, 0)
-    dx, sum_dyx, sum_dy = _through_normalization(dy, x, normalized_by, gamma, inverse, options.eps)
+    dx, sum_dyx, sum_dy = _through_normalization(dy, x, gamma.expand_as(mean), posterior_mean, posterior_var, options)
 
     sent = torch.zeros_like(statistics[:2]) if d_belief is None else d_belief.view(2, *mean.shape)
     nothing = torch.zeros_like(sent)
@@ -67,10 +69,36 @@ def layer_backward(dy: Tensor, x: Tensor, given: Given, statistics: Tensor, d_be
     count = x.numel() // mean.numel()
     slope = slope_by_variance(g_var * (q * (2 / count)), mean, var)
     dx = _add_line(dx, dy, x, scale, slope, by_observed / count - slope * mean)
-    through_output = 2 * by_output[1] * gamma * normalized_by.var * inverse.square()
+    through_output = 2 * by_output[1] * gamma * posterior_var * inverse.square()
     d_weight = None if given.weight is None else (sum_dyx + through_output).sum(0)
     d_bias = None if given.bias is None else (sum_dy + by_output[0]).sum(0)
     return dx, *of_filter, d_weight, d_bias
+
+
+def _through_normalization(dy: Tensor, x: Tensor, gamma: Tensor, mean: Tensor, var: Tensor,
+                           options: Options) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
+    """``scale dy``, where torch computes it in the same pass; ``sum dy (x - m) / s`` and ``sum dy``, ``(S, C)``."""
+    groups = options.groups
+    wanted = [x.dtype == mean.dtype, True, True]  # terms that cancel may each be too large for half precision
+    vectors = [for_samples(t, x) for t in (gamma, mean, var)]
+    dx, *sums = torch.ops.aten.native_batch_norm_backward(
+        by_sample(dy, groups), by_sample(x, groups), *vectors, None, None, False, options.eps, wanted
+    )
+    sum_dyx, sum_dy = (t[None] if groups == 1 else t.view(groups, -1, x.shape[1]).sum(1) for t in sums)
+    return dx if wanted[0] else None, sum_dyx, sum_dy
+
+
+def _add_line(dx: Tensor | None, dy: Tensor, x: Tensor, scale: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
+    """``scale dy + slope x + offset``, in the memory of ``scale dy`` where there is that."""
+    flat = by_sample(x, scale.shape[0])
+    shape = (1, -1, *[1] * (flat.ndim - 2))
+    scale, slope, offset = (for_samples(t, x).view(shape) for t in (scale, slope, offset))
+    if dx is not None:
+        dx.addcmul_(flat, slope).add_(offset)
+    else:
+        flat_dy = dy.reshape(flat.shape).to(scale.dtype)
+        dx = torch.addcmul(offset, flat.to(scale.dtype), slope).addcmul_(flat_dy, scale).to(x.dtype)
+    return dense(dx.view(x.shape), x)
 
 
 def _through_fusion(g_mean: Tensor, g_var: Tensor, mean: Tensor, var: Tensor, given: Given,
@@ -96,43 +124,6 @@ def _through_fusion(g_mean: Tensor, g_var: Tensor, mean: Tensor, var: Tensor, gi
     by_prior = torch.stack([by_prior_mean, by_prior_var])
     by_prior = by_prior.sum(1, keepdim=True) if given.prior.shape[1] == 1 else by_prior
     return by_observed, q, by_prior.view(given.prior.shape), d_gain, d_noise
-
-
-def _blocks(t: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
-    """``(S, N / S, C, *)``."""
-    blocks: Tensor = t.to(dtype).unflatten(0, (groups, -1))
-    return blocks
-
-
-def _along(t: Tensor, x: Tensor) -> Tensor:
-    """``(S, C)`` beside the blocks of ``x``."""
-    return t.view(t.shape[0], 1, -1, *[1] * (x.ndim - 2))
-
-
-def _through_normalization(dy: Tensor, x: Tensor, statistics: Gaussian, gamma: Tensor, inverse: Tensor,
-                           eps: float) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
-    """``scale dy``, where torch computes it in the same pass; ``sum dy (x - m) / s`` and ``sum dy``, ``(S, C)``."""
-    mean, var = statistics.mean, statistics.var
-    if mean.shape[0] == 1:
-        wanted = [x.dtype == mean.dtype, True, True]  # terms that cancel may each be too large for half precision
-        dx, sum_dyx, sum_dy = torch.ops.aten.native_batch_norm_backward(
-            dy, x, gamma, mean[0], var[0], None, None, False, eps, wanted
-        )
-        return dx if wanted[0] else None, sum_dyx[None], sum_dy[None]
-    x_blocks, dy_blocks = (_blocks(t, mean.shape[0], mean.dtype) for t in (x, dy))
-    dims = [1, *range(3, x_blocks.ndim)]
-    centred = (x_blocks - _along(mean, x)) * _along(inverse, x)
-    return None, (dy_blocks * centred).sum(dims), dy_blocks.sum(dims)
-
-
-def _add_line(dx: Tensor | None, dy: Tensor, x: Tensor, scale: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
-    """``scale dy + slope x + offset``, in the memory of ``scale dy`` where there is that."""
-    if dx is not None:
-        shape = (1, -1, *[1] * (x.ndim - 2))
-        return dx.addcmul_(x, slope.view(shape)).add_(offset.view(shape))
-    x_blocks, dy_blocks = (_blocks(t, scale.shape[0], scale.dtype) for t in (x, dy))
-    moved = torch.addcmul(_along(offset, x), x_blocks, _along(slope, x)).addcmul_(dy_blocks, _along(scale, x))
-    return dense(moved.flatten(0, 1).to(x.dtype), x)
 
 
 def link_backward(moments: Tensor, weight: Tensor, after: Tensor | None, d_out: Tensor, d_after: Tensor | None,
