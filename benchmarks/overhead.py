@@ -20,8 +20,8 @@ from benchmarks.environment import keep_memory
 PARTS = {
     "recording": ("propagation.py", "steps.py", "watch.py", "checkpoints.py", "shards.py"),
     "evaluation": ("evaluation.py", "gaussian.py", "rules/"),
-    "layer and link": ("modules.py", "functional.py", "kernels/layer.py", "kernels/link.py", "kernels/apply.py",
-                       "kernels/memory.py", "kernels/backends.py", "kernels/rectify.py"),
+    "layer and link": ("modules.py", "functional.py", "kernels/layer.py", "kernels/link.py", "kernels/autograd.py",
+                       "kernels/memory_format.py", "kernels/backends.py", "kernels/rectify.py"),
     "kernels and launches": ("kernels/on_", "kernels/triton_"),
 }  # fmt: skip
 COLUMNS = ("case", "device", "method", "ms", "forward_ms", "backward_ms", "optimizer_ms", "ratio", "network_ms",

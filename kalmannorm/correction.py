@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kalmannorm.functional import add_process_noise
 from kalmannorm.gaussian import Gaussian
-from kalmannorm.kernels.apply import is_transformed
+from kalmannorm.kernels.autograd import is_transformed
 
 __all__ = ["VERSION", "CorrectedPrior", "is_trained"]
 

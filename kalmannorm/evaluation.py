@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import resolve_name
 
 from kalmannorm.gaussian import Gaussian, Packed, Unknown
-from kalmannorm.kernels.apply import in_grad_mode, is_transformed, saved_tensor_hooks
+from kalmannorm.kernels.autograd import in_grad_mode, is_transformed, saved_tensor_hooks
 from kalmannorm.rules import RULES, Belief, Rule
 from kalmannorm.rules.linear import Linked
 from kalmannorm.rules.pointwise import Deferred

@@ -14,7 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kalmannorm.gaussian import Gaussian, Packed
-from kalmannorm.kernels import Filter, Given, all_reduce, layer, moments, standardize
+from kalmannorm.kernels.all_reduce import all_reduce
+from kalmannorm.kernels.arguments import Given, Options
+from kalmannorm.kernels.formulas import at_least_float32, fuse, normalize, observe
+from kalmannorm.kernels.layer import layer
+from kalmannorm.kernels.moments import moments
 
 __all__ = [
     "KalmanNormOutput", "group_kalman_norm", "kalman_norm", "kalman_update", "observe", "trusted_gain",
@@ -32,36 +36,6 @@ class KalmanNormOutput(NamedTuple):
     """The batch's own statistics, ``(S, C)``."""
     gain: Tensor | float
     """The gain that fused them: 1 where there was no prior, or none to be trusted."""
-
-
-def observe(x: Tensor, groups: int = 1) -> Gaussian:
-    """Mean and biased variance of each group and channel (Eq. 1 and 8).
-
-    You need it, as the other functions here, to build a normalization of your own.
-
-    Args:
-        x: ``(N, C, *)``; ``N`` is a multiple of ``groups``.
-        groups: ``S``, consecutive blocks of ``N / S`` samples.
-
-    Returns:
-        Moments ``(S, C)``, float32 for inputs of lower precision.
-
-    Example:
-        >>> import torch
-        >>> from kalmannorm.functional import observe
-        >>> found = observe(torch.tensor([[0.9], [2.1]]))
-        >>> print(f"{found.mean.item():.2f} {found.var.item():.2f}")
-        1.50 0.36
-    """
-    x = x.to(_wide(x.dtype))
-    if groups == 1:
-        mean, var = moments(x)
-        return Gaussian(mean[None], var[None])
-    # Each sample as channels of its own, then a group's samples together.
-    samples, channels = x.shape[:2]
-    mean, var = moments(x.reshape(1, samples * channels, -1))
-    each = Gaussian(mean, var).map(lambda t: t.view(groups, samples // groups, channels))
-    return each.pool([1]).map(lambda t: t.squeeze(1))
 
 
 def kalman_update(prior: Gaussian | None, observation: Gaussian, gain: Tensor | float, *,
@@ -93,16 +67,7 @@ def kalman_update(prior: Gaussian | None, observation: Gaussian, gain: Tensor | 
         >>> print(f"{posterior.mean.item():.2f} {posterior.var.item():.4f}")
         0.15 1.1385
     """
-    if prior is None:
-        return observation
-    prior = add_process_noise(prior, process_noise)
-    gain = trusted_gain(prior, observation, gain, guard)
-    innovation = observation.mean - prior.mean
-    mean = torch.lerp(prior.mean, observation.mean, gain)
-    var = torch.lerp(prior.var, observation.var, gain)
-    if spread:
-        var = torch.addcmul(var, gain * (1 - gain) * innovation, innovation)
-    return Gaussian(mean, var)
+    return _fuse(prior, observation, gain, process_noise, spread, guard)[1]
 
 
 def add_process_noise(prior: Gaussian, process_noise: Tensor | None) -> Gaussian:
@@ -137,39 +102,19 @@ def trusted_gain(prior: Gaussian, observation: Gaussian, gain: Tensor | float, g
     return torch.where(ratio < guard, gain, torch.ones_like(ratio))
 
 
-def normalize(x: Tensor, statistics: Gaussian, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """``y = gamma (x - m) / sqrt(v + eps) + beta``, in one pass over ``x``.
-
-    Args:
-        x: ``(N, C, *)``.
-        statistics: ``(S, C)``.
-        weight: ``gamma``, ``(C,)``, or None for ones.
-        bias: ``beta``, ``(C,)``, or None for zeros.
-        eps: added to the variance.
-    """
-    mean, var = statistics.mean, statistics.var
-    weight, bias = _affine(weight, bias, mean[0])
-    if mean.shape[0] == 1:
-        return standardize(x, mean.view(-1), var.view(-1), weight, bias, eps)
-    if not x.is_contiguous():  # whose memory format the output is to keep
-        scale = weight * torch.rsqrt(var + eps)
-        blocks = x.unflatten(0, (mean.shape[0], -1))
-        scale, shift = (t.view(t.shape[0], 1, -1, *[1] * (x.ndim - 2)) for t in (scale, bias - mean * scale))
-        return torch.addcmul(shift, blocks, scale).flatten(0, 1)
-    # Each sample as channels of its own, with its group's statistics.
-    samples, channels = x.shape[:2]
-    each = samples // mean.shape[0]
-    mean, var = (t.repeat_interleave(each, 0).view(-1) for t in (mean, var))
-    y = standardize(x.reshape(1, samples * channels, -1), mean, var, weight.repeat(samples), bias.repeat(samples), eps)
-    return y.view(x.shape)
-
-
-def _affine(weight: Tensor | None, bias: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
-    """``gamma`` and ``beta``, ones and zeros where there are none."""
-    return (
-        torch.ones_like(like) if weight is None else weight.to(like.dtype),
-        torch.zeros_like(like) if bias is None else bias.to(like.dtype),
-    )
+def _fuse(prior: Gaussian | None, observation: Gaussian, gain: Tensor | float, process_noise: Tensor | None,
+          spread: bool, guard: float | None) -> tuple[Tensor | float, Gaussian]:  # fmt: skip
+    """The gain that was used, and the posterior."""
+    if prior is None:
+        return 1.0, observation
+    prior = add_process_noise(prior, process_noise)
+    if guard is not None:
+        gain = trusted_gain(prior, observation, gain, guard)
+        # Where the gain is 1, the difference from a prior that is far away would leave its rounding in the posterior.
+        assert isinstance(gain, Tensor)
+        mean = torch.where(gain < 1, prior.mean, observation.mean)
+        prior = Gaussian(mean, torch.where(gain < 1, prior.var, observation.var))
+    return gain, fuse(prior, observation, gain, spread)
 
 
 def kalman_norm(x: Tensor, prior: Gaussian | None, weight: Tensor | None = None, bias: Tensor | None = None, *,
@@ -204,21 +149,12 @@ def kalman_norm(x: Tensor, prior: Gaussian | None, weight: Tensor | None = None,
     """
     if observation is None and guard is None:
         return _in_one_step(x, prior, weight, bias, gain, process_noise, spread, groups, eps, relu)
-    wide = x.to(_wide(x.dtype))
+    wide = at_least_float32(x)
     if observation is None:
         observation = observe(wide, groups)
     gain, posterior = _fuse(prior, observation, gain, process_noise, spread, guard)
     y = normalize(wide, posterior, weight, bias, eps).to(x.dtype)
     return KalmanNormOutput(y.relu() if relu else y, posterior, observation, gain)
-
-
-def _fuse(prior: Gaussian | None, observation: Gaussian, gain: Tensor | float, process_noise: Tensor | None,
-          spread: bool, guard: float | None) -> tuple[Tensor | float, Gaussian]:  # fmt: skip
-    if prior is None:
-        return 1.0, observation
-    prior = add_process_noise(prior, process_noise)
-    gain = trusted_gain(prior, observation, gain, guard)
-    return gain, kalman_update(prior, observation, gain, spread=spread)
 
 
 def _in_one_step(x: Tensor, prior: Gaussian | None, weight: Tensor | None, bias: Tensor | None, gain: Tensor | float,
@@ -228,7 +164,7 @@ def _in_one_step(x: Tensor, prior: Gaussian | None, weight: Tensor | None, bias:
     given_gain, offset = (gain, 0.0) if isinstance(gain, Tensor) else (None, gain)
     moments = None if prior is None else prior.packed().moments
     given = Given(moments, None, None, given_gain, process_noise, weight, bias)
-    options = Filter(groups=groups, gain_offset=offset, spread=spread, eps=eps, relu=relu)
+    options = Options(groups=groups, gain_offset=offset, spread=spread, eps=eps, relu=relu)
     out = layer(x, given, options, posterior=True)
     posterior = Packed(out.belief.view(2, groups, x.shape[1]))
     used = 1.0 if prior is None else gain
@@ -259,7 +195,7 @@ def synchronize(x: Tensor, process_group: dist.ProcessGroup) -> SharedObservatio
     channels = x.shape[1]
     if x.numel() == 0:
         # Zero, but a function of x: the backward pass too must call the others.
-        nothing = x.to(_wide(x.dtype)).sum().expand(1, channels)
+        nothing = at_least_float32(x).sum().expand(1, channels)
         observation = Gaussian(nothing, nothing)
     else:
         observation = observe(x)
@@ -273,11 +209,6 @@ def synchronize(x: Tensor, process_group: dist.ProcessGroup) -> SharedObservatio
     mean = (share * means).sum(0, keepdim=True)
     var = (share * (variances + (means - mean).square())).sum(0, keepdim=True)
     return SharedObservation(Gaussian(mean, var), samples.sum().detach(), counts.sum().detach())
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """The type that statistics have: at least float32."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def group_kalman_norm(x: Tensor, prior: Gaussian | None, num_groups: int, weight: Tensor | None = None,
@@ -312,7 +243,7 @@ def group_kalman_norm(x: Tensor, prior: Gaussian | None, num_groups: int, weight
         True
     """
     samples, channels = x.shape[:2]
-    wide = x.to(_wide(x.dtype))
+    wide = at_least_float32(x)
     mean, var = moments(wide.reshape(1, samples * num_groups, -1))
     observation = Gaussian(mean, var).map(lambda t: t.view(samples, num_groups))
     if prior is not None:

@@ -16,7 +16,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from kalmannorm.evaluation import exact, first_line, without_autocast
 from kalmannorm.gaussian import Gaussian, Packed
-from kalmannorm.kernels.apply import is_transformed, saved_tensor_hooks
+from kalmannorm.kernels.autograd import is_transformed, saved_tensor_hooks
 from kalmannorm.priors import tensors_of
 from kalmannorm.propagation import Propagation, attach, current, paused
 from kalmannorm.rules import Belief

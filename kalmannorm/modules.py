@@ -19,8 +19,10 @@ from kalmannorm.correction import VERSION, CorrectedPrior, is_trained
 from kalmannorm.evaluation import belief_for, without_autocast
 from kalmannorm.functional import KalmanNormOutput, add_process_noise, group_kalman_norm, kalman_norm, synchronize
 from kalmannorm.gaussian import Gaussian, Packed, Unknown
-from kalmannorm.kernels import Filter, Given, Running, layer, move_running, unbiased
-from kalmannorm.kernels.apply import is_transformed
+from kalmannorm.kernels.arguments import Given, Options, Running
+from kalmannorm.kernels.autograd import is_transformed
+from kalmannorm.kernels.formulas import move_running
+from kalmannorm.kernels.layer import layer
 from kalmannorm.paper import drawn_belief, preset
 from kalmannorm.priors import INITIAL_NOISE, Prior
 from kalmannorm.propagation import Propagation, attach, attach_step, current, is_open, is_resting, paused
@@ -160,7 +162,7 @@ class KalmanLayer(CorrectedPrior):
         return samples / (samples + _INITIAL_STRENGTH * parameter.exp())
 
     def _gain_line(self, samples: int) -> tuple[Tensor | None, float, float]:
-        """The gain for a kernel: parameter, slope and offset, see :class:`~kalmannorm.kernels.Filter`."""
+        """The gain for a kernel: parameter, slope and offset, see :class:`~kalmannorm.kernels.arguments.Options`."""
         gain = self.gain
         if not isinstance(gain, Tensor):
             return None, 0.0, gain
@@ -523,7 +525,7 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
             moments = None if below is None else below.packed().moments
             out = layer(
                 x, Given(moments, prior.shift, prior.scale, gain, prior.noise, self.weight, self.bias),
-                Filter(groups, slope, offset, INITIAL_NOISE, self.spread, self.eps, relu),
+                Options(groups, slope, offset, INITIAL_NOISE, self.spread, self.eps, relu),
                 running=self._running() if self.training else None, posterior=self.carry == "posterior",
                 through=through,
             )  # fmt: skip
@@ -596,9 +598,8 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
         running = self._running()
         if running is None:
             return
-        newest = unbiased(out.posterior.var, out.gain, out.observation.var, count)
         try:
-            move_running(running, out.posterior.mean, newest)
+            move_running(running, out.posterior, out.gain, out.observation.var, count)
         except RuntimeError as error:
             if not is_transformed():
                 raise

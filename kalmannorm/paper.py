@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kalmannorm.evaluation import FAILURES, NO_INPUT, evaluate, exact, first_line, function_name, operands
 from kalmannorm.gaussian import Gaussian, Unknown
-from kalmannorm.kernels.apply import in_grad_mode, saved_tensor_hooks
+from kalmannorm.kernels.autograd import in_grad_mode, saved_tensor_hooks
 from kalmannorm.rules import Belief
 from kalmannorm.steps import Step, computed_in, may_use, replace, step_of
 

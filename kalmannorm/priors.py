@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kalmannorm.gaussian import Gaussian
-from kalmannorm.kernels.apply import is_transformed
+from kalmannorm.kernels.autograd import is_transformed
 from kalmannorm.steps import found_in
 
 __all__ = ["INITIAL_NOISE", "KeptPriors", "Prior", "may_be_kept", "tensors_of"]

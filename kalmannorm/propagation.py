@@ -20,8 +20,8 @@ from torch.overrides import TorchFunctionMode
 from kalmannorm.checkpoints import enter_again
 from kalmannorm.evaluation import defer
 from kalmannorm.gaussian import Gaussian, Unknown
-from kalmannorm.kernels import rectify_output
-from kalmannorm.kernels.apply import alias
+from kalmannorm.kernels.autograd import alias
+from kalmannorm.kernels.layer import rectify_output
 from kalmannorm.priors import KeptPriors
 from kalmannorm.rules import RULES, Belief
 from kalmannorm.rules.pointwise import Deferred

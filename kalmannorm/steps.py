@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from kalmannorm.gaussian import Unknown
-from kalmannorm.kernels.apply import saved_tensor_hooks
+from kalmannorm.kernels.autograd import saved_tensor_hooks
 from kalmannorm.rules import Belief
 
 __all__ = ["SCALARS", "Step", "computed_in", "found_in", "may_use", "placed_in", "put", "replace", "step_of"]
@@ -92,7 +92,7 @@ def may_use(where: Any, step: Step, now: Any) -> bool:
     Args:
         where: the note of :func:`computed_in` beside the value.
         step: the value's step.
-        now: the current region, from :func:`~kalmannorm.kernels.apply.saved_tensor_hooks`.
+        now: the current region, from :func:`~kalmannorm.kernels.autograd.saved_tensor_hooks`.
     """
     return bool(where == now or where == step.hooks or where == (_AGAIN, now))
 

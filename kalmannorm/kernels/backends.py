@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kalmannorm.kernels import on_cpu, on_gpu, on_torch
-from kalmannorm.kernels.memory import is_channels_last
+from kalmannorm.kernels.memory_format import is_channels_last
 
 __all__ = ["backend_for"]
 

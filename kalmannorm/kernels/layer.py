@@ -40,15 +40,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kalmannorm.gaussian import Gaussian
 from kalmannorm.kernels import on_cpu, on_torch, operators
-from kalmannorm.kernels.apply import alias, differentiable_gradients, is_transformed
+from kalmannorm.kernels.arguments import Given, Options, Running
+from kalmannorm.kernels.autograd import alias, differentiable_gradients, is_transformed
 from kalmannorm.kernels.backends import backend_for
+from kalmannorm.kernels.formulas import at_least_float32, gain_of, move_running
 from kalmannorm.kernels.link import link
-from kalmannorm.kernels.memory import as_dense
-from kalmannorm.kernels.moments import moments
-from kalmannorm.kernels.on_torch import fuse, gain_of, move_running, unbiased
-from kalmannorm.kernels.options import Filter, Given, Running
-from kalmannorm.kernels.standardize import standardize
+from kalmannorm.kernels.memory_format import as_dense
 
 __all__ = ["Layer", "Through", "layer", "rectify_output"]
 
@@ -88,55 +87,41 @@ def _handed_on(statistics: Tensor, x: Tensor, posterior: bool) -> Tensor:
     return rows.view(*rows.shape, *[1] * (x.ndim - 2))
 
 
-def _plain(x: Tensor, given: Given, through: Through | None, posterior: bool, options: Filter,
-           running: Running | None) -> tuple[Any, ...]:  # fmt: skip
-    """The same by functions that autograd knows, for the gradient of a gradient and for torch.compile."""
+def _forward(backend: ModuleType, x: Tensor, given: Given, through: Through | None, options: Options,
+             running: Running | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """By a backend: output, statistics, the prior above the link, and the rectified moments below it."""
     after = None
-    if through is not None and given.prior is not None:
-        prior, after = on_torch.link_forward(given.prior, *through)
+    if through is not None:
+        prior, after = backend.link_forward(given.prior, *through)
         given = given._replace(prior=prior)
-    groups, channels = options.groups, x.shape[1]
-    # Groups as channels of their own: (N / S, S C, *).
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    blocks = wide if groups == 1 else wide.unflatten(0, (groups, -1)).transpose(0, 1).flatten(1, 2)
-    mean, var = (t.view(groups, channels) for t in moments(blocks))
-    posterior_mean, posterior_var, q = fuse(mean, var, given, options)
-    ones = torch.ones_like(mean)
-    gamma = ones if given.weight is None else given.weight * ones
-    beta = 0 * ones if given.bias is None else given.bias * ones
-    flat_mean, flat_var, flat_gamma, flat_beta = (t.reshape(-1) for t in (posterior_mean, posterior_var, gamma, beta))
-    y = standardize(blocks, flat_mean, flat_var, flat_gamma, flat_beta, options.eps)
-    y = (y if groups == 1 else y.unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 1)).to(x.dtype)
-    y = y.relu() if options.relu else y
-    output_var = gamma.square() * (posterior_var / (posterior_var + options.eps))
-    if running is not None:
-        count = x.numel() // (groups * channels)
-        move_running(running, posterior_mean.detach(), unbiased(posterior_var, q, var, count).detach())
-    statistics = torch.stack([posterior_mean, posterior_var, beta, output_var, mean, var])
-    return y, _handed_on(statistics, x, posterior), statistics.detach(), after
+    return *backend.layer_forward(x, given, running, options), given.prior, after
 
 
-def _compiled(x: Tensor, given: Given, posterior: bool, options: Filter, running: Running | None) -> Layer:
+def _plain(x: Tensor, given: Given, through: Through | None, posterior: bool, options: Options,
+           running: Running | None) -> Layer:  # fmt: skip
+    """In functions that autograd can differentiate: for the gradient of a gradient, transforms and torch.compile."""
+    y, statistics, _, after = _forward(on_torch, at_least_float32(x), given, through, options, running)
+    return Layer(y.to(x.dtype), _handed_on(statistics, x, posterior), statistics.detach(), after)
+
+
+def _compiled(x: Tensor, given: Given, posterior: bool, options: Options, running: Running | None) -> Layer:
+    """By an operator that torch.compile keeps whole."""
     y, statistics = operators.layer(x, *given, posterior, *options)
     seen = statistics.detach()
     if running is not None:
-        q = 1.0 if given.prior is None else gain_of(given.gain, given.prior, options).detach()
         count = x.numel() // (options.groups * x.shape[1])
-        move_running(running, seen[0], unbiased(seen[1], q, seen[5], count))
+        move_running(running, Gaussian(seen[0], seen[1]), gain_of(given, options), seen[5], count)
     return Layer(alias(y), _handed_on(statistics, x, posterior), seen, None)
 
 
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, filter: Tensor | None, filter_bias: Tensor | None, rectifies: bool,  # type: ignore[override]
-                posterior: bool, options: Filter, running: Running | None, backend: ModuleType,
+                posterior: bool, options: Options, running: Running | None, backend: ModuleType,
                 *vectors: Tensor | None) -> Any:  # fmt: skip
-        given, after = Given(*vectors), None
-        if filter is not None:
-            prior, after = backend.link_forward(given.prior, filter, filter_bias, rectifies)
-            given = given._replace(prior=prior)
-        y, statistics = backend.layer_forward(x, given, running, options)
-        ctx.save_for_backward(x, filter, filter_bias, *vectors, statistics, given.prior, after)
+        through = None if filter is None else Through(filter, filter_bias, rectifies)
+        y, statistics, prior, after = _forward(backend, x, Given(*vectors), through, options, running)
+        ctx.save_for_backward(x, filter, filter_bias, *vectors, statistics, prior, after)
         ctx.rectifies, ctx.posterior, ctx.options, ctx.backend = rectifies, posterior, options, backend
         ctx.is_rectified = False  # since, by `rectify_output`
         ctx.mark_non_differentiable(statistics)
@@ -170,10 +155,6 @@ class _Layer(torch.autograd.Function):
         return (dx, d_filter, d_filter_bias, *[None] * 5, d_prior, None, None, *rest)
 
 
-def _is_of_layer(node: Any) -> bool:
-    return type(node) is _Layer._backward_cls  # type: ignore[attr-defined]
-
-
 def rectify_output(y: Tensor) -> bool:
     """Rectify a layer's output in place, and let the layer's own backward pass undo that: it sees the mask anyway.
 
@@ -185,18 +166,14 @@ def rectify_output(y: Tensor) -> bool:
     Returns:
         Whether it was done. Not where the layer's backend would have to compute the mask by a pass of its own.
     """
-    node: Any = y.grad_fn
-    if not _is_of_layer(node) or y.output_nr != 0 or y._version != 0:
+    if type(y.grad_fn) is not _Layer._backward_cls or y.output_nr != 0 or y._version != 0:  # type: ignore[attr-defined]
         return False
+    node: Any = y.grad_fn
     if node.backend is on_torch or node.options.relu or node.is_rectified or y._backward_hooks or y.retains_grad:
         return False
     y.detach().relu_()  # the same memory, and the same count of changes
     node.is_rectified = True
     return True
-
-
-def _to(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return t if t is None or t.dtype is dtype else t.to(dtype)
 
 
 def _check_sizes(x: Tensor, given: Given, running: Running | None, groups: int, through: Through | None) -> None:
@@ -230,14 +207,14 @@ def _check_sizes(x: Tensor, given: Given, running: Running | None, groups: int, 
             )
 
 
-def layer(x: Tensor, given: Given, options: Filter, *, running: Running | None = None, posterior: bool = False,
+def layer(x: Tensor, given: Given, options: Options, *, running: Running | None = None, posterior: bool = False,
           through: Through | None = None) -> Layer:  # fmt: skip
     """Normalize by each group's statistics, fused with a prior.
 
     Args:
         x: ``(N, C, *)``, not empty.
         given: the prior and the layer's vectors.
-        options: number of groups, gain, noise and the rest, see :class:`~kalmannorm.kernels.options.Filter`.
+        options: number of groups, gain, noise and the rest, see :class:`~kalmannorm.kernels.arguments.Options`.
         running: running statistics to move along in place.
         posterior: hand on the posterior of the input, not what is believed of the output.
         through: a link; the prior is then given as it is below.
@@ -260,7 +237,7 @@ def layer(x: Tensor, given: Given, options: Filter, *, running: Running | None =
     compiled = compiled and not torch.compiler.is_exporting()  # to ONNX, for one, which has torch's functions only
     if is_transformed() and not compiled:
         through = None if filter is None else Through(filter, filter_bias, rectifies)
-        out = Layer(*_plain(x, given, through, posterior, options, running))
+        out = _plain(x, given, through, posterior, options, running)
         return out if after is None else out._replace(rectified=after)
     x = as_dense(x)
     given = given if given.prior is None else given._replace(prior=given.prior.contiguous())

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from kalmannorm.kernels import on_torch, operators
-from kalmannorm.kernels.apply import differentiable_gradients, is_transformed
+from kalmannorm.kernels.autograd import differentiable_gradients, is_transformed
 from kalmannorm.kernels.backends import backend_for
-from kalmannorm.kernels.memory import as_dense
+from kalmannorm.kernels.memory_format import as_dense
 
 __all__ = ["Link", "link"]
 

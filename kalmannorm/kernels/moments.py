@@ -2,8 +2,8 @@
 
     d x = (d mean + 2 d var (x - mean)) / n
 
-torch's ``var_mean`` computes the same; its forward pass on a CPU takes three times as long as the
-statistics kernel of BatchNorm, which is used here, and its backward pass computes the mean anew.
+torch's ``var_mean`` computes the same. On a CPU, its forward pass takes three times as long as the
+statistics kernel of BatchNorm, which is used here; its backward pass computes the mean again.
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kalmannorm.kernels.apply import direct, is_transformed
+from kalmannorm.kernels.autograd import is_transformed
 
 __all__ = ["moments"]
 
 
-def observe_channels(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel of ``(N, C, *)``, at least float32, without a gradient."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+def _observe(x: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`moments` without the gradient; differentiable under a transform."""
     if x.device.type == "cpu" and not is_transformed():
         mean, var = torch.batch_norm_update_stats(x, None, None, 0.0)
     else:
@@ -40,12 +39,10 @@ def slope_by_variance(by_var: Tensor, mean: Tensor, var: Tensor) -> Tensor:
 
 class _Moments(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        return observe_channels(x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(inputs[0], *output)
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        mean, var = _observe(x)
+        ctx.save_for_backward(x, mean, var)
+        return mean, var
 
     @staticmethod
     def backward(ctx: Any, d_mean: Tensor, d_var: Tensor) -> Tensor:  # type: ignore[override]
@@ -57,9 +54,6 @@ class _Moments(torch.autograd.Function):
         return torch.addcmul(offset.view(shape), x, slope.view(shape))
 
 
-_apply = direct(_Moments)
-
-
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel.
 
@@ -69,5 +63,6 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Each ``(C,)``.
     """
-    result: tuple[Tensor, Tensor] = _apply(x)
-    return result
+    if is_transformed() or not torch.is_grad_enabled():
+        return _observe(x)
+    return _Moments.apply(x)  # type: ignore[no-untyped-call, no-any-return]

@@ -1,5 +1,4 @@
-/* The layer and the link on a CPU, float32. Loaded by on_cpu.py, which says how they are called; the mathematics is
-   in layer.py and link.py.
+/* The layer and the link on a CPU, float32. on_cpu.py loads and calls them; the mathematics is in layer.py and link.py.
 
    An activation is (N, C, P) in memory, or (N, P, C) where channels are last. A channel of a statistic group mostly fits
    into the cache, so that its three visits (mean, variance, normalization) read main memory once. Sums are of short runs in
@@ -12,7 +11,13 @@
 
 #define RUN 1024
 #define RESTRICT __restrict__
-#define SMALL 32768 /* elements that one thread is through with before a second one has begun */
+#define INLINE static inline __attribute__((always_inline)) /* a choice that is constant then needs no branch */
+#define SMALL 32768 /* elements; below this size a second thread costs more than it saves */
+
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* Over n elements or rows in runs of RUN, each from `start` to `end`. */
+#define FOR_RUNS(n, start, end) for (int64_t start = 0, end; end = least(start + RUN, n), start < n; start += RUN)
 
 typedef struct {
     const float *prior_mean, *prior_var, *shift, *scale, *gain, *noise, *weight, *bias;
@@ -88,8 +93,7 @@ static double not_negative(double x) { return x < 0 ? 0.0 : x; }
 
 static double sum_run(const float *RESTRICT x, int64_t n) {
     double total = 0;
-    for (int64_t start = 0; start < n; start += RUN) {
-        int64_t end = start + RUN < n ? start + RUN : n;
+    FOR_RUNS(n, start, end) {
         float part = 0;
 #pragma omp simd reduction(+ : part)
         for (int64_t j = start; j < end; j++) part += x[j];
@@ -100,8 +104,7 @@ static double sum_run(const float *RESTRICT x, int64_t n) {
 
 static double squares_run(const float *RESTRICT x, int64_t n, float mean) {
     double total = 0;
-    for (int64_t start = 0; start < n; start += RUN) {
-        int64_t end = start + RUN < n ? start + RUN : n;
+    FOR_RUNS(n, start, end) {
         float part = 0;
 #pragma omp simd reduction(+ : part)
         for (int64_t j = start; j < end; j++) part += (x[j] - mean) * (x[j] - mean);
@@ -141,8 +144,7 @@ static void forward_channels_first(const float *x, float *y, const Filter *f, co
 /* Sums over rows of C values: of x, or of squared deviations from `mean`. */
 static void sum_rows(const float *RESTRICT x, int64_t rows, int64_t C, const float *RESTRICT mean,
                      float *RESTRICT part, double *RESTRICT total) {
-    for (int64_t start = 0; start < rows; start += RUN) {
-        int64_t end = start + RUN < rows ? start + RUN : rows;
+    FOR_RUNS(rows, start, end) {
         memset(part, 0, C * sizeof(float));
         for (int64_t r = start; r < end; r++) {
             const float *RESTRICT row = x + r * C;
@@ -333,44 +335,29 @@ static void collect(const Filter *f, const Gradients *g, const Shape *shape, flo
 }
 
 /* The gradient in front of a ReLU, whose mask is computed again. */
-static inline float masked(float dy, float x, float scale, float shift, int relu) {
+INLINE float masked(float dy, float x, float scale, float shift, int relu) {
     return !relu || x * scale + shift > 0 ? dy : 0.0f;
 }
 
-static void sums_run(const float *RESTRICT dy, const float *RESTRICT x, int64_t n, float mean, float scale, float shift,
+INLINE void sums_run(const float *RESTRICT dy, const float *RESTRICT x, int64_t n, float mean, float scale, float shift,
                      int relu, double *sum_dy, double *sum_dyx) {
-    for (int64_t start = 0; start < n; start += RUN) {
-        int64_t end = start + RUN < n ? start + RUN : n;
+    FOR_RUNS(n, start, end) {
         float a = 0, b = 0;
-        if (!relu) {
 #pragma omp simd reduction(+ : a, b)
-            for (int64_t j = start; j < end; j++) {
-                a += dy[j];
-                b += dy[j] * (x[j] - mean);
-            }
-        } else {
-#pragma omp simd reduction(+ : a, b)
-            for (int64_t j = start; j < end; j++) {
-                float d = x[j] * scale + shift > 0 ? dy[j] : 0.0f;
-                a += d;
-                b += d * (x[j] - mean);
-            }
+        for (int64_t j = start; j < end; j++) {
+            float d = masked(dy[j], x[j], scale, shift, relu);
+            a += d;
+            b += d * (x[j] - mean);
         }
         *sum_dy += a;
         *sum_dyx += b;
     }
 }
 
-static void input_gradient_run(const float *RESTRICT dy, const float *RESTRICT x, float *RESTRICT dx, int64_t n,
+INLINE void input_gradient_run(const float *RESTRICT dy, const float *RESTRICT x, float *RESTRICT dx, int64_t n,
                                float scale, float shift, float slope, float offset, int relu) {
-    if (!relu) {
-        for (int64_t j = 0; j < n; j++) dx[j] = scale * dy[j] + slope * x[j] + offset;
-    } else {
-        for (int64_t j = 0; j < n; j++) {
-            float d = x[j] * scale + shift > 0 ? dy[j] : 0.0f;
-            dx[j] = scale * d + slope * x[j] + offset;
-        }
-    }
+    for (int64_t j = 0; j < n; j++)
+        dx[j] = scale * masked(dy[j], x[j], scale, shift, relu) + slope * x[j] + offset;
 }
 
 static void backward_channels_first(const float *dy, const float *x, float *dx, const Filter *f, const Gradients *g,
@@ -384,13 +371,19 @@ static void backward_channels_first(const float *dy, const float *x, float *dx, 
         double sum_dy = 0, sum_dyx = 0;
         for (int64_t r = 0; r < rows; r++) {
             int64_t at = first + r * C * P;
-            sums_run(dy + at, x + at, P, m, scale, shift, f->relu, &sum_dy, &sum_dyx);
+            if (f->relu)
+                sums_run(dy + at, x + at, P, m, scale, shift, 1, &sum_dy, &sum_dyx);
+            else
+                sums_run(dy + at, x + at, P, m, scale, shift, 0, &sum_dy, &sum_dyx);
         }
         sum_dyx /= sqrt(statistics[size + i] + f->eps);
         gradients_of(f, g, q, size, C, i, (double)(rows * P), statistics, sum_dy, sum_dyx, terms, &scale, &slope, &offset);
         for (int64_t r = 0; r < rows; r++) {
             int64_t at = first + r * C * P;
-            input_gradient_run(dy + at, x + at, dx + at, P, scale, shift, slope, offset, f->relu);
+            if (f->relu)
+                input_gradient_run(dy + at, x + at, dx + at, P, scale, shift, slope, offset, 1);
+            else
+                input_gradient_run(dy + at, x + at, dx + at, P, scale, shift, slope, offset, 0);
         }
     }
 }
@@ -398,8 +391,7 @@ static void backward_channels_first(const float *dy, const float *x, float *dx, 
 static void sum_gradient_rows(const float *RESTRICT dy, const float *RESTRICT x, int64_t rows, int64_t C,
                               const float *RESTRICT mean, const float *RESTRICT scale, const float *RESTRICT shift,
                               int relu, float *RESTRICT part, double *RESTRICT total) {
-    for (int64_t start = 0; start < rows; start += RUN) {
-        int64_t end = start + RUN < rows ? start + RUN : rows;
+    FOR_RUNS(rows, start, end) {
         memset(part, 0, 2 * C * sizeof(float));
         float *RESTRICT a = part, *RESTRICT b = part + C;
         for (int64_t r = start; r < end; r++) {
@@ -508,16 +500,30 @@ static void rectify(float *mean, float *var) {
     *var *= share < 0 ? 0.0f : share;
 }
 
-/* A channel's moment at each of its taps, in the weight's order. */
-static void at_taps(const float *moment, const Link *l, float *each) {
+/* Where tap k of input channel j is in a row of the weight. */
+INLINE int64_t place_of(const Link *l, int64_t in, int64_t j, int64_t k) {
+    return l->taps_inside ? j * l->taps + k : k * in + j;
+}
+
+/* With one group, *mean and *var of each channel at each of its taps, in the weight's order. Returns memory to free. */
+static float *at_taps(const Link *l, const float **mean, const float **var) {
+    if (l->groups > 1 || l->taps == 1) return NULL;
+    int64_t columns = l->in * l->taps;
+    float *each = malloc(2 * columns * sizeof(float));
     for (int64_t j = 0; j < l->in; j++)
-        for (int64_t k = 0; k < l->taps; k++) each[l->taps_inside ? j * l->taps + k : k * l->in + j] = moment[j];
+        for (int64_t k = 0; k < l->taps; k++) {
+            each[place_of(l, l->in, j, k)] = (*mean)[j];
+            each[columns + place_of(l, l->in, j, k)] = (*var)[j];
+        }
+    *mean = each;
+    *var = each + columns;
+    return each;
 }
 
 static void over_taps(const float *each, const Link *l, float *moment) {
     for (int64_t j = 0; j < l->in; j++) {
         float sum = 0;
-        for (int64_t k = 0; k < l->taps; k++) sum += each[l->taps_inside ? j * l->taps + k : k * l->in + j];
+        for (int64_t k = 0; k < l->taps; k++) sum += each[place_of(l, l->in, j, k)];
         moment[j] = sum;
     }
 }
@@ -557,7 +563,7 @@ static void fold_row(const float *RESTRICT w, const Link *l, float *RESTRICT sum
     memset(squares, 0, l->in * sizeof(float));
     for (int64_t k = 0; k < l->taps; k++)
         for (int64_t j = 0; j < l->in; j++) {
-            float x = w[l->taps_inside ? j * l->taps + k : k * l->in + j];
+            float x = w[place_of(l, l->in, j, k)];
             sum[j] += x;
             squares[j] += x * x;
         }
@@ -580,21 +586,13 @@ void link_forward(const LinkForward *a) {
         m = rectified;
         v = rectified + S * in;
     }
-    float *each = NULL, *folded = NULL;
-    if (S == 1 && l->taps > 1) {
-        each = malloc(2 * columns * sizeof(float));
-        at_taps(m, l, each);
-        at_taps(v, l, each + columns);
-        m = each;
-        v = each + columns;
-    }
-    if (S > 1) folded = malloc(l->threads * 2 * in * sizeof(float));
+    float *each = at_taps(l, &m, &v), *folded = S > 1 ? malloc(l->threads * 2 * in * sizeof(float)) : NULL;
 #pragma omp parallel for schedule(static) num_threads(l->threads) if (S * l->out * columns > SMALL)
     for (int t = 0; t < l->threads; t++) {
         for (int64_t i = l->out * t / l->threads; i < l->out * (t + 1) / l->threads; i++) {
             float *out_mean = out + i, *out_var = out + S * l->out + i, b = bias ? bias[i] : 0.0f;
             if (S == 1) {
-                int64_t left = l->out * (t + 1) / l->threads - i, some = left < 4 ? left : 4;
+                int64_t left = l->out * (t + 1) / l->threads - i, some = least(left, 4);
                 dot_rows(weight + i * columns, some, m, v, columns, out_mean, out_var);
                 for (int64_t j = 0; bias && j < some; j++) out_mean[j] += bias[i + j];
                 i += some - 1;
@@ -662,7 +660,7 @@ static void backward_row_of_groups(const float *RESTRICT w, float *RESTRICT dw, 
     }
     for (int64_t k = 0; k < l->taps; k++)
         for (int64_t j = 0; j < in; j++) {
-            int64_t at = l->taps_inside ? j * l->taps + k : k * in + j;
+            int64_t at = place_of(l, in, j, k);
             dw[at] = by_sum[j] + 2 * w[at] * by_squares[j];
         }
 }
@@ -680,16 +678,8 @@ void link_backward(const LinkBackward *a) {
     const float *d_rectified_mean = a->d_rectified_mean, *d_rectified_var = a->d_rectified_var;
     const float *m = l->relu ? l->rectified : mean, *v = l->relu ? l->rectified + size : var;
     float *d_below = a->d_below, *d_weight = a->d_weight;
-    float *each = NULL, *rows = NULL;
+    float *each = at_taps(l, &m, &v), *rows = S > 1 ? malloc(l->threads * 4 * in * sizeof(float)) : NULL;
     int64_t wide = S == 1 ? 2 * columns : 2 * size;
-    if (S == 1 && l->taps > 1) {
-        each = malloc(2 * columns * sizeof(float));
-        at_taps(m, l, each);
-        at_taps(v, l, each + columns);
-        m = each;
-        v = each + columns;
-    }
-    if (S > 1) rows = malloc(l->threads * 4 * in * sizeof(float));
     float *below = calloc(l->threads * wide, sizeof(float));
 #pragma omp parallel for schedule(static) num_threads(l->threads) if (S * l->out * columns > SMALL)
     for (int t = 0; t < l->threads; t++) {

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kalmannorm.kernels.apply import constant_to_compilers
-from kalmannorm.kernels.memory import dense, is_channels_last
+from kalmannorm.kernels.arguments import Given, Options, Running
+from kalmannorm.kernels.autograd import constant_to_compilers
+from kalmannorm.kernels.memory_format import dense, is_channels_last
 from kalmannorm.kernels.native import library
-from kalmannorm.kernels.options import Filter, Given, Running
 
 __all__ = ["is_available", "layer_backward", "layer_forward", "link_backward", "link_forward"]
 
 # The structures of native.c, members in their order: q is a pointer or an int64, f a float, i an int32.
-_LAYER = "9q4f2i4q2i"  # Filter, Shape
+_LAYER = "9q4f2i4q2i"  # Options, Shape
 _FORWARD = struct.Struct(f"@{_LAYER}7qf")
 _BACKWARD = struct.Struct(f"@{_LAYER}10q4q")
 _LINK = "9q4i"
@@ -53,7 +53,7 @@ def _both_at(t: Tensor | None) -> tuple[int, int]:
     return (0, 0) if t is None else (t.data_ptr(), t.data_ptr() + 2 * t.numel())  # half of it, at 4 bytes a number
 
 
-def _layer(x: Tensor, given: Given, options: Filter) -> tuple[Any, ...]:
+def _layer(x: Tensor, given: Given, options: Options) -> tuple[Any, ...]:
     groups, slope, offset, noise_scale, spread, eps, relu = options
     samples, channels, *_ = shape = x.shape
     prior = given.prior
@@ -64,7 +64,7 @@ def _layer(x: Tensor, given: Given, options: Filter) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def layer_forward(x: Tensor, given: Given, running: Running | None, options: Filter) -> tuple[Tensor, Tensor]:
+def layer_forward(x: Tensor, given: Given, running: Running | None, options: Options) -> tuple[Tensor, Tensor]:
     """See :func:`kalmannorm.kernels.on_torch.layer_forward`."""
     y = torch.empty_like(x)
     statistics = x.new_empty(6, options.groups, x.shape[1])
@@ -80,7 +80,7 @@ def layer_forward(x: Tensor, given: Given, running: Running | None, options: Fil
 
 
 def layer_backward(dy: Tensor, x: Tensor, given: Given, statistics: Tensor, d_belief: Tensor | None,
-                   posterior: bool, options: Filter) -> tuple[Tensor | None, ...]:  # fmt: skip
+                   posterior: bool, options: Options) -> tuple[Tensor | None, ...]:  # fmt: skip
     """See :func:`kalmannorm.kernels.on_torch.layer_backward`."""
     dy = dense(dy, x)
     dx = torch.empty_like(x)

@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kalmannorm.kernels.memory import dense, is_channels_last
-from kalmannorm.kernels.options import Filter, Given, Running
+from kalmannorm.kernels.arguments import Given, Options, Running
+from kalmannorm.kernels.memory_format import dense, is_channels_last
 
 __all__ = ["is_available", "layer_backward", "layer_forward", "link_backward", "link_forward"]
 
@@ -161,7 +161,7 @@ def _merging(walk: _Walk, groups: int) -> tuple[int, int, int, int]:
     return _divide_up(groups * walk.shape[0], 8), max(1, chunks // 64), chunks, 8
 
 
-def layer_forward(x: Tensor, given: Given, running: Running | None, options: Filter) -> tuple[Tensor, Tensor]:
+def layer_forward(x: Tensor, given: Given, running: Running | None, options: Options) -> tuple[Tensor, Tensor]:
     """See :func:`kalmannorm.kernels.on_torch.layer_forward`."""
     kernels = _kernels("triton_layer")
     groups, slope, offset, noise_scale, spread, eps, relu = options
@@ -209,7 +209,7 @@ def _contiguous(t: Tensor | None) -> Tensor | None:
 
 
 def layer_backward(dy: Tensor, x: Tensor, given: Given, statistics: Tensor, d_belief: Tensor | None,
-                   posterior: bool, options: Filter) -> tuple[Tensor | None, ...]:  # fmt: skip
+                   posterior: bool, options: Options) -> tuple[Tensor | None, ...]:  # fmt: skip
     """See :func:`kalmannorm.kernels.on_torch.layer_backward`."""
     kernels = _kernels("triton_layer")
     groups, *constants, relu = options

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kalmannorm.kernels.arguments import Given, Options
 from kalmannorm.kernels.backends import backend_for
 from kalmannorm.kernels.on_torch import link_bias_gradient
-from kalmannorm.kernels.options import Filter, Given
 
 __all__ = ["layer", "link"]
 
@@ -86,7 +86,7 @@ torch.library.register_autograd("kalmannorm::link", _derive_link, setup_context=
 
 def _layer(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     given, (_, *options) = Given(*others[:7]), others[7:]
-    y, statistics = backend_for(x, *given).layer_forward(x, given, None, Filter(*options))
+    y, statistics = backend_for(x, *given).layer_forward(x, given, None, Options(*options))
     return y, statistics
 
 
@@ -99,7 +99,7 @@ def _layer_backward(dy: Tensor, x: Tensor, *others: Any) -> list[Tensor]:
     given, (statistics, d_statistics, posterior, *options) = Given(*others[:7]), others[7:]
     sent = d_statistics[:2] if posterior else d_statistics[2:4]
     backward = backend_for(x, *given).layer_backward
-    gradients = backward(dy, x, given, statistics, sent, posterior, Filter(*options))
+    gradients = backward(dy, x, given, statistics, sent, posterior, Options(*options))
     return [g for g in gradients if g is not None]
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kalmannorm.kernels.apply import direct
+from kalmannorm.kernels.autograd import is_transformed
 
 __all__ = ["rectified", "rectified_gradients", "rectify"]
 
@@ -29,7 +29,7 @@ def _standardize(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor, Ten
 
 
 def rectified(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of ``max(x, 0)``, by functions that autograd knows."""
+    """Mean and variance of ``max(x, 0)``, in functions that autograd can differentiate."""
     std, a, above, density = _standardize(mean, var)
     positive = torch.addcmul(density, a, above)
     negative = torch.addcmul(density, a, torch.special.ndtr(-a), value=-1)
@@ -39,7 +39,7 @@ def rectified(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rectified_gradients(mean: Tensor, var: Tensor, d_mean: Tensor, d_var: Tensor) -> tuple[Tensor, Tensor]:
-    """What comes to the rectified moments, as it goes on to ``mean`` and ``var``."""
+    """The gradients of ``mean`` and ``var``, from those of the rectified moments."""
     std, a, above, density = _standardize(mean, var)
     positive = torch.addcmul(density, a, above)
     by_mean = d_mean * above + d_var * (2 * std * positive * torch.special.ndtr(-a))
@@ -49,20 +49,14 @@ def rectified_gradients(mean: Tensor, var: Tensor, d_mean: Tensor, d_var: Tensor
 
 class _Rectify(torch.autograd.Function):
     @staticmethod
-    def forward(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(ctx: Any, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        ctx.save_for_backward(mean, var)
         return rectified(mean, var)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, d_mean: Tensor, d_var: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         mean, var = ctx.saved_tensors
         return rectified_gradients(mean, var, d_mean, d_var)
-
-
-_apply = direct(_Rectify)
 
 
 def rectify(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,5 +66,6 @@ def rectify(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         mean: any shape.
         var: the same shape.
     """
-    result: tuple[Tensor, Tensor] = _apply(mean, var)
-    return result
+    if is_transformed() or not torch.is_grad_enabled():
+        return rectified(mean, var)
+    return _Rectify.apply(mean, var)  # type: ignore[no-untyped-call, no-any-return]

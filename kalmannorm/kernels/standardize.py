@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kalmannorm.kernels.apply import direct
+from kalmannorm.kernels.autograd import is_transformed
 
 __all__ = ["standardize"]
 
@@ -28,14 +28,11 @@ def _plain(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, e
 
 class _Standardize(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor,  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor,  # type: ignore[override]
                 eps: float) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(x, mean, var, weight)
+        ctx.eps = eps
         return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        *tensors, _, ctx.eps = inputs
-        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -58,9 +55,6 @@ class _Standardize(torch.autograd.Function):
         return dx, d_mean, d_var, d_weight, d_bias, None
 
 
-_apply = direct(_Standardize, _plain)
-
-
 def standardize(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """Normalize each channel by given statistics.
 
@@ -75,7 +69,8 @@ def standardize(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tens
     Returns:
         Shaped and typed as ``x``.
     """
-    if x.numel() == 0:  # one of several processes may have nothing, which torch's kernel does not take
+    if is_transformed() or x.numel() == 0:  # one of several processes may have nothing, which torch's kernel rejects
         return _plain(x, mean, var, weight, bias, eps)
-    result: Tensor = _apply(x, mean, var, weight, bias, eps)
-    return result
+    if torch.is_grad_enabled():
+        return _Standardize.apply(x, mean, var, weight, bias, eps)  # type: ignore[no-untyped-call, no-any-return]
+    return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)

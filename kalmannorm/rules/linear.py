@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kalmannorm.gaussian import Gaussian, Packed, Unknown
-from kalmannorm.kernels import Through, link
+from kalmannorm.kernels.layer import Through
+from kalmannorm.kernels.link import link
 from kalmannorm.rules.pointwise import Deferred, Rectified
 from kalmannorm.rules.table import DEFERRING, SOURCES, Belief, aliases, rule
 

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kalmannorm.gaussian import Gaussian, Packed, Unknown
-from kalmannorm.kernels import rectify
-from kalmannorm.kernels.apply import in_grad_mode, is_transformed, saved_tensor_hooks
+from kalmannorm.kernels.autograd import in_grad_mode, is_transformed, saved_tensor_hooks
+from kalmannorm.kernels.rectify import rectify
 from kalmannorm.rules.table import DEFERRING, Belief, aliases, rule
 
 __all__ = ["Deferred", "Rectified", "piecewise", "quadrature"]

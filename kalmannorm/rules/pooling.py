@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from kalmannorm.gaussian import Gaussian
-from kalmannorm.kernels.apply import constant_to_compilers
+from kalmannorm.kernels.autograd import constant_to_compilers
 from kalmannorm.rules.table import aliases, rule
 
 __all__ = ["extreme_moments", "largest_of"]

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from kalmannorm.kernels import on_gpu
-from kalmannorm.kernels.options import Filter, Given, Running
+from kalmannorm.kernels.arguments import Given, Options, Running
 
 
 @dataclass(frozen=True)
 class LayerCase:
     shape: tuple[int, ...]
-    options: Filter = field(default_factory=Filter)
+    options: Options = field(default_factory=Options)
     dtype: torch.dtype = torch.float32
     last: bool = False
     prior_groups: int | None = 1  # None: no prior
@@ -47,40 +47,40 @@ _SIGMOID = {"gain_slope": 3.0, "gain_offset": -0.4}
 
 LAYERS = {
     "plain": LayerCase((2, 5, 3, 7)),
-    "sigmoid_relu": LayerCase((2, 5, 8, 8), Filter(**_SIGMOID, relu=True)),
-    "odd_relu": LayerCase((2, 5, 3, 7), Filter(**_SIGMOID, relu=True)),
-    "no_prior": LayerCase((3, 4, 5), Filter(relu=True), prior_groups=None),
-    "fixed_gain": LayerCase((3, 4, 5), Filter(gain_offset=0.25), learned=False),
-    "no_spread": LayerCase((3, 4, 5), Filter(spread=False), sent="posterior"),
-    "corrected": LayerCase((3, 4, 5), Filter(**_SIGMOID, noise_scale=0.01), noise=True, corrected=True),
+    "sigmoid_relu": LayerCase((2, 5, 8, 8), Options(**_SIGMOID, relu=True)),
+    "odd_relu": LayerCase((2, 5, 3, 7), Options(**_SIGMOID, relu=True)),
+    "no_prior": LayerCase((3, 4, 5), Options(relu=True), prior_groups=None),
+    "fixed_gain": LayerCase((3, 4, 5), Options(gain_offset=0.25), learned=False),
+    "no_spread": LayerCase((3, 4, 5), Options(spread=False), sent="posterior"),
+    "corrected": LayerCase((3, 4, 5), Options(**_SIGMOID, noise_scale=0.01), noise=True, corrected=True),
     "corrected_groups": LayerCase(
-        (6, 5, 3, 3), Filter(groups=3), prior_groups=3, noise=True, corrected=True, sent="posterior"
+        (6, 5, 3, 3), Options(groups=3), prior_groups=3, noise=True, corrected=True, sent="posterior"
     ),
-    "noise_exponential": LayerCase((3, 4, 5), Filter(**_SIGMOID, noise_scale=0.01), noise=True),
-    "noise_itself": LayerCase((3, 4, 5), Filter(groups=3), noise=True),
-    "no_affine": LayerCase((3, 4, 5), Filter(relu=True), affine=""),
+    "noise_exponential": LayerCase((3, 4, 5), Options(**_SIGMOID, noise_scale=0.01), noise=True),
+    "noise_itself": LayerCase((3, 4, 5), Options(groups=3), noise=True),
+    "no_affine": LayerCase((3, 4, 5), Options(relu=True), affine=""),
     "no_bias": LayerCase((3, 4, 5), affine="weight"),
     "nothing_sent": LayerCase((3, 4, 5), sent="", running=False),
-    "groups_shared_prior": LayerCase((6, 5, 3, 3), Filter(groups=3, **_SIGMOID, relu=True)),
-    "groups_own_priors": LayerCase((6, 5, 3, 3), Filter(groups=3), prior_groups=3, noise=True),
-    "vectors": LayerCase((7, 70), Filter(relu=True)),
-    "vectors_groups": LayerCase((8, 6), Filter(groups=2)),
+    "groups_shared_prior": LayerCase((6, 5, 3, 3), Options(groups=3, **_SIGMOID, relu=True)),
+    "groups_own_priors": LayerCase((6, 5, 3, 3), Options(groups=3), prior_groups=3, noise=True),
+    "vectors": LayerCase((7, 70), Options(relu=True)),
+    "vectors_groups": LayerCase((8, 6), Options(groups=2)),
     "one_element": LayerCase((1, 3, 1, 1)),
-    "channels_last": LayerCase((2, 20, 3, 7), Filter(**_SIGMOID, relu=True), last=True),
-    "channels_last_3d": LayerCase((4, 5, 2, 3, 3), Filter(groups=2), last=True, prior_groups=2),
+    "channels_last": LayerCase((2, 20, 3, 7), Options(**_SIGMOID, relu=True), last=True),
+    "channels_last_3d": LayerCase((4, 5, 2, 3, 3), Options(groups=2), last=True, prior_groups=2),
     "strided_gradient": LayerCase((2, 6, 4, 4), strided=True),
-    "bfloat16": LayerCase((2, 8, 4, 4), Filter(relu=True), dtype=torch.bfloat16, tolerance=1e-2),
+    "bfloat16": LayerCase((2, 8, 4, 4), Options(relu=True), dtype=torch.bfloat16, tolerance=1e-2),
     "float16_channels_last": LayerCase((2, 8, 4, 4), dtype=torch.float16, last=True, tolerance=2e-3),
     "constant_channel": LayerCase((2, 3, 4, 4), constant=1, sent="posterior"),
     "nan_channel": LayerCase((2, 5, 4, 4), nan=1),
     "far_mean": LayerCase((2, 3, 9, 9), mean=1000.0, std=0.5, tolerance=2e-4),
-    "large": LayerCase((1, 1, 130, 129), Filter(**_SIGMOID, relu=True)),
-    "tiled": LayerCase((2, 2, 7, 9), Filter(**_SIGMOID, relu=True), noise=True, tiny=True, twice=True),
+    "large": LayerCase((1, 1, 130, 129), Options(**_SIGMOID, relu=True)),
+    "tiled": LayerCase((2, 2, 7, 9), Options(**_SIGMOID, relu=True), noise=True, tiny=True, twice=True),
     "tiled_aligned": LayerCase((1, 2, 12, 16), tiny=True, sent=""),
-    "tiled_rows": LayerCase((40, 2, 3, 3), Filter(groups=2, relu=True), prior_groups=2, corrected=True, tiny=True),
-    "tiled_no_prior": LayerCase((2, 2, 8, 8), Filter(relu=True), prior_groups=None, affine="", tiny=True),
-    "tiled_channels_last": LayerCase((2, 34, 2, 3), Filter(relu=True), last=True, tiny=True),
-    "tiled_channels_last_groups": LayerCase((4, 3, 7, 7), Filter(groups=2), last=True, noise=True, tiny=True),
+    "tiled_rows": LayerCase((40, 2, 3, 3), Options(groups=2, relu=True), prior_groups=2, corrected=True, tiny=True),
+    "tiled_no_prior": LayerCase((2, 2, 8, 8), Options(relu=True), prior_groups=None, affine="", tiny=True),
+    "tiled_channels_last": LayerCase((2, 34, 2, 3), Options(relu=True), last=True, tiny=True),
+    "tiled_channels_last_groups": LayerCase((4, 3, 7, 7), Options(groups=2), last=True, noise=True, tiny=True),
     "tiled_float16": LayerCase((2, 2, 16, 8), dtype=torch.float16, tiny=True, tolerance=2e-3),
     "tiled_far_mean": LayerCase((1, 2, 16, 16), mean=1000.0, std=0.5, tiny=True, tolerance=2e-4),
     "tiled_nan": LayerCase((2, 3, 8, 8), nan=2, tiny=True),
@@ -150,7 +150,7 @@ def _as(case: LayerCase | LinkCase, t: Tensor) -> Tensor:
     return t.contiguous(memory_format=_LAST[t.ndim]) if case.last else t.contiguous()
 
 
-def _layer_reference(x, prior, shift, scale, gain, noise, weight, bias, o: Filter) -> tuple[Tensor, ...]:
+def _layer_reference(x, prior, shift, scale, gain, noise, weight, bias, o: Options) -> tuple[Tensor, ...]:
     """In words of torch, for autograd."""
     blocks = x.unflatten(0, (o.groups, -1)).transpose(1, 2).flatten(2)  # (S, C, n)
     mean, var = blocks.mean(-1), blocks.var(-1, correction=0)

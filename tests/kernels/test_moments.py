@@ -6,7 +6,7 @@ from drawing import values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kalmannorm.kernels import moments
+from kalmannorm.kernels.moments import moments
 
 
 def plain(x):

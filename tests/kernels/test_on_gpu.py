@@ -12,7 +12,7 @@ import torch
 from backend_cases import CASES, LAYERS, LayerCase, run
 
 from kalmannorm.kernels import on_gpu
-from kalmannorm.kernels.options import Filter, Given, Running
+from kalmannorm.kernels.arguments import Given, Options, Running
 
 pytest.importorskip("triton")
 
@@ -99,7 +99,7 @@ def compiled(monkeypatch):
     return modules
 
 
-_FULL = Filter(gain_slope=1.0, noise_scale=0.1, relu=True)
+_FULL = Options(gain_slope=1.0, noise_scale=0.1, relu=True)
 HELD = ["backward_kernel", "forward_kernel"]
 TILED = [
     "apply_kernel", "fuse_kernel", "gradients_kernel", "input_gradient_kernel", "moments_kernel", "sums_kernel"
@@ -112,7 +112,7 @@ TILED = [
         pytest.param(LayerCase((2, 8, 56, 56), _FULL, noise=True), HELD, id="held"),
         pytest.param(LayerCase((2, 8, 14, 14), dtype=torch.bfloat16, last=True), HELD, id="held_channels_last"),
         pytest.param(
-            LayerCase((4, 3, 5, 5), Filter(groups=2), prior_groups=None, affine="", sent=""),
+            LayerCase((4, 3, 5, 5), Options(groups=2), prior_groups=None, affine="", sent=""),
             [*HELD, "running_kernel"], id="held_groups",
         ),
         pytest.param(LayerCase((8, 8, 64, 64), _FULL, noise=True), TILED, id="tiled"),

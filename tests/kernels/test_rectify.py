@@ -8,7 +8,7 @@ from drawing import values
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kalmannorm.kernels import rectify
+from kalmannorm.kernels.rectify import rectify
 
 
 def plain(mean, var):

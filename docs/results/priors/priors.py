@@ -41,7 +41,7 @@ import kalmannorm as kn
 from kalmannorm.evaluation import prior_of
 from kalmannorm.gaussian import Gaussian
 from kalmannorm.kernels.link import Link
-from kalmannorm.kernels.on_torch import rectified
+from kalmannorm.kernels.rectify import rectified
 from kalmannorm.lab.data.augmentation import crop_and_flip, draw_moves, mean_colour, pixel_scaling
 from kalmannorm.lab.data.images import load_images
 from kalmannorm.lab.methods import normalize

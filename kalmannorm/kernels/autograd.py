@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = [
-    "alias", "constant_to_compilers", "differentiable_gradients", "direct", "in_grad_mode", "is_transformed",
-    "saved_tensor_hooks",
-]  # fmt: skip
+__all__ = ["alias", "constant_to_compilers", "differentiable_gradients", "in_grad_mode", "is_transformed",
+           "saved_tensor_hooks"]  # fmt: skip
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -82,31 +80,3 @@ def differentiable_gradients(plain: Callable[..., Any], inputs: Sequence[Any],
     gradients = iter(torch.autograd.grad(outputs, wanted, incoming, create_graph=True, materialize_grads=True))
     for t in inputs:
         yield next(gradients) if isinstance(t, Tensor) and t.requires_grad else None
-
-
-def direct(function: type[torch.autograd.Function], plain: Callable[..., Any] | None = None) -> Callable[..., Any]:
-    """``function.apply``, a good deal faster, and the plain expression where the function is transformed.
-
-    A function with ``setup_context`` has its arguments bound to the signature of ``forward`` at each
-    call. That takes longer than the tiny operations of a belief; one whose ``forward`` takes the
-    context itself is spared it.
-
-    Args:
-        function: with ``forward``, ``setup_context`` and ``backward``.
-        plain: the same in functions that autograd knows; ``function.forward``, if that is so already.
-    """
-    plain = function.forward if plain is None else plain
-
-    class Direct(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *args: Any) -> Any:
-            output = function.forward(*args)
-            function.setup_context(ctx, args, output)
-            return output
-
-        backward = staticmethod(function.backward)
-
-    def call(*args: Any) -> Any:
-        return plain(*args) if is_transformed() else Direct.apply(*args)  # type: ignore[no-untyped-call]
-
-    return call

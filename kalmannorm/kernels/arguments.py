@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Filter", "Given", "Running"]
+__all__ = ["Given", "Options", "Running"]
 
 
 class Given(NamedTuple):
@@ -20,16 +20,16 @@ class Given(NamedTuple):
     scale: Tensor | None = None
     """``(C,)``, by which its variance is multiplied, process noise and all."""
     gain: Tensor | None = None
-    """``(1,)``, see :class:`Filter`."""
+    """``(1,)``, see :class:`Options`."""
     noise: Tensor | None = None
-    """``(C,)``, see :class:`Filter`."""
+    """``(C,)``, see :class:`Options`."""
     weight: Tensor | None = None
     """``(C,)``."""
     bias: Tensor | None = None
     """``(C,)``."""
 
 
-class Filter(NamedTuple):
+class Options(NamedTuple):
     """How an observation and a prior are fused, and what is done to the result."""
 
     groups: int = 1
