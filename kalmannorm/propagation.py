@@ -24,7 +24,7 @@ from kalmannorm.kernels import rectify_output
 from kalmannorm.kernels.apply import alias
 from kalmannorm.priors import KeptPriors
 from kalmannorm.rules import RULES, Belief
-from kalmannorm.rules.pointwise import Deferred
+from kalmannorm.rules.deferred import Deferred
 from kalmannorm.rules.table import FACTORIES, LIKE, OVERWRITING, SOURCES
 from kalmannorm.steps import SCALARS, Step, put, step_of
 
