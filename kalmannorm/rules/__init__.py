@@ -1,16 +1,6 @@
 """How each torch function moves a belief: one pure function an operation, and a table of them."""
 
-from kalmannorm.rules import (
-    arithmetic,
-    attention,
-    deferred,
-    linear,
-    normalization,
-    pointwise,
-    pooling,
-    scatter,
-    shape,
-)
+from kalmannorm.rules import arithmetic, attention, deferred, linear, normalization, pointwise, pooling, scatter, shape
 from kalmannorm.rules.table import RULES, Belief, Rule, aliases, rule
 
 __all__ = [

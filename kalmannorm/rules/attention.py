@@ -26,6 +26,8 @@ __all__ = ["contraction"]
 _NODES = 64
 _INNER_NODES = 33
 _LARGE_MAP = 2048
+# In place of minus infinity, which would meet a factor of zero.
+_MASKED_SCORE = -1e30
 # A softmax of scores with a larger standard deviation is a maximum.
 _SPREAD = 30.0
 
@@ -104,9 +106,7 @@ def matmul(x: Gaussian | Tensor, other: Gaussian | Tensor) -> Belief:
 
 def _product(x: Gaussian | Tensor, other: Gaussian | Tensor) -> Gaussian:
     """A product of matrices, or of batches of them."""
-    batch = "".join(ascii_letters[3 : 1 + max(x.ndim, other.ndim)])
-    first, second = batch[len(batch) - x.ndim + 2 :], batch[len(batch) - other.ndim + 2 :]
-    return contraction(f"{first}ab,{second}bc->{batch}ac", *_in_one_type(x, other))
+    return contraction(_without_ellipsis("...ab,...bc->...ac", [x.ndim, other.ndim]), *_in_one_type(x, other))
 
 
 @rule(*aliases("baddbmm"))
@@ -145,6 +145,7 @@ def _softmax(x: Gaussian, dim: int) -> Gaussian:
     Of a large map, what differs along ``dim`` is counted as spread, so that it takes one integral a row.
     """
     dim, n = dim % x.ndim, x.shape[dim]
+    x = Gaussian(x.mean.clamp_min(_MASKED_SCORE), x.var, x.shape)
     if max(x.mean.numel(), x.var.numel()) > _LARGE_MAP:
         x = x.pool([dim])
     mean, var = torch.broadcast_tensors(x.mean, x.var.clamp_max(_SPREAD**2))

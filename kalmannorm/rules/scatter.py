@@ -1,7 +1,7 @@
 """Sums, means and extremes of the terms that an index sends to each row, and elements that a mask replaces.
 
-Graph networks gather messages from neighbours so. Rows get different numbers of terms, and the belief
-is the mixture over all rows. All columns are taken to be sent as the first one is.
+Graph networks sum the messages of a node's neighbours this way. Rows get different numbers of terms; the
+belief is the mixture over all rows. The rules read the index of the first column and use it for all.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from kalmannorm.gaussian import Gaussian, Unknown
-from kalmannorm.rules.shape import align
+from kalmannorm.rules.shape import COMPUTED_INDEX, align
 from kalmannorm.rules.table import Belief, Rule, aliases, belief_rule, rule
 
-_COMPUTED_INDEX = Unknown("an index computed from the input")
 _NOT_SUMMED = Unknown("what an index sends to a row, other than a sum, or a mean or an extreme into known rows")
-# The largest of more terms lies hardly higher, so more count as this many.
+# Rows with more terms count as having this many: the largest of more lies hardly higher.
 _MOST = 64
 # Networks write -1e4, -1e9 or the least number of a type for minus infinity.
 _AS_INFINITE = 1e4
@@ -32,7 +31,7 @@ def _terms_by_row(index: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
 
 
 def _rows(into: Tensor, like: Gaussian, counted: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
-    """First two moments of known rows, those that count, along the axes where ``like`` does not vary."""
+    """First two moments of known rows along the axes where ``like`` does not vary; rows not counted are zero."""
     counted = torch.as_tensor(counted, dtype=like.mean.dtype, device=into.device)
     values = into * counted.view(-1, *[1] * (into.ndim - 1))
     axes = [d for d in range(values.ndim) if like.mean.shape[d] == 1]
@@ -46,7 +45,7 @@ def _sums(into: Gaussian | Tensor, dim: int, index: Tensor, terms: Gaussian | Te
     Their mean is ``m E[d]``, their variance ``v E[d] + m^2 Var[d]``.
     """
     if isinstance(index, Gaussian):
-        return _COMPUTED_INDEX
+        return COMPUTED_INDEX
     if not isinstance(terms, Gaussian) or dim % terms.ndim != 0:
         return Unknown("a sum of as many terms as an index names, not along the first axis or of known ones")
     x = terms.pool([0])
@@ -101,7 +100,7 @@ def scatter_reduce(into: Gaussian | Tensor, dim: int, index: Tensor, src: Gaussi
     if reduce == "sum" and (include_self or not isinstance(into, Gaussian)):
         return _sums(into, dim, index, src, include_self=include_self)
     if isinstance(index, Gaussian):
-        return _COMPUTED_INDEX
+        return COMPUTED_INDEX
     if include_self or isinstance(into, Gaussian) or reduce not in ("mean", "amax", "amin"):
         return _NOT_SUMMED
     if not isinstance(src, Gaussian) or dim % src.ndim != 0:

@@ -19,6 +19,8 @@ from kalmannorm.rules.table import Belief, aliases, belief_rule, belief_rules, r
 
 __all__ = ["align", "summarize"]
 
+COMPUTED_INDEX = Unknown("an index computed from the input")
+
 
 def summarize(constant: Tensor | float, like: Gaussian) -> Gaussian:
     """The belief of a known tensor that meets ``like``: its values, without variance.
@@ -245,7 +247,7 @@ def getitem(x: Gaussian, index: Any) -> Belief:
     if not torch.compiler.is_compiling():  # numpy's arrays and numbers
         parts = [p if isinstance(p, Tensor) or not hasattr(p, "__array__") else torch.as_tensor(p) for p in parts]
     if any(isinstance(p, Gaussian) for p in parts):
-        return Unknown("an index computed from the input")
+        return COMPUTED_INDEX
     if any(isinstance(p, Tensor) and p.dtype == torch.bool and p.ndim > 1 for p in parts):
         return Unknown("a mask over several axes")
     rest = x.ndim - sum(p is not None and p is not Ellipsis for p in parts)
@@ -303,7 +305,7 @@ def index_select(x: Gaussian, dim: int, index: Tensor) -> Gaussian:
 def gather(x: Gaussian, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Belief:
     """Elements that an index picks along an axis: a mixture of all of them."""
     if isinstance(index, Gaussian):
-        return Unknown("an index computed from the input")
+        return COMPUTED_INDEX
     mixture = x.pool([dim % x.ndim])
     return Gaussian(mixture.mean, mixture.var)
 

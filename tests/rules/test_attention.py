@@ -249,6 +249,7 @@ def test_multi_head_attention(function, need_weights):
 @pytest.mark.parametrize("masked", [
     lambda x, mask: F.scaled_dot_product_attention(x, x, x, attn_mask=mask),
     lambda x, mask: torch.softmax(x @ x.transpose(-1, -2) + mask, -1) @ x,
+    lambda x, mask: torch.softmax(x @ x.transpose(-1, -2) + mask[0], -1) @ x,
 ])  # fmt: skip
 def test_a_mask_of_minus_infinity_leaves_the_prior_finite(masked):
     class Causal(nn.Module):
