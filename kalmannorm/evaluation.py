@@ -18,8 +18,7 @@ from torch.overrides import resolve_name
 from kalmannorm.gaussian import Gaussian, Packed, Unknown
 from kalmannorm.kernels.autograd import in_grad_mode, is_transformed, saved_tensor_hooks
 from kalmannorm.rules import RULES, Belief, Rule
-from kalmannorm.rules.linear import Linked
-from kalmannorm.rules.pointwise import Deferred
+from kalmannorm.rules.deferred import Deferred, Linked
 from kalmannorm.rules.table import BELIEF_FIRST, DEFERRING, as_rule_is_called
 from kalmannorm.steps import Step, computed_in, may_use, replace, step_of
 

@@ -27,7 +27,7 @@ from kalmannorm.paper import drawn_belief, preset
 from kalmannorm.priors import INITIAL_NOISE, Prior
 from kalmannorm.propagation import Propagation, attach, attach_step, current, is_open, is_resting, paused
 from kalmannorm.rules import Belief
-from kalmannorm.rules.linear import Linked
+from kalmannorm.rules.deferred import Linked
 
 __all__ = [
     "GroupKalmanNorm", "GroupKalmanNormAct", "KalmanLayer", "KalmanNorm", "KalmanNorm1d", "KalmanNorm2d",

@@ -24,7 +24,7 @@ from kalmannorm.kernels.autograd import alias
 from kalmannorm.kernels.layer import rectify_output
 from kalmannorm.priors import KeptPriors
 from kalmannorm.rules import RULES, Belief
-from kalmannorm.rules.pointwise import Deferred
+from kalmannorm.rules.deferred import Deferred
 from kalmannorm.rules.table import FACTORIES, LIKE, OVERWRITING, SOURCES
 from kalmannorm.steps import SCALARS, Step, put, step_of
 

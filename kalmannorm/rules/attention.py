@@ -15,18 +15,23 @@ from torch import Tensor
 
 from kalmannorm.gaussian import Gaussian, Unknown
 from kalmannorm.rules.arithmetic import add, dropout, mul
-from kalmannorm.rules.linear import linear
+from kalmannorm.rules.linear import through_matrix
 from kalmannorm.rules.pointwise import quadrature
-from kalmannorm.rules.table import Belief, aliases, rule
+from kalmannorm.rules.shape import cut, in_one_shape
+from kalmannorm.rules.table import Belief, aliases, belief_rule, rule
 
 __all__ = ["contraction"]
 
-# Softmax integrates over two variables, for each element of a belief.
+# The softmax rule integrates over two variables, for each element of a belief.
 _NODES = 64
 _INNER_NODES = 33
 _LARGE_MAP = 2048
-# A softmax of scores that differ so much is a maximum.
+# In place of minus infinity, which would meet a factor of zero.
+_MASKED_SCORE = -1e30
+# A softmax of scores with a larger standard deviation is a maximum.
 _SPREAD = 30.0
+
+_MASKED = Unknown("attention that is causal, masked or grouped")
 
 
 def contraction(equation: str, x: Gaussian | Tensor, y: Gaussian | Tensor) -> Gaussian:
@@ -36,7 +41,7 @@ def contraction(equation: str, x: Gaussian | Tensor, y: Gaussian | Tensor) -> Ga
     """
     inputs, _, output = equation.partition("->")
     first, _, second = inputs.partition(",")
-    x, y = (_written_out(t, labels, output) for t, labels in ((x, first), (y, second)))
+    x, y = (_factor(t, labels, output) for t, labels in ((x, first), (y, second)))
     for label in set(first) & set(second):
         d, e = first.index(label), second.index(label)
         if 1 not in (x.mean.shape[d], y.mean.shape[e]) and x.mean.shape[d] != y.mean.shape[e]:
@@ -47,15 +52,16 @@ def contraction(equation: str, x: Gaussian | Tensor, y: Gaussian | Tensor) -> Ga
     return Gaussian(mean, var)
 
 
-def _written_out(t: Gaussian | Tensor, labels: str, output: str) -> Gaussian:
-    """A factor, at full length along the axes that are summed over."""
+def _factor(t: Gaussian | Tensor, labels: str, output: str) -> Gaussian:
+    """A factor, expanded along the axes that are summed over."""
     if not isinstance(t, Gaussian):
         return Gaussian(t, torch.zeros_like(t))
-    mean, var = torch.broadcast_tensors(t.mean, t.var)
-    return Gaussian(mean, var, t.shape).full([d for d, label in enumerate(labels) if label not in output])
+    return in_one_shape(t).full([d for d, label in enumerate(labels) if label not in output])
 
 
-def _as(kind: torch.dtype, *tensors: Gaussian | Tensor) -> list[Gaussian | Tensor]:
+def _in_one_type(*tensors: Gaussian | Tensor) -> list[Gaussian | Tensor]:
+    """Known tensors in the type of the beliefs among them."""
+    kind = next(t.mean.dtype for t in tensors if isinstance(t, Gaussian))
     return [t if isinstance(t, Gaussian) else t.to(kind) for t in tensors]
 
 
@@ -74,20 +80,17 @@ def einsum(equation: str, *operands: Any) -> Belief:
         output = "".join(sorted(c for c in set(inputs) - {","} if inputs.count(c) == 1))
     if any(len(set(labels)) < len(labels) for labels in inputs.split(",")):
         return Unknown(f"einsum along a diagonal: {equation}")
-    kind = next(t.mean.dtype for t in operands if isinstance(t, Gaussian))
-    return contraction(f"{inputs}->{output}", *_as(kind, *operands))
+    return contraction(f"{inputs}->{output}", *_in_one_type(*operands))
 
 
 def _without_ellipsis(equation: str, ranks: Sequence[int]) -> str:
-    """The equation with letters of their own for the axes that ``...`` stands for."""
+    """The equation with unused letters for the axes that ``...`` stands for."""
     inputs, arrow, output = equation.partition("->")
     free = [letter for letter in ascii_letters if letter not in equation]
     terms = inputs.split(",")
     hidden = [rank - len(term.replace("...", "")) for rank, term in zip(ranks, terms, strict=True)]
     longest = "".join(free[: max(hidden)])
-    filled = [
-        term.replace("...", longest[len(longest) - n :]) for term, n in zip(terms, hidden, strict=True)
-    ]
+    filled = [term.replace("...", longest[len(longest) - n :]) for term, n in zip(terms, hidden, strict=True)]
     return ",".join(filled) + arrow + output.replace("...", longest)
 
 
@@ -95,13 +98,15 @@ def _without_ellipsis(equation: str, ranks: Sequence[int]) -> str:
 def matmul(x: Gaussian | Tensor, other: Gaussian | Tensor) -> Belief:
     """A matrix product, of two activations or with a known matrix; see :func:`contraction`."""
     if isinstance(x, Gaussian) and not isinstance(other, Gaussian) and other.ndim == 2:
-        return linear(x, other.T)
+        return through_matrix(x, other.T)
     if x.ndim < 2 or other.ndim < 2:
         return Unknown("a matrix product with a 1-d tensor")
-    batch = "".join(ascii_letters[3 : 1 + max(x.ndim, other.ndim)])
-    first, second = batch[len(batch) - x.ndim + 2 :], batch[len(batch) - other.ndim + 2 :]
-    kind = x.mean.dtype if isinstance(x, Gaussian) else other.mean.dtype  # type: ignore[union-attr]
-    return contraction(f"{first}ab,{second}bc->{batch}ac", *_as(kind, x, other))
+    return _product(x, other)
+
+
+def _product(x: Gaussian | Tensor, other: Gaussian | Tensor) -> Gaussian:
+    """A product of matrices, or of batches of them."""
+    return contraction(_without_ellipsis("...ab,...bc->...ac", [x.ndim, other.ndim]), *_in_one_type(x, other))
 
 
 @rule(*aliases("baddbmm"))
@@ -109,23 +114,28 @@ def baddbmm(input: Gaussian | Tensor, batch1: Gaussian | Tensor, batch2: Gaussia
             beta: float = 1, alpha: float = 1) -> Belief:  # fmt: skip
     """``beta input + alpha batch1 batch2``."""
     product = matmul(batch1, batch2)
-    if isinstance(product, Unknown) or beta == 0:
-        return product if isinstance(product, Unknown) else mul(product, float(alpha))
-    added = mul(input, float(beta)) if isinstance(input, Gaussian) else input * float(beta)
-    return add(mul(product, float(alpha)), added)
+    if isinstance(product, Unknown):
+        return product
+    product = mul(product, float(alpha))
+    if beta == 0:
+        return product
+    return add(product, mul(input, float(beta)) if isinstance(input, Gaussian) else input * float(beta))
 
 
-@rule(*aliases("glu"))
-def glu(x: Gaussian, dim: int = -1) -> Belief:
+@belief_rule("glu")
+def glu(x: Gaussian, dim: int = -1) -> Gaussian:
     """``a sigmoid(b)`` of the two halves of an axis."""
-    written = x.full([dim % x.ndim])
-    means, variances = (t.chunk(2, dim) for t in torch.broadcast_tensors(written.mean, written.var))
-    first, gate = (Gaussian(m, v) for m, v in zip(means, variances, strict=True))
+    first, gate = cut(torch.chunk, x, dim, 2, dim)
     return mul(first, quadrature(gate, torch.sigmoid))
 
 
-@rule(*aliases("softmax"))
+@belief_rule("softmax")
 def softmax(x: Gaussian, dim: int | None = None, *args: Any, **kwargs: Any) -> Belief:
+    """Of elements taken as independent. See :func:`_softmax`."""
+    return Unknown("softmax without a dim") if dim is None else _softmax(x, dim)
+
+
+def _softmax(x: Gaussian, dim: int) -> Gaussian:
     """Exact, by ``1 / S = integral of e^(-t S) dt``, which makes the moments of ``p_i = e^(x_i) / S`` products
     of expectations of one element each::
 
@@ -134,9 +144,8 @@ def softmax(x: Gaussian, dim: int | None = None, *args: Any, **kwargs: Any) -> B
 
     Of a large map, what differs along ``dim`` is counted as spread, so that it takes one integral a row.
     """
-    if dim is None:
-        return Unknown("softmax without a dim")
     dim, n = dim % x.ndim, x.shape[dim]
+    x = Gaussian(x.mean.clamp_min(_MASKED_SCORE), x.var, x.shape)
     if max(x.mean.numel(), x.var.numel()) > _LARGE_MAP:
         x = x.pool([dim])
     mean, var = torch.broadcast_tensors(x.mean, x.var.clamp_max(_SPREAD**2))
@@ -180,23 +189,17 @@ def attention(query: Gaussian | Tensor, key: Gaussian | Tensor, value: Gaussian 
     is summed as a product of independent factors.
     """
     if is_causal or (isinstance(attn_mask, Tensor) and attn_mask.dtype == torch.bool) or enable_gqa:
-        return Unknown("attention that is causal, masked or grouped")
+        return _MASKED
     if not isinstance(query, Gaussian) or not isinstance(key, Gaussian) or not isinstance(value, Gaussian):
         return Unknown("attention with a query, key or value that does not depend on the input")
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    shape = (*query.shape[:-1], key.shape[-2])
-    turned = key.map(lambda t: t.transpose(-1, -2))
-    turned.shape = (*key.shape[:-2], key.shape[-1], key.shape[-2])
-    scores = mul(matmul(query, turned), scale)
+    turned = key.map(lambda t: t.transpose(-1, -2)).of((*key.shape[:-2], key.shape[-1], key.shape[-2]))
+    scores = mul(_product(query, turned), 1 / math.sqrt(query.shape[-1]) if scale is None else scale)
     scores = scores if attn_mask is None else add(scores, attn_mask)
-    assert isinstance(scores, Gaussian)
-    weights = softmax(Gaussian(scores.mean, scores.var, shape), -1)
-    assert isinstance(weights, Gaussian)
+    shape = (*query.shape[:-1], key.shape[-2])
+    weights = _softmax(scores.of(shape), -1)
     dropped = dropout(weights, dropout_p)
     common = value.mean.mean(-2, keepdim=True)
-    differ = Gaussian(value.mean - common, value.var, value.shape)
-    mixed = matmul(Gaussian(dropped.mean, dropped.var, shape), differ)
-    assert isinstance(mixed, Gaussian)
+    mixed = _product(dropped.of(shape), Gaussian(value.mean - common, value.var, value.shape))
     # What dropout takes from the sum of the weights, or adds to it.
     lost = (dropped.var - weights.var).sum(-1, keepdim=True) * (shape[-1] // dropped.var.shape[-1])
     return Gaussian(mixed.mean + common, mixed.var + lost * common.square())
@@ -212,24 +215,24 @@ def multi_head_attention(
 ) -> Any:  # fmt: skip
     """``nn.MultiheadAttention``, of ``(time, N, channels)``: three linear maps, :func:`attention` by head, and another.
 
-    Masks are ignored: a key that they leave out is one more key like the others.
+    There is no belief behind a mask: queries then meet different numbers of keys.
     """
     if use_separate_proj_weight or in_proj_weight is None or bias_k is not None or add_zero_attn:
         return Unknown("attention with keys of another size, or with added ones")
+    if attn_mask is not None or key_padding_mask is not None:
+        return _MASKED
     biases = [None] * 3 if in_proj_bias is None else list(in_proj_bias.chunk(3))
     heads = []
     for x, weight, bias in zip((query, key, value), in_proj_weight.chunk(3), biases, strict=True):
         if not isinstance(x, Gaussian) or x.ndim != 3:
             return Unknown("attention without a batch, or with a query, key or value that does not depend on the input")
-        time, samples, _ = x.shape
-        projected = linear(x.map(lambda t: t.transpose(0, 1)).of((samples, time, x.shape[2])), weight, bias)
-        assert isinstance(projected, Gaussian)
+        time, samples, channels = x.shape
+        projected = through_matrix(x.map(lambda t: t.transpose(0, 1)).of((samples, time, channels)), weight, bias)
         split = projected.full([2]).map(lambda t: t.unflatten(2, (num_heads, -1)).transpose(1, 2))
         heads.append(split.of((samples, num_heads, time, weight.shape[0] // num_heads)))
     mixed = attention(heads[0], heads[1], heads[2], dropout_p=dropout_p if training else 0.0)
     if isinstance(mixed, Unknown):
         return mixed
     merged = mixed.full([1, 3]).map(lambda t: t.transpose(1, 2).flatten(2))
-    output = linear(merged.of((samples, query.shape[0], embed_dim_to_check)), out_proj_weight, out_proj_bias)
-    assert isinstance(output, Gaussian)
+    output = through_matrix(merged.of((samples, query.shape[0], embed_dim_to_check)), out_proj_weight, out_proj_bias)
     return output.map(lambda t: t.transpose(0, 1)), Unknown("the weights of an attention")

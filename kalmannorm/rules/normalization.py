@@ -1,4 +1,4 @@
-"""Stock normalization layers that stay in a network: frozen ones are affine, the others reset."""
+"""Normalization layers of torch that stay in a network: frozen ones are affine, the others standardize."""
 
 from __future__ import annotations
 
@@ -11,62 +11,65 @@ from torch import Tensor
 
 from kalmannorm.gaussian import Gaussian, Unknown
 from kalmannorm.rules.arithmetic import add, mul
-from kalmannorm.rules.shape import summarize
-from kalmannorm.rules.table import Belief, aliases, rule
+from kalmannorm.rules.shape import axes_of, summarize
+from kalmannorm.rules.table import Belief, belief_rule, rule
 
 
 def _along_channels(vector: Tensor | None, x: Gaussian, default: float) -> Tensor | float:
     return default if vector is None else vector.reshape(-1, *[1] * (x.ndim - 2))
 
 
-def _standardized(weight: Tensor | float, bias: Tensor | float, x: Gaussian) -> Belief:
-    """Zero mean and unit variance, then the affine map: ``beta`` and ``gamma^2``."""
-    unit = Gaussian(torch.zeros_like(x.mean), torch.ones_like(x.var))
-    return add(mul(unit, summarize(weight, x)), summarize(bias, x))
-
-
-@rule(F.batch_norm)  # torch.batch_norm takes its arguments in another order
-def batch_norm(x: Gaussian, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None = None,
-               bias: Tensor | None = None, training: bool = False, momentum: float = 0.1,
-               eps: float = 1e-5, *args: Any) -> Belief:  # fmt: skip
-    """With running statistics an affine map; with batch statistics the output is standardized."""
-    scale, shift = _along_channels(weight, x, 1.0), _along_channels(bias, x, 0.0)
-    if training or running_mean is None or running_var is None:
-        return _standardized(scale, shift, x)
-    scale = scale * _along_channels((running_var.to(x.var.dtype) + eps).rsqrt(), x, 1.0)
-    shift = shift - _along_channels(running_mean, x, 0.0) * scale
+def _affine(x: Gaussian, scale: Tensor | float, shift: Tensor | float) -> Gaussian:
     return add(mul(x, summarize(scale, x)), summarize(shift, x))
 
 
-@rule(*aliases("group_norm"))
+def _standardized(x: Gaussian, weight: Tensor | float, bias: Tensor | float) -> Gaussian:
+    """Zero mean and unit variance, then the affine map: ``beta`` and ``gamma^2``."""
+    return _affine(Gaussian(torch.zeros_like(x.mean), torch.ones_like(x.var)), weight, bias)
+
+
+@rule(F.batch_norm, belief_first=True)  # torch.batch_norm takes its arguments in another order
+def batch_norm(x: Gaussian, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None = None,
+               bias: Tensor | None = None, training: bool = False, momentum: float = 0.1,
+               eps: float = 1e-5, *args: Any) -> Gaussian:  # fmt: skip
+    """With running statistics an affine map; with batch statistics the output is standardized."""
+    scale, shift = _along_channels(weight, x, 1.0), _along_channels(bias, x, 0.0)
+    if training or running_mean is None or running_var is None:
+        return _standardized(x, scale, shift)
+    scale = scale * _along_channels((running_var.to(x.var.dtype) + eps).rsqrt(), x, 1.0)
+    shift = shift - _along_channels(running_mean, x, 0.0) * scale
+    return _affine(x, scale, shift)
+
+
+@belief_rule("group_norm")
 def group_norm(x: Gaussian, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None,
-               *args: Any, **kwargs: Any) -> Belief:  # fmt: skip
+               *args: Any, **kwargs: Any) -> Gaussian:  # fmt: skip
     """Each channel is taken as standardized: ``beta`` and ``gamma^2``."""
-    return _standardized(_along_channels(weight, x, 1.0), _along_channels(bias, x, 0.0), x)
+    return _standardized(x, _along_channels(weight, x, 1.0), _along_channels(bias, x, 0.0))
 
 
-@rule(F.instance_norm)  # here too
+@rule(F.instance_norm, belief_first=True)  # here too
 def instance_norm(x: Gaussian, running_mean: Tensor | None = None, running_var: Tensor | None = None,
                   weight: Tensor | None = None, bias: Tensor | None = None, use_input_stats: bool = True,
-                  momentum: float = 0.1, eps: float = 1e-5, *args: Any) -> Belief:  # fmt: skip
+                  momentum: float = 0.1, eps: float = 1e-5, *args: Any) -> Gaussian:  # fmt: skip
     """As :func:`batch_norm`, whose groups are then single samples."""
     return batch_norm(x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
 
 
-@rule(*aliases("layer_norm"))
+@belief_rule("layer_norm")
 def layer_norm(x: Gaussian, normalized_shape: Sequence[int], weight: Tensor | None = None,
-               bias: Tensor | None = None, eps: float = 1e-5, *args: Any) -> Belief:  # fmt: skip
+               bias: Tensor | None = None, eps: float = 1e-5, *args: Any) -> Gaussian:  # fmt: skip
     """Each feature is taken as standardized: ``beta`` and ``gamma^2``."""
-    return _standardized(1.0 if weight is None else weight, 0.0 if bias is None else bias, x)
+    return _standardized(x, 1.0 if weight is None else weight, 0.0 if bias is None else bias)
 
 
-@rule(F.normalize)
+@rule(F.normalize, belief_first=True)
 def normalize(x: Gaussian, p: float = 2.0, dim: int | Sequence[int] = 1, eps: float = 1e-12,
               out: object = None) -> Belief:  # fmt: skip
     """``x / |x|``: divided by ``sqrt(sum m^2 + v)``, the root of the norm's mean square."""
     if p != 2.0:
         return Unknown(f"normalize with p={p}")
-    dims = [d % x.ndim for d in ((dim,) if isinstance(dim, int) else dim)]
+    dims = axes_of(x, dim)
     full = x.full(dims)
     mean_square = (full.mean.square() + full.var).sum(dims, keepdim=True)
     return mul(x, mean_square.clamp_min(eps**2).rsqrt())

@@ -1,6 +1,6 @@
 """Activations: the ReLU family in closed form, smooth functions by quadrature.
 
-Each output element depends on one input element, so nothing is assumed here but that it is Gaussian.
+Each output element depends on one input element, so a rule assumes only that it is Gaussian.
 """
 
 from __future__ import annotations
@@ -13,19 +13,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kalmannorm.gaussian import Gaussian, Packed, Unknown
-from kalmannorm.kernels.autograd import in_grad_mode, is_transformed, saved_tensor_hooks
+from kalmannorm.gaussian import Gaussian, Unknown
+from kalmannorm.kernels.autograd import is_transformed
 from kalmannorm.kernels.rectify import rectify
-from kalmannorm.rules.table import DEFERRING, Belief, aliases, rule
+from kalmannorm.rules.deferred import Deferred, Rectified
+from kalmannorm.rules.table import DEFERRING, Belief, belief_rule, belief_rules
 
 __all__ = ["Deferred", "Rectified", "piecewise", "quadrature"]
 
-# The standard normal is integrated by the trapezoid rule on [-8, 8]. For smooth integrands it
-# converges as fast as Gauss-Hermite quadrature (its error is exp(-2 pi^2 / step^2)), for kinked ones
-# (ELU, CELU) faster, as its nodes lie closer, and the nodes are made on the device without a copy.
+# The trapezoid rule on [-8, 8] integrates over the standard normal. For smooth integrands it converges as fast as
+# Gauss-Hermite quadrature (its error is exp(-2 pi^2 / step^2)); for those with corners (ELU, CELU) it is better, since
+# its nodes lie closer. And its nodes are made on the device without a copy.
 _REACH = 8.0
 _NODES = 129
-# Beyond it the square of a number of float32 overflows.
+# The square of a larger number overflows float32.
 _FAR = 1e18
 
 
@@ -73,9 +74,8 @@ def piecewise(x: Gaussian, breaks: Sequence[float], pieces: Sequence[Sequence[fl
     """
     m, s = x.mean, x.std
     edges = [torch.full_like(m, -math.inf), *((b - m) / s for b in breaks), torch.full_like(m, math.inf)]
-    # Every moment is taken about one value of the function, which leaves nothing large to cancel.
-    # Far in the tails the density is zero, while the edge or its powers are infinite: their product,
-    # z^k * phi(z), is then zero.
+    # Moments are taken about the function's value at the mean, so that no large numbers cancel. Far in the tails the
+    # density is zero while the edge or its powers are infinite; their product, z^k phi(z), is set to zero.
     centre = _polynomial_at(m, breaks, pieces)
     near = [e.abs() < 40 for e in edges]
     finite = [torch.where(n, e, 0.0) for n, e in zip(near, edges, strict=True)]
@@ -107,113 +107,17 @@ def piecewise(x: Gaussian, breaks: Sequence[float], pieces: Sequence[Sequence[fl
 
 
 def _polynomial_at(m: Tensor, breaks: Sequence[float], pieces: Sequence[Sequence[float]]) -> Tensor:
-    value = torch.zeros_like(m)
-    for i, (c0, c1, c2) in enumerate(pieces):
-        inside = torch.ones_like(m, dtype=torch.bool)
-        if i > 0:
-            inside = inside & (m > breaks[i - 1])
-        if i < len(breaks):
-            inside = inside & (m <= breaks[i])
-        value = torch.where(inside, c0 + c1 * m + c2 * m.square(), value)
+    values = [c0 + c1 * m + c2 * m.square() for c0, c1, c2 in pieces]
+    value = values[0]
+    for lower, above in zip(breaks, values[1:], strict=True):
+        value = torch.where(m > lower, above, value)
     return value
 
 
-class Deferred(Gaussian):
-    """A belief whose moments are computed when they are asked for, or by who does that along with something else
-    (:meth:`keep`).
-
-    Args:
-        below: the belief that it follows from.
-    """
-
-    __slots__ = ("_grad", "_known", "_where", "below")
-
-    def __init__(self, below: Gaussian) -> None:
-        self.below = below
-        self.shape = below.shape
-        self._known: Gaussian | None = None
-        self._where: object = None
-        self._grad = torch.is_grad_enabled()  # of who made it, who need not be who asks first
-
-    def _compute(self) -> Gaussian:
-        raise NotImplementedError
-
-    def _of(self, below: Gaussian) -> Deferred:
-        """The same of another belief."""
-        return type(self)(below)
-
-    @property
-    def is_known(self) -> bool:
-        """Whether the moments were computed, in the same checkpointed region, if any."""
-        return self._known is not None and self._where == saved_tensor_hooks()
-
-    def keep(self, known: Gaussian) -> None:
-        """Take the moments from who has computed them, unless without the gradients that others need."""
-        if torch.is_grad_enabled() or not self._grad:
-            self._known, self._where = known, saved_tensor_hooks()
-
-    def forget(self) -> None:
-        """Compute the moments again when they are asked for."""
-        self._known = None
-
-    def evaluate(self) -> Gaussian:
-        """The same belief, its moments computed now if they are not known."""
-        if not self.is_known:
-            with in_grad_mode(self._grad):
-                self.keep(self._compute())
-        assert self._known is not None
-        return self._known
-
-    @property
-    def mean(self) -> Tensor:  # type: ignore[override]
-        """As :class:`Gaussian`'s."""
-        return self.evaluate().mean
-
-    @property
-    def var(self) -> Tensor:  # type: ignore[override]
-        """As :class:`Gaussian`'s."""
-        return self.evaluate().var
-
-    @property
-    def ndim(self) -> int:
-        """As :class:`Gaussian`'s."""
-        return self.below.ndim
-
-    @property
-    def groups(self) -> int:
-        """As :class:`Gaussian`'s."""
-        return self.below.groups
-
-    def is_per_channel(self, channels: int) -> bool:
-        """As :class:`Gaussian`'s; nothing is computed."""
-        return self.below.is_per_channel(channels)
-
-    def of(self, shape: Sequence[int]) -> Gaussian:
-        """As :class:`Gaussian`'s; nothing is computed."""
-        self.shape = tuple(shape)
-        return self
-
-    def detach(self) -> Gaussian:
-        """As :class:`Gaussian`'s; nothing is computed."""
-        new = self._of(self.below.detach())
-        new._grad = False
-        return new.of(self.shape)
-
-    def packed(self) -> Packed:
-        """As :class:`Gaussian`'s."""
-        return self.evaluate().packed()
+# -- the ReLU family -------------------------------------------------------------------------------
 
 
-class Rectified(Deferred):
-    """A rectified Gaussian. Behind a ReLU there mostly is a convolution, which computes this along with its own."""
-
-    __slots__ = ()
-
-    def _compute(self) -> Gaussian:
-        return Gaussian(*rectify(self.below.mean, self.below.var))
-
-
-@rule(*aliases("relu", "relu_"))
+@belief_rule("relu", "relu_")
 def relu(x: Gaussian, inplace: bool = False) -> Gaussian:
     """``E = m Phi(a) + s phi(a)`` with ``a = m / s``; the variance in :mod:`kalmannorm.kernels.rectify`."""
     if is_transformed() and not torch.compiler.is_compiling():
@@ -225,8 +129,10 @@ DEFERRING[relu] = lambda x, inplace=False: True
 
 
 def _two_slopes(x: Gaussian, slope: Tensor | float, slope_var: float = 0.0) -> Gaussian:
-    """``k x`` below zero, ``x`` above: ``y = k x + (1 - k) relu(x)``, and Stein's lemma for the
-    covariance of its two terms, ``v Phi(a)``. ``k`` itself may be random, with ``slope_var``.
+    """``y = k x + (1 - k) relu(x)``: ``k x`` below zero, ``x`` above.
+
+    By Stein's lemma the covariance of the two terms is ``k (1 - k) v Phi(a)``. ``k`` itself may be
+    random, with variance ``slope_var``.
     """
     up = relu(x)
     above = torch.special.ndtr(x.mean / x.std)
@@ -238,13 +144,7 @@ def _two_slopes(x: Gaussian, slope: Tensor | float, slope_var: float = 0.0) -> G
     return Gaussian(mean, var.clamp_min(0))
 
 
-@rule(*aliases("leaky_relu", "leaky_relu_"))
-def leaky_relu(x: Gaussian, negative_slope: float = 0.01, inplace: bool = False) -> Gaussian:
-    """``y = k x + (1 - k) relu(x)``, in closed form."""
-    return _two_slopes(x, negative_slope)
-
-
-@rule(*aliases("prelu"))
+@belief_rule("prelu")
 def prelu(x: Gaussian, weight: Tensor) -> Belief:
     """Leaky ReLU with a learned slope, one or one a channel."""
     if isinstance(weight, Gaussian):
@@ -255,160 +155,94 @@ def prelu(x: Gaussian, weight: Tensor) -> Belief:
     return _two_slopes(x, slope)
 
 
-@rule(*aliases("rrelu", "rrelu_"))
+@belief_rule("rrelu", "rrelu_")
 def rrelu(x: Gaussian, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False,
           inplace: bool = False, generator: object = None) -> Gaussian:  # fmt: skip
     """Leaky ReLU whose slope is uniform on ``[lower, upper]`` in training, its mean otherwise."""
     return _two_slopes(x, (lower + upper) / 2, (upper - lower) ** 2 / 12 if training else 0.0)
 
 
-@rule(*aliases("hardtanh", "hardtanh_"))
-def hardtanh(x: Gaussian, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Gaussian:
-    """``clamp(x, min_val, max_val)``, in closed form; ReLU6 arrives as this."""
-    return _between(x, min_val, max_val)
+# -- quadratic between breakpoints -----------------------------------------------------------------
 
 
-def _between(x: Gaussian, low: float, high: float) -> Gaussian:
-    """``clamp(x, low, high)``. A bound so far away that its square would overflow is none."""
-    breaks, pieces = [], [(0.0, 1.0, 0.0)]
-    if low > -_FAR:
-        breaks, pieces = [low], [(low, 0.0, 0.0), *pieces]
-    if high < _FAR:
-        breaks, pieces = [*breaks, high], [*pieces, (high, 0.0, 0.0)]
-    return piecewise(x, breaks, pieces) if breaks else x
-
-
-@rule(*aliases("relu6"))
-def relu6(x: Gaussian, inplace: bool = False) -> Gaussian:
-    """``clamp(x, 0, 6)``, in closed form."""
-    return hardtanh(x, 0.0, 6.0)
-
-
-@rule(*aliases("clamp", "clamp_", "clip", "clip_"))
-def clamp(x: Gaussian, min: object = None, max: object = None) -> Belief:
+@belief_rule("clamp", "clamp_", "clip", "clip_", "clamp_min", "clamp_min_")
+def clamp(x: Gaussian, min: Any = None, max: Any = None) -> Belief:
     """``clamp(x, min, max)`` with numbers for bounds, in closed form."""
     if isinstance(min, Tensor | Gaussian) or isinstance(max, Tensor | Gaussian):
         return Unknown("clamp between tensors")
-    low: Any = -math.inf if min is None else min
-    high: Any = math.inf if max is None else max
-    return _between(x, float(low), float(high))
+    breaks: list[float] = []
+    pieces = [(0.0, 1.0, 0.0)]
+    if min is not None and min > -_FAR:
+        breaks, pieces = [float(min)], [(float(min), 0.0, 0.0), *pieces]
+    if max is not None and max < _FAR:
+        breaks, pieces = [*breaks, float(max)], [*pieces, (float(max), 0.0, 0.0)]
+    return piecewise(x, breaks, pieces) if breaks else x
 
 
-@rule(*aliases("clamp_min", "clamp_min_"))
-def clamp_min(x: Gaussian, min: object) -> Belief:
-    """``max(x, min)`` with a number, in closed form."""
-    return clamp(x, min, None)
+belief_rules("in closed form", {
+    "abs abs_": lambda x: piecewise(x, [0.0], [(0, -1, 0), (0, 1, 0)]),
+    "clamp_max clamp_max_": lambda x, max: clamp(x, None, max),
+    "hardshrink": lambda x, lambd=0.5: piecewise(x, [-lambd, lambd], [(0, 1, 0), (0, 0, 0), (0, 1, 0)]),
+    "hardsigmoid": lambda x, inplace=False: piecewise(x, [-3.0, 3.0], [(0, 0, 0), (1 / 2, 1 / 6, 0), (1, 0, 0)]),
+    "hardswish": lambda x, inplace=False: piecewise(x, [-3.0, 3.0], [(0, 0, 0), (0, 1 / 2, 1 / 6), (0, 1, 0)]),
+    "hardtanh hardtanh_": lambda x, min_val=-1.0, max_val=1.0, inplace=False: clamp(x, min_val, max_val),
+    "leaky_relu leaky_relu_": lambda x, negative_slope=0.01, inplace=False: _two_slopes(x, negative_slope),
+    "relu6": lambda x, inplace=False: clamp(x, 0.0, 6.0),
+    "softshrink": lambda x, lambd=0.5: piecewise(x, [-lambd, lambd], [(lambd, 1, 0), (0, 0, 0), (-lambd, 1, 0)]),
+    "threshold threshold_": lambda x, threshold, value, inplace=False: piecewise(
+        x, [threshold], [(value, 0, 0), (0, 1, 0)]
+    ),
+})  # fmt: skip
 
 
-@rule(*aliases("clamp_max", "clamp_max_"))
-def clamp_max(x: Gaussian, max: object) -> Belief:
-    """``min(x, max)`` with a number, in closed form."""
-    return clamp(x, None, max)
+# -- smooth functions ------------------------------------------------------------------------------
 
 
-@rule(*aliases("hardsigmoid"))
-def hardsigmoid(x: Gaussian, inplace: bool = False) -> Gaussian:
-    """``clamp(x / 6 + 1 / 2, 0, 1)``, in closed form."""
-    return piecewise(x, [-3.0, 3.0], [(0, 0, 0), (1 / 2, 1 / 6, 0), (1, 0, 0)])
-
-
-@rule(*aliases("hardswish"))
-def hardswish(x: Gaussian, inplace: bool = False) -> Gaussian:
-    """``x clamp(x / 6 + 1 / 2, 0, 1)``, in closed form."""
-    return piecewise(x, [-3.0, 3.0], [(0, 0, 0), (0, 1 / 2, 1 / 6), (0, 1, 0)])
-
-
-@rule(*aliases("hardshrink"))
-def hardshrink(x: Gaussian, lambd: float = 0.5) -> Gaussian:
-    """``x`` outside ``[-lambd, lambd]``, zero inside, in closed form."""
-    return piecewise(x, [-lambd, lambd], [(0, 1, 0), (0, 0, 0), (0, 1, 0)])
-
-
-@rule(*aliases("softshrink"))
-def softshrink(x: Gaussian, lambd: float = 0.5) -> Gaussian:
-    """``x`` moved towards zero by ``lambd``, in closed form."""
-    return piecewise(x, [-lambd, lambd], [(lambd, 1, 0), (0, 0, 0), (-lambd, 1, 0)])
-
-
-@rule(*aliases("threshold", "threshold_"))
-def threshold(x: Gaussian, threshold: float, value: float, inplace: bool = False) -> Gaussian:
-    """``x`` above the threshold, ``value`` below, in closed form."""
-    return piecewise(x, [threshold], [(value, 0, 0), (0, 1, 0)])
-
-
-@rule(*aliases("abs", "abs_"))
-def absolute(x: Gaussian) -> Gaussian:
-    """``|x|``, in closed form."""
-    return piecewise(x, [0.0], [(0, -1, 0), (0, 1, 0)])
-
-
-@rule(*aliases("exp", "exp_"))
+@belief_rule("exp", "exp_")
 def exp(x: Gaussian) -> Gaussian:
     """A log-normal, of mean ``e^(m + v / 2)`` and variance ``(e^v - 1) e^(2 m + v)``."""
-    # A belief may be too wide, and infinity would end in the output: so no exponent is larger than 20.
+    # The exponents of a wide belief are cut at 20: infinity would end in the output.
     mean = torch.exp((x.mean + x.var / 2).clamp_max(20))
     return Gaussian(mean, torch.expm1(x.var.clamp_max(20)) * mean.square())
 
 
-@rule(*aliases("expm1", "expm1_"))
+@belief_rule("expm1", "expm1_")
 def expm1(x: Gaussian) -> Gaussian:
     """The log-normal less one."""
     grown = exp(x)
     return Gaussian(grown.mean - 1, grown.var)
 
 
-@rule(*aliases("gelu"))
-def gelu(x: Gaussian, approximate: str = "none") -> Gaussian:
-    """By quadrature."""
-    return quadrature(x, lambda t: F.gelu(t, approximate=approximate))
-
-
-@rule(*aliases("elu", "elu_"))
-def elu(x: Gaussian, alpha: float = 1.0, inplace: bool = False) -> Gaussian:
-    """By quadrature."""
-    return quadrature(x, lambda t: F.elu(t, alpha))
-
-
-@rule(*aliases("celu", "celu_"))
-def celu(x: Gaussian, alpha: float = 1.0, inplace: bool = False) -> Gaussian:
-    """By quadrature."""
-    return quadrature(x, lambda t: F.celu(t, alpha))
-
-
-@rule(*aliases("softplus"))
-def softplus(x: Gaussian, beta: float = 1.0, threshold: float = 20.0) -> Gaussian:
-    """By quadrature."""
-    return quadrature(x, lambda t: F.softplus(t, beta, threshold))
-
-
-@rule(*aliases("pow", "pow_", "__pow__", "float_power"))
+@belief_rule("pow", "pow_", "__pow__", "float_power")
 def power(x: Gaussian, exponent: object) -> Belief:
     """A whole, non-negative power, by quadrature; others are not defined for negative inputs."""
-    if not isinstance(exponent, int | float) or exponent < 0 or exponent != int(exponent):
+    if not isinstance(exponent, int | float):
+        return Unknown("power with a tensor for its exponent")
+    if exponent < 0 or exponent != int(exponent):
         return Unknown(f"power {exponent}")
     whole = int(exponent)
     return quadrature(x, lambda t: t**whole)
 
 
-@rule(*aliases("sqrt", "sqrt_"))
-def sqrt(x: Gaussian) -> Gaussian:
-    """By quadrature, of zero where the belief reaches below: the activation does not."""
-    return quadrature(x, lambda t: t.clamp_min(1e-12).sqrt())
-
-
-def _by_quadrature(function: Any) -> Callable[..., Gaussian]:
-    def smooth(x: Gaussian, inplace: bool = False) -> Gaussian:
-        return quadrature(x, function)
-
-    smooth.__name__ = function.__name__
-    smooth.__doc__ = f"``{function.__name__}`` by quadrature."
-    return smooth
-
-
-for _name, _function in {
-    "silu": F.silu, "mish": F.mish, "selu": F.selu, "sigmoid": torch.sigmoid, "tanh": torch.tanh,
-    "logsigmoid": F.logsigmoid, "softsign": F.softsign, "tanhshrink": F.tanhshrink,
-    "square": torch.square, "sin": torch.sin, "cos": torch.cos, "erf": torch.erf,
-    "atan": torch.atan, "asinh": torch.asinh,
-}.items():  # fmt: skip
-    rule(*aliases(_name, _name + "_"))(_by_quadrature(_function))
+belief_rules("by quadrature", {
+    "asinh asinh_": lambda x: quadrature(x, torch.asinh),
+    "atan atan_": lambda x: quadrature(x, torch.atan),
+    "celu celu_": lambda x, alpha=1.0, inplace=False: quadrature(x, lambda t: F.celu(t, alpha)),
+    "cos cos_": lambda x: quadrature(x, torch.cos),
+    "elu elu_": lambda x, alpha=1.0, inplace=False: quadrature(x, lambda t: F.elu(t, alpha)),
+    "erf erf_": lambda x: quadrature(x, torch.erf),
+    "gelu gelu_": lambda x, approximate="none": quadrature(x, lambda t: F.gelu(t, approximate=approximate)),
+    "logsigmoid logsigmoid_": lambda x: quadrature(x, F.logsigmoid),
+    "mish mish_": lambda x, inplace=False: quadrature(x, F.mish),
+    "selu selu_": lambda x, inplace=False: quadrature(x, F.selu),
+    "sigmoid sigmoid_": lambda x: quadrature(x, torch.sigmoid),
+    "silu silu_": lambda x, inplace=False: quadrature(x, F.silu),
+    "sin sin_": lambda x: quadrature(x, torch.sin),
+    "softplus softplus_": lambda x, beta=1.0, threshold=20.0: quadrature(x, lambda t: F.softplus(t, beta, threshold)),
+    "softsign softsign_": lambda x: quadrature(x, F.softsign),
+    # The activation is not negative, but a belief about it may reach below zero.
+    "sqrt sqrt_": lambda x: quadrature(x, lambda t: t.clamp_min(1e-12).sqrt()),
+    "square square_": lambda x: quadrature(x, torch.square),
+    "tanh tanh_": lambda x: quadrature(x, torch.tanh),
+    "tanhshrink tanhshrink_": lambda x: quadrature(x, F.tanhshrink),
+})  # fmt: skip

@@ -14,17 +14,12 @@ from collections.abc import Sequence
 
 from kalmannorm.gaussian import Gaussian
 from kalmannorm.kernels.autograd import constant_to_compilers
-from kalmannorm.rules.table import aliases, rule
+from kalmannorm.rules.shape import per_axis
+from kalmannorm.rules.table import belief_rule
 
 __all__ = ["extreme_moments", "largest_of"]
 
 _Size = int | None | Sequence[int | None]
-
-
-def _window(kernel_size: int | Sequence[int], spatial: int) -> int:
-    """Number of elements in a pooling window."""
-    sizes = [kernel_size] if isinstance(kernel_size, int) else list(kernel_size)
-    return math.prod(sizes * spatial if len(sizes) == 1 else sizes)
 
 
 def _average(x: Gaussian, count: float) -> Gaussian:
@@ -55,8 +50,10 @@ def _extreme_moments(count: int) -> tuple[float, float]:
 
 
 def _maximum(x: Gaussian, windows: Counter[int]) -> Gaussian:
-    """The largest of ``k`` independent elements: ``m + s M_k`` and ``v V_k``, with the moments of
-    the largest of ``k`` standard normals; the mixture where windows of several ``k`` are counted.
+    """The largest of ``k`` independent elements: ``m + s M_k`` and ``v V_k``.
+
+    ``M_k`` and ``V_k`` are the moments of the largest of ``k`` standard normals, or of a mixture if there
+    are windows of several ``k``.
     """
     total = windows.total()
     moments = [(n / total, *extreme_moments(k)) for k, n in windows.items()]
@@ -70,59 +67,48 @@ def largest_of(x: Gaussian, count: int) -> Gaussian:
     return _maximum(x, Counter({count: 1}))
 
 
-def _products(left: Counter[int], right: Counter[int]) -> Counter[int]:
-    """How often each product of a left and a right length occurs."""
-    products: Counter[int] = Counter()
-    for (a, n), (b, m) in itertools.product(left.items(), right.items()):
-        products[a * b] += n * m
-    return products
-
-
-def _adaptive_counts(x: Gaussian, output_size: _Size, spatial: int) -> list[list[int]]:
+def _adaptive_lengths(x: Gaussian, output_size: _Size, spatial: int) -> list[list[int]]:
     """Window lengths of adaptive pooling along each spatial axis, one for each output position."""
-    inputs = x.shape[len(x.shape) - spatial :]
-    wanted = [output_size] * spatial if output_size is None or isinstance(output_size, int) else list(output_size)
     lengths = []
-    for size, out in zip(inputs, wanted * (spatial // len(wanted)), strict=True):
+    for size, out in zip(x.shape[-spatial:], per_axis(output_size, spatial), strict=True):
         out = size if out is None else out
         lengths.append([-(-(i + 1) * size // out) - i * size // out for i in range(out)])
     return lengths
 
 
-
-
 def _define(spatial: int) -> None:
     """The pooling functions of one dimensionality."""
 
-    @rule(*aliases(f"avg_pool{spatial}d"))
+    @belief_rule(f"avg_pool{spatial}d")
     def avg_pool(x: Gaussian, kernel_size: int | Sequence[int], stride: object = None, padding: object = 0,
                  ceil_mode: bool = False, count_include_pad: bool = True,
                  divisor_override: int | None = None) -> Gaussian:  # fmt: skip
         """``m`` and ``v / k`` for a window of ``k`` elements."""
-        count = _window(kernel_size, spatial)
+        count = math.prod(per_axis(kernel_size, spatial))
         pooled = _average(x, count)
         if divisor_override is None:
             return pooled
         factor = count / divisor_override
         return Gaussian(pooled.mean * factor, pooled.var * factor**2)
 
-    @rule(*aliases(f"max_pool{spatial}d", f"max_pool{spatial}d_with_indices"))
+    @belief_rule(f"max_pool{spatial}d", f"max_pool{spatial}d_with_indices")
     def max_pool(x: Gaussian, kernel_size: int | Sequence[int], *args: object, **kwargs: object) -> Gaussian:
         """``m + s M_k`` and ``v V_k`` for a window of ``k`` elements."""
-        return largest_of(x.pool(range(2, x.ndim)), _window(kernel_size, spatial))
+        return largest_of(x.pool(range(2, x.ndim)), math.prod(per_axis(kernel_size, spatial)))
 
-    @rule(*aliases(f"adaptive_avg_pool{spatial}d"))
+    @belief_rule(f"adaptive_avg_pool{spatial}d")
     def adaptive_avg_pool(x: Gaussian, output_size: _Size) -> Gaussian:
         """``m``, and ``v`` times the mean of ``1 / k`` over windows of ``k`` elements."""
-        counts = _adaptive_counts(x, output_size, spatial)
-        return _average(x, 1 / math.prod([sum(1 / k for k in axis) / len(axis) for axis in counts]))
+        lengths = _adaptive_lengths(x, output_size, spatial)
+        return _average(x, 1 / math.prod([sum(1 / k for k in axis) / len(axis) for axis in lengths]))
 
-    @rule(*aliases(f"adaptive_max_pool{spatial}d", f"adaptive_max_pool{spatial}d_with_indices"))
+    @belief_rule(f"adaptive_max_pool{spatial}d", f"adaptive_max_pool{spatial}d_with_indices")
     def adaptive_max_pool(x: Gaussian, output_size: _Size, return_indices: bool = False) -> Gaussian:
         """``m + s M_k`` and ``v V_k``, the mixture over windows of ``k`` elements."""
-        windows = Counter({1: 1})
-        for axis in _adaptive_counts(x, output_size, spatial):
-            windows = _products(windows, Counter(axis))
+        lengths = _adaptive_lengths(x, output_size, spatial)
+        windows: Counter[int] = Counter()
+        for window in itertools.product(*(Counter(axis).items() for axis in lengths)):
+            windows[math.prod([k for k, _ in window])] += math.prod([n for _, n in window])
         return _maximum(x.pool(range(2, x.ndim)), windows)
 
 

@@ -13,7 +13,7 @@ from kalmannorm.gaussian import Gaussian, Unknown
 
 __all__ = [
     "BELIEF_FIRST", "DEFERRING", "FACTORIES", "LIKE", "OVERWRITING", "RULES", "SOURCES", "Belief", "Rule", "aliases",
-    "as_rule_is_called", "rule",
+    "as_rule_is_called", "belief_rule", "belief_rules", "rule",
 ]  # fmt: skip
 
 Belief = Gaussian | Unknown
@@ -21,16 +21,16 @@ Rule = Callable[..., Any]
 _R = TypeVar("_R", bound=Rule)
 
 RULES: dict[Callable[..., Any], Rule] = {}
-# Rules that say, by annotation, that their first argument is a belief: they are not asked about a known one.
+# Rules whose first argument must carry a belief: they are not called if it is a known tensor.
 BELIEF_FIRST: set[Rule] = set()
-# What starts a belief of its own, as it takes no activation.
+# Functions whose output has a belief though no argument has one.
 SOURCES: set[Callable[..., Any]] = set()
-# Rules that only note what is to be computed, and by which arguments they do.
+# Rules that can return a belief whose moments are computed later, and by which arguments they do.
 DEFERRING: dict[Rule, Callable[..., bool]] = {}
-# The names of a rule's parameters, and how many it takes by position; None for any. Noted when it is taught, as a
-# compiler cannot ask for them.
+# The names of a rule's parameters and the number of positional ones; None for any. Stored at registration, since
+# torch.compile cannot trace inspect.signature.
 _TAKES: dict[Rule, tuple[frozenset[str] | None, int | None]] = {}
-# What torch calls the first and the second argument of a function: a rule has names of its own.
+# Torch's names for the first and the second argument of a function. A rule may name them differently.
 _TORCHS_NAMES = (("input", "self", "tensor", "tensors", "inputs"), ("other", "mat2", "size", "shape", "repeats"))
 
 _LISTED: set[Callable[..., Any]] = {
@@ -40,21 +40,23 @@ _LISTED: set[Callable[..., Any]] = {
 _HOMES = (torch, torch.Tensor, torch.nn.functional, torch.special)
 
 
-def rule(*functions: Callable[..., Any]) -> Callable[[_R], _R]:
+def rule(*functions: Callable[..., Any], belief_first: bool = False) -> Callable[[_R], _R]:
     """Teach the library how a torch function moves a belief.
 
-    The decorated rule is called as the function was, with a :class:`Gaussian` in the place of each
-    tensor that carries a belief, and returns the Gaussian of the output (a tuple of them where the
-    function returns several tensors), or an :class:`Unknown` that says why there is none. Tensors
-    that don't depend on the network's input, weights for one, arrive as they are. A rule taught
-    later replaces the one before.
+    The library calls the decorated rule as the function was called, with a :class:`Gaussian` in the
+    place of each tensor that carries a belief. The rule returns the Gaussian of the output (a tuple of
+    them if the function returns several tensors), or an :class:`Unknown` that says why there is none.
+    Tensors that don't depend on the network's input, such as weights, stay as they are. A later rule
+    for the same function replaces an earlier one.
 
     Args:
-        functions: the torch functions it stands for: what ``torch.overrides`` calls them, so a
-            method and a function of one name are two.
+        functions: torch functions as ``torch.overrides`` sees them, so a function and a method of the
+            same name are two.
+        belief_first: The rule takes a belief as its first argument, not a known tensor. The output of a
+            call with a known tensor there has no belief, and the rule is not called.
 
     Raises:
-        TypeError: where something that cannot be called is given.
+        TypeError: If a function is not callable.
 
     Example:
         >>> import torch, kalmannorm as kn
@@ -67,24 +69,37 @@ def rule(*functions: Callable[..., Any]) -> Callable[[_R], _R]:
             raise TypeError(f"kn.rule takes torch functions, got {function!r}")
 
     def register(decorated: _R) -> _R:
-        parameters = list(inspect.signature(decorated).parameters.values())
-        if parameters and parameters[0].annotation in (Gaussian, "Gaussian"):
-            BELIEF_FIRST.add(decorated)
-        kinds = [p.kind for p in parameters]
-        names = None if inspect.Parameter.VAR_KEYWORD in kinds else frozenset(p.name for p in parameters)
+        parameters = inspect.signature(decorated).parameters
+        kinds = [p.kind for p in parameters.values()]
+        names = None if inspect.Parameter.VAR_KEYWORD in kinds else frozenset(parameters)
         positions = sum(kind <= inspect.Parameter.POSITIONAL_OR_KEYWORD for kind in kinds)
         _TAKES[decorated] = names, None if inspect.Parameter.VAR_POSITIONAL in kinds else positions
-        for function in functions:
-            RULES[function] = decorated
+        if belief_first:
+            BELIEF_FIRST.add(decorated)
+        RULES.update(dict.fromkeys(functions, decorated))
         _show_to_compilers(functions)
         return decorated
 
     return register
 
 
+def belief_rule(*names: str) -> Callable[[_R], _R]:
+    """As :func:`rule`, for all functions and methods of these names, whose first argument must carry a belief."""
+    return rule(*aliases(*names), belief_first=True)
+
+
+def belief_rules(how: str, rules: dict[str, Rule]) -> None:
+    """As :func:`belief_rule`, for rules of one expression, by the names of their functions with spaces in between."""
+    for names, each in rules.items():
+        each.__name__, *_ = names.split()
+        each.__doc__ = f"``{each.__name__}``, {how}."
+        belief_rule(*names.split())(each)
+
+
 def _show_to_compilers(functions: Sequence[Callable[..., Any]]) -> None:
-    """Have torch.compile ask modes about these functions, as eager torch does. It goes by a list of torch's own that
-    lacks some: ``hardswish``, ``hardsigmoid``, ``relu_``.
+    """Make torch.compile dispatch these functions to modes, as eager torch does.
+
+    It goes by a list of overridable functions, which lacks ``hardswish``, ``hardsigmoid`` and ``relu_``.
     """
     missing = [function for function in functions if function not in _LISTED]
     if not missing:
@@ -92,21 +107,21 @@ def _show_to_compilers(functions: Sequence[Callable[..., Any]]) -> None:
     _LISTED.update(missing)
     torch.overrides.get_overridable_functions()[torch.nn.functional].extend(missing)
     compiler: Any = sys.modules.get("torch._dynamo.variables.torch")
-    if compiler is not None:  # it keeps a copy
+    if compiler is not None:  # it caches the list
         compiler.get_overridable_functions.cache_clear()
 
 
 def as_rule_is_called(rule: Rule, args: tuple[Any, ...],
                       kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:  # fmt: skip
-    """The arguments of a function as its rule takes them: ``add(input=x, other=y)`` is the rule's ``add(x, y)``.
+    """Translate the arguments of a call to those of its rule: ``add(input=x, other=y)`` is the rule's ``add(x, y)``.
 
     Args:
-        rule: the function's.
-        args: its positional arguments.
-        kwargs: its keyword arguments.
+        rule: The rule of the called function.
+        args: Positional arguments of the call.
+        kwargs: Keyword arguments of the call.
 
     Returns:
-        Both, changed where that is needed; None for arguments that the rule does not know.
+        Positional and keyword arguments for the rule, or None if it does not take them.
     """
     names, positions = _TAKES.get(rule, (None, None))
     if not kwargs:  # nearly always
@@ -124,22 +139,25 @@ def as_rule_is_called(rule: Rule, args: tuple[Any, ...],
 
 
 def aliases(*names: str) -> list[Callable[..., Any]]:
-    """Every function and method of torch that goes by one of ``names``."""
+    """All functions and methods of torch that have one of these names.
+
+    Looked up in ``torch``, ``torch.Tensor``, ``torch.nn.functional`` and ``torch.special``.
+    """
     found = [getattr(home, name, None) for name in names for home in _HOMES]
     return list(dict.fromkeys(function for function in found if callable(function)))
 
 
-# What these return has an activation's shape, type or device, but does not depend on its values: masks of
-# dropped paths, zeros to pad with.
+# Their output has an activation's shape, type or device, but does not depend on its values: masks of dropped paths,
+# zeros to pad with.
 FACTORIES: frozenset[Callable[..., Any]] = frozenset(
     aliases("new_empty", "new_full", "new_ones", "new_zeros", "empty_like", "full_like", "ones_like", "zeros_like",
             "rand_like", "randn_like", "randint_like")
 )  # fmt: skip
 
-# These change a tensor in place, and their rules do not ask for what it was: its first argument, or zeros.
+# In-place functions whose rules work if the tensor that changes was a known one.
 OVERWRITING: frozenset[Callable[..., Any]] = frozenset(
     aliases("copy_", "scatter_add_", "index_add_", "scatter_", "scatter_reduce_", "index_reduce_")
 )
 
-# These take a shape or a type from their second argument, and values from the first alone.
+# They take a shape or a type from their second argument, and values from the first alone.
 LIKE: frozenset[Callable[..., Any]] = frozenset(aliases("expand_as", "reshape_as", "view_as", "type_as", "to"))

@@ -1,5 +1,7 @@
 """Products of activations, softmax and attention, against draws."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -240,6 +242,28 @@ def test_multi_head_attention(function, need_weights):
     assert ((belief.var[0, 0] / want_var).log2().abs() < 1).all(), belief.var[0, 0] / want_var
     check_unknown("another size", function, q, k, v, 8, 2, None, *arguments[3:])
     check_unknown("without a batch", function, q, values(16, 2, 8), v, *arguments)
+    check_unknown("causal, masked", function, q, k, v, *arguments, attn_mask=torch.zeros(16, 16))
+    check_unknown("causal, masked", function, q, k, v, *arguments, key_padding_mask=torch.zeros(2**11, 16))
+
+
+@pytest.mark.parametrize("masked", [
+    lambda x, mask: F.scaled_dot_product_attention(x, x, x, attn_mask=mask),
+    lambda x, mask: torch.softmax(x @ x.transpose(-1, -2) + mask, -1) @ x,
+    lambda x, mask: torch.softmax(x @ x.transpose(-1, -2) + mask[0], -1) @ x,
+])  # fmt: skip
+def test_a_mask_of_minus_infinity_leaves_the_prior_finite(masked):
+    class Causal(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.query, self.norm = nn.Linear(8, 8), nn.BatchNorm1d(8)
+
+        def forward(self, x):
+            mask = torch.full((5, 5), -math.inf).triu(1)
+            return self.norm(masked(self.query(x), mask).transpose(1, 2))
+
+    model = kn.convert(Causal(), input_stats=(0.0, 1.0))
+    assert model(torch.randn(4, 5, 8)).isfinite().all()
+    assert kn.describe(model, torch.randn(4, 5, 8)).with_prior == 1
 
 
 def test_networks_with_multi_head_attention_have_priors_behind_it():

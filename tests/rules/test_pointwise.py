@@ -198,9 +198,15 @@ def test_relu_is_the_textbook_formula(mean, std):
 # -- what has no rule --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("exponent", [-1, 0.5, torch.tensor(2.0)])
-def test_powers_that_are_not_whole(exponent):
-    check_unknown("power", torch.pow, believe((4, 2)), exponent)
+@pytest.mark.parametrize(("exponent", "reason"), [
+    (-1, "power -1"), (0.5, "power 0.5"), (torch.tensor(2.0), "power with a tensor for its exponent"),
+])  # fmt: skip
+def test_powers_that_are_not_whole(exponent, reason):
+    check_unknown(reason, torch.pow, believe((4, 2)), exponent)
+
+
+def test_the_reason_does_not_print_an_exponent_that_is_an_activation():
+    check_unknown("power with a tensor for its exponent", torch.pow, 2, believe((4, 2)))
 
 
 def test_bounds_and_slopes_from_the_input():

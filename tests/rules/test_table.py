@@ -8,8 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kalmannorm.evaluation import function_name
+from kalmannorm.evaluation import exact, function_name
+from kalmannorm.gaussian import Gaussian
 from kalmannorm.rules import RULES, aliases, rule
+from kalmannorm.steps import Step
 
 
 def _built_in():
@@ -52,6 +54,23 @@ def test_teaching_a_rule():
     assert RULES[F.glu] is mine
     assert RULES[F.relu] is mine, "a rule taught later replaces the one before"
     assert RULES[torch.Tensor.relu] is not mine
+
+
+@pytest.mark.usefixtures("_same_table_after")
+@pytest.mark.parametrize("belief_first", [False, True])
+def test_a_rule_says_whether_its_first_argument_is_a_belief(belief_first):
+    """By an argument; an annotation changes nothing."""
+
+    @rule(torch.cumprod, belief_first=belief_first)
+    def mine(x: Gaussian, y):
+        return y
+
+    known, belief = torch.zeros(4), Gaussian(torch.zeros(1), torch.ones(1), (4,))
+    result = exact(Step(torch.cumprod, (known, Step(None, (), {}, (4,), belief=belief)), {}, (4,)))
+    if belief_first:
+        assert result.reason == "torch.cumprod of a known tensor, by an activation"
+    else:
+        assert torch.equal(result.var, belief.var)
 
 
 @pytest.mark.parametrize("wrong", ["relu", None, 3])

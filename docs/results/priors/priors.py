@@ -50,7 +50,7 @@ from kalmannorm.lab.optimization import sgd
 from kalmannorm.lab.results import environment
 from kalmannorm.lab.scoring import online_logits
 from kalmannorm.propagation import attach, is_open, paused
-from kalmannorm.rules import linear as rules
+from kalmannorm.rules import deferred as rules
 
 IMAGES, EPOCHS, BATCH, GROUP, RATE = 10_000, 5, 128, 2, 0.3
 INPUT = ([0.0] * 3, [0.5] * 3)

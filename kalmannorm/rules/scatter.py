@@ -1,0 +1,156 @@
+"""Sums, means and extremes of the terms that an index sends to each row, and elements that a mask replaces.
+
+Graph networks sum the messages of a node's neighbours this way. Rows get different numbers of terms; the
+belief is the mixture over all rows. The rules read the index of the first column and use it for all.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kalmannorm.gaussian import Gaussian, Unknown
+from kalmannorm.rules.shape import COMPUTED_INDEX, align
+from kalmannorm.rules.table import Belief, Rule, aliases, belief_rule, rule
+
+_NOT_SUMMED = Unknown("what an index sends to a row, other than a sum, or a mean or an extreme into known rows")
+# Rows with more terms count as having this many: the largest of more lies hardly higher.
+_MOST = 64
+# Networks write -1e4, -1e9 or the least number of a type for minus infinity.
+_AS_INFINITE = 1e4
+
+
+def _terms_by_row(index: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+    """How many terms each row gets."""
+    to = index.reshape(index.shape[0], -1)[:, 0]
+    counts = torch.zeros(rows, dtype=dtype, device=to.device)
+    return counts.index_add_(0, to, counts.new_ones(()).expand(to.shape[0]))
+
+
+def _rows(into: Tensor, like: Gaussian, counted: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
+    """First two moments of known rows along the axes where ``like`` does not vary; rows not counted are zero."""
+    counted = torch.as_tensor(counted, dtype=like.mean.dtype, device=into.device)
+    values = into * counted.view(-1, *[1] * (into.ndim - 1))
+    axes = [d for d in range(values.ndim) if like.mean.shape[d] == 1]
+    return values.mean(axes, keepdim=True), values.square().mean(axes, keepdim=True)
+
+
+def _sums(into: Gaussian | Tensor, dim: int, index: Tensor, terms: Gaussian | Tensor, weight: float = 1.0,
+          include_self: bool = True) -> Belief:  # fmt: skip
+    """Sums of ``d`` terms of mean ``m`` and variance ``v``, where ``d`` differs from row to row.
+
+    Their mean is ``m E[d]``, their variance ``v E[d] + m^2 Var[d]``.
+    """
+    if isinstance(index, Gaussian):
+        return COMPUTED_INDEX
+    if not isinstance(terms, Gaussian) or dim % terms.ndim != 0:
+        return Unknown("a sum of as many terms as an index names, not along the first axis or of known ones")
+    x = terms.pool([0])
+    counts = _terms_by_row(index, into.shape[0], x.mean.dtype)
+    often, unevenly = counts.mean(), counts.var(correction=0)
+    mean, var = weight * x.mean * often, weight**2 * (x.var * often + x.mean.square() * unevenly)
+    if isinstance(into, Gaussian):
+        before, sent = align([into, Gaussian(mean, var)])
+        return Gaussian(before.mean + sent.mean, before.var + sent.var)
+    first, second = _rows(into, x, 1.0 if include_self else counts == 0)
+    var = var + second - first.square()
+    if not include_self:  # only rows without terms keep their values
+        var = var - 2 * mean * first
+    return Gaussian(mean + first, var.clamp_min(0))
+
+
+@rule(*aliases("scatter_add"))
+def scatter_add(into: Gaussian | Tensor, dim: int, index: Tensor, src: Gaussian | Tensor) -> Belief:
+    """Messages summed over the neighbours in a graph, and added to known rows or to an activation."""
+    return _sums(into, dim, index, src)
+
+
+@rule(*aliases("index_add"))
+def index_add(into: Gaussian | Tensor, dim: int, index: Tensor, source: Gaussian | Tensor, *,
+              alpha: float = 1.0) -> Belief:  # fmt: skip
+    """As :func:`scatter_add`."""
+    return _sums(into, dim, index, source, alpha)
+
+
+def _of_neighbours(counts: Tensor, reduce: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The share of rows that get a term, and two moments of the mean or of the largest of ``counts`` standard normals.
+
+    The moments are averaged over all rows, where a row without a term counts as zero.
+    """
+    numbers = torch.arange(_MOST + 1, dtype=counts.dtype, device=counts.device)
+    share = torch.zeros_like(numbers).index_add_(0, counts.clamp_max(_MOST).long(), torch.ones_like(counts))
+    share = share / counts.shape[0]
+    if reduce == "mean":
+        first, second = torch.zeros_like(numbers), 1 / numbers.clamp_min(1)
+    else:
+        z = torch.linspace(-8, 8, 257, dtype=counts.dtype, device=counts.device)
+        weights = (-0.5 * z.square() + (numbers.unsqueeze(1) - 1) * torch.special.log_ndtr(z)).exp()
+        weights = weights / weights.sum(1, keepdim=True)
+        first, second = (weights * z).sum(1), (weights * z.square()).sum(1)
+    return 1 - share[0], (share * first)[1:].sum(), (share * second)[1:].sum()
+
+
+@rule(*aliases("scatter_reduce"))
+def scatter_reduce(into: Gaussian | Tensor, dim: int, index: Tensor, src: Gaussian | Tensor, reduce: str, *,
+                   include_self: bool = True) -> Belief:  # fmt: skip
+    """The mean, the largest or the smallest of a row's neighbours in a graph; a row without any keeps its values."""
+    if reduce == "sum" and (include_self or not isinstance(into, Gaussian)):
+        return _sums(into, dim, index, src, include_self=include_self)
+    if isinstance(index, Gaussian):
+        return COMPUTED_INDEX
+    if include_self or isinstance(into, Gaussian) or reduce not in ("mean", "amax", "amin"):
+        return _NOT_SUMMED
+    if not isinstance(src, Gaussian) or dim % src.ndim != 0:
+        return _NOT_SUMMED
+    x = src.pool([0])
+    counts = _terms_by_row(index, into.shape[0], x.mean.dtype)
+    some, first, second = _of_neighbours(counts, reduce)
+    first = -first if reduce == "amin" else first
+    kept_mean, kept_square = _rows(into, x, counts == 0)
+    mean = some * x.mean + x.std * first + kept_mean
+    square = some * x.mean.square() + 2 * x.mean * x.std * first + x.var * second + kept_square
+    return Gaussian(mean, (square - mean.square()).clamp_min(0))
+
+
+def _of_zeros(known_rows: Rule) -> Rule:
+    @functools.wraps(known_rows)
+    def in_place(into: Gaussian | Tensor, *args: Any, **kwargs: Any) -> Belief:
+        belief: Belief = known_rows(into if isinstance(into, Gaussian) else torch.zeros_like(into), *args, **kwargs)
+        return belief
+
+    return in_place
+
+
+# In place, these have overwritten known rows before their rule is called. Such rows are taken to have been zero.
+rule(*aliases("scatter_add_"))(_of_zeros(scatter_add))
+rule(*aliases("index_add_"))(_of_zeros(index_add))
+rule(*aliases("scatter_reduce_"))(_of_zeros(scatter_reduce))
+
+
+@rule(*aliases("scatter", "scatter_", "index_reduce", "index_reduce_", "segment_reduce"))
+def scatter(x: Gaussian | Tensor, *args: Any, **kwargs: Any) -> Belief:
+    """Rows that are replaced, or reduced in another way."""
+    return _NOT_SUMMED
+
+
+@belief_rule("masked_fill", "masked_fill_")
+def masked_fill(x: Gaussian, mask: Tensor, value: Any) -> Belief:
+    """A mixture of the value, where the mask is true, and of the belief.
+
+    Minus infinity, or nearly so, removes elements from a softmax that follows: the belief is then about
+    the others.
+    """
+    if isinstance(mask, Gaussian) or isinstance(value, Gaussian):
+        return Unknown("a mask computed from the input")
+    value = float(value)
+    if abs(value) >= _AS_INFINITE:
+        return x
+    x = x.full([d for d in range(1, x.ndim) if x.mean.shape[d] not in (1, x.shape[d])])  # blocks of channels
+    filled = mask.to(x.mean.dtype).reshape(*[1] * (x.ndim - mask.ndim), *mask.shape)
+    share = Gaussian(filled, torch.zeros_like(filled)).pool([d for d in range(x.ndim) if x.mean.shape[d] == 1]).mean
+    share = Gaussian(share, share).regroup(x.groups).mean
+    mean = (1 - share) * x.mean + share * value
+    return Gaussian(mean, (1 - share) * x.var + share * (1 - share) * (x.mean - value).square())

@@ -1,0 +1,138 @@
+"""Terms that an index sends to rows, and masks, against draws."""
+
+import math
+
+import pytest
+import torch
+from drawing import believe, check_draws, check_unknown, covers, values
+from torch import nn
+
+import kalmannorm as kn
+from kalmannorm.rules import RULES, aliases
+
+
+@covers(*aliases("scatter_add", "scatter_add_", "index_add", "index_add_"))
+def test_sums_over_neighbours(function):
+    index = torch.cat([torch.arange(4000), torch.arange(2000).repeat(8)])  # half of the rows get 1 term, half 9
+    terms, into = believe((20_000, 3)), torch.zeros(4000, 3, dtype=torch.float64)
+    named = index if "index" in function.__name__ else index[:, None].expand(-1, 3)
+    check_draws(function, into, 0, named, terms)
+    both = RULES[function](believe((4000, 3), seed=1), 0, named, terms)
+    alone = RULES[function](into, 0, named, terms)
+    torch.testing.assert_close(both.var, alone.var + believe((4000, 3), seed=1).var)
+    assert "from the input" in RULES[function](into, 0, believe((20_000,)), terms).reason
+    assert "first axis" in RULES[function](into, 1, named, terms).reason
+
+
+@covers(*aliases("scatter", "scatter_", "index_reduce", "index_reduce_", "segment_reduce"))
+def test_what_an_index_sends_otherwise_is_unknown(function):
+    assert "other than a sum" in RULES[function](believe((4, 3)), 0, torch.zeros(4), torch.zeros(4, 3)).reason
+
+
+@covers(*aliases("scatter_reduce", "scatter_reduce_"))
+@pytest.mark.parametrize("reduce", ["mean", "amax", "amin"])
+def test_means_and_extremes_over_neighbours(function, reduce):
+    """A quarter of the rows gets 1 term, a quarter 9, a quarter 100 and the last one none."""
+    rows = torch.arange(1000)
+    index = torch.cat([rows, (1000 + rows).repeat(9), (2000 + rows).repeat(100)])
+    terms, zeros = believe((len(index), 3)), torch.zeros(4000, 3, dtype=torch.float64)
+    named = index[:, None].expand(-1, 3)
+    got = RULES[function](zeros, 0, named, terms, reduce, include_self=False)
+    drawn = function(zeros.clone(), 0, named, terms.draw(terms.shape), reduce, include_self=False)
+    var, mean = torch.var_mean(drawn, 0)
+    # That 100 count as 64 moves the largest by 0.1 deviations.
+    torch.testing.assert_close(got.mean[0], mean, atol=0.1, rtol=0.03)
+    torch.testing.assert_close(got.var[0], var, atol=0.05, rtol=0.1)
+
+
+@pytest.mark.parametrize("function", aliases("scatter_reduce"))
+def test_reductions_without_a_rule(function):
+    x, index = believe((6, 3)), torch.zeros(6, 3, dtype=torch.long)
+    zeros = torch.zeros(4, 3, dtype=torch.float64)
+    for into, options in ((zeros, {}), (believe((4, 3)), {"include_self": False})):
+        check_unknown("other than a sum", function, into, 0, index, x, "amax", **options)
+    check_unknown("other than a sum", function, believe((4, 3)), 0, index, x, "sum", include_self=False)
+    check_unknown("other than a sum", function, zeros, 0, index, x, "prod", include_self=False)
+    check_unknown("an index computed", function, zeros, 0, x, x, "mean", include_self=False)
+    total = RULES[function](zeros, 0, index, x, "sum")
+    torch.testing.assert_close(total.mean, RULES[torch.scatter_add](zeros, 0, index, x).mean)
+
+
+def test_reductions_in_place_say_why_they_are_unknown():
+    """The zeros that a graph layer sends its messages to are not "changed in place by an activation"."""
+
+    class Messages(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3)
+
+        def forward(self, x, index):
+            return self.norm(torch.zeros(4, 3).scatter_reduce_(0, index, x, "prod"))
+
+    model = kn.convert(Messages(), input_stats=([0.0] * 3, [1.0] * 3))
+    (row,) = kn.describe(model, torch.randn(6, 3), torch.zeros(6, 3, dtype=torch.long)).rows
+    assert "other than a sum" in row.reason
+
+
+@pytest.mark.parametrize("function", [torch.scatter_add, torch.index_add])
+def test_sums_onto_known_rows(function):
+    """A quarter of the rows gets 1 term, a quarter 9 and half none."""
+    index = torch.cat([torch.arange(1000), 1000 + torch.arange(1000).repeat(9)])
+    terms, into = believe((len(index), 3)), values(4000, 3)
+    named = index if function is torch.index_add else index[:, None].expand(-1, 3)
+    got, drawn = RULES[function](into, 0, named, terms), function(into, 0, named, terms.draw(terms.shape))
+    var, mean = torch.var_mean(drawn, 0)
+    # The rule takes a row's values as independent of the number of its terms; among 4000 rows they nearly are.
+    torch.testing.assert_close((got.mean[0], got.var[0]), (mean, var), atol=0.1, rtol=0.05)
+
+
+@pytest.mark.parametrize("function", aliases("scatter_reduce"))
+@pytest.mark.parametrize("reduce", ["sum", "mean", "amax", "amin"])
+def test_rows_without_neighbours_keep_their_values(function, reduce):
+    """A quarter of the rows gets 1 term, a quarter 9 and half none."""
+    index = torch.cat([torch.arange(1000), 1000 + torch.arange(1000).repeat(9)])[:, None].expand(-1, 3)
+    terms, into = believe((len(index), 3)), 3 + values(4000, 3)
+    got = RULES[function](into, 0, index, terms, reduce, include_self=False)
+    drawn = function(into, 0, index, terms.draw(terms.shape), reduce, include_self=False)
+    var, mean = torch.var_mean(drawn, 0)
+    torch.testing.assert_close((got.mean[0], got.var[0]), (mean, var), atol=0.1, rtol=0.05)
+
+
+def test_known_rows_that_were_overwritten_are_taken_as_zero():
+    """When the rule is called, an in-place function has changed them."""
+    index, terms = torch.zeros(6, 3, dtype=torch.long), believe((6, 3))
+    for function, rest in ((torch.Tensor.scatter_add_, ()), (torch.Tensor.scatter_reduce_, ("mean",))):
+        options = {"include_self": False} if rest else {}
+        got = RULES[function](torch.ones(4, 3).double(), 0, index, terms, *rest, **options)
+        zeros = torch.zeros(4, 3).double()
+        assert torch.equal(got.mean, RULES[function](zeros, 0, index, terms, *rest, **options).mean)
+
+
+# -- masks -------------------------------------------------------------------------------------------
+
+
+@covers(*aliases("masked_fill", "masked_fill_"))
+def test_masked_fill(function):
+    x = believe((2**15, 3, 16), groups=2)
+    mask = torch.arange(16) % 4 == 0
+    check_draws(function, x, mask, 2.0, groups=2)
+    assert RULES[function](x, mask, 2.0).mean.shape == (2, 3, 1)
+    ragged = torch.arange(16) < torch.randint(1, 17, (2**15, 1, 1), generator=torch.Generator().manual_seed(0))
+    check_draws(function, believe((2**15, 3, 16)), ragged, -1.0)
+    assert RULES[function](x, mask, -math.inf) is x
+    check_unknown("a mask computed", function, x, x, 0.0)
+
+
+def test_masked_fill_of_some_channels():
+    x, mask = believe((2**15, 3, 16)), torch.tensor([True, False, False])[:, None]
+    check_draws(torch.masked_fill, x, mask, 2.0)
+    pairs, four = believe((2**15, 2, 16)), torch.tensor([True, False, False, True])[:, None]
+    moved = RULES[torch.masked_fill](pairs.of((2**15, 4, 16)), four, 2.0)
+    assert torch.equal(moved.mean[0, :, 0], torch.tensor([2.0, *pairs.mean[0, :, 0], 2.0]).to(moved.mean))
+
+
+@pytest.mark.parametrize("value", [-1e4, -1e9, torch.finfo(torch.float16).min, torch.finfo(torch.float32).min])
+def test_masked_fill_of_as_good_as_minus_infinity(value):
+    """As networks write it before a softmax."""
+    x = believe((4, 3, 16))
+    assert RULES[torch.masked_fill](x, torch.arange(16) % 4 == 0, value) is x
