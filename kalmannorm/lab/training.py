@@ -23,7 +23,6 @@ from kalmannorm.integrations.lightning import annealing, check_annealing
 from kalmannorm.lab.baselines.passes import count_in_steps
 from kalmannorm.lab.baselines.renorm import BatchRenorm
 from kalmannorm.lab.baselines.weight_norm import initialize
-from kalmannorm.lab.capturing import CapturedStep
 from kalmannorm.lab.data.sharing import images_a_process
 from kalmannorm.lab.methods import METHODS, normalize
 from kalmannorm.lab.optimization import Schedule, check_schedule, sgd
@@ -71,10 +70,8 @@ class Classifier(lightning.LightningModule):
         anneal: What priors are worth in the end, in units of what they were worth at the start, see
             `kalmannorm.anneal`; 1 leaves gains to what is learned.
         anneal_from: The share of the steps after which that begins.
-        capture: Replay forward and backward passes as a CUDA graph, see `CapturedStep`: the same numbers, several times
-            faster where a network is small. On one GPU, in a precision without a gradient scaler, without accumulated
-            batches or clipped gradients, and for methods that don't count steps in Python; elsewhere steps run as they
-            are.
+        capture: Replay forward and backward passes as CUDA graphs, see `kalmannorm.capture`: the same numbers, several
+            times faster where a network is small. Methods that count steps in Python run as they are.
         channels_last: Keep the network's weights and its images ``(N, C, H, W)`` in channels-last memory, which suits
             convolutions on GPUs in half precision: the same results but for rounding.
 
@@ -127,8 +124,8 @@ class Classifier(lightning.LightningModule):
         self._anneal = partial(annealing, steps=steps, factor=anneal, start=anneal_from)
         # A function, and not the compiled network, which would be a second submodule.
         self._forward: Callable[[Tensor], Tensor] = torch.compile(self._plain) if compile else self._plain
-        self._capture = capture and self.method.capturable
-        self._captured: CapturedStep | None = None
+        if capture and self.method.capturable:
+            kalmannorm.capture(self.network)
         self.running_metric, self.online_metric = self.metric(num_classes), self.metric(num_classes)
 
     def metric(self, num_classes: int) -> Metric:
@@ -147,13 +144,8 @@ class Classifier(lightning.LightningModule):
         return sgd(self.network, *self._optimization)
 
     def setup(self, stage: str) -> None:
-        """Before training: what is captured, the statistics batch, and weight normalization's first batch."""
+        """Before training: check the statistics batch, and give weight normalization its first batch."""
         data: Any = getattr(self.trainer, "datamodule", None)
-        if stage == "fit":
-            captures = self._capture and _captures(self.trainer)
-            self._captured = CapturedStep(self._loss_of_batch, self.network.parameters()) if captures else None
-            # Lightning's own would let go of gradients between the graph and the optimizer.
-            self.automatic_optimization = not captures
         if stage != "fit" or data is None:
             return
         if hasattr(data, "gradient_batch"):
@@ -171,21 +163,9 @@ class Classifier(lightning.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of a batch."""
-        loss = self._loss_of_batch(*batch) if self._captured is None else self._captured_step(*batch)
+        images, labels = batch
+        loss = self.loss(self.training_logits(images), labels)
         self.log("loss", loss.detach())
-        return loss
-
-    def _loss_of_batch(self, images: Tensor, labels: Tensor) -> Tensor:
-        return self.loss(self.training_logits(images), labels)
-
-    def _captured_step(self, images: Tensor, labels: Tensor) -> Tensor:
-        """All that Lightning does in a step of automatic optimization."""
-        optimizer: Any = self.optimizers()
-        scheduler: Any = self.lr_schedulers()
-        assert self._captured is not None
-        loss = self._captured(images, labels)
-        optimizer.step()
-        scheduler.step()
         return loss
 
     def training_logits(self, images: Tensor) -> Tensor:
@@ -261,13 +241,6 @@ def _started(network: nn.Module, weights: str | None, normalized: Callable[[nn.M
     if not early:
         load_trunk(network, state)
     return network
-
-
-def _captures(trainer: lightning.Trainer) -> bool:
-    """Whether a step is one forward and one backward pass on one GPU, and nothing between that and the optimizer."""
-    scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-    whole = trainer.accumulate_grad_batches == 1 and not trainer.gradient_clip_val
-    return trainer.strategy.root_device.type == "cuda" and trainer.world_size == 1 and whole and not scaled
 
 
 def quiet() -> None:
