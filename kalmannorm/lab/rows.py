@@ -105,7 +105,7 @@ class Rows:
         found: Told = {}
         for row in self.runs.to_dict("records"):
             if not row["error"] or row["error"].startswith(DIVERGED):
-                found[key_of(row, settings)] = (row, [])
+                found[key_of(row, settings)] = ({name: text for name, text in row.items() if text}, [])
         for row in self.curves.to_dict("records"):
             if (key := key_of(row, settings)) in found:
                 found[key][1].append(row)
