@@ -6,7 +6,6 @@ import logging
 import warnings
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import lightning
@@ -26,7 +25,7 @@ from kalmannorm.lab.baselines.weight_norm import initialize
 from kalmannorm.lab.data.sharing import images_a_process
 from kalmannorm.lab.methods import METHODS, normalize
 from kalmannorm.lab.optimization import Schedule, check_schedule, sgd
-from kalmannorm.lab.pretrained import load_trunk, trained_weights, trunk_of
+from kalmannorm.lab.pretrained import started
 from kalmannorm.lab.scoring import online_logits
 from kalmannorm.modules import is_stock_batchnorm
 
@@ -114,7 +113,7 @@ class Classifier(lightning.LightningModule):
         options = {"statistics_batch": statistics_batch, "steps": steps, **(normalization_options or {})}
         stock = any(map(is_stock_batchnorm, network.modules()))
         self._was_batchnorm = normalization == "bn" and stock and statistics_batch is not None
-        self.network = _started(network, weights, partial(normalize, method=normalization, **options))
+        self.network = started(network, weights, partial(normalize, method=normalization, **options))
         self._memory_format = torch.channels_last if channels_last else torch.preserve_format
         if channels_last:
             self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -207,40 +206,13 @@ class Classifier(lightning.LightningModule):
         """Score a batch both ways."""
         images, labels = batch[0].to(memory_format=self._memory_format), batch[1]
         self.running_metric.update(self.network(images).argmax(1), labels)
+        self.log(f"{self.score}_running", self.running_metric)
         if self.score_online:
             logits = online_logits(self.network, images, self.statistics_batch or len(images))
             self.online_metric.update(logits.argmax(1), labels)
+            self.log(f"{self.score}_online", self.online_metric)
 
-    def on_validation_epoch_end(self) -> None:
-        """Publish the scores."""
-        self.log(f"{self.score}_running", self.running_metric.compute(), sync_dist=True)
-        self.running_metric.reset()
-        if self.score_online:
-            self.log(f"{self.score}_online", self.online_metric.compute(), sync_dist=True)
-            self.online_metric.reset()
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """As in validation."""
-        self.validation_step(batch, batch_idx)
-
-    def on_test_epoch_end(self) -> None:
-        """As in validation."""
-        self.on_validation_epoch_end()
-
-
-def _started(network: nn.Module, weights: str | None, normalized: Callable[[nn.Module], nn.Module]) -> nn.Module:
-    """The network with its normalization and, but for its head, with these weights."""
-    if weights is None:
-        return normalized(network)
-    state = trained_weights(Path(weights))
-    # Of a network with BatchNorm: before the conversion, which may use its statistics.
-    early = set(trunk_of(network, state)) == set(trunk_of(network, network.state_dict()))
-    if early:
-        load_trunk(network, state)
-    network = normalized(network)
-    if not early:
-        load_trunk(network, state)
-    return network
+    test_step = validation_step
 
 
 def quiet() -> None:
