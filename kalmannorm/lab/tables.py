@@ -167,7 +167,7 @@ def read_runs(experiment: Experiment, folder: Path) -> Runs:
         mine = curves
         if len(curves):
             mine = curves[(curves["arm"] == name) & (curves["kind"] == "final")]
-            for setting in settings_of_curves(curves):
+            for setting in settings_of(curves.columns):
                 mine = mine[mine[setting] == chosen.get(setting, "")]
         arms[name] = ArmRuns(name, own[0]["label"], own[0]["column"], search, final, mine, known.get(name))
     for arm in arms.values():
@@ -175,12 +175,6 @@ def read_runs(experiment: Experiment, folder: Path) -> Runs:
         if baseline is not None:
             arm.reached.extend(_steps_to(baseline, arm, _metric(experiment, arm.arm)))
     return Runs(list(arms.values()), settings, scores, rows)
-
-
-def settings_of_curves(curves: pd.DataFrame) -> list[str]:
-    """The searched settings among the columns of ``curves.csv``."""
-    names = list(curves.columns)
-    return names[names.index("seed") + 1 : names.index("step")]
 
 
 def _metric(experiment: Experiment, arm: Arm | None) -> str:
