@@ -129,10 +129,9 @@ def write_table(experiment: Experiment, folder: Path) -> str:
 
     if not experiment.is_table:
         metric = experiment.metric.replace("_", " ")
-        points = {
-            label: {arm.column: arm.values(experiment.metric) for arm in runs.arms if arm.label == label}
-            for label in runs.labels
-        }
+        points: dict[str, dict[str, list[float]]] = {}
+        for arm in runs.arms:
+            points.setdefault(arm.label, {})[arm.column] = arm.values(experiment.metric)
         with mpl.rc_context({"svg.hashsalt": "kalmannorm", "svg.fonttype": "none"}):
             figures.arms(points, f"{metric}, %").savefig(folder / "figure.svg", metadata={"Date": None})
     return text
