@@ -28,7 +28,7 @@ shift
 case $part in
 tests)
     "$PYTHON" -m pytest -o addopts="" -q -n 8 -k "not interpreted and not compiles" \
-        tests/test_cuda.py tests/kernels/test_on_gpu.py tests/lab/test_capturing.py 2>&1 | tee "$OUT/tests.log" | tail -40
+        tests/test_cuda.py tests/kernels/test_on_gpu.py tests/lab/test_training.py 2>&1 | tee "$OUT/tests.log" | tail -40
     ;;
 overhead)
     "$PYTHON" -m benchmarks.overhead --device cuda --seconds 5 --output "$OUT/overhead.csv"

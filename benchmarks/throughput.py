@@ -14,7 +14,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from kalmannorm.lab.capturing import CapturedStep
+import kalmannorm as kn
 from kalmannorm.lab.methods import normalize
 from kalmannorm.lab.models.cifar_resnet import CifarResNet
 
@@ -60,16 +60,15 @@ def step_of(method, samples, dtype, layout, device, depth=32):
     labels = torch.randint(0, 10, (128,), device=device)
     optimizer = torch.optim.SGD(network.parameters(), 0.01, 0.9)
 
-    def loss(images, labels):
-        with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16", cache_enabled=False):
-            return F.cross_entropy(network(images), labels)
-
-    captured = CapturedStep(loss, network.parameters(), record=None if device == "cuda" else lambda step: step)
+    kn.capture(network)
 
     def step():
-        value = captured(images, labels)
+        optimizer.zero_grad()
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16", cache_enabled=False):
+            loss = F.cross_entropy(network(images), labels)
+        loss.backward()
         optimizer.step()
-        return value
+        return loss.detach()
 
     for _ in range(6):
         step()

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import datasets
 
@@ -41,25 +42,20 @@ def data_at(place: Path | None, configs: Sequence[Mapping[str, Any]], output: Pa
     datasets.disable_progress_bars()
     cache = datasets.config.HF_DATASETS_CACHE
     if scale == "tiny":
-        root = (output / "generated-data").absolute()
+        place = (output / "generated-data").absolute()
         for config in configs:
-            generate_for(config["data"], root)
+            generate_for(config["data"], place)
         # What `datasets` makes of generated images is no use to anything else.
-        datasets.config.HF_DATASETS_CACHE = root / "cache"
-        changed |= {VARIABLE: str(root), "HF_DATASETS_CACHE": str(root / "cache")}
-    elif place is not None:
+        cache = place / "cache"
+        changed["HF_DATASETS_CACHE"] = str(cache)
+    if place is not None:
         changed[VARIABLE] = str(place.absolute())
-    before = {name: os.environ.get(name) for name in changed}
-    os.environ.update(changed)
-    try:
+    with patch.dict(os.environ, changed), patch.object(datasets.config, "HF_DATASETS_CACHE", cache):
         yield
-    finally:
-        datasets.config.HF_DATASETS_CACHE = cache
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+
+
+def _why(error: OSError) -> str:
+    return " ".join(str(error).split())
 
 
 def missing_data(config: Mapping[str, Any]) -> str:
@@ -69,7 +65,7 @@ def missing_data(config: Mapping[str, Any]) -> str:
         data.prepare_data()
         data.setup("fit")
     except (FileNotFoundError, NotADirectoryError) as error:
-        return " ".join(str(error).split())
+        return _why(error)
     return ""
 
 
@@ -84,5 +80,5 @@ def not_at_hand(config: Mapping[str, Any]) -> str:
     try:
         here = find(known.folder, known.layout, known.origin)
     except (FileNotFoundError, NotADirectoryError) as error:
-        return " ".join(str(error).split())
+        return _why(error)
     return "" if here else "to be downloaded from the Hugging Face hub, and kept"

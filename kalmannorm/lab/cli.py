@@ -7,7 +7,7 @@ import importlib.util
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 # What the extra brings, by the names that are imported.
 NEEDED = (
@@ -61,14 +61,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from jsonargparse import ArgumentError, ArgumentParser  # noqa: PLC0415
 
     function = _load(COMMANDS[name][0])
+    options = inspect.signature(function).parameters
     parser = ArgumentParser(f"kalmannorm {name}", exit_on_error=False, epilog=_help(function, "settings"))
-    flags = {option for option, default in _options(function) if default is False}
-    positional = _has_positional(function)
+    flags = {option for option, parameter in options.items() if parameter.default is False}
+    # What a function cannot do without, and takes by its place, the command does too.
+    positional = any(p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty for p in options.values())
     parser.add_function_arguments(function, as_group=False, as_positional=positional, skip={*flags, "settings"})
     for flag in sorted(flags):  # left to itself, jsonargparse wants "--validation true"
         parser.add_argument(f"--{flag}", action="store_true", help=_help(function, flag))
     try:
-        own, settings = _own_and_settings(function, given)
+        own, settings = _own_and_settings(options, given)
         code = function(**parser.parse_args(own).as_dict(), **settings)
     except (ArgumentError, ValueError, FileNotFoundError, NotADirectoryError) as error:
         print(f"kalmannorm: {_one_line(str(error))}", file=sys.stderr)
@@ -96,28 +98,14 @@ def _load(place: str) -> Callable[..., int | None]:
     return function
 
 
-def _options(function: Callable[..., int | None]) -> Iterator[tuple[str, object]]:
-    for name, parameter in inspect.signature(function).parameters.items():
-        yield name, parameter.default
-
-
-def _has_positional(function: Callable[..., int | None]) -> bool:
-    """Whether what it cannot do without is given by its place, and not as an option."""
-    parameters = inspect.signature(function).parameters.values()
-    return any(p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty for p in parameters)
-
-
 def _help(function: Callable[..., int | None], option: str) -> str:
     """What the docstring says of it, to the end of the lines that are indented deeper."""
     found = re.search(rf"^( +){option}: (.*(?:\n\1 +\S.*)*)$", function.__doc__ or "", re.MULTILINE)
     return " ".join(found[2].split()) if found else ""
 
 
-def _own_and_settings(
-    function: Callable[..., int | None], given: Sequence[str]
-) -> tuple[list[str], dict[str, list[str]]]:
-    """What of a command line is for the function itself, and the rest as its argument ``settings``, if it has one."""
-    names = dict(_options(function))
+def _own_and_settings(names: Collection[str], given: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """What of a command line is for the options of these names, and the rest as ``settings``, if that is one."""
     if "settings" not in names:
         return list(given), {}
     known = {f"--{name}" for name in names if name != "settings"} | {"--help", "-h"}

@@ -16,7 +16,7 @@ from rich.progress import track
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from kalmannorm.lab.configuration import flat
+from kalmannorm.lab.configuration import difference
 from kalmannorm.lab.data.folders import FolderData
 from kalmannorm.lab.experiments import load, merge, nested
 from kalmannorm.lab.methods import METHODS, normalize
@@ -147,24 +147,18 @@ def _config(
     network: str, classes: int, group: int, start: Path | None, folder: str, images: int, size: int, steps: int
 ) -> dict[str, Any]:
     """What `kalmannorm.lab.fitting.fit` takes, for all methods."""
-    of_network = {"class_path": "kalmannorm.lab.compare.classifier"}
     # A process that trains on the CPU has one core, and would wait for its own workers.
     workers = 4 if torch.cuda.is_available() else 0
-    model: dict[str, Any] = {
-        "network": {**of_network, "init_args": {"name": network, "num_classes": classes}},
-        "num_classes": classes,
-        "statistics_batch": group,
-        "schedule": "warmup",
-    }
+    of_network = {"name": network, "num_classes": classes}
+    model = {
+        "network": {"class_path": "kalmannorm.lab.compare.classifier", "init_args": of_network},
+        "num_classes": classes, "statistics_batch": group, "schedule": "warmup",
+        **({} if start is None else {"weights": str(start)}),
+    }  # fmt: skip
+    data = {"folder": folder, "gradient_batch": images, "size": size, "workers": workers}
     return {
-        "model": {
-            "class_path": "kalmannorm.lab.training.Classifier",
-            "init_args": model if start is None else {**model, "weights": str(start)},
-        },
-        "data": {
-            "class_path": "kalmannorm.lab.data.folders.FolderData",
-            "init_args": {"folder": folder, "gradient_batch": images, "size": size, "workers": workers},
-        },
+        "model": {"class_path": "kalmannorm.lab.training.Classifier", "init_args": model},
+        "data": {"class_path": "kalmannorm.lab.data.folders.FolderData", "init_args": data},
         # Scored when it has ended, and not before.
         "trainer": {"max_steps": steps, "val_check_interval": steps + 1},
         "checkpoint_every": min(1000, steps),
@@ -296,12 +290,9 @@ def _written(output: Path, content: dict[str, Any]) -> Path:
     """The file of the experiment; refused where the folder holds another one."""
     path = output / "compare.yaml"
     try:
-        if path.exists():
-            now, before = flat(content), flat(load(path))
-            for key in dict.fromkeys([*now, *before]):
-                if now.get(key) != before.get(key):
-                    there, here = before.get(key, "nothing"), now.get(key, "nothing")
-                    raise ValueError(f"--output: {output} holds a comparison with {key}={there}; got {here}")
+        if path.exists() and (found := difference(load(path), content)):
+            key, there, here = found
+            raise ValueError(f"--output: {output} holds a comparison with {key}={there}; got {here}")
         output.mkdir(parents=True, exist_ok=True)
         write_atomically(path, yaml.safe_dump(content, sort_keys=False, width=120))
     except OSError as error:

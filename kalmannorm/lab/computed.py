@@ -83,7 +83,7 @@ def measured_gaps(folder: Path, config: Mapping[str, Any], drawing: Path | None 
     size = config["model"]["init_args"]["statistics_batch"]
     gaps = variance_gaps(network, list(islice(statistics_batches(data.test_dataloader(), size), BATCHES)))
     if drawing is not None:
-        drawn({f"{size} images": gaps}).savefig(drawing, dpi=150)
+        drawn(f"{size} images", gaps).savefig(drawing, dpi=150)
     return relative_gap(gaps, {name: network.get_submodule(name).running_var for name in gaps})
 
 

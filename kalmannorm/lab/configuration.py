@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from kalmannorm.lab.training import quiet
 
-__all__ = ["Run", "check_same", "flat"]
+__all__ = ["Run", "check_same", "difference", "flat"]
 
 # A run is so many steps, whatever an epoch is; and what its folder keeps, the callbacks here write.
 _TRAINER: dict[str, Any] = {
@@ -100,12 +100,16 @@ def check_same(folder: Path, config: Mapping[str, Any]) -> None:
         ValueError: Its configuration is another one; with the first setting that differs.
     """
     path = folder / "config.yaml"
-    if path.is_file():
-        now, before = flat(config), flat(yaml.safe_load(path.read_text(encoding="utf-8")))
-        for key in dict.fromkeys([*now, *before]):
-            here, there = now.get(key, "nothing"), before.get(key, "nothing")
-            if here != there:
-                raise ValueError(f"{folder} holds a run with another configuration: {key} is {there} there; got {here}")
+    if path.is_file() and (found := difference(yaml.safe_load(path.read_text(encoding="utf-8")), config)):
+        key, there, here = found
+        raise ValueError(f"{folder} holds a run with another configuration: {key} is {there} there; got {here}")
+
+
+def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first setting that differs between two configurations, and what it is in both; None where none does."""
+    before, now = flat(there), flat(here)
+    both = ((key, before.get(key, "nothing"), now.get(key, "nothing")) for key in dict.fromkeys([*now, *before]))
+    return next((each for each in both if each[1] != each[2]), None)
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -15,10 +15,7 @@ from jsonargparse import ArgumentParser
 
 from kalmannorm.lab.experiments import merge
 
-__all__ = [
-    "build", "device", "image_size", "images_a_step", "random_batch", "seconds_per_step", "single_thread",
-    "timed_step", "where",
-]  # fmt: skip
+__all__ = ["build", "device", "image_size", "random_batch", "seconds_per_step", "single_thread", "timed_step", "where"]
 
 # Images of so many pixels together are timed on a CPU; a step of more is taken to cost in proportion.
 PIXELS = 8 * 32 * 32
@@ -45,11 +42,6 @@ def build(config: Mapping[str, Any], part: Literal["model", "data"]) -> Any:
 def device() -> torch.device:
     """Where this machine would train."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def images_a_step(config: Mapping[str, Any]) -> int:
-    """The gradient batch."""
-    return int(config["data"]["init_args"]["gradient_batch"])
 
 
 def image_size(config: Mapping[str, Any]) -> int | None:
@@ -91,7 +83,7 @@ def seconds_per_step(config: Mapping[str, Any], steps: int = 3) -> float | None:
     size = image_size(config)
     if size is None:
         return None
-    whole = images_a_step(config)
+    whole = int(config["data"]["init_args"]["gradient_batch"])
     count = whole if device().type == "cuda" else min(whole, max(2, PIXELS // size**2))
     given = config["model"]["init_args"]
     group = min(given.get("statistics_batch") or count, count)

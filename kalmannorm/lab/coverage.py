@@ -6,7 +6,6 @@ and deployed. Models too large for that are described on the meta device, where 
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import gc
 import importlib.metadata
@@ -19,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from rich.progress import track
 from torch import Tensor, nn
@@ -284,49 +284,38 @@ def coverage(output: str = ".", only: str = "") -> None:
         raise ValueError(f"no model matches {only!r}")
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
+    table = folder / "coverage.csv"
     # In the order of the table, and new ones behind.
-    found: dict[tuple[str, str], Coverage | None] = {(e.library, e.model): e for e in read(folder / "coverage.csv")}
+    rows = {(each.library, each.model): each for each in read(table)}
     for subject in track(chosen, "models"):
-        found[subject.library, subject.name] = cover(subject)
-        _write(folder / "coverage.csv", [each for each in found.values() if each is not None])
+        key = subject.library, subject.name
+        if (found := cover(subject)) is not None:
+            rows[key] = found
+        else:
+            rows.pop(key, None)
+        pd.DataFrame(rows.values()).to_csv(table, index=False, lineterminator="\n")
         gc.collect()
-    rows = [each for each in found.values() if each is not None]
-    (folder / "coverage.md").write_text(page(rows))
-    print(f"{folder / 'coverage.md'}: {_total(rows)}")
+    (folder / "coverage.md").write_text(page([*rows.values()]))
+    print(f"{folder / 'coverage.md'}: {_total(pd.DataFrame(rows.values()))}")
 
 
 def read(path: Path) -> list[Coverage]:
     """The rows of a table, as they were written; none where there is no such file."""
     if not path.exists():
         return []
-    kinds: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str}
-    fields = {field.name: kinds[str(field.type)] for field in dataclasses.fields(Coverage)}
-    with path.open(newline="") as file:
-        return [Coverage(**{name: kind(row[name]) for name, kind in fields.items()}) for row in csv.DictReader(file)]
+    exact = {"deployed": float, "seconds": float}  # pandas 2 reads floats nearly right
+    table = pd.read_csv(path, keep_default_na=False, converters=exact)
+    return [Coverage(**row) for row in table.to_dict("records")]
 
 
-def _write(path: Path, rows: Sequence[Coverage]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Coverage)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(dataclasses.asdict(each) for each in rows)
+def _total(table: pd.DataFrame) -> str:
+    return f"{_share(table, ' layers')} of {len(table)} models have a prior by rule"
 
 
-def _total(found: Sequence[Coverage]) -> str:
-    layers, priors = sum(each.layers for each in found), sum(each.with_prior for each in found)
-    return f"{priors:,} of {layers:,} layers ({_percent(priors, layers)} %) of {len(found)} models have a prior by rule"
-
-
-def _by_library(found: Sequence[Coverage]) -> Iterator[str]:
-    """A row of Markdown each."""
-    for library in dict.fromkeys(each.library for each in found):
-        rows = [each for each in found if each.library == library]
-        priors, layers = sum(each.with_prior for each in rows), sum(each.layers for each in rows)
-        yield f"| {library} | {len(rows)} | {priors:,} of {layers:,} ({_percent(priors, layers)} %) |"
-
-
-def _percent(part: int, whole: int) -> str:
-    return f"{100 * part / max(whole, 1):.2f}"
+def _share(table: pd.DataFrame, unit: str = "") -> str:
+    """Layers with a prior, of all."""
+    priors, layers = table["with_prior"].sum(), table["layers"].sum()
+    return f"{priors:,} of {layers:,}{unit} ({100 * priors / max(layers, 1):.2f} %)"
 
 
 def page(found: Sequence[Coverage]) -> str:
@@ -335,9 +324,14 @@ def page(found: Sequence[Coverage]) -> str:
     Args:
         found: one entry a model.
     """
+    table = pd.DataFrame(found)
     packages = sorted({package for each in found for package in each.packages.split(", ")})
-    failed = sum(each.step not in ("ok", "meta") for each in found)
-    worst = max((each.deployed for each in found), default=0.0)
+    failed = (~table["step"].isin(["ok", "meta"])).sum()
+    reasons: dict[str, list[tuple[str, int]]] = {}
+    for each in found:
+        for reason, count in re.findall(r"([^;]+?) \((\d+)\)(?:; |$)", each.reasons):
+            reasons.setdefault(reason, []).append((each.model, int(count)))
+    counted = {reason: sum(count for _, count in where) for reason, where in reasons.items()}
     lines = [
         "# Coverage: which layers of which models get a prior",
         "",
@@ -348,34 +342,34 @@ def page(found: Sequence[Coverage]) -> str:
         "(detectors: two images), and its `eval()` output compared before and after `to_batchnorm`. Models of more",
         f"than {_LARGEST // 10**6} million parameters were only described, on the meta device.",
         "",
-        f"**{_total(found)}.**",
-        f"{sum(each.from_input for each in found):,} of these layers have it from `input_stats` alone.",
-        f"{sum(each.left_alone for each in found)} layers of a kind to convert were left alone;",
-        f"{sum(each.not_called for each in found)} were never called.",
-        f"{sum(each.step == 'ok' for each in found)} models trained a step,",
-        f"{sum(each.step == 'meta' for each in found)} were too large for one, {failed} failed.",
-        f"The largest difference that `to_batchnorm` made is {worst:.1e} of the largest output.",
+        f"**{_total(table)}.**",
+        f"{table['from_input'].sum():,} of these layers have it from `input_stats` alone.",
+        f"{table['left_alone'].sum()} layers of a kind to convert were left alone;",
+        f"{table['not_called'].sum()} were never called.",
+        f"{(table['step'] == 'ok').sum()} models trained a step,",
+        f"{(table['step'] == 'meta').sum()} were too large for one, {failed} failed.",
+        f"The largest difference that `to_batchnorm` made is {table['deployed'].max():.1e} of the largest output.",
         "",
         "| library | models | layers with a prior |",
         "|---|---|---|",
-        *_by_library(found),
+        *(f"| {library} | {len(own)} | {_share(own)} |" for library, own in table.groupby("library", sort=False)),
         "",
         "## What has no prior, and why",
         "",
         "| reason | layers | models |",
         "|---|---|---|",
+        *(
+            f"| {reason} | {counted[reason]} | {', '.join(name for name, _ in reasons[reason])} |"
+            for reason in sorted(reasons, key=lambda reason: -counted[reason])
+        ),
+        "",
+        "## By model",
+        "",
+        "| library | task | model | input | with a prior | step |",
+        "|---|---|---|---|---|---|",
+        *(
+            f"| {e.library} | {e.task} | {e.model} | {e.size} | {e.with_prior} of {e.layers} | {e.step} |"
+            for e in found
+        ),
     ]
-    reasons: dict[str, list[tuple[str, int]]] = {}
-    for each in found:
-        for reason, count in re.findall(r"([^;]+?) \((\d+)\)(?:; |$)", each.reasons):
-            reasons.setdefault(reason, []).append((each.model, int(count)))
-    for reason, where in sorted(reasons.items(), key=lambda item: -sum(count for _, count in item[1])):
-        lines.append(f"| {reason} | {sum(n for _, n in where)} | {', '.join(name for name, _ in where)} |")
-    head = ("library", "task", "model", "input", "with a prior", "step")
-    lines += ["", "## By model", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for each in found:
-        lines.append(
-            f"| {each.library} | {each.task} | {each.model} | {each.size} | {each.with_prior} of {each.layers} "
-            f"| {each.step} |"
-        )
     return "\n".join(lines) + "\n"

@@ -8,7 +8,9 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
+import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,141 +73,90 @@ def _of(path: str, *args: Any, **kwargs: Any) -> nn.Module:
 
 # -- transformers ----------------------------------------------------------------------------------
 
-_STAGES = {"embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
+
+def _transformer(task: str, model: str, shape: tuple[int, ...] = (3, 64, 64), **options: Any) -> Network:
+    """A model from its configuration; options that are functions are called for their values."""
+    name = re.split("For|Model", model)[0]
+
+    def build() -> nn.Module:
+        given = {key: value() if callable(value) else value for key, value in options.items()}
+        return _of(f"transformers.{model}", _of(f"transformers.{name}Config", **given))
+
+    return Network(task, build, shape)
 
 
-def _transformer(model: str, config: str, **options: Any) -> nn.Module:
-    return _of(f"transformers.{model}", _of(f"transformers.{config}", **options))
+_STAGES: dict[str, Any] = {"embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
+_IMAGES: dict[str, Any] = {"image_size": 64}
+_PATCHES: dict[str, Any] = {"num_input_channels": 3, "context_length": 64, "patch_length": 8, "patch_stride": 8,
+                            "d_model": 16, "num_targets": 2}  # fmt: skip
 
 
-def _resnet_stages(config: str = "ResNetConfig", *stages: int) -> Any:
-    return _of(f"transformers.{config}", layer_type="basic", out_features=[f"stage{i}" for i in stages], **_STAGES)
-
-
-def _resnet() -> nn.Module:
-    return _transformer("ResNetForImageClassification", "ResNetConfig", layer_type="basic", **_STAGES)
-
-
-def _regnet() -> nn.Module:
-    return _transformer("RegNetForImageClassification", "RegNetConfig", groups_width=8, **_STAGES)
-
-
-def _mobilevit() -> nn.Module:
-    return _transformer("MobileViTForImageClassification", "MobileViTConfig", image_size=64, num_attention_heads=2,
-                        hidden_sizes=[16, 24, 32], neck_hidden_sizes=[8, 8, 16, 16, 24, 24, 32])  # fmt: skip
-
-
-def _mobilevitv2() -> nn.Module:
-    return _transformer("MobileViTV2ForImageClassification", "MobileViTV2Config", image_size=64, width_multiplier=0.25)
-
-
-def _levit() -> nn.Module:
-    return _transformer("LevitForImageClassification", "LevitConfig", image_size=64, hidden_sizes=[16, 32, 48],
-                        num_attention_heads=[2, 2, 2], depths=[1, 1, 1], key_dim=[8, 8, 8])  # fmt: skip
-
-
-def _mobilenetv2() -> nn.Module:
-    return _transformer("MobileNetV2ForImageClassification", "MobileNetV2Config", image_size=64, depth_multiplier=0.25)
-
-
-def _efficientnet() -> nn.Module:
-    return _transformer("EfficientNetForImageClassification", "EfficientNetConfig", image_size=64,
-                        width_coefficient=0.25, depth_coefficient=0.5, hidden_dim=320)  # fmt: skip
-
-
-def _detr() -> nn.Module:
-    return _transformer(
-        "DetrForObjectDetection", "DetrConfig", use_timm_backbone=False, use_pretrained_backbone=False, backbone=None,
-        backbone_config=_resnet_stages("ResNetConfig", 4), d_model=32, encoder_layers=1, decoder_layers=1,
-        encoder_ffn_dim=32, decoder_ffn_dim=32, encoder_attention_heads=2, decoder_attention_heads=2, num_queries=5,
-    )  # fmt: skip
-
-
-def _rtdetr() -> nn.Module:
-    return _transformer(
-        "RTDetrForObjectDetection", "RTDetrConfig", backbone_config=_resnet_stages("RTDetrResNetConfig", 2, 3, 4),
-        encoder_hidden_dim=32, encoder_in_channels=[16, 24, 32], encoder_ffn_dim=32, encoder_attention_heads=2,
-        d_model=32, decoder_in_channels=[32, 32, 32], decoder_layers=1, decoder_ffn_dim=32, decoder_attention_heads=2,
-        num_queries=5, num_denoising=0,
-    )  # fmt: skip
-
-
-def _segformer() -> nn.Module:
-    return _transformer("SegformerForSemanticSegmentation", "SegformerConfig", depths=[1] * 4, decoder_hidden_size=16,
-                        hidden_sizes=[8, 16, 24, 32], num_attention_heads=[1, 1, 2, 2])  # fmt: skip
-
-
-def _upernet() -> nn.Module:
-    return _transformer("UperNetForSemanticSegmentation", "UperNetConfig", hidden_size=16, use_auxiliary_head=False,
-                        backbone_config=_resnet_stages("ResNetConfig", 1, 2, 3, 4))  # fmt: skip
-
-
-def _wav2vec2() -> nn.Module:
-    return _transformer(
-        "Wav2Vec2ConformerModel", "Wav2Vec2ConformerConfig", hidden_size=16, num_hidden_layers=2, intermediate_size=32,
-        num_attention_heads=2, conv_dim=[16, 16], conv_stride=[4, 4], conv_kernel=[8, 8], num_feat_extract_layers=2,
-        num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2, mask_time_prob=0.0, layerdrop=0.0,
-    )  # fmt: skip
-
-
-_PATCHES = {"num_input_channels": 3, "context_length": 64, "patch_length": 8, "patch_stride": 8, "d_model": 16,
-            "num_targets": 2}  # fmt: skip
-
-
-def _patchtst() -> nn.Module:
-    return _transformer("PatchTSTForClassification", "PatchTSTConfig", num_hidden_layers=2, num_attention_heads=2,
-                        ffn_dim=32, **_PATCHES)  # fmt: skip
-
-
-def _patchtsmixer() -> nn.Module:
-    return _transformer("PatchTSMixerForTimeSeriesClassification", "PatchTSMixerConfig", num_layers=2,
-                        norm_mlp="BatchNorm", **_PATCHES)  # fmt: skip
+def _stages(config: str, *stages: int) -> Callable[[], nn.Module]:
+    out = [f"stage{i}" for i in stages]
+    return partial(_of, f"transformers.{config}", layer_type="basic", out_features=out, **_STAGES)
 
 
 _TRANSFORMERS = {
-    "ResNet": Network("classification", _resnet),
-    "RegNet": Network("classification", _regnet),
-    "MobileViT": Network("classification", _mobilevit),
-    "MobileViTV2": Network("classification", _mobilevitv2),
-    "LeViT": Network("classification", _levit),
-    "MobileNetV2": Network("classification", _mobilenetv2),
-    "EfficientNet": Network("classification", _efficientnet),
-    "DETR": Network("detection", _detr),
-    "RT-DETR": Network("detection", _rtdetr),
-    "SegFormer": Network("segmentation", _segformer),
-    "UPerNet": Network("segmentation", _upernet),
-    "wav2vec2-conformer": Network("speech", _wav2vec2, (1600,)),
-    "PatchTST": Network("time series", _patchtst, (64, 3)),
-    "PatchTSMixer": Network("time series", _patchtsmixer, (64, 3)),
-}
+    "ResNet": _transformer("classification", "ResNetForImageClassification", layer_type="basic", **_STAGES),
+    "RegNet": _transformer("classification", "RegNetForImageClassification", groups_width=8, **_STAGES),
+    "MobileViT": _transformer("classification", "MobileViTForImageClassification", num_attention_heads=2,
+                              hidden_sizes=[16, 24, 32], neck_hidden_sizes=[8, 8, 16, 16, 24, 24, 32], **_IMAGES),
+    "MobileViTV2": _transformer("classification", "MobileViTV2ForImageClassification", width_multiplier=0.25,
+                                **_IMAGES),
+    "LeViT": _transformer("classification", "LevitForImageClassification", hidden_sizes=[16, 32, 48], depths=[1, 1, 1],
+                          num_attention_heads=[2, 2, 2], key_dim=[8, 8, 8], **_IMAGES),
+    "MobileNetV2": _transformer("classification", "MobileNetV2ForImageClassification", depth_multiplier=0.25,
+                                **_IMAGES),
+    "EfficientNet": _transformer("classification", "EfficientNetForImageClassification", width_coefficient=0.25,
+                                 depth_coefficient=0.5, hidden_dim=320, **_IMAGES),
+    "DETR": _transformer(
+        "detection", "DetrForObjectDetection", use_timm_backbone=False, use_pretrained_backbone=False, backbone=None,
+        backbone_config=_stages("ResNetConfig", 4), d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=32,
+        decoder_ffn_dim=32, encoder_attention_heads=2, decoder_attention_heads=2, num_queries=5,
+    ),
+    "RT-DETR": _transformer(
+        "detection", "RTDetrForObjectDetection", backbone_config=_stages("RTDetrResNetConfig", 2, 3, 4),
+        encoder_hidden_dim=32, encoder_in_channels=[16, 24, 32], encoder_ffn_dim=32, encoder_attention_heads=2,
+        d_model=32, decoder_in_channels=[32, 32, 32], decoder_layers=1, decoder_ffn_dim=32, decoder_attention_heads=2,
+        num_queries=5, num_denoising=0,
+    ),
+    "SegFormer": _transformer("segmentation", "SegformerForSemanticSegmentation", depths=[1] * 4,
+                              decoder_hidden_size=16, hidden_sizes=[8, 16, 24, 32], num_attention_heads=[1, 1, 2, 2]),
+    "UPerNet": _transformer("segmentation", "UperNetForSemanticSegmentation", hidden_size=16, use_auxiliary_head=False,
+                            backbone_config=_stages("ResNetConfig", 1, 2, 3, 4)),
+    "wav2vec2-conformer": _transformer(
+        "speech", "Wav2Vec2ConformerModel", shape=(1600,), hidden_size=16, num_hidden_layers=2, intermediate_size=32,
+        num_attention_heads=2, conv_dim=[16, 16], conv_stride=[4, 4], conv_kernel=[8, 8], num_feat_extract_layers=2,
+        num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2, mask_time_prob=0.0, layerdrop=0.0,
+    ),
+    "PatchTST": _transformer("time series", "PatchTSTForClassification", shape=(64, 3), num_hidden_layers=2,
+                             num_attention_heads=2, ffn_dim=32, **_PATCHES),
+    "PatchTSMixer": _transformer("time series", "PatchTSMixerForTimeSeriesClassification", shape=(64, 3), num_layers=2,
+                                 norm_mlp="BatchNorm", **_PATCHES),
+}  # fmt: skip
 
 # -- ultralytics -----------------------------------------------------------------------------------
 
 
-def _yolo(name: str, kind: str = "DetectionModel") -> Callable[[], nn.Module]:
-    return lambda: _of(f"ultralytics.nn.tasks.{kind}", f"{name}.yaml", ch=3, nc=2, verbose=False)
+def _yolo(task: str, name: str, kind: str = "DetectionModel") -> Network:
+    return Network(task, partial(_of, f"ultralytics.nn.tasks.{kind}", f"{name}.yaml", ch=3, nc=2, verbose=False))
 
 
 _ULTRALYTICS = {
-    "yolov5n": Network("detection", _yolo("yolov5n")),
-    "yolov8n": Network("detection", _yolo("yolov8n")),
-    "yolov9t": Network("detection", _yolo("yolov9t")),
-    "yolov10n": Network("detection", _yolo("yolov10n")),
-    "yolo11n": Network("detection", _yolo("yolo11n")),
-    "yolo12n": Network("detection", _yolo("yolo12n")),
-    "yolo11n-seg": Network("segmentation", _yolo("yolo11n-seg", "SegmentationModel")),
-    "yolo11n-cls": Network("classification", _yolo("yolo11n-cls", "ClassificationModel")),
+    **{name: _yolo("detection", name) for name in ("yolov5n", "yolov8n", "yolov9t", "yolov10n", "yolo11n", "yolo12n")},
+    "yolo11n-seg": _yolo("segmentation", "yolo11n-seg", "SegmentationModel"),
+    "yolo11n-cls": _yolo("classification", "yolo11n-cls", "ClassificationModel"),
 }
 
 # -- volumes ---------------------------------------------------------------------------------------
 
 
-def _monai(name: str, *args: Any, **kwargs: Any) -> Callable[[], nn.Module]:
-    return lambda: _of(f"monai.networks.nets.{name}", *args, **kwargs)
+def _volumes(task: str, path: str, *args: Any, **kwargs: Any) -> Network:
+    return Network(task, partial(_of, path, *args, **kwargs), (1, 16, 16, 16))
 
 
-def _volumes(task: str, build: Callable[[], nn.Module], size: int = 16) -> Network:
-    return Network(task, build, (1, size, size, size))
+def _monai(task: str, name: str, *args: Any, **kwargs: Any) -> Network:
+    return _volumes(task, f"monai.networks.nets.{name}", *args, **kwargs)
 
 
 _HIGH_RES = (
@@ -216,56 +167,41 @@ _HIGH_RES = (
     {"name": "conv_2", "kernel_size": 1},
 )
 _MONAI = {
-    "SegResNet": _volumes("segmentation", _monai("SegResNet", 3, 8, 1, 2, norm="batch", blocks_down=(1, 1, 1),
-                                                 blocks_up=(1, 1))),
-    "DynUNet": _volumes("segmentation", _monai("DynUNet", 3, 1, 2, [3, 3, 3], [1, 2, 2], [2, 2], filters=[4, 8, 16],
-                                               norm_name="batch")),
-    "VNet": _volumes("segmentation", _monai("VNet", spatial_dims=3, in_channels=1, out_channels=2)),
-    "UNet": _volumes("segmentation", _monai("UNet", 3, 1, 2, (4, 8, 16), (2, 2), norm="batch", num_res_units=1)),
-    "AttentionUnet": _volumes("segmentation", _monai("AttentionUnet", 3, 1, 2, (4, 8, 16), (2, 2))),
-    "BasicUNet": _volumes("segmentation", _monai("BasicUNet", 3, 1, 2, features=(4, 4, 8, 8, 16, 4), norm="batch")),
-    "HighResNet": _volumes("segmentation", _monai("HighResNet", 3, 1, 2, norm_type="batch", layer_params=_HIGH_RES)),
-    "RegUNet": _volumes("registration", _monai("RegUNet", 3, 1, 4, 2, out_channels=2)),
-    "DenseNet": _volumes("classification", _monai("DenseNet", 3, 1, 2, init_features=8, growth_rate=4,
-                                                  block_config=(2, 2))),
-    "ResNet": _volumes("classification", _monai("ResNet", "basic", [1, 1, 1, 1], [4, 8, 16, 32], 3, 1, num_classes=2)),
+    "SegResNet": _monai("segmentation", "SegResNet", 3, 8, 1, 2, norm="batch", blocks_down=(1, 1, 1), blocks_up=(1, 1)),
+    "DynUNet": _monai("segmentation", "DynUNet", 3, 1, 2, [3, 3, 3], [1, 2, 2], [2, 2], filters=[4, 8, 16],
+                      norm_name="batch"),
+    "VNet": _monai("segmentation", "VNet", spatial_dims=3, in_channels=1, out_channels=2),
+    "UNet": _monai("segmentation", "UNet", 3, 1, 2, (4, 8, 16), (2, 2), norm="batch", num_res_units=1),
+    "AttentionUnet": _monai("segmentation", "AttentionUnet", 3, 1, 2, (4, 8, 16), (2, 2)),
+    "BasicUNet": _monai("segmentation", "BasicUNet", 3, 1, 2, features=(4, 4, 8, 8, 16, 4), norm="batch"),
+    "HighResNet": _monai("segmentation", "HighResNet", 3, 1, 2, norm_type="batch", layer_params=_HIGH_RES),
+    "RegUNet": _monai("registration", "RegUNet", 3, 1, 4, 2, out_channels=2),
+    "DenseNet": _monai("classification", "DenseNet", 3, 1, 2, init_features=8, growth_rate=4, block_config=(2, 2)),
+    "ResNet": _monai("classification", "ResNet", "basic", [1, 1, 1, 1], [4, 8, 16, 32], 3, 1, num_classes=2),
 }  # fmt: skip
-
-
-def _nnunet(kind: str) -> Callable[[], nn.Module]:
-    return lambda: _of(
-        f"dynamic_network_architectures.architectures.unet.{kind}", 1, 3, (4, 8, 16), nn.Conv3d, 3, (1, 2, 2), 1, 2, 1,
-        conv_bias=True, norm_op=nn.BatchNorm3d, norm_op_kwargs={}, nonlin=nn.LeakyReLU, nonlin_kwargs={"inplace": True},
-    )  # fmt: skip
-
-
-_NNUNET = {kind: _volumes("segmentation", _nnunet(kind)) for kind in ("PlainConvUNet", "ResidualEncoderUNet")}
+_NNUNET = {
+    kind: _volumes(
+        "segmentation", f"dynamic_network_architectures.architectures.unet.{kind}", 1, 3, (4, 8, 16), nn.Conv3d, 3,
+        (1, 2, 2), 1, 2, 1, conv_bias=True, norm_op=nn.BatchNorm3d, norm_op_kwargs={}, nonlin=nn.LeakyReLU,
+        nonlin_kwargs={"inplace": True},
+    )
+    for kind in ("PlainConvUNet", "ResidualEncoderUNet")
+}  # fmt: skip
 
 # -- graphs, speech, segmentation, self-supervision ------------------------------------------------
 
 
 def _gnn(kind: str) -> Network:
-    build = lambda: _of(f"torch_geometric.nn.{kind}", 8, 16, 3, 2, norm="BatchNorm")  # noqa: E731
-    return Network("graphs", build, (30, 8), graph)
+    return Network("graphs", partial(_of, f"torch_geometric.nn.{kind}", 8, 16, 3, 2, norm="BatchNorm"), (30, 8), graph)
 
 
-def _conformer() -> nn.Module:
-    return _of("torchaudio.models.Conformer", 8, 2, 16, 2, 7)
-
-
-def _ecapa() -> nn.Module:
-    return _of("speechbrain.lobes.models.ECAPA_TDNN.ECAPA_TDNN", 8, lin_neurons=8, channels=[16] * 5,
-               kernel_sizes=[5, 3, 3, 3, 1], dilations=[1, 2, 3, 4, 1], attention_channels=8, res2net_scale=4,
-               se_channels=8)  # fmt: skip
-
-
-def _xvector() -> nn.Module:
-    return _of("speechbrain.lobes.models.Xvector.Xvector", tdnn_blocks=3, tdnn_channels=[16] * 3, in_channels=8,
-               tdnn_kernel_sizes=[5, 3, 1], tdnn_dilations=[1, 2, 1], lin_neurons=8)  # fmt: skip
+def _speaker(path: str, **options: Any) -> Network:
+    build = partial(_of, f"speechbrain.lobes.models.{path}", lin_neurons=8, **options)
+    return Network("speech", build, (60, 8))
 
 
 def _smp(kind: str) -> Network:
-    build = lambda: _of(f"segmentation_models_pytorch.{kind}", "resnet18", encoder_weights=None, classes=2)  # noqa: E731
+    build = partial(_of, f"segmentation_models_pytorch.{kind}", "resnet18", encoder_weights=None, classes=2)
     return Network("segmentation", build)
 
 
@@ -287,10 +223,15 @@ NETWORKS: dict[str, dict[str, Network]] = {
     "dynamic_network_architectures": _NNUNET,
     "torch_geometric": {kind: _gnn(kind) for kind in ("GCN", "GAT", "GraphSAGE", "GIN", "EdgeCNN")},
     "segmentation_models_pytorch": {kind: _smp(kind) for kind in ("Unet", "FPN", "PSPNet", "Linknet", "DeepLabV3Plus")},
-    "torchaudio": {"Conformer": Network("speech", _conformer, (40, 8), _with_lengths)},
+    "torchaudio": {
+        "Conformer": Network("speech", partial(_of, "torchaudio.models.Conformer", 8, 2, 16, 2, 7), (40, 8),
+                             _with_lengths),
+    },
     "speechbrain": {
-        "ECAPA-TDNN": Network("speech", _ecapa, (60, 8)),
-        "Xvector": Network("speech", _xvector, (60, 8)),
+        "ECAPA-TDNN": _speaker("ECAPA_TDNN.ECAPA_TDNN", input_size=8, channels=[16] * 5, kernel_sizes=[5, 3, 3, 3, 1],
+                               dilations=[1, 2, 3, 4, 1], attention_channels=8, res2net_scale=4, se_channels=8),
+        "Xvector": _speaker("Xvector.Xvector", tdnn_blocks=3, tdnn_channels=[16] * 3, in_channels=8,
+                            tdnn_kernel_sizes=[5, 3, 1], tdnn_dilations=[1, 2, 1]),
     },
     "lightly": {kind: _head(kind) for kind in
                 ("BYOLProjectionHead", "SimSiamProjectionHead", "BarlowTwinsProjectionHead")},

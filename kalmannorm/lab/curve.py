@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
-import lightning
 import numpy as np
 import torch
+from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 __all__ = ["Curve", "RandomState"]
 
 
-class Curve(lightning.Callback):
+class Curve(Callback):
     """Keeps the loss and the duration of each gradient step, and each validation.
 
     Losses stay where they are made and are moved over in blocks, so that no step waits for a GPU; a step's duration
@@ -43,20 +43,14 @@ class Curve(lightning.Callback):
         self._waiting: list[Tensor] = []
         self._since = self._last = 0.0
 
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
         self._since = self._last = time.perf_counter()
 
     def on_train_batch_end(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,
-        outputs: Tensor | Mapping[str, Any] | None,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Note the loss, and after a block move its losses over."""
-        assert isinstance(outputs, Mapping)
         # What Lightning differentiates: already divided by the number of accumulated batches.
         self._parts.append(outputs["loss"].detach())
         if trainer.global_step > len(self.losses) + len(self._waiting):
@@ -65,7 +59,7 @@ class Curve(lightning.Callback):
         if len(self._waiting) >= self.every:
             self._move_over(trainer)
 
-    def _move_over(self, trainer: lightning.Trainer) -> None:
+    def _move_over(self, trainer: Trainer) -> None:
         if self._waiting:
             block = torch.stack(self._waiting)
             self.losses += trainer.strategy.reduce(block, reduce_op="mean").tolist()
@@ -79,26 +73,24 @@ class Curve(lightning.Callback):
         now = time.perf_counter()
         self.elapsed, self._last = self.elapsed + now - self._last, now
 
-    def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End a block, so that the validation is not counted as training."""
         if trainer.state.fn == "fit":
             self._move_over(trainer)
 
-    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note what the validation gave."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name != "loss"}
             self.validations.append({"step": trainer.global_step, **metrics})
             self._since = time.perf_counter()
 
-    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Move the last losses over."""
         self._move_over(trainer)
         self._count_time()
 
-    def on_save_checkpoint(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Put all of it in."""
         self._move_over(trainer)
         self._count_time()
@@ -109,9 +101,7 @@ class Curve(lightning.Callback):
             "elapsed": self.elapsed,
         }
 
-    def on_load_checkpoint(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take it out again."""
         if "curve" in checkpoint:
             kept = checkpoint["curve"]
@@ -119,7 +109,7 @@ class Curve(lightning.Callback):
             self.validations, self.elapsed = [dict(each) for each in kept["validations"]], kept["elapsed"]
 
 
-class RandomState(lightning.Callback):
+class RandomState(Callback):
     """Lets a resumed run draw the random numbers that the unbroken one would: torch's, numpy's and Python's own.
 
     In several processes they go on from the first one's.
@@ -128,9 +118,7 @@ class RandomState(lightning.Callback):
     def __init__(self) -> None:
         self._kept: dict[str, Any] | None = None
 
-    def on_save_checkpoint(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Put the states in."""
         kind, keys, *rest = np.random.get_state()  # noqa: NPY002  (the one that libraries draw from)
         checkpoint["random"] = {
@@ -141,13 +129,11 @@ class RandomState(lightning.Callback):
             "python": random.getstate(),
         }
 
-    def on_load_checkpoint(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep them until training starts: what is set up before may draw."""
         self._kept = checkpoint.get("random")
 
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set them."""
         if self._kept is None:
             return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import lightning
@@ -17,7 +17,7 @@ from kalmannorm.integrations.lightning import recalibrate_by_training_batches
 from kalmannorm.lab.data.objects import Target
 from kalmannorm.lab.methods import METHODS, normalize
 from kalmannorm.lab.optimization import Schedule, check_schedule, sgd
-from kalmannorm.lab.pretrained import load_backbone, resnet_of, trained_weights
+from kalmannorm.lab.pretrained import resnet, started
 from kalmannorm.lab.scoring import has_running_statistics, online
 from kalmannorm.modules import is_trained
 
@@ -91,17 +91,8 @@ class Detector(lightning.LightningModule):
             )
         if recalibrate is not None and recalibrate < 1:
             raise ValueError(f"recalibrate must be None or at least 1; got {recalibrate}")
-        state = None if weights is None else trained_weights(Path(weights))
-        # Of a network with BatchNorm: before the conversion, which keeps its scales. Of one with the method itself:
-        # after it.
-        early = state is not None and set(resnet_of(network).state_dict()) == {
-            name for name in state if not name.startswith("fc.")
-        }
-        if state is not None and early:
-            load_backbone(network, state)
-        self.network = normalize(network, normalization, steps=steps, **(normalization_options or {}))
-        if state is not None and not early:
-            load_backbone(self.network, state)
+        normalized = partial(normalize, method=normalization, steps=steps, **(normalization_options or {}))
+        self.network = started(network, weights, normalized, resnet)
         if recalibrate is not None and not has_running_statistics(self.network):
             raise ValueError(
                 f"recalibrate={recalibrate} is of running statistics, which a network with normalization="

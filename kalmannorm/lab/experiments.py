@@ -43,7 +43,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -79,6 +79,14 @@ _KEYS_OF_ARM = (
     "label", "column", "config", "model", "search", "start", "note", "tiny", "base", "reported", "baseline", "run",
     "analysis", "kalman",
 )  # fmt: skip
+# Of plain values: the default, and what they must be.
+_RULES: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
+    "scored": ("test", lambda value: value in ("test", "validation"), "'test' or 'validation'"),
+    "metric": ("accuracy_running", lambda value: isinstance(value, str) and value != "", "the name of a score"),
+    "seeds": (3, lambda value: type(value) is int and value >= 1, "a whole number from 1 on"),
+    "search_seed": (100, lambda value: type(value) is int and value >= 0, "a whole number from 0 on"),
+    "search_scale": (1, lambda value: type(value) in (int, float) and 0 < value <= 1, "a number above 0, up to 1"),
+}
 _KEYS_OF_BASE = ("base", "tiny", "note", "input_stats")
 
 Scale = float | Literal["tiny"]
@@ -105,19 +113,12 @@ class Arm:
     """One of the things that an experiment compares; see above for what is not explained here.
 
     Attributes:
-        name: In the file.
-        label: Its row in the table, a text or one for each metric.
-        column: Its column, likewise; the metric's name where the experiment has only one.
         config: What ``fit`` takes, but for the searched settings.
-        tiny: What is merged onto ``config`` for the scale ``"tiny"``.
-        search: From a setting to the values to try.
-        start: Whose weights it starts from; None for fresh ones.
         note: What a reader of the table should know of it.
         notes: What a reader of the page should: each choice that the paper leaves open.
         reported: The paper's number by metric.
         baseline: The name of the arm whose final accuracy it is to reach; empty if there is none.
         run: Whose training it is, ``(experiment, arm)``; its own by default.
-        analysis: What is computed; empty if nothing is.
         form: Of Kalman Normalization, a key of `FORMS`; empty for another method.
     """
 
@@ -172,10 +173,7 @@ class Experiment:
     """A question, and what is trained to answer it; see above for what is not explained here.
 
     Attributes:
-        name: Of the file.
         metric: The score that the search maximizes, on validation images, and that the figure shows.
-        search_scale: The share of the steps that a run of the search takes.
-        arms: In the order of the table.
         is_table: It is laid out as a table of the paper: each number in a place of its own.
     """
 
@@ -278,26 +276,20 @@ def _read(path: Path) -> Experiment:
     for key in _NEEDED:
         if not content.get(key):
             raise ValueError(f"{path}: an experiment needs {', '.join(_NEEDED)}; got no {key}")
-    scored, metric = content.get("scored", "test"), content.get("metric", "accuracy_running")
-    if scored not in ("test", "validation"):
-        raise ValueError(f"{path}: scored must be 'test' or 'validation'; got {scored!r}")
-    if not isinstance(metric, str) or not metric:
-        raise ValueError(f"{path}: metric must be the name of a score; got {metric!r}")
-    seeds = {key: content.get(key, default) for key, default in (("seeds", 3), ("search_seed", 100))}
-    for key, least in (("seeds", 1), ("search_seed", 0)):
-        if isinstance(seeds[key], bool) or not isinstance(seeds[key], int) or seeds[key] < least:
-            raise ValueError(f"{path}: {key} must be a whole number from {least} on; got {seeds[key]!r}")
-    share = content.get("search_scale", 1)
-    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
-        raise ValueError(f"{path}: search_scale must be a number above 0, up to 1; got {share!r}")
+    plain: dict[str, Any] = {}
+    for key, (default, holds, words) in _RULES.items():
+        plain[key] = content.get(key, default)
+        if not holds(plain[key]):
+            raise ValueError(f"{path}: {key} must be {words}; got {plain[key]!r}")
+    scored, metric = plain["scored"], plain["metric"]
     arms = tuple(_arms(path, content, metric))
     for arm in arms:
         _check_data(path, arm, scored)
     title, question = (" ".join(str(content.get(key, "")).split()) for key in ("title", "question"))
+    order, verdict = tuple(content.get("rows", ())), content.get("verdict") or {}
     experiment = Experiment(
-        path.stem, title, question, scored, metric, seeds["search_seed"], share, seeds["seeds"], arms,
-        tuple(content.get("rows", ())), content.get("verdict") or {},
-    )  # fmt: skip
+        name=path.stem, title=title, question=question, arms=arms, rows=order, verdict=verdict, **plain
+    )
     check_search_seed(str(path), experiment)
     return experiment
 

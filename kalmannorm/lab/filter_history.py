@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
+from lightning import Callback, LightningModule, Trainer
 from torch import nn
 
 from kalmannorm.integrations.lightning import network_of
@@ -18,7 +18,7 @@ from kalmannorm.modules import KalmanNorm
 __all__ = ["FilterHistory"]
 
 
-class FilterHistory(lightning.Callback):
+class FilterHistory(Callback):
     """Keeps, every so many steps, the gain and process noise of each Kalman layer, and its prior's errors.
 
     The errors are those of `prior_errors` on the batch just trained on, under the weights after it. Nothing of
@@ -39,8 +39,9 @@ class FilterHistory(lightning.Callback):
         """One a look and layer: ``step``, ``layer``, ``gain`` at the samples a group it had, the mean over channels
         of ``process_noise`` (None where it has none), and ``ESTIMATE_REFERENCE_MEASURE`` of `PriorError`."""
 
-    def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any,
-                           batch: Any, batch_idx: int) -> None:  # fmt: skip
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Look, if it is time to."""
         step = trainer.global_step
         # With accumulated gradients a step has several batches.
@@ -50,7 +51,7 @@ class FilterHistory(lightning.Callback):
             network = network_of(pl_module, is_watched)
             self.rows += [{"step": step, **row} for row in _rows(network, batch, self.forward)]
 
-    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the rows, if they are to be."""
         if self.path is not None and trainer.is_global_zero:
             self.write(self.path)

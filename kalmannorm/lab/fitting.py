@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning
 import torch
 import yaml
+from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
@@ -26,16 +26,15 @@ __all__ = [
 ]  # fmt: skip
 
 Split = Literal["validation", "test"]
-_LOADERS = {"validation": "val_dataloader", "test": "test_dataloader"}
 
 
-class _Folder(lightning.Callback):
+class _Folder(Callback):
     """Writes a run's configuration when it starts, and then its checkpoints."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any], every: int) -> None:
         self.folder, self.config, self.every = folder, config, every
 
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and not (self.folder / "config.yaml").exists():
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -43,22 +42,23 @@ class _Folder(lightning.Callback):
                 raise ValueError(f"--output: cannot make the folder {self.folder}: {error.strerror}") from error
             write_atomically(self.folder / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
 
-    def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any,
-                           batch: Any, batch_idx: int) -> None:  # fmt: skip
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         # Lightning calls this before a validation at the same step, which one that resumes from here would skip.
         if self._is_due(trainer) and not _validates_now(trainer):
             self.save(trainer)
 
-    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and self._is_due(trainer):
             self.save(trainer)
 
-    def _is_due(self, trainer: lightning.Trainer) -> bool:
+    def _is_due(self, trainer: Trainer) -> bool:
         # Between the batches that are accumulated to a step, gradients would be lost.
         whole = (trainer.fit_loop.total_batch_idx + 1) % trainer.accumulate_grad_batches == 0
         return whole and (trainer.global_step % self.every == 0 or trainer.global_step >= trainer.max_steps)
 
-    def save(self, trainer: lightning.Trainer) -> None:
+    def save(self, trainer: Trainer) -> None:
         """Write ``last.ckpt``, whole or not at all."""
         beside = self.folder / "last.ckpt.part"
         trainer.save_checkpoint(beside)
@@ -66,7 +66,7 @@ class _Folder(lightning.Callback):
             os.replace(beside, self.folder / "last.ckpt")
 
 
-def _validates_now(trainer: lightning.Trainer) -> bool:
+def _validates_now(trainer: Trainer) -> bool:
     every = trainer.val_check_batch
     return trainer.enable_validation and every is not None and (trainer.fit_loop.total_batch_idx + 1) % every == 0
 
@@ -106,8 +106,8 @@ def fit(
     checkpoints = _Folder(folder, whole, run.config.checkpoint_every)
     trainer, module, data = run.build(curve, RandomState(), checkpoints)
     chosen: Split = split or ("test" if _has(data, "test_dataloader") else "validation")
-    if split is not None and not _has(data, _LOADERS[split]):
-        raise ValueError(f"{type(data).__name__} has no {split} split")
+    if split is not None:
+        _check_split(data, split)
     last = folder / "last.ckpt"
     if last.exists():
         _check_fits(module, last)
@@ -116,12 +116,9 @@ def fit(
     except SystemExit as ended:  # so Lightning ends after Ctrl-C
         raise KeyboardInterrupt from ended
     checkpoints.save(trainer)  # with what the end of training changed, such as recalibrated statistics
-    scores = _scored(trainer, module, data, chosen)
-    if split is not None and not scores:
-        raise ValueError(f"{type(data).__name__} is configured without {split} images")
     result = Result(
         config=whole,
-        scores=scores,
+        scores=_scored(trainer, module, data, chosen, may_be_none=split is None),
         seconds=curve.elapsed,
         seconds_per_step=statistics.median(curve.seconds),
         losses=curve.losses,
@@ -151,25 +148,26 @@ def steps(config: Mapping[str, Any], overrides: Sequence[str] = ()) -> int:
     return int(Run(config, overrides).config.trainer.max_steps)
 
 
-def load(folder: Path) -> lightning.LightningModule:
+def load(folder: Path) -> LightningModule:
     """The module that a run trained, on the CPU and in ``eval()``, from its configuration and last checkpoint.
 
     Raises:
         ValueError: The folder holds no run, or another module's checkpoint.
     """
-    return _loaded(folder)[0]
+    module: LightningModule = _loaded(_stored(folder), folder)[1]
+    return module.eval()
 
 
-def load_with_data(folder: Path) -> tuple[lightning.LightningModule, Any]:
+def load_with_data(folder: Path) -> tuple[LightningModule, Any]:
     """As `load`, and the data that it was trained on, set up.
 
     Raises:
         ValueError: See `load`.
         MissingDataError: The data set is not there.
     """
-    module, data = _loaded(folder)
+    _, module, data = _loaded(_stored(folder), folder)
     data.setup()
-    return module, data
+    return module.eval(), data
 
 
 def configuration(folder: Path) -> dict[str, Any]:
@@ -179,12 +177,6 @@ def configuration(folder: Path) -> dict[str, Any]:
         ValueError: The folder holds no run.
     """
     return _stored(folder).complete()
-
-
-def _loaded(folder: Path) -> tuple[lightning.LightningModule, Any]:
-    _, module, data = _stored(folder).build()
-    module.load_state_dict(_check_fits(module, Path(folder) / "last.ckpt"))
-    return module.eval(), data
 
 
 def score(folder: Path, split: Split, overrides: Sequence[str] = ()) -> dict[str, float]:
@@ -198,15 +190,15 @@ def score(folder: Path, split: Split, overrides: Sequence[str] = ()) -> dict[str
     Raises:
         ValueError: The folder holds no run, another module's checkpoint, or the data have no such split.
     """
-    run = _stored(folder, overrides)
+    trainer, module, data = _loaded(_stored(folder, overrides), folder)
+    _check_split(data, split)
+    return _scored(trainer, module, data, split)
+
+
+def _loaded(run: Run, folder: Path) -> tuple[Trainer, Any, Any]:
     trainer, module, data = run.build()
     module.load_state_dict(_check_fits(module, Path(folder) / "last.ckpt"))
-    if not _has(data, _LOADERS[split]):
-        raise ValueError(f"{type(data).__name__} has no {split} split")
-    scores = _scored(trainer, module, data, split)
-    if not scores:
-        raise ValueError(f"{type(data).__name__} is configured without {split} images")
-    return scores
+    return trainer, module, data
 
 
 def _read(folder: Path, split: Split | None) -> Result:
@@ -223,16 +215,24 @@ def _stored(folder: Path, overrides: Sequence[str] = ()) -> Run:
     return Run(yaml.safe_load(path.read_text(encoding="utf-8")), overrides)
 
 
-def _scored(trainer: lightning.Trainer, module: Any, data: Any, split: str) -> dict[str, float]:
+def _scored(trainer: Trainer, module: Any, data: Any, split: str, *, may_be_none: bool = False) -> dict[str, float]:
     found = (trainer.test if split == "test" else trainer.validate)(module, datamodule=data, verbose=False)
-    return {name: float(value) for each in found for name, value in each.items()}
+    scores = {name: float(value) for each in found for name, value in each.items()}
+    if not scores and not may_be_none:
+        raise ValueError(f"{type(data).__name__} is configured without {split} images")
+    return scores
 
 
-def _has(data: lightning.LightningDataModule, loader: str) -> bool:
-    return getattr(type(data), loader) is not getattr(lightning.LightningDataModule, loader)
+def _has(data: Any, loader: str) -> bool:
+    return getattr(type(data), loader) is not getattr(LightningDataModule, loader)
 
 
-def _check_fits(module: lightning.LightningModule, checkpoint: Path) -> dict[str, Any]:
+def _check_split(data: Any, split: str) -> None:
+    if not _has(data, "test_dataloader" if split == "test" else "val_dataloader"):
+        raise ValueError(f"{type(data).__name__} has no {split} split")
+
+
+def _check_fits(module: LightningModule, checkpoint: Path) -> dict[str, Any]:
     """The weights in a checkpoint, if they are this module's."""
     if not checkpoint.is_file():
         raise ValueError(f"{checkpoint.parent} holds no checkpoint: expected a {checkpoint.name}")
@@ -246,10 +246,8 @@ def _check_fits(module: lightning.LightningModule, checkpoint: Path) -> dict[str
         there = tuple(given[name].shape) if name in given else "absent"
         if name in adopted and name in given and len(there) == len(own[name]):
             continue
-        if own.get(name, "absent") != there:
-            raise ValueError(
-                f"{checkpoint} is of another model: {name} is {there} there, and {own.get(name, 'absent')} in this one"
-            )
+        if (here := own.get(name, "absent")) != there:
+            raise ValueError(f"{checkpoint} is of another model: {name} is {there} there, and {here} in this one")
     return given
 
 

@@ -65,7 +65,7 @@ def run_jobs(jobs: Sequence[Job], workers: int | None, console: Console, devices
     if devices > 1:
         return in_turn(jobs, lambda job: fit_on_devices(devices, job), _steps, console)
     count = min(workers or torch.cuda.device_count() or available_cpus(), len(jobs))
-    return run_all(jobs, _fit, _steps, count, console, keep_going=True)
+    return run_all(jobs, _fit, _steps, count, console)
 
 
 def _steps(job: Job) -> int:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jinja2
 import yaml
 
-from kalmannorm.lab import figures, report
+from kalmannorm.lab import figures
 from kalmannorm.lab.experiments import Experiment, Scale
 from kalmannorm.lab.methods import METHODS
 from kalmannorm.lab.results import ENVIRONMENT
@@ -20,19 +23,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["GAPS", "curves", "write_page"]
+__all__ = ["GAPS", "curves", "render", "write_page"]
 
 # How files of figures of variance gaps begin.
 GAPS = "variance-gaps-"
-CURVES = (
-    "The training loss, mean over seeds and over fiftieths of the run; and on its right, where there are some, the "
-    "scores on validation images as training goes on, by running statistics (solid) and by each statistics batch's own "
-    "(dashed)."
-)
-STEPS = (
-    "Steps to the baseline's: the first validation at which a run was as good as the baseline is at its end, on the "
-    "same validation images; mean over the runs that ever were."
-)
 
 
 def write_page(experiment: Experiment, folder: Path) -> Path:
@@ -43,28 +37,46 @@ def write_page(experiment: Experiment, folder: Path) -> Path:
         folder: With the files of runs.
     """
     runs = read_runs(experiment, folder)
-    words = verdict_of(experiment, runs) if experiment.verdict else said(experiment, runs)
-    blocks = [*([report.paragraph(experiment.question)] if experiment.question else []), report.verdict(words)]
-    for title, (header, *rows) in grids(experiment, runs):
-        blocks.append(report.table(header, [[_unbroken(row[0]), *row[1:]] for row in rows], title))
-    blocks += [report.note(words) for words in notes(experiment, runs)]
-    for path in sorted(folder.glob(f"{GAPS}*.png")):
-        caption = "|variance of a statistics batch - running variance|: batches to the right, channels downwards"
-        blocks.append(report.picture(path.read_bytes(), f"{path.stem.removeprefix(GAPS)}: {caption}"))
     groups = {title: arms for title, arms in _groups(runs).items() if any(len(arm.curve("loss")) for arm in arms)}
-    if groups:
-        blocks.append(report.heading("Learning curves"))
-        blocks += [report.figure(curves(runs, arms), f"{title}{CURVES}") for title, arms in groups.items()]
-    if searched := _searched(experiment, runs):
-        drawing = figures.search(*searched)
-        caption = f"The {experiment.metric.replace('_', ' ')} on validation images, by the setting that is searched."
-        blocks += [report.heading("The search"), report.figure(drawing, caption)]
-    header, *rows = summary(experiment, runs)
-    if rows:
-        blocks += [report.heading("All that was measured"), report.table(header, rows)]
-        blocks += [report.note(STEPS)] if experiment.is_table else []
-    blocks += [report.heading("How it was made"), *_made(experiment, runs)]
-    return report.write(folder / "report.html", experiment.title, blocks)
+    searched = _searched(experiment, runs)
+    measured = summary(experiment, runs)
+    gaps = sorted(folder.glob(f"{GAPS}*.png"))
+    path = folder / "report.html"
+    page = render(
+        title=experiment.title,
+        question=experiment.question,
+        verdict=verdict_of(experiment, runs) if experiment.verdict else said(experiment, runs),
+        grids=[(title, [[_unbroken(row[0]), *row[1:]] for row in rows]) for title, rows in grids(experiment, runs)],
+        notes=notes(experiment, runs),
+        gaps=[(gap.stem.removeprefix(GAPS), _encoded(gap.read_bytes())) for gap in gaps],
+        curves=[(title, _drawn(curves(runs, arms))) for title, arms in groups.items()],
+        search=_drawn(figures.search(*searched)) if searched else "",
+        metric=experiment.metric.replace("_", " "),
+        summary=measured if len(measured) > 1 else [],
+        is_table=experiment.is_table,
+        **_made(experiment, runs),
+    )
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def render(**content: Any) -> str:
+    """The page of ``page.html``; texts are escaped."""
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True
+    )
+    return environment.get_template("page.html").render(content)
+
+
+def _drawn(drawing: Figure) -> str:
+    buffer = io.BytesIO()
+    drawing.savefig(buffer, format="png", dpi=150, bbox_inches="tight")
+    return _encoded(buffer.getvalue())
+
+
+def _encoded(png: bytes) -> str:
+    return base64.b64encode(png).decode("ascii")
 
 
 def _unbroken(name: str) -> str:
@@ -140,23 +152,25 @@ def _searched(
     return points, dict(zip(points, _colours(arms), strict=True)), runs.short(setting)
 
 
-def _made(experiment: Experiment, runs: Runs) -> list[str]:
-    """The command, and what each arm is: its notes and its configuration."""
+def _made(experiment: Experiment, runs: Runs) -> dict[str, Any]:
+    """The command, and each arm's notes and configuration."""
     scale = runs.rows[0]["scale"]
     amount: Scale = "tiny" if scale == "tiny" else float(scale)
     seeds = max(len(arm.final) for arm in runs.arms)
     options = (f" --scale {scale}" if scale != "1" else "") + (f" --seeds {seeds}" if seeds != experiment.seeds else "")
     command = f"kalmannorm run {experiment.name}{options}"
-    blocks = [report.command(command)]
-    for arm in runs.arms:
-        if arm.arm is None:
-            continue
-        own = [report.command(f"{command} --only '{arm.name}'")]
-        if arm.arm.run != (experiment.name, arm.name):
-            own.append(report.note(f"The training of {'/'.join(arm.arm.run)}."))
-        own += [report.note(text) for text in arm.arm.notes]
-        own.append(report.command(yaml.safe_dump(arm.arm.scaled(amount), sort_keys=False)))
-        blocks.append(report.details(f"{arm.name}: {runs.title(arm)}", own))
+
+    def arms() -> Iterator[dict[str, Any]]:
+        for own in runs.arms:
+            if own.arm is not None:
+                shared = own.arm.run != (experiment.name, own.name)
+                yield {
+                    "title": f"{own.name}: {runs.title(own)}",
+                    "command": f"{command} --only '{own.name}'",
+                    "notes": [*([f"The training of {'/'.join(own.arm.run)}."] if shared else []), *own.arm.notes],
+                    "config": yaml.safe_dump(own.arm.scaled(amount), sort_keys=False),
+                }
+
     first = next((row for row in runs.rows if row.get("torch")), {})
     told = [f"{name} {first[name]}" for name in ENVIRONMENT if first.get(name)]
-    return [*blocks, *([report.note(", ".join(told))] if told else [])]
+    return {"command": command, "arms": list(arms()), "told": ", ".join(told)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from kalmannorm.lab.models.detection import Conv4Features
 
-__all__ = ["load_backbone", "load_trunk", "resnet_of", "trained_weights", "trunk_of"]
+__all__ = ["Part", "classifier", "load_trunk", "resnet", "started", "trained_weights"]
 
 
 def trained_weights(file: Path) -> dict[str, Tensor]:
@@ -34,59 +35,74 @@ def trained_weights(file: Path) -> dict[str, Tensor]:
         raise ValueError(f"weights: {file} holds no state dict") from error
 
 
-def trunk_of(network: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What of a state dict is not of the network's head, its last linear layer.
+Part = Callable[[Any], tuple[nn.Module, str]]
+"""From a network to the module whose weights are taken over, and how the names of its head begin, which are not."""
+
+
+def classifier(network: nn.Module) -> tuple[nn.Module, str]:
+    """All of a classifier, whose head is its last linear layer.
 
     Raises:
-        ValueError: It has no linear layer.
+        ValueError: It has none.
 
     Example:
-        >>> network = nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
-        >>> list(trunk_of(network, network.state_dict()))[:3]
-        ['0.weight', '0.bias', '1.weight']
+        >>> classifier(nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)))[1]
+        '2.'
     """
     linear = [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear)]
     if not linear:
         raise ValueError(f"weights: {type(network).__name__} has no head to train anew: expected a linear layer")
-    return {name: value for name, value in state.items() if not name.startswith(f"{linear[-1]}.")}
+    return network, f"{linear[-1]}."
 
 
-def load_trunk(network: nn.Module, state: dict[str, Tensor]) -> None:
-    """Give a classifier the weights of a trained one, all but the head's.
-
-    Raises:
-        ValueError: They differ in names or shapes; it names the first.
-    """
-    trunk = trunk_of(network, state)
-    _check_fits(trunk_of(network, network.state_dict()), trunk, "the network")
-    network.load_state_dict(trunk, strict=False)
-
-
-def resnet_of(network: Any) -> nn.Module:
+def resnet(network: Any) -> tuple[nn.Module, str]:
     """The parts of a detector that are a ResNet's, under their names there."""
     body, stages = network.backbone, nn.Module()
     for name, child in getattr(body, "body", body).named_children():
         stages.add_module(name, child)
     if isinstance(body, Conv4Features):  # the fourth stage is the head
         stages.add_module("layer4", network.roi_heads.mask_head)
-    return stages
+    return stages, "fc."
 
 
-def load_backbone(network: nn.Module, state: dict[str, Tensor]) -> None:
-    """Give a detector's ResNet the weights of a trained one.
+def _states(network: nn.Module, state: dict[str, Tensor], part: Part) -> tuple[nn.Module, list[dict[str, Tensor]]]:
+    """The part, with its own weights and those of a state dict, both but for the head's."""
+    module, head = part(network)
+    both = (module.state_dict(), state)
+    return module, [{name: value for name, value in each.items() if not name.startswith(head)} for each in both]
+
+
+def load_trunk(network: nn.Module, state: dict[str, Tensor], part: Part = classifier) -> None:
+    """Give a network, or a part of it, the weights of a trained one, all but the head's.
 
     Raises:
         ValueError: They differ in names or shapes; it names the first.
     """
-    state = {name: value for name, value in state.items() if not name.startswith("fc.")}
-    _check_fits(resnet_of(network).state_dict(), state, "the network's ResNet")
-    resnet_of(network).load_state_dict(state)
-
-
-def _check_fits(own_state: dict[str, Tensor], state: dict[str, Tensor], whose: str) -> None:
-    own = {name: tuple(value.shape) for name, value in own_state.items()}
-    given = {name: tuple(value.shape) for name, value in state.items()}
+    module, (own, given) = _states(network, state, part)
     for name in dict.fromkeys([*own, *given]):
-        here, there = own.get(name, "absent"), given.get(name, "absent")
+        here, there = (tuple(each[name].shape) if name in each else "absent" for each in (own, given))
         if here != there:
+            whose = "the network" if module is network else "the network's ResNet"
             raise ValueError(f"weights: {name} is {there} there; expected {here}, as in {whose}")
+    module.load_state_dict(given, strict=False)
+
+
+def started(
+    network: nn.Module, weights: str | None, normalized: Callable[[nn.Module], nn.Module], part: Part = classifier
+) -> nn.Module:
+    """The network with its normalization and, but for its head, with the weights of a file.
+
+    Raises:
+        ValueError: See `trained_weights` and `load_trunk`.
+    """
+    if weights is None:
+        return normalized(network)
+    state = trained_weights(Path(weights))
+    # Those of a network with BatchNorm before the conversion, which may use its statistics; the method's own after it.
+    own, given = _states(network, state, part)[1]
+    if early := set(own) == set(given):
+        load_trunk(network, state, part)
+    network = normalized(network)
+    if not early:
+        load_trunk(network, state, part)
+    return network

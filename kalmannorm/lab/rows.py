@@ -105,7 +105,7 @@ class Rows:
         found: Told = {}
         for row in self.runs.to_dict("records"):
             if not row["error"] or row["error"].startswith(DIVERGED):
-                found[key_of(row, settings)] = (row, [])
+                found[key_of(row, settings)] = ({name: text for name, text in row.items() if text}, [])
         for row in self.curves.to_dict("records"):
             if (key := key_of(row, settings)) in found:
                 found[key][1].append(row)
@@ -122,9 +122,10 @@ class Rows:
 
 
 def settings_of(columns: Sequence[str]) -> list[str]:
-    """The searched settings among the columns of ``runs.csv``."""
+    """The searched settings among the columns of either file."""
     names = list(columns)
-    return names[names.index("seed") + 1 : names.index("chosen")] if "chosen" in names else []
+    end = next((name for name in ("chosen", "step") if name in names), "")
+    return names[names.index("seed") + 1 : names.index(end)] if end else []
 
 
 def key_of(row: Mapping[str, Any], settings: Sequence[str]) -> Key:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import pandas as pd
 from rich.console import Console
 
 from kalmannorm.lab import experiments, page, tables
@@ -21,8 +20,8 @@ from kalmannorm.lab.data.roots import MissingDataError
 from kalmannorm.lab.experiments import FORMS, Arm, Experiment, Scale, merge, shown
 from kalmannorm.lab.formatting import as_markdown
 from kalmannorm.lab.jobs import Job, divergence, reason, run_jobs
-from kalmannorm.lab.results import Result, finished
-from kalmannorm.lab.rows import MEASURED, PLANNED, Key, Row, Rows, Told, ToldRun, key_of, settings_of, table
+from kalmannorm.lab.results import ENVIRONMENT, Result, finished
+from kalmannorm.lab.rows import MEASURED, PLANNED, Key, Row, Rows, Told, key_of, settings_of, table
 from kalmannorm.lab.training import quiet
 
 if TYPE_CHECKING:
@@ -43,12 +42,9 @@ class Trial:
         settings: Of the searched ones.
         seed: Of weights and order.
         split: Which images it is scored on.
-        result: If it came to an end.
-        error: Why it does not count: what it raised, or how it diverged; empty where it does.
+        row: Its row in ``runs.csv``; None where it has not come to an end.
+        curve: Its rows in ``curves.csv``.
         failed: It raised something, and not because it diverged or because its data are not here.
-        chosen: Its settings won the search.
-        told: In place of a result, what the files in the output folder tell of it: its row, and those of its curve.
-        computed: What was measured otherwise than by a training, or after it.
     """
 
     arm: Arm
@@ -56,27 +52,31 @@ class Trial:
     settings: dict[str, Any]
     seed: int
     split: Split
-    result: Result | None = None
-    error: str = ""
+    row: Row | None = None
+    curve: Sequence[Row] = ()
     failed: bool = False
-    chosen: bool = False
-    told: ToldRun | None = None
-    computed: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def own(self) -> Row:
+        """What its rows have in both files."""
+        settings = {setting: shown(value) for setting, value in self.settings.items()}
+        return {"arm": self.arm.name, "kind": self.kind, "seed": str(self.seed), **settings}
 
     @property
     def key(self) -> Key:
         """What its rows are known by."""
-        settings = frozenset((setting, shown(value)) for setting, value in self.settings.items())
-        return self.arm.name, self.kind, str(self.seed), settings
+        return key_of(self.own, [*self.settings])
+
+    def told(self, told: Told) -> Trial:
+        """With what the files in the output folder tell of it."""
+        row, curve = told.get(self.key, (None, ()))
+        return replace(self, row=row and row | _words(self.arm) | {"chosen": ""}, curve=curve)
 
     def merit(self, metric: str) -> tuple[float, float] | None:
         """By which the search's winner is found: the score, of equal ones the lower training loss; None without."""
-        if self.told is not None:
-            row = self.told[0]
-            return (float(row[metric]), -float(row["last_loss"])) if row.get(metric) and not row["error"] else None
-        if self.result is None or self.error:
+        if self.row is None or self.row.get("error") or not self.row.get(metric):
             return None
-        return self.result.scores[metric], -self.result.last_loss
+        return float(self.row[metric]), -float(self.row["last_loss"])
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def run_experiment(whole: Experiment, plan: Plan, *, report: bool, collect: bool
         trials = _trained(plan, told)
     if not report:
         others = before.without({trial.arm.name for trial in trials})
-        rows = others + Rows(_runs_table(plan, trials), _curves_table(trials))
+        rows = others + _rows(trials)
         if grow or collect:
             rows += _nowhere_else(before, trials, plan.runs())
         rows.write(plan.folder, [arm.name for arm in whole.arms])
@@ -250,50 +250,53 @@ def _weights_of(plan: Plan, name: str, arm: str) -> Path | None:
     return next((place / "last.ckpt" for place in places if finished(place)), None)
 
 
+def _of_data(plan: Plan, ask: Callable[[Mapping[str, Any]], str]) -> dict[str, str]:
+    """What is to be said of the data of each arm that is trained, asked once of equal data."""
+    configs = {arm.name: arm.scaled(plan.amount) for arm in plan.experiment.arms if arm.analysis not in COMPUTED}
+    answers = {key: ask(config) for key, config in {repr(c["data"]): c for c in configs.values()}.items()}
+    return {name: answers[repr(config["data"])] for name, config in configs.items()}
+
+
 def _listed(plan: Plan) -> str:
     """What there is to do, a line an arm: runs, steps, hours on one device of this machine, and what is missing."""
     rows = [["arm", "runs of the search", "runs that count", "steps a run", "steps", "hours", "data"]]
-    total, seconds = [0, 0, 0], 0.0
+    searches, finals, steps, seconds = 0, 0, 0, 0.0
     times: dict[str, float | None] = {}
-    missing: dict[str, str] = {}
-    weights: dict[str, str] = {}
-    trained = False
+    missing = _of_data(plan, not_at_hand)
+    notes = [f"- Data: {text}" for text in dict.fromkeys(missing.values()) if text]
     for arm in plan.experiment.arms:
-        if arm.analysis in COMPUTED:
+        if arm.name not in missing:
             rows.append([arm.name, "-", "-", "-", "-", "-", "needs none"])
             continue
-        trained = True
-        points, config = arm.points(), arm.scaled(plan.amount)
+        config, seeds = arm.scaled(plan.amount), plan.experiment.seeds
         each = int(config["trainer"]["max_steps"])
-        searched = [int(arm.scaled(plan.length("search"), point)["trainer"]["max_steps"]) for point in points]
-        numbers = (len(points), plan.experiment.seeds, sum(searched) + each * plan.experiment.seeds)
-        total = [before + number for before, number in zip(total, numbers, strict=True)]
-        like, data = _like(config), repr(config["data"])
+        searched = [arm.scaled(plan.length("search"), point)["trainer"]["max_steps"] for point in arm.points()]
+        own = sum(searched) + each * seeds
+        like = _like(config)
         if like not in times:
             with single_thread():  # as each training would have
                 times[like] = seconds_per_step(config)
-        if data not in missing:
-            missing[data] = not_at_hand(config)
         step = times[like]
-        seconds += (step or 0.0) * numbers[2]
-        there = "see below" if missing[data] else "here"
+        searches, finals, steps, seconds = (
+            searches + len(searched), finals + seeds, steps + own, seconds + (step or 0.0) * own,
+        )  # fmt: skip
+        there = "see below" if missing[arm.name] else "here"
         start = None if _is_fresh(arm, plan.amount) else arm.start
         if start and not _weights_of(plan, start.path.stem, start.arm):
-            weights[arm.name] = f"{start.path.stem}/{start.arm}"
+            weights = f"{start.path.stem}/{start.arm}"
+            notes.append(f"- {arm.name}: the weights of {weights} are missing, and trained first.")
             there += ", weights missing"
-        hours = "?" if step is None else f"{step * numbers[2] / 3600:,.2f}"
-        rows.append([arm.name, str(numbers[0]), str(numbers[1]), f"{each:,}", f"{numbers[2]:,}", hours, there])
+        hours = "?" if step is None else f"{step * own / 3600:,.2f}"
+        rows.append([arm.name, str(len(searched)), str(seeds), f"{each:,}", f"{own:,}", hours, there])
     text = f"{plan.experiment.title}\n\n{as_markdown(rows)}"
-    if not trained:
+    if not missing:
         return f"{text}\nNothing is trained."
-    notes = [f"- Data: {text}" for text in dict.fromkeys(missing.values()) if text]
-    notes += [f"- {name}: the weights of {start} are missing, and trained first." for name, start in weights.items()]
     text += "".join(f"{note}\n" for note in ("", *notes)) if notes else ""
     known = f"{seconds / 3600:,.1f} hours" if None not in times.values() else "hours unknown where they are '?'"
     return (
-        f"{text}\n{total[0] + total[1]} runs, {total[0]} of them of the search; {total[2]:,} steps; {known}, on "
-        f"{where()}. An estimate, from a few training steps on random images: without loading data, validation and "
-        "other work on this machine."
+        f"{text}\n{searches + finals} runs, {searches} of them of the search; {steps:,} steps; {known}, on {where()}. "
+        "An estimate, from a few training steps on random images: without loading data, validation and other work on "
+        "this machine."
     )
 
 
@@ -307,44 +310,24 @@ def _like(config: Mapping[str, Any]) -> str:
 def _trained(plan: Plan, told: Told) -> list[Trial]:
     """All runs, with what came of them, or with what is told of them from before."""
     quiet()
-    arms = plan.experiment.arms
-    absent = _without_data(plan, told)
-    if len(absent) == len(arms):
-        raise MissingDataError(absent[arms[0].name])
+    asked, known = plan.experiment, {name for name, *_ in told}
+    missing = _of_data(plan, missing_data)
+    absent = {name: text for name, text in missing.items() if text and name not in known}
+    if len(absent) == len(asked.arms):
+        raise MissingDataError(absent[asked.arms[0].name])
     try:
         plan.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--output: cannot make the folder {plan.folder}: {error.strerror}") from error
-    asked = plan.experiment
-    here = replace(asked, arms=tuple(arm for arm in arms if arm.name not in absent and arm.analysis not in COMPUTED))
-
-    def run(trials: list[Trial]) -> list[Trial]:
-        return _run(plan, [replace(trial, told=told.get(trial.key)) for trial in trials])
-
-    trials = [_analysed(plan, trial) for trial in _in_two(here, run)]
-    for arm in arms:
+    here = replace(asked, arms=tuple(arm for arm in asked.arms if arm.name in missing and arm.name not in absent))
+    trials = _in_two(here, lambda trials: _run(plan, [trial.told(told) for trial in trials]))
+    for arm in asked.arms:
         trial = Trial(arm, "final", {}, 0, asked.scored)
         if arm.name in absent:
-            trials.append(replace(trial, error=f"not run: {absent[arm.name]}"))
-        elif arm.analysis in COMPUTED:
-            trials.append(replace(trial, computed=COMPUTED[arm.analysis](arm.scaled(plan.amount))))
+            trials.append(replace(trial, row=_row(plan, trial, error=f"not run: {absent[arm.name]}")))
+        elif arm.name not in missing:
+            trials.append(replace(trial, row=_row(plan, trial, COMPUTED[arm.analysis](arm.scaled(plan.amount)))))
     return trials
-
-
-def _without_data(plan: Plan, told: Told) -> dict[str, str]:
-    """The arms whose data are missing and that are not told of, and the reason for each."""
-    reasons: dict[str, str] = {}
-    absent = {}
-    for arm in plan.experiment.arms:
-        if arm.analysis in COMPUTED:
-            continue
-        config = arm.scaled(plan.amount)
-        key = repr(config["data"])
-        if key not in reasons:
-            reasons[key] = missing_data(config)
-        if reasons[key] and not any(name == arm.name for name, *_ in told):
-            absent[arm.name] = reasons[key]
-    return absent
 
 
 def _in_two(asked: Experiment, run: Callable[[list[Trial]], list[Trial]]) -> list[Trial]:
@@ -357,7 +340,8 @@ def _in_two(asked: Experiment, run: Callable[[list[Trial]], list[Trial]]) -> lis
         own = [place for place, trial in enumerate(searched) if trial.arm is arm]
         best = _best([searched[place] for place in own], asked.metric) if own else None
         if best is not None:
-            searched[own[best]] = replace(searched[own[best]], chosen=True)
+            winner = searched[own[best]]
+            searched[own[best]] = replace(winner, row={**(winner.row or {}), "chosen": "yes"})
         if best is not None or not arm.search:
             settings = searched[own[best]].settings if best is not None else {}
             finals += [Trial(arm, "final", settings, seed, asked.scored) for seed in range(asked.seeds)]
@@ -370,15 +354,14 @@ def _collected(plan: Plan, told: Told, grow: bool) -> list[Trial]:
     def ended(trials: list[Trial]) -> list[Trial]:
         from kalmannorm.lab.fitting import ended_run  # noqa: PLC0415 - slow
 
-        jobs = [_job(plan, trial) for trial in trials]
-        found = [ended_run(job.config, job.folder, job.split) for job in jobs]
-        known = [
-            _outcome(trial, result, plan.experiment)
-            if result
-            else replace(trial, told=told.get(trial.key) if grow or not job.folder.exists() else None)
-            for trial, job, result in zip(trials, jobs, found, strict=True)
-        ]
-        return [trial for trial in known if trial.result or trial.told]
+        known = []
+        for trial in trials:
+            job = _job(plan, trial)
+            if (result := ended_run(job.config, job.folder, job.split)) is not None:
+                known.append(_outcome(plan, trial, result))
+            elif grow or not job.folder.exists():
+                known.append(trial.told(told))
+        return [trial for trial in known if trial.row is not None]
 
     trials = _in_two(plan.experiment, ended)
     if not trials:
@@ -414,16 +397,13 @@ def _best(trials: Sequence[Trial], metric: str) -> int | None:
 
 def _run(plan: Plan, trials: Sequence[Trial]) -> list[Trial]:
     """The trials with what came of them; those that are told of are not tried."""
-    jobs = {}
-    for place, trial in enumerate(trials):
-        job = _job(plan, trial)
-        if trial.told is None or finished(job.folder):
-            jobs[place] = job
+    jobs = {place: _job(plan, trial) for place, trial in enumerate(trials)}
+    jobs = {place: job for place, job in jobs.items() if trials[place].row is None or finished(job.folder)}
     # Two arms may be one training.
     each = {job.folder: job for job in jobs.values()}
     found = dict(zip(each, run_jobs([*each.values()], plan.workers, plan.console, plan.devices), strict=True))
     return [
-        _outcome(trial, found[jobs[place].folder], plan.experiment) if place in jobs else trial
+        _outcome(plan, trial, found[jobs[place].folder]) if place in jobs else trial
         for place, trial in enumerate(trials)
     ]
 
@@ -448,86 +428,61 @@ def _place(runs: Path, arm: str, settings: Mapping[str, Any], split: str, seed: 
     return runs / arm / (re.sub(r"[^\w.=,+-]+", "-", parts) or "as-it-is") / f"{split}-seed-{seed}"
 
 
-def _outcome(trial: Trial, found: Result | Exception, asked: Experiment) -> Trial:
+def _outcome(plan: Plan, trial: Trial, found: Result | Exception) -> Trial:
+    """A trial with the rows of what came of it, and of what is computed after it."""
     if isinstance(found, Exception):
         # By which a module says that it diverged.
-        return replace(trial, error=reason(found), failed=not isinstance(found, FloatingPointError), told=None)
-    missing = asked.metric not in found.scores
-    error = divergence(found)
+        diverged = isinstance(found, FloatingPointError)
+        return replace(trial, row=_row(plan, trial, error=reason(found)), curve=(), failed=not diverged)
+    metric, error = plan.experiment.metric, divergence(found)
+    missing = metric not in found.scores
     if missing:
-        error = f"no score is called {asked.metric!r}; there are {', '.join(found.scores)}"
-    return replace(trial, result=found, error=error, failed=missing, told=None)
+        error = f"no score is called {metric!r}; there are {', '.join(found.scores)}"
+    lengths = {"last_loss": found.last_loss, "seconds": found.seconds, "seconds_per_step": found.seconds_per_step}
+    row = _row(plan, trial, found.scores | lengths, error) | {"steps": str(len(found.losses)), **found.environment}
+    if trial.arm.analysis == "variance_gap" and trial.kind == "final" and not error:
+        job = _job(plan, trial)
+        drawing = plan.folder / f"{page.GAPS}{trial.arm.name}.png" if trial.seed == 0 else None
+        row["variance_gap"] = f"{measured_gaps(job.folder, job.config, drawing):.6g}"
+    return replace(trial, row=row, curve=_curve(trial, found), failed=missing)
 
 
-def _analysed(plan: Plan, trial: Trial) -> Trial:
-    """With what is computed after a training."""
-    if trial.arm.analysis != "variance_gap" or trial.result is None or trial.error or trial.kind != "final":
-        return trial
-    job = _job(plan, trial)
-    drawing = plan.folder / f"{page.GAPS}{trial.arm.name}.png" if trial.seed == 0 else None
-    return replace(trial, computed={"variance_gap": measured_gaps(job.folder, job.config, drawing)})
-
-
-def _words(arm: Arm) -> dict[str, str]:
+def _words(arm: Arm) -> Row:
     """Its place in the table, as the file of runs has it: one text, also where each metric has its own."""
     row, column = (each if isinstance(each, str) else " / ".join(each.values()) for each in (arm.label, arm.column))
     return {"label": row, "column": column}
 
 
-def _runs_table(plan: Plan, trials: Sequence[Trial]) -> pd.DataFrame:
-    """A row a run; between the columns that all experiments have, the searched settings and the scores."""
-    records = []
-    for trial in trials:
-        chosen, words = "yes" if trial.chosen else "", _words(trial.arm)
-        if trial.told is not None:
-            records.append(trial.told[0] | words | {"chosen": chosen})
-            continue
-        record = {
-            "study": plan.experiment.name,
-            "arm": trial.arm.name,
-            **words,
-            "kind": trial.kind,
-            "seed": str(trial.seed),
-            **{setting: shown(value) for setting, value in trial.settings.items()},
-            "chosen": chosen,
-            "split": trial.split,
-            "scale": plan.scale,
-            "error": trial.error,
-        }
-        numbers = dict(trial.computed)
-        if result := trial.result:
-            numbers |= {
-                **result.scores, "last_loss": result.last_loss, "seconds": result.seconds,
-                "seconds_per_step": result.seconds_per_step,
-            }  # fmt: skip
-            record |= {"steps": str(len(result.losses)), **result.environment}
-        records.append(record | {name: f"{value:.6g}" for name, value in numbers.items()})
-    settings = dict.fromkeys(setting for trial in trials for setting in trial.settings)
-    scores = dict.fromkeys(name for trial in trials if trial.result for name in trial.result.scores)
-    scores |= dict.fromkeys(name for trial in trials for name in trial.computed)
-    return table(records, [*PLANNED[:-2], *settings, *PLANNED[-2:], *scores, *MEASURED])
+def _row(plan: Plan, trial: Trial, numbers: Mapping[str, float] | None = None, error: str = "") -> Row:
+    """A trial's row in the file of runs."""
+    given = {"study": plan.experiment.name, "chosen": "", "split": trial.split, "scale": plan.scale, "error": error}
+    texts = {name: f"{value:.6g}" for name, value in (numbers or {}).items()}
+    return given | trial.own | _words(trial.arm) | texts
 
 
-def _curves_table(trials: Sequence[Trial]) -> pd.DataFrame:
-    """For each run, its loss in windows, at each one's last step, and its validations."""
-    records: list[Row] = []
-    for trial in trials:
-        if trial.told is not None:
-            records += trial.told[1]
-        if not trial.result:
-            continue
-        losses = trial.result.losses
-        windows = min(WINDOWS, len(losses))
-        edges = [len(losses) * place // windows for place in range(windows + 1)]
-        rows: dict[int, dict[str, float]] = {
-            end: {"loss": sum(losses[start:end]) / (end - start)} for start, end in itertools.pairwise(edges)
-        }
-        for each in trial.result.validations:
-            rows.setdefault(int(each["step"]), {}).update({k: v for k, v in each.items() if k != "step"})
-        common = {"arm": trial.arm.name, "kind": trial.kind, "seed": str(trial.seed)}
-        common |= {setting: shown(value) for setting, value in trial.settings.items()}
-        for step in sorted(rows):
-            numbers = {name: f"{value:.6g}" for name, value in rows[step].items()}
-            records.append({**common, "step": str(step), **numbers})
+def _curve(trial: Trial, result: Result) -> list[Row]:
+    """Its loss in windows, at each one's last step, and its validations."""
+    losses = result.losses
+    windows = min(WINDOWS, len(losses))
+    edges = [len(losses) * place // windows for place in range(windows + 1)]
+    rows: dict[int, dict[str, float]] = {
+        end: {"loss": sum(losses[start:end]) / (end - start)} for start, end in itertools.pairwise(edges)
+    }
+    for each in result.validations:
+        rows.setdefault(int(each["step"]), {}).update({k: v for k, v in each.items() if k != "step"})
+    return [
+        {**trial.own, "step": str(step), **{name: f"{value:.6g}" for name, value in rows[step].items()}}
+        for step in sorted(rows)
+    ]
+
+
+def _rows(trials: Sequence[Trial]) -> Rows:
+    """The two files; between the columns that all experiments have, the searched settings and the scores."""
+    runs = [trial.row for trial in trials if trial.row is not None]
     settings = dict.fromkeys(setting for trial in trials for setting in trial.settings)
-    return table(records, ["arm", "kind", "seed", *settings, "step", "loss"])
+    others = {*PLANNED, *MEASURED, *ENVIRONMENT, *settings}
+    scores = dict.fromkeys(name for row in runs for name in row if name not in others)
+    return Rows(
+        table(runs, [*PLANNED[:-2], *settings, *PLANNED[-2:], *scores, *MEASURED]),
+        table([row for trial in trials for row in trial.curve], ["arm", "kind", "seed", *settings, "step", "loss"]),
+    )

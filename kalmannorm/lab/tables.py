@@ -129,10 +129,9 @@ def write_table(experiment: Experiment, folder: Path) -> str:
 
     if not experiment.is_table:
         metric = experiment.metric.replace("_", " ")
-        points = {
-            label: {arm.column: arm.values(experiment.metric) for arm in runs.arms if arm.label == label}
-            for label in runs.labels
-        }
+        points: dict[str, dict[str, list[float]]] = {}
+        for arm in runs.arms:
+            points.setdefault(arm.label, {})[arm.column] = arm.values(experiment.metric)
         with mpl.rc_context({"svg.hashsalt": "kalmannorm", "svg.fonttype": "none"}):
             figures.arms(points, f"{metric}, %").savefig(folder / "figure.svg", metadata={"Date": None})
     return text
@@ -167,7 +166,7 @@ def read_runs(experiment: Experiment, folder: Path) -> Runs:
         mine = curves
         if len(curves):
             mine = curves[(curves["arm"] == name) & (curves["kind"] == "final")]
-            for setting in settings_of_curves(curves):
+            for setting in settings_of(curves.columns):
                 mine = mine[mine[setting] == chosen.get(setting, "")]
         arms[name] = ArmRuns(name, own[0]["label"], own[0]["column"], search, final, mine, known.get(name))
     for arm in arms.values():
@@ -175,12 +174,6 @@ def read_runs(experiment: Experiment, folder: Path) -> Runs:
         if baseline is not None:
             arm.reached.extend(_steps_to(baseline, arm, _metric(experiment, arm.arm)))
     return Runs(list(arms.values()), settings, scores, rows)
-
-
-def settings_of_curves(curves: pd.DataFrame) -> list[str]:
-    """The searched settings among the columns of ``curves.csv``."""
-    names = list(curves.columns)
-    return names[names.index("seed") + 1 : names.index("step")]
 
 
 def _metric(experiment: Experiment, arm: Arm | None) -> str:

@@ -6,7 +6,6 @@ import logging
 import warnings
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import lightning
@@ -23,11 +22,10 @@ from kalmannorm.integrations.lightning import annealing, check_annealing
 from kalmannorm.lab.baselines.passes import count_in_steps
 from kalmannorm.lab.baselines.renorm import BatchRenorm
 from kalmannorm.lab.baselines.weight_norm import initialize
-from kalmannorm.lab.capturing import CapturedStep
 from kalmannorm.lab.data.sharing import images_a_process
 from kalmannorm.lab.methods import METHODS, normalize
 from kalmannorm.lab.optimization import Schedule, check_schedule, sgd
-from kalmannorm.lab.pretrained import load_trunk, trained_weights, trunk_of
+from kalmannorm.lab.pretrained import started
 from kalmannorm.lab.scoring import online_logits
 from kalmannorm.modules import is_stock_batchnorm
 
@@ -71,10 +69,8 @@ class Classifier(lightning.LightningModule):
         anneal: What priors are worth in the end, in units of what they were worth at the start, see
             `kalmannorm.anneal`; 1 leaves gains to what is learned.
         anneal_from: The share of the steps after which that begins.
-        capture: Replay forward and backward passes as a CUDA graph, see `CapturedStep`: the same numbers, several times
-            faster where a network is small. On one GPU, in a precision without a gradient scaler, without accumulated
-            batches or clipped gradients, and for methods that don't count steps in Python; elsewhere steps run as they
-            are.
+        capture: Replay forward and backward passes as CUDA graphs, see `kalmannorm.capture`: the same numbers, several
+            times faster where a network is small. Methods that count steps in Python run as they are.
         channels_last: Keep the network's weights and its images ``(N, C, H, W)`` in channels-last memory, which suits
             convolutions on GPUs in half precision: the same results but for rounding.
 
@@ -117,7 +113,7 @@ class Classifier(lightning.LightningModule):
         options = {"statistics_batch": statistics_batch, "steps": steps, **(normalization_options or {})}
         stock = any(map(is_stock_batchnorm, network.modules()))
         self._was_batchnorm = normalization == "bn" and stock and statistics_batch is not None
-        self.network = _started(network, weights, partial(normalize, method=normalization, **options))
+        self.network = started(network, weights, partial(normalize, method=normalization, **options))
         self._memory_format = torch.channels_last if channels_last else torch.preserve_format
         if channels_last:
             self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -127,8 +123,8 @@ class Classifier(lightning.LightningModule):
         self._anneal = partial(annealing, steps=steps, factor=anneal, start=anneal_from)
         # A function, and not the compiled network, which would be a second submodule.
         self._forward: Callable[[Tensor], Tensor] = torch.compile(self._plain) if compile else self._plain
-        self._capture = capture and self.method.capturable
-        self._captured: CapturedStep | None = None
+        if capture and self.method.capturable:
+            kalmannorm.capture(self.network)
         self.running_metric, self.online_metric = self.metric(num_classes), self.metric(num_classes)
 
     def metric(self, num_classes: int) -> Metric:
@@ -147,13 +143,8 @@ class Classifier(lightning.LightningModule):
         return sgd(self.network, *self._optimization)
 
     def setup(self, stage: str) -> None:
-        """Before training: what is captured, the statistics batch, and weight normalization's first batch."""
+        """Before training: check the statistics batch, and give weight normalization its first batch."""
         data: Any = getattr(self.trainer, "datamodule", None)
-        if stage == "fit":
-            captures = self._capture and _captures(self.trainer)
-            self._captured = CapturedStep(self._loss_of_batch, self.network.parameters()) if captures else None
-            # Lightning's own would let go of gradients between the graph and the optimizer.
-            self.automatic_optimization = not captures
         if stage != "fit" or data is None:
             return
         if hasattr(data, "gradient_batch"):
@@ -171,21 +162,9 @@ class Classifier(lightning.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of a batch."""
-        loss = self._loss_of_batch(*batch) if self._captured is None else self._captured_step(*batch)
+        images, labels = batch
+        loss = self.loss(self.training_logits(images), labels)
         self.log("loss", loss.detach())
-        return loss
-
-    def _loss_of_batch(self, images: Tensor, labels: Tensor) -> Tensor:
-        return self.loss(self.training_logits(images), labels)
-
-    def _captured_step(self, images: Tensor, labels: Tensor) -> Tensor:
-        """All that Lightning does in a step of automatic optimization."""
-        optimizer: Any = self.optimizers()
-        scheduler: Any = self.lr_schedulers()
-        assert self._captured is not None
-        loss = self._captured(images, labels)
-        optimizer.step()
-        scheduler.step()
         return loss
 
     def training_logits(self, images: Tensor) -> Tensor:
@@ -227,47 +206,13 @@ class Classifier(lightning.LightningModule):
         """Score a batch both ways."""
         images, labels = batch[0].to(memory_format=self._memory_format), batch[1]
         self.running_metric.update(self.network(images).argmax(1), labels)
+        self.log(f"{self.score}_running", self.running_metric)
         if self.score_online:
             logits = online_logits(self.network, images, self.statistics_batch or len(images))
             self.online_metric.update(logits.argmax(1), labels)
+            self.log(f"{self.score}_online", self.online_metric)
 
-    def on_validation_epoch_end(self) -> None:
-        """Publish the scores."""
-        self.log(f"{self.score}_running", self.running_metric.compute(), sync_dist=True)
-        self.running_metric.reset()
-        if self.score_online:
-            self.log(f"{self.score}_online", self.online_metric.compute(), sync_dist=True)
-            self.online_metric.reset()
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """As in validation."""
-        self.validation_step(batch, batch_idx)
-
-    def on_test_epoch_end(self) -> None:
-        """As in validation."""
-        self.on_validation_epoch_end()
-
-
-def _started(network: nn.Module, weights: str | None, normalized: Callable[[nn.Module], nn.Module]) -> nn.Module:
-    """The network with its normalization and, but for its head, with these weights."""
-    if weights is None:
-        return normalized(network)
-    state = trained_weights(Path(weights))
-    # Of a network with BatchNorm: before the conversion, which may use its statistics.
-    early = set(trunk_of(network, state)) == set(trunk_of(network, network.state_dict()))
-    if early:
-        load_trunk(network, state)
-    network = normalized(network)
-    if not early:
-        load_trunk(network, state)
-    return network
-
-
-def _captures(trainer: lightning.Trainer) -> bool:
-    """Whether a step is one forward and one backward pass on one GPU, and nothing between that and the optimizer."""
-    scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-    whole = trainer.accumulate_grad_batches == 1 and not trainer.gradient_clip_val
-    return trainer.strategy.root_device.type == "cuda" and trainer.world_size == 1 and whole and not scaled
+    test_step = validation_step
 
 
 def quiet() -> None:

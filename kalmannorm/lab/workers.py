@@ -6,8 +6,8 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Generic, TypeVar
 
@@ -43,13 +43,7 @@ def bars(console: Console, *, shown: bool = True) -> Progress:
 
 
 def run_all(
-    jobs: Sequence[J],
-    work: Callable[[J, Tell], R],
-    steps: Callable[[J], int],
-    workers: int,
-    console: Console,
-    *,
-    keep_going: bool = False,
+    jobs: Sequence[J], work: Callable[[J, Tell], R], steps: Callable[[J], int], workers: int, console: Console
 ) -> list[R | Exception]:
     """Do ``jobs`` in ``workers`` processes of one thread each; with GPUs, each process has one of them to itself.
 
@@ -59,23 +53,18 @@ def run_all(
         steps: How many steps a job has.
         workers: Number of processes.
         console: Where the bars are.
-        keep_going: Return what a job raised in its place, and go on with the others. A job whose process ends (for
-            want of memory, say) is tried once more, alone.
 
     Returns:
-        The results, in the order of ``jobs``.
-
-    Raises:
-        Exception: What a job raised, at once, unless ``keep_going``.
+        The results, in the order of ``jobs``; in place of one what its job raised. A job whose process ends (for want
+        of memory, say) is tried once more, alone.
     """
     with bars(console) as progress:
-        team = _Team(jobs, work, steps, progress, keep_going)
-        suspects: list[int] = []
-        while left := [place for place in range(len(jobs)) if place not in team.outcomes and place not in suspects]:
-            suspects += team.run(left, min(workers, len(left)))
-        for place in suspects:
-            if team.run([place], 1):
-                team.outcomes[place] = ChildProcessError("its process was ended from outside (for want of memory?)")
+        team = _Team(jobs, work, steps, progress)
+        team.run(range(len(jobs)), workers)
+        for place in [place for place in range(len(jobs)) if place not in team.outcomes]:
+            team.run([place], 1)
+            ended = ChildProcessError("its process was ended from outside (for want of memory?)")
+            team.outcomes.setdefault(place, ended)
     return [team.outcomes[place] for place in range(len(jobs))]
 
 
@@ -97,93 +86,70 @@ def in_turn(
 
 
 class _Team(Generic[J, R]):
-    """Jobs, known by their places in a list, and what came of them."""
+    """Jobs, known by their places in a list, and what came of them: nothing where a process was ended."""
 
     def __init__(
-        self,
-        jobs: Sequence[J],
-        work: Callable[[J, Tell], R],
-        steps: Callable[[J], int],
-        progress: Progress,
-        keep_going: bool,
+        self, jobs: Sequence[J], work: Callable[[J, Tell], R], steps: Callable[[J], int], progress: Progress
     ) -> None:
-        self.jobs, self.work, self.steps, self.keep_going = jobs, work, [steps(job) for job in jobs], keep_going
-        self.progress = progress
+        self.jobs, self.work, self.steps, self.progress = jobs, work, [steps(job) for job in jobs], progress
         self.overall = progress.add_task("all steps", total=sum(self.steps))
+        self.bars: dict[int, TaskID] = {}
         self.done = [0] * len(jobs)
         self.outcomes: dict[int, R | Exception] = {}
-
-    def run(self, places: Sequence[int], workers: int) -> list[int]:
-        """Do these jobs; where a process was ended, stop, and return the places of the jobs that had begun."""
         # Fresh processes: a forked one would inherit torch's thread pools in whatever state they are.
-        context = multiprocessing.get_context("spawn")
-        queue, number = context.Queue(), context.Value("i", 0)
-        others = set(multiprocessing.active_children())
-        with ProcessPoolExecutor(workers, context, _start, (queue, number)) as pool:
-            futures = {pool.submit(_work, self.work, place, self.jobs[place]): place for place in places}
+        self.context = multiprocessing.get_context("spawn")
+        self.queue = self.context.Queue()
+
+    def run(self, places: Sequence[int], workers: int) -> None:
+        """Do these jobs: a thread for each process, which gives it one after another."""
+        others, left = set(multiprocessing.active_children()), iter(list(places))
+        with ThreadPoolExecutor(workers) as threads:
+            lanes = [threads.submit(self._lane, number, left) for number in range(workers)]
             try:
-                return self._follow(futures, queue)
+                while wait(lanes, 0.2).not_done:
+                    while not self.queue.empty():
+                        self._show(*self.queue.get())
             except BaseException:
-                # Without this, leaving the pool would wait for every job that has begun.
-                for process in set(multiprocessing.active_children()) - others:
-                    process.kill()
+                # Without this, leaving would wait for every job.
+                list(left)
+                while wait(lanes, 0.05).not_done:
+                    for process in set(multiprocessing.active_children()) - others:
+                        process.kill()
                 raise
+        for lane in lanes:
+            lane.result()
 
-    def _follow(self, futures: dict[Future[R], int], queue: Any) -> list[int]:
-        own: dict[int, tuple[int, TaskID]] = {}  # a process's job and bar
-        pending, broken = set(futures), False
-        while pending:
-            done, pending = wait(pending, 0.2, FIRST_COMPLETED)
-            while not queue.empty():
-                self._show(own, *queue.get())
-            for future in done:
-                broken |= self._finish(future, futures[future])
-        for _, bar in own.values():
-            self.progress.remove_task(bar)
-        if not broken:
-            return []
-        unfinished = [place for place in futures.values() if place not in self.outcomes]
-        return [place for place, _ in own.values() if place in unfinished] or unfinished
+    def _lane(self, number: int, left: Iterator[int]) -> None:
+        pool = None
+        for place in left:
+            pool = pool or ProcessPoolExecutor(1, self.context, _start, (self.queue, number))
+            self.bars[place] = self.progress.add_task(str(self.jobs[place]), total=self.steps[place])
+            try:
+                self.outcomes[place] = pool.submit(_work, self.work, place, self.jobs[place]).result()
+            except BrokenProcessPool:
+                pool = None
+            except Exception as error:
+                self.outcomes[place] = error
+            self._show(place, self.steps[place])
+            self.progress.remove_task(self.bars.pop(place))
+        if pool:
+            pool.shutdown()
 
-    def _finish(self, future: Future[R], place: int) -> bool:
-        """Keep what came of a job; True where it never came to an end."""
-        try:
-            self.outcomes[place] = future.result()
-        except BrokenProcessPool:
-            if not self.keep_going:
-                raise
-            return True
-        except Exception as error:
-            if not self.keep_going:
-                raise
-            self.outcomes[place] = error
-        self._advance(place, self.steps[place])
-        return False
-
-    def _show(self, own: dict[int, tuple[int, TaskID]], process: int, place: int, step: int) -> None:
-        if process not in own or own[process][0] != place:
-            if process in own:
-                self.progress.remove_task(own[process][1])
-            own[process] = place, self.progress.add_task(str(self.jobs[place]), total=self.steps[place])
-        self.progress.update(own[process][1], completed=step)
-        if place not in self.outcomes:
-            self._advance(place, step)
-
-    def _advance(self, place: int, step: int) -> None:
-        self.done[place] = step
-        self.progress.update(self.overall, completed=sum(self.done))
+    def _show(self, place: int, step: int) -> None:
+        if bar := self.bars.get(place):  # else it is a late word of a job that has ended
+            self.done[place] = step
+            self.progress.update(bar, completed=step)
+            self.progress.update(self.overall, completed=sum(self.done))
 
 
 _queue: Any = None
 
 
-def _start(queue: Any, number: Any) -> None:
+def _start(queue: Any, number: int) -> None:
     global _queue  # noqa: PLW0603  (a queue can only be handed to a process when it starts)
     _queue = queue
     torch.set_num_threads(1)
-    with number:
-        mine, number.value = number.value, number.value + 1
-    _take_gpu(mine)
+    _take_gpu(number)
     # Ctrl-C is the parent's to answer; and no worker outlives a parent that was killed.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -206,8 +172,4 @@ def _end_with_parent() -> None:
 
 
 def _work(work: Callable[[J, Tell], R], place: int, job: J) -> R:
-    def tell(step: int) -> None:
-        _queue.put((os.getpid(), place, step))
-
-    tell(0)
-    return work(job, tell)
+    return work(job, lambda step: _queue.put((place, step)))

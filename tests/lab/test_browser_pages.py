@@ -6,7 +6,7 @@ from pathlib import Path
 import browser
 import pytest
 
-from kalmannorm.lab import experiments, figures, page, report
+from kalmannorm.lab import experiments, figures, page
 
 SIZES = pytest.mark.parametrize("size", [browser.DESKTOP, browser.PHONE], ids=["desktop", "phone"])
 
@@ -17,25 +17,21 @@ def chromium():
         yield started
 
 
-def drawing():
-    return figures.search({"KalmanNorm": [(0.1, 90.0), (0.3, 80.0)]}, {"KalmanNorm": "#4c72b0"}, "rate")
-
-
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory):
     """A page with every kind of block, each with more in it than fits."""
-    path, titles = "a/very/long/path/" * 12, ["First", "Second: a heading of many words that goes on and on"]
-    blocks = [
-        report.contents(titles),
-        report.verdict(f"KalmanNorm is best, says {path}."),
-        *(report.heading(title) for title in titles),
-        report.table([f"column {i}" for i in range(14)], [[f"{i}.25 ± 0.75" for i in range(14)]], "A wide table. " * 9),
-        report.figure(drawing(), "A figure. " * 20),
-        report.note(path),
-        report.details("The configuration " + path, [report.command("x" * 300), report.figure(drawing(), "again")]),
-        *(report.paragraph("Something to scroll past.") for _ in range(40)),
-    ]
-    return report.write(tmp_path_factory.mktemp("page") / "page.html", "A title that says a lot, " * 3, blocks)
+    path, wide = "a/very/long/path/" * 12, [[f"{i}.25 ± 0.75" for i in range(14)]] * 2
+    drawing = figures.search({"KalmanNorm": [(0.1, 90.0), (0.3, 80.0)]}, {"KalmanNorm": "#4c72b0"}, "rate")
+    arm = {"title": "The configuration " + path, "command": "x" * 300, "notes": [path], "config": "y: " * 100}
+    text = page.render(
+        title="A title that says a lot, " * 3, question=path, verdict=f"KalmanNorm is best, says {path}.",
+        grids=[("A wide table. " * 9, wide)], notes=[path] * 20, gaps=[], is_table=True, metric="accuracy " * 20,
+        curves=[("A figure. " * 20, page._drawn(drawing))], search=page._drawn(drawing), summary=wide,
+        command="z" * 300, arms=[arm, arm], told=path,
+    )  # fmt: skip
+    written = tmp_path_factory.mktemp("page") / "page.html"
+    written.write_text(text, encoding="utf-8")
+    return written
 
 
 @SIZES
@@ -54,14 +50,18 @@ def test_a_folded_part_is_folded_until_it_is_opened(chromium, everything):
 KEPT = Path(__file__).parents[2] / "docs" / "results" / "studies"
 
 
+@pytest.fixture(scope="module", params=["signals", "fine-tuning-cpu"])
+def written(request, tmp_path_factory):
+    folder = shutil.copytree(KEPT / request.param, tmp_path_factory.mktemp("page") / request.param)
+    return page.write_page(experiments.read(request.param), folder)
+
+
 @SIZES
-def test_an_experiments_page_fits(chromium, tmp_path, size):
-    for name in ("signals", "fine-tuning-cpu"):
-        shutil.copytree(KEPT / name, tmp_path / name)
-        found = browser.look(chromium, page.write_page(experiments.read(name), tmp_path / name), size)
-        browser.assert_readable(found)
-        assert found.facts["images"] >= 2
-        assert "mean ± standard deviation over 3 seeds" in found.facts["text"]
+def test_an_experiments_page_fits(chromium, written, size):
+    found = browser.look(chromium, written, size)
+    browser.assert_readable(found)
+    assert found.facts["images"] >= 2
+    assert "mean ± standard deviation over 3 seeds" in found.facts["text"]
 
 
 def broken(block):

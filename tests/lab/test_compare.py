@@ -119,7 +119,7 @@ def trained(monkeypatch):
     """Trainings that take no time, and learn nothing."""
     todo = []
 
-    def run_all(some, work, steps, workers, console, *, keep_going):
+    def run_all(some, work, steps, workers, console):
         todo.extend(some)
         scores = dict.fromkeys(("accuracy_running", "accuracy_online"), 0.9)
         return [Result(job.config, scores, 1.0, 0.1, [1.0, 1.0], [], {"torch": "2"}) for job in some]

@@ -2,12 +2,13 @@
 
 import csv
 
+import pandas as pd
 import pytest
 import torch
 from torch import nn
 
 import kalmannorm as kn
-from kalmannorm.lab.coverage import TIMM, Coverage, Subject, _write, cover, coverage, page, read, subjects
+from kalmannorm.lab.coverage import TIMM, Coverage, Subject, cover, coverage, page, read, subjects
 from kalmannorm.lab.coverage_networks import NETWORKS, graph
 
 pytest.importorskip("timm")
@@ -101,7 +102,7 @@ def test_the_command_writes_a_table_and_a_page(tmp_path, capsys):
 
 def test_rows_of_other_models_stay(tmp_path):
     other = Coverage("l", "m", "t", 64, "cpu", 9, 5, 1, 0, 0, "no rule for f (3); masked (1)", "ok", 0.0, 1.0, "p 2")
-    _write(tmp_path / "coverage.csv", [other])
+    pd.DataFrame([other]).to_csv(tmp_path / "coverage.csv", index=False)
     coverage(str(tmp_path), "torchvision/mnasnet0_5$")
     coverage(str(tmp_path), "torchvision/mnasnet0_5$")
     kept, new = read(tmp_path / "coverage.csv")

@@ -162,8 +162,7 @@ def test_frozen_layers_want_weights():
 def test_arms_are_complete(name):
     for arm in read(name).arms:
         assert set(arm.column) <= set(NAMES)
-        assert fitting.steps(arm.config) == arm.config["trainer"]["max_steps"]
-        assert fitting.steps(arm.scaled("tiny")) == 4
+        assert arm.scaled("tiny")["trainer"]["max_steps"] == 4
         assert arm.scaled("tiny")["model"]["init_args"].get("weights") is None
         assert (arm.start is None) == (name == "pennfudan")
 

@@ -301,9 +301,10 @@ def test_every_kind_of_arm_is_a_whole_configuration():
     """Those that differ in numbers alone are one kind."""
     kinds = {}
     for arm in (arm for name in names() for arm in read(name).arms):
-        config = arm.scaled("tiny", (arm.points() or [{}])[0], 7)
-        network = init_args(config)["network"].get("class_path")
-        kinds[repr((sorted(flat(config)), config["model"]["class_path"], network))] = config
+        for scale in (1.0, "tiny"):
+            config = arm.scaled(scale, (arm.points() or [{}])[0], 7)
+            network = init_args(config)["network"].get("class_path")
+            kinds[repr((sorted(flat(config)), config["model"]["class_path"], network))] = config
     for config in kinds.values():
         assert Run(config).config.seed_everything == 7
     assert len(kinds) > 40

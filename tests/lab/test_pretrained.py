@@ -10,7 +10,7 @@ from kalmannorm.lab.baselines.group import to_groupnorm
 from kalmannorm.lab.detection import Detector
 from kalmannorm.lab.models.cifar_resnet import CifarResNet
 from kalmannorm.lab.models.detection import mask_rcnn_c4, mask_rcnn_fpn
-from kalmannorm.lab.pretrained import resnet_of, trained_weights
+from kalmannorm.lab.pretrained import resnet, trained_weights
 from kalmannorm.lab.training import Classifier
 
 both = pytest.mark.parametrize("make", [mask_rcnn_c4, mask_rcnn_fpn])
@@ -34,7 +34,7 @@ def write(network, path, checkpoint=False):
 
 
 def assert_taken_over(detector, network):
-    own = resnet_of(detector.network).state_dict()
+    own = resnet(detector.network)[0].state_dict()
     theirs = {name: tensor for name, tensor in network.state_dict().items() if not name.startswith("fc.")}
     assert {"conv1.weight", "layer4.2.bn3.weight"} <= set(own) <= set(theirs)
     assert all(torch.equal(own[name], theirs[name]) for name in own)
