@@ -3,7 +3,8 @@
 A file has ``title`` and ``arms``, and perhaps:
 
 - ``question``: what is asked, or how the table is to be read.
-- ``of``: another file beside this one, that this one is merged onto: the same arms at another size.
+- ``of``: another file beside this one, that this one is merged onto: the same arms at another size; ``only``: the names
+  of the arms to take, in their order.
 - ``base``: a file of settings, or several, relative to this one, that all configurations are merged onto. It has what
   ``kalmannorm fit`` takes (``seed_everything``, ``model``, ``data``, ``trainer``, ``checkpoint_every``), and perhaps a
   ``base`` of its own, a ``tiny``, a ``note`` by subject and ``input_stats``.
@@ -71,7 +72,7 @@ FORMS: dict[str, tuple[str, dict[str, Any], str, str]] = {
 _LENGTHS = (("trainer", "max_steps"), ("trainer", "val_check_interval"), (None, "checkpoint_every"))
 _NEEDED = ("title", "arms")
 _OPTIONAL = (
-    "question", "of", "base", "config", "scored", "metric", "search", "search_seed", "search_scale", "seeds", "start",
+    "question", "of", "only", "base", "config", "scored", "metric", "search", "search_seed", "search_scale", "seeds", "start",
     "tiny", "rows", "label", "column", "input_stats", "verdict",
 )  # fmt: skip
 _KEYS = (*_NEEDED, *_OPTIONAL)
@@ -360,12 +361,17 @@ def load(path: Path) -> dict[str, Any]:
 def _content(path: Path) -> dict[str, Any]:
     """A file, on top of the one that it is of."""
     content = load(path)
-    if "of" not in content:
-        return content
-    whole = path.parent / f"{content['of']}.yaml"
-    if not whole.is_file():
-        raise ValueError(f"{path}: there is no file {whole} that it could be of")
-    return merge(_content(whole), content)
+    if "of" in content:
+        whole = path.parent / f"{content['of']}.yaml"
+        if not whole.is_file():
+            raise ValueError(f"{path}: there is no file {whole} that it could be of")
+        content = merge(_content(whole), content)
+    if "only" in content:
+        arms, only = _mapping(path, "arms", content.get("arms")), content.pop("only")
+        if not isinstance(only, list) or not set(only) <= set(arms):
+            raise ValueError(f"{path}: only must be a list of arms, of {', '.join(arms)}; got {only!r}")
+        content["arms"] = {name: arms[name] for name in only}
+    return content
 
 
 def _merged(path: Path) -> dict[str, Any]:
