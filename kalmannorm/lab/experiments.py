@@ -72,8 +72,8 @@ FORMS: dict[str, tuple[str, dict[str, Any], str, str]] = {
 _LENGTHS = (("trainer", "max_steps"), ("trainer", "val_check_interval"), (None, "checkpoint_every"))
 _NEEDED = ("title", "arms")
 _OPTIONAL = (
-    "question", "of", "only", "base", "config", "scored", "metric", "search", "search_seed", "search_scale", "seeds", "start",
-    "tiny", "rows", "label", "column", "input_stats", "verdict",
+    "question", "of", "only", "base", "config", "scored", "metric", "search", "search_seed", "search_scale", "seeds",
+    "start", "tiny", "rows", "label", "column", "input_stats", "verdict",
 )  # fmt: skip
 _KEYS = (*_NEEDED, *_OPTIONAL)
 _KEYS_OF_ARM = (
@@ -443,9 +443,7 @@ def _of_form(name: str, raw: Mapping[str, Any], form: str, input_stats: Any) -> 
     return given
 
 
-def _arm(
-    path: Path, place: str, raw: Mapping[str, Any], whole: Mapping[str, Any], metric: str, baseline: str
-) -> Arm:
+def _arm(path: Path, place: str, raw: Mapping[str, Any], whole: Mapping[str, Any], metric: str, baseline: str) -> Arm:
     own = _mapping(path, f"{place}.config", raw.get("config"))
     model = {"model": {"init_args": _mapping(path, f"{place}.model", raw.get("model"))}} if raw.get("model") else {}
     bare = {key: value for key, value in whole.items() if key not in (*_KEYS_OF_BASE, "config")}

@@ -14,13 +14,16 @@ from torch.utils.data import Subset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from kalmannorm.lab.data.hub import REPOSITORY, HubImages, hub_parts, local_parts
+from kalmannorm.lab.data.batches import OrderedBatches, ShuffledBatches
+from kalmannorm.lab.data.hub import HubImages, hub_parts, local_parts
 from kalmannorm.lab.data.roots import MissingDataError, data_root, find, missing
-from kalmannorm.lab.data.shuffling import OrderedBatches, ShuffledBatches
 
 # ImageNet's, of pixels from 0 to 1; what pretrained networks expect, whatever the images.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
+# One must have accepted its terms there, and be logged in. Its test images have no labels.
+REPOSITORY = "ILSVRC/imagenet-1k"
+HUB_PARTS = {"train": "train", "validation": "val"}
 LAYOUT = ["train/*/*", "val/*/*"]
 ORIGIN = (
     "where it is published (ImageNet-1k: https://image-net.org/download-images, its validation images sorted into "
@@ -69,17 +72,21 @@ def open_pictures(folder: str) -> dict[str, Any]:
             under = f", neither as a path nor under {root}" if (root := data_root()) else ""
             raise MissingDataError(f"the folder {folder!r} was not found{under}; expected {OWN_LAYOUTS}")
         try:
-            return {part: HubImages(rows) for part, rows in hub_parts().items()}
+            return _hub_images(hub_parts(REPOSITORY, HUB_PARTS))
         except OSError as error:  # also what the hub's errors are
             raise missing(folder, LAYOUT, f"{ORIGIN}, or log in at the Hugging Face hub for {REPOSITORY}") from error
-    if tables := local_parts(place):
-        return {part: HubImages(rows) for part, rows in tables.items()}
+    if tables := local_parts(place, HUB_PARTS):
+        return _hub_images(tables)
     parts = {part: place / part for part in ("train", "val", "test") if (place / part).is_dir()}
     if parts and not {"train", "val"} <= set(parts):
         if folder != "imagenet":
             raise MissingDataError(f"{folder} has {' and '.join(parts)} of train, val and test; expected {OWN_LAYOUTS}")
         raise missing(folder, LAYOUT, ORIGIN)
     return {part: ImageFolder(str(path)) for part, path in (parts or {"train": place}).items()}
+
+
+def _hub_images(tables: dict[str, Any]) -> dict[str, Any]:
+    return {HUB_PARTS[part]: HubImages(rows) for part, rows in tables.items()}
 
 
 class FolderData(lightning.LightningDataModule):

@@ -19,8 +19,8 @@ from torchvision.ops import box_convert
 from torchvision.transforms import v2
 from torchvision.tv_tensors import BoundingBoxes, Mask
 
+from kalmannorm.lab.data.batches import OrderedBatches, ShuffledBatches
 from kalmannorm.lab.data.roots import require
-from kalmannorm.lab.data.shuffling import OrderedBatches, ShuffledBatches
 
 Target = dict[str, Any]
 Transform = Callable[[Any, Target], tuple[Tensor, Target]]
