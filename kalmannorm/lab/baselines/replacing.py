@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -16,12 +17,29 @@ _TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracke
 class AnyBatchNorm(_BatchNorm):
     """What layers are derived from that take the place of ``BatchNorm1d``, ``2d`` and ``3d`` alike."""
 
+    weight: Any
+    bias: Any
+    running_mean: Any
+    running_var: Any
+    num_batches_tracked: Any
+
     def _check_input_dim(self, input: Tensor) -> None:
         if not 2 <= input.ndim <= 5 or input.shape[1] != self.num_features:
             raise ValueError(
                 f"{type(self).__name__} got an input of shape {tuple(input.shape)}, "
                 f"expected (N, {self.num_features}, *) with 2 to 5 dimensions"
             )
+
+    def _count(self) -> Any:
+        """Count a training step; the weight of its statistics in the moving averages."""
+        self.num_batches_tracked += 1
+        return 1 / self.num_batches_tracked if self.momentum is None else self.momentum
+
+    def _scaled(self, x: Tensor, scale: Tensor, shift: Tensor, shape: Sequence[int]) -> Tensor:
+        """``x * scale + shift``, both ``(*, C)`` and to be seen as `shape`, and then the layer's affine map."""
+        if self.affine:
+            scale, shift = scale * self.weight, shift * self.weight + self.bias
+        return x * scale.view(shape) + shift.view(shape)
 
 
 def replace_batchnorm(model: nn.Module, make: Callable[[_BatchNorm], nn.Module]) -> nn.Module:
@@ -53,18 +71,11 @@ def replace_batchnorm(model: nn.Module, make: Callable[[_BatchNorm], nn.Module])
         raise ValueError(f"{type(model).__name__} has nothing to replace: expected at least one BatchNorm layer")
     if isinstance(model, _BatchNorm):
         return replaced[model]
-    for parent, name, layer in list(_places(model)):
-        if isinstance(layer, _BatchNorm):
-            parent._modules[name] = replaced[layer]
+    for parent in list(model.modules()):
+        for name, layer in parent._modules.items():  # each place, where `named_children` gives each module once
+            if isinstance(layer, _BatchNorm):
+                parent._modules[name] = replaced[layer]
     return model
-
-
-def _places(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    """Parent, name and child: each place that a module has, and not each module, as `named_children` gives."""
-    for parent in model.modules():
-        for name, child in parent._modules.items():
-            if child is not None:
-                yield parent, name, child
 
 
 def _replacement(old: _BatchNorm, make: Callable[[_BatchNorm], nn.Module]) -> nn.Module:

@@ -198,4 +198,4 @@ def test_errors():
 
 @pytest.mark.parametrize("burn_in", [0, 10])
 def test_it_learns(burn_in):
-    assert falls(lambda model: to_cross_iteration(model, 4, burn_in))
+    assert falls(lambda model: to_cross_iteration(model, window=4, burn_in=burn_in))
