@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from kalmannorm.lab.models.detection import Conv4Features
+from torchvision.models._utils import IntermediateLayerGetter
 
 __all__ = ["load_backbone", "load_trunk", "resnet_of", "trained_weights", "trunk_of"]
 
@@ -67,7 +66,7 @@ def resnet_of(network: Any) -> nn.Module:
     body, stages = network.backbone, nn.Module()
     for name, child in getattr(body, "body", body).named_children():
         stages.add_module(name, child)
-    if isinstance(body, Conv4Features):  # the fourth stage is the head
+    if isinstance(body, IntermediateLayerGetter):  # the fourth stage is the head
         stages.add_module("layer4", network.roi_heads.mask_head)
     return stages
 
