@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-__all__ = ["Batches", "OrderedBatches", "ShuffledBatches", "images_a_process"]
+__all__ = ["Batches", "DiskData", "OrderedBatches", "ShuffledBatches", "images_a_process"]
 
 
 def images_a_process(gradient_batch: int, trainer: lightning.Trainer | None) -> int:
@@ -199,6 +199,36 @@ class OrderedBatches:
     def __iter__(self) -> Iterator[Any]:
         """The batches, as ``collate_fn`` makes them."""
         return iter(DataLoader(self.data, batch_sampler=self.batches, generator=torch.Generator(), **self.options))
+
+
+class DiskData(lightning.LightningDataModule):
+    """Data sets that a subclass's ``setup`` opens, read by worker processes.
+
+    Args:
+        gradient_batch: Images a gradient step, over all processes and accumulated batches.
+        score_batch: Images a batch in validation and test.
+        seed: Of the order, and of what is drawn for each image.
+        options: Of torch's ``DataLoader``.
+    """
+
+    train_set: Any
+    validation_set: Any
+
+    def __init__(self, gradient_batch: int, score_batch: int, seed: int, **options: Any) -> None:
+        super().__init__()
+        self.gradient_batch, self.score_batch, self.seed, self.options = gradient_batch, score_batch, seed, options
+
+    def train_dataloader(self) -> ShuffledBatches:
+        """Shuffled batches of as many images each.
+
+        Raises:
+            ValueError: The gradient batch does not divide evenly among processes and accumulated batches.
+        """
+        return ShuffledBatches(self.train_set, self.gradient_batch, self.trainer, seed=self.seed, **self.options)
+
+    def val_dataloader(self) -> OrderedBatches:
+        """All validation images, in order."""
+        return OrderedBatches(self.validation_set, self.score_batch, self.trainer, **self.options)
 
 
 def _loading(trainer: lightning.Trainer | None, options: dict[str, Any]) -> dict[str, Any]:

@@ -7,14 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning
 import numpy as np
 import torch
 from torch.utils.data import Subset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from kalmannorm.lab.data.batches import OrderedBatches, ShuffledBatches
+from kalmannorm.lab.data.batches import DiskData, OrderedBatches
 from kalmannorm.lab.data.hub import HubImages, hub_parts, local_parts
 from kalmannorm.lab.data.roots import MissingDataError, data_root, find, missing
 
@@ -89,7 +88,7 @@ def _hub_images(tables: dict[str, Any]) -> dict[str, Any]:
     return {HUB_PARTS[part]: HubImages(rows) for part, rows in tables.items()}
 
 
-class FolderData(lightning.LightningDataModule):
+class FolderData(DiskData):
     """Images as ``train/CLASS/*.jpg``, ``val/CLASS/*.jpg`` and perhaps ``test/CLASS/*.jpg``, or as ``CLASS/*.jpg``.
 
     Choices must not be made on the images whose score is reported. So where there is no ``test``, ``val`` takes its
@@ -99,8 +98,7 @@ class FolderData(lightning.LightningDataModule):
 
     Args:
         folder: See `open_pictures`.
-        gradient_batch: Images a gradient step, over all processes and accumulated batches.
-        score_batch: Images a batch in validation and test.
+        gradient_batch: See `DiskData`; ``score_batch`` and ``seed`` too.
         size: Side of the images, in pixels.
         workers: Processes that load images.
         validation: Share of each class's training images to hold out where there is no ``test``, one at least (but of a
@@ -108,12 +106,9 @@ class FolderData(lightning.LightningDataModule):
             ``"test"`` holds none out and validates on the test images: for curves as papers show them, not for choices.
         split_seed: Decides which; and with ``limit``, which ones are kept.
         limit: Keep so many images of each split, drawn from all classes.
-        seed: Of the order, the crops and the flips.
     """
 
-    train_set: Subset[Any]
-    validation_set: Subset[Any]
-    test_set: Subset[Any]
+    test_set: Any
 
     def __init__(
         self,
@@ -128,12 +123,11 @@ class FolderData(lightning.LightningDataModule):
         limit: int | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(gradient_batch, score_batch, seed, num_workers=workers)
         if validation != "test" and not 0 < validation < 0.5:
             raise ValueError(f"validation must be a share between 0 and 0.5, or 'test'; got {validation}")
-        self.folder, self.gradient_batch, self.score_batch = folder, gradient_batch, score_batch
-        self.size, self.workers = size, workers
-        self.validation, self.split_seed, self.limit, self.seed = validation, split_seed, limit, seed
+        self.folder, self.size = folder, size
+        self.validation, self.split_seed, self.limit = validation, split_seed, limit
 
     def setup(self, stage: str | None = None) -> None:
         """List the images, once.
@@ -157,22 +151,9 @@ class FolderData(lightning.LightningDataModule):
             kept = Subset(transformed, np.sort(indices[: self.limit]).tolist())
             setattr(self, f"{split}_set", kept)
 
-    def train_dataloader(self) -> ShuffledBatches:
-        """Shuffled batches of as many images each.
-
-        Raises:
-            ValueError: The gradient batch does not divide evenly among processes and accumulated batches.
-        """
-        options: dict[str, Any] = {"seed": self.seed, "num_workers": self.workers}
-        return ShuffledBatches(self.train_set, self.gradient_batch, self.trainer, **options)
-
-    def val_dataloader(self) -> OrderedBatches:
-        """All validation images, in order."""
-        return OrderedBatches(self.validation_set, self.score_batch, self.trainer, num_workers=self.workers)
-
     def test_dataloader(self) -> OrderedBatches:
         """All test images, in order."""
-        return OrderedBatches(self.test_set, self.score_batch, self.trainer, num_workers=self.workers)
+        return OrderedBatches(self.test_set, self.score_batch, self.trainer, **self.options)
 
 
 def _common_classes(place: str, folders: dict[str, Any]) -> list[str]:
@@ -201,12 +182,10 @@ def _splits(pictures: dict[str, Any], share: float | Literal["test"], seed: int)
         return {"train": whole["train"], "validation": scored, "test": scored}
     if "test" in pictures:
         return {"train": whole["train"], "validation": whole["val"], "test": whole["test"]}
-    labels = np.asarray(pictures["train"].targets)
-    if "val" in pictures:
-        validation, rest = _cut(order["train"], labels, share, 1)
-        return {"train": ("train", rest), "validation": ("train", validation), "test": whole["val"]}
-    validation, test, rest = _cut(order["train"], labels, share, 2)
-    return {"train": ("train", rest), "validation": ("train", validation), "test": ("train", test)}
+    held_out = ["validation"] if "val" in pictures else ["validation", "test"]
+    parts = _cut(order["train"], np.asarray(pictures["train"].targets), share, len(held_out))
+    splits = {split: ("train", part) for split, part in zip([*held_out, "train"], parts, strict=True)}
+    return splits if "test" in splits else {**splits, "test": whole["val"]}
 
 
 def _cut(order: np.ndarray, labels: np.ndarray, share: float, times: int) -> list[np.ndarray]:
