@@ -52,7 +52,7 @@ class CrossIterationNorm(AnyBatchNorm):
 
     An iteration is what happens under the same weights. Where it takes several forward passes, each is like a device
     of its own: from the past it gets those batches that had its place among them. All are remembered, so memory grows
-    with their number. See `kalmannorm.lab.baselines.passes.count_in_steps`.
+    with their number. See `kalmannorm.lab.baselines.replacing.count_in_steps`.
 
     How it finds the filters: the layer below tells, by a hook (`announce`). Where no convolution or linear layer
     stands right below, or where nothing is differentiated (`torch.no_grad`), the layer is BatchNorm and

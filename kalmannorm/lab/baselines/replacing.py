@@ -1,4 +1,4 @@
-"""Another layer in the place of each BatchNorm."""
+"""Another layer in the place of each BatchNorm, and what such layers share."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["AnyBatchNorm", "in_groups", "replace_batchnorm"]
+from kalmannorm.modules import is_stock_batchnorm
+
+__all__ = ["AnyBatchNorm", "count_in_steps", "in_groups", "replace_batchnorm"]
 
 # What a new layer takes over, if it has a tensor of this name and shape.
 _TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -90,6 +92,34 @@ def _replacement(old: _BatchNorm, make: Callable[[_BatchNorm], nn.Module]) -> nn
     new.train(old.training)
     behind = [layer for layer in (getattr(old, "drop", None), getattr(old, "act", None)) if layer is not None]
     return nn.Sequential(new, *behind) if behind else new
+
+
+def count_in_steps(model: nn.Module, passes: int) -> nn.Module:
+    """Let layers that count forward passes count optimizer steps, in place: for BatchNorm and what is derived from it.
+
+    The ``passes`` of a step move a moving average as much as a single one did before, for this momentum:
+
+        (1 - momentum of a pass)^passes = 1 - momentum
+
+    A plain mean (momentum None) is one already. Windows and schedules in steps read the layer's ``passes``.
+
+    Args:
+        model: Any network; again with another number, if that changes.
+        passes: Forward passes an optimizer step.
+
+    Returns:
+        The same ``model``.
+
+    Example:
+        >>> count_in_steps(nn.BatchNorm2d(8, momentum=0.75), 2).momentum
+        0.5
+    """
+    counting: list[Any] = [layer for layer in model.modules() if is_stock_batchnorm(layer)]
+    for layer in counting:
+        before, layer.passes = getattr(layer, "passes", 1), passes
+        if layer.momentum is not None:
+            layer.momentum = 1 - (1 - layer.momentum) ** (before / passes)
+    return model
 
 
 def in_groups(x: Tensor, samples: int | None) -> Tensor:

@@ -6,7 +6,6 @@ He et al., "Mask R-CNN" (arXiv:1703.06870), Figure 4. Built from torchvision's p
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,9 +18,9 @@ from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCN
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import MultiScaleRoIAlign
 
-__all__ = ["mask_rcnn_c4", "mask_rcnn_fpn"]
+from kalmannorm.lab.models.branches import Norm
 
-Norm = Callable[[int], nn.Module]
+__all__ = ["mask_rcnn_c4", "mask_rcnn_fpn"]
 
 # Sides of the anchors, in pixels, and their height to width.
 SIZES = (32, 64, 128, 256, 512)

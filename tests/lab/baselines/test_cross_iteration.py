@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from kalmannorm.lab.baselines.cross_iteration import CrossIterationNorm, to_cross_iteration
-from kalmannorm.lab.baselines.passes import count_in_steps
+from kalmannorm.lab.baselines.replacing import count_in_steps
 from kalmannorm.lab.models.small import SmallConvNet
 
 
