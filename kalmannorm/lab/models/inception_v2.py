@@ -113,7 +113,7 @@ def _branches(channels: int, row: Module, norm_layer: Norm) -> Branches:
     if row.maximum:
         pool = nn.MaxPool2d(3, row.stride, 1)
     (reduced, three), (also_reduced, double) = row.three, row.double
-    branches = [unit(channels, row.single, 1, norm_layer)] if row.single else []
+    branches: list[nn.Module] = [unit(channels, row.single, 1, norm_layer)] if row.single else []
     branches += [
         chain(channels, norm_layer, (reduced, 1), (three, 3), stride=row.stride),
         chain(channels, norm_layer, (also_reduced, 1), (double, 3), (double, 3), stride=row.stride),
