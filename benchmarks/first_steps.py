@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kalmannorm as kn
+from benchmarks.rows import add
+from benchmarks.sides import group_norm
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {"pspnet": smp.PSPNet, "fpn": smp.FPN}
 # Of each normalization, what was tried; "" is nothing.
@@ -51,20 +53,10 @@ def scenes(count: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
     return (images - images.mean()) / images.std(), masks
 
 
-def with_group_norm(model: nn.Module) -> nn.Module:
-    """GroupNorm in place of BatchNorm: 32 groups, or as many as divide the channels."""
-    for parent in list(model.modules()):
-        for name, layer in parent.named_children():
-            if isinstance(layer, nn.BatchNorm2d):
-                groups = next(n for n in (32, 16, 8, 4, 2, 1) if layer.num_features % n == 0)
-                setattr(parent, name, nn.GroupNorm(groups, layer.num_features))
-    return model
-
-
 def build(network: str, norm: str, remedy: str, images: Tensor) -> nn.Module:
     model = NETWORKS[network]("efficientnet-b0", encoder_weights=None)
     if norm == "group_norm":
-        return with_group_norm(model)
+        return group_norm(model)
     if norm == "kalman_norm":
         model = kn.convert(model)
     if remedy == "calibrate":
@@ -170,17 +162,7 @@ def main(given: list[str] | None = None) -> None:
                 said = summary({name: str(cell) for name, cell in row.items()} for row in rows)
                 print(said.splitlines()[1], flush=True)
                 if options.output:
-                    append(options.output, rows)
-
-
-def append(path: Path, rows: list[dict[str, object]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerows(rows)
+                    add(options.output, COLUMNS, rows, lineterminator="\n")
 
 
 if __name__ == "__main__":

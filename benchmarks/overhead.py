@@ -9,6 +9,7 @@ waited for. It is measured first, the sides in turn. Then a signal asks, once a 
 import argparse
 import csv
 import linecache
+import math
 import signal
 import sys
 import time
@@ -72,22 +73,15 @@ def shares(step, seconds):
 
 def measured(case, device, seconds):
     """A row a method."""
-    import torch  # noqa: PLC0415
     from torch.nn.modules.batchnorm import _BatchNorm  # noqa: PLC0415
 
     from benchmarks.networks import build  # noqa: PLC0415
     from benchmarks.steps import step_of  # noqa: PLC0415
-    from benchmarks.timing import summary  # noqa: PLC0415
+    from benchmarks.timing import in_turn, summary  # noqa: PLC0415
 
     steps = {method: step_of(case, method, device)[0] for method in case.methods}
-    readings = {method: [] for method in steps}
-    for number in range(case.warm_up + case.steps):
-        for method in list(steps)[:: 1 if number % 2 == 0 else -1]:
-            if device == "cuda":
-                torch.cuda.synchronize()
-            reading = _read(steps[method])
-            if number >= case.warm_up:
-                readings[method].append(reading)
+    readings = in_turn(steps, case.warm_up + case.steps, seconds=math.inf, device=device, clock=time.process_time)
+    readings = {method: taken[case.warm_up :] for method, taken in readings.items()}
     layers = sum(isinstance(each, _BatchNorm) for each in build(case).modules())
     for method, step in steps.items():
         found = summary(readings[method], readings[case.methods[0]])
@@ -99,21 +93,6 @@ def measured(case, device, seconds):
             "ratio": found["ratio_to_batch_norm"], "layers": layers,
             **{f"{part}_ms": found["median_ms"] * each for part, each in parts.items()},
         }  # fmt: skip
-
-
-def _read(step):
-    """Milliseconds of this process."""
-    parts = {}
-    start = last = time.process_time_ns()
-
-    def mark(part):
-        nonlocal last
-        now = time.process_time_ns()
-        parts[part] = (now - last) / 1e6
-        last = now
-
-    step(mark)
-    return {"step": (time.process_time_ns() - start) / 1e6, **parts}
 
 
 def table(rows):

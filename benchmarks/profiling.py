@@ -4,7 +4,6 @@
 """
 
 import argparse
-import csv
 import sys
 from pathlib import Path
 
@@ -47,7 +46,7 @@ def main(given=None):
     import torch  # noqa: PLC0415
 
     from benchmarks.cases import cases  # noqa: PLC0415
-    from benchmarks.rows import machine  # noqa: PLC0415
+    from benchmarks.rows import add, machine  # noqa: PLC0415
 
     parser = argparse.ArgumentParser("python -m benchmarks.profiling", description=__doc__)
     parser.add_argument("--case", required=True, help="a name of python -m benchmarks --list")
@@ -67,21 +66,15 @@ def main(given=None):
     if options.device == "cuda":
         torch.backends.cudnn.benchmark = True
     about = {name: value for name, value in machine(options.device).items() if name in MACHINE}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    new = not options.output.exists()
-    with options.output.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if new:
-            writer.writeheader()
-        for method in options.methods or case.methods:
-            found = operators(case, method, options.device, options.steps, options.warm_up, options.backend)
-            total = sum(milliseconds for _, milliseconds, _ in found)
-            print(f"{case.name}  {method}: {total:.2f} ms a step, {sum(n for *_, n in found):.0f} calls")
-            for name, milliseconds, calls in found[: options.top]:
-                print(f"  {milliseconds:10.3f} ms  {100 * milliseconds / total:5.1f} %  {calls:7.1f} x  {name[:90]}")
-                writer.writerow({"case": case.name, "method": method, "operator": name,
-                                 "self_ms_a_step": round(milliseconds, 4), "share": round(milliseconds / total, 4),
-                                 "calls_a_step": round(calls, 1), **about})  # fmt: skip
+    for method in options.methods or case.methods:
+        found = operators(case, method, options.device, options.steps, options.warm_up, options.backend)
+        total = sum(milliseconds for _, milliseconds, _ in found)
+        print(f"{case.name}  {method}: {total:.2f} ms a step, {sum(n for *_, n in found):.0f} calls")
+        for name, milliseconds, calls in found[: options.top]:
+            print(f"  {milliseconds:10.3f} ms  {100 * milliseconds / total:5.1f} %  {calls:7.1f} x  {name[:90]}")
+            row = {"case": case.name, "method": method, "operator": name, "self_ms_a_step": round(milliseconds, 4),
+                   "share": round(milliseconds / total, 4), "calls_a_step": round(calls, 1), **about}  # fmt: skip
+            add(options.output, COLUMNS, [row])
 
 
 if __name__ == "__main__":

@@ -63,6 +63,11 @@ def git(*arguments):
 
 
 def append(path, rows):
+    """Add rows, rounded, to a CSV of the benchmarks."""
+    add(path, COLUMNS, ({name: rounded(value) for name, value in row.items()} for row in rows))
+
+
+def add(path, columns, rows, **dialect):
     """Add rows to a CSV, which is made where it is missing.
 
     Raises:
@@ -70,13 +75,13 @@ def append(path, rows):
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists() or path.stat().st_size == 0
-    if not new and header(path) != COLUMNS:
+    if not new and header(path) != columns:
         raise ValueError(f"{path} has other columns than these benchmarks write: move it away, or --anew")
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, columns, **dialect)
         if new:
             writer.writeheader()
-        writer.writerows({name: rounded(value) for name, value in row.items()} for row in rows)
+        writer.writerows(rows)
 
 
 def header(path):

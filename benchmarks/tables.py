@@ -18,6 +18,11 @@ def table(header, lines):
     return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *text])
 
 
+def told(words, header, lines):
+    """A table below its words; nothing where it has no lines."""
+    return f"{words}\n\n{table(header, lines)}" if lines else ""
+
+
 def goals(rows):
     """Each goal, and what was measured."""
     lines = []
@@ -104,12 +109,10 @@ def steps(rows, kind):
             *(compare(ours, theirs, column) for column in ("peak_bytes", "saved_bytes")),
             None if None in compiled else " / ".join(f"{seconds:.0f}" for seconds in compiled),
         ])  # fmt: skip
-    if not lines:
-        return ""
     header = ["network", "batch", "size", "mode", "type", "BatchNorm", "KN / BN (quartiles)", "forward", "backward",
               "optimizer", *(NAMES[method] for method in others), "peak memory", "kept for backward",
               "compile, s: BN / KN"]  # fmt: skip
-    return f"Ratios to BatchNorm, of time and of bytes.\n\n{table(header, lines)}"
+    return told("Ratios to BatchNorm, of time and of bytes.", header, lines)
 
 
 def groups(rows):
@@ -122,11 +125,9 @@ def groups(rows):
         lines.append([first["network"], f"({first['stats_batch']}, {first['batch']})", first["size"],
                       milliseconds(sides.get("batch_norm")), *(ratio(sides.get(method)) for method in methods),
                       times(faster)])  # fmt: skip
-    if not lines:
-        return ""
     header = ["network", "statistics, batch", "size", "BatchNorm of the whole batch",
               *(NAMES[method] for method in methods), "KN: loop / one pass"]  # fmt: skip
-    return f"Ratios to BatchNorm of the whole batch, with the same activations.\n\n{table(header, lines)}"
+    return told("Ratios to BatchNorm of the whole batch, with the same activations.", header, lines)
 
 
 def layers(rows):
@@ -142,13 +143,11 @@ def layers(rows):
             " / ".join("-" if share is None else f"{100 * share:.0f} %" for share in shares),
             compare(sides.get("kalman_norm"), sides.get("batch_norm"), "saved_bytes"),
         ])  # fmt: skip
-    if not lines:
-        return ""
     header = ["input", "mode", "type", "BatchNorm, ReLU", *(NAMES[method] for method in methods),
               "of a copy's bandwidth: BN / KN / KN with its ReLU", "kept for backward"]  # fmt: skip
     copied = [row["gb_per_s"] for row in rows if row["kind"] == "copy" and row["gb_per_s"]]
     speed = f" A copy: {copied[-1]:.0f} GB/s, read and written." if copied else ""
-    return f"Forward and backward; ratios to BatchNorm2d and ReLU.{speed}\n\n{table(header, lines)}"
+    return told(f"Forward and backward; ratios to BatchNorm2d and ReLU.{speed}", header, lines)
 
 
 def extra_a_layer(sides):
@@ -167,10 +166,8 @@ def chains(rows):
         shape = [ours[name] for name in ("depth", "channels", "batch", "mode")]
         lines.append([*shape, milliseconds(sides["batch_norm"]), ratio(ours), f"{extra_a_layer(sides):.0f}",
                       ratio(sides.get("kalman_norm_monte_carlo"))])  # fmt: skip
-    if not lines:
-        return ""
     header = ["layers", "width", "batch", "mode", "BatchNorm", "KN / BN", "extra µs a layer", "Monte-Carlo / BN"]
-    return f"Chains of convolution, norm and ReLU on 16 x 16 maps.\n\n{table(header, lines)}"
+    return told("Chains of convolution, norm and ReLU on 16 x 16 maps.", header, lines)
 
 
 def inference(rows):
@@ -180,11 +177,9 @@ def inference(rows):
          *(ratio(sides.get(method), quartiles=True) for method in others)]
         for _, sides in measured(rows, "inference")
     ]  # fmt: skip
-    if not lines:
-        return ""
     header = ["network", "batch", "size", "mode", "type", "BatchNorm", "after to_batchnorm", "KN in eval()",
               "KN, each sample by itself", "GroupNorm"]  # fmt: skip
-    return f"In `eval()`, ratios to BatchNorm.\n\n{table(header, lines)}"
+    return told("In `eval()`, ratios to BatchNorm.", header, lines)
 
 
 def failures(rows):

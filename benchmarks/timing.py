@@ -13,7 +13,7 @@ FEWEST_STEPS = 8
 HEAD_START_CYCLES = 2_000_000
 
 
-def in_turn(steps, count, repeats=1, seconds=60.0, head_start=False, device="cpu"):
+def in_turn(steps, count, repeats=1, seconds=60.0, head_start=False, device="cpu", clock=None):
     """Time steps of several sides, one of each in turn; every other round in reverse, so that no side always
     follows the same one.
 
@@ -24,6 +24,7 @@ def in_turn(steps, count, repeats=1, seconds=60.0, head_start=False, device="cpu
         seconds: After which no further round starts, if `FEWEST_STEPS` are done.
         head_start: Let the CPU run ahead, for what is launched as a whole.
         device: ``cpu`` or ``cuda``.
+        clock: In seconds, in place of the device's own.
 
     Returns:
         For each side a list of readings: milliseconds of ``step`` and of each part.
@@ -32,8 +33,10 @@ def in_turn(steps, count, repeats=1, seconds=60.0, head_start=False, device="cpu
     end = time.perf_counter() + seconds
     for number in range(count):
         for name in list(steps)[:: 1 if number % 2 == 0 else -1]:
-            if device == "cpu":
-                readings[name].append(read_cpu(steps[name], repeats))
+            if clock is not None and device == "cuda":
+                torch.cuda.synchronize()
+            if clock is not None or device == "cpu":
+                readings[name].append(read_cpu(steps[name], repeats, clock or time.perf_counter))
             else:
                 readings[name].append(read_cuda(steps[name], repeats, head_start))
         if number + 1 >= FEWEST_STEPS and time.perf_counter() > end:
@@ -41,20 +44,20 @@ def in_turn(steps, count, repeats=1, seconds=60.0, head_start=False, device="cpu
     return readings
 
 
-def read_cpu(step, repeats):
+def read_cpu(step, repeats, clock=time.perf_counter):
     """Milliseconds a step."""
     parts = {}
-    start = last = time.perf_counter()
+    start = last = clock()
 
     def mark(part):
         nonlocal last
-        now = time.perf_counter()
+        now = clock()
         parts[part] = parts.get(part, 0.0) + 1e3 * (now - last) / repeats
         last = now
 
     for _ in range(repeats):
         step(mark)
-    return {"step": 1e3 * (time.perf_counter() - start) / repeats, **parts}
+    return {"step": 1e3 * (clock() - start) / repeats, **parts}
 
 
 def read_cuda(step, repeats, head_start):

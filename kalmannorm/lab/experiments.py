@@ -3,7 +3,8 @@
 A file has ``title`` and ``arms``, and perhaps:
 
 - ``question``: what is asked, or how the table is to be read.
-- ``of``: another file beside this one, that this one is merged onto: the same arms at another size.
+- ``of``: another file beside this one, that this one is merged onto: the same arms at another size; ``only``: the names
+  of the arms to take, in their order.
 - ``base``: a file of settings, or several, relative to this one, that all configurations are merged onto. It has what
   ``kalmannorm fit`` takes (``seed_everything``, ``model``, ``data``, ``trainer``, ``checkpoint_every``), and perhaps a
   ``base`` of its own, a ``tiny``, a ``note`` by subject and ``input_stats``.
@@ -71,8 +72,8 @@ FORMS: dict[str, tuple[str, dict[str, Any], str, str]] = {
 _LENGTHS = (("trainer", "max_steps"), ("trainer", "val_check_interval"), (None, "checkpoint_every"))
 _NEEDED = ("title", "arms")
 _OPTIONAL = (
-    "question", "of", "base", "config", "scored", "metric", "search", "search_seed", "search_scale", "seeds", "start",
-    "tiny", "rows", "label", "column", "input_stats", "verdict",
+    "question", "of", "only", "base", "config", "scored", "metric", "search", "search_seed", "search_scale", "seeds",
+    "start", "tiny", "rows", "label", "column", "input_stats", "verdict",
 )  # fmt: skip
 _KEYS = (*_NEEDED, *_OPTIONAL)
 _KEYS_OF_ARM = (
@@ -352,12 +353,17 @@ def load(path: Path) -> dict[str, Any]:
 def _content(path: Path) -> dict[str, Any]:
     """A file, on top of the one that it is of."""
     content = load(path)
-    if "of" not in content:
-        return content
-    whole = path.parent / f"{content['of']}.yaml"
-    if not whole.is_file():
-        raise ValueError(f"{path}: there is no file {whole} that it could be of")
-    return merge(_content(whole), content)
+    if "of" in content:
+        whole = path.parent / f"{content['of']}.yaml"
+        if not whole.is_file():
+            raise ValueError(f"{path}: there is no file {whole} that it could be of")
+        content = merge(_content(whole), content)
+    if "only" in content:
+        arms, only = _mapping(path, "arms", content.get("arms")), content.pop("only")
+        if not isinstance(only, list) or not set(only) <= set(arms):
+            raise ValueError(f"{path}: only must be a list of arms, of {', '.join(arms)}; got {only!r}")
+        content["arms"] = {name: arms[name] for name in only}
+    return content
 
 
 def _merged(path: Path) -> dict[str, Any]:
@@ -429,9 +435,7 @@ def _of_form(name: str, raw: Mapping[str, Any], form: str, input_stats: Any) -> 
     return given
 
 
-def _arm(
-    path: Path, place: str, raw: Mapping[str, Any], whole: Mapping[str, Any], metric: str, baseline: str
-) -> Arm:
+def _arm(path: Path, place: str, raw: Mapping[str, Any], whole: Mapping[str, Any], metric: str, baseline: str) -> Arm:
     own = _mapping(path, f"{place}.config", raw.get("config"))
     model = {"model": {"init_args": _mapping(path, f"{place}.model", raw.get("model"))}} if raw.get("model") else {}
     bare = {key: value for key, value in whole.items() if key not in (*_KEYS_OF_BASE, "config")}

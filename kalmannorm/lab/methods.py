@@ -10,16 +10,18 @@ from torch import nn
 
 import kalmannorm
 from kalmannorm.lab.baselines.cross_iteration import to_cross_iteration
-from kalmannorm.lab.baselines.evonorm import to_evonorm
-from kalmannorm.lab.baselines.frn import to_frn
-from kalmannorm.lab.baselines.frozen import to_frozen
-from kalmannorm.lab.baselines.ghost import to_ghost
-from kalmannorm.lab.baselines.group import to_groupnorm
-from kalmannorm.lab.baselines.layer_instance import to_instancenorm, to_layernorm
 from kalmannorm.lab.baselines.moving_average import to_moving_average
+from kalmannorm.lab.baselines.norm_act import to_evonorm, to_frn
 from kalmannorm.lab.baselines.proxy import to_proxy
 from kalmannorm.lab.baselines.renorm import RenormSchedule, to_batch_renorm
-from kalmannorm.lab.baselines.synchronized import to_sync
+from kalmannorm.lab.baselines.stock import (
+    to_frozen,
+    to_ghost,
+    to_groupnorm,
+    to_instancenorm,
+    to_layernorm,
+    to_sync,
+)
 from kalmannorm.lab.baselines.weight_norm import to_weight_norm
 from kalmannorm.modules import is_stock_batchnorm
 

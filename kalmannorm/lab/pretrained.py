@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from kalmannorm.lab.models.detection import Conv4Features
+from torchvision.models._utils import IntermediateLayerGetter
 
 __all__ = ["Part", "classifier", "load_trunk", "resnet", "started", "trained_weights"]
 
@@ -60,7 +59,7 @@ def resnet(network: Any) -> tuple[nn.Module, str]:
     body, stages = network.backbone, nn.Module()
     for name, child in getattr(body, "body", body).named_children():
         stages.add_module(name, child)
-    if isinstance(body, Conv4Features):  # the fourth stage is the head
+    if isinstance(body, IntermediateLayerGetter):  # the fourth stage is the head
         stages.add_module("layer4", network.roi_heads.mask_head)
     return stages, "fc."
 

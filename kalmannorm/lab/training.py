@@ -22,7 +22,7 @@ from kalmannorm.integrations.lightning import annealing, check_annealing
 from kalmannorm.lab.baselines.passes import count_in_steps
 from kalmannorm.lab.baselines.renorm import BatchRenorm
 from kalmannorm.lab.baselines.weight_norm import initialize
-from kalmannorm.lab.data.sharing import images_a_process
+from kalmannorm.lab.data.batches import images_a_process
 from kalmannorm.lab.methods import METHODS, normalize
 from kalmannorm.lab.optimization import Schedule, check_schedule, sgd
 from kalmannorm.lab.pretrained import started

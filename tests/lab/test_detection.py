@@ -9,7 +9,7 @@ from torch import nn
 
 import kalmannorm as kn
 from kalmannorm.lab import fitting
-from kalmannorm.lab.data.generated_objects import generate_objects
+from kalmannorm.lab.data.generated import generate_objects
 from kalmannorm.lab.data.objects import DetectionData
 from kalmannorm.lab.detection import Detector
 from kalmannorm.lab.experiments import merge, read

@@ -209,6 +209,11 @@ def test_an_experiment_may_be_another_one_at_another_size(written, tmp_path):
     for arm, other in zip(found.arms, whole.arms, strict=True):
         assert (arm.label, arm.search) == (other.label, other.search)
         assert arm.config == merge(other.config, {"trainer": {"max_steps": 2}})
+    (tmp_path / "few.yaml").write_text(yaml.safe_dump(small | {"of": "small", "only": ["kn-2", "mine"],
+                                                               "arms": {"mine": of("gn")}}))  # fmt: skip
+    few = read(tmp_path / "few.yaml").arms
+    assert [arm.name for arm in few] == ["kn-2", "mine"]
+    assert few[0].config == found.arms[1].config
 
 
 def test_without_a_search_its_seed_is_none(written):
@@ -236,6 +241,8 @@ def test_an_unknown_arm_lists_the_known_ones(name, words):
     ("changes", "message"),
     [
         ({"of": "nothing"}, "nothing.yaml that it could be of"),
+        ({"only": ["bn-2", "bn-3"]}, "only must be a list of arms, of bn-2, kn-2; got ['bn-2', 'bn-3']"),
+        ({"only": "bn-2"}, "only must be a list of arms"),
         ({"sarch": {}}, "unknown key 'sarch'; known are title, arms"),
         ({"arms": {"bn-2": {"lable": "x"}}}, "arms.bn-2: unknown key 'lable'; known are label"),
         ({"title": "absent"}, "got no title"),

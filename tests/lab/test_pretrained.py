@@ -6,7 +6,7 @@ from torch import nn
 from torchvision.models import resnet50
 
 import kalmannorm
-from kalmannorm.lab.baselines.group import to_groupnorm
+from kalmannorm.lab.baselines.stock import to_groupnorm
 from kalmannorm.lab.detection import Detector
 from kalmannorm.lab.models.cifar_resnet import CifarResNet
 from kalmannorm.lab.models.detection import mask_rcnn_c4, mask_rcnn_fpn

@@ -11,7 +11,7 @@ from torch import nn
 import kalmannorm
 from kalmannorm import graphs
 from kalmannorm.integrations.lightning import annealing
-from kalmannorm.lab.baselines.group import to_groupnorm
+from kalmannorm.lab.baselines.stock import to_groupnorm
 from kalmannorm.lab.curve import Curve
 from kalmannorm.lab.methods import normalize
 from kalmannorm.lab.models.small import SmallConvNet

@@ -52,7 +52,7 @@ class CrossIterationNorm(AnyBatchNorm):
 
     An iteration is what happens under the same weights. Where it takes several forward passes, each is like a device
     of its own: from the past it gets those batches that had its place among them. All are remembered, so memory grows
-    with their number. See `kalmannorm.lab.baselines.passes.count_in_steps`.
+    with their number. See `kalmannorm.lab.baselines.replacing.count_in_steps`.
 
     How it finds the filters: the layer below tells, by a hook (`announce`). Where no convolution or linear layer
     stands right below, or where nothing is differentiated (`torch.no_grad`), the layer is BatchNorm and
@@ -94,21 +94,14 @@ class CrossIterationNorm(AnyBatchNorm):
         below: nn.Module | None = getattr(input, "_made_by", None)
         if below is not None and input.requires_grad:
             newest = _describe(input, below, own_mean.detach(), own_var.detach())
-            if self._begun():
+            if self._steps >= self.burn_in * self.passes:
                 mean, var, pixels = _over_iterations(own_mean, own_var, newest, self._of_this_place())
             self._past.append(newest)
             while len(self._past) > (self.window - 1) * self.passes:
                 self._past.popleft()
         self._remember(mean.detach(), var.detach(), pixels)
         scale = (var + self.eps).rsqrt()
-        shift = -mean * scale
-        if self.affine:
-            scale, shift = scale * self.weight, shift * self.weight + self.bias
-        shape = (-1, *[1] * (x.ndim - 2))
-        return (x * scale.view(shape) + shift.view(shape)).to(input.dtype)
-
-    def _begun(self) -> bool:
-        return self._steps >= self.burn_in * self.passes
+        return self._scaled(x, scale, -mean * scale, (-1, *[1] * (x.ndim - 2))).to(input.dtype)
 
     def _of_this_place(self) -> list[_Iteration]:
         """What the same pass of each past iteration left."""
@@ -117,14 +110,10 @@ class CrossIterationNorm(AnyBatchNorm):
     @torch.no_grad()
     def _remember(self, mean: Tensor, var: Tensor, pixels: int) -> None:
         """Into the moving averages, with the unbiased variance, as BatchNorm."""
-        steps: Any = self.num_batches_tracked
-        running_mean: Any = self.running_mean
-        running_var: Any = self.running_var
-        steps += 1
         self._steps += 1
-        newest = 1 / steps if self.momentum is None else self.momentum
-        running_mean += newest * (mean - running_mean)
-        running_var += newest * (var * (pixels / max(pixels - 1, 1)) - running_var)
+        newest = self._count()
+        self.running_mean += newest * (mean - self.running_mean)
+        self.running_var += newest * (var * (pixels / max(pixels - 1, 1)) - self.running_var)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CrossIterationNorm:
         self._past.clear()
@@ -134,8 +123,7 @@ class CrossIterationNorm(AnyBatchNorm):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._past.clear()
-        steps: Any = self.num_batches_tracked
-        self._steps = int(steps)
+        self._steps = int(self.num_batches_tracked)
 
     def extra_repr(self) -> str:
         """What `print` shows."""
@@ -200,25 +188,18 @@ def announce(model: nn.Module) -> nn.Module:
     return model
 
 
-def to_cross_iteration(model: nn.Module, window: int = 4, burn_in: int = 0) -> nn.Module:
+def to_cross_iteration(model: nn.Module, **options: Any) -> nn.Module:
     """Replace every BatchNorm inside ``model``, in place, by `CrossIterationNorm`, and hook the layers below.
 
     Args:
-        model: Any network with BatchNorm layers.
-        window: See `CrossIterationNorm`.
-        burn_in: See `CrossIterationNorm`.
-
-    Returns:
-        The same ``model``.
+        model: Any network with BatchNorm layers; it is returned.
+        options: ``window`` and ``burn_in`` of `CrossIterationNorm`.
 
     Example:
         >>> to_cross_iteration(nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8)), window=8)[1].window
         8
     """
     replace_batchnorm(
-        model,
-        lambda norm: CrossIterationNorm(
-            norm.num_features, norm.eps, norm.momentum, norm.affine, window=window, burn_in=burn_in
-        ),
+        model, lambda norm: CrossIterationNorm(norm.num_features, norm.eps, norm.momentum, norm.affine, **options)
     )
     return announce(model)

@@ -103,27 +103,20 @@ class BatchRenorm(AnyBatchNorm):
         std = (var + self.eps).sqrt()
         r, d = self._correct_and_remember(mean.detach(), std.detach())
         scale = r / std
-        shift = d - mean * scale
-        if self.affine:
-            scale, shift = scale * self.weight, shift * self.weight + self.bias
-        shape = (len(x), 1, -1, *[1] * (x.ndim - 3))
-        return (x * scale.view(shape) + shift.view(shape)).view(input.shape).to(input.dtype)
+        y = self._scaled(x, scale, d - mean * scale, (len(x), 1, -1, *[1] * (x.ndim - 3)))
+        return y.view(input.shape).to(input.dtype)
 
     @torch.no_grad()
     def _correct_and_remember(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
         """``r`` and ``d``, ``(groups, C)``, by the averages before this batch joins them."""
-        running_mean: Any = self.running_mean
-        running_var: Any = self.running_var
-        steps: Any = self.num_batches_tracked
-        sigma = (running_var + self.eps).sqrt()
-        r_max, d_max = self._limits(steps)
+        sigma = (self.running_var + self.eps).sqrt()
+        r_max, d_max = self._limits(self.num_batches_tracked)
         r = (std / sigma).clamp(1 / r_max, r_max)
-        d = ((mean - running_mean) / sigma).clamp(-d_max, d_max)
-        steps += 1
-        newest = 1 / steps if self.momentum is None else self.momentum
-        running_mean += newest * (mean.mean(0) - running_mean)
+        d = ((mean - self.running_mean) / sigma).clamp(-d_max, d_max)
+        newest = self._count()
+        self.running_mean += newest * (mean.mean(0) - self.running_mean)
         # Rounding must not leave a negative variance where all pixels are equal.
-        running_var.copy_(((sigma + newest * (std.mean(0) - sigma)).square() - self.eps).clamp_min(0))
+        self.running_var.copy_(((sigma + newest * (std.mean(0) - sigma)).square() - self.eps).clamp_min(0))
         return r, d
 
     def _limits(self, step: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,27 +126,18 @@ class BatchRenorm(AnyBatchNorm):
         return step.new_tensor(r_max, dtype=torch.float32), step.new_tensor(d_max, dtype=torch.float32)
 
 
-def to_batch_renorm(
-    model: nn.Module,
-    schedule: RenormSchedule | tuple[float, float] | None = None,
-    momentum: float | None = 0.01,
-    samples: int | None = None,
-) -> nn.Module:
-    """Replace every BatchNorm inside ``model``, in place, by `BatchRenorm`.
+def to_batch_renorm(model: nn.Module, **options: Any) -> nn.Module:
+    """Replace every BatchNorm inside ``model``, in place, by `BatchRenorm`, and return it.
 
     Args:
         model: Any network with BatchNorm layers.
-        schedule: See `BatchRenorm`; ``RenormSchedule().scaled(0.01)`` suits a training a hundred times shorter.
-        momentum: See `BatchRenorm`.
-        samples: See `BatchRenorm`.
-
-    Returns:
-        The same ``model``.
+        options: ``schedule``, ``momentum`` and ``samples`` of `BatchRenorm`; ``RenormSchedule().scaled(0.01)`` suits a
+            training a hundred times shorter.
 
     Example:
         >>> to_batch_renorm(nn.Sequential(nn.BatchNorm2d(8)), schedule=(3, 5))[0].schedule
         (3, 5)
     """
     return replace_batchnorm(
-        model, lambda norm: BatchRenorm(norm.num_features, norm.eps, momentum, norm.affine, schedule, samples)
+        model, lambda norm: BatchRenorm(norm.num_features, norm.eps, affine=norm.affine, **options)
     )

@@ -1,13 +1,16 @@
-"""Another layer in the place of each BatchNorm."""
+"""Another layer in the place of each BatchNorm, and what such layers share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["AnyBatchNorm", "in_groups", "replace_batchnorm"]
+from kalmannorm.modules import is_stock_batchnorm
+
+__all__ = ["AnyBatchNorm", "count_in_steps", "in_groups", "replace_batchnorm"]
 
 # What a new layer takes over, if it has a tensor of this name and shape.
 _TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -16,12 +19,29 @@ _TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracke
 class AnyBatchNorm(_BatchNorm):
     """What layers are derived from that take the place of ``BatchNorm1d``, ``2d`` and ``3d`` alike."""
 
+    weight: Any
+    bias: Any
+    running_mean: Any
+    running_var: Any
+    num_batches_tracked: Any
+
     def _check_input_dim(self, input: Tensor) -> None:
         if not 2 <= input.ndim <= 5 or input.shape[1] != self.num_features:
             raise ValueError(
                 f"{type(self).__name__} got an input of shape {tuple(input.shape)}, "
                 f"expected (N, {self.num_features}, *) with 2 to 5 dimensions"
             )
+
+    def _count(self) -> Any:
+        """Count a training step; the weight of its statistics in the moving averages."""
+        self.num_batches_tracked += 1
+        return 1 / self.num_batches_tracked if self.momentum is None else self.momentum
+
+    def _scaled(self, x: Tensor, scale: Tensor, shift: Tensor, shape: Sequence[int]) -> Tensor:
+        """``x * scale + shift``, both ``(*, C)`` and to be seen as `shape`, and then the layer's affine map."""
+        if self.affine:
+            scale, shift = scale * self.weight, shift * self.weight + self.bias
+        return x * scale.view(shape) + shift.view(shape)
 
 
 def replace_batchnorm(model: nn.Module, make: Callable[[_BatchNorm], nn.Module]) -> nn.Module:
@@ -53,18 +73,11 @@ def replace_batchnorm(model: nn.Module, make: Callable[[_BatchNorm], nn.Module])
         raise ValueError(f"{type(model).__name__} has nothing to replace: expected at least one BatchNorm layer")
     if isinstance(model, _BatchNorm):
         return replaced[model]
-    for parent, name, layer in list(_places(model)):
-        if isinstance(layer, _BatchNorm):
-            parent._modules[name] = replaced[layer]
+    for parent in list(model.modules()):
+        for name, layer in parent._modules.items():  # each place, where `named_children` gives each module once
+            if isinstance(layer, _BatchNorm):
+                parent._modules[name] = replaced[layer]
     return model
-
-
-def _places(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    """Parent, name and child: each place that a module has, and not each module, as `named_children` gives."""
-    for parent in model.modules():
-        for name, child in parent._modules.items():
-            if child is not None:
-                yield parent, name, child
 
 
 def _replacement(old: _BatchNorm, make: Callable[[_BatchNorm], nn.Module]) -> nn.Module:
@@ -79,6 +92,34 @@ def _replacement(old: _BatchNorm, make: Callable[[_BatchNorm], nn.Module]) -> nn
     new.train(old.training)
     behind = [layer for layer in (getattr(old, "drop", None), getattr(old, "act", None)) if layer is not None]
     return nn.Sequential(new, *behind) if behind else new
+
+
+def count_in_steps(model: nn.Module, passes: int) -> nn.Module:
+    """Let layers that count forward passes count optimizer steps, in place: for BatchNorm and what is derived from it.
+
+    The ``passes`` of a step move a moving average as much as a single one did before, for this momentum:
+
+        (1 - momentum of a pass)^passes = 1 - momentum
+
+    A plain mean (momentum None) is one already. Windows and schedules in steps read the layer's ``passes``.
+
+    Args:
+        model: Any network; again with another number, if that changes.
+        passes: Forward passes an optimizer step.
+
+    Returns:
+        The same ``model``.
+
+    Example:
+        >>> count_in_steps(nn.BatchNorm2d(8, momentum=0.75), 2).momentum
+        0.5
+    """
+    counting: list[Any] = [layer for layer in model.modules() if is_stock_batchnorm(layer)]
+    for layer in counting:
+        before, layer.passes = getattr(layer, "passes", 1), passes
+        if layer.momentum is not None:
+            layer.momentum = 1 - (1 - layer.momentum) ** (before / passes)
+    return model
 
 
 def in_groups(x: Tensor, samples: int | None) -> Tensor:

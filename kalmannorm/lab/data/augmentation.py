@@ -93,6 +93,16 @@ def channel_scaling(images: Tensor) -> Scaling:
     return Scaling(mean.float()[:, None, None], std.float().clamp(min=1.0)[:, None, None])
 
 
+def standardization(inputs: Tensor) -> Scaling:
+    """Mean 0 and standard deviation 1 in each channel of ``inputs`` ``(N, C, *)``; constant ones become 0.
+
+    For bytes, `channel_scaling` does so without a copy in double precision.
+    """
+    variance, mean = torch.var_mean(inputs.double(), [0, *range(2, inputs.ndim)], correction=0, keepdim=True)
+    std = variance.sqrt()
+    return Scaling(mean[0].float(), torch.where(std > 0, std, 1.0)[0].float())
+
+
 def pixel_scaling(images: Tensor) -> Scaling:
     """As the released code of the paper: pixels / 128 minus the mean of ``images`` ``(N, C, H, W)`` at each pixel."""
     mean = images.sum(0, dtype=torch.int64).double() / len(images)

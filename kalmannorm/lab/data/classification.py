@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from kalmannorm.lab.data.augmentation import SCALINGS, Scaling, mean_colour
 from kalmannorm.lab.data.images import load_images, open_images, source
-from kalmannorm.lab.data.memory import MemoryBatches, Splits
-from kalmannorm.lab.data.memory_data import MemoryData
+from kalmannorm.lab.data.memory import MemoryBatches, MemoryData, Splits
 
 
 class ClassificationData(MemoryData):
@@ -24,9 +22,7 @@ class ClassificationData(MemoryData):
 
     Args:
         name: ``"cifar10"``, ``"cifar100"``, ``"svhn"`` or ``"svhn_extra"``.
-        gradient_batch: Images a gradient step, over all processes and accumulated batches. How many share their
-            statistics is the layers' affair.
-        score_batch: Images a batch in validation and test.
+        gradient_batch: See `MemoryData`; its other options too.
         augment: ``"crop_flip"``, ``"crop"`` (digits must not be flipped) or ``"none"``; in training alone.
         border: What crops show beyond an image: ``"mean"``, the mean colour of the images trained on, so that zeros
             reach the network (arXiv:1512.03385); or ``"black"``, which makes the statistics of training images other
@@ -40,9 +36,6 @@ class ClassificationData(MemoryData):
         limit: Keep the first so many images of each split.
         classes: Keep the images of these labels alone, and number them anew: the first one is 0. None for all.
         size: Side of the images that the network gets, resized last; None for 32.
-        drop_last: Leave out an epoch's last batch of fewer images, in training.
-        seed: Of the order and of the crops.
-        device: Where the images are kept; by default where the trainer's model is.
     """
 
     def __init__(
@@ -50,7 +43,6 @@ class ClassificationData(MemoryData):
         name: str,
         gradient_batch: int = 128,
         *,
-        score_batch: int = 500,
         augment: str = "crop_flip",
         border: Literal["mean", "black"] = "mean",
         scaling: str = "channel",
@@ -59,11 +51,9 @@ class ClassificationData(MemoryData):
         limit: int | None = None,
         classes: list[int] | None = None,
         size: int | None = None,
-        drop_last: bool = True,
-        seed: int = 0,
-        device: str | torch.device | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(gradient_batch, score_batch=score_batch, drop_last=drop_last, seed=seed, device=device)
+        super().__init__(gradient_batch, **options)
         if scaling not in SCALINGS:
             raise ValueError(f"scaling must be one of {', '.join(SCALINGS)}; got {scaling!r}")
         if size is not None and size < 1:

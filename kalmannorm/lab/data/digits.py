@@ -60,13 +60,11 @@ def source_indices(split: Split, seed: int = 0) -> np.ndarray:
         split: ``"train"``, ``"validation"`` or ``"test"``.
         seed: Shuffles the originals before they are dealt out.
     """
-    shuffled = np.random.default_rng(seed).permutation(sum(SOURCES.values()))
-    start = 0
-    for name, count in SOURCES.items():
-        if name == split:
-            return shuffled[start : start + count]
-        start += count
-    raise ValueError(f"split must be one of {', '.join(SOURCES)}; got {split!r}")
+    if split not in SOURCES:
+        raise ValueError(f"split must be one of {', '.join(SOURCES)}; got {split!r}")
+    *ends, total = np.cumsum(list(SOURCES.values()))
+    dealt = np.split(np.random.default_rng(seed).permutation(total), ends)
+    return dealt[list(SOURCES).index(split)]
 
 
 def _place(patches: Tensor, size: np.ndarray, centre: np.ndarray, canvas: int) -> Tensor:

@@ -7,20 +7,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning
 import numpy as np
 import torch
 from torch.utils.data import Subset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from kalmannorm.lab.data.hub import REPOSITORY, HubImages, hub_parts, local_parts
+from kalmannorm.lab.data.batches import DiskData, OrderedBatches
+from kalmannorm.lab.data.hub import HubImages, hub_parts, local_parts
 from kalmannorm.lab.data.roots import MissingDataError, data_root, find, missing
-from kalmannorm.lab.data.shuffling import OrderedBatches, ShuffledBatches
 
 # ImageNet's, of pixels from 0 to 1; what pretrained networks expect, whatever the images.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
+# One must have accepted its terms there, and be logged in. Its test images have no labels.
+REPOSITORY = "ILSVRC/imagenet-1k"
+HUB_PARTS = {"train": "train", "validation": "val"}
 LAYOUT = ["train/*/*", "val/*/*"]
 ORIGIN = (
     "where it is published (ImageNet-1k: https://image-net.org/download-images, its validation images sorted into "
@@ -69,11 +71,11 @@ def open_pictures(folder: str) -> dict[str, Any]:
             under = f", neither as a path nor under {root}" if (root := data_root()) else ""
             raise MissingDataError(f"the folder {folder!r} was not found{under}; expected {OWN_LAYOUTS}")
         try:
-            return {part: HubImages(rows) for part, rows in hub_parts().items()}
+            return _hub_images(hub_parts(REPOSITORY, HUB_PARTS))
         except OSError as error:  # also what the hub's errors are
             raise missing(folder, LAYOUT, f"{ORIGIN}, or log in at the Hugging Face hub for {REPOSITORY}") from error
-    if tables := local_parts(place):
-        return {part: HubImages(rows) for part, rows in tables.items()}
+    if tables := local_parts(place, HUB_PARTS):
+        return _hub_images(tables)
     parts = {part: place / part for part in ("train", "val", "test") if (place / part).is_dir()}
     if parts and not {"train", "val"} <= set(parts):
         if folder != "imagenet":
@@ -82,7 +84,11 @@ def open_pictures(folder: str) -> dict[str, Any]:
     return {part: ImageFolder(str(path)) for part, path in (parts or {"train": place}).items()}
 
 
-class FolderData(lightning.LightningDataModule):
+def _hub_images(tables: dict[str, Any]) -> dict[str, Any]:
+    return {HUB_PARTS[part]: HubImages(rows) for part, rows in tables.items()}
+
+
+class FolderData(DiskData):
     """Images as ``train/CLASS/*.jpg``, ``val/CLASS/*.jpg`` and perhaps ``test/CLASS/*.jpg``, or as ``CLASS/*.jpg``.
 
     Choices must not be made on the images whose score is reported. So where there is no ``test``, ``val`` takes its
@@ -92,8 +98,7 @@ class FolderData(lightning.LightningDataModule):
 
     Args:
         folder: See `open_pictures`.
-        gradient_batch: Images a gradient step, over all processes and accumulated batches.
-        score_batch: Images a batch in validation and test.
+        gradient_batch: See `DiskData`; ``score_batch`` and ``seed`` too.
         size: Side of the images, in pixels.
         workers: Processes that load images.
         validation: Share of each class's training images to hold out where there is no ``test``, one at least (but of a
@@ -101,12 +106,9 @@ class FolderData(lightning.LightningDataModule):
             ``"test"`` holds none out and validates on the test images: for curves as papers show them, not for choices.
         split_seed: Decides which; and with ``limit``, which ones are kept.
         limit: Keep so many images of each split, drawn from all classes.
-        seed: Of the order, the crops and the flips.
     """
 
-    train_set: Subset[Any]
-    validation_set: Subset[Any]
-    test_set: Subset[Any]
+    test_set: Any
 
     def __init__(
         self,
@@ -121,12 +123,11 @@ class FolderData(lightning.LightningDataModule):
         limit: int | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(gradient_batch, score_batch, seed, num_workers=workers)
         if validation != "test" and not 0 < validation < 0.5:
             raise ValueError(f"validation must be a share between 0 and 0.5, or 'test'; got {validation}")
-        self.folder, self.gradient_batch, self.score_batch = folder, gradient_batch, score_batch
-        self.size, self.workers = size, workers
-        self.validation, self.split_seed, self.limit, self.seed = validation, split_seed, limit, seed
+        self.folder, self.size = folder, size
+        self.validation, self.split_seed, self.limit = validation, split_seed, limit
 
     def setup(self, stage: str | None = None) -> None:
         """List the images, once.
@@ -150,22 +151,9 @@ class FolderData(lightning.LightningDataModule):
             kept = Subset(transformed, np.sort(indices[: self.limit]).tolist())
             setattr(self, f"{split}_set", kept)
 
-    def train_dataloader(self) -> ShuffledBatches:
-        """Shuffled batches of as many images each.
-
-        Raises:
-            ValueError: The gradient batch does not divide evenly among processes and accumulated batches.
-        """
-        options: dict[str, Any] = {"seed": self.seed, "num_workers": self.workers}
-        return ShuffledBatches(self.train_set, self.gradient_batch, self.trainer, **options)
-
-    def val_dataloader(self) -> OrderedBatches:
-        """All validation images, in order."""
-        return OrderedBatches(self.validation_set, self.score_batch, self.trainer, num_workers=self.workers)
-
     def test_dataloader(self) -> OrderedBatches:
         """All test images, in order."""
-        return OrderedBatches(self.test_set, self.score_batch, self.trainer, num_workers=self.workers)
+        return OrderedBatches(self.test_set, self.score_batch, self.trainer, **self.options)
 
 
 def _common_classes(place: str, folders: dict[str, Any]) -> list[str]:
@@ -194,12 +182,10 @@ def _splits(pictures: dict[str, Any], share: float | Literal["test"], seed: int)
         return {"train": whole["train"], "validation": scored, "test": scored}
     if "test" in pictures:
         return {"train": whole["train"], "validation": whole["val"], "test": whole["test"]}
-    labels = np.asarray(pictures["train"].targets)
-    if "val" in pictures:
-        validation, rest = _cut(order["train"], labels, share, 1)
-        return {"train": ("train", rest), "validation": ("train", validation), "test": whole["val"]}
-    validation, test, rest = _cut(order["train"], labels, share, 2)
-    return {"train": ("train", rest), "validation": ("train", validation), "test": ("train", test)}
+    held_out = ["validation"] if "val" in pictures else ["validation", "test"]
+    parts = _cut(order["train"], np.asarray(pictures["train"].targets), share, len(held_out))
+    splits = {split: ("train", part) for split, part in zip([*held_out, "train"], parts, strict=True)}
+    return splits if "test" in splits else {**splits, "test": whole["val"]}
 
 
 def _cut(order: np.ndarray, labels: np.ndarray, share: float, times: int) -> list[np.ndarray]:

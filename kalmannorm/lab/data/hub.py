@@ -1,25 +1,19 @@
-"""ImageNet-1k as its Hugging Face repository has it: Parquet files, whose pictures are decoded one by one."""
+"""Parquet files as Hugging Face repositories have them, from a folder or from there."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import datasets
 from torch.utils.data import Dataset
 
-__all__ = ["REPOSITORY", "HubImages", "hub_parts", "local_parts"]
-
-# One must have accepted its terms there, and be logged in.
-REPOSITORY = "ILSVRC/imagenet-1k"
-
-# Its validation images have labels, its test images have none.
-_PARTS = {"train": "train", "val": "validation"}
+__all__ = ["HubImages", "hub_parts", "local_parts"]
 
 
 class HubImages(Dataset[tuple[Any, int]]):
-    """Pictures and labels, as torchvision's ``ImageFolder`` gives them.
+    """Pictures, decoded one by one, and labels, as torchvision's ``ImageFolder`` gives them.
 
     Args:
         part: A ``datasets.Dataset`` with the columns ``image`` and ``label``.
@@ -53,18 +47,18 @@ class HubImages(Dataset[tuple[Any, int]]):
         return picture if self.transform is None else self.transform(picture), row["label"]
 
 
-def local_parts(place: Path) -> dict[str, Any]:
-    """The parts of the repository whose Parquet files lie in a folder; none where there are none."""
-    files = {name: sorted(map(str, place.glob(f"{part}-*.parquet"))) for name, part in _PARTS.items()}
+def local_parts(folder: Path, parts: Iterable[str]) -> dict[str, Any]:
+    """The parts of a repository, each from ``PART-*.parquet`` in a folder; none where one has no files."""
+    files = {part: sorted(map(str, folder.glob(f"{part}-*.parquet"))) for part in parts}
     if not all(files.values()):
         return {}
-    return {name: datasets.load_dataset("parquet", data_files=files, split=name) for name in files}
+    return {part: datasets.load_dataset("parquet", data_files=files, split=part) for part in files}
 
 
-def hub_parts() -> dict[str, Any]:
+def hub_parts(repository: str, parts: Iterable[str], configuration: str | None = None) -> dict[str, Any]:
     """The same, from the hub, and kept by ``datasets``.
 
     Raises:
         OSError: They cannot be had: no network, or no leave.
     """
-    return {name: datasets.load_dataset(REPOSITORY, split=part) for name, part in _PARTS.items()}
+    return {part: datasets.load_dataset(repository, configuration, split=part) for part in parts}

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from kalmannorm.lab.data.hub import hub_parts, local_parts
 from kalmannorm.lab.data.memory import Labelled, Splits
 from kalmannorm.lab.data.roots import find, missing
 
@@ -76,18 +76,6 @@ def source(name: str) -> Source:
     return SOURCES[name]
 
 
-def _local_parts(folder: Path, parts: tuple[str, ...]) -> dict[str, Any]:
-    files = {part: sorted(map(str, folder.glob(f"{part}-*.parquet"))) for part in parts}
-    return {part: datasets.load_dataset("parquet", data_files=files, split=part) for part in parts}
-
-
-def _hub_parts(known: Source, parts: tuple[str, ...]) -> dict[str, Any]:
-    try:
-        return {part: datasets.load_dataset(known.repository, known.configuration, split=part) for part in parts}
-    except OSError as error:  # also what the hub's errors are: absent, no network, offline mode
-        raise missing(known.folder, known.layout, known.origin) from error
-
-
 def open_images(name: str) -> dict[str, Any]:
     """The parts of a set as ``datasets.Dataset``, still encoded; downloads them if need be.
 
@@ -99,12 +87,16 @@ def open_images(name: str) -> dict[str, Any]:
     """
     known = source(name)
     parts = (*known.training, "test")
-    folder = find(known.folder, known.layout, known.origin)
-    return _local_parts(folder, parts) if folder else _hub_parts(known, parts)
+    if folder := find(known.folder, known.layout, known.origin):
+        return local_parts(folder, parts)
+    try:
+        return hub_parts(known.repository, parts, known.configuration)
+    except OSError as error:  # also what the hub's errors are: absent, no network, offline mode
+        raise missing(known.folder, known.layout, known.origin) from error
 
 
-def _decoded(part: Any, known: Source, indices: np.ndarray) -> Labelled:
-    """Decode some of a part: images ``(N, 3, 32, 32)``, uint8, and labels ``(N,)``, int64."""
+def _decoded(part: Any, known: Source, indices: np.ndarray, classes: Sequence[int] | None) -> Labelled:
+    """Some of a part: images ``(N, 3, 32, 32)``, uint8, and labels ``(N,)``, int64, by their place in ``classes``."""
     wanted = [known.image, known.label]
     if not set(wanted) <= set(part.column_names):
         raise ValueError(f"{known.folder} needs the columns {' and '.join(wanted)}; got {', '.join(part.column_names)}")
@@ -114,6 +106,8 @@ def _decoded(part: Any, known: Source, indices: np.ndarray) -> Labelled:
     for place, row in zip(images, table[known.image].to_pylist(), strict=True):
         place[:] = np.asarray(Image.open(BytesIO(row["bytes"]), formats=("PNG", "JPEG")).convert("RGB"))
     labels = torch.tensor(table[known.label].to_pylist(), dtype=torch.int64)
+    if classes is not None:
+        labels = (labels[:, None] == torch.tensor(classes)).int().argmax(1)
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels
 
 
@@ -123,21 +117,6 @@ def _indices(part: Any, known: Source, classes: Sequence[int] | None) -> np.ndar
         return np.arange(len(part))
     labels = part.select_columns([known.label]).with_format("numpy")[:][known.label]
     return np.flatnonzero(np.isin(labels, classes))
-
-
-def _check_classes(known: Source, classes: Sequence[int]) -> None:
-    if not classes or len(set(classes)) < len(classes) or not set(classes) <= set(range(known.num_classes)):
-        raise ValueError(
-            f"classes must be different labels of {known.folder}, 0 to {known.num_classes - 1}; got {list(classes)}"
-        )
-
-
-def _renumbered(part: Labelled, classes: Sequence[int] | None) -> Labelled:
-    """The place of each label among the classes in its stead."""
-    if classes is None:
-        return part
-    images, labels = part
-    return images, (labels[:, None] == torch.tensor(classes)).int().argmax(1)
 
 
 def load_images(
@@ -166,20 +145,17 @@ def load_images(
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1; got {limit}")
     known = source(name)
-    if classes is not None:
-        _check_classes(known, classes)
+    last = known.num_classes - 1
+    if classes is not None and not 0 < len(set(classes) & set(range(last + 1))) == len(classes):
+        raise ValueError(f"classes must be different labels of {known.folder}, 0 to {last}; got {list(classes)}")
     parts = open_images(name)
     training, test = datasets.concatenate_datasets([parts[part] for part in known.training]), parts["test"]
-    own = _indices(training, known, classes)
-    count = len(own)
+    indices = _indices(training, known, classes)
+    count = len(indices)
     if not 0 <= validation < count:
         raise ValueError(f"validation must be 0 to {count - 1}, so that an image is left to train on; got {validation}")
-    shuffled = own[np.random.default_rng(split_seed).permutation(count)]
+    shuffled = indices[np.random.default_rng(split_seed).permutation(count)]
     # In the order of the files again, so that `limit` keeps the first of them.
     held_out, kept = np.sort(shuffled[:validation]), np.sort(shuffled[validation:])
-    found = (
-        _decoded(training, known, kept[:limit]),
-        _decoded(training, known, held_out[:limit]),
-        _decoded(test, known, _indices(test, known, classes)[:limit]),
-    )
-    return Splits(*(_renumbered(part, classes) for part in found))
+    parts_of_splits = ((training, kept), (training, held_out), (test, _indices(test, known, classes)))
+    return Splits(*(_decoded(part, known, chosen[:limit], classes) for part, chosen in parts_of_splits))

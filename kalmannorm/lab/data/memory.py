@@ -1,16 +1,19 @@
-"""Batches from images that lie in memory as one tensor: no worker, no copy but the batch itself."""
+"""Tensors in memory as a data module, whatever is in them: images, signals, tables or volumes."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
+import lightning
 import torch
 from torch import Tensor
 
-from kalmannorm.lab.data.augmentation import crop_and_flip, draw_moves
-from kalmannorm.lab.data.resumable import Resumable
+from kalmannorm.lab.data.augmentation import Scaling, crop_and_flip, draw_moves, standardization
+from kalmannorm.lab.data.batches import Batches
+
+__all__ = ["Labelled", "MemoryBatches", "MemoryData", "Splits"]
 
 Labelled = tuple[Tensor, Tensor]
 
@@ -29,90 +32,124 @@ class Splits(NamedTuple):
     test: Labelled
 
 
-class MemoryBatches(Resumable):
-    """An iterable of batches that comes in the same order, with the same crops, under the same seed and epoch.
-
-    As with torch's ``DistributedSampler``, `set_epoch` moves on to other draws; Lightning calls it. An epoch that was
-    left in the middle goes on there after `load_state_dict`, which Lightning calls too.
+class MemoryBatches(Batches):
+    """Batches of one tensor: no worker, no copy but the batch itself.
 
     Args:
         images: ``(N, C, H, W)``.
         labels: ``(N,)``, on the same device.
-        batch_size: Images a batch, in each process.
+        gradient_batch: See `Batches`; ``trainer``, ``seed`` and ``drop_last`` too.
         prepare: What is done to a batch of images last, such as a `Scaling`.
-        seed: Of the order and of the crops; None for the order of the tensors, without crops.
         augment: ``"none"``, ``"crop"`` (pad 4, crop at random) or ``"crop_flip"``; needs a seed.
         border: Colour of the padding, see `crop_and_flip`.
-        drop_last: Leave out an epoch's last images, too few for a gradient step of equal size.
-        rank: Which of the processes this is. Each takes its own slice of ``batch_size * replicas`` consecutive
-            images, so that neighbours stay together whatever the number of processes.
-        replicas: Number of processes. Without ``drop_last``, up to ``replicas - 1`` images are left out of an epoch
-            so that all get as many.
-        accumulated: Batches whose gradients are accumulated to a step.
     """
 
     def __init__(
         self,
         images: Tensor,
         labels: Tensor,
-        batch_size: int,
+        gradient_batch: int,
+        trainer: lightning.Trainer | None = None,
         *,
         prepare: Callable[[Tensor], Tensor],
         seed: int | None = None,
         augment: str = "none",
         border: Tensor | None = None,
         drop_last: bool = False,
-        rank: int = 0,
-        replicas: int = 1,
-        accumulated: int = 1,
     ) -> None:
-        self.images, self.labels, self.batch_size = images, labels, batch_size
-        self.prepare, self.seed, self.augment, self.border = prepare, seed, augment, border
-        self.drop_last, self.rank, self.replicas, self.accumulated = drop_last, rank, replicas, accumulated
+        super().__init__(len(images), gradient_batch, trainer, seed, drop_last)
+        self.inputs, self.labels, self.prepare, self.augment, self.border = images, labels, prepare, augment, border
         if augment not in ("none", "crop", "crop_flip"):
             raise ValueError(f"augment must be 'none', 'crop' or 'crop_flip'; got {augment!r}")
         if augment != "none" and seed is None:
             raise ValueError(f"augment={augment!r} needs a seed")
-        if batch_size < 1 or len(self) < 1:
-            step = batch_size * replicas * accumulated
-            raise ValueError(f"a gradient step must take 1 to {len(images)} images, as many as there are; got {step}")
 
-    def __len__(self) -> int:
-        """Batches an epoch."""
-        whole, rest = divmod(len(self.images), self.batch_size * self.replicas)
-        if self.drop_last:
-            return whole - whole % self.accumulated
-        return whole + (rest >= self.replicas)
-
-    def _draws(self) -> tuple[Tensor, Tensor | None]:
-        """Of one epoch, all processes together: the order ``(N,)`` of the images, and their moves ``(N, 3)``."""
-        count = len(self.images)
-        if self.seed is None:
-            return torch.arange(count), None
-        # A whole epoch is drawn at once, and on the CPU: no draw depends on the device or on where one resumes.
-        entropy = np.random.SeedSequence([self.seed, self.epoch]).generate_state(1)
-        generator = torch.Generator().manual_seed(int(entropy[0]))
-        order = torch.randperm(count, generator=generator)
-        if self.augment == "none":
-            return order, None
-        return order, draw_moves(count, generator, flip=self.augment == "crop_flip")
-
-    def _slice(self, index: int) -> slice:
-        """Where in the order this process's part of a batch is."""
-        start = index * self.batch_size * self.replicas
-        share = min(self.batch_size, (len(self.images) - start) // self.replicas)
-        return slice(start + self.rank * share, start + (self.rank + 1) * share)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images ``(batch_size, C, H, W)`` and labels ``(batch_size,)``."""
-        device = self.images.device
-        order, moves = (None if drawn is None else drawn.to(device) for drawn in self._draws())
-        assert order is not None
-        first = self.take_left_out()
-        for index in range(first, len(self)):
-            here = self._slice(index)
-            images = self.images[order[here]]
+    def read(self, first: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images ``(size, C, H, W)`` and labels ``(size,)``."""
+        order, generator = self.order()
+        moves = None
+        if self.augment != "none":  # of a whole epoch at once: no draw depends on where one resumes
+            moves = draw_moves(self.count, generator, flip=self.augment == "crop_flip").to(self.inputs.device)
+        order = order.to(self.inputs.device)
+        for here in map(self.share, range(first, len(self))):
+            images = self.inputs[order[here]]
             if moves is not None:
                 images = crop_and_flip(images, moves[here], border=self.border)
-            self.handed_out = index + 1
             yield self.prepare(images), self.labels[order[here]]
+
+
+class MemoryData(lightning.LightningDataModule):
+    """Splits that a subclass loads, as batches that are scaled on the trainer's device.
+
+    Args:
+        gradient_batch: Inputs a gradient step, over all processes and accumulated batches.
+        score_batch: Inputs a batch in validation and test.
+        drop_last: Leave out an epoch's last batch of fewer inputs, in training.
+        seed: Of the order, and of what else is drawn in training.
+        device: Where the tensors are kept; by default where the trainer's model is.
+    """
+
+    def __init__(
+        self,
+        gradient_batch: int,
+        *,
+        score_batch: int = 500,
+        drop_last: bool = True,
+        seed: int = 0,
+        device: str | torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        self.gradient_batch, self.score_batch = gradient_batch, score_batch
+        self.drop_last, self.seed, self.device = drop_last, seed, device
+        self._splits: Splits | None = None
+        self._scale: Scaling | None = None
+
+    @abstractmethod
+    def load(self) -> Splits:
+        """All inputs, as they are; on the CPU."""
+
+    def scaling_of(self, inputs: Tensor) -> Scaling:
+        """What is done to every batch, from the inputs trained on: mean 0 and standard deviation 1 in each channel.
+
+        Both are of all inputs together: the differences between inputs stay.
+        """
+        return standardization(inputs)
+
+    def augmentation_of(self, inputs: Tensor) -> dict[str, Any]:
+        """Which options of `MemoryBatches` there are in training alone, from the inputs trained on."""
+        return {}
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load all splits, once, and move them to the device."""
+        if self._splits is not None:
+            return
+        splits, device = self.load(), self.device
+        if device is None:
+            device = self.trainer.strategy.root_device if self.trainer else "cpu"
+        self._scale = self.scaling_of(splits.train[0]).to(device)
+        self._splits = Splits(*((inputs.to(device), labels.to(device)) for inputs, labels in splits))
+
+    def _batches(self, split: str, size: int, **options: Any) -> MemoryBatches:
+        if self._splits is None or self._scale is None:
+            raise RuntimeError("call setup() before asking for batches; a Trainer does so by itself")
+        inputs, labels = getattr(self._splits, split)
+        if split == "train":
+            options |= self.augmentation_of(inputs)
+        return MemoryBatches(inputs, labels, size, prepare=self._scale, **options)
+
+    def train_dataloader(self) -> MemoryBatches:
+        """Shuffled batches; each process gets its share.
+
+        Raises:
+            ValueError: The gradient batch does not divide evenly among processes and accumulated batches.
+        """
+        options = {"trainer": self.trainer, "seed": self.seed, "drop_last": self.drop_last}
+        return self._batches("train", self.gradient_batch, **options)
+
+    def val_dataloader(self) -> MemoryBatches | list[Any]:
+        """All held-out inputs in order, in every process."""
+        return self._batches("validation", self.score_batch)
+
+    def test_dataloader(self) -> MemoryBatches:
+        """All test inputs in order, in every process."""
+        return self._batches("test", self.score_batch)

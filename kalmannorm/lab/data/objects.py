@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import lightning
 import numpy as np
 import torch
 from torch import Tensor
@@ -19,23 +17,21 @@ from torchvision.ops import box_convert
 from torchvision.transforms import v2
 from torchvision.tv_tensors import BoundingBoxes, Mask
 
-from kalmannorm.lab.data.roots import require
-from kalmannorm.lab.data.shuffling import OrderedBatches, ShuffledBatches
+from kalmannorm.lab.data.batches import DiskData
+from kalmannorm.lab.data.roots import find, missing
 
 Target = dict[str, Any]
 Transform = Callable[[Any, Target], tuple[Tensor, Target]]
 
 
-@dataclass(frozen=True)
-class Files:
+class Files(NamedTuple):
     """A split's images and annotations, relative to the data set's folder."""
 
     images: str
     annotations: str
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """Where a data set comes from, and its splits."""
 
     origin: str
@@ -142,7 +138,7 @@ def as_lists(items: list[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Tar
     return list(images), list(targets)
 
 
-class DetectionData(lightning.LightningDataModule):
+class DetectionData(DiskData):
     """COCO 2017 (``coco``) or Penn-Fudan pedestrians (``pennfudan``), from under ``KALMANNORM_DATA``.
 
     After `setup`, ``num_classes`` is the largest category id + 1. There is no test split: COCO's test images have no
@@ -150,11 +146,9 @@ class DetectionData(lightning.LightningDataModule):
 
     Args:
         name: ``"coco"`` or ``"pennfudan"``.
-        gradient_batch: Images a gradient step, over all processes and accumulated batches.
-        score_batch: Images a batch in validation.
+        gradient_batch: See `DiskData`; ``score_batch`` and ``seed`` too.
         workers: Processes that load images.
         limit: Keep the first so many images of each split.
-        seed: Of the order and the flips.
     """
 
     def __init__(
@@ -167,12 +161,10 @@ class DetectionData(lightning.LightningDataModule):
         limit: int | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(gradient_batch, score_batch, seed, num_workers=workers, collate_fn=as_lists)
         if name not in SOURCES:
             raise ValueError(f"name must be one of {', '.join(SOURCES)}; got {name!r}")
-        self.dataset, self.gradient_batch, self.score_batch = name, gradient_batch, score_batch
-        self.limit, self.seed = limit, seed
-        self.options: dict[str, Any] = {"num_workers": workers, "collate_fn": as_lists}
+        self.dataset, self.limit = name, limit
 
     def setup(self, stage: str | None = None) -> None:
         """Read the annotations, once.
@@ -183,23 +175,14 @@ class DetectionData(lightning.LightningDataModule):
         if hasattr(self, "train_set"):
             return
         source = SOURCES[self.dataset]
-        folder = require(self.dataset, source.layout, source.origin)
+        folder = find(self.dataset, source.layout, source.origin)
+        if folder is None:
+            raise missing(self.dataset, source.layout, source.origin)
         self.train_set = self._open(folder, source.train, train=True)
         self.validation_set = self._open(folder, source.validation, train=False)
         self.num_classes = max(self.train_set.coco.getCatIds()) + 1
 
     def _open(self, folder: Path, files: Files, train: bool) -> DetectionSet:
+        images, annotations = (folder / place for place in files)
         options: dict[str, Any] = {"drop_empty": train, "crowds": not train, "limit": self.limit}
-        return DetectionSet(folder / files.images, folder / files.annotations, detection_transform(train), **options)
-
-    def train_dataloader(self) -> ShuffledBatches:
-        """Shuffled batches of as many images each, every image with something on it.
-
-        Raises:
-            ValueError: The gradient batch does not divide evenly among processes and accumulated batches.
-        """
-        return ShuffledBatches(self.train_set, self.gradient_batch, self.trainer, seed=self.seed, **self.options)
-
-    def val_dataloader(self) -> OrderedBatches:
-        """All validation images, in order."""
-        return OrderedBatches(self.validation_set, self.score_batch, self.trainer, **self.options)
+        return DetectionSet(images, annotations, detection_transform(train), **options)

@@ -61,15 +61,3 @@ def find(name: str, layout: Sequence[str], origin: str) -> Path | None:
     if absent:
         raise missing(name, layout, origin) from FileNotFoundError(f"nothing matches {', '.join(absent)}")
     return root / name
-
-
-def require(name: str, layout: Sequence[str], origin: str) -> Path:
-    """As `find`, for a data set that no library downloads.
-
-    Raises:
-        MissingDataError: The folder is not there, or incomplete.
-    """
-    folder = find(name, layout, origin)
-    if folder is None:
-        raise missing(name, layout, origin)
-    return folder

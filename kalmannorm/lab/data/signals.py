@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from kalmannorm.lab.data.augmentation import Scaling
 from kalmannorm.lab.data.digits import Split, cluttered_digits
-from kalmannorm.lab.data.memory import Splits
-from kalmannorm.lab.data.memory_data import MemoryData
+from kalmannorm.lab.data.memory import MemoryData, Splits
 
 __all__ = ["ClutterData", "SignalData"]
 
@@ -45,14 +46,10 @@ class SignalData(MemoryData):
 
     Args:
         name: ``"digits"`` or ``"breast_cancer"``.
-        gradient_batch: Inputs a gradient step, over all processes and accumulated batches.
-        score_batch: Inputs a batch in validation and test.
+        gradient_batch: See `MemoryData`; its other options too.
         validation: How many inputs to hold out; None for a fifth of the set.
         test: How many others to keep for the test; None for a quarter.
         split_seed: Decides which, apart from ``seed`` so that all runs are compared on the same inputs.
-        drop_last: Leave out an epoch's last batch of fewer inputs, in training.
-        seed: Of the order.
-        device: Where the tensors are kept; by default where the trainer's model is.
 
     Raises:
         ValueError: There is no set of this name, or the splits leave nothing to train on.
@@ -63,15 +60,12 @@ class SignalData(MemoryData):
         name: str,
         gradient_batch: int = 2,
         *,
-        score_batch: int = 500,
         validation: int | None = None,
         test: int | None = None,
         split_seed: int = 0,
-        drop_last: bool = True,
-        seed: int = 0,
-        device: str | torch.device | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(gradient_batch, score_batch=score_batch, drop_last=drop_last, seed=seed, device=device)
+        super().__init__(gradient_batch, **options)
         if name not in SETS:
             raise ValueError(f"name must be one of {', '.join(SETS)}; got {name!r}")
         count, self.num_classes, _ = SETS[name]
@@ -97,29 +91,18 @@ class ClutterData(MemoryData):
     """The demo's images, see `kalmannorm.lab.data.digits.cluttered_digits`; they are given as they are.
 
     Args:
-        gradient_batch: Images a gradient step, over all processes and accumulated batches.
+        gradient_batch: See `MemoryData`; its other options too.
         train: How many images to train on.
         scored: How many to validate on, and as many others to test on.
         split_seed: Decides which digits go into which split, and how the images are composed.
-        score_batch: Images a batch in validation and test.
-        seed: Of the order.
-        device: Where the images are kept; by default where the trainer's model is.
     """
 
     num_classes = 10
 
     def __init__(
-        self,
-        gradient_batch: int = 2,
-        *,
-        train: int = 8000,
-        scored: int = 2000,
-        split_seed: int = 0,
-        score_batch: int = 500,
-        seed: int = 0,
-        device: str | torch.device | None = None,
+        self, gradient_batch: int = 2, *, train: int = 8000, scored: int = 2000, split_seed: int = 0, **options: Any
     ) -> None:
-        super().__init__(gradient_batch, score_batch=score_batch, seed=seed, device=device)
+        super().__init__(gradient_batch, **options)
         self.counts: dict[Split, int] = {"train": train, "validation": scored, "test": scored}
         self.split_seed = split_seed
 

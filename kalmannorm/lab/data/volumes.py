@@ -8,15 +8,14 @@ field and noise are each volume's own. What is to be found differs from the clut
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kalmannorm.lab.data.memory import Splits
-from kalmannorm.lab.data.memory_data import MemoryData
+from kalmannorm.lab.data.memory import MemoryData, Splits
 
 __all__ = ["Scan", "Split", "VolumeData", "generate_volumes"]
 
@@ -157,7 +156,7 @@ class VolumeData(MemoryData):
         torch.Size([1, 16, 16, 16])
 
     Args:
-        gradient_batch: Volumes a gradient step, over all processes and accumulated batches.
+        gradient_batch: See `MemoryData`; its other options too.
         score_batch: Volumes a batch in validation and test.
         train: How many volumes to train on.
         validation: How many to choose hyper-parameters on.
@@ -165,9 +164,6 @@ class VolumeData(MemoryData):
         size: Voxels a side.
         standardize: Give each volume a mean of 0 and a standard deviation of 1.
         data_seed: Of the volumes, apart from ``seed`` so that all runs are compared on the same ones.
-        drop_last: Leave out an epoch's last batch of fewer volumes, in training.
-        seed: Of the order.
-        device: Where the tensors are kept; by default where the trainer's model is.
     """
 
     num_classes = NUM_CLASSES
@@ -183,11 +179,9 @@ class VolumeData(MemoryData):
         size: int = 24,
         standardize: bool = False,
         data_seed: int = 0,
-        drop_last: bool = True,
-        seed: int = 0,
-        device: str | torch.device | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(gradient_batch, score_batch=score_batch, drop_last=drop_last, seed=seed, device=device)
+        super().__init__(gradient_batch, score_batch=score_batch, **options)
         self.counts: dict[Split, int] = {"train": train, "validation": validation, "test": test}
         self.size, self.standardize, self.data_seed = size, standardize, data_seed
 

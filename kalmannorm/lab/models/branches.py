@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Branches", "Norm", "unit"]
+__all__ = ["Branches", "Norm", "chain", "unit"]
 
 Norm = Callable[[int], nn.Module]
 
@@ -20,6 +20,17 @@ def unit(in_channels: int, channels: int, kernel_size: int, norm_layer: Norm, st
     conv = nn.Conv2d(in_channels, channels, kernel_size, stride, kernel_size // 2, bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return nn.Sequential(conv, norm_layer(channels), nn.ReLU(inplace=True))
+
+
+def chain(in_channels: int, norm_layer: Norm, *units: tuple[int, int], stride: int = 1) -> nn.Module:
+    """Units one behind the other, each given by its channels and its kernel's size; the last one has the stride."""
+    *before, last = units
+    layers = []
+    for channels, kernel_size in before:
+        layers.append(unit(in_channels, channels, kernel_size, norm_layer))
+        in_channels = channels
+    layers.append(unit(in_channels, *last, norm_layer, stride))
+    return nn.Sequential(*layers) if before else layers[0]
 
 
 class Branches(nn.Module):

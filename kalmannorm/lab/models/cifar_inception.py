@@ -22,16 +22,17 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from kalmannorm.lab.models.branches import Branches, Norm, unit
+from kalmannorm.lab.models.branches import Branches, Norm, chain, unit
 
 __all__ = ["CifarInception"]
 
-# Of each module: 1x1; 1x1 and 3x3; 1x1 and 5x5; 1x1 after pooling.
+# Of each module's branches, the filters of each convolution and its size; the last branch begins with pooling.
 MODULES = (
-    (64, (96, 128), (16, 32), 32),
-    (128, (128, 192), (32, 96), 64),
-    (192, (96, 208), (16, 48), 64),
+    (((64, 1),), ((96, 1), (128, 3)), ((16, 1), (32, 5)), ((32, 1),)),
+    (((128, 1),), ((128, 1), (192, 3)), ((32, 1), (96, 5)), ((64, 1),)),
+    (((192, 1),), ((96, 1), (208, 3)), ((16, 1), (48, 5)), ((64, 1),)),
 )
+LEAST = 16
 
 
 class CifarInception(nn.Module):
@@ -61,16 +62,16 @@ class CifarInception(nn.Module):
         def wide(filters: int) -> int:
             return round(width * filters)
 
-        least = min(each for module in MODULES for each in (module[0], *module[1], *module[2], module[3]))
-        if wide(least) < 1:
-            raise ValueError(f"width must leave 1 or more of {least} filters; got {width}")
-        self.conv = unit(in_channels, wide(32), 3, norm_layer, stride=2)
-        modules = []
+        if wide(LEAST) < 1:
+            raise ValueError(f"width must leave 1 or more of {LEAST} filters; got {width}")
         channels = wide(32)
-        for single, (before_three, three), (before_five, five), pooled in MODULES:
-            own = (wide(single), (wide(before_three), wide(three)), (wide(before_five), wide(five)), wide(pooled))
-            modules.append(_module(channels, *own, norm_layer))
-            channels = own[0] + own[1][1] + own[2][1] + own[3]
+        self.conv = unit(in_channels, channels, 3, norm_layer, stride=2)
+        modules = []
+        for rows in MODULES:
+            own = [[(wide(filters), kernel) for filters, kernel in row] for row in rows]
+            *branches, last = (chain(channels, norm_layer, *row) for row in own)
+            modules.append(Branches(*branches, nn.Sequential(nn.MaxPool2d(3, 1, 1), last)))
+            channels = sum(row[-1][0] for row in own)
         self.inceptions = nn.ModuleList(modules)
         self.classifier = nn.Linear(channels, num_classes)
 
@@ -81,15 +82,3 @@ class CifarInception(nn.Module):
             x = inception(x)
         logits: Tensor = self.classifier(x.mean((2, 3)))
         return logits
-
-
-def _module(
-    channels: int, single: int, three: tuple[int, int], five: tuple[int, int], pooled: int, norm_layer: Norm
-) -> Branches:
-    """One Inception module of four branches, all with stride 1."""
-    return Branches(
-        unit(channels, single, 1, norm_layer),
-        nn.Sequential(unit(channels, three[0], 1, norm_layer), unit(*three, 3, norm_layer)),
-        nn.Sequential(unit(channels, five[0], 1, norm_layer), unit(*five, 5, norm_layer)),
-        nn.Sequential(nn.MaxPool2d(3, 1, 1), unit(channels, pooled, 1, norm_layer)),
-    )

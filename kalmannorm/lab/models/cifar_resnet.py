@@ -7,14 +7,12 @@ the mean over space, a linear classifier; 6n + 2 layers with weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["CifarResNet"]
+from kalmannorm.lab.models.branches import Norm
 
-Norm = Callable[[int], nn.Module]
+__all__ = ["CifarResNet"]
 
 
 def _conv3x3(in_channels: int, channels: int, stride: int = 1) -> nn.Conv2d:

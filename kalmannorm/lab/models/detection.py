@@ -6,11 +6,11 @@ He et al., "Mask R-CNN" (arXiv:1703.06870), Figure 4. Built from torchvision's p
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 from torchvision.models import resnet50
+from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
@@ -18,31 +18,14 @@ from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCN
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import MultiScaleRoIAlign
 
-__all__ = ["mask_rcnn_c4", "mask_rcnn_fpn"]
+from kalmannorm.lab.models.branches import Norm
 
-Norm = Callable[[int], nn.Module]
+__all__ = ["mask_rcnn_c4", "mask_rcnn_fpn"]
 
 # Sides of the anchors, in pixels, and their height to width.
 SIZES = (32, 64, 128, 256, 512)
 RATIOS = (0.5, 1.0, 2.0)
 BOXES_PER_IMAGE = 256
-
-
-class Conv4Features(nn.Module):
-    """A ResNet up to its third stage: stride 16 (``conv4`` in the paper's count)."""
-
-    out_channels = 1024
-
-    def __init__(self, resnet: Any) -> None:
-        super().__init__()
-        self.conv1, self.bn1, self.relu, self.maxpool = resnet.conv1, resnet.bn1, resnet.relu, resnet.maxpool
-        self.layer1, self.layer2, self.layer3 = resnet.layer1, resnet.layer2, resnet.layer3
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Images ``(N, 3, H, W)`` to features ``(N, 1024, H / 16, W / 16)``."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
-        features: Tensor = self.layer3(self.layer2(self.layer1(x)))
-        return features
 
 
 class MeanOverSpace(nn.Module):
@@ -76,6 +59,9 @@ def mask_rcnn_c4(
         options: Arguments of torchvision's ``MaskRCNN``, such as ``min_size``.
     """
     resnet50_: Any = resnet50(norm_layer=norm_layer) if resnet is None else resnet
+    # Stride 16: conv4 in the paper's count.
+    backbone: Any = IntermediateLayerGetter(resnet50_, {"layer3": "0"})
+    backbone.out_channels = 1024
     region = {"featmap_names": ["0"], "output_size": 14, "sampling_ratio": 2}
     parts = {
         "rpn_anchor_generator": AnchorGenerator((SIZES,), (RATIOS,)),
@@ -87,7 +73,7 @@ def mask_rcnn_c4(
         "mask_predictor": MaskRCNNPredictor(2048, 256, num_classes),
         "box_batch_size_per_image": BOXES_PER_IMAGE,
     }
-    model: nn.Module = MaskRCNN(Conv4Features(resnet50_), **{**parts, **options})
+    model: nn.Module = MaskRCNN(backbone, **{**parts, **options})
     return model
 
 

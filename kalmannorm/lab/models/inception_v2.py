@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from kalmannorm.lab.models.branches import Branches, Norm, unit
+from kalmannorm.lab.models.branches import Branches, Norm, chain, unit
 
 __all__ = ["InceptionV2"]
 
@@ -109,28 +109,15 @@ class InceptionV2(nn.Module):
 
 def _branches(channels: int, row: Module, norm_layer: Norm) -> Branches:
     """A module, for an input of so many channels."""
-    branches: list[nn.Module] = []
-    if row.single:
-        branches.append(unit(channels, row.single, 1, norm_layer))
-    reduced, three = row.three
-    branches.append(
-        nn.Sequential(unit(channels, reduced, 1, norm_layer), unit(reduced, three, 3, norm_layer, row.stride))
-    )
-    reduced, double = row.double
-    branches.append(
-        nn.Sequential(
-            unit(channels, reduced, 1, norm_layer),
-            unit(reduced, double, 3, norm_layer),
-            unit(double, double, 3, norm_layer, row.stride),
-        )
-    )
-    branches.append(_pooling(channels, row, norm_layer))
-    return Branches(*branches)
-
-
-def _pooling(channels: int, row: Module, norm_layer: Norm) -> nn.Module:
-    """Pooling over 3x3, and a 1x1 convolution unless the input passes through."""
     pool: nn.Module = nn.AvgPool2d(3, row.stride, 1, count_include_pad=False)
     if row.maximum:
         pool = nn.MaxPool2d(3, row.stride, 1)
-    return nn.Sequential(pool, unit(channels, row.pooled, 1, norm_layer)) if row.pooled else pool
+    (reduced, three), (also_reduced, double) = row.three, row.double
+    branches: list[nn.Module] = [unit(channels, row.single, 1, norm_layer)] if row.single else []
+    branches += [
+        chain(channels, norm_layer, (reduced, 1), (three, 3), stride=row.stride),
+        chain(channels, norm_layer, (also_reduced, 1), (double, 3), (double, 3), stride=row.stride),
+        # The input passes through where no convolution follows.
+        nn.Sequential(pool, unit(channels, row.pooled, 1, norm_layer)) if row.pooled else pool,
+    ]
+    return Branches(*branches)

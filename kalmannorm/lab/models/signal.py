@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["SignalNet", "TabularNet"]
+from kalmannorm.lab.models.branches import Norm
 
-Norm = Callable[[int], nn.Module]
+__all__ = ["SignalNet", "TabularNet"]
 
 # (channels, stride) of each convolution: signals of length 64 shrink to 8 steps.
 LAYERS = ((16, 1), (32, 2), (32, 1), (64, 2), (64, 1), (64, 2))

@@ -8,14 +8,13 @@ and what each level of the way down found beside what comes up.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, fx, nn
 
-__all__ = ["UNet3d"]
+from kalmannorm.lab.models.branches import Norm
 
-Norm = Callable[[int], nn.Module]
+__all__ = ["UNet3d"]
 
 
 class UNet3d(nn.Module):

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from kalmannorm.lab.baselines.cross_iteration import CrossIterationNorm, to_cross_iteration
-from kalmannorm.lab.baselines.passes import count_in_steps
+from kalmannorm.lab.baselines.replacing import count_in_steps
 from kalmannorm.lab.models.small import SmallConvNet
 
 
@@ -198,4 +198,4 @@ def test_errors():
 
 @pytest.mark.parametrize("burn_in", [0, 10])
 def test_it_learns(burn_in):
-    assert falls(lambda model: to_cross_iteration(model, 4, burn_in))
+    assert falls(lambda model: to_cross_iteration(model, window=4, burn_in=burn_in))

@@ -147,7 +147,7 @@ def test_errors():
 
 
 def test_it_learns():
-    assert falls(lambda model: to_batch_renorm(model, RenormSchedule().scaled(1e-3)))
+    assert falls(lambda model: to_batch_renorm(model, schedule=RenormSchedule().scaled(1e-3)))
 
 
 @pytest.mark.parametrize("shape", [(6, 3), (6, 3, 4), (6, 3, 5, 5)])

@@ -1,6 +1,5 @@
-"""The data module under a Trainer: what it hands out, and that a resumed run sees what an unbroken one sees."""
+"""The data module under a Trainer: what it hands out."""
 
-import lightning
 import pytest
 import torch
 from image_files import write_parquet
@@ -76,31 +75,6 @@ def test_without_validation_a_trainer_fits_all_the_same(cifar10):
     trainer = quiet_trainer(6)
     trainer.fit(classifier(), ClassificationData("cifar10", 8, validation=0))
     assert trainer.global_step == 6
-
-
-class Seen(lightning.Callback):
-    """Keeps the batches that a run trained on, and saves a checkpoint after one step of them."""
-
-    def __init__(self, path=None, save_after=None):
-        self.path, self.save_after, self.batches = path, save_after, []
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.batches.append(batch)
-        if trainer.global_step == self.save_after:
-            trainer.save_checkpoint(self.path)
-
-
-@pytest.mark.parametrize("step", [3, 5, 7], ids=["within", "at the end", "within the second epoch"])
-def test_a_resumed_run_sees_what_an_unbroken_one_sees(cifar10, tmp_path, step):
-    path = tmp_path / "run.ckpt"
-    unbroken, resumed = Seen(path, step), Seen()
-    for seen, checkpoint in ((unbroken, None), (resumed, path)):
-        data = ClassificationData("cifar10", 8, validation=10)
-        quiet_trainer(13, seen).fit(classifier(), data, ckpt_path=checkpoint, weights_only=False)
-    assert len(resumed.batches) == 13 - step
-    for (images, labels), (expected, expected_labels) in zip(resumed.batches, unbroken.batches[step:], strict=True):
-        assert torch.equal(images, expected)
-        assert torch.equal(labels, expected_labels)
 
 
 def test_bad_requests_say_what_was_wrong(cifar10):

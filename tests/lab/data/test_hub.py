@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kalmannorm.lab.data.folders import FolderData
-from kalmannorm.lab.data.hub import REPOSITORY, HubImages
+from kalmannorm.lab.data.folders import REPOSITORY, FolderData
+from kalmannorm.lab.data.hub import HubImages
 from kalmannorm.lab.data.roots import MissingDataError
 
 CLASSES = ["bee", "cat", "dog"]
@@ -58,7 +58,8 @@ def test_parquet_files_of_the_repository(root, asked_of_the_hub):
 def test_from_the_hub_if_it_is_nowhere(root, monkeypatch):
     asked = []
 
-    def load(path, split):
+    def load(path, configuration, split):
+        assert configuration is None
         asked.append((path, split))
         return part({"train": 10, "validation": 4}[split])
 

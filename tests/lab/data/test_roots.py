@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from kalmannorm.lab.data.roots import MissingDataError, data_root, find, require
+from kalmannorm.lab.data.roots import MissingDataError, data_root, find, missing
 
 LAYOUT = ["train-*.parquet", "test-*.parquet"]
 ORIGIN = "https://example.org/animals"
@@ -28,7 +28,7 @@ def test_a_complete_folder_is_found(monkeypatch, tmp_path):
     (tmp_path / "animals").mkdir()
     for part in ("train", "test"):
         (tmp_path / "animals" / f"{part}-00000-of-00001.parquet").touch()
-    assert find("animals", LAYOUT, ORIGIN) == require("animals", LAYOUT, ORIGIN) == tmp_path / "animals"
+    assert find("animals", LAYOUT, ORIGIN) == tmp_path / "animals"
 
 
 def test_an_incomplete_folder_is_an_error(monkeypatch, tmp_path):
@@ -47,6 +47,6 @@ def test_the_error_says_what_from_where_and_into_which_layout(monkeypatch, tmp_p
         monkeypatch.setenv("KALMANNORM_DATA", str(tmp_path))
     place = str(tmp_path) if has_root else "$KALMANNORM_DATA"
     with pytest.raises(MissingDataError, match=re.escape(f"{place}/animals/train-*.parquet")) as raised:
-        require("animals", LAYOUT, ORIGIN)
+        raise missing("animals", LAYOUT, ORIGIN)
     assert ORIGIN in str(raised.value)
     assert ("Set KALMANNORM_DATA" in str(raised.value)) == (not has_root)

@@ -1,16 +1,13 @@
 """The paper's small Inception, against its table in section 4.3.2."""
 
-import functools
-
 import pytest
 import torch
-from model_checks import check_learns, check_one_step, check_priors, group_norm, parameters
+from model_checks import parameters
 from torch import nn
 
 import kalmannorm
 from kalmannorm.lab.models.cifar_inception import CifarInception
 
-every_norm = pytest.mark.parametrize("kind", ["batch", "group", "kalman"])
 NORMS = 1 + 3 * 6
 CHANNELS = 32 + (96 + 16 + 256) + (128 + 32 + 480) + (96 + 16 + 512)
 
@@ -59,23 +56,3 @@ def test_a_quarter_of_the_width():
 def test_a_width_that_leaves_nothing(width):
     with pytest.raises(ValueError, match=rf"width must leave 1 or more of 16 filters; got {width}"):
         CifarInception(width=width)
-
-
-def test_group_norm_takes_every_place():
-    model = CifarInception(norm_layer=group_norm)
-    assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
-    assert sum(isinstance(module, nn.GroupNorm) for module in model.modules()) == NORMS
-
-
-def test_every_layer_but_the_first_has_a_prior():
-    assert len(check_priors(CifarInception).rows) == NORMS
-
-
-@every_norm
-def test_one_step(kind):
-    check_one_step(functools.partial(CifarInception, num_classes=4), kind)
-
-
-@every_norm
-def test_learns(kind):
-    check_learns(functools.partial(CifarInception, num_classes=4), kind, size=16, rate=0.02)

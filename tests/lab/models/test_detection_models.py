@@ -116,7 +116,7 @@ def test_state_dict_round_trip(make):
 def test_conv4_features_have_stride_16():
     model = mask_rcnn_c4(**SMALL)
     with torch.no_grad():
-        assert model.backbone(torch.randn(1, 3, 64, 96)).shape == (1, 1024, 4, 6)
+        assert model.backbone(torch.randn(1, 3, 64, 96))["0"].shape == (1, 1024, 4, 6)
     sizes = model.rpn.anchor_generator.cell_anchors[0]
     width, height = (sizes[:, 2:] - sizes[:, :2]).unbind(1)
     assert (width * height).sqrt()[5:10].round().tolist() == [32, 64, 128, 256, 512]

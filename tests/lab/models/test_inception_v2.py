@@ -4,13 +4,12 @@ import functools
 
 import pytest
 import torch
-from model_checks import check_learns, check_one_step, check_priors, group_norm, parameters
+from model_checks import group_norm, parameters
 from torch import nn
 
 import kalmannorm
 from kalmannorm.lab.models.inception_v2 import InceptionV2
 
-every_norm = pytest.mark.parametrize("kind", ["batch", "group", "kalman"])
 # Two modules have no 1x1 branch and no convolution behind the pooling.
 NORMS = 3 + 8 * 7 + 2 * 5
 
@@ -104,18 +103,3 @@ def test_the_input_passes_through_where_the_module_strides():
     x = torch.randn(2, 320, 8, 8)
     out = full().eval().inceptions["3c"](x)
     assert torch.equal(out[:, 160 + 96 :], nn.functional.max_pool2d(x, 3, 2, 1))
-
-
-def test_every_layer_but_the_first_has_a_prior():
-    assert len(check_priors(InceptionV2, size=64).rows) == NORMS
-
-
-@every_norm
-def test_one_step(kind):
-    check_one_step(functools.partial(InceptionV2, num_classes=4), kind, size=64)
-
-
-@pytest.mark.slow
-@every_norm
-def test_learns(kind):
-    check_learns(functools.partial(InceptionV2, num_classes=4), kind, size=48, rate=0.005)

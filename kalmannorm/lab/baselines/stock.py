@@ -1,0 +1,100 @@
+"""Layers of torch and of this library in BatchNorm's place.
+
+GroupNorm (Wu & He, 2018, arXiv:1803.08494) and its two ends, one group of all channels and one group a channel:
+LayerNorm (Ba et al., 2016, arXiv:1607.06450) and InstanceNorm (Ulyanov et al., 2016, arXiv:1607.08022), which see each
+sample by itself. BatchNorm by parts of a batch, over all devices, and frozen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from torch import nn
+
+import kalmannorm
+from kalmannorm.lab.baselines.replacing import replace_batchnorm
+
+__all__ = ["to_frozen", "to_ghost", "to_groupnorm", "to_instancenorm", "to_layernorm", "to_sync"]
+
+
+def _to_groups(model: nn.Module, groups_of: Callable[[int], int]) -> nn.Module:
+    return replace_batchnorm(
+        model, lambda norm: nn.GroupNorm(groups_of(norm.num_features), norm.num_features, norm.eps, norm.affine)
+    )
+
+
+def to_groupnorm(model: nn.Module, groups: int = 32) -> nn.Module:
+    """Replace every BatchNorm inside ``model``, in place, by ``nn.GroupNorm``, and return it.
+
+    Args:
+        model: Any network with BatchNorm layers.
+        groups: Groups of channels a layer, 32 in the paper. Where they do not divide a layer's channels, their greatest
+            common divisor with them.
+
+    Example:
+        >>> [norm.num_groups for norm in to_groupnorm(nn.Sequential(nn.BatchNorm2d(64), nn.BatchNorm2d(24)))]
+        [32, 8]
+    """
+    if groups < 1:
+        raise ValueError(f"groups must be at least 1; got {groups}")
+    return _to_groups(model, lambda channels: math.gcd(groups, channels))
+
+
+def to_layernorm(model: nn.Module) -> nn.Module:
+    """Replace every BatchNorm inside ``model``, in place, by LayerNorm over ``(C, H, W)``, and return it.
+
+    It is GroupNorm with one group: weight and bias stay one a channel, where `nn.LayerNorm` has one an element.
+    """
+    return _to_groups(model, lambda channels: 1)
+
+
+def to_instancenorm(model: nn.Module) -> nn.Module:
+    """Replace every BatchNorm inside ``model``, in place, by InstanceNorm over ``(H, W)``, and return it.
+
+    It is GroupNorm with a group a channel, which takes inputs of every rank. In training, features of a single pixel
+    have no variance, and torch raises an error.
+    """
+    return _to_groups(model, lambda channels: channels)
+
+
+def to_ghost(model: nn.Module, samples: int = 2) -> nn.Module:
+    """Ghost BatchNorm (Hoffer et al., 2017, arXiv:1705.08741): BatchNorm by parts of a batch, in place.
+
+    The layers are `kalmannorm.KalmanNorm2d` and the like with ``gain=1.0``, which is BatchNorm, by groups. The
+    running statistics move once a step towards the mean over groups; Hoffer et al. move them once a group.
+
+    Args:
+        model: Any network with BatchNorm layers; it is returned.
+        samples: Samples a group; must divide every batch. The paper has 128; 2 is the KN paper's smallest.
+
+    Example:
+        >>> to_ghost(nn.Sequential(nn.BatchNorm2d(8)), 4)[0].stats_batch_size
+        4
+    """
+    return kalmannorm.convert(model, gain=1.0, process_noise=False, stats_batch_size=samples)
+
+
+def to_sync(model: nn.Module) -> nn.Module:
+    """Replace every BatchNorm inside ``model``, in place, by ``nn.SyncBatchNorm``: statistics over all devices.
+
+    Without a process group this is BatchNorm; with one, torch takes inputs on accelerators only.
+
+    Returns:
+        The same ``model``, or the new layer where it was itself a BatchNorm.
+    """
+    converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return converted
+
+
+def to_frozen(model: nn.Module) -> nn.Module:
+    """BN*, of the KN paper's Table 6: running statistics normalize in training too; in place.
+
+    It means something for a network that was trained before. One that was not normalizes by its initial
+    mean 0 and variance 1, which is no normalization at all.
+
+    Example:
+        >>> to_frozen(nn.Sequential(nn.BatchNorm2d(8)))[0].weight.requires_grad
+        False
+    """
+    return kalmannorm.freeze(model)

@@ -1,0 +1,244 @@
+"""Batches whose order and draws follow from a seed and the epoch alone, shared out among processes, resumable."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any, Self
+
+import lightning
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+__all__ = ["Batches", "DiskData", "OrderedBatches", "ShuffledBatches", "images_a_process"]
+
+
+def images_a_process(gradient_batch: int, trainer: lightning.Trainer | None) -> int:
+    """Images that one process takes at a time, so that all of them together make a gradient step.
+
+    Args:
+        gradient_batch: Images a gradient step: over all processes, and over the batches that one accumulates.
+        trainer: Has the number of both; None for one of each.
+
+    Raises:
+        ValueError: The gradient batch does not divide evenly.
+    """
+    processes, accumulated = (trainer.world_size, trainer.accumulate_grad_batches) if trainer else (1, 1)
+    if gradient_batch < 1:
+        raise ValueError(f"gradient_batch must be at least 1; got {gradient_batch}")
+    share, rest = divmod(gradient_batch, processes * accumulated)
+    if rest:
+        raise ValueError(
+            f"gradient_batch must be a multiple of {processes * accumulated}, as {processes} processes accumulate "
+            f"{accumulated} batches each; got {gradient_batch}"
+        )
+    return share
+
+
+class Batches(ABC):
+    """An iterable of this process's batches.
+
+    Lightning calls ``sampler.set_epoch``, which moves on to another order and other draws, and keeps the ``state_dict``
+    in checkpoints: after `load_state_dict` an epoch goes on where it was left, and reads nothing that comes before.
+    torchdata's ``StatefulDataLoader`` has no shares of a gradient batch, and counts what workers have read ahead.
+
+    The images of a gradient batch lie side by side in the order, and so do those of each process: groups of images
+    that are normalized together are the same for any number of processes.
+
+    Args:
+        count: Images there are.
+        gradient_batch: Images a gradient step, over all processes and accumulated batches.
+        trainer: Has the number of both; None for one of each.
+        seed: Of the order and of the draws; None for the images' own order.
+        drop_last: Leave out an epoch's last images, too few for a gradient step of equal size. Otherwise up to one
+            image less than there are processes is left out, so that all get as many.
+
+    Attributes:
+        images: A batch, of this process.
+        epoch: Of the next iteration.
+        handed_out: How many batches of the epoch one has got.
+
+    Raises:
+        ValueError: The gradient batch can't be shared out, or there are fewer images.
+    """
+
+    epoch = 0
+    handed_out = 0
+    _left_out = 0
+    # Lightning asks any loader that has a `sampler` for this too.
+    batch_sampler = None
+
+    def __init__(
+        self, count: int, gradient_batch: int, trainer: lightning.Trainer | None, seed: int | None, drop_last: bool
+    ) -> None:
+        self.images = images_a_process(gradient_batch, trainer)
+        self.count, self.seed, self.drop_last = count, seed, drop_last
+        self.rank, self.replicas = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        self.accumulated = gradient_batch // (self.images * self.replicas)
+        if len(self) < 1:
+            raise ValueError(f"gradient_batch must be at most {count}, the images there are; got {gradient_batch}")
+
+    def __len__(self) -> int:
+        """Batches an epoch, of this process."""
+        whole, rest = divmod(self.count, self.images * self.replicas)
+        return whole - whole % self.accumulated if self.drop_last else whole + (rest >= self.replicas)
+
+    def __iter__(self) -> Iterator[Any]:
+        """The batches."""
+        # All of this happens at the first `next`: Lightning tells the epoch only after it has called `iter`.
+        first, self._left_out = self._left_out, 0
+        for index, batch in enumerate(self.read(first), first + 1):
+            self.handed_out = index
+            yield batch
+
+    @abstractmethod
+    def read(self, first: int) -> Iterator[Any]:
+        """The epoch's batches from one on."""
+
+    def order(self) -> tuple[Tensor, torch.Generator]:
+        """Of one epoch, all processes together: the images' indices ``(N,)``; and a generator for further draws."""
+        generator = torch.Generator()
+        if self.seed is None:
+            return torch.arange(self.count), generator
+        # On the CPU: no draw depends on the device.
+        generator.manual_seed(_entropy(self.seed, self.epoch))
+        return torch.randperm(self.count, generator=generator), generator
+
+    def share(self, index: int) -> slice:
+        """Where in the order this process's part of a batch is."""
+        start = index * self.images * self.replicas
+        size = min(self.images, (self.count - start) // self.replicas)
+        return slice(start + self.rank * size, start + (self.rank + 1) * size)
+
+    @property
+    def sampler(self) -> Self:
+        """Itself: Lightning tells the epoch to a loader's sampler."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Take the order and the draws of this epoch from the next iteration on."""
+        self.epoch = epoch
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many batches of the epoch are handed out."""
+        return {"handed_out": self.handed_out}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Leave those out of the next iteration (alone)."""
+        self._left_out = self.handed_out = state["handed_out"] % len(self)
+
+
+class _Drawn(Dataset[Any]):
+    """A data set whose random transforms draw from ``(seed, epoch, index)``, whoever calls them, and when.
+
+    So an image's flip and crop don't depend on the number of workers or of processes, nor on what came before it.
+    Torch's own state is left as it was.
+    """
+
+    def __init__(self, data: Any, seed: int) -> None:
+        self.data, self.seed = data, seed
+
+    def __getitem__(self, place: tuple[int, int]) -> Any:
+        """The item at ``(epoch, index)``."""
+        epoch, index = place
+        with torch.random.fork_rng(devices=[]):
+            # Not torch.manual_seed, which would seed the GPUs too.
+            torch.default_generator.manual_seed(_entropy(self.seed, epoch, index))
+            return self.data[index]
+
+
+class ShuffledBatches(Batches):
+    """Shuffled batches that worker processes read, in whole gradient batches.
+
+    Args:
+        data: What to draw from.
+        gradient_batch: See `Batches`; ``trainer`` and ``seed`` too.
+        options: Of torch's ``DataLoader``, such as ``num_workers``.
+    """
+
+    def __init__(
+        self, data: Any, gradient_batch: int, trainer: lightning.Trainer | None = None, *, seed: int = 0, **options: Any
+    ) -> None:
+        super().__init__(len(data), gradient_batch, trainer, seed, drop_last=True)
+        self.data, self.drawn, self.options = data, _Drawn(data, seed), _loading(trainer, options)
+
+    def read(self, first: int) -> Iterator[Any]:
+        """The batches, as ``collate_fn`` makes them."""
+        order = self.order()[0].tolist()
+        places = [[(self.epoch, each) for each in order[self.share(index)]] for index in range(first, len(self))]
+        return iter(DataLoader(self.drawn, batch_sampler=places, generator=torch.Generator(), **self.options))
+
+
+class OrderedBatches:
+    """An iterable of all of a data set's images in order, each process with its share of the batches.
+
+    Unlike under torch's ``DistributedSampler``, no image comes twice where they don't divide evenly; and batches are
+    the same for any number of processes.
+
+    Args:
+        data: What to score on.
+        images: Images a batch.
+        trainer: Has the number of processes; None for one, on the CPU.
+        options: Of torch's ``DataLoader``.
+    """
+
+    def __init__(self, data: Any, images: int, trainer: lightning.Trainer | None = None, **options: Any) -> None:
+        if images < 1:
+            raise ValueError(f"score_batch must be at least 1; got {images}")
+        rank, replicas = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        starts = range(rank * images, len(data), replicas * images)
+        self.batches = [list(range(start, min(start + images, len(data)))) for start in starts]
+        self.data, self.options = data, _loading(trainer, options)
+
+    def __len__(self) -> int:
+        """Batches, of this process."""
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        """The batches, as ``collate_fn`` makes them."""
+        return iter(DataLoader(self.data, batch_sampler=self.batches, generator=torch.Generator(), **self.options))
+
+
+class DiskData(lightning.LightningDataModule):
+    """Data sets that a subclass's ``setup`` opens, read by worker processes.
+
+    Args:
+        gradient_batch: Images a gradient step, over all processes and accumulated batches.
+        score_batch: Images a batch in validation and test.
+        seed: Of the order, and of what is drawn for each image.
+        options: Of torch's ``DataLoader``.
+    """
+
+    train_set: Any
+    validation_set: Any
+
+    def __init__(self, gradient_batch: int, score_batch: int, seed: int, **options: Any) -> None:
+        super().__init__()
+        self.gradient_batch, self.score_batch, self.seed, self.options = gradient_batch, score_batch, seed, options
+
+    def train_dataloader(self) -> ShuffledBatches:
+        """Shuffled batches of as many images each.
+
+        Raises:
+            ValueError: The gradient batch does not divide evenly among processes and accumulated batches.
+        """
+        return ShuffledBatches(self.train_set, self.gradient_batch, self.trainer, seed=self.seed, **self.options)
+
+    def val_dataloader(self) -> OrderedBatches:
+        """All validation images, in order."""
+        return OrderedBatches(self.validation_set, self.score_batch, self.trainer, **self.options)
+
+
+def _loading(trainer: lightning.Trainer | None, options: dict[str, Any]) -> dict[str, Any]:
+    """Options of a ``DataLoader``.
+
+    Each one also gets a generator of its own: it draws a seed for its workers, which nothing uses, and must leave
+    torch's state as a resumed training finds it.
+    """
+    return {"pin_memory": trainer is not None and trainer.strategy.root_device.type == "cuda", **options}
+
+
+def _entropy(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])

@@ -1,0 +1,104 @@
+"""Layers of torch and of this library in BatchNorm's place."""
+
+import copy
+
+import pytest
+import torch
+from learning import falls
+from torch import nn
+
+from kalmannorm.lab.baselines.stock import (
+    to_frozen,
+    to_ghost,
+    to_groupnorm,
+    to_instancenorm,
+    to_layernorm,
+    to_sync,
+)
+from kalmannorm.lab.models.small import SmallConvNet
+
+
+def test_every_batchnorm_becomes_a_groupnorm_and_nothing_else():
+    model = SmallConvNet()
+    weights = [conv.weight for conv in model.convs]
+    assert to_groupnorm(model, 8) is model
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    norms = [module for module in model.modules() if isinstance(module, nn.GroupNorm)]
+    assert [(norm.num_groups, norm.num_channels) for norm in norms[:3]] == [(8, 16), (8, 32), (8, 32)]
+    assert all(conv.weight is weight for conv, weight in zip(model.convs, weights, strict=True))
+
+
+def test_with_groupnorm_an_image_no_longer_depends_on_its_neighbours():
+    model, images = to_groupnorm(SmallConvNet()), torch.randn(4, 1, 32, 32)
+    assert torch.allclose(model(images)[:1], model(images[:1]), atol=1e-5)
+
+
+def test_groups_divide_the_channels_and_are_the_papers_32():
+    model = to_groupnorm(nn.Sequential(*(nn.BatchNorm2d(channels) for channels in (64, 48, 58, 5))))
+    assert [norm.num_groups for norm in model] == [32, 16, 2, 1]
+    assert to_groupnorm(nn.Sequential(nn.BatchNorm2d(6)), 4)[0].num_groups == 2
+    with pytest.raises(ValueError, match="groups must be at least 1; got 0"):
+        to_groupnorm(nn.Sequential(nn.BatchNorm2d(6)), 0)
+
+
+@pytest.mark.parametrize(("replace", "axes"), [(to_layernorm, (1, 2, 3)), (to_instancenorm, (2, 3))])
+def test_the_plain_formula_of_layernorm_and_instancenorm(replace, axes):
+    layer = replace(nn.Sequential(nn.BatchNorm2d(6))).double()
+    nn.init.normal_(layer[0].weight)
+    nn.init.normal_(layer[0].bias)
+    x = torch.randn(3, 6, 4, 5).double()
+    mean, var = x.mean(axes, keepdim=True), x.var(axes, correction=0, keepdim=True)
+    weight, bias = layer[0].weight.view(1, 6, 1, 1), layer[0].bias.view(1, 6, 1, 1)
+    assert torch.allclose(layer(x), (x - mean) / (var + 1e-5).sqrt() * weight + bias)
+
+
+def test_each_group_of_ghost_batchnorm_is_a_batch_of_its_own():
+    model, images = SmallConvNet().double(), torch.randn(6, 1, 32, 32).double()
+    expected = torch.cat([copy.deepcopy(model)(part) for part in images.split(2)])
+    assert torch.allclose(to_ghost(model, 2)(images), expected)
+
+
+def test_eval_of_ghost_batchnorm_is_batchnorms():
+    stock = nn.Sequential(nn.BatchNorm2d(3))
+    ghost = to_ghost(copy.deepcopy(stock), 2)
+    stock.load_state_dict(ghost.state_dict())
+    x = torch.randn(5, 3, 4, 4)
+    assert torch.equal(ghost.eval()(x), stock.eval()(x))
+
+
+def test_every_batchnorm_is_synchronized():
+    model = SmallConvNet()
+    weights = [norm.weight for norm in model.norms]
+    assert to_sync(model) is model
+    assert all(isinstance(norm, nn.SyncBatchNorm) for norm in model.norms)
+    assert all(norm.weight is weight for norm, weight in zip(model.norms, weights, strict=True))
+
+
+def test_frozen_layers_normalize_by_what_they_have_learned():
+    model, images = SmallConvNet(), torch.randn(2, 1, 32, 32)
+    model(torch.randn(8, 1, 32, 32))
+    expected = copy.deepcopy(model).eval()(images)
+    assert torch.equal(to_frozen(model).train()(images), expected)
+    assert not any(parameter.requires_grad for parameter in model.norms.parameters())
+    with pytest.raises(ValueError, match="nothing to freeze"):
+        to_frozen(nn.Sequential(nn.ReLU()))
+
+
+def frozen_after_training(model):
+    for _ in range(20):
+        model(torch.randn(16, 1, 16, 16))
+    return to_frozen(model)
+
+
+@pytest.mark.parametrize(
+    ("replace", "options"),
+    [
+        (to_layernorm, {}),
+        # The mean over pixels before the classifier sees little of features that each have mean 0 and variance 1.
+        (to_instancenorm, {"rate": 0.3, "steps": 100}),
+        (lambda model: to_ghost(model, 4), {}),
+        (frozen_after_training, {}),
+    ],
+)
+def test_they_learn(replace, options):
+    assert falls(replace, **options)
