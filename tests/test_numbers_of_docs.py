@@ -108,7 +108,8 @@ def numbers_of(path):
     if path.name == "table.md" and path.parent.parent.name == "studies":
         searched = [row for row in rows(path.with_name("runs.csv")) if row["kind"] == "search"]
         scores = ("accuracy_running", "accuracy_online")
-        return decimals(path.read_text().partition("\n| arm ")[0]) | {100 * float(row[s]) for row in searched for s in scores if row.get(s)}
+        found = {100 * float(row[score]) for row in searched for score in scores if row.get(score)}
+        return found | decimals(path.read_text().partition("\n| arm ")[0])
     if path.name == "table.md":
         return decimals(path.read_text())
     if path == ROOT / "history":
@@ -164,8 +165,8 @@ def facts():
               for row in study("batch-sizes-gpu")["kn-1"].search]  # fmt: skip
     ratios = {name: sorted(1 / r for r in layer_ratios("kn-2", name)[2:]) for name in ("prior", "posterior")}
     observed = sorted(layer_ratios("kn-2", "observation", "log_ratio_rms")[2:])
-    frozen = [max(values) - min(values) for values in (
-        study("fine-tuning-imagenet-cpu")[arm].values("accuracy_running") for arm in ("frozen-1", "frozen-2"))]  # fmt: skip
+    seeds = [study("fine-tuning-imagenet-cpu")[arm].values("accuracy_running") for arm in ("frozen-1", "frozen-2")]
+    frozen = [max(values) - min(values) for values in seeds]
     cpu, cuda = ({(row["case"], row["method"]): row for row in rows(RESULTS / "speed" / f"{device}.csv")}
                  for device in ("cpu", "cuda"))  # fmt: skip
     ratio = lambda of, case, method="kalman_norm": float(of[case, method]["ratio_to_batch_norm"])  # noqa: E731
