@@ -13,7 +13,7 @@ help:
 	@echo "make test-oldest  run the core's tests on the oldest torch that is supported, in .venv-oldest (a large download)"
 	@echo "make check   ruff and mypy"
 	@echo "make docs    the site, into docs/_build/html; a warning is an error"
-	@echo "make report  the tables and figures of docs/results/studies again, from their runs.csv"
+	@echo "make report  the tables and figures of docs again, from the files of runs"
 	@echo "make bench   speed and memory beside torch's layers, into docs/results/speed (20 to 25 minutes)"
 
 $(READY): pyproject.toml
@@ -50,7 +50,7 @@ bench: $(READY)
 
 report: $(READY)
 	for study in $$(ls docs/results/studies); do $(BIN)/kalmannorm run $$study --report --output docs/results/studies; done
-	$(BIN)/python docs/results/tables.py
+	$(BIN)/python docs/figures/make.py
 
 clean:
 	rm -rf .venv .venv-oldest

@@ -60,8 +60,8 @@ html_copy_source = False
 html_math_renderer = "mathml"
 # A sidebar where there is a section to go through.
 _ALONE = (
-    "index", "start", "which-normalization", "how-it-works", "evidence", "api", "guide/troubleshooting", "compared",
-    "glossary",
+    "index", "start", "which-normalization", "how-it-works", "evidence", "reproduce", "api", "guide/troubleshooting",
+    "compared", "glossary",
 )  # fmt: skip
 html_sidebars = {page: [] for page in _ALONE}
 html_theme_options = {

@@ -230,7 +230,7 @@ class KalmanLayer(CorrectedPrior):
         return Prior(self._running_belief().map(Tensor.clone), noise)
 
     def belief(self, x: Tensor, groups: int) -> Belief:
-        """The belief about an input by the layer's estimator, as :func:`kalmannorm.evaluation.belief_for` gives it."""
+        """The belief about an input by the layer's estimator, as ``kalmannorm.evaluation.belief_for`` gives it."""
         return belief_for(x, groups) if self.estimator == "exact" else drawn_belief(x, groups)
 
     def _warn_once(self, message: str) -> None:

@@ -5,11 +5,11 @@ committed, and they show what the pages say.
 import importlib.util
 import math
 import re
-import runpy
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
@@ -17,12 +17,16 @@ pytest.importorskip("sklearn")
 DOCS = Path(__file__).parent.parent / "docs"
 
 
-@pytest.fixture(scope="module")
-def make():
-    spec = importlib.util.spec_from_file_location("make_figures", DOCS / "figures" / "make.py")
+def loaded(name):
+    spec = importlib.util.spec_from_file_location(f"figures_{name}", DOCS / "figures" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def make():
+    return loaded("make")
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +97,14 @@ def test_the_front_figure_is_of_the_files(make):
     assert all(len(scores[arm]) >= 3 for arm in wanted)
 
 
-def test_the_tables_that_no_study_makes_are_of_the_files(tmp_path):
-    pytest.importorskip("pandas")
-    made = runpy.run_path(str(DOCS / "results" / "tables.py"))
-    made["main"](tmp_path / "tables.md")
-    assert (tmp_path / "tables.md").read_text() == (DOCS / "results" / "tables.md").read_text(), "make report"
+def test_the_table_of_the_papers_figure_5_is_of_the_files(make):
+    assert make.variance_gaps() == (DOCS / "results" / "figure5-cpu" / "table.md").read_text(), "make report"
+
+
+def test_the_picture_of_a_comparisons_page_is_what_the_script_makes(tmp_path):
+    made, committed = loaded("screenshot").main(tmp_path / "page.png"), DOCS / "figures" / "comparison.png"
+    images = [Image.open(path) for path in (made, committed)]
+    assert images[0].width == images[1].width
+    assert images[0].height == pytest.approx(images[1].height, rel=0.1), "other fonts, or make it again"
+    assert all(path.stat().st_size < 150_000 for path in (made, committed))
+    assert "figures/comparison.png" in (DOCS / "notebooks" / "what-you-see.md").read_text()

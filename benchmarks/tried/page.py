@@ -1,5 +1,6 @@
 """The page: what was tried, and what happened."""
 
+import textwrap
 from collections import Counter
 
 from benchmarks.tables import table
@@ -14,7 +15,7 @@ weights. It is converted (`input_stats=(0.0, 1.0)`), described, and trained for 
 which of two waves the sample contains; the loss is the mean square of what is off.
 
 These are {STEPS} steps of one seed: they show faults, not which normalization is better.
-[Evidence](evidence.md) asks that.
+[Results](evidence.md) asks that.
 
 """
 
@@ -34,7 +35,14 @@ def page(rows):
     parts += ["### Layers without a prior\n\n", _reasons(networks)]
     parts += ["## Situations\n\nThe number is better where it is smaller.\n\n", _situations(situations)]
     packages = sorted({package for row in rows for package in row["packages"].split(", ")})
-    return "".join([*parts, f"With {', '.join(packages)}.\n"])
+    return _wrapped("".join([*parts, f"With {', '.join(packages)}.\n"]))
+
+
+def _wrapped(text):
+    """Prose in lines of at most 100 characters."""
+    wrapper = textwrap.TextWrapper(100, break_long_words=False, break_on_hyphens=False)
+    parts = text.strip().split("\n\n")
+    return "\n\n".join(part if part.startswith(("#", "|")) else wrapper.fill(part) for part in parts) + "\n"
 
 
 def _summary(networks):

@@ -1,6 +1,6 @@
 """Tables of results, read from `docs/results` when the site is built: `{measured} NAME` shows those of a study.
 
-They are the tables of accuracies of `results/studies/NAME/table.md`, which `kalmannorm study --report` makes from the
+They are the tables of accuracies of `results/studies/NAME/table.md`, which `kalmannorm run --report` makes from the
 file of runs. With `:optional:`, nothing is shown until the study is there.
 """
 

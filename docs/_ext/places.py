@@ -29,6 +29,8 @@ class Places(SphinxTransform):
             target = str(reference.get("reftarget", ""))
             if reference.get("reftype") != "myst" or not target or target.startswith("#"):
                 continue
+            if target in self.env.found_docs:  # a page whose name a folder beside this one has
+                continue
             place = (here / target.partition("#")[0]).resolve()
             if not place.is_dir() or not place.is_relative_to(root):
                 continue

@@ -1,5 +1,5 @@
-"""Makes the figures of docs/how-it-works.md and of the README: ``python docs/figures/make.py [FOLDER]``; about ten
-seconds on a CPU.
+"""Makes the figures of docs/how-it-works.md and of the README, and the table of the paper's Figure 5:
+``python docs/figures/make.py [FOLDER]``; about ten seconds on a CPU.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ from torch.nn import functional as F
 import kalmannorm as kn
 from kalmannorm.lab.data.digits import cluttered_digits
 from kalmannorm.lab.figures import COLOURS
+from kalmannorm.lab.formatting import as_markdown, format_value
 from kalmannorm.lab.models.small import SmallConvNet
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results"
-LAYERS = RESULTS / "priors" / "layers-kn-2.csv"
+LAYERS = RESULTS / "layers" / "kn-2.csv"
+FIGURE5 = RESULTS / "figure5-cpu"
 # Text stays text, in the reader's own font; ids are the same in each run. Narrow figures with large letters: on a
 # phone they are shown at half of their width.
 STYLE = {
@@ -259,8 +261,8 @@ def draw_depth(found: dict[str, tuple[list[float], list[float]]]) -> Figure:
 
 
 PRIORS = {
-    "trained with BatchNorm": {"as predicted": "layers-pretrained", "corrected": "layers-pretrained-corrected"},
-    "trained with KN at 2": {"as predicted": "layers-gains-2", "standardized filters": "layers-gains-2-standardized"},
+    "trained with BatchNorm": {"as predicted": "pretrained", "corrected": "pretrained-corrected"},
+    "trained with KN at 2": {"as predicted": "gains-2", "standardized filters": "gains-2-standardized"},
 }
 PRIOR_COLOURS = {"as predicted": "#c44e52", "corrected": "#4c72b0", "standardized filters": "#55a868"}
 
@@ -331,6 +333,39 @@ def draw_front(scores: dict[str, list[float]]) -> Figure:
     return drawing
 
 
+# -- A table: the paper's Figure 5
+
+
+def variance_gaps(folder: Path = FIGURE5) -> str:
+    """A table of how far the variance that a batch is normalized by is from the running one, over the running one.
+
+    BatchNorm normalizes by the observation, KN by its posterior. Of each run the mean and the median over its layers;
+    then mean and deviation over the runs.
+    """
+    found: dict[str, list[list[float]]] = {}
+    for path in sorted(folder.glob("*.csv")):
+        arm = path.stem.rpartition("-seed-")[0]
+        estimate = "observation" if arm.startswith("bn") else "posterior"
+        with path.open(newline="", encoding="utf-8") as file:
+            gaps = [
+                float(row["variance_gap"])
+                for row in csv.DictReader(file)
+                if (row["reference"], row["estimate"]) == ("population", estimate)
+            ]
+        found.setdefault(arm, []).append(gaps)
+    rows = [["arm", "layers", "runs", "mean over layers", "median over layers"]]
+    for arm, runs in found.items():
+        over_layers = ([average(gaps) for gaps in runs] for average in (statistics.fmean, statistics.median))
+        shown = [format_value("variance_gap", values) for values in over_layers]
+        rows.append([arm, str(len(runs[0])), str(len(runs)), *shown])
+    return (
+        "# Figure 5 of the paper, of the small Inception\n\nHow far the variance that a batch of 2 is normalized by is "
+        "from the running variance, relative to the running variance. BatchNorm (bn-2) normalizes by the batch's, "
+        "Kalman Normalization (kn-2) by the posterior's. Mean ± deviation over runs; the runs are those of "
+        f"[the study](../studies/inception-cpu/table.md).\n\n{as_markdown(rows)}"
+    )
+
+
 def _decades(axes: Axes, ticks: list[float], label: str) -> None:
     axes.set(yscale="log", ylabel=label)
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -364,3 +399,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for path in main(*map(Path, sys.argv[1:2])):
         print(path)
+    (FIGURE5 / "table.md").write_text(variance_gaps(), encoding="utf-8")

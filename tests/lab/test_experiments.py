@@ -114,7 +114,7 @@ def test_the_width_compensated_network_has_as_many_parameters_as_kn():
 
 
 def test_methods_on_the_same_network_and_data_have_one_rate_and_schedule_but_for_weight_normalization():
-    """As docs/laboratory.md says."""
+    """As docs/reproduce.md says."""
     found = {}
     for name, arm in EVERY.items():
         given, table = init_args(arm.config), name.partition("/")[0]
