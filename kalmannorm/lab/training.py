@@ -19,8 +19,8 @@ from torchmetrics.classification import MulticlassAccuracy
 import kalmannorm
 from kalmannorm.convert import with_stock_norms
 from kalmannorm.integrations.lightning import annealing, check_annealing
-from kalmannorm.lab.baselines.passes import count_in_steps
 from kalmannorm.lab.baselines.renorm import BatchRenorm
+from kalmannorm.lab.baselines.replacing import count_in_steps
 from kalmannorm.lab.baselines.weight_norm import initialize
 from kalmannorm.lab.data.batches import images_a_process
 from kalmannorm.lab.methods import METHODS, normalize
