@@ -131,19 +131,20 @@ def glu(x: Gaussian, dim: int = -1) -> Gaussian:
 
 @belief_rule("softmax")
 def softmax(x: Gaussian, dim: int | None = None, *args: Any, **kwargs: Any) -> Belief:
-    """Of elements taken as independent. See :func:`_softmax`."""
-    return Unknown("softmax without a dim") if dim is None else _softmax(x, dim)
+    """Exact for independent elements, by ``1 / S = integral of e^(-t S) dt`` for the sum ``S`` of exponentials.
 
-
-def _softmax(x: Gaussian, dim: int) -> Gaussian:
-    """Exact, by ``1 / S = integral of e^(-t S) dt``, which makes the moments of ``p_i = e^(x_i) / S`` products
-    of expectations of one element each::
+    The moments of ``p_i = e^(x_i) / S`` are then products of expectations of one element each::
 
         E p_i   = integral of     E[e^(x_i)   e^(-t e^(x_i))] prod_(j != i) E[e^(-t e^(x_j))] dt
         E p_i^2 = integral of t   E[e^(2 x_i) e^(-t e^(x_i))] prod_(j != i) E[e^(-t e^(x_j))] dt
 
-    Of a large map, what differs along ``dim`` is counted as spread, so that it takes one integral a row.
+    In a large map, differences along ``dim`` count as variance, so that a row takes one integral.
     """
+    return Unknown("softmax without a dim") if dim is None else _softmax(x, dim)
+
+
+def _softmax(x: Gaussian, dim: int) -> Gaussian:
+    """The moments; see :func:`softmax`."""
     dim, n = dim % x.ndim, x.shape[dim]
     x = Gaussian(x.mean.clamp_min(_MASKED_SCORE), x.var, x.shape)
     if max(x.mean.numel(), x.var.numel()) > _LARGE_MAP:
@@ -163,8 +164,9 @@ def _softmax(x: Gaussian, dim: int) -> Gaussian:
 
 
 def _exponential_moments(x: Gaussian, dim: int, n: int) -> tuple[list[Tensor], Tensor]:
-    """``E[w^k e^(-w)]`` of ``w = t e^x``, for ``k`` 0, 1, 2, at nodes of ``log t`` on a new last axis; and how
-    far these are apart.
+    """``E[w^k e^(-w)]`` of ``w = t e^x``, for ``k`` 0, 1, 2, at nodes of ``log t`` on a new last axis.
+
+    Returns these and the distance between the nodes.
     """
     top, std = (t.detach().amax(dim, keepdim=True).unsqueeze(-1) for t in (x.mean, x.std))
     # The sum of n exponentials lies between these two, but for a part in 10^5.
@@ -185,8 +187,8 @@ def attention(query: Gaussian | Tensor, key: Gaussian | Tensor, value: Gaussian 
               scale: float | None = None, enable_gqa: bool = False) -> Belief:  # fmt: skip
     """``softmax(scale q k^T + mask) v``.
 
-    The weights add up to 1, so what the values have in common passes unchanged; only how they differ
-    is summed as a product of independent factors.
+    The weights add up to 1, so the mean of the values over keys passes unchanged. Only deviations from it
+    are summed as products of independent factors.
     """
     if is_causal or (isinstance(attn_mask, Tensor) and attn_mask.dtype == torch.bool) or enable_gqa:
         return _MASKED
@@ -200,7 +202,7 @@ def attention(query: Gaussian | Tensor, key: Gaussian | Tensor, value: Gaussian 
     dropped = dropout(weights, dropout_p)
     common = value.mean.mean(-2, keepdim=True)
     mixed = _product(dropped.of(shape), Gaussian(value.mean - common, value.var, value.shape))
-    # What dropout takes from the sum of the weights, or adds to it.
+    # Dropout changes the sum of the weights, and so the share of the common mean.
     lost = (dropped.var - weights.var).sum(-1, keepdim=True) * (shape[-1] // dropped.var.shape[-1])
     return Gaussian(mixed.mean + common, mixed.var + lost * common.square())
 

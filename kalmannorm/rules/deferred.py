@@ -67,7 +67,7 @@ class Deferred(Gaussian):
         assert self._known is not None
         return self._known
 
-    # What follows is as in Gaussian. Only the moments are computed; all else is read off the belief below.
+    # As in Gaussian. Reading the moments computes them; everything else comes from the belief below.
 
     @property
     def mean(self) -> Tensor:  # type: ignore[override]
@@ -142,13 +142,13 @@ class Linked(Deferred):
         return Packed(moments)
 
     def link(self) -> tuple[Gaussian, Through | None]:
-        """What a layer's kernel needs to compute these moments with its own.
+        """The arguments with which a layer's kernel computes these moments along with its own.
 
-        The caller passes the moments behind the ReLU, if there is one, to its :meth:`keep`.
+        The caller then stores the moments behind the ReLU, if there is one, by its :meth:`keep`.
 
         Returns:
-            The belief below and the link that leads from there to this one; this belief and None if its
-            moments are known.
+            The belief below and the link from there to this one; this belief and None if its moments are
+            known.
         """
         if self._grad != torch.is_grad_enabled() or self.is_known:
             return self, None

@@ -25,7 +25,7 @@ _NO_BATCH = Unknown("a convolution without a batch axis")
 
 
 def _through_filter(x: Gaussian, weight: Tensor, bias: Tensor | None) -> Gaussian:
-    """Through a matrix or an ungrouped filter, together with a ReLU before it."""
+    """Through a matrix or an ungrouped filter, in one step with a ReLU before it."""
     given = x.below if type(x) is Rectified and not x.is_known else x
     if not given.is_per_channel(weight.shape[1]):
         x = in_one_shape(x.full([1]).pool(range(2, x.ndim)))
