@@ -123,16 +123,20 @@ def _on_both(function: Callable[..., Any]) -> Callable[..., Gaussian]:
     return moved
 
 
-for _function in aliases("cpu", "cuda", "permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis",
-                         "unsqueeze", "t"):  # fmt: skip
-    rule(_function, belief_first=True)(_on_both(_function))
-# In place, on the activation; other steps still need the belief before.
-belief_rule("transpose_")(_on_both(torch.transpose))
-belief_rule("unsqueeze_")(_on_both(torch.unsqueeze))
-rule(torch.Tensor.mT.__get__, belief_first=True)(_on_both(lambda t: t.mT))  # type: ignore[attr-defined]
-rule(torch.Tensor.T.__get__, belief_first=True)(  # type: ignore[attr-defined]
-    _on_both(lambda t: t.permute(*range(t.ndim - 1, -1, -1)))
-)
+_ALIKE: dict[Callable[..., Any], Callable[..., Any]] = {
+    function: function
+    for function in aliases("cpu", "cuda", "permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis",
+                            "unsqueeze", "t")
+}  # fmt: skip
+_ALIKE |= {
+    # In place, they change the activation, but other steps still need the belief before.
+    torch.Tensor.transpose_: torch.transpose,
+    torch.Tensor.unsqueeze_: torch.unsqueeze,
+    torch.Tensor.mT.__get__: lambda t: t.mT,  # type: ignore[attr-defined]
+    torch.Tensor.T.__get__: lambda t: t.permute(*reversed(range(t.ndim))),  # type: ignore[attr-defined]
+}
+for _function, _move in _ALIKE.items():
+    rule(_function, belief_first=True)(_on_both(_move))
 
 
 @belief_rule("repeat")
