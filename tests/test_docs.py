@@ -12,16 +12,14 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+from pages import DOCS, FENCE, MADE, ROOT
 
 import kalmannorm as kn
 from kalmannorm import functional, rules
 
-ROOT = Path(__file__).parent.parent
-DOCS = ROOT / "docs"
 PACKAGE = ROOT / "kalmannorm"
 PAGES = sorted(path for path in DOCS.rglob("*.md") if "_build" not in path.parts)
 ALL = [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
-FENCE = re.compile(r"^(?P<fence>`{3,}|:{3,}) *(?P<language>[^\n]*)\n(?P<text>.*?)^(?P=fence) *$", re.M | re.S)
 
 
 def named(path):
@@ -198,8 +196,7 @@ SITE_PAGES = [ROOT / "README.md", *(page for place in PLACES for page in DOCS.gl
 @pytest.mark.parametrize("path", sorted(SITE_PAGES), ids=named)
 def test_prose_lines_have_at_most_100_characters(path):
     """Not tables, pictures, code, or what a program writes between marks."""
-    text = FENCE.sub("", path.read_text(encoding="utf-8"))
-    text = re.sub(r"<!-- (\w+) -->.*?<!-- /\1 -->", "", text, flags=re.S)
+    text = MADE.sub("", FENCE.sub("", path.read_text(encoding="utf-8")))
     prose = (line for line in text.splitlines() if not line.startswith(("|", "![", "#", "    ")))
     assert [line for line in prose if len(line) > 100] == []
 
@@ -318,24 +315,29 @@ SITE = DOCS / "_build" / "html"
 @pytest.mark.parametrize("page", [
     "index", "start", "which-normalization", "how-it-works", "evidence", "compared", "glossary", "api",
     "guide/index", "guide/compile", "guide/troubleshooting", "maintaining", "speed", "notebooks/what-you-see",
+    "reproduce", "running", "pending", "results/README", "results/studies/batch-sizes-cpu/table",
 ])  # fmt: skip
-def test_pages_fit_on_a_phone(page, phone):
-    phone.goto((SITE / f"{page}.html").as_uri())
-    facts = phone.evaluate("""() => ({
-        over: document.documentElement.scrollWidth - document.documentElement.clientWidth,
-        broken: [...document.images].filter(i => !(i.complete && i.naturalWidth)).map(i => i.src),
-    })""")
-    assert facts == {"over": 0, "broken": []}
+def test_pages_fit_on_a_phone_and_on_a_desk(page, reader):
+    import browser
+
+    for width, height in (browser.PHONE, browser.DESKTOP):
+        reader.set_viewport_size({"width": width, "height": height})
+        reader.goto((SITE / f"{page}.html").as_uri())
+        facts = reader.evaluate("""() => ({
+            over: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+            broken: [...document.images].filter(i => !(i.complete && i.naturalWidth)).map(i => i.src),
+        })""")
+        assert facts == {"over": 0, "broken": []}, width
 
 
 @pytest.fixture(scope="module")
-def phone():
-    """A page as wide as a phone, which asks nothing of the network."""
+def reader():
+    """A page of a browser, which asks nothing of the network."""
     sys.path.append(str(Path(__file__).parent / "lab"))
     import browser
 
     with browser.started() as started:
-        page = started.new_page(viewport={"width": browser.PHONE[0], "height": browser.PHONE[1]})
+        page = started.new_page()
         asked = []
         page.on("request", lambda r: None if r.url.startswith(("file:", "data:")) else asked.append(r.url))
         yield page

@@ -10,17 +10,15 @@ import json
 import math
 import re
 import sys
-from pathlib import Path
 
 import pytest
+from pages import DOCS, FENCE, MADE, ROOT
 
 pytest.importorskip("pandas")
 
 from kalmannorm.lab import experiments
 from kalmannorm.lab.tables import read_runs
 
-ROOT = Path(__file__).parent.parent
-DOCS = ROOT / "docs"
 RESULTS = DOCS / "results"
 PAGES = [
     ROOT / "README.md",
@@ -29,8 +27,6 @@ PAGES = [
     *sorted((DOCS / "guide").glob("*.md")),
 ]  # fmt: skip
 
-FENCE = re.compile(r"^(?P<fence>`{3,}|:{3,}) *[^\n]*\n.*?^(?P=fence) *$", re.M | re.S)
-MADE = re.compile(r"<!-- (\w+) -->.*?<!-- /\1 -->", re.S)
 LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)")
 # A number with a decimal point, or with a unit behind it or behind the last of several.
 NUMBER = re.compile(r"(?<![\w.,/^-])-?\d+(?:\.\d+)?(?![\w^]|\.\d|,\d{3})")
