@@ -11,8 +11,8 @@ from collections.abc import Callable, Collection, Sequence
 
 # What the extra brings, by the names that are imported.
 NEEDED = (
-    "datasets", "jsonargparse", "lightning", "matplotlib", "pandas", "pycocotools", "rich", "sklearn", "torchmetrics",
-    "torchvision", "yaml",
+    "datasets", "jinja2", "jsonargparse", "lightning", "matplotlib", "pandas", "pycocotools", "rich", "sklearn",
+    "torchmetrics", "torchvision", "yaml",
 )  # fmt: skip
 
 # Of each subcommand its function and its help. The function's keyword arguments are the options, and its docstring is
