@@ -144,8 +144,10 @@ class Population:
             self.add(observe(x), x.shape[0])
 
 
-def merge_over_processes(populations: Collection[Population], group: dist.ProcessGroup) -> None:
+def merge_over_processes(populations: Collection[Population], group: dist.ProcessGroup | None) -> None:
     """Merge what the processes of a group saw, in the order of their ranks, so that all get the same numbers."""
+    if group is None:
+        return
     own = [torch.cat([p.samples[None], p.statistics.mean[0], p.statistics.var[0]]) for p in populations]
     sizes = [len(numbers) for numbers in own]
     mine = torch.cat([numbers.to(own[0].device) for numbers in own])
