@@ -124,11 +124,9 @@ def calibrate(model: nn.Module, inputs_or_loader: Any = None, *, source: Literal
             model, [inputs_or_loader] if single else inputs_or_loader, partial(forward or call_with, model),
             caller="calibrate", max_batches=max_batches, progress=progress and not single, process_group=process_group,
         )  # fmt: skip
-    if process_group is not None:
-        merge_over_processes(observed.values(), process_group)
+    merge_over_processes(observed.values(), process_group)
     rows = [each.correct(name) for name, each in observed.items()]
-    if process_group is not None:
-        _share_corrections(layers.values(), process_group)
+    _share_corrections(layers.values(), process_group)
     return Calibration(rows)
 
 
@@ -222,8 +220,10 @@ def _observing(model: nn.Module, observed: Collection[_Observed]) -> Iterator[No
             yield
 
 
-def _share_corrections(layers: Collection[KalmanLayer], group: dist.ProcessGroup) -> None:
+def _share_corrections(layers: Collection[KalmanLayer], group: dist.ProcessGroup | None) -> None:
     """Give all processes the first one's corrections: priors may differ a little where batches differ in shape."""
+    if group is None:
+        return
     for layer in layers:
         for buffer in (layer.prior_shift, layer.prior_scale):
             if buffer is not None:

@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from kalmannorm.modules import KalmanLayer
 
-__all__ = ["freeze", "is_frozen", "remove_freezing_hook"]
+__all__ = ["freeze", "is_frozen", "remove_freezing_hook", "unfrozen_layers"]
 
 _M = TypeVar("_M", bound=nn.Module)
 
@@ -65,6 +65,12 @@ def is_frozen(layer: nn.Module) -> bool:
     if isinstance(layer, KalmanLayer):
         return layer.frozen
     return _to_eval in layer._forward_pre_hooks.values()
+
+
+def unfrozen_layers(model: nn.Module) -> dict[str, _BatchNorm]:
+    """BatchNorm and :class:`KalmanNorm` layers that are not frozen, by name."""
+    layers = ((name, layer) for name, layer in model.named_modules() if isinstance(layer, _BatchNorm))
+    return {name: layer for name, layer in layers if not is_frozen(layer)}
 
 
 def _to_eval(layer: nn.Module, args: Any) -> None:

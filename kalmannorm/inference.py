@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from kalmannorm.freezing import is_frozen
+from kalmannorm.freezing import unfrozen_layers
 from kalmannorm.gaussian import Gaussian
 from kalmannorm.modules import KalmanNorm, is_stock_batchnorm
 from kalmannorm.passes import Population, call_with, merge_over_processes, run_batches
@@ -49,16 +49,15 @@ def online_statistics(model: nn.Module) -> Iterator[None]:
         >>> bool(online.mean().abs() < model(image).mean().abs())
         True
     """
-    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and not is_frozen(m)]
-    kalman = [layer for layer in layers if isinstance(layer, KalmanNorm)]
-    stock = [layer for layer in layers if is_stock_batchnorm(layer)]
-    if not kalman and not stock:
+    layers = unfrozen_layers(model).values()
+    if not layers:
         raise ValueError(f"{type(model).__name__} has no KalmanNorm and no BatchNorm layer that is not frozen")
-    switched: list[Any] = [layer for layer in stock if not layer.training]
-    with attributes_kept(kalman, "online"), attributes_kept(switched, "running_mean", "running_var"):
+    kalman = [layer for layer in layers if isinstance(layer, KalmanNorm)]
+    stock: list[Any] = [layer for layer in layers if is_stock_batchnorm(layer) and not layer.training]
+    with attributes_kept(kalman, "online"), attributes_kept(stock, "running_mean", "running_var"):
         for layer in kalman:
             layer.online = True
-        for layer in switched:  # BatchNorm without running statistics uses the batch's
+        for layer in stock:  # BatchNorm without running statistics uses the batch's
             layer.running_mean = layer.running_var = None
         yield
 
@@ -112,8 +111,7 @@ def recalibrate(model: _M, loader: Iterable[Any], *, forward: Callable[[nn.Modul
             network, loader, partial(forward or call_with, network), caller="recalibrate", max_batches=max_batches,
             progress=progress, process_group=process_group,
         )  # fmt: skip
-    if process_group is not None:
-        merge_over_processes(populations.values(), process_group)
+    merge_over_processes(populations.values(), process_group)
     new = _finite_statistics(populations)
     with torch.no_grad():
         for buffer, value in new:
@@ -130,10 +128,7 @@ def layers_to_recalibrate(model: nn.Module) -> dict[str, _BatchNorm]:
     Raises:
         ValueError: where there is none.
     """
-    layers = {
-        name: layer for name, layer in model.named_modules()
-        if isinstance(layer, _BatchNorm) and layer.running_mean is not None and not is_frozen(layer)
-    }  # fmt: skip
+    layers = {name: layer for name, layer in unfrozen_layers(model).items() if layer.running_mean is not None}
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has nothing to recalibrate: expected a KalmanNorm or BatchNorm layer "

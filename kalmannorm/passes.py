@@ -22,20 +22,13 @@ __all__ = ["Population", "call_with", "merge_over_processes", "run_batches"]
 def run_batches(model: nn.Module, loader: Iterable[Any], see: Callable[[Any], object], *, caller: str,
                 max_batches: int | None, progress: bool, process_group: dist.ProcessGroup | None = None,
                 title: str = "") -> None:  # fmt: skip
-    """Call a function with the batches of a loader, moved to a model's device.
+    """Call ``see`` with the batches of a loader, at most ``max_batches``, moved to a model's device.
 
-    Args:
-        model: the model.
-        loader: the batches.
-        see: the function.
-        caller: the public function that runs them, for errors and the title of the progress bar.
-        max_batches: stop after so many; None for all.
-        progress: show a progress bar; of several processes, the first one shows it.
-        process_group: the processes, each of which has batches of its own; not all of them may have none.
-        title: another title of the progress bar.
+    The public function ``caller`` is named in errors and, without ``title``, in the progress bar, which the first of
+    the processes shows.
 
     Raises:
-        ValueError: for ``max_batches`` below 1, or without a batch.
+        ValueError: for ``max_batches`` below 1, or if no process of the group has a batch.
     """
     if max_batches is not None and max_batches < 1:
         raise ValueError(f"kalmannorm.{caller} got max_batches={max_batches}, expected None or a number above 0")
@@ -86,7 +79,7 @@ def _to_device(value: Any, device: torch.device) -> Any:
 
 
 def _with_progress(loader: Iterable[Any], most: int | None, shown: bool, title: str) -> Generator[Any, None, None]:
-    """The batches, at most so many, with a progress bar where one is installed."""
+    """The batches, at most so many, under a progress bar if one is installed."""
     batches = islice(loader, most)
     bar = _progress_bar(title) if shown else None
     if bar is None:
@@ -144,8 +137,10 @@ class Population:
             self.add(observe(x), x.shape[0])
 
 
-def merge_over_processes(populations: Collection[Population], group: dist.ProcessGroup) -> None:
+def merge_over_processes(populations: Collection[Population], group: dist.ProcessGroup | None) -> None:
     """Merge what the processes of a group saw, in the order of their ranks, so that all get the same numbers."""
+    if group is None:
+        return
     own = [torch.cat([p.samples[None], p.statistics.mean[0], p.statistics.var[0]]) for p in populations]
     sizes = [len(numbers) for numbers in own]
     mine = torch.cat([numbers.to(own[0].device) for numbers in own])

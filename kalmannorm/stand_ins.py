@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from kalmannorm.freezing import is_frozen
 from kalmannorm.modules import (
@@ -88,98 +89,74 @@ def device_and_dtype(tensors: Iterable[Tensor]) -> dict[str, Any]:
     return {} if first is None else {"device": first.device, "dtype": first.dtype}
 
 
-# -- to Kalman layers ------------------------------------------------------------------------------
-
-
 def kalman_layer(layer: nn.Module, name: str, kalman: type[KalmanLayer], options: dict[str, Any]) -> KalmanLayer:
     """A Kalman layer with the tensors, submodules and training flag of a stock layer, which keeps its hooks.
 
     Raises:
         ValueError: for a lazy layer, or instance normalization with running statistics.
     """
-    options = options | device_and_dtype((*layer.parameters(recurse=False), *layer.buffers(recurse=False)))
-    if issubclass(kalman, GroupKalmanNorm):
-        new: Any = _from_group_norm(layer, name, kalman, options)
-    elif hasattr(layer, "num_batches_tracked"):
-        new = _from_batch_norm(layer, name, kalman, options)
-    else:
-        new = _from_frozen_batch_norm(layer, kalman, options)
-    _share_tensors(new, layer)
-    new._modules.update(layer._modules)
-    new.training = layer.training  # not `train(...)`: what is inside a layer keeps a flag of its own
-    for added in (new.gain, new.process_noise):
-        if isinstance(added, nn.Parameter) and new.weight is not None:
-            added.requires_grad_(new.weight.requires_grad)
-    new.layer_name = name
-    if type(layer).__module__.split(".")[0] != "torch" and isinstance(layer, _NormBase | nn.GroupNorm):
-        new.replaces = (_without_tensors(layer),)
-    return new  # type: ignore[no-any-return]
-
-
-def _from_batch_norm(layer: Any, name: str, kalman: Any, options: dict[str, Any]) -> KalmanLayer:
-    if isinstance(layer.weight, nn.parameter.UninitializedParameter):
+    if isinstance(layer, nn.modules.lazy.LazyModuleMixin) and layer.has_uninitialized_params():
         raise ValueError(f"{type(layer).__name__} {name!r} is lazy: run the model once before kalmannorm.convert")
-    synchronizes = isinstance(layer, nn.SyncBatchNorm) and torch.distributed.is_initialized()
-    if synchronizes and "process_group" not in options and options.get("stats_batch_size") is None:
-        options["process_group"] = layer.process_group or torch.distributed.group.WORLD
-    new: KalmanLayer = kalman(
-        layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats, **options
-    )
-    new.frozen = is_frozen(layer)
-    return new
-
-
-def _from_frozen_batch_norm(layer: Any, kalman: Any, options: dict[str, Any]) -> KalmanLayer:
-    """Its weight and bias are buffers, and become parameters."""
-    new: KalmanLayer = kalman(layer.weight.shape[0], getattr(layer, "eps", 1e-5), **options)
-    with torch.no_grad():
-        new.weight.copy_(layer.weight)
-        new.bias.copy_(layer.bias)
-    return new
-
-
-def _from_group_norm(layer: Any, name: str, kalman: Any, options: dict[str, Any]) -> KalmanLayer:
-    if isinstance(layer, nn.GroupNorm):
-        groups, channels = layer.num_groups, layer.num_channels
-    elif layer.track_running_stats:
+    if issubclass(kalman, GroupKalmanNorm) and getattr(layer, "track_running_stats", False):
         raise ValueError(
             f"{type(layer).__name__} {name!r} tracks running statistics, which GroupKalmanNorm has not: "
             "expected track_running_stats=False"
         )
-    else:
-        groups = channels = layer.num_features
-    new: GroupKalmanNorm = kalman(groups, channels, layer.eps, layer.affine, **options)
-    new._ranks = next((ranks for kind, ranks in _RANKS.items() if isinstance(layer, kind)), new._ranks)
-    return new
-
-
-# -- and back --------------------------------------------------------------------------------------
+    options = options | device_and_dtype((*layer.parameters(recurse=False), *layer.buffers(recurse=False)))
+    synchronizes = isinstance(layer, nn.SyncBatchNorm) and torch.distributed.is_initialized()
+    if synchronizes and "process_group" not in options and options.get("stats_batch_size") is None:
+        options["process_group"] = layer.process_group or torch.distributed.group.WORLD
+    new: Any = kalman(*_arguments(layer), **options)
+    _share_tensors(new, layer)
+    for key in _FROZEN & layer._buffers.keys() & new._parameters.keys():  # FrozenBatchNorm2d has no parameters
+        new._parameters[key] = nn.Parameter(layer._buffers[key].detach().clone())  # type: ignore[union-attr]
+    new._modules.update(layer._modules)
+    new.training = layer.training  # not `train(...)`: what is inside a layer keeps a flag of its own
+    new.frozen = is_frozen(layer)
+    new.layer_name = name
+    for kind, ranks in _RANKS.items():
+        if isinstance(layer, kind):
+            new._ranks = ranks
+    for added in (new.gain, new.process_noise):
+        if isinstance(added, nn.Parameter) and new.weight is not None:
+            added.requires_grad_(new.weight.requires_grad)
+    if type(layer).__module__.split(".")[0] != "torch" and isinstance(layer, _NormBase | nn.GroupNorm):
+        new.replaces = (_without_tensors(layer),)
+    return new  # type: ignore[no-any-return]
 
 
 def stock_layer(layer: KalmanLayer) -> nn.Module:
     """The layer that a Kalman layer replaced, or else torch.nn's, with the same tensors; the latter is followed by the
     Kalman layer's dropout and activation.
     """
-    stock: Any
+    behind: list[nn.Module] = []
     if layer.replaces:
-        stock = _without_tensors(layer.replaces[0])
+        stock: Any = _without_tensors(layer.replaces[0])
         for option in {"eps", "momentum"} & vars(layer).keys():
             setattr(stock, option, getattr(layer, option))
         stock._modules.update(layer._modules)
-    elif isinstance(layer, GroupKalmanNorm):
-        stock = nn.GroupNorm(layer.num_groups, layer.num_channels, layer.eps, layer.affine)
     else:
-        assert isinstance(layer, KalmanNorm)
-        kind: Any = next(stock for stock, kalman in _STOCK["batch"].items() if isinstance(layer, kalman))
-        stock = kind(layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats)
+        pairs = [pair for kind in ("batch", "group") for pair in _STOCK[kind].items()]
+        stock = next(stock for stock, kalman in pairs if isinstance(layer, kalman))(*_arguments(layer))
+        behind = [module for module in layer.children() if not isinstance(module, nn.Identity)]
     _share_tensors(stock, layer)
     stock.training = layer.training and not layer.frozen
-    behind = [] if layer.replaces else [m for m in layer.children() if not isinstance(m, nn.Identity)]
     if not behind:
         return stock  # type: ignore[no-any-return]
     both = nn.Sequential(stock, *behind)
     both.training = layer.training
     return both
+
+
+def _arguments(layer: Any) -> tuple[Any, ...]:
+    """The positional arguments of a layer like this one, stock or Kalman."""
+    if isinstance(layer, nn.GroupNorm):
+        return layer.num_groups, layer.num_channels, layer.eps, layer.affine
+    if isinstance(layer, _InstanceNorm):
+        return layer.num_features, layer.num_features, layer.eps, layer.affine
+    if isinstance(layer, _BatchNorm):
+        return layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats
+    return layer.weight.shape[0], getattr(layer, "eps", 1e-5)  # FrozenBatchNorm2d
 
 
 def _share_tensors(new: nn.Module, old: nn.Module) -> None:

@@ -186,12 +186,7 @@ def network_of(module: nn.Module, wanted: Callable[[nn.Module], bool]) -> nn.Mod
 
 
 def check_annealing(who: str, factor: float, start: float) -> None:
-    """Check the arguments of `annealing`.
-
-    Args:
-        who: The beginning of the error.
-        factor: As `annealing`'s.
-        start: As `annealing`'s.
+    """Check the arguments of `annealing`; the error begins with ``who``.
 
     Raises:
         ValueError: For a factor not above 0, or a start outside [0, 1).
@@ -203,13 +198,8 @@ def check_annealing(who: str, factor: float, start: float) -> None:
 
 
 def annealing(step: int, steps: int, factor: float, start: float = 0.0) -> float:
-    """The factor of `kalmannorm.anneal` at a step.
-
-    Args:
-        step: The step, counted from 0.
-        steps: The number of steps of the training.
-        factor: The product of the factors of all steps.
-        start: The share of the steps before the first factor other than 1.
+    """The factor of `kalmannorm.anneal` at a step of a training, counted from 0. The product over all steps is
+    ``factor``; a share ``start`` of the steps goes before the first factor other than 1.
     """
     first = min(math.ceil(start * steps), steps - 1)
     return 1.0 if step < first else float(factor ** (1 / (steps - first)))

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kalmannorm import KalmanNorm, online_statistics
-from kalmannorm.freezing import is_frozen
-from kalmannorm.modules import is_stock_batchnorm
+from kalmannorm.freezing import unfrozen_layers
 
 __all__ = ["evalnorm", "has_running_statistics", "online", "online_logits"]
 
@@ -30,8 +29,7 @@ def has_running_statistics(network: nn.Module) -> bool:
 
 def _running(network: nn.Module) -> list[_BatchNorm]:
     """Layers with running statistics that are not frozen."""
-    layers = [layer for layer in network.modules() if isinstance(layer, _BatchNorm)]
-    return [layer for layer in layers if layer.running_mean is not None and not is_frozen(layer)]
+    return [layer for layer in unfrozen_layers(network).values() if layer.running_mean is not None]
 
 
 def online_logits(network: nn.Module, images: Tensor, statistics_batch: int) -> Tensor:
@@ -47,10 +45,11 @@ def online_logits(network: nn.Module, images: Tensor, statistics_batch: int) -> 
     Returns:
         Logits ``(N, num_classes)``.
     """
-    kalman = [layer for layer in network.modules() if isinstance(layer, KalmanNorm) and not is_frozen(layer)]
-    stock = any(is_stock_batchnorm(layer) and not is_frozen(layer) for layer in network.modules())
-    if not kalman and not stock:
+    layers = unfrozen_layers(network).values()
+    if not layers:
         return network(images)  # type: ignore[no-any-return]
+    kalman = [layer for layer in layers if isinstance(layer, KalmanNorm)]
+    stock = len(kalman) < len(layers)
     size = min(statistics_batch, len(images))
     whole = len(images) - len(images) % size
     # A last group that is not full is filled with the images before it, whose logits are known already.

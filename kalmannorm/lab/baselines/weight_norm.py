@@ -10,6 +10,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrizations
 
 from kalmannorm.lab.baselines.replacing import replace_batchnorm
+from kalmannorm.traversal import attributes_kept
 
 __all__ = ["initialize", "to_weight_norm"]
 
@@ -58,12 +59,8 @@ def initialize(model: nn.Module, images: Tensor) -> nn.Module:
         awaits_data = getattr(layer, "awaits_data", None)
         if isinstance(awaits_data, Tensor):
             awaits_data.fill_(True)
-    flags = {module: module.training for module in model.modules()}
-    model.train()
-    with torch.no_grad():
-        model(images)
-    for module, flag in flags.items():
-        module.training = flag
+    with attributes_kept(model.modules(), "training"), torch.no_grad():
+        model.train()(images)
     return model
 
 
