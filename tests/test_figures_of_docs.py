@@ -36,7 +36,7 @@ def noise(make):
 
 def test_the_script_makes_what_the_page_shows_and_the_same_again(make, noise, tmp_path, monkeypatch):
     monkeypatch.setattr(make, "batch_noise", lambda: noise)
-    pages = (DOCS / "how-it-works.md", DOCS.parent / "README.md")
+    pages = (DOCS / "how-it-works.md", DOCS / "architecture.md", DOCS.parent / "README.md")
     shown = {name for page in pages for name in re.findall(r"figures/(\w+\.svg)\)", page.read_text())}
     assert {path.name for path in (DOCS / "figures").glob("*.svg")} == shown
     first, second = make.main(tmp_path / "first"), make.main(tmp_path / "second")

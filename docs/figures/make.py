@@ -9,6 +9,7 @@ import math
 import statistics
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import NamedTuple
 
 import matplotlib as mpl
@@ -42,6 +43,9 @@ STYLE = {
 }
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 ALIKE = "#c44e52"
+# Rooms of the library on a belief's way, and the functions that say most of it.
+ROOMS = ("modules", "propagation", "steps", "evaluation", "rules", "kernels")
+NAMED = ("attach", "defer", "relu", "conv", "forward", "exact", "link", "layer")
 
 
 # -- (a) What a batch shows
@@ -366,6 +370,64 @@ def variance_gaps(folder: Path = FIGURE5) -> str:
     )
 
 
+# -- The code's way of a belief
+
+
+class Call(NamedTuple):
+    """A Python function of the library that ran."""
+
+    room: str
+    """Its module, or its package."""
+    name: str
+
+
+def calls_between_layers() -> list[Call]:
+    """The calls from a layer's output, through a ReLU and a convolution, to the kernel of the next layer."""
+    torch.manual_seed(0)
+    model = kn.convert(torch.nn.Sequential(
+        *[torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.Conv2d(8, 8, 3)],
+        torch.nn.BatchNorm2d(8),
+    ))  # fmt: skip
+    images, home = torch.randn(2, 3, 16, 16), str(Path(kn.__file__).parent)
+    found: list[Call] = []
+
+    def see(frame: FrameType, event: str, _: object) -> None:
+        code = frame.f_code
+        if event == "call" and code.co_filename.startswith(home) and not code.co_name.startswith(("<", "__init__")):
+            found.append(Call(Path(code.co_filename).relative_to(home).parts[0].removesuffix(".py"), code.co_name))
+
+    model(images)  # what is computed once is computed
+    sys.setprofile(see)
+    try:
+        model(images)
+    finally:
+        sys.setprofile(None)
+    found = [call for call in found if call.room in ROOMS[:-1] or call.name == "layer"]
+    kernel = Call("kernels", "layer")
+    first = found.index(Call("propagation", "attach"), found.index(kernel))
+    return found[first : found.index(kernel, first) + 1]
+
+
+def draw_calls(calls: list[Call]) -> Figure:
+    """A row for each room, a point for each call; parts and some calls are named."""
+    rooms = list(reversed(ROOMS))
+    drawing = Figure(figsize=(6.4, 3.2), layout="constrained")
+    axes = drawing.subplots()
+    heights = [rooms.index(call.room) for call in calls]
+    axes.plot(heights, ".-", color=COLOURS["prior"], linewidth=0.7, markersize=4, drawstyle="steps-mid")
+    for place, (call, height) in enumerate(zip(calls, heights, strict=True)):
+        if call.name in NAMED and call not in calls[:place]:
+            axes.annotate(call.name, (place, height), (0, 5), textcoords="offset points", fontsize=9, ha="center")
+    records = [place for place, call in enumerate(calls) if call.name == "__torch_function__"]
+    asks = calls.index(Call("modules", "forward"))
+    for start, title in ((*zip(records, ("ReLU", "convolution"), strict=True), (asks, "the next layer"))):
+        axes.axvline(start - 0.5, color="#c4c4c4", linewidth=0.8, zorder=0)
+        axes.text(start, len(rooms) - 0.35, title, fontsize=10)
+    axes.set(xticks=[], yticks=range(len(rooms)), yticklabels=rooms, ylim=(-0.4, len(rooms)),
+             xlabel=f"{len(calls)} calls, in their order")  # fmt: skip
+    return drawing
+
+
 def _decades(axes: Axes, ticks: list[float], label: str) -> None:
     axes.set(yscale="log", ylabel=label)
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -387,6 +449,7 @@ def main(folder: Path = HERE) -> list[Path]:
             "depth": draw_depth(by_depth()),
             "priors": draw_priors(prior_ratios()),
             "front": draw_front(accuracies()),
+            "calls": draw_calls(calls_between_layers()),
         }
         folder.mkdir(parents=True, exist_ok=True)
         for name, drawing in drawings.items():
