@@ -104,7 +104,7 @@ class CrossIterationNorm(AnyBatchNorm):
         return self._scaled(x, scale, -mean * scale, (-1, *[1] * (x.ndim - 2))).to(input.dtype)
 
     def _of_this_place(self) -> list[_Iteration]:
-        """What the same pass of each past iteration left."""
+        """The past iterations of the same pass."""
         return list(self._past)[len(self._past) % self.passes :: self.passes]
 
     @torch.no_grad()
@@ -126,7 +126,7 @@ class CrossIterationNorm(AnyBatchNorm):
         self._steps = int(self.num_batches_tracked)
 
     def extra_repr(self) -> str:
-        """What `print` shows."""
+        """The options, for `print`."""
         text = f"{self.num_features}, eps={self.eps}, momentum={self.momentum}"
         return f"{text}, window={self.window}, burn_in={self.burn_in}"
 

@@ -18,7 +18,7 @@ __all__ = ["EvoNorm2d", "FilterResponseNorm2d", "to_evonorm", "to_frn"]
 
 
 class _NormAct2d(nn.Module):
-    """``weight * normalized x + bias``, and what an activation is made of where there is one."""
+    """``weight * normalized x + bias``, with an activation's own parameter where there is one."""
 
     def __init__(self, num_features: int, eps: float, learned: str, initial: Tensor | None) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class EvoNorm2d(_NormAct2d):
         return x * torch.sigmoid(self.v.view(-1, 1, 1) * x) / std
 
     def extra_repr(self) -> str:
-        """What `print` shows."""
+        """The options, for `print`."""
         return f"{self.num_features}, eps={self.eps}, groups={self.groups}, activation={self.v is not None}"
 
 
@@ -117,7 +117,7 @@ class FilterResponseNorm2d(_NormAct2d):
         return y if self.threshold is None else torch.maximum(y, self.threshold.view(-1, 1, 1))
 
     def extra_repr(self) -> str:
-        """What `print` shows."""
+        """The options, for `print`."""
         return f"{self.num_features}, eps={self.eps}, activation={self.threshold is not None}"
 
 
