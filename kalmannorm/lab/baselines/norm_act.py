@@ -73,9 +73,9 @@ class EvoNorm2d(_NormAct2d):
         """The gated input over each sample's groups' standard deviation."""
         if self.v is None:
             return x
+        gated = x * torch.sigmoid(self.v.view(-1, 1, 1) * x)  # first: gradients are summed in the reverse order
         var = torch.var(x.unflatten(1, (self.groups, -1)), (2, 3, 4), correction=0)
-        std = (var + self.eps).sqrt().repeat_interleave(self.num_features // self.groups, 1)[..., None, None]
-        return x * torch.sigmoid(self.v.view(-1, 1, 1) * x) / std
+        return gated / (var + self.eps).sqrt().repeat_interleave(self.num_features // self.groups, 1)[..., None, None]
 
     def extra_repr(self) -> str:
         """The options, for `print`."""
