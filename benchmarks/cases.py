@@ -1,4 +1,4 @@
-"""What is measured: the cases of each device, the most telling first."""
+"""The cases of each device, the most telling first."""
 
 import itertools
 from dataclasses import dataclass, replace
@@ -182,7 +182,7 @@ def _product():
 
 
 def _on_gpu(case):
-    """Channels-last where there are two dimensions, and readings over several steps: nobody waits for each."""
+    """Channels-last where there are two dimensions, and readings over several steps, without waiting for each."""
     repeats = {"step": 3, "layer": 10, "groups": 1, "chain": 3, "inference": 5, "copy": 1}
     layout = "contiguous" if case.network.endswith("3d") or case.kind == "copy" else "channels_last"
     return replace(case, repeats=repeats[case.kind], memory_format=layout)

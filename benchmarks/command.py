@@ -88,7 +88,7 @@ def prepare(case, method, options):
 
 
 def allocated():
-    """Bytes on the GPU, when what nobody needs is gone."""
+    """Bytes allocated on the GPU, without garbage."""
     gc.collect()
     return torch.cuda.memory_allocated()
 
@@ -105,7 +105,7 @@ def cold_cache(case, options):
 
 @functools.cache
 def wake_compiler(device, backend):
-    """What the first compilation of a process does once: imports, worker processes, the C++ compiler's properties."""
+    """Do what only a process's first compilation does: imports, worker processes, the C++ compiler's properties."""
     x = torch.randn(8, device=device, requires_grad=True)
     torch.compile(lambda x: x.sin().sum(), backend=backend)(x).backward()
 

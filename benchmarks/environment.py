@@ -1,4 +1,4 @@
-"""What a process needs before it imports torch."""
+"""Environment variables that must be set before torch is imported."""
 
 import os
 import sys
@@ -24,6 +24,6 @@ def keep_memory():
 
 
 def allocator():
-    """What the CSV says of it."""
+    """The allocator's settings, for the CSV."""
     thresholds = [os.environ.get(name, "default") for name in KEEPING]
     return f"glibc {'/'.join(thresholds)}"

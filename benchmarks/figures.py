@@ -82,7 +82,7 @@ def plain_ticks(axis, limits):
 
 
 def growth(rows):
-    """What a layer adds to a step, and the ratio, against depth, width and batch."""
+    """The time that a layer adds to a step, and the ratio, against depth, width and batch."""
     chains = [sides for _, sides in measured(rows, "chain") if {"batch_norm", "kalman_norm"} <= set(sides)]
     if not chains:
         return None

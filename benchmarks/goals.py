@@ -70,7 +70,7 @@ def by_case(rows):
 
 
 def value(goal, rows):
-    """What was measured, and in which case; None for both where nothing was."""
+    """The measured number, and its case; None for both where there is none."""
     table = by_case(row for row in rows if row["device"] == goal.device)
     found = [(number, case) for case in goal.cases if (number := _in_case(goal, case, table)) is not None]
     if not found:

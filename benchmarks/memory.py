@@ -1,4 +1,4 @@
-"""What a step needs: at its peak, and kept from the forward pass for the backward pass."""
+"""Memory of a step: at its peak, and kept from the forward pass for the backward pass."""
 
 import gc
 
@@ -6,7 +6,7 @@ import torch
 
 
 def nothing(part):
-    """For steps whose parts nobody asks about."""
+    """A ``mark`` for steps whose parts are not timed."""
 
 
 def saved_bytes(step, persistent):

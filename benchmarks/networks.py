@@ -14,7 +14,7 @@ WIDE = ("resnet50_wide", "maskrcnn")
 
 
 class UnavailableError(Exception):
-    """What a case needs is not on this machine: its row says so."""
+    """Something that a case needs is not on this machine: its row says so."""
 
 
 def build(case):

@@ -96,7 +96,7 @@ def measured(case, device, seconds):
 
 
 def table(rows):
-    """What the page shows: of each case both sides, and what a layer adds."""
+    """The page's table: both sides of each case, and the time that a layer adds."""
     from benchmarks.tables import NAMES, table  # noqa: PLC0415
 
     of_parts = [f"{name.replace(' ', '_')}_ms" for name in ("network", *PARTS)]

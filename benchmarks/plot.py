@@ -40,7 +40,7 @@ def draw(found, device, folder):
 
 
 def section(found, device, page, folder, sources):
-    """What the page says of a device."""
+    """A device's part of the page."""
     if not found:
         return "Not measured yet."
     links = ", ".join(f"[{path.name}]({os.path.relpath(path, page.parent)})" for path in sources)

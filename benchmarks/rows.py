@@ -31,7 +31,7 @@ def of_case(case):
 
 
 def machine(device):
-    """What measured; `KALMANNORM_COMMIT` is for a copy of the working tree without its history."""
+    """The machine and the commit; `KALMANNORM_COMMIT` is for a copy of the working tree without its history."""
     return {
         "device": device,
         "processor": torch.cuda.get_device_name() if device == "cuda" else processor(),

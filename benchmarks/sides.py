@@ -87,7 +87,7 @@ def kalman_norm_act(model, case):
 
 
 def to_batchnorm(model, case):
-    """What is deployed: converted, run once in training, and turned back."""
+    """As deployed: converted, run once in training, and turned back."""
     model = kn.convert(model)
     weight = next(model.parameters())
     model(torch.randn(2, 3, case.size, case.size, device=weight.device))

@@ -1,4 +1,4 @@
-"""What a side does in a step: a function that calls ``mark(part)`` as each part ends."""
+"""The step of a side: a function that calls ``mark(part)`` as each part ends."""
 
 import torch
 import torch.nn.functional as F
@@ -66,7 +66,7 @@ def training(model, pieces, optimizer, case, device):
 def layer(model, called, pieces, case, device):
     """Output and all gradients, for a given gradient of the output.
 
-    Asked of `autograd.grad`: that leaves out what accumulating them into ``.grad`` costs, which is nobody's.
+    Asked of `autograd.grad`: that leaves out the cost of accumulating them into ``.grad``, which no side causes.
     """
     parameters = list(model.parameters())
     inputs = [piece.to(getattr(torch, case.dtype)).clone().requires_grad_() for piece in pieces]

@@ -183,7 +183,7 @@ def inference(rows):
 
 
 def failures(rows):
-    """What could not be measured, and why; a reason once a case."""
+    """The cases that could not be measured, and why; a reason once a case."""
     reasons = {}
     for row in rows:
         if row["error"]:

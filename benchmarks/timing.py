@@ -8,8 +8,8 @@ import torch
 
 # A case may stop early once its time is over, but not before so many steps.
 FEWEST_STEPS = 8
-# The GPU idles so long (1 ms) before a reading of graphs, while the CPU launches them: in a training loop, where nobody
-# waits for a step to end, a launch is not seen either.
+# The GPU idles so long (1 ms) before a reading of graphs, while the CPU launches them: in a training loop, which does
+# not wait for a step to end, a launch is not seen either.
 HEAD_START_CYCLES = 2_000_000
 
 

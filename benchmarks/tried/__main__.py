@@ -73,7 +73,7 @@ def _versions(library):
 
 
 def key(row):
-    """What makes a row the same row as one of an earlier run."""
+    """The columns by which a row replaces one of an earlier run."""
     return row["kind"], row["library"], row["name"], str(row.get("samples", ""))
 
 

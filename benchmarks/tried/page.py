@@ -21,7 +21,7 @@ These are {STEPS} steps of one seed: they show faults, not which normalization i
 
 
 def page(rows):
-    """What was tried, as Markdown.
+    """The page, as Markdown.
 
     Args:
         rows: the CSV's, their cells as text.

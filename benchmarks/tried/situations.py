@@ -23,12 +23,12 @@ from benchmarks.tried.trial import described, reloaded
 
 @dataclass(frozen=True)
 class Situation:
-    """What happens, who has reported it, and how to make it happen."""
+    """A situation, the threads that report it, and how to make it happen."""
 
     name: str
     threads: str
     measures: str
-    """What the number is."""
+    """The meaning of the number."""
     make: Callable[[], tuple[float, float, str]]
     """BatchNorm's number, ours, and a sentence."""
 

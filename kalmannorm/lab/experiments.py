@@ -22,6 +22,8 @@ A file has ``title`` and ``arms``, and perhaps:
 - ``input_stats``: mean and standard deviation of the network's input, for arms with ``kalman``.
 - ``verdict``: ``guessing`` and ``images``: say in words which arm is best, see `kalmannorm.lab.verdict`.
 
+Where a file does not say: 3 ``seeds``, ``search_seed`` 100, ``scored`` on ``test``, ``metric`` ``accuracy_running``.
+
 An arm has a ``config`` of its own (or ``model``, the ``init_args`` of the model in it) and perhaps
 
 - ``label`` and ``column``: its row and column in the table, each a text, or a text for each metric that is shown;

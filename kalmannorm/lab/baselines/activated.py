@@ -143,7 +143,7 @@ class _Function:
 
 
 def _called(node: fx.Node, modules: dict[str, nn.Module]) -> Activation:
-    """What a node of an activation calls."""
+    """The function or module that a node of an activation calls."""
     if node.op == "call_module":
         return modules[str(node.target)]
     function: Any = getattr(Tensor, node.target) if isinstance(node.target, str) else node.target

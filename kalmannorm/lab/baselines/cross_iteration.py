@@ -94,7 +94,7 @@ class CrossIterationNorm(AnyBatchNorm):
         below: nn.Module | None = getattr(input, "_made_by", None)
         if below is not None and input.requires_grad:
             newest = _describe(input, below, own_mean.detach(), own_var.detach())
-            if self._steps >= self.burn_in * self.passes:
+            if self._begun():
                 mean, var, pixels = _over_iterations(own_mean, own_var, newest, self._of_this_place())
             self._past.append(newest)
             while len(self._past) > (self.window - 1) * self.passes:
@@ -103,8 +103,11 @@ class CrossIterationNorm(AnyBatchNorm):
         scale = (var + self.eps).rsqrt()
         return self._scaled(x, scale, -mean * scale, (-1, *[1] * (x.ndim - 2))).to(input.dtype)
 
+    def _begun(self) -> bool:
+        return self._steps >= self.burn_in * self.passes
+
     def _of_this_place(self) -> list[_Iteration]:
-        """What the same pass of each past iteration left."""
+        """The past iterations of the same pass."""
         return list(self._past)[len(self._past) % self.passes :: self.passes]
 
     @torch.no_grad()
@@ -126,7 +129,7 @@ class CrossIterationNorm(AnyBatchNorm):
         self._steps = int(self.num_batches_tracked)
 
     def extra_repr(self) -> str:
-        """What `print` shows."""
+        """The options, for `print`."""
         text = f"{self.num_features}, eps={self.eps}, momentum={self.momentum}"
         return f"{text}, window={self.window}, burn_in={self.burn_in}"
 

@@ -142,7 +142,7 @@ class MovingAverageNorm(nn.Module):
         return step < self.warmup
 
     def extra_repr(self) -> str:
-        """What `print` shows."""
+        """The options, for `print`."""
         return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, buffer_size={self.buffer_size}"
 
 

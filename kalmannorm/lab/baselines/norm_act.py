@@ -18,7 +18,7 @@ __all__ = ["EvoNorm2d", "FilterResponseNorm2d", "to_evonorm", "to_frn"]
 
 
 class _NormAct2d(nn.Module):
-    """``weight * normalized x + bias``, and what an activation is made of where there is one."""
+    """``weight * normalized x + bias``, with an activation's own parameter where there is one."""
 
     def __init__(self, num_features: int, eps: float, learned: str, initial: Tensor | None) -> None:
         super().__init__()
@@ -73,12 +73,12 @@ class EvoNorm2d(_NormAct2d):
         """The gated input over each sample's groups' standard deviation."""
         if self.v is None:
             return x
+        gated = x * torch.sigmoid(self.v.view(-1, 1, 1) * x)  # first: gradients are summed in the reverse order
         var = torch.var(x.unflatten(1, (self.groups, -1)), (2, 3, 4), correction=0)
-        std = (var + self.eps).sqrt().repeat_interleave(self.num_features // self.groups, 1)[..., None, None]
-        return x * torch.sigmoid(self.v.view(-1, 1, 1) * x) / std
+        return gated / (var + self.eps).sqrt().repeat_interleave(self.num_features // self.groups, 1)[..., None, None]
 
     def extra_repr(self) -> str:
-        """What `print` shows."""
+        """The options, for `print`."""
         return f"{self.num_features}, eps={self.eps}, groups={self.groups}, activation={self.v is not None}"
 
 
@@ -117,7 +117,7 @@ class FilterResponseNorm2d(_NormAct2d):
         return y if self.threshold is None else torch.maximum(y, self.threshold.view(-1, 1, 1))
 
     def extra_repr(self) -> str:
-        """What `print` shows."""
+        """The options, for `print`."""
         return f"{self.num_features}, eps={self.eps}, activation={self.threshold is not None}"
 
 

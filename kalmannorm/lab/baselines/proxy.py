@@ -62,7 +62,7 @@ class ProxyNormalized(nn.Module):
         return ((y - mean.view(shape)) * scale.view(shape)).to(y.dtype)
 
     def moments(self) -> tuple[Tensor, Tensor]:
-        """What is subtracted, and what the rest is multiplied by: ``(C,)`` each, in float32 at least."""
+        """The proxy's mean and the inverse of its standard deviation: ``(C,)`` each, in float32 at least."""
         weight: Any = self.norm.weight
         bias: Any = self.norm.bias
         wide = torch.promote_types(weight.dtype, torch.float32)
@@ -75,7 +75,7 @@ class ProxyNormalized(nn.Module):
         return moments.mean, (moments.var + self.eps).rsqrt()
 
     def extra_repr(self) -> str:
-        """What `print` shows."""
+        """The options, for `print`."""
         return f"learned={self.proxy is not None}, eps={self.eps}"
 
 
@@ -96,7 +96,7 @@ class _FirstCall(TorchFunctionMode):
 
 
 def _first_call(activation: Activation) -> _Call:
-    """What an activation calls."""
+    """The function with a rule that an activation calls first."""
     first = _FirstCall()
     with first:
         activation(torch.zeros(1))

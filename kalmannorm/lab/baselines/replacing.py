@@ -12,12 +12,12 @@ from kalmannorm.modules import is_stock_batchnorm
 
 __all__ = ["AnyBatchNorm", "count_in_steps", "in_groups", "replace_batchnorm"]
 
-# What a new layer takes over, if it has a tensor of this name and shape.
+# A new layer takes these over, where it has a tensor of this name and shape.
 _TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
 class AnyBatchNorm(_BatchNorm):
-    """What layers are derived from that take the place of ``BatchNorm1d``, ``2d`` and ``3d`` alike."""
+    """A base of layers that take the place of ``BatchNorm1d``, ``2d`` and ``3d`` alike."""
 
     weight: Any
     bias: Any

@@ -25,7 +25,7 @@ def to_weight_norm(model: nn.Module) -> nn.Module:
     The initialization depends on data: at its first forward pass in training, each layer sets ``g`` and the bias
     so that its output has mean 0 and variance 1 in each channel, over that batch, before the next layer sees it
     (the paper's section 3). A buffer ``awaits_data`` tells that it is still to come, so a checkpoint's weights
-    are not initialized anew. On several devices, where the first batches differ, call `initialize` before the
+    are not initialized again. On several devices, where the first batches differ, call `initialize` before the
     network is wrapped.
 
     Returns:

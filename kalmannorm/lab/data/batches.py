@@ -58,7 +58,7 @@ class Batches(ABC):
     Attributes:
         images: A batch, of this process.
         epoch: Of the next iteration.
-        handed_out: How many batches of the epoch one has got.
+        handed_out: Batches of the epoch that were yielded.
 
     Raises:
         ValueError: The gradient batch can't be shared out, or there are fewer images.
@@ -122,7 +122,7 @@ class Batches(ABC):
         self.epoch = epoch
 
     def state_dict(self) -> dict[str, Any]:
-        """How many batches of the epoch are handed out."""
+        """The number of this epoch's batches that were yielded."""
         return {"handed_out": self.handed_out}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -131,7 +131,7 @@ class Batches(ABC):
 
 
 class _Drawn(Dataset[Any]):
-    """A data set whose random transforms draw from ``(seed, epoch, index)``, whoever calls them, and when.
+    """A data set whose random transforms draw from ``(seed, epoch, index)``, in any process and order.
 
     So an image's flip and crop don't depend on the number of workers or of processes, nor on what came before it.
     Torch's own state is left as it was.

@@ -34,7 +34,8 @@ class ClassificationData(MemoryData):
             validates on the test images, as the paper's curves do: nothing may be chosen by them.
         split_seed: Decides which, apart from ``seed`` so that all runs are compared on the same images.
         limit: Keep the first so many images of each split.
-        classes: Keep the images of these labels alone, and number them anew: the first one is 0. None for all.
+        classes: Keep the images of these labels alone; each then has its place among them, from 0 on, as its label.
+            None for all.
         size: Side of the images that the network gets, resized last; None for 32.
     """
 

@@ -66,7 +66,7 @@ SOURCES = {
 
 
 def source(name: str) -> Source:
-    """What is known about a set.
+    """A set's files and columns.
 
     Raises:
         ValueError: There is no set of this name.

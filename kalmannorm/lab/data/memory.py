@@ -109,14 +109,14 @@ class MemoryData(lightning.LightningDataModule):
         """All inputs, as they are; on the CPU."""
 
     def scaling_of(self, inputs: Tensor) -> Scaling:
-        """What is done to every batch, from the inputs trained on: mean 0 and standard deviation 1 in each channel.
+        """Scales every batch by the inputs trained on: mean 0 and standard deviation 1 in each channel.
 
         Both are of all inputs together: the differences between inputs stay.
         """
         return standardization(inputs)
 
     def augmentation_of(self, inputs: Tensor) -> dict[str, Any]:
-        """Which options of `MemoryBatches` there are in training alone, from the inputs trained on."""
+        """Options of `MemoryBatches` for training alone, from the inputs trained on."""
         return {}
 
     def setup(self, stage: str | None = None) -> None:

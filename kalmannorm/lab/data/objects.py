@@ -59,11 +59,6 @@ SOURCES = {
 }
 
 
-def _usable(annotation: dict[str, Any], crowds: bool) -> bool:
-    # A box without area has no logarithm of its size to learn.
-    return (crowds or not annotation.get("iscrowd", 0)) and min(annotation["bbox"][2:]) > 0
-
-
 class DetectionSet(Dataset[tuple[Tensor, Target]]):
     """Images with what is to be found on them.
 
@@ -99,7 +94,9 @@ class DetectionSet(Dataset[tuple[Tensor, Target]]):
         self.places = kept[:limit]
 
     def _annotations(self, image: int) -> list[dict[str, Any]]:
-        return [each for each in self.coco.imgToAnns.get(image, []) if _usable(each, self.crowds)]
+        """Those to be found; a box without area has no logarithm of its size to learn."""
+        known = self.coco.imgToAnns.get(image, [])
+        return [each for each in known if (self.crowds or not each.get("iscrowd", 0)) and min(each["bbox"][2:]) > 0]
 
     def __len__(self) -> int:
         """Number of images."""
@@ -107,9 +104,8 @@ class DetectionSet(Dataset[tuple[Tensor, Target]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
         """An image and its target."""
-        picture, annotations = self.files[self.places[index]]
-        usable = [annotation for annotation in annotations if _usable(annotation, self.crowds)]
-        return self.transform(picture, self._target(usable, self.files.ids[self.places[index]], picture.size[::-1]))
+        (picture, _), image = self.files[self.places[index]], self.files.ids[self.places[index]]
+        return self.transform(picture, self._target(self._annotations(image), image, picture.size[::-1]))
 
     def _target(self, annotations: list[dict[str, Any]], image: int, size: tuple[int, int]) -> Target:
         boxes = torch.tensor([annotation["bbox"] for annotation in annotations], dtype=torch.float32).view(-1, 4)

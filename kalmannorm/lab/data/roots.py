@@ -52,7 +52,7 @@ def find(name: str, layout: Sequence[str], origin: str) -> Path | None:
         origin: Where to get it, for the error.
 
     Raises:
-        MissingDataError: The folder is there but incomplete, so that nobody trains on a part unknowingly.
+        MissingDataError: The folder is there but incomplete.
     """
     root = data_root()
     if root is None or not (root / name).is_dir():

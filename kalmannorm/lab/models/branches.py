@@ -1,4 +1,4 @@
-"""What the two Inception networks are made of."""
+"""Parts of the two Inception networks."""
 
 from __future__ import annotations
 

@@ -13,8 +13,8 @@ LAYERS = ((16, 2), (32, 2), (32, 1), (64, 2), (64, 1), (64, 2))
 class SmallConvNet(nn.Module):
     """Convolution, norm and ReLU, as often as ``layers`` says, then the mean over space and a classifier.
 
-    It is built with stock ``nn.BatchNorm2d``; who wants another normalization replaces these from outside, so
-    every method starts from the same weights.
+    It is built with stock ``nn.BatchNorm2d``. Other normalizations replace these layers from outside, so every method
+    starts from the same weights.
 
     Args:
         layers: Channels and stride of each 3x3 convolution.

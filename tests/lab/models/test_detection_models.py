@@ -16,17 +16,7 @@ SMALL = {
     "rpn_post_nms_top_n_train": 20, "rpn_post_nms_top_n_test": 20,
 }  # fmt: skip
 both = pytest.mark.parametrize("make", [mask_rcnn_c4, mask_rcnn_fpn])
-every_norm = pytest.mark.parametrize(
-    ("make", "kind"),
-    [
-        (mask_rcnn_c4, "batch"),
-        (mask_rcnn_c4, "group"),
-        (mask_rcnn_c4, "kalman"),
-        (mask_rcnn_fpn, "batch"),
-        (mask_rcnn_fpn, "group"),
-        (mask_rcnn_fpn, "kalman"),
-    ],
-)
+every_norm = pytest.mark.parametrize("kind", ["batch", "group", "kalman"])
 
 
 def image_and_target():
@@ -62,6 +52,7 @@ def train(model, steps):
     return values
 
 
+@both
 @every_norm
 def test_one_step_then_detections(make, kind):
     model = build(make, kind)
