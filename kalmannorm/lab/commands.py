@@ -18,7 +18,12 @@ from kalmannorm.lab.workers import bars
 
 
 def fit(
-    *, config: str, output: Path, split: Literal["validation", "test"] | None = None, settings: Sequence[str] = ()
+    *,
+    config: str,
+    output: Path,
+    split: Literal["validation", "test"] | None = None,
+    longer: bool = False,
+    settings: Sequence[str] = (),
 ) -> None:
     """Train one network and score it; an interrupted run goes on where it was.
 
@@ -26,6 +31,7 @@ def fit(
         config: An arm of an experiment, such as table8/resnet32-kn-bs2, or a file.
         output: Folder for the checkpoint, the curve and the scores.
         split: Which images are scored at the end: test, or validation where there are no others.
+        longer: Go on from the end of a run that the folder holds, of the same configuration but fewer steps.
         settings: Any setting of the configuration in its place, such as --trainer.max_steps 10.
     """
     chosen = experiments.config_of(config)
@@ -38,7 +44,7 @@ def fit(
         progress.update(bar, completed=step)
 
     try:
-        result = fitting.fit(chosen, output, tell, settings, split)
+        result = fitting.fit(chosen, output, tell, settings, split, longer=longer)
     finally:
         if progress.live.is_started:
             progress.stop()

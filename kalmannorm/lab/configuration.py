@@ -93,16 +93,23 @@ def _reason(error: Exception) -> str:
     return " ".join((found[1] if found and about_a_module else str(error)).split())
 
 
-def check_same(folder: Path, config: Mapping[str, Any]) -> None:
+def check_same(folder: Path, config: Mapping[str, Any], there: Mapping[str, Any] | None = None) -> None:
     """Refuse a folder of another run.
+
+    Args:
+        folder: Of the run.
+        config: What it must be configured by.
+        there: What it is; by default what its ``config.yaml`` says, if there is one.
 
     Raises:
         ValueError: Its configuration is another one; with the first setting that differs.
     """
     path = folder / "config.yaml"
-    if path.is_file() and (found := difference(yaml.safe_load(path.read_text(encoding="utf-8")), config)):
-        key, there, here = found
-        raise ValueError(f"{folder} holds a run with another configuration: {key} is {there} there; got {here}")
+    if there is None:
+        there = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else config
+    if found := difference(there, config):
+        key, before, now = found
+        raise ValueError(f"{folder} holds a run with another configuration: {key} is {before} there; got {now}")
 
 
 def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> tuple[str, Any, Any] | None:

@@ -18,6 +18,7 @@ from torch import nn
 from kalmannorm.lab.baselines.moving_average import MovingAverageNorm
 from kalmannorm.lab.configuration import Run, check_same
 from kalmannorm.lab.curve import Curve, RandomState
+from kalmannorm.lab.experiments import merge
 from kalmannorm.lab.results import Result, environment, finished, write_atomically
 
 __all__ = [
@@ -65,6 +66,20 @@ class _Folder(Callback):
         if trainer.is_global_zero:
             os.replace(beside, self.folder / "last.ckpt")
 
+    def finish(self, trainer: Trainer) -> None:
+        """Keep what the end of training changed, such as recalibrated statistics; all else stays as after the last
+        step, where a longer run goes on.
+        """
+        last, beside = self.folder / "last.ckpt", self.folder / "last.ckpt.part"
+        kept = torch.load(last, map_location="cpu", weights_only=True) if last.exists() else {}
+        if kept.get("global_step") != trainer.global_step:  # it was ended before its last step
+            self.save(trainer)
+            return
+        weights = trainer.strategy.lightning_module_state_dict()
+        if trainer.is_global_zero:
+            torch.save({**kept, "state_dict": weights}, beside)
+            os.replace(beside, last)
+
 
 def _validates_now(trainer: Trainer) -> bool:
     every = trainer.val_check_batch
@@ -77,6 +92,8 @@ def fit(
     tell: Callable[[int], None] = lambda step: None,
     overrides: Sequence[str] = (),
     split: Split | None = None,
+    *,
+    longer: bool = False,
 ) -> Result:
     """Train and score; go on where an interrupted run of the same configuration was, and don't repeat a finished one.
 
@@ -88,6 +105,8 @@ def fit(
         overrides: More settings, as on a command line: ``["--trainer.max_steps=10"]``.
         split: Which images are scored at the end; with ``"validation"`` no test image is looked at. None for the test
             images, or those of validation where the data have no test split.
+        longer: The folder may hold a run of the same configuration but fewer steps: it goes on from its end. From there
+            on the rate and all else that follows from the number of steps is as in a training of so many steps.
 
     Raises:
         ValueError: A wrong configuration; the data have no such split; or the folder holds another configuration, a
@@ -97,6 +116,8 @@ def fit(
     folder = Path(folder)
     run = Run(config, overrides)
     whole = run.complete()
+    if longer:
+        _make_longer(folder, whole)
     check_same(folder, whole)
     if finished(folder):
         return _read(folder, split)
@@ -115,7 +136,7 @@ def fit(
         trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.exists() else None)
     except SystemExit as ended:  # so Lightning ends after Ctrl-C
         raise KeyboardInterrupt from ended
-    checkpoints.save(trainer)  # with what the end of training changed, such as recalibrated statistics
+    checkpoints.finish(trainer)
     result = Result(
         config=whole,
         scores=_scored(trainer, module, data, chosen, may_be_none=split is None),
@@ -129,6 +150,17 @@ def fit(
     if trainer.is_global_zero:
         result.write(folder)
     return result
+
+
+def _make_longer(folder: Path, whole: dict[str, Any]) -> None:
+    """Make a run that has ended one that was interrupted at that step of this longer one."""
+    before = _stored(folder).complete()
+    length = whole["trainer"]["max_steps"]
+    if before["trainer"]["max_steps"] < length:
+        check_same(folder, whole, merge(before, {"trainer": {"max_steps": length}}))
+        # In this order: what has no result goes on, whenever this is cut off.
+        (folder / "result.json").unlink(missing_ok=True)
+        write_atomically(folder / "config.yaml", yaml.safe_dump(whole, sort_keys=False))
 
 
 def ended_run(config: Mapping[str, Any], folder: Path, split: Split | None = None) -> Result | None:

@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 
+from kalmannorm.lab.experiments import merge
 from kalmannorm.lab.fitting import fit
 from kalmannorm.lab.training import Classifier
 
@@ -89,6 +90,20 @@ def test_a_validation_that_was_cut_short_is_repeated(images, config, tmp_path, m
     unbroken = fit(config, tmp_path / "unbroken")
     break_off(monkeypatch, "on_validation_epoch_end", 12, config, tmp_path / "broken")
     same(fit(config, tmp_path / "broken"), unbroken)
+
+
+def test_a_run_that_has_ended_is_made_longer(images, config, tmp_path):
+    """Where the rate does not depend on the number of steps, it is the longer one bit for bit."""
+    config["model"]["init_args"] |= {"schedule": "milestones", "milestones": {0: 1.0}}
+    longer = merge(config, {"trainer": {"max_steps": 28}})
+    short = fit(config, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"another configuration: trainer\.max_steps is 20 there; got 28"):
+        fit(longer, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"init_args\.rate is 0\.05 there; got 0\.1"):
+        fit(merge(longer, {"model": {"init_args": {"rate": 0.1}}}), tmp_path / "run", longer=True)
+    assert fit(config, tmp_path / "run", longer=True) == short
+    same(fit(longer, tmp_path / "run", longer=True), fit(longer, tmp_path / "whole"))
+    assert fit(longer, tmp_path / "run").losses[:20] == short.losses
 
 
 def break_off(monkeypatch, method, step, config, folder):

@@ -187,7 +187,11 @@ def test_passes_of_one_step_count_once(method):
 def test_cross_iteration_waits_for_steps_and_not_for_passes():
     classifier = _classifier(SmallConvNet(((8, 2),)), normalization="cbn", steps=3)  # as BatchNorm for 2 of them
     begun = []
-    hook = classifier.network.norms[0].register_forward_pre_hook(lambda layer, _: begun.append(layer._begun()))
+
+    def look(layer, _):
+        begun.append(layer._steps >= layer.burn_in * layer.passes)
+
+    hook = classifier.network.norms[0].register_forward_pre_hook(look)
     quiet_trainer(3).fit(classifier, loader(*_data(32), 8, 0))
     hook.remove()
     assert begun == [False] * 8 + [True] * 4
