@@ -208,6 +208,38 @@ def _line(statistics, weight, bias, at, channel, here, size, EPS: tl.constexpr):
 
 
 @triton.jit
+def _through_fusion(g_mean, g_var, mean, var, at, channel, here, size, prior, prior_shift, prior_scale, gain, noise,
+                    terms, prior_size, GAIN_SLOPE: tl.constexpr, GAIN_OFFSET: tl.constexpr, NOISE_SCALE: tl.constexpr,
+                    SPREAD: tl.constexpr):  # fmt: skip
+    """From the posterior's gradients: write ``terms`` of prior, gain and noise; return the observed mean's, and ``q``."""
+    q = _gain(gain, GAIN_SLOPE, GAIN_OFFSET)
+    p_mean, p_var, added, factor = _prior(
+        prior, prior_shift, prior_scale, noise, at, channel, here, prior_size, NOISE_SCALE
+    )  # fmt: skip
+    innovation = mean - p_mean
+    by_observed = q * g_mean
+    by_prior_mean = (1 - q) * g_mean
+    by_gain = var - p_var
+    if SPREAD:
+        through_spread = 2 * q * (1 - q) * innovation * g_var
+        by_observed += through_spread
+        by_prior_mean -= through_spread
+        by_gain += (1 - 2 * q) * innovation * innovation
+    by_gain = g_mean * innovation + g_var * by_gain
+    if gain is not None and GAIN_SLOPE != 0:
+        by_gain *= GAIN_SLOPE * q * (1 - q)
+    tl.store(terms + 2 * size + at, by_prior_mean, mask=here)
+    tl.store(terms + 3 * size + at, (1 - q) * g_var * factor, mask=here)
+    tl.store(terms + 4 * size + at, by_gain, mask=here)
+    if noise is not None:
+        by_noise = (1 - q) * g_var * factor
+        if NOISE_SCALE != 0:
+            by_noise *= added
+        tl.store(terms + 5 * size + at, by_noise, mask=here)
+    return by_observed, q
+
+
+@triton.jit
 def _gradients(sum_dy, sum_dyx, n, at, channel, here, size, statistics, prior, prior_shift, prior_scale, gain, noise,
                weight, d_belief, terms, prior_size, POSTERIOR: tl.constexpr, GAIN_SLOPE: tl.constexpr, GAIN_OFFSET:
                tl.constexpr, NOISE_SCALE: tl.constexpr, SPREAD: tl.constexpr, EPS: tl.constexpr):  # fmt: skip
@@ -241,30 +273,10 @@ def _gradients(sum_dy, sum_dyx, n, at, channel, here, size, statistics, prior, p
     by_observed = g_mean
     q = 1.0
     if prior is not None:
-        q = _gain(gain, GAIN_SLOPE, GAIN_OFFSET)
-        p_mean, p_var, added, factor = _prior(
-            prior, prior_shift, prior_scale, noise, at, channel, here, prior_size, NOISE_SCALE
+        by_observed, q = _through_fusion(
+            g_mean, g_var, mean, var, at, channel, here, size, prior, prior_shift, prior_scale, gain, noise, terms,
+            prior_size, GAIN_SLOPE, GAIN_OFFSET, NOISE_SCALE, SPREAD,
         )  # fmt: skip
-        innovation = mean - p_mean
-        by_observed = q * g_mean
-        by_prior_mean = (1 - q) * g_mean
-        by_gain = var - p_var
-        if SPREAD:
-            through_spread = 2 * q * (1 - q) * innovation * g_var
-            by_observed += through_spread
-            by_prior_mean -= through_spread
-            by_gain += (1 - 2 * q) * innovation * innovation
-        by_gain = g_mean * innovation + g_var * by_gain
-        if gain is not None and GAIN_SLOPE != 0:
-            by_gain *= GAIN_SLOPE * q * (1 - q)
-        tl.store(terms + 2 * size + at, by_prior_mean, mask=here)
-        tl.store(terms + 3 * size + at, (1 - q) * g_var * factor, mask=here)
-        tl.store(terms + 4 * size + at, by_gain, mask=here)
-        if noise is not None:
-            by_noise = (1 - q) * g_var * factor
-            if NOISE_SCALE != 0:
-                by_noise *= added
-            tl.store(terms + 5 * size + at, by_noise, mask=here)
     # A constant channel's deviations are nothing but rounding: see `slope_by_variance`.
     rounding = mean * (8 * 1.1920929e-7)
     return mean, tl.where(var > rounding * rounding, g_var * (2 * q / n), 0.0), by_observed / n
