@@ -129,7 +129,7 @@ static void forward_channels_first(const float *x, float *y, const Filter *f, co
         for (int64_t r = 0; r < rows; r++) mean += sum_run(x + first + r * C * P, P);
         mean /= n;
         for (int64_t r = 0; r < rows; r++) squares += squares_run(x + first + r * C * P, P, (float)mean);
-        /* what the mean lost in float32 */
+        /* the mean's rounding in float32 */
         double lost = mean - (float)mean;
         fuse(f, q, size, C, i, mean, not_negative(squares / n - lost * lost), statistics);
         float scale, shift;
@@ -230,7 +230,7 @@ static void move_running(const Shape *shape, float q, const float *statistics, f
     nonfinite[0] += lost;
 }
 
-/* What Python packs, as `_FORWARD` in on_cpu.py says; so are the other arguments below. */
+/* Packed by `_FORWARD` in on_cpu.py; the other arguments below likewise. */
 typedef struct {
     Filter filter;
     Shape shape;
@@ -260,7 +260,7 @@ void layer_forward(const Forward *a) {
 
 /* ---- backward ---- */
 
-/* What comes from above, and where the gradients of a group and channel go: each (S, C), or NULL. */
+/* Gradients from above, and where those of a group and channel are written: each (S, C), or NULL. */
 typedef struct {
     const float *d_posterior_mean, *d_posterior_var, *d_output_mean, *d_output_var;
     float *d_prior_mean, *d_prior_var, *d_gain, *d_noise, *d_weight, *d_bias;

@@ -106,7 +106,7 @@ class _Walk(NamedTuple):
 
 
 def _tile_channels_last(samples: int, rows: int, channels: int, itemsize: int) -> tuple[int, int, int]:
-    """All rows of a few channels, enough for 16 or 32 bytes side by side; if these are too many, 128 bytes' channels."""
+    """All rows of a few channels, at least 16 or 32 bytes side by side; else, 128 bytes of channels."""
     wide, long = _power_of_two(channels), _power_of_two(rows)
     least = (16 if samples * channels * rows * itemsize <= _CACHED else 32) // itemsize
     across = min(wide, max(least, min(4096 // long, 64)))

@@ -114,7 +114,7 @@ def _spread_out(vector):
 
 @triton.jit
 def _or(pointer, at, here, default: tl.constexpr):
-    """A number a channel, or what it is where none is given."""
+    """A number a channel, or its default where none is given."""
     value = tl.zeros_like(at).to(tl.float32) + default
     if pointer is not None:
         value = tl.load(pointer + at, mask=here, other=default)
@@ -150,7 +150,7 @@ def _prior(prior, prior_shift, prior_scale, noise, at, channel, here, prior_size
 def _move(running_mean, running_var, batches, nonfinite, momentum, channel, here, mean, var):
     """Running statistics, of each channel for which the newest are finite; and the two counters.
 
-    No program knows of all channels, so each adds itself to ``batches``, above the 32 bits that count batches: 15 bits
+    No program has all channels, so each adds itself to ``batches``, above the 32 bits that count batches: 15 bits
     of how many programs were here, and as many of how many saw a channel that is not finite. The last one to come
     puts both counters right.
     """
@@ -173,7 +173,7 @@ def _move(running_mean, running_var, batches, nonfinite, momentum, channel, here
 def _fuse(mean, var, n, at, channel, here, size, statistics, prior, prior_shift, prior_scale, gain, noise, weight, bias,
           running_mean, running_var, batches, nonfinite, momentum, prior_size, GAIN_SLOPE: tl.constexpr,
           GAIN_OFFSET: tl.constexpr, NOISE_SCALE: tl.constexpr, SPREAD: tl.constexpr, EPS: tl.constexpr):  # fmt: skip
-    """Write the statistics of some channels, and move what is running; return the posterior."""
+    """Write the statistics of some channels, update their running statistics; return the posterior."""
     q = 1.0
     posterior_mean = mean
     posterior_var = var
@@ -211,7 +211,7 @@ def _line(statistics, weight, bias, at, channel, here, size, EPS: tl.constexpr):
 def _through_fusion(g_mean, g_var, mean, var, at, channel, here, size, prior, prior_shift, prior_scale, gain, noise,
                     terms, prior_size, GAIN_SLOPE: tl.constexpr, GAIN_OFFSET: tl.constexpr, NOISE_SCALE: tl.constexpr,
                     SPREAD: tl.constexpr):  # fmt: skip
-    """From the posterior's gradients: write ``terms`` of prior, gain and noise; return the observed mean's, and ``q``."""
+    """Write ``terms`` of prior, gain and noise; return the observed mean's, and ``q``."""
     q = _gain(gain, GAIN_SLOPE, GAIN_OFFSET)
     p_mean, p_var, added, factor = _prior(
         prior, prior_shift, prior_scale, noise, at, channel, here, prior_size, NOISE_SCALE
@@ -328,8 +328,8 @@ def moments_kernel(x, parts, channels, pixels, rows, groups, tiles, chunk, A: tl
                    B: tl.constexpr, LAST: tl.constexpr, ALIGN: tl.constexpr):  # fmt: skip
     """Count, mean and squared deviations of each chunk of tiles: ``parts`` is ``(chunks, 3, groups, channels)``.
 
-    Deviations are from the mean of the chunk's first tile. What they lose to rounding is at most that of deviations
-    from the chunk's own mean times the number of its tiles.
+    Deviations are from the mean of the chunk's first tile. Their rounding is at most that of deviations from
+    the chunk's own mean times the number of its tiles.
     """
     group, block, part, _, here, at, size = _place(channels, groups, K, LAST, ALIGN)
     first = part * chunk
@@ -360,7 +360,7 @@ def fuse_kernel(parts, statistics, prior, prior_shift, prior_scale, gain, noise,
     size = groups * channels
     at = tl.program_id(0) * C + tl.arange(0, C)
     here = at < size
-    first = tl.load(parts + size + at, mask=here, other=0.0)  # a mean, so that what is summed are differences
+    first = tl.load(parts + size + at, mask=here, other=0.0)  # a mean, so that differences are summed
     n = tl.zeros((C,), tl.float32)
     total = tl.zeros((C,), tl.float32)
     for start in range(0, chunks, P):
@@ -393,7 +393,7 @@ def apply_kernel(x, y, statistics, weight, bias, channels, pixels, rows, groups,
                  ALIGN: tl.constexpr):  # fmt: skip
     """``y = gamma (x - m) / s + beta``, and what follows. A program a tile.
 
-    The last tile comes first: what was read last may still be in the cache.
+    The last tile comes first: it was read last and may still be in the cache.
     """
     group, block, tile, channel, here, at, size = _place(channels, groups, K, LAST, ALIGN)
     start, offset, inside, _ = _tile(group, block, tiles - 1 - tile, channels, pixels, rows, A, K, B, LAST, ALIGN)
