@@ -232,8 +232,8 @@ def layer(x: Tensor, given: Given, options: Options, *, running: Running | None 
         ValueError: for a tensor of another size. A compiled kernel would read and write beyond its end.
     """
     _check_sizes(x, given, running, options.groups, through)
-    after = None
-    if through is not None and torch.compiler.is_compiling():  # an operator of its own
+    after, transformed = None, is_transformed()
+    if through is not None and transformed:  # for a compiler, an operator of its own
         prior, after = link(given.prior, *through)  # type: ignore[arg-type]
         given, through = given._replace(prior=prior), None
     filter, filter_bias, rectifies = (None, None, False) if through is None else through
@@ -244,10 +244,8 @@ def layer(x: Tensor, given: Given, options: Options, *, running: Running | None 
     given = Given(*vectors)
     compiled = torch.compiler.is_compiling() and x.device.type == "cpu" and on_cpu.is_available()
     compiled = compiled and not torch.compiler.is_exporting()  # to ONNX, for one, which has torch's functions only
-    if is_transformed() and not compiled:
-        through = None if filter is None else Through(filter, filter_bias, rectifies)
-        out = _plain(x, given, through, posterior, options, running)
-        return out if after is None else out._replace(rectified=after)
+    if transformed and not compiled:
+        return _plain(x, given, None, posterior, options, running)._replace(rectified=after)
     x = as_dense(x)
     given = given if given.prior is None else given._replace(prior=given.prior.contiguous())
     if compiled:

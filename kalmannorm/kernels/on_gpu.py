@@ -171,7 +171,7 @@ def _merging(walk: _Walk, groups: int) -> tuple[int, int, int, int]:
 
 
 def layer_forward(x: Tensor, given: Given, running: Running | None, options: Options) -> tuple[Tensor, Tensor]:
-    """See :func:`kalmannorm.kernels.on_torch.layer_forward`."""
+    """See :func:`kalmannorm.kernels.formulas.layer_forward`."""
     kernels = _kernels("triton_layer")
     groups, slope, offset, noise_scale, spread, eps, relu = options
     walk = _walk(x.shape, is_channels_last(x), groups, x.itemsize)
@@ -303,7 +303,7 @@ def _blocks(size: tuple[int, ...], last: bool, itemsize: int) -> _Blocks:
 
 def link_forward(moments: Tensor, weight: Tensor, bias: Tensor | None,
                  relu: bool) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """See :func:`kalmannorm.kernels.on_torch.link_forward`."""
+    """See :func:`kalmannorm.kernels.formulas.link_forward`."""
     _, groups, channels, *ones = moments.shape
     rows = weight.shape[0]
     blocks = _blocks(weight.shape, is_channels_last(weight), weight.itemsize)
