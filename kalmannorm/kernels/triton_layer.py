@@ -12,6 +12,9 @@ agree bit for bit.
 
 ``statistics`` is ``(6, groups, channels)``: posterior mean and variance, output mean and variance, observed mean and
 variance. Pointers may be None: no prior, no affine map, and so on; each such choice is compiled for itself.
+
+Functions that a kernel calls take some of its arguments together: ``where`` is ``(at, channel, here, size)``, see
+:func:`_place`; ``given`` is ``(prior, prior_shift, prior_scale, gain, noise, prior_size)``.
 """
 # Triton has no types for mypy to check, and a kernel's arguments are its pointers and sizes.
 # mypy: ignore-errors
@@ -135,8 +138,10 @@ def _gain(gain, GAIN_SLOPE: tl.constexpr, GAIN_OFFSET: tl.constexpr):
 
 
 @triton.jit
-def _prior(prior, prior_shift, prior_scale, noise, at, channel, here, prior_size, NOISE_SCALE: tl.constexpr):
+def _prior(given, where, NOISE_SCALE: tl.constexpr):
     """Mean, variance with process noise, the noise, and the scale. A prior of one group serves all."""
+    at, channel, here, _ = where
+    prior, prior_shift, prior_scale, _, noise, prior_size = given
     added = _or(noise, channel, here, 0.0)
     if noise is not None and NOISE_SCALE != 0:
         added = NOISE_SCALE * tl.exp(added)
@@ -147,13 +152,14 @@ def _prior(prior, prior_shift, prior_scale, noise, at, channel, here, prior_size
 
 
 @triton.jit
-def _move(running_mean, running_var, batches, nonfinite, momentum, channel, here, mean, var):
+def _move(running, channel, here, mean, var):
     """Running statistics, of each channel for which the newest are finite; and the two counters.
 
     No program has all channels, so each adds itself to ``batches``, above the 32 bits that count batches: 15 bits
     of how many programs were here, and as many of how many saw a channel that is not finite. The last one to come
     puts both counters right.
     """
+    running_mean, running_var, batches, nonfinite, momentum = running
     finite = tl.abs(mean + var) <= 3.4028235e38
     moved = here & finite
     last_mean = tl.load(running_mean + channel, mask=moved, other=0.0)
@@ -170,16 +176,17 @@ def _move(running_mean, running_var, batches, nonfinite, momentum, channel, here
 
 
 @triton.jit
-def _fuse(mean, var, n, at, channel, here, size, statistics, prior, prior_shift, prior_scale, gain, noise, weight, bias,
-          running_mean, running_var, batches, nonfinite, momentum, prior_size, GAIN_SLOPE: tl.constexpr,
+def _fuse(mean, var, n, where, statistics, given, weight, bias, running, GAIN_SLOPE: tl.constexpr,
           GAIN_OFFSET: tl.constexpr, NOISE_SCALE: tl.constexpr, SPREAD: tl.constexpr, EPS: tl.constexpr):  # fmt: skip
     """Write the statistics of some channels, update their running statistics; return the posterior."""
+    at, channel, here, size = where
+    prior, _, _, gain, _, _ = given
     q = 1.0
     posterior_mean = mean
     posterior_var = var
     if prior is not None:
         q = _gain(gain, GAIN_SLOPE, GAIN_OFFSET)
-        p_mean, p_var, _, _ = _prior(prior, prior_shift, prior_scale, noise, at, channel, here, prior_size, NOISE_SCALE)
+        p_mean, p_var, _, _ = _prior(given, where, NOISE_SCALE)
         innovation = mean - p_mean
         posterior_mean = p_mean + q * innovation
         posterior_var = p_var + q * (var - p_var)
@@ -192,15 +199,16 @@ def _fuse(mean, var, n, at, channel, here, size, statistics, prior, prior_shift,
     tl.store(statistics + 3 * size + at, gamma * gamma * (posterior_var / (posterior_var + EPS)), mask=here)
     tl.store(statistics + 4 * size + at, mean, mask=here)
     tl.store(statistics + 5 * size + at, var, mask=here)
-    if running_mean is not None:
+    if running[0] is not None:
         newest_var = posterior_var + q * var / tl.maximum(n - 1, 1.0)
-        _move(running_mean, running_var, batches, nonfinite, momentum, channel, here, posterior_mean, newest_var)
+        _move(running, channel, here, posterior_mean, newest_var)
     return posterior_mean, posterior_var
 
 
 @triton.jit
-def _line(statistics, weight, bias, at, channel, here, size, EPS: tl.constexpr):
+def _line(statistics, weight, bias, where, EPS: tl.constexpr):
     """``m``, ``1 / s``, ``gamma / s`` and ``beta``, to meet a tile."""
+    at, channel, here, size = where
     mean = tl.load(statistics + at, mask=here, other=0.0)
     inverse = 1.0 / tl.sqrt(tl.load(statistics + size + at, mask=here, other=1.0) + EPS)
     scale = _or(weight, channel, here, 1.0) * inverse
@@ -208,14 +216,13 @@ def _line(statistics, weight, bias, at, channel, here, size, EPS: tl.constexpr):
 
 
 @triton.jit
-def _through_fusion(g_mean, g_var, mean, var, at, channel, here, size, prior, prior_shift, prior_scale, gain, noise,
-                    terms, prior_size, GAIN_SLOPE: tl.constexpr, GAIN_OFFSET: tl.constexpr, NOISE_SCALE: tl.constexpr,
-                    SPREAD: tl.constexpr):  # fmt: skip
+def _through_fusion(g_mean, g_var, mean, var, where, given, terms, GAIN_SLOPE: tl.constexpr,
+                    GAIN_OFFSET: tl.constexpr, NOISE_SCALE: tl.constexpr, SPREAD: tl.constexpr):  # fmt: skip
     """Write ``terms`` of prior, gain and noise; return the observed mean's, and ``q``."""
+    at, _, here, size = where
+    _, _, _, gain, noise, _ = given
     q = _gain(gain, GAIN_SLOPE, GAIN_OFFSET)
-    p_mean, p_var, added, factor = _prior(
-        prior, prior_shift, prior_scale, noise, at, channel, here, prior_size, NOISE_SCALE
-    )  # fmt: skip
+    p_mean, p_var, added, factor = _prior(given, where, NOISE_SCALE)
     innovation = mean - p_mean
     by_observed = q * g_mean
     by_prior_mean = (1 - q) * g_mean
@@ -240,14 +247,15 @@ def _through_fusion(g_mean, g_var, mean, var, at, channel, here, size, prior, pr
 
 
 @triton.jit
-def _gradients(sum_dy, sum_dyx, n, at, channel, here, size, statistics, prior, prior_shift, prior_scale, gain, noise,
-               weight, d_belief, terms, prior_size, POSTERIOR: tl.constexpr, GAIN_SLOPE: tl.constexpr, GAIN_OFFSET:
-               tl.constexpr, NOISE_SCALE: tl.constexpr, SPREAD: tl.constexpr, EPS: tl.constexpr):  # fmt: skip
+def _gradients(sum_dy, sum_dyx, n, where, statistics, given, weight, d_belief, terms, POSTERIOR: tl.constexpr,
+               GAIN_SLOPE: tl.constexpr, GAIN_OFFSET: tl.constexpr, NOISE_SCALE: tl.constexpr, SPREAD: tl.constexpr,
+               EPS: tl.constexpr):  # fmt: skip
     """Write each group and channel's share of every gradient; return mean, slope and offset of ``dx``.
 
     ``terms`` is ``(6, groups, channels)``: of weight, bias, prior mean, prior variance, gain and noise. Without a prior
     only the first two are written.
     """
+    at, channel, here, size = where
     v = tl.load(statistics + size + at, mask=here, other=1.0)
     mean = tl.load(statistics + 4 * size + at, mask=here, other=0.0)
     var = tl.load(statistics + 5 * size + at, mask=here, other=0.0)
@@ -272,10 +280,9 @@ def _gradients(sum_dy, sum_dyx, n, at, channel, here, size, statistics, prior, p
     tl.store(terms + size + at, by_bias, mask=here)
     by_observed = g_mean
     q = 1.0
-    if prior is not None:
+    if given[0] is not None:
         by_observed, q = _through_fusion(
-            g_mean, g_var, mean, var, at, channel, here, size, prior, prior_shift, prior_scale, gain, noise, terms,
-            prior_size, GAIN_SLOPE, GAIN_OFFSET, NOISE_SCALE, SPREAD,
+            g_mean, g_var, mean, var, where, given, terms, GAIN_SLOPE, GAIN_OFFSET, NOISE_SCALE, SPREAD
         )  # fmt: skip
     # A constant channel's deviations are nothing but rounding: see `slope_by_variance`.
     rounding = mean * (8 * 1.1920929e-7)
@@ -313,10 +320,11 @@ def forward_kernel(x, y, statistics, prior, prior_shift, prior_scale, gain, nois
     mean = _sum(value) / n
     deviation = tl.where(inside, value - _spread_out(mean), 0.0)
     var = _sum(deviation * deviation) / n
+    given = prior, prior_shift, prior_scale, gain, noise, prior_size
+    running = running_mean, running_var, batches, nonfinite, momentum
     m, v = _fuse(
-        mean, var, n, at, channel, here, size, statistics, prior, prior_shift, prior_scale, gain, noise, weight, bias,
-        running_mean, running_var, batches, nonfinite, momentum, prior_size, GAIN_SLOPE, GAIN_OFFSET, NOISE_SCALE,
-        SPREAD, EPS,
+        mean, var, n, (at, channel, here, size), statistics, given, weight, bias, running, GAIN_SLOPE, GAIN_OFFSET,
+        NOISE_SCALE, SPREAD, EPS,
     )  # fmt: skip
     scale = _spread_out(_or(weight, channel, here, 1.0) * (1.0 / tl.sqrt(v + EPS)))
     value = (value - _spread_out(m)) * scale + _spread_out(_or(bias, channel, here, 0.0))
@@ -380,10 +388,11 @@ def fuse_kernel(parts, statistics, prior, prior_shift, prior_scale, gain, noise,
         deviation = tl.load(pointer + size, mask=inside, other=0.0) - mean[None, :]
         count = tl.load(pointer, mask=inside, other=0.0)
         squares += tl.sum(count * deviation * deviation + tl.load(pointer + 2 * size, mask=inside, other=0.0), 0)
+    given = prior, prior_shift, prior_scale, gain, noise, prior_size
+    running = running_mean, running_var, batches, nonfinite, momentum
     _fuse(
-        mean, squares / n, n, at, at % channels, here, size, statistics, prior, prior_shift, prior_scale, gain, noise,
-        weight, bias, running_mean, running_var, batches, nonfinite, momentum, prior_size, GAIN_SLOPE, GAIN_OFFSET,
-        NOISE_SCALE, SPREAD, EPS,
+        mean, squares / n, n, (at, at % channels, here, size), statistics, given, weight, bias, running, GAIN_SLOPE,
+        GAIN_OFFSET, NOISE_SCALE, SPREAD, EPS,
     )  # fmt: skip
 
 
@@ -398,7 +407,7 @@ def apply_kernel(x, y, statistics, weight, bias, channels, pixels, rows, groups,
     group, block, tile, channel, here, at, size = _place(channels, groups, K, LAST, ALIGN)
     start, offset, inside, _ = _tile(group, block, tiles - 1 - tile, channels, pixels, rows, A, K, B, LAST, ALIGN)
     value = _load(x, start, offset, inside)
-    mean, _, scale, beta = _line(statistics, weight, bias, at, channel, here, size, EPS)
+    mean, _, scale, beta = _line(statistics, weight, bias, (at, channel, here, size), EPS)
     value = _rectified((value - mean) * scale + beta, RELU)
     _store(y, start, offset, inside, value)
 
@@ -417,7 +426,8 @@ def running_kernel(statistics, gain, running_mean, running_var, batches, nonfini
         at = statistics + group * channels + channel
         mean += tl.load(at, mask=here, other=0.0)
         var += tl.load(at + size, mask=here, other=0.0) + unbiased * tl.load(at + 5 * size, mask=here, other=0.0)
-    _move(running_mean, running_var, batches, nonfinite, momentum, channel, here, mean / groups, var / groups)
+    running = running_mean, running_var, batches, nonfinite, momentum
+    _move(running, channel, here, mean / groups, var / groups)
 
 
 # ---- backward ----
@@ -434,12 +444,12 @@ def backward_kernel(dy, x, dx, statistics, terms, d_belief, prior, prior_shift, 
     start, offset, inside, n = _tile(group, block, 0, channels, pixels, rows, A, K, B, LAST, ALIGN)
     value = _load(x, start, offset, inside)
     gradient = _load(dy, start, offset, inside)
-    mean, inverse, scale, beta = _line(statistics, weight, bias, at, channel, here, size, EPS)
+    mean, inverse, scale, beta = _line(statistics, weight, bias, (at, channel, here, size), EPS)
     gradient = _masked(gradient, value, mean, scale, beta, RELU)
+    given = prior, prior_shift, prior_scale, gain, noise, prior_size
     centre, slope, level = _gradients(
-        _sum(gradient), _sum(gradient * (value - mean) * inverse), n, at, channel, here, size, statistics, prior,
-        prior_shift, prior_scale, gain, noise, weight, d_belief, terms, prior_size, POSTERIOR, GAIN_SLOPE, GAIN_OFFSET,
-        NOISE_SCALE, SPREAD, EPS,
+        _sum(gradient), _sum(gradient * (value - mean) * inverse), n, (at, channel, here, size), statistics, given,
+        weight, d_belief, terms, POSTERIOR, GAIN_SLOPE, GAIN_OFFSET, NOISE_SCALE, SPREAD, EPS,
     )  # fmt: skip
     value = scale * gradient + (value - _spread_out(centre)) * _spread_out(slope) + _spread_out(level)
     _store(dx, start, offset, inside, value)
@@ -451,7 +461,7 @@ def sums_kernel(dy, x, parts, statistics, weight, bias, channels, pixels, rows, 
                 LAST: tl.constexpr, ALIGN: tl.constexpr):  # fmt: skip
     """``sum dy`` and ``sum dy (x - m) / s`` of each chunk of tiles: ``parts`` is ``(chunks, 2, groups, channels)``."""
     group, block, part, channel, here, at, size = _place(channels, groups, K, LAST, ALIGN)
-    mean, inverse, scale, beta = _line(statistics, weight, bias, at, channel, here, size, EPS)
+    mean, inverse, scale, beta = _line(statistics, weight, bias, (at, channel, here, size), EPS)
     sums = tl.zeros((A, K, B), tl.float32)
     products = tl.zeros((A, K, B), tl.float32)
     first = part * chunk
@@ -487,10 +497,10 @@ def gradients_kernel(parts, line, statistics, terms, d_belief, prior, prior_shif
         inside = (part < chunks) & here[None, :]
         sum_dy += tl.sum(tl.load(pointer, mask=inside, other=0.0), 0)
         sum_dyx += tl.sum(tl.load(pointer + size, mask=inside, other=0.0), 0)
+    given = prior, prior_shift, prior_scale, gain, noise, prior_size
     _, slope, level = _gradients(
-        sum_dy, sum_dyx, count.to(tl.float32), at, at % channels, here, size, statistics, prior,
-        prior_shift, prior_scale, gain, noise, weight, d_belief, terms, prior_size, POSTERIOR, GAIN_SLOPE,
-        GAIN_OFFSET, NOISE_SCALE, SPREAD, EPS,
+        sum_dy, sum_dyx, count.to(tl.float32), (at, at % channels, here, size), statistics, given, weight, d_belief,
+        terms, POSTERIOR, GAIN_SLOPE, GAIN_OFFSET, NOISE_SCALE, SPREAD, EPS,
     )  # fmt: skip
     tl.store(line + at, slope, mask=here)
     tl.store(line + size + at, level, mask=here)
@@ -505,7 +515,7 @@ def input_gradient_kernel(dy, x, dx, line, statistics, weight, bias, channels, p
     start, offset, inside, _ = _tile(group, block, tiles - 1 - tile, channels, pixels, rows, A, K, B, LAST, ALIGN)
     value = _load(x, start, offset, inside)
     gradient = _load(dy, start, offset, inside)
-    mean, _, scale, beta = _line(statistics, weight, bias, at, channel, here, size, EPS)
+    mean, _, scale, beta = _line(statistics, weight, bias, (at, channel, here, size), EPS)
     gradient = _masked(gradient, value, mean, scale, beta, RELU)
     centre = _spread_out(tl.load(statistics + 4 * size + at, mask=here, other=0.0))
     slope = _spread_out(tl.load(line + at, mask=here, other=0.0))
