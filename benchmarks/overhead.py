@@ -23,7 +23,8 @@ PARTS = {
     "evaluation": ("evaluation.py", "gaussian.py", "rules/"),
     "layer and link": ("modules.py", "functional.py", "kernels/layer.py", "kernels/link.py", "kernels/autograd.py",
                        "kernels/memory_format.py", "kernels/backends.py", "kernels/rectify.py"),
-    "kernels and launches": ("kernels/on_", "kernels/triton_"),
+    "kernels and launches": ("kernels/on_", "kernels/triton_", "kernels/formulas.py", "kernels/moments.py",
+                             "kernels/standardize.py"),
 }  # fmt: skip
 COLUMNS = ("case", "device", "method", "ms", "forward_ms", "backward_ms", "optimizer_ms", "ratio", "network_ms",
            *(f"{part.replace(' ', '_')}_ms" for part in PARTS), "layers", "processor", "threads", "torch", "commit",

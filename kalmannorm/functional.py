@@ -26,7 +26,7 @@ __all__ = [
 
 
 class KalmanNormOutput(NamedTuple):
-    """What :func:`kalman_norm` returns."""
+    """The results of :func:`kalman_norm`."""
 
     output: Tensor
     """The normalized activation, shaped and typed as the input; with a ReLU, rectified."""
@@ -41,7 +41,7 @@ class KalmanNormOutput(NamedTuple):
 def kalman_update(prior: Gaussian | None, observation: Gaussian, gain: Tensor | float, *,
                   process_noise: Tensor | None = None, spread: bool = True,
                   guard: float | None = None) -> Gaussian:  # fmt: skip
-    """Fuse what the layers below predict with what the batch shows (Eq. 6 and 7).
+    """Fuse the moments that the layers below predict with those of the batch (Eq. 6 and 7).
 
     ``m = (1 - q) m_prior + q x_bar`` and
     ``v = (1 - q) (v_prior + R) + q S + spread q (1 - q) (x_bar - m_prior)^2``.
@@ -71,7 +71,7 @@ def kalman_update(prior: Gaussian | None, observation: Gaussian, gain: Tensor | 
 
 
 def add_process_noise(prior: Gaussian, process_noise: Tensor | None) -> Gaussian:
-    """``v_prior + R``: what the path from the layer below adds to the uncertainty (Eq. 4)."""
+    """``v_prior + R``: the path from the layer below adds ``R`` to the uncertainty (Eq. 4)."""
     return prior if process_noise is None else Gaussian(prior.mean, prior.var + process_noise)
 
 
@@ -147,8 +147,15 @@ def kalman_norm(x: Tensor, prior: Gaussian | None, weight: Tensor | None = None,
         >>> [round(value, 2) for value in output.flatten().tolist()]  # batch normalization: -1 and 1
         [0.7, 1.83]
     """
-    if observation is None and guard is None:
-        return _in_one_step(x, prior, weight, bias, gain, process_noise, spread, groups, eps, relu)
+    if observation is None and guard is None:  # the same by one kernel
+        stacked = None if prior is None else prior.packed().moments
+        learned, fixed = (gain, 0.0) if isinstance(gain, Tensor) else (None, gain)
+        given = Given(prior=stacked, gain=learned, noise=process_noise, weight=weight, bias=bias)
+        options = Options(groups=groups, gain_offset=fixed, spread=spread, eps=eps, relu=relu)
+        out = layer(x, given, options, posterior=True)
+        posterior: Gaussian = Packed(out.belief.view(2, groups, x.shape[1]))
+        observation = Gaussian(out.statistics[4], out.statistics[5])
+        return KalmanNormOutput(out.output, posterior, observation, 1.0 if prior is None else gain)
     wide = at_least_float32(x)
     if observation is None:
         observation = observe(wide, groups)
@@ -157,22 +164,8 @@ def kalman_norm(x: Tensor, prior: Gaussian | None, weight: Tensor | None = None,
     return KalmanNormOutput(y.relu() if relu else y, posterior, observation, gain)
 
 
-def _in_one_step(x: Tensor, prior: Gaussian | None, weight: Tensor | None, bias: Tensor | None, gain: Tensor | float,
-                 process_noise: Tensor | None, spread: bool, groups: int, eps: float,
-                 relu: bool) -> KalmanNormOutput:  # fmt: skip
-    """The common case by its kernel; the rest of :func:`kalman_norm` says what it computes."""
-    given_gain, offset = (gain, 0.0) if isinstance(gain, Tensor) else (None, gain)
-    moments = None if prior is None else prior.packed().moments
-    given = Given(moments, None, None, given_gain, process_noise, weight, bias)
-    options = Options(groups=groups, gain_offset=offset, spread=spread, eps=eps, relu=relu)
-    out = layer(x, given, options, posterior=True)
-    posterior = Packed(out.belief.view(2, groups, x.shape[1]))
-    used = 1.0 if prior is None else gain
-    return KalmanNormOutput(out.output, posterior, Gaussian(out.statistics[4], out.statistics[5]), used)
-
-
 class SharedObservation(NamedTuple):
-    """What :func:`synchronize` returns."""
+    """The results of :func:`synchronize`."""
 
     observation: Gaussian
     """The moments of all processes' elements, ``(1, C)``."""
@@ -185,12 +178,12 @@ class SharedObservation(NamedTuple):
 def synchronize(x: Tensor, process_group: dist.ProcessGroup) -> SharedObservation:
     """The moments of all processes' elements together, by the law of total variance.
 
-    Every process of the group must call it; their batches may differ in size, and be empty. Gradients
+    Every process of the group must call it. Their batches may differ in size, and be empty. Gradients
     flow between processes.
 
     Args:
         x: this process's ``(N, C, *)``.
-        process_group: who takes part.
+        process_group: the processes.
     """
     channels = x.shape[1]
     if x.numel() == 0:

@@ -107,12 +107,12 @@ class Gaussian:
         return self.pool([0]).regroup(groups)
 
     def is_per_channel(self, channels: int) -> bool:
-        """Whether both moments are ``(S, C, 1, ...)``: what :meth:`per_channel` would give, but for the rank."""
+        """Whether both moments are ``(S, C, 1, ...)``, as those of :meth:`per_channel` but for the rank."""
         shape = self.mean.shape
         return shape == self.var.shape and shape[1] == channels and self.mean.numel() == shape[0] * channels
 
     def per_channel(self, groups: int) -> Gaussian:
-        """What a normalization layer needs: mean and variance a group and channel, ``(S, C)``.
+        """Mean and variance a group and channel, ``(S, C)``, as a normalization layer needs them.
 
         Args:
             groups: the layer's number of statistic groups ``S``.
@@ -139,7 +139,7 @@ class Gaussian:
 
 
 class Packed(Gaussian):
-    """A belief whose mean and variance are one tensor, ``(2, S, C, ...)``: what normalization layers take and hand on.
+    """A belief whose mean and variance are one tensor, ``(2, S, C, ...)``, as normalization layers take and return it.
 
     Args:
         moments: both.

@@ -29,7 +29,7 @@ def all_reduce(tensor: Tensor, process_group: dist.ProcessGroup) -> Tensor:
 
     Args:
         tensor: of one shape in all processes.
-        process_group: who takes part.
+        process_group: the processes.
     """
     result: Tensor = _AllReduce.apply(tensor, process_group)  # type: ignore[no-untyped-call]
     return result

@@ -1,4 +1,4 @@
-"""What the backends of `layer` and `link` are told."""
+"""The arguments of `layer` and of its backends."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Given(NamedTuple):
 
 
 class Options(NamedTuple):
-    """How an observation and a prior are fused, and what is done to the result."""
+    """How to fuse an observation with a prior, and whether to rectify the output."""
 
     groups: int = 1
     """``S``: statistic groups, consecutive blocks of ``N / S`` samples."""
@@ -46,7 +46,7 @@ class Options(NamedTuple):
 
 
 class Running(NamedTuple):
-    """Running statistics, moved along in place."""
+    """Running statistics, updated in place."""
 
     mean: Tensor
     """``(C,)``."""

@@ -19,10 +19,10 @@ _NOTHING = nullcontext()
 
 
 def is_transformed() -> bool:
-    """Whether something other than the plain autograd engine derives what is computed now.
+    """Whether something other than the plain autograd engine differentiates the current computation.
 
-    ``torch.compile`` derives and fuses a backward pass by itself, and older releases trace a hand-written
-    one wrongly. ``torch.func`` and forward-mode derivatives need functions that they know.
+    ``torch.compile`` differentiates and fuses by itself, and older releases trace a hand-written backward
+    pass wrongly. ``torch.func`` and forward-mode derivatives need functions that torch can differentiate.
     """
     if torch.compiler.is_compiling():
         return True
@@ -30,9 +30,7 @@ def is_transformed() -> bool:
 
 
 def alias(t: Tensor) -> Tensor:
-    """The same tensor under another name: what ``torch.compile`` of torch 2.14 needs of one of several outputs, if an
-    attribute is to be set on it.
-    """
+    """An alias, which ``torch.compile`` of torch 2.14 needs to set an attribute on one of several outputs."""
     return torch.ops.aten.alias.default(t)  # type: ignore[no-any-return]
 
 
@@ -43,14 +41,14 @@ def constant_to_compilers(function: _F) -> _F:
 
 
 def saved_tensor_hooks() -> Any:
-    """Which checkpointed region, if any, is being run. See :func:`kalmannorm.steps.may_use`."""
+    """The checkpointed region that is running, or None. See :func:`kalmannorm.steps.may_use`."""
     if torch.compiler.is_dynamo_compiling():
         return None
     return torch._C._autograd._top_saved_tensors_default_hooks(False)
 
 
 def in_grad_mode(grad: bool) -> AbstractContextManager[Any]:
-    """Compute with gradients, or without, whatever the mode of the caller is."""
+    """A context that records gradients or does not, whatever the caller's mode."""
     if torch.is_grad_enabled() == grad:
         return _NOTHING
     inference = not torch.compiler.is_dynamo_compiling() and torch.is_inference_mode_enabled()
@@ -65,12 +63,12 @@ def _outside_of_inference(grad: bool) -> Iterator[None]:
 
 def differentiable_gradients(plain: Callable[..., Any], inputs: Sequence[Any],
                              upstream: Sequence[Tensor | None]) -> Iterator[Tensor | None]:  # fmt: skip
-    """Gradients of a plain expression that can be differentiated again, one for each input.
+    """Gradients of a function that can be differentiated again, one for each input.
 
     Args:
         plain: from the inputs to a tuple that begins with one tensor, or None, for each of ``upstream``.
-        inputs: tensors, and whatever else.
-        upstream: what comes to the outputs; None for nothing.
+        inputs: tensors and other arguments.
+        upstream: gradients of the outputs; None for zero.
     """
     # Of views, as one input may have been computed from another one: a layer's input from its link's filter.
     inputs = [t.view_as(t) if isinstance(t, Tensor) and t.requires_grad else t for t in inputs]

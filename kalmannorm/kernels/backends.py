@@ -13,12 +13,12 @@ from kalmannorm.kernels.memory_format import is_channels_last
 __all__ = ["backend_for"]
 
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
-# What an activation may be.
+# Types of an activation that compiled kernels take.
 _DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
 
 
 def backend_for(x: Tensor, *others: Tensor | None) -> ModuleType:
-    """Whose functions to call: compiled ones where there are any for a device and type."""
+    """The backend with compiled kernels for a device and types, or `on_torch`."""
     kind = x.device.type
     if type(x) not in _PLAIN_TENSORS or x.dtype not in _DTYPES.get(kind, ()):
         return on_torch

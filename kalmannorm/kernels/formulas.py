@@ -63,8 +63,9 @@ def observe(x: Tensor, groups: int = 1) -> Gaussian:
     mean, var = moments(by_sample(at_least_float32(x), groups))
     if groups == 1:
         return Gaussian(mean[None], var[None])
-    each = Gaussian(mean, var).map(lambda t: t.view(groups, -1, x.shape[1]))
-    return each.pool([1]).map(lambda t: t.squeeze(1))
+    # The law of total variance, over a group's samples.
+    between, mean = torch.var_mean(mean.view(groups, -1, x.shape[1]), 1, correction=0)
+    return Gaussian(mean, var.view(groups, -1, x.shape[1]).mean(1) + between)
 
 
 def gain_of(given: Given, options: Options) -> Tensor | float:
@@ -117,11 +118,11 @@ def normalize(x: Tensor, statistics: Gaussian, weight: Tensor | None, bias: Tens
     weight = torch.ones_like(mean[0]) if weight is None else weight.to(mean.dtype)
     bias = torch.zeros_like(mean[0]) if bias is None else bias.to(mean.dtype)
     groups = mean.shape[0]
+    if groups == 1:
+        return standardize(x, mean.view(-1), var.view(-1), weight, bias, eps)
     vectors = (mean, var, weight.expand_as(mean), bias.expand_as(mean))
     mean, var, weight, bias = (for_samples(t, x) for t in vectors)
     y = standardize(by_sample(x, groups), mean, var, weight, bias, eps)
-    if groups == 1:
-        return y
     # For autograd no view, which, as the output of an autograd function, could not be changed in place.
     y = dense(y.view(x.shape), x)
     return torch.ops.aten._unsafe_view.default(y, y.shape)  # type: ignore[no-any-return]

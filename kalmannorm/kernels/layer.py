@@ -9,7 +9,8 @@ noise ``R``, and ``k = q (1 - q)`` where the spread of the two means counts (els
 
 and the output is believed to have mean ``beta`` and variance ``u = gamma^2 v / s^2``.
 
-Backward, the gradients of the posterior collect what comes through ``y`` and what the layers above send:
+Backward, the gradients of the posterior sum those that come through ``y`` and those from the layers above, ``dm`` and
+``dv``; ``du`` is that of the output's variance:
 
     g_m = dm - gamma / s sum dy
     g_v = dv - gamma / (2 s^2) sum dy (x - m) / s + du gamma^2 eps / s^4
@@ -53,17 +54,17 @@ __all__ = ["Layer", "Through", "layer", "rectify_output"]
 
 
 class Layer(NamedTuple):
-    """What :func:`layer` returns."""
+    """The results of :func:`layer`."""
 
     output: Tensor
     """Shaped and typed as the input."""
     belief: Tensor
-    """Mean and variance to hand on, with the input's rank behind the first axis: the output's, ``(2, 1, C, 1, ...)``,
-    or the posterior's, ``(2, S, C, 1, ...)``."""
+    """Mean and variance for the next layer, with the input's rank behind the first axis: the output's,
+    ``(2, 1, C, 1, ...)``, or the posterior's, ``(2, S, C, 1, ...)``."""
     statistics: Tensor
     """``(6, S, C)``, without a gradient: posterior mean and variance, the output's, the observed ones."""
     rectified: Tensor | None
-    """What a link rectified, like the prior that was given; None where there was no link, or nothing to rectify."""
+    """The rectified moments below the link, shaped as the given prior; None without a link or a ReLU."""
 
 
 class Through(NamedTuple):
@@ -78,8 +79,8 @@ class Through(NamedTuple):
 
 
 def _handed_on(statistics: Tensor, x: Tensor, posterior: bool) -> Tensor:
-    """The belief among the statistics: one for all groups where it is the output's, as that of a group differs by the
-    factor ``v / (v + eps)`` alone, of which it has the average. What lies between two layers is then computed once.
+    """The belief among the statistics. The output's is averaged over groups, which differ by the factor
+    ``v / (v + eps)`` alone; the functions between two layers are then evaluated once, not once a group.
     """
     rows = statistics[:2] if posterior else statistics[2:4]
     if rows.shape[1] > 1 and not posterior:
@@ -114,65 +115,73 @@ def _compiled(x: Tensor, given: Given, posterior: bool, options: Options, runnin
     return Layer(alias(y), _handed_on(statistics, x, posterior), seen, None)
 
 
+class _Call(NamedTuple):
+    """The arguments of :class:`_Layer` that are no tensors."""
+
+    backend: ModuleType
+    rectifies: bool
+    posterior: bool
+    options: Options
+    running: Running | None
+
+
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, filter: Tensor | None, filter_bias: Tensor | None, rectifies: bool,  # type: ignore[override]
-                posterior: bool, options: Options, running: Running | None, backend: ModuleType,
+    def forward(ctx: Any, call: _Call, x: Tensor, filter: Tensor | None, filter_bias: Tensor | None,  # type: ignore[override]
                 *vectors: Tensor | None) -> Any:  # fmt: skip
-        through = None if filter is None else Through(filter, filter_bias, rectifies)
-        y, statistics, prior, after = _forward(backend, x, Given(*vectors), through, options, running)
+        through = None if filter is None else Through(filter, filter_bias, call.rectifies)
+        y, statistics, prior, after = _forward(call.backend, x, Given(*vectors), through, call.options, call.running)
         ctx.save_for_backward(x, filter, filter_bias, *vectors, statistics, prior, after)
-        ctx.rectifies, ctx.posterior, ctx.options, ctx.backend = rectifies, posterior, options, backend
-        ctx.is_rectified = False  # since, by `rectify_output`
+        ctx.call = call
         ctx.mark_non_differentiable(statistics)
         ctx.set_materialize_grads(False)
-        return y, _handed_on(statistics, x, posterior), statistics, after
+        return y, _handed_on(statistics, x, call.posterior), statistics, after
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, d_belief: Tensor | None, _: Any, d_after: Tensor | None) -> Any:  # type: ignore[override]
         saved = ctx.saved_tensors  # once: a checkpoint allows no more
         x, filter, filter_bias, *vectors, statistics, prior, after = saved
-        options = ctx.options._replace(relu=True) if ctx.is_rectified else ctx.options
+        backend, rectifies, posterior, options, _ = ctx.call
         if torch.is_grad_enabled():
 
             def plain(x: Tensor, filter: Tensor | None, bias: Tensor | None, *vectors: Tensor | None) -> Any:
-                through = None if filter is None else Through(filter, bias, ctx.rectifies)
-                return _plain(x, Given(*vectors), through, ctx.posterior, options, None)
+                through = None if filter is None else Through(filter, bias, rectifies)
+                return _plain(x, Given(*vectors), through, posterior, options, None)
 
-            dx, d_filter, d_filter_bias, *rest = differentiable_gradients(
-                plain, saved[:10], (dy, d_belief, None, d_after)
-            )
-            return (dx, d_filter, d_filter_bias, *[None] * 5, *rest)
+            return None, *differentiable_gradients(plain, saved[:10], (dy, d_belief, None, d_after))
         dy = torch.zeros_like(x) if dy is None else dy
-        if d_belief is not None and options.groups > 1 and not ctx.posterior:
+        if d_belief is not None and options.groups > 1 and not posterior:
             d_belief = (d_belief / options.groups).expand(-1, options.groups, *d_belief.shape[2:])
         given = Given(prior, *vectors[1:])
-        dx, d_prior, *rest = ctx.backend.layer_backward(dy, x, given, statistics, d_belief, ctx.posterior, options)
+        dx, d_prior, *rest = backend.layer_backward(dy, x, given, statistics, d_belief, posterior, options)
         d_filter = d_filter_bias = None
         if filter is not None:
             d_filter_bias = None if filter_bias is None else on_torch.link_bias_gradient(d_prior)
-            d_prior, d_filter = ctx.backend.link_backward(vectors[0], filter, after, d_prior, d_after, ctx.rectifies)
-        return (dx, d_filter, d_filter_bias, *[None] * 5, d_prior, None, None, *rest)
+            d_prior, d_filter = backend.link_backward(vectors[0], filter, after, d_prior, d_after, rectifies)
+        return None, dx, d_filter, d_filter_bias, d_prior, None, None, *rest
 
 
 def rectify_output(y: Tensor) -> bool:
-    """Rectify a layer's output in place, and let the layer's own backward pass undo that: it sees the mask anyway.
+    """Rectify a layer's output in place, and apply the ReLU's mask in the layer's backward pass.
 
-    Saves the pass over the activation that a ReLU's backward is. Only for an output that nothing was computed from yet.
+    This saves the pass over the activation that a ReLU's backward takes. Nothing else may have been computed from the
+    output yet.
 
     Args:
-        y: the output, with a gradient that nobody asked to see.
+        y: the output.
 
     Returns:
-        Whether it was done. Not where the layer's backend would have to compute the mask by a pass of its own.
+        Whether it was done. It is not if ``y`` has hooks on its gradient, or if the layer's backend would need a pass
+        of its own for the mask.
     """
     if type(y.grad_fn) is not _Layer._backward_cls or y.output_nr != 0 or y._version != 0:  # type: ignore[attr-defined]
         return False
     node: Any = y.grad_fn
-    if node.backend is on_torch or node.options.relu or node.is_rectified or y._backward_hooks or y.retains_grad:
+    call = node.call
+    if call.backend is on_torch or call.options.relu or y._backward_hooks or y.retains_grad:
         return False
     y.detach().relu_()  # the same memory, and the same count of changes
-    node.is_rectified = True
+    node.call = call._replace(options=call.options._replace(relu=True))
     return True
 
 
@@ -215,16 +224,16 @@ def layer(x: Tensor, given: Given, options: Options, *, running: Running | None 
         x: ``(N, C, *)``, not empty.
         given: the prior and the layer's vectors.
         options: number of groups, gain, noise and the rest, see :class:`~kalmannorm.kernels.arguments.Options`.
-        running: running statistics to move along in place.
-        posterior: hand on the posterior of the input, not what is believed of the output.
+        running: running statistics to update in place.
+        posterior: return the posterior of the input as the belief, not the moments of the output.
         through: a link; the prior is then given as it is below.
 
     Raises:
-        ValueError: for a tensor of another size. A compiled kernel would read and write whatever lies behind it.
+        ValueError: for a tensor of another size. A compiled kernel would read and write beyond its end.
     """
     _check_sizes(x, given, running, options.groups, through)
-    after = None
-    if through is not None and torch.compiler.is_compiling():  # an operator of its own
+    after, transformed = None, is_transformed()
+    if through is not None and transformed:  # for a compiler, an operator of its own
         prior, after = link(given.prior, *through)  # type: ignore[arg-type]
         given, through = given._replace(prior=prior), None
     filter, filter_bias, rectifies = (None, None, False) if through is None else through
@@ -235,10 +244,8 @@ def layer(x: Tensor, given: Given, options: Options, *, running: Running | None 
     given = Given(*vectors)
     compiled = torch.compiler.is_compiling() and x.device.type == "cpu" and on_cpu.is_available()
     compiled = compiled and not torch.compiler.is_exporting()  # to ONNX, for one, which has torch's functions only
-    if is_transformed() and not compiled:
-        through = None if filter is None else Through(filter, filter_bias, rectifies)
-        out = _plain(x, given, through, posterior, options, running)
-        return out if after is None else out._replace(rectified=after)
+    if transformed and not compiled:
+        return _plain(x, given, None, posterior, options, running)._replace(rectified=after)
     x = as_dense(x)
     given = given if given.prior is None else given._replace(prior=given.prior.contiguous())
     if compiled:
@@ -247,9 +254,8 @@ def layer(x: Tensor, given: Given, options: Options, *, running: Running | None 
     backend = backend_for(x, *given, filter, filter_bias)
     if running is not None and not _can_be_moved(running, x, backend):
         backend = on_torch
-    return Layer(*_Layer.apply(  # type: ignore[no-untyped-call]
-        x, filter, filter_bias, rectifies, posterior, options, running, backend, *given
-    ))  # fmt: skip
+    call = _Call(backend, rectifies, posterior, options, running)
+    return Layer(*_Layer.apply(call, x, filter, filter_bias, *given))  # type: ignore[no-untyped-call]
 
 
 def _can_be_moved(running: Running, x: Tensor, backend: ModuleType) -> bool:

@@ -2,8 +2,9 @@
 
     m' = sum_k W m + b        v' = sum_k W^2 v
 
-over inputs and taps ``k``. Weights are by far the largest tensors that a belief meets. Forward, they are read once, for
-both sums; backward, once more, when their own gradient is written. With incoming gradients ``dm`` and ``dv``,
+over inputs and taps ``k``. Weights are by far the largest tensors that a belief meets. The forward pass reads them
+once, for both sums; the backward pass once more, when it writes their gradient. With incoming gradients ``dm`` and
+``dv``,
 
     d m = dm W,    d v = dv W^2,    d W = dm^T m + 2 W * (dv^T v).
 
@@ -27,12 +28,12 @@ __all__ = ["Link", "link"]
 
 
 class Link(NamedTuple):
-    """What :func:`link` returns."""
+    """The results of :func:`link`."""
 
     moments: Tensor
     """Mean and variance, ``(2, S, C_out, 1, ...)``, with the rank of the moments that were given."""
     rectified: Tensor | None
-    """Those that were rectified, like the moments that were given; None where nothing was."""
+    """The rectified moments, shaped as the given ones; None without a ReLU."""
 
 
 class _Link(torch.autograd.Function):

@@ -30,8 +30,8 @@ def _observe(x: Tensor) -> tuple[Tensor, Tensor]:
 def slope_by_variance(by_var: Tensor, mean: Tensor, var: Tensor) -> Tensor:
     """The factor of ``x`` in ``by_var (x - mean)``, zero where the difference is nothing but rounding.
 
-    Such a channel is constant. What is believed of it may have an infinite slope there (that of a
-    standard deviation at zero), which would make garbage of the rounding.
+    Such a channel is constant. A function of its variance may have an infinite slope there, as a
+    standard deviation has at zero, and infinity times rounding is garbage.
     """
     rounding = mean * (8 * torch.finfo(mean.dtype).eps)
     return torch.where(var > rounding.square(), by_var, 0.0)

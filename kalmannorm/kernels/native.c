@@ -24,41 +24,41 @@ typedef struct {
     int64_t prior_groups;
     float gain_slope, gain_offset, noise_scale, eps;
     int32_t spread, relu;
-} Filter;
+} Inputs;
 
 typedef struct {
     int64_t samples, channels, pixels, groups;
     int32_t channels_last, threads;
 } Shape;
 
-static float gain_of(const Filter *f) {
+static float gain_of(const Inputs *f) {
     if (!f->prior_mean) return 1.0f;
     if (!f->gain) return f->gain_offset;
     if (f->gain_slope == 0.0f) return f->gain[0];
     return 1.0f / (1.0f + expf(-(f->gain_slope * f->gain[0] + f->gain_offset)));
 }
 
-static float noise_of(const Filter *f, int64_t c) {
+static float noise_of(const Inputs *f, int64_t c) {
     if (!f->noise) return 0.0f;
     return f->noise_scale == 0.0f ? f->noise[c] : f->noise_scale * expf(f->noise[c]);
 }
 
 /* The prior of channel c, at p among those that are given: corrected, and with process noise. */
-static float prior_mean_of(const Filter *f, int64_t p, int64_t c) {
+static float prior_mean_of(const Inputs *f, int64_t p, int64_t c) {
     return f->prior_mean[p] + (f->shift ? f->shift[c] : 0.0f);
 }
 
-static float scale_of(const Filter *f, int64_t c) { return f->scale ? f->scale[c] : 1.0f; }
+static float scale_of(const Inputs *f, int64_t c) { return f->scale ? f->scale[c] : 1.0f; }
 
-static float prior_var_of(const Filter *f, int64_t p, int64_t c) {
+static float prior_var_of(const Inputs *f, int64_t p, int64_t c) {
     return scale_of(f, c) * (f->prior_var[p] + noise_of(f, c));
 }
 
-static float weight_of(const Filter *f, int64_t c) { return f->weight ? f->weight[c] : 1.0f; }
-static float bias_of(const Filter *f, int64_t c) { return f->bias ? f->bias[c] : 0.0f; }
+static float weight_of(const Inputs *f, int64_t c) { return f->weight ? f->weight[c] : 1.0f; }
+static float bias_of(const Inputs *f, int64_t c) { return f->bias ? f->bias[c] : 0.0f; }
 
 /* statistics: (6, S, C), posterior mean and variance, output mean and variance, observed mean and variance. */
-static void fuse(const Filter *f, float q, int64_t size, int64_t channels, int64_t i, double mean, double var,
+static void fuse(const Inputs *f, float q, int64_t size, int64_t channels, int64_t i, double mean, double var,
                  float *statistics) {
     int64_t c = i % channels;
     float m = (float)mean, v = (float)var;
@@ -81,7 +81,7 @@ static void fuse(const Filter *f, float q, int64_t size, int64_t channels, int64
 }
 
 /* y = scale x + shift */
-static void line_of(const Filter *f, const float *statistics, int64_t size, int64_t channels, int64_t i, float *scale,
+static void line_of(const Inputs *f, const float *statistics, int64_t size, int64_t channels, int64_t i, float *scale,
                     float *shift) {
     int64_t c = i % channels;
     *scale = weight_of(f, c) / sqrtf(statistics[size + i] + f->eps);
@@ -119,7 +119,7 @@ static void apply_run(const float *RESTRICT x, float *RESTRICT y, int64_t n, flo
         for (int64_t j = 0; j < n; j++) y[j] = y[j] < 0 ? 0.0f : y[j];
 }
 
-static void forward_channels_first(const float *x, float *y, const Filter *f, const Shape *shape, float q,
+static void forward_channels_first(const float *x, float *y, const Inputs *f, const Shape *shape, float q,
                                    float *statistics) {
     int64_t C = shape->channels, P = shape->pixels, rows = shape->samples / shape->groups, size = shape->groups * C;
 #pragma omp parallel for schedule(static) num_threads(shape->threads) if (size * rows * P > SMALL)
@@ -129,7 +129,7 @@ static void forward_channels_first(const float *x, float *y, const Filter *f, co
         for (int64_t r = 0; r < rows; r++) mean += sum_run(x + first + r * C * P, P);
         mean /= n;
         for (int64_t r = 0; r < rows; r++) squares += squares_run(x + first + r * C * P, P, (float)mean);
-        /* what the mean lost in float32 */
+        /* the mean's rounding in float32 */
         double lost = mean - (float)mean;
         fuse(f, q, size, C, i, mean, not_negative(squares / n - lost * lost), statistics);
         float scale, shift;
@@ -174,7 +174,7 @@ static void sum_rows_in_threads(const float *x, int64_t rows, int64_t C, const f
     free(parts);
 }
 
-static void forward_group_channels_last(const float *x, float *y, const Filter *f, const Shape *shape, float q,
+static void forward_group_channels_last(const float *x, float *y, const Inputs *f, const Shape *shape, float q,
                                         float *statistics, int64_t group, int threads) {
     int64_t C = shape->channels, rows = shape->samples / shape->groups * shape->pixels, size = shape->groups * C;
     int64_t first = group * rows * C;
@@ -230,9 +230,9 @@ static void move_running(const Shape *shape, float q, const float *statistics, f
     nonfinite[0] += lost;
 }
 
-/* What Python packs, as `_FORWARD` in on_cpu.py says; so are the other arguments below. */
+/* Packed by `_FORWARD` in on_cpu.py; the other arguments below likewise. */
 typedef struct {
-    Filter filter;
+    Inputs inputs;
     Shape shape;
     const float *x;
     float *y, *statistics, *running_mean, *running_var;
@@ -241,7 +241,7 @@ typedef struct {
 } Forward;
 
 void layer_forward(const Forward *a) {
-    const Filter *f = &a->filter;
+    const Inputs *f = &a->inputs;
     const Shape *shape = &a->shape;
     const float *x = a->x;
     float *y = a->y, *statistics = a->statistics, q = gain_of(f);
@@ -260,14 +260,14 @@ void layer_forward(const Forward *a) {
 
 /* ---- backward ---- */
 
-/* What comes from above, and where the gradients of a group and channel go: each (S, C), or NULL. */
+/* Gradients from above, and where those of a group and channel are written: each (S, C), or NULL. */
 typedef struct {
     const float *d_posterior_mean, *d_posterior_var, *d_output_mean, *d_output_var;
     float *d_prior_mean, *d_prior_var, *d_gain, *d_noise, *d_weight, *d_bias;
 } Gradients;
 
 /* One group and channel's share of every gradient; `terms` is (5, S, C): prior mean, prior variance, gain, weight, bias. */
-static void gradients_of(const Filter *f, const Gradients *g, float q, int64_t size, int64_t channels, int64_t i, double n,
+static void gradients_of(const Inputs *f, const Gradients *g, float q, int64_t size, int64_t channels, int64_t i, double n,
                          const float *statistics, double sum_dy, double sum_dyx, float *terms, float *scale,
                          float *slope, float *offset) {
     int64_t c = i % channels;
@@ -304,7 +304,7 @@ static void gradients_of(const Filter *f, const Gradients *g, float q, int64_t s
     *offset = (float)(by_observed / n) - *slope * mean;
 }
 
-static void collect(const Filter *f, const Gradients *g, const Shape *shape, float q, const float *terms) {
+static void collect(const Inputs *f, const Gradients *g, const Shape *shape, float q, const float *terms) {
     int64_t C = shape->channels, S = shape->groups, size = S * C;
     double by_gain = 0;
     for (int64_t c = 0; c < C; c++) {
@@ -360,7 +360,7 @@ INLINE void input_gradient_run(const float *RESTRICT dy, const float *RESTRICT x
         dx[j] = scale * masked(dy[j], x[j], scale, shift, relu) + slope * x[j] + offset;
 }
 
-static void backward_channels_first(const float *dy, const float *x, float *dx, const Filter *f, const Gradients *g,
+static void backward_channels_first(const float *dy, const float *x, float *dx, const Inputs *f, const Gradients *g,
                                     const Shape *shape, float q, const float *statistics, float *terms) {
     int64_t C = shape->channels, P = shape->pixels, rows = shape->samples / shape->groups, size = shape->groups * C;
 #pragma omp parallel for schedule(static) num_threads(shape->threads) if (size * rows * P > SMALL)
@@ -406,7 +406,7 @@ static void sum_gradient_rows(const float *RESTRICT dy, const float *RESTRICT x,
     }
 }
 
-static void backward_group_channels_last(const float *dy, const float *x, float *dx, const Filter *f,
+static void backward_group_channels_last(const float *dy, const float *x, float *dx, const Inputs *f,
                                          const Gradients *g, const Shape *shape, float q, const float *statistics,
                                          float *terms, int64_t group, int threads) {
     int64_t C = shape->channels, rows = shape->samples / shape->groups * shape->pixels, size = shape->groups * C;
@@ -445,7 +445,7 @@ static void backward_group_channels_last(const float *dy, const float *x, float 
 }
 
 typedef struct {
-    Filter filter;
+    Inputs inputs;
     Shape shape;
     Gradients gradients;
     const float *dy, *x, *statistics;
@@ -453,7 +453,7 @@ typedef struct {
 } Backward;
 
 void layer_backward(const Backward *a) {
-    const Filter *f = &a->filter;
+    const Inputs *f = &a->inputs;
     const Shape *shape = &a->shape;
     const Gradients *g = &a->gradients;
     const float *dy = a->dy, *x = a->x, *statistics = a->statistics;

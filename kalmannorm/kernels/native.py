@@ -45,7 +45,7 @@ def _folder() -> Path:
 
 def _built(compiler: str) -> Path:
     """The compiled library, of this source, by this compiler, for this processor."""
-    # What the compiler defines tells its version and the processor's instructions: homes are shared by machines.
+    # The macros that the compiler defines name its version and the processor's instructions: machines may share a home.
     features = _run(compiler, *_FLAGS[:3], "-dM", "-E", "-x", "c", os.devnull)
     key = hashlib.sha256(_SOURCE.read_bytes() + features + " ".join(_FLAGS).encode()).hexdigest()[:16]
     path = _folder() / f"native-{key}.so"

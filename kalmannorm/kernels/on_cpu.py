@@ -17,7 +17,7 @@ from kalmannorm.kernels.native import library
 __all__ = ["is_available", "layer_backward", "layer_forward", "link_backward", "link_forward"]
 
 # The structures of native.c, members in their order: q is a pointer or an int64, f a float, i an int32.
-_LAYER = "9q4f2i4q2i"  # Options, Shape
+_LAYER = "9q4f2i4q2i"  # Inputs, Shape
 _FORWARD = struct.Struct(f"@{_LAYER}7qf")
 _BACKWARD = struct.Struct(f"@{_LAYER}10q4q")
 _LINK = "9q4i"
@@ -65,7 +65,7 @@ def _layer(x: Tensor, given: Given, options: Options) -> tuple[Any, ...]:
 
 
 def layer_forward(x: Tensor, given: Given, running: Running | None, options: Options) -> tuple[Tensor, Tensor]:
-    """See :func:`kalmannorm.kernels.on_torch.layer_forward`."""
+    """See :func:`kalmannorm.kernels.formulas.layer_forward`."""
     y = torch.empty_like(x)
     statistics = x.new_empty(6, options.groups, x.shape[1])
     moved = (0, 0, 0, 0, 0.0) if running is None else (
@@ -112,7 +112,7 @@ def _link(moments: Tensor, weight: Tensor, bias: Tensor | None, after: Tensor | 
 
 def link_forward(moments: Tensor, weight: Tensor, bias: Tensor | None,
                  relu: bool) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """See :func:`kalmannorm.kernels.on_torch.link_forward`."""
+    """See :func:`kalmannorm.kernels.formulas.link_forward`."""
     _, groups, _, *ones = moments.shape
     out = moments.new_empty(2, groups, weight.shape[0], *ones)
     after = torch.empty_like(moments) if relu else None

@@ -16,6 +16,7 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import math
 import warnings
 from typing import Any, NamedTuple
 
@@ -104,50 +105,58 @@ class _Walk(NamedTuple):
     warps: int
 
 
+def _tile_channels_last(samples: int, rows: int, channels: int, itemsize: int) -> tuple[int, int, int]:
+    """All rows of a few channels, at least 16 or 32 bytes side by side; else, 128 bytes of channels."""
+    wide, long = _power_of_two(channels), _power_of_two(rows)
+    least = (16 if samples * channels * rows * itemsize <= _CACHED else 32) // itemsize
+    across = min(wide, max(least, min(4096 // long, 64)))
+    if long * across <= _HELD:
+        return long, across, 1
+    across = 128 // itemsize
+    across = min(wide, across // 2 if 0 < channels % across <= across // 2 else across)
+    return _TILE // itemsize // across, across, 1
+
+
+def _tile_channels_first(rows: int, channels: int, pixels: int, itemsize: int) -> tuple[int, int, int]:
+    """All rows and pixels, a few channels side by side where a row has less than 32 bytes. If these are too many, the
+    shape that covers the activation with the least left over, where one of half the elements must save a sixteenth.
+    """
+    tall, long, most = _power_of_two(rows), _power_of_two(pixels), _TILE // itemsize
+    across = min(_power_of_two(channels), max(1, 32 // long))
+    if tall * across * long <= _HELD:
+        return tall, across, long
+    room = max(1, 2**30 // (channels * pixels))  # offsets within a tile have 32 bits
+    covers = []
+    for b in (long, *(most >> halvings for halvings in range(6))):
+        a = min(tall, most // (b * across), 1 << (room.bit_length() - 1))
+        if a and b <= long:
+            covered = _divide_up(rows, a) * a * _divide_up(pixels, b) * b
+            covers.append((covered * (16 + most / (a * b * across)), (a, across, b)))
+    return min(covers)[1]
+
+
 @functools.lru_cache(maxsize=4096)
 def _walk(size: tuple[int, ...], last: bool, groups: int, itemsize: int) -> _Walk:
     """Choose tiles for an activation of a size.
 
     The innermost axis of a tile is the one that is contiguous in memory. Where a group's channel fits, a tile is all of
-    it, with a thread for each 8 elements up to 16 warps; a few channels side by side fill up what would be less than 32
-    bytes in a row. Else a tile has the shape that covers the activation with the least left over, where one of half the
-    elements must save a sixteenth; and chunks of tiles are so long that all multiprocessors have work.
+    it, with a thread for each 8 elements up to 16 warps. Else chunks of tiles are so long that all multiprocessors have
+    work.
     """
     samples, channels = size[:2]
-    pixels = functools.reduce(lambda a, b: a * b, size[2:], 1)
+    pixels = math.prod(size[2:])
     rows = samples // groups
-    wide = _power_of_two(channels)
     last = last or pixels == 1
-    most = _TILE // itemsize
     if last:
         rows, pixels = rows * pixels, 1
-        long = _power_of_two(rows)
-        least = (16 if samples * channels * rows * itemsize <= _CACHED else 32) // itemsize
-        tile = (long, min(wide, max(least, min(4096 // long, 64))), 1)
-        held = tile[0] * tile[1] <= _HELD
-        if not held:
-            across = 128 // itemsize
-            across = min(wide, across // 2 if 0 < channels % across <= across // 2 else across)
-            tile = (most // across, across, 1)
+        tile = _tile_channels_last(samples, rows, channels, itemsize)
     else:
-        long = _power_of_two(pixels)
-        tile = (_power_of_two(rows), min(wide, max(1, 32 // long)), long)
-        held = tile[0] * tile[1] * tile[2] <= _HELD
-        if not held:
-            across = tile[1]
-            # Offsets within a tile have 32 bits.
-            room = max(1, 2**30 // (channels * pixels))
-            covers = []
-            for b in (long, *(most >> halvings for halvings in range(6))):
-                a = min(_power_of_two(rows), most // (b * across), 1 << (room.bit_length() - 1))
-                if a and b <= long:
-                    covered = _divide_up(rows, a) * a * _divide_up(pixels, b) * b
-                    covers.append((covered * (16 + most / (a * b * across)), (a, across, b)))
-            tile = min(covers)[1]
+        tile = _tile_channels_first(rows, channels, pixels, itemsize)
+    elements = math.prod(tile)
+    held = elements <= _HELD and tile[0] >= rows and tile[2] >= pixels
     programs = groups * _divide_up(channels, tile[1])
     tiles = _divide_up(rows, tile[0]) * _divide_up(pixels, tile[2])
     chunk = _divide_up(tiles, min(tiles, _divide_up(_PROGRAMS, programs)))
-    elements = tile[0] * tile[1] * tile[2]
     warps = min(16, max(1, elements // 256 if held else elements * itemsize // 1024))
     return _Walk(
         (channels, pixels, rows), (*tile, last, _aligned(channels if last else pixels, itemsize)), held, programs,
@@ -162,7 +171,7 @@ def _merging(walk: _Walk, groups: int) -> tuple[int, int, int, int]:
 
 
 def layer_forward(x: Tensor, given: Given, running: Running | None, options: Options) -> tuple[Tensor, Tensor]:
-    """See :func:`kalmannorm.kernels.on_torch.layer_forward`."""
+    """See :func:`kalmannorm.kernels.formulas.layer_forward`."""
     kernels = _kernels("triton_layer")
     groups, slope, offset, noise_scale, spread, eps, relu = options
     walk = _walk(x.shape, is_channels_last(x), groups, x.itemsize)
@@ -279,7 +288,7 @@ class _Blocks(NamedTuple):
 def _blocks(size: tuple[int, ...], last: bool, itemsize: int) -> _Blocks:
     """Choose blocks for a weight: few rows a program where there are few, so that all multiprocessors have some."""
     rows, channels = size[:2]
-    taps = functools.reduce(lambda a, b: a * b, size[2:], 1)
+    taps = math.prod(size[2:])
     columns = channels * taps
     r = 4 if rows >= 2048 else 2 if rows >= 1024 else 1
     f = max(32, min(4096 // r, _power_of_two(columns)))
@@ -294,7 +303,7 @@ def _blocks(size: tuple[int, ...], last: bool, itemsize: int) -> _Blocks:
 
 def link_forward(moments: Tensor, weight: Tensor, bias: Tensor | None,
                  relu: bool) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """See :func:`kalmannorm.kernels.on_torch.link_forward`."""
+    """See :func:`kalmannorm.kernels.formulas.link_forward`."""
     _, groups, channels, *ones = moments.shape
     rows = weight.shape[0]
     blocks = _blocks(weight.shape, is_channels_last(weight), weight.itemsize)

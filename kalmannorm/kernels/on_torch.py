@@ -135,7 +135,7 @@ def link_backward(moments: Tensor, weight: Tensor, after: Tensor | None, d_out: 
         weight: see ``moments``.
         after: the rectified moments, as returned, or None.
         d_out: ``(2, S, C_out, ...)``.
-        d_after: what other users of the rectified moments send, like ``moments``, or None.
+        d_after: the gradient of the rectified moments from their other users, like ``moments``, or None.
         relu: see :func:`link_forward`.
 
     Returns:

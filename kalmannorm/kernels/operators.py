@@ -25,7 +25,7 @@ _PARAMETERS = (
 
 
 def _operator(name: str, schema: str, compute: Callable[..., Any], shapes: Callable[..., Any]) -> Any:
-    """Define an operator: its schema, what it computes on any device, and empty outputs of the right shapes."""
+    """Define an operator by its schema, its implementation for any device, and a function that makes empty outputs."""
     torch.library.define(f"kalmannorm::{name}", schema)
     torch.library.impl(f"kalmannorm::{name}", "CompositeExplicitAutograd", compute)
     torch.library.register_fake(f"kalmannorm::{name}", shapes)

@@ -12,6 +12,9 @@ agree bit for bit.
 
 ``statistics`` is ``(6, groups, channels)``: posterior mean and variance, output mean and variance, observed mean and
 variance. Pointers may be None: no prior, no affine map, and so on; each such choice is compiled for itself.
+
+Functions that a kernel calls take some of its arguments together: ``where`` is ``(at, channel, here, size)``, see
+:func:`_place`; ``given`` is ``(prior, prior_shift, prior_scale, gain, noise, prior_size)``.
 """
 # Triton has no types for mypy to check, and a kernel's arguments are its pointers and sizes.
 # mypy: ignore-errors
@@ -114,7 +117,7 @@ def _spread_out(vector):
 
 @triton.jit
 def _or(pointer, at, here, default: tl.constexpr):
-    """A number a channel, or what it is where none is given."""
+    """A number a channel, or its default where none is given."""
     value = tl.zeros_like(at).to(tl.float32) + default
     if pointer is not None:
         value = tl.load(pointer + at, mask=here, other=default)
@@ -135,8 +138,10 @@ def _gain(gain, GAIN_SLOPE: tl.constexpr, GAIN_OFFSET: tl.constexpr):
 
 
 @triton.jit
-def _prior(prior, prior_shift, prior_scale, noise, at, channel, here, prior_size, NOISE_SCALE: tl.constexpr):
+def _prior(given, where, NOISE_SCALE: tl.constexpr):
     """Mean, variance with process noise, the noise, and the scale. A prior of one group serves all."""
+    at, channel, here, _ = where
+    prior, prior_shift, prior_scale, _, noise, prior_size = given
     added = _or(noise, channel, here, 0.0)
     if noise is not None and NOISE_SCALE != 0:
         added = NOISE_SCALE * tl.exp(added)
@@ -147,13 +152,14 @@ def _prior(prior, prior_shift, prior_scale, noise, at, channel, here, prior_size
 
 
 @triton.jit
-def _move(running_mean, running_var, batches, nonfinite, momentum, channel, here, mean, var):
+def _move(running, channel, here, mean, var):
     """Running statistics, of each channel for which the newest are finite; and the two counters.
 
-    No program knows of all channels, so each adds itself to ``batches``, above the 32 bits that count batches: 15 bits
+    No program has all channels, so each adds itself to ``batches``, above the 32 bits that count batches: 15 bits
     of how many programs were here, and as many of how many saw a channel that is not finite. The last one to come
     puts both counters right.
     """
+    running_mean, running_var, batches, nonfinite, momentum = running
     finite = tl.abs(mean + var) <= 3.4028235e38
     moved = here & finite
     last_mean = tl.load(running_mean + channel, mask=moved, other=0.0)
@@ -170,16 +176,17 @@ def _move(running_mean, running_var, batches, nonfinite, momentum, channel, here
 
 
 @triton.jit
-def _fuse(mean, var, n, at, channel, here, size, statistics, prior, prior_shift, prior_scale, gain, noise, weight, bias,
-          running_mean, running_var, batches, nonfinite, momentum, prior_size, GAIN_SLOPE: tl.constexpr,
+def _fuse(mean, var, n, where, statistics, given, weight, bias, running, GAIN_SLOPE: tl.constexpr,
           GAIN_OFFSET: tl.constexpr, NOISE_SCALE: tl.constexpr, SPREAD: tl.constexpr, EPS: tl.constexpr):  # fmt: skip
-    """Write the statistics of some channels, and move what is running; return the posterior."""
+    """Write the statistics of some channels, update their running statistics; return the posterior."""
+    at, channel, here, size = where
+    prior, _, _, gain, _, _ = given
     q = 1.0
     posterior_mean = mean
     posterior_var = var
     if prior is not None:
         q = _gain(gain, GAIN_SLOPE, GAIN_OFFSET)
-        p_mean, p_var, _, _ = _prior(prior, prior_shift, prior_scale, noise, at, channel, here, prior_size, NOISE_SCALE)
+        p_mean, p_var, _, _ = _prior(given, where, NOISE_SCALE)
         innovation = mean - p_mean
         posterior_mean = p_mean + q * innovation
         posterior_var = p_var + q * (var - p_var)
@@ -192,15 +199,16 @@ def _fuse(mean, var, n, at, channel, here, size, statistics, prior, prior_shift,
     tl.store(statistics + 3 * size + at, gamma * gamma * (posterior_var / (posterior_var + EPS)), mask=here)
     tl.store(statistics + 4 * size + at, mean, mask=here)
     tl.store(statistics + 5 * size + at, var, mask=here)
-    if running_mean is not None:
+    if running[0] is not None:
         newest_var = posterior_var + q * var / tl.maximum(n - 1, 1.0)
-        _move(running_mean, running_var, batches, nonfinite, momentum, channel, here, posterior_mean, newest_var)
+        _move(running, channel, here, posterior_mean, newest_var)
     return posterior_mean, posterior_var
 
 
 @triton.jit
-def _line(statistics, weight, bias, at, channel, here, size, EPS: tl.constexpr):
+def _line(statistics, weight, bias, where, EPS: tl.constexpr):
     """``m``, ``1 / s``, ``gamma / s`` and ``beta``, to meet a tile."""
+    at, channel, here, size = where
     mean = tl.load(statistics + at, mask=here, other=0.0)
     inverse = 1.0 / tl.sqrt(tl.load(statistics + size + at, mask=here, other=1.0) + EPS)
     scale = _or(weight, channel, here, 1.0) * inverse
@@ -208,14 +216,46 @@ def _line(statistics, weight, bias, at, channel, here, size, EPS: tl.constexpr):
 
 
 @triton.jit
-def _gradients(sum_dy, sum_dyx, n, at, channel, here, size, statistics, prior, prior_shift, prior_scale, gain, noise,
-               weight, d_belief, terms, prior_size, POSTERIOR: tl.constexpr, GAIN_SLOPE: tl.constexpr, GAIN_OFFSET:
-               tl.constexpr, NOISE_SCALE: tl.constexpr, SPREAD: tl.constexpr, EPS: tl.constexpr):  # fmt: skip
+def _through_fusion(g_mean, g_var, mean, var, where, given, terms, GAIN_SLOPE: tl.constexpr,
+                    GAIN_OFFSET: tl.constexpr, NOISE_SCALE: tl.constexpr, SPREAD: tl.constexpr):  # fmt: skip
+    """Write ``terms`` of prior, gain and noise; return the observed mean's, and ``q``."""
+    at, _, here, size = where
+    _, _, _, gain, noise, _ = given
+    q = _gain(gain, GAIN_SLOPE, GAIN_OFFSET)
+    p_mean, p_var, added, factor = _prior(given, where, NOISE_SCALE)
+    innovation = mean - p_mean
+    by_observed = q * g_mean
+    by_prior_mean = (1 - q) * g_mean
+    by_gain = var - p_var
+    if SPREAD:
+        through_spread = 2 * q * (1 - q) * innovation * g_var
+        by_observed += through_spread
+        by_prior_mean -= through_spread
+        by_gain += (1 - 2 * q) * innovation * innovation
+    by_gain = g_mean * innovation + g_var * by_gain
+    if gain is not None and GAIN_SLOPE != 0:
+        by_gain *= GAIN_SLOPE * q * (1 - q)
+    tl.store(terms + 2 * size + at, by_prior_mean, mask=here)
+    tl.store(terms + 3 * size + at, (1 - q) * g_var * factor, mask=here)
+    tl.store(terms + 4 * size + at, by_gain, mask=here)
+    if noise is not None:
+        by_noise = (1 - q) * g_var * factor
+        if NOISE_SCALE != 0:
+            by_noise *= added
+        tl.store(terms + 5 * size + at, by_noise, mask=here)
+    return by_observed, q
+
+
+@triton.jit
+def _gradients(sum_dy, sum_dyx, n, where, statistics, given, weight, d_belief, terms, POSTERIOR: tl.constexpr,
+               GAIN_SLOPE: tl.constexpr, GAIN_OFFSET: tl.constexpr, NOISE_SCALE: tl.constexpr, SPREAD: tl.constexpr,
+               EPS: tl.constexpr):  # fmt: skip
     """Write each group and channel's share of every gradient; return mean, slope and offset of ``dx``.
 
     ``terms`` is ``(6, groups, channels)``: of weight, bias, prior mean, prior variance, gain and noise. Without a prior
     only the first two are written.
     """
+    at, channel, here, size = where
     v = tl.load(statistics + size + at, mask=here, other=1.0)
     mean = tl.load(statistics + 4 * size + at, mask=here, other=0.0)
     var = tl.load(statistics + 5 * size + at, mask=here, other=0.0)
@@ -240,31 +280,10 @@ def _gradients(sum_dy, sum_dyx, n, at, channel, here, size, statistics, prior, p
     tl.store(terms + size + at, by_bias, mask=here)
     by_observed = g_mean
     q = 1.0
-    if prior is not None:
-        q = _gain(gain, GAIN_SLOPE, GAIN_OFFSET)
-        p_mean, p_var, added, factor = _prior(
-            prior, prior_shift, prior_scale, noise, at, channel, here, prior_size, NOISE_SCALE
+    if given[0] is not None:
+        by_observed, q = _through_fusion(
+            g_mean, g_var, mean, var, where, given, terms, GAIN_SLOPE, GAIN_OFFSET, NOISE_SCALE, SPREAD
         )  # fmt: skip
-        innovation = mean - p_mean
-        by_observed = q * g_mean
-        by_prior_mean = (1 - q) * g_mean
-        by_gain = var - p_var
-        if SPREAD:
-            through_spread = 2 * q * (1 - q) * innovation * g_var
-            by_observed += through_spread
-            by_prior_mean -= through_spread
-            by_gain += (1 - 2 * q) * innovation * innovation
-        by_gain = g_mean * innovation + g_var * by_gain
-        if gain is not None and GAIN_SLOPE != 0:
-            by_gain *= GAIN_SLOPE * q * (1 - q)
-        tl.store(terms + 2 * size + at, by_prior_mean, mask=here)
-        tl.store(terms + 3 * size + at, (1 - q) * g_var * factor, mask=here)
-        tl.store(terms + 4 * size + at, by_gain, mask=here)
-        if noise is not None:
-            by_noise = (1 - q) * g_var * factor
-            if NOISE_SCALE != 0:
-                by_noise *= added
-            tl.store(terms + 5 * size + at, by_noise, mask=here)
     # A constant channel's deviations are nothing but rounding: see `slope_by_variance`.
     rounding = mean * (8 * 1.1920929e-7)
     return mean, tl.where(var > rounding * rounding, g_var * (2 * q / n), 0.0), by_observed / n
@@ -301,10 +320,11 @@ def forward_kernel(x, y, statistics, prior, prior_shift, prior_scale, gain, nois
     mean = _sum(value) / n
     deviation = tl.where(inside, value - _spread_out(mean), 0.0)
     var = _sum(deviation * deviation) / n
+    given = prior, prior_shift, prior_scale, gain, noise, prior_size
+    running = running_mean, running_var, batches, nonfinite, momentum
     m, v = _fuse(
-        mean, var, n, at, channel, here, size, statistics, prior, prior_shift, prior_scale, gain, noise, weight, bias,
-        running_mean, running_var, batches, nonfinite, momentum, prior_size, GAIN_SLOPE, GAIN_OFFSET, NOISE_SCALE,
-        SPREAD, EPS,
+        mean, var, n, (at, channel, here, size), statistics, given, weight, bias, running, GAIN_SLOPE, GAIN_OFFSET,
+        NOISE_SCALE, SPREAD, EPS,
     )  # fmt: skip
     scale = _spread_out(_or(weight, channel, here, 1.0) * (1.0 / tl.sqrt(v + EPS)))
     value = (value - _spread_out(m)) * scale + _spread_out(_or(bias, channel, here, 0.0))
@@ -316,8 +336,8 @@ def moments_kernel(x, parts, channels, pixels, rows, groups, tiles, chunk, A: tl
                    B: tl.constexpr, LAST: tl.constexpr, ALIGN: tl.constexpr):  # fmt: skip
     """Count, mean and squared deviations of each chunk of tiles: ``parts`` is ``(chunks, 3, groups, channels)``.
 
-    Deviations are from the mean of the chunk's first tile. What they lose to rounding is at most that of deviations
-    from the chunk's own mean times the number of its tiles.
+    Deviations are from the mean of the chunk's first tile. Their rounding is at most that of deviations from
+    the chunk's own mean times the number of its tiles.
     """
     group, block, part, _, here, at, size = _place(channels, groups, K, LAST, ALIGN)
     first = part * chunk
@@ -348,7 +368,7 @@ def fuse_kernel(parts, statistics, prior, prior_shift, prior_scale, gain, noise,
     size = groups * channels
     at = tl.program_id(0) * C + tl.arange(0, C)
     here = at < size
-    first = tl.load(parts + size + at, mask=here, other=0.0)  # a mean, so that what is summed are differences
+    first = tl.load(parts + size + at, mask=here, other=0.0)  # a mean, so that differences are summed
     n = tl.zeros((C,), tl.float32)
     total = tl.zeros((C,), tl.float32)
     for start in range(0, chunks, P):
@@ -368,10 +388,11 @@ def fuse_kernel(parts, statistics, prior, prior_shift, prior_scale, gain, noise,
         deviation = tl.load(pointer + size, mask=inside, other=0.0) - mean[None, :]
         count = tl.load(pointer, mask=inside, other=0.0)
         squares += tl.sum(count * deviation * deviation + tl.load(pointer + 2 * size, mask=inside, other=0.0), 0)
+    given = prior, prior_shift, prior_scale, gain, noise, prior_size
+    running = running_mean, running_var, batches, nonfinite, momentum
     _fuse(
-        mean, squares / n, n, at, at % channels, here, size, statistics, prior, prior_shift, prior_scale, gain, noise,
-        weight, bias, running_mean, running_var, batches, nonfinite, momentum, prior_size, GAIN_SLOPE, GAIN_OFFSET,
-        NOISE_SCALE, SPREAD, EPS,
+        mean, squares / n, n, (at, at % channels, here, size), statistics, given, weight, bias, running, GAIN_SLOPE,
+        GAIN_OFFSET, NOISE_SCALE, SPREAD, EPS,
     )  # fmt: skip
 
 
@@ -381,12 +402,12 @@ def apply_kernel(x, y, statistics, weight, bias, channels, pixels, rows, groups,
                  ALIGN: tl.constexpr):  # fmt: skip
     """``y = gamma (x - m) / s + beta``, and what follows. A program a tile.
 
-    The last tile comes first: what was read last may still be in the cache.
+    The last tile comes first: it was read last and may still be in the cache.
     """
     group, block, tile, channel, here, at, size = _place(channels, groups, K, LAST, ALIGN)
     start, offset, inside, _ = _tile(group, block, tiles - 1 - tile, channels, pixels, rows, A, K, B, LAST, ALIGN)
     value = _load(x, start, offset, inside)
-    mean, _, scale, beta = _line(statistics, weight, bias, at, channel, here, size, EPS)
+    mean, _, scale, beta = _line(statistics, weight, bias, (at, channel, here, size), EPS)
     value = _rectified((value - mean) * scale + beta, RELU)
     _store(y, start, offset, inside, value)
 
@@ -405,7 +426,8 @@ def running_kernel(statistics, gain, running_mean, running_var, batches, nonfini
         at = statistics + group * channels + channel
         mean += tl.load(at, mask=here, other=0.0)
         var += tl.load(at + size, mask=here, other=0.0) + unbiased * tl.load(at + 5 * size, mask=here, other=0.0)
-    _move(running_mean, running_var, batches, nonfinite, momentum, channel, here, mean / groups, var / groups)
+    running = running_mean, running_var, batches, nonfinite, momentum
+    _move(running, channel, here, mean / groups, var / groups)
 
 
 # ---- backward ----
@@ -422,12 +444,12 @@ def backward_kernel(dy, x, dx, statistics, terms, d_belief, prior, prior_shift, 
     start, offset, inside, n = _tile(group, block, 0, channels, pixels, rows, A, K, B, LAST, ALIGN)
     value = _load(x, start, offset, inside)
     gradient = _load(dy, start, offset, inside)
-    mean, inverse, scale, beta = _line(statistics, weight, bias, at, channel, here, size, EPS)
+    mean, inverse, scale, beta = _line(statistics, weight, bias, (at, channel, here, size), EPS)
     gradient = _masked(gradient, value, mean, scale, beta, RELU)
+    given = prior, prior_shift, prior_scale, gain, noise, prior_size
     centre, slope, level = _gradients(
-        _sum(gradient), _sum(gradient * (value - mean) * inverse), n, at, channel, here, size, statistics, prior,
-        prior_shift, prior_scale, gain, noise, weight, d_belief, terms, prior_size, POSTERIOR, GAIN_SLOPE, GAIN_OFFSET,
-        NOISE_SCALE, SPREAD, EPS,
+        _sum(gradient), _sum(gradient * (value - mean) * inverse), n, (at, channel, here, size), statistics, given,
+        weight, d_belief, terms, POSTERIOR, GAIN_SLOPE, GAIN_OFFSET, NOISE_SCALE, SPREAD, EPS,
     )  # fmt: skip
     value = scale * gradient + (value - _spread_out(centre)) * _spread_out(slope) + _spread_out(level)
     _store(dx, start, offset, inside, value)
@@ -439,7 +461,7 @@ def sums_kernel(dy, x, parts, statistics, weight, bias, channels, pixels, rows, 
                 LAST: tl.constexpr, ALIGN: tl.constexpr):  # fmt: skip
     """``sum dy`` and ``sum dy (x - m) / s`` of each chunk of tiles: ``parts`` is ``(chunks, 2, groups, channels)``."""
     group, block, part, channel, here, at, size = _place(channels, groups, K, LAST, ALIGN)
-    mean, inverse, scale, beta = _line(statistics, weight, bias, at, channel, here, size, EPS)
+    mean, inverse, scale, beta = _line(statistics, weight, bias, (at, channel, here, size), EPS)
     sums = tl.zeros((A, K, B), tl.float32)
     products = tl.zeros((A, K, B), tl.float32)
     first = part * chunk
@@ -475,10 +497,10 @@ def gradients_kernel(parts, line, statistics, terms, d_belief, prior, prior_shif
         inside = (part < chunks) & here[None, :]
         sum_dy += tl.sum(tl.load(pointer, mask=inside, other=0.0), 0)
         sum_dyx += tl.sum(tl.load(pointer + size, mask=inside, other=0.0), 0)
+    given = prior, prior_shift, prior_scale, gain, noise, prior_size
     _, slope, level = _gradients(
-        sum_dy, sum_dyx, count.to(tl.float32), at, at % channels, here, size, statistics, prior,
-        prior_shift, prior_scale, gain, noise, weight, d_belief, terms, prior_size, POSTERIOR, GAIN_SLOPE,
-        GAIN_OFFSET, NOISE_SCALE, SPREAD, EPS,
+        sum_dy, sum_dyx, count.to(tl.float32), (at, at % channels, here, size), statistics, given, weight, d_belief,
+        terms, POSTERIOR, GAIN_SLOPE, GAIN_OFFSET, NOISE_SCALE, SPREAD, EPS,
     )  # fmt: skip
     tl.store(line + at, slope, mask=here)
     tl.store(line + size + at, level, mask=here)
@@ -493,7 +515,7 @@ def input_gradient_kernel(dy, x, dx, line, statistics, weight, bias, channels, p
     start, offset, inside, _ = _tile(group, block, tiles - 1 - tile, channels, pixels, rows, A, K, B, LAST, ALIGN)
     value = _load(x, start, offset, inside)
     gradient = _load(dy, start, offset, inside)
-    mean, _, scale, beta = _line(statistics, weight, bias, at, channel, here, size, EPS)
+    mean, _, scale, beta = _line(statistics, weight, bias, (at, channel, here, size), EPS)
     gradient = _masked(gradient, value, mean, scale, beta, RELU)
     centre = _spread_out(tl.load(statistics + 4 * size + at, mask=here, other=0.0))
     slope = _spread_out(tl.load(line + at, mask=here, other=0.0))
