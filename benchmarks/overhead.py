@@ -19,8 +19,8 @@ from pathlib import Path
 from benchmarks.environment import keep_memory
 
 PARTS = {
-    "recording": ("propagation.py", "steps.py", "watch.py", "checkpoints.py", "shards.py"),
-    "evaluation": ("evaluation.py", "gaussian.py", "rules/"),
+    "recording": ("recording.py", "priors.py", "steps.py", "watch.py", "checkpoints.py", "shards.py"),
+    "evaluation": ("propagation.py", "paper.py", "gaussian.py", "rules/"),
     "layer and link": ("modules.py", "functional.py", "kernels/layer.py", "kernels/link.py", "kernels/autograd.py",
                        "kernels/memory_format.py", "kernels/backends.py", "kernels/rectify.py"),
     "kernels and launches": ("kernels/on_", "kernels/triton_", "kernels/formulas.py", "kernels/moments.py",

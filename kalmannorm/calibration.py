@@ -19,11 +19,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kalmannorm.describe import geometric_mean, in_columns, mean_distance
-from kalmannorm.evaluation import without_autocast
 from kalmannorm.functional import add_process_noise, observe
 from kalmannorm.gaussian import Gaussian, Unknown
 from kalmannorm.modules import KalmanLayer
 from kalmannorm.passes import Population, call_with, merge_over_processes, run_batches
+from kalmannorm.propagation import without_autocast
 from kalmannorm.traversal import attributes_kept, in_eval, inputs_seen, kalman_layers
 
 __all__ = ["Calibration", "CalibrationRow", "calibrate"]

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kalmannorm.evaluation import function_name, without_autocast
 from kalmannorm.gaussian import Gaussian, Unknown
 from kalmannorm.modules import KalmanLayer
-from kalmannorm.propagation import is_open
+from kalmannorm.propagation import function_name, without_autocast
+from kalmannorm.recording import is_open
 from kalmannorm.steps import Step, step_of
 from kalmannorm.traversal import attributes_kept, buffers_kept, inputs_seen, kalman_layers, random_state_kept
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from kalmannorm.evaluation import exact, first_line, without_autocast
 from kalmannorm.gaussian import Gaussian, Packed
 from kalmannorm.kernels.autograd import is_transformed, saved_tensor_hooks
 from kalmannorm.priors import tensors_of
-from kalmannorm.propagation import Propagation, attach, current, paused
+from kalmannorm.propagation import exact, first_line, without_autocast
+from kalmannorm.recording import Recorder, attach, current, paused
 from kalmannorm.rules import Belief
 from kalmannorm.steps import SCALARS, step_of
 from kalmannorm.traversal import attributes_kept, buffers_kept, kalman_layers, random_state_kept
@@ -242,7 +242,7 @@ class _Graph:
                 mode.input_belief = waiting  # each run of the recording takes it
             _attach(tensors, beliefs, given[count:with_moments], "input")
             args, kwargs = tree_unflatten(_filled(leaves, tensors), form)
-            watched = nullcontext() if mode is not None else Propagation(layers)
+            watched = nullcontext() if mode is not None else Recorder(layers)
             # A graph must not read copies of parameters that autocast cached outside of it.
             with watched, torch.autocast("cuda", amp[1], enabled=amp[0], cache_enabled=False):
                 outputs, self.form = tree_flatten(replayed.as_it_is(*args, **kwargs))

@@ -16,7 +16,6 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from kalmannorm.checkpoints import is_recomputing, is_reentrant
 from kalmannorm.correction import VERSION, CorrectedPrior, is_trained
-from kalmannorm.evaluation import belief_for, without_autocast
 from kalmannorm.functional import KalmanNormOutput, add_process_noise, group_kalman_norm, kalman_norm, synchronize
 from kalmannorm.gaussian import Gaussian, Packed, Unknown
 from kalmannorm.kernels.arguments import Given, Options, Running
@@ -25,7 +24,8 @@ from kalmannorm.kernels.formulas import move_running
 from kalmannorm.kernels.layer import layer
 from kalmannorm.paper import drawn_belief, preset
 from kalmannorm.priors import INITIAL_NOISE, Prior
-from kalmannorm.propagation import Propagation, attach, attach_step, current, is_open, is_resting, paused
+from kalmannorm.propagation import belief_for, without_autocast
+from kalmannorm.recording import Recorder, attach, attach_step, current, is_open, is_resting, paused
 from kalmannorm.rules import Belief
 from kalmannorm.rules.deferred import Linked
 
@@ -200,7 +200,7 @@ class KalmanLayer(CorrectedPrior):
         with without_autocast(x.device):
             return self._prior(x, groups, current()).corrected(groups)
 
-    def _prior(self, x: Tensor, groups: int, mode: Propagation | None) -> Prior:
+    def _prior(self, x: Tensor, groups: int, mode: Recorder | None) -> Prior:
         """The prior as the kernel takes it: kept from an earlier pass in ``eval()``, or computed."""
         if self.ignores_prior:
             return Prior(None, self.process_noise)
@@ -208,7 +208,7 @@ class KalmanLayer(CorrectedPrior):
             return self._computed_prior(x, groups, mode)
         return mode.priors.of(self, lambda: self._computed_prior(x, groups, mode))
 
-    def _computed_prior(self, x: Tensor, groups: int, mode: Propagation | None) -> Prior:
+    def _computed_prior(self, x: Tensor, groups: int, mode: Recorder | None) -> Prior:
         if is_recomputing() and is_reentrant():
             raise RuntimeError(
                 f"{self._label()} is run again by a reentrant checkpoint, which loses the belief about its input "
@@ -230,7 +230,7 @@ class KalmanLayer(CorrectedPrior):
         return Prior(self._running_belief().map(Tensor.clone), noise)
 
     def belief(self, x: Tensor, groups: int) -> Belief:
-        """The belief about an input by the layer's estimator, as ``kalmannorm.evaluation.belief_for`` gives it."""
+        """The belief about an input by the layer's estimator, as ``kalmannorm.propagation.belief_for`` gives it."""
         return belief_for(x, groups) if self.estimator == "exact" else drawn_belief(x, groups)
 
     def _warn_once(self, message: str) -> None:

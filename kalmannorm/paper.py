@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kalmannorm.evaluation import FAILURES, NO_INPUT, evaluate, exact, first_line, function_name, operands
 from kalmannorm.gaussian import Gaussian, Unknown
 from kalmannorm.kernels.autograd import in_grad_mode, saved_tensor_hooks
+from kalmannorm.propagation import FAILURES, NO_INPUT, evaluate, exact, first_line, function_name, operands
 from kalmannorm.rules import Belief
 from kalmannorm.steps import Step, computed_in, may_use, replace, step_of
 
@@ -52,7 +52,7 @@ def preset(name: str) -> dict[str, Any]:
 
 
 def drawn_belief(tensor: Tensor, groups: int) -> Belief:
-    """The moments ``(S, C)`` of draws, as :func:`kalmannorm.evaluation.belief_for` gives those of the rules."""
+    """The moments ``(S, C)`` of draws, as :func:`kalmannorm.propagation.belief_for` gives those of the rules."""
     step = step_of(tensor)
     if step is None:
         return NO_INPUT

@@ -23,7 +23,7 @@ class Prior(NamedTuple):
     """The prior as a layer's kernel takes it."""
 
     belief: Gaussian | None
-    """In a shape of :func:`~kalmannorm.evaluation.belief_for`; None where it is unknown."""
+    """In a shape of :func:`~kalmannorm.propagation.belief_for`; None where it is unknown."""
     noise: Tensor | None
     """The logarithm of its process noise, ``(C,)``."""
     shift: Tensor | None = None

@@ -1,234 +1,231 @@
-"""The mode that records torch calls while a network runs.
+"""How beliefs propagate: the moments of a recorded step, by the rules of the functions that lead to it.
 
-A torch function that gets a tensor with a belief is *recorded* on its output as a :class:`~kalmannorm.steps.Step`.
-Nothing is computed then. The next normalization layer asks for the belief about its input
-(:func:`kalmannorm.evaluation.belief_for`), which evaluates the chain of steps that leads there. Steps that no layer
-asks for, such as a classifier's head, cost nothing.
+`prior_of` is where a normalization layer asks. The paper's own estimator is in `kalmannorm.paper`.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Sequence
+import sys
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch import Tensor, nn
+from torch.overrides import resolve_name
 
-from kalmannorm.checkpoints import enter_again
-from kalmannorm.evaluation import defer
-from kalmannorm.gaussian import Gaussian, Unknown
-from kalmannorm.kernels.autograd import alias
-from kalmannorm.kernels.layer import rectify_output
-from kalmannorm.priors import KeptPriors
-from kalmannorm.rules import RULES, Belief
-from kalmannorm.rules.deferred import Deferred
-from kalmannorm.rules.table import FACTORIES, LIKE, OVERWRITING, SOURCES
-from kalmannorm.steps import SCALARS, Step, put, step_of
+from kalmannorm.gaussian import Gaussian, Packed, Unknown
+from kalmannorm.kernels.autograd import in_grad_mode, is_transformed, saved_tensor_hooks
+from kalmannorm.rules import RULES, Belief, Rule
+from kalmannorm.rules.deferred import Deferred, Linked
+from kalmannorm.rules.table import BELIEF_FIRST, DEFERRING, as_rule_is_called
+from kalmannorm.steps import Step, computed_in, may_use, replace, step_of
 
-__all__ = ["Propagation", "attach", "attach_step", "current", "is_open", "is_resting", "paused"]
+__all__ = [
+    "FAILURES", "NO_INPUT", "belief_for", "defer", "evaluate", "exact", "first_line", "function_name", "operands",
+    "prior_of", "without_autocast",
+]  # fmt: skip
 
-_BASE = Tensor._base.__get__  # type: ignore[union-attr]
-
-# The longest chain. A state that a network passes to itself from call to call must not grow one without end. A vision
-# transformer with BatchNorm in its stem and at its end makes some 1,000 calls in between.
-_LONGEST = 2000
+NO_INPUT = Unknown("the input does not depend on a floating-point input of the network")
+_NOTHING = nullcontext()
+# Errors of a rule that gets unexpected shapes, and of a torch function that gets draws.
+FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
-_IN_PLACE_RELUS = frozenset((F.relu, F.relu_, torch.relu_, Tensor.relu_))
-# Methods that are written in Python, by name.
-_IN_PYTHON = {"__rsub__": torch.rsub, "pow": torch.pow, "__pow__": torch.pow}
-# The methods of tensors that have rules, under the names that `operator` gives them.
-_OPERATORS = frozenset(
-    name for name in dir(Tensor) if name.startswith("__") and getattr(Tensor, name) in (Tensor.__setitem__, *RULES)
-)
-# Inside of a normalization layer nothing is recorded.
-paused = torch._C.DisableTorchFunction
-
-
-class Propagation(TorchFunctionMode):
-    """Records what happens to tensors that carry a step.
+def prior_of(tensor: Tensor, groups: int) -> Belief:
+    """The belief about an activation: the prior of the layer that gets it.
 
     Args:
-        layers: the normalization layers that may ask for beliefs.
+        tensor: the activation, ``(N, C, *)``.
+        groups: the layer's number of statistic groups ``S``.
+
+    Returns:
+        Mean and variance ``(S, C)``, or why they are unknown.
     """
-
-    def __init__(self, layers: Sequence[Any] = ()) -> None:
-        super().__init__()
-        self.layers = layers
-        self.input_belief: Gaussian | None = None  # `input_stats` whose tensor has not been found yet
-        self.opener: Any = None  # the module that was entered
-        # Beliefs that a layer's kernel computed for others to use. They are dropped after the pass, or there would be a
-        # cycle: such a belief leads to the layer, which saves its input, which leads to the belief.
-        self.lent: list[Deferred] = []
-        self.of_threads: dict[int, KeptPriors] = {}
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
-        lent, self.lent = self.lent, []
-        for belief in lent:
-            belief.forget()
-
-    @property
-    def priors(self) -> KeptPriors:
-        """The kept priors of this thread, as several threads may call one model in ``eval()``."""
-        thread = threading.get_ident()
-        if thread not in self.of_threads:
-            self.of_threads[thread] = KeptPriors()
-        return self.of_threads[thread]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "of_threads": {}, "lent": []}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if is_resting(self):
-            return func(*args, **kwargs)
-        if torch.compiler.is_dynamo_compiling():
-            func, args = _as_in_eager_mode(func, args)
-        # Before the call, as a function that works in place would hide an earlier change that was not recorded.
-        first = step_of(args[0]) if args and isinstance(args[0], Tensor) else None
-        if first is not None and func in _IN_PLACE_RELUS and _is_rectified_by_its_layer(func, args, kwargs, first):
-            output = args[0]
-        else:
-            output = func(*args, **kwargs)
-        if isinstance(output, Tensor):
-            if func not in FACTORIES and func != _BASE:  # `Tensor._base` computes nothing
-                self._record(func, args, kwargs, output, None)
-        elif func is torch.Tensor.__setitem__:
-            _record_assignment(args)
-        elif isinstance(output, tuple | list) and not isinstance(output, torch.Size) and func not in FACTORIES:
-            return self._record_each(func, args, kwargs, output)
-        return output
-
-    def _record_each(self, func: Any, args: Any, kwargs: Any, outputs: Any) -> Any:
-        """Record several outputs; return them, or the tensors that stand for them in a compiled graph."""
-        if torch.compiler.is_dynamo_compiling():
-            outputs = type(outputs)([alias(each) if isinstance(each, Tensor) else each for each in outputs])
-        for i, each in enumerate(outputs):
-            if isinstance(each, Tensor):
-                self._record(func, args, kwargs, each, i)
-        return outputs
-
-    def _record(self, func: Any, args: Any, kwargs: Any, output: Tensor, index: int | None) -> None:
-        parents: list[Step] = []
-        recorded = tuple([a if type(a) in SCALARS else _recorded(a, parents, output) for a in args])
-        keywords = {k: _recorded(v, parents, output) for k, v in kwargs.items()} if kwargs else kwargs
-        if (not parents and func not in SOURCES) or (func in LIKE and not isinstance(recorded[0], Step)):
-            return
-        if func is Tensor.view_as and len(args) == 2 and args[0] is args[1]:
-            # How autograd copies the input that an autograd function returns: without grad, but the
-            # function's own gradient follows.
-            put(output, step_of(args[0]))
-            return
-        if args and output is args[0] and not torch.compiler.is_compiling() and output._base is not None:
-            attach(output._base, Unknown("a view of it was changed in place"), "")
-        if args and output is args[0] and not isinstance(recorded[0], Step) and func not in OVERWRITING:
-            # The tensor now depends on the batch in a way that no rule describes.
-            attach(output, Unknown("a known tensor was changed in place by an activation"), "")
-            return
-        if torch.compiler.is_dynamo_compiling() and getattr(func, "__module__", "") == "_operator":
-            # A strict export cannot write such a function down, should the step leave the graph with its tensor.
-            attach(output, Unknown(f"no rule for operator.{func.__name__}"), "")
-            return
-        step = Step(func, recorded, keywords, tuple(output.shape), index, parents=parents)
-        if step.depth > _LONGEST:
-            attach(output, Unknown(f"more than {_LONGEST} calls since the last normalization layer"), "")
-            return
-        if len(parents) == 1 and index is None:
-            defer(step)
-        put(output, step)
+    with without_autocast(tensor.device):
+        belief = belief_for(tensor, groups)
+        return belief if isinstance(belief, Unknown) else belief.per_channel(groups)
 
 
-def _as_in_eager_mode(func: Any, args: Any) -> tuple[Any, Any]:
-    """The function and arguments as in eager mode, where a compiler calls another: a strict export has `operator.add`
-    for ``a + b``, and methods that are written in Python are in no table.
+def belief_for(tensor: Tensor, groups: int) -> Belief:
+    """As :func:`prior_of`, in the shape that the kernels take: ``(1 or S, C, 1, ...)``. Autocast must be off."""
+    step = step_of(tensor)
+    if step is None:
+        return NO_INPUT
+    belief = exact(step)
+    if isinstance(belief, Unknown):
+        return belief
+    ready = belief.is_per_channel(belief.shape[1]) and belief.groups in (1, groups)
+    return belief if ready else belief.per_channel(groups)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Beliefs are computed in float32 whatever autocast does to activations."""
+    kind = device.type
+    if kind not in ("cpu", "cuda") and not torch.amp.is_autocast_available(kind):
+        return _NOTHING  # the meta device has no autocast
+    if not torch.compiler.is_compiling() and not torch.is_autocast_enabled(kind):
+        return _NOTHING
+    return torch.autocast(kind, enabled=False)
+
+
+def exact(step: Step) -> Belief:
+    """Evaluate a step by the rules."""
+    now = saved_tensor_hooks()
+
+    def kept(step: Step) -> Belief | None:
+        belief = step.belief
+        return belief if belief is not None and may_use(step.belief_in, step, now) else None
+
+    def apply_rule(step: Step) -> Belief:
+        with in_grad_mode(step.grad):  # the step's own mode, as the value is kept for later calls
+            belief = _by_rule(step, kept)
+        if isinstance(belief, Gaussian):
+            belief = belief.of(step.shape)
+            if isinstance(belief, Linked) and _may_be_freed():
+                belief.evaluate()  # while its filter is there
+            if not step.grad:
+                belief = belief.detach()
+        step.belief, step.belief_in, step.depth = belief, computed_in(step.belief, now), 0
+        return belief
+
+    belief: Belief = evaluate(step, kept, apply_rule)
+    return belief
+
+
+def defer(step: Step) -> None:
+    """Give a newly recorded step its belief at once, where the function's rule defers all computation."""
+    rule = RULES.get(step.function)  # type: ignore[arg-type]
+    only_notes = DEFERRING.get(rule)  # type: ignore[arg-type]
+    if only_notes is None:
+        return
+    (parent,) = step.parents
+    below, args = parent.belief, step.args
+    if not isinstance(below, Packed | Deferred) or parent.belief_in != step.hooks or parent.grad != step.grad:
+        return
+    if not args or args[0] is not parent or step.kwargs.keys() - {"inplace"} or _may_be_freed() or is_transformed():
+        return
+    if only_notes(below, *args[1:]):
+        step.belief = rule(below, *args[1:]).of(step.shape)  # type: ignore[misc]
+
+
+def evaluate(step: Step, kept: Callable[[Step], Any], compute: Callable[[Step], Any]) -> Any:
+    """Compute the value of a step after the values of its ancestors.
+
+    Without recursion: a vision transformer makes a thousand calls between two batch normalizations.
+
+    Args:
+        step: any.
+        kept: returns a step's value if it was computed before, else None.
+        compute: computes and keeps a step's value, from its parents' kept values.
     """
-    name = getattr(func, "__name__", "")
-    if name in _IN_PYTHON:
-        return _IN_PYTHON[name], args
-    if getattr(func, "__module__", "") != "_operator":
-        return func, args
-    # Comparisons and the like have no rule and need none: torch's own methods for them take other arguments.
-    reflected = not isinstance(args[0], Tensor)
-    method = f"__r{name}__" if reflected else f"__{name}__"
-    if method not in _OPERATORS:
-        return func, args
-    return getattr(Tensor, method), args[::-1] if reflected else args
-
-
-def _is_rectified_by_its_layer(func: Any, args: Any, kwargs: Any, step: Step) -> bool:
-    """Rectify a layer's output in place, as a part of the layer, if nothing was computed from the output before."""
-    if step.function is not None or step.is_used or len(args) != 1 or torch.compiler.is_dynamo_compiling():
-        return False
-    if func is F.relu and kwargs.get("inplace") is not True:
-        return False
-    return rectify_output(args[0])
-
-
-def _recorded(value: Any, parents: list[Step], output: Tensor) -> Any:
-    """An argument with each tensor that has a step replaced by it; the steps are added to ``parents``."""
-    kind = type(value)
-    if kind is tuple or kind is list:
-        return value if SCALARS.issuperset(map(type, value)) else kind([_recorded(v, parents, output) for v in value])
-    if isinstance(value, Tensor) and (step := step_of(value, as_it_was=value is output)) is not None:
-        step.is_used = True
-        parents.append(step)
-        return step
+    waiting = [step]
+    value = None
+    while waiting:
+        current = waiting[-1]
+        value = kept(current)
+        if value is None:
+            first = [parent for parent in current.parents if kept(parent) is None]
+            if first:
+                waiting += first
+                continue
+            value = compute(current)
+        waiting.pop()
     return value
 
 
-def _record_assignment(args: Any) -> None:
-    """``x[i] = y``: the belief about ``x``, and about the tensor of which it is a view, is lost."""
-    target = args[0]
-    if any(isinstance(a, Tensor) and step_of(a) is not None for a in args):
-        lost = Unknown("assigned in place, element by element")
-        attach(target, lost, "")
-        if not torch.compiler.is_compiling() and target._base is not None:
-            attach(target._base, lost, "")
+def operands(step: Step, value_of: Callable[[Step], Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | Unknown:
+    """The function's arguments, each step among them replaced by its value; `Unknown` where one cannot be used."""
+    for parent in step.parents:
+        if isinstance(value := value_of(parent), Unknown):
+            return value
+    args, kwargs = tuple([value_of(a) if type(a) is Step else a for a in step.args]), step.kwargs
+    if sum([type(a) is Step for a in step.args]) != len(step.parents):  # some are in lists or keywords
+        args = tuple([replace(a, Step, value_of) for a in args])
+        kwargs = {k: replace(v, Step, value_of) for k, v in kwargs.items()}
+    if _may_be_freed() and _frees((*args, *kwargs.values())):
+        return Unknown("it depends on parameters that FSDP has freed")
+    return args, kwargs
 
 
-def is_resting(mode: Propagation) -> bool:
-    """Whether all priors of this pass are kept ones, so that nothing is recorded."""
-    if torch.compiler.is_dynamo_compiling() or not mode.of_threads:
+def _may_be_freed() -> bool:
+    """Whether parameters may be without their elements, as FSDP leaves them."""
+    if "torch.distributed.fsdp" not in sys.modules or is_transformed():
         return False
-    return mode.priors.are_complete
+    return torch.distributed.is_initialized()
 
 
-def is_open() -> bool:
-    """Whether a mode is recording in this thread."""
-    return current() is not None
+def _frees(values: Any) -> bool:
+    """Whether a parameter, or a belief that is one, has lost its elements: to read them would end the process."""
+    return any(_frees(v) if isinstance(v, tuple | list) else _is_freed(v) for v in values)
 
 
-def current() -> Propagation | None:
-    """The mode that is recording in this thread, if any."""
-    for mode in torch.overrides._get_current_function_mode_stack():
-        if isinstance(mode, Propagation):
-            return mode
-    return None
+def _is_freed(value: Any) -> bool:
+    while isinstance(value, Deferred):
+        value = value.below
+    tensor = value.mean if isinstance(value, Gaussian) else value
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
+        return False
+    return bool(tensor.numel() > 0 and tensor.untyped_storage().size() == 0)
 
 
-def attach(tensor: Tensor, belief: Belief, source: str) -> None:
-    """Attach a belief to a tensor: a step where a chain starts.
+def _by_rule(step: Step, kept: Callable[[Step], Any]) -> Belief:
+    rule = RULES.get(step.function)  # type: ignore[arg-type]
+    called = operands(step, kept)
+    if isinstance(called, Unknown):
+        return called
+    args, kwargs = called
+    if rule is None:
+        return Unknown(f"no rule for {function_name(step.function)}")
+    known = as_rule_is_called(rule, args, kwargs)
+    if known is None:
+        return Unknown(f"{function_name(step.function)} was called with arguments that its rule does not take")
+    args, kwargs = known
+    if args and isinstance(args[0], Tensor) and rule in BELIEF_FIRST:
+        return Unknown(f"{function_name(step.function)} of a known tensor, by an activation")
+    belief = _asked(rule, step, args, kwargs)
+    if type(belief) is tuple:
+        belief = belief[step.index or 0]
+    elif step.index:  # the indices of a pooling, say
+        return Unknown(f"output {step.index} of {function_name(step.function)}")
+    if not isinstance(belief, Gaussian | Unknown):
+        raise TypeError(
+            f"the rule for {function_name(step.function)} returned {type(belief).__name__}, "
+            "expected Gaussian or Unknown"
+        )
+    if isinstance(belief, Gaussian) and belief.ndim != len(step.shape):
+        raise ValueError(
+            f"the rule for {function_name(step.function)} returned a belief of shape {tuple(belief.mean.shape)} for "
+            f"an output of shape {step.shape}, expected the same rank: size 1 along the axes where it does not vary"
+        )
+    return belief
 
-    Args:
-        tensor: the activation.
-        belief: the belief about it.
-        source: its origin: a layer's name, or "input".
-    """
-    shape = tuple(tensor.shape)
-    if isinstance(belief, Gaussian):
-        belief = belief.of(shape)
-    step = Step(None, (), {}, shape, source=source, belief=belief, parents=())
-    put(tensor, step)
-    if step.hooks is not None and (mode := current()) is not None:
-        # A checkpointed region that began with an open mode must run again with one. Converted modules open it
-        # themselves, but a region may be any function.
-        enter_again(step.hooks, lambda: Propagation(mode.layers))
+
+def _asked(rule: Rule, step: Step, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Call a rule. If it raises, the moments are unknown; the network's own call succeeded, so training continues."""
+    if torch.compiler.is_compiling():
+        return rule(*args, **kwargs)
+    try:
+        return rule(*args, **kwargs)
+    except torch.OutOfMemoryError:
+        raise
+    except FAILURES as error:
+        said = f"{type(error).__name__}: {first_line(error)}"
+        name = function_name(step.function)
+        warnings.warn(
+            f"the rule for {name} failed ({said}): what comes of it counts as unknown, and the next Kalman layer acts "
+            "without a prior",
+            stacklevel=2,
+        )
+        return Unknown(f"the rule for {name} failed ({said})")
 
 
-def attach_step(tensor: Tensor, func: Any) -> None:
-    """Record a function that was applied to a tensor with a belief where the mode was paused."""
-    put(tensor, Step(func, (step_of(tensor),), {}, tuple(tensor.shape)))
+def first_line(error: Exception) -> str:
+    return (str(error) or "no message").splitlines()[0]
+
+
+def function_name(function: Any) -> str:
+    """``torch.nn.functional.relu`` and the like."""
+    name = None if torch.compiler.is_compiling() else resolve_name(function)
+    return name or str(getattr(function, "__name__", function))

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kalmannorm.evaluation import exact, without_autocast
 from kalmannorm.gaussian import Gaussian, Unknown
 from kalmannorm.paper import drawn
-from kalmannorm.propagation import current, paused
+from kalmannorm.propagation import exact, without_autocast
+from kalmannorm.recording import current, paused
 from kalmannorm.steps import Step, found_in, put, step_of
 
 __all__ = ["watch_shards"]

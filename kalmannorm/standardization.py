@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from kalmannorm.modules import KalmanLayer
-from kalmannorm.propagation import paused
+from kalmannorm.recording import paused
 from kalmannorm.steps import found_in
 from kalmannorm.traversal import attributes_kept, random_state_kept, untraceable
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kalmannorm.evaluation import first_line
 from kalmannorm.modules import KalmanLayer
-from kalmannorm.propagation import paused
+from kalmannorm.propagation import first_line
+from kalmannorm.recording import paused
 
 __all__ = [
     "attributes_kept", "buffers_kept", "device_of", "in_eval", "inputs_seen", "kalman_layers", "random_state_kept",

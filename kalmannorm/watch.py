@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from kalmannorm.gaussian import Gaussian, Unknown
 from kalmannorm.priors import may_be_kept
-from kalmannorm.propagation import Propagation, attach, current, is_resting
+from kalmannorm.recording import Recorder, attach, current, is_resting
 from kalmannorm.shards import watch_shards
 from kalmannorm.steps import found_in, placed_in, step_of
 
@@ -39,7 +39,7 @@ class Watch:
         self.known = self.given  # on the inputs' device, and of their type
         self._warned = self._looked = False
         # Made once, as torch.compile looks for the mode again when it breaks a graph inside.
-        self.mode = Propagation(layers)
+        self.mode = Recorder(layers)
 
     def open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook."""
@@ -73,7 +73,7 @@ class Watch:
             if output is not None and waiting is not None:
                 self._warn_of_unused_belief(waiting, module)
 
-    def _was_left_open(self, mode: Propagation, module: nn.Module) -> bool:
+    def _was_left_open(self, mode: Recorder, module: nn.Module) -> bool:
         """Whether an interrupt has kept a mode from closing, as the module that opened it is not being called."""
         if torch.compiler.is_compiling() or mode.opener is None:
             return False
@@ -112,7 +112,7 @@ class Watch:
         )
 
     def _start_beliefs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
-                       mode: Propagation) -> None:  # fmt: skip
+                       mode: Recorder) -> None:  # fmt: skip
         """Attach a belief to each input, `Unknown` where none was given, so that steps lead back to it."""
         values = (*args, *kwargs.values())
         self._move_beliefs(values)

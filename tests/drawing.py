@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kalmannorm.evaluation import function_name
 from kalmannorm.gaussian import Gaussian, Unknown
+from kalmannorm.propagation import function_name
 from kalmannorm.rules import RULES
 
 # Elements to draw, as near as the shape allows.

@@ -11,7 +11,7 @@ PACKAGE = ROOT / "kalmannorm"
 
 # Each may import what stands before it.
 ORDER = """
-    gaussian kernels rules steps evaluation paper checkpoints priors propagation shards watch functional correction
+    gaussian kernels rules steps propagation paper checkpoints priors recording shards watch functional correction
     modules freezing traversal passes standardization annealing stand_ins connect convert describe inference
     calibration diagnosis graphs integrations lab
 """.split()  # noqa: SIM905 - as the page has it

@@ -308,7 +308,7 @@ def test_the_overhead_of_a_step_by_part(tmp_path):
 
 def test_where_a_frame_is_counted():
     frames, space = {}, {}
-    exec(compile("def f(note):\n    note()\n", f"{overhead.HOME}evaluation.py", "exec"), space)
+    exec(compile("def f(note):\n    note()\n", f"{overhead.HOME}propagation.py", "exec"), space)
     space["f"](lambda: frames.update(here=sys._getframe()))
     assert overhead.part_of(frames["here"]) == "evaluation"
     assert overhead.part_of(sys._getframe()) == "network"

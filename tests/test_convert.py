@@ -12,7 +12,7 @@ from torch import nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 import kalmannorm as kn
-from kalmannorm.evaluation import prior_of
+from kalmannorm.propagation import prior_of
 from kalmannorm.steps import step_of
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import kalmannorm as kn
-from kalmannorm.evaluation import prior_of
-from kalmannorm.propagation import is_open
+from kalmannorm.propagation import prior_of
+from kalmannorm.recording import is_open
 
 
 def small():

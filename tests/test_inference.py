@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import kalmannorm as kn
-from kalmannorm.evaluation import exact
+from kalmannorm.propagation import exact
 from kalmannorm.steps import step_of
 
 

@@ -12,7 +12,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.testing._internal.common_modules import module_db
 
 import kalmannorm as kn
-from kalmannorm.evaluation import prior_of
+from kalmannorm.propagation import prior_of
 from kalmannorm.steps import step_of
 
 STOCK = {

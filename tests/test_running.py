@@ -17,8 +17,8 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import kalmannorm as kn
-from kalmannorm.evaluation import prior_of
-from kalmannorm.propagation import is_open
+from kalmannorm.propagation import prior_of
+from kalmannorm.recording import is_open
 from kalmannorm.steps import step_of
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import kalmannorm as kn
 from kalmannorm.gaussian import Gaussian, Unknown
-from kalmannorm.propagation import attach
+from kalmannorm.recording import attach
 from kalmannorm.steps import Step, step_of
 
 

@@ -13,8 +13,8 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 import kalmannorm as kn
-from kalmannorm.evaluation import prior_of
-from kalmannorm.propagation import is_open
+from kalmannorm.propagation import prior_of
+from kalmannorm.recording import is_open
 from kalmannorm.rules import RULES
 from kalmannorm.steps import step_of
 

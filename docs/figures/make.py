@@ -44,7 +44,7 @@ STYLE = {
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 ALIKE = "#c44e52"
 # Rooms of the library on a belief's way, and the functions that say most of it.
-ROOMS = ("modules", "propagation", "steps", "evaluation", "rules", "kernels")
+ROOMS = ("modules", "recording", "steps", "propagation", "rules", "kernels")
 NAMED = ("attach", "defer", "relu", "conv", "forward", "exact", "link", "layer")
 
 
@@ -404,7 +404,7 @@ def calls_between_layers() -> list[Call]:
         sys.setprofile(None)
     found = [call for call in found if call.room in ROOMS[:-1] or call.name == "layer"]
     kernel = Call("kernels", "layer")
-    first = found.index(Call("propagation", "attach"), found.index(kernel))
+    first = found.index(Call("recording", "attach"), found.index(kernel))
     return found[first : found.index(kernel, first) + 1]
 
 

@@ -9,8 +9,8 @@ from drawing import DRAWS, believe, check_alias, check_draws, check_unknown, cov
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kalmannorm.evaluation import function_name
 from kalmannorm.gaussian import Gaussian
+from kalmannorm.propagation import function_name
 from kalmannorm.rules import RULES, aliases
 from kalmannorm.rules.pointwise import piecewise, quadrature
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kalmannorm.evaluation import exact, function_name
 from kalmannorm.gaussian import Gaussian
+from kalmannorm.propagation import exact, function_name
 from kalmannorm.rules import RULES, aliases, rule
 from kalmannorm.steps import Step
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from kalmannorm.gaussian import Gaussian
-from kalmannorm.propagation import paused
+from kalmannorm.recording import paused
 from kalmannorm.traversal import kalman_layers
 
 CHANNELS = 5  # not a multiple of the two processes

@@ -9,11 +9,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import kalmannorm
-from kalmannorm.evaluation import prior_of
 from kalmannorm.lab.baselines.proxy import ProxyNormalized, to_proxy
 from kalmannorm.lab.methods import normalize
 from kalmannorm.lab.models.small import SmallConvNet
 from kalmannorm.lab.optimization import parameter_groups
+from kalmannorm.propagation import prior_of
 
 
 def random_layer(activation, learned=True, norm=None):

@@ -1,0 +1,234 @@
+"""The mode that records torch calls while a network runs.
+
+A torch function that gets a tensor with a belief is *recorded* on its output as a :class:`~kalmannorm.steps.Step`.
+Nothing is computed then. The next normalization layer asks for the belief about its input
+(:func:`kalmannorm.propagation.belief_for`), which evaluates the chain of steps that leads there. Steps that no layer
+asks for, such as a classifier's head, cost nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from kalmannorm.checkpoints import enter_again
+from kalmannorm.gaussian import Gaussian, Unknown
+from kalmannorm.kernels.autograd import alias
+from kalmannorm.kernels.layer import rectify_output
+from kalmannorm.priors import KeptPriors
+from kalmannorm.propagation import defer
+from kalmannorm.rules import RULES, Belief
+from kalmannorm.rules.deferred import Deferred
+from kalmannorm.rules.table import FACTORIES, LIKE, OVERWRITING, SOURCES
+from kalmannorm.steps import SCALARS, Step, put, step_of
+
+__all__ = ["Recorder", "attach", "attach_step", "current", "is_open", "is_resting", "paused"]
+
+_BASE = Tensor._base.__get__  # type: ignore[union-attr]
+
+# The longest chain. A state that a network passes to itself from call to call must not grow one without end. A vision
+# transformer with BatchNorm in its stem and at its end makes some 1,000 calls in between.
+_LONGEST = 2000
+
+
+_IN_PLACE_RELUS = frozenset((F.relu, F.relu_, torch.relu_, Tensor.relu_))
+# Methods that are written in Python, by name.
+_IN_PYTHON = {"__rsub__": torch.rsub, "pow": torch.pow, "__pow__": torch.pow}
+# The methods of tensors that have rules, under the names that `operator` gives them.
+_OPERATORS = frozenset(
+    name for name in dir(Tensor) if name.startswith("__") and getattr(Tensor, name) in (Tensor.__setitem__, *RULES)
+)
+# Inside of a normalization layer nothing is recorded.
+paused = torch._C.DisableTorchFunction
+
+
+class Recorder(TorchFunctionMode):
+    """Records what happens to tensors that carry a step.
+
+    Args:
+        layers: the normalization layers that may ask for beliefs.
+    """
+
+    def __init__(self, layers: Sequence[Any] = ()) -> None:
+        super().__init__()
+        self.layers = layers
+        self.input_belief: Gaussian | None = None  # `input_stats` whose tensor has not been found yet
+        self.opener: Any = None  # the module that was entered
+        # Beliefs that a layer's kernel computed for others to use. They are dropped after the pass, or there would be a
+        # cycle: such a belief leads to the layer, which saves its input, which leads to the belief.
+        self.lent: list[Deferred] = []
+        self.of_threads: dict[int, KeptPriors] = {}
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        lent, self.lent = self.lent, []
+        for belief in lent:
+            belief.forget()
+
+    @property
+    def priors(self) -> KeptPriors:
+        """The kept priors of this thread, as several threads may call one model in ``eval()``."""
+        thread = threading.get_ident()
+        if thread not in self.of_threads:
+            self.of_threads[thread] = KeptPriors()
+        return self.of_threads[thread]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "of_threads": {}, "lent": []}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if is_resting(self):
+            return func(*args, **kwargs)
+        if torch.compiler.is_dynamo_compiling():
+            func, args = _as_in_eager_mode(func, args)
+        # Before the call, as a function that works in place would hide an earlier change that was not recorded.
+        first = step_of(args[0]) if args and isinstance(args[0], Tensor) else None
+        if first is not None and func in _IN_PLACE_RELUS and _is_rectified_by_its_layer(func, args, kwargs, first):
+            output = args[0]
+        else:
+            output = func(*args, **kwargs)
+        if isinstance(output, Tensor):
+            if func not in FACTORIES and func != _BASE:  # `Tensor._base` computes nothing
+                self._record(func, args, kwargs, output, None)
+        elif func is torch.Tensor.__setitem__:
+            _record_assignment(args)
+        elif isinstance(output, tuple | list) and not isinstance(output, torch.Size) and func not in FACTORIES:
+            return self._record_each(func, args, kwargs, output)
+        return output
+
+    def _record_each(self, func: Any, args: Any, kwargs: Any, outputs: Any) -> Any:
+        """Record several outputs; return them, or the tensors that stand for them in a compiled graph."""
+        if torch.compiler.is_dynamo_compiling():
+            outputs = type(outputs)([alias(each) if isinstance(each, Tensor) else each for each in outputs])
+        for i, each in enumerate(outputs):
+            if isinstance(each, Tensor):
+                self._record(func, args, kwargs, each, i)
+        return outputs
+
+    def _record(self, func: Any, args: Any, kwargs: Any, output: Tensor, index: int | None) -> None:
+        parents: list[Step] = []
+        recorded = tuple([a if type(a) in SCALARS else _recorded(a, parents, output) for a in args])
+        keywords = {k: _recorded(v, parents, output) for k, v in kwargs.items()} if kwargs else kwargs
+        if (not parents and func not in SOURCES) or (func in LIKE and not isinstance(recorded[0], Step)):
+            return
+        if func is Tensor.view_as and len(args) == 2 and args[0] is args[1]:
+            # How autograd copies the input that an autograd function returns: without grad, but the
+            # function's own gradient follows.
+            put(output, step_of(args[0]))
+            return
+        if args and output is args[0] and not torch.compiler.is_compiling() and output._base is not None:
+            attach(output._base, Unknown("a view of it was changed in place"), "")
+        if args and output is args[0] and not isinstance(recorded[0], Step) and func not in OVERWRITING:
+            # The tensor now depends on the batch in a way that no rule describes.
+            attach(output, Unknown("a known tensor was changed in place by an activation"), "")
+            return
+        if torch.compiler.is_dynamo_compiling() and getattr(func, "__module__", "") == "_operator":
+            # A strict export cannot write such a function down, should the step leave the graph with its tensor.
+            attach(output, Unknown(f"no rule for operator.{func.__name__}"), "")
+            return
+        step = Step(func, recorded, keywords, tuple(output.shape), index, parents=parents)
+        if step.depth > _LONGEST:
+            attach(output, Unknown(f"more than {_LONGEST} calls since the last normalization layer"), "")
+            return
+        if len(parents) == 1 and index is None:
+            defer(step)
+        put(output, step)
+
+
+def _as_in_eager_mode(func: Any, args: Any) -> tuple[Any, Any]:
+    """The function and arguments as in eager mode, where a compiler calls another: a strict export has `operator.add`
+    for ``a + b``, and methods that are written in Python are in no table.
+    """
+    name = getattr(func, "__name__", "")
+    if name in _IN_PYTHON:
+        return _IN_PYTHON[name], args
+    if getattr(func, "__module__", "") != "_operator":
+        return func, args
+    # Comparisons and the like have no rule and need none: torch's own methods for them take other arguments.
+    reflected = not isinstance(args[0], Tensor)
+    method = f"__r{name}__" if reflected else f"__{name}__"
+    if method not in _OPERATORS:
+        return func, args
+    return getattr(Tensor, method), args[::-1] if reflected else args
+
+
+def _is_rectified_by_its_layer(func: Any, args: Any, kwargs: Any, step: Step) -> bool:
+    """Rectify a layer's output in place, as a part of the layer, if nothing was computed from the output before."""
+    if step.function is not None or step.is_used or len(args) != 1 or torch.compiler.is_dynamo_compiling():
+        return False
+    if func is F.relu and kwargs.get("inplace") is not True:
+        return False
+    return rectify_output(args[0])
+
+
+def _recorded(value: Any, parents: list[Step], output: Tensor) -> Any:
+    """An argument with each tensor that has a step replaced by it; the steps are added to ``parents``."""
+    kind = type(value)
+    if kind is tuple or kind is list:
+        return value if SCALARS.issuperset(map(type, value)) else kind([_recorded(v, parents, output) for v in value])
+    if isinstance(value, Tensor) and (step := step_of(value, as_it_was=value is output)) is not None:
+        step.is_used = True
+        parents.append(step)
+        return step
+    return value
+
+
+def _record_assignment(args: Any) -> None:
+    """``x[i] = y``: the belief about ``x``, and about the tensor of which it is a view, is lost."""
+    target = args[0]
+    if any(isinstance(a, Tensor) and step_of(a) is not None for a in args):
+        lost = Unknown("assigned in place, element by element")
+        attach(target, lost, "")
+        if not torch.compiler.is_compiling() and target._base is not None:
+            attach(target._base, lost, "")
+
+
+def is_resting(mode: Recorder) -> bool:
+    """Whether all priors of this pass are kept ones, so that nothing is recorded."""
+    if torch.compiler.is_dynamo_compiling() or not mode.of_threads:
+        return False
+    return mode.priors.are_complete
+
+
+def is_open() -> bool:
+    """Whether a mode is recording in this thread."""
+    return current() is not None
+
+
+def current() -> Recorder | None:
+    """The mode that is recording in this thread, if any."""
+    for mode in torch.overrides._get_current_function_mode_stack():
+        if isinstance(mode, Recorder):
+            return mode
+    return None
+
+
+def attach(tensor: Tensor, belief: Belief, source: str) -> None:
+    """Attach a belief to a tensor: a step where a chain starts.
+
+    Args:
+        tensor: the activation.
+        belief: the belief about it.
+        source: its origin: a layer's name, or "input".
+    """
+    shape = tuple(tensor.shape)
+    if isinstance(belief, Gaussian):
+        belief = belief.of(shape)
+    step = Step(None, (), {}, shape, source=source, belief=belief, parents=())
+    put(tensor, step)
+    if step.hooks is not None and (mode := current()) is not None:
+        # A checkpointed region that began with an open mode must run again with one. Converted modules open it
+        # themselves, but a region may be any function.
+        enter_again(step.hooks, lambda: Recorder(mode.layers))
+
+
+def attach_step(tensor: Tensor, func: Any) -> None:
+    """Record a function that was applied to a tensor with a belief where the mode was paused."""
+    put(tensor, Step(func, (step_of(tensor),), {}, tuple(tensor.shape)))
