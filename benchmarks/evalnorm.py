@@ -2,8 +2,7 @@
 
 ``python -m benchmarks.evalnorm --output docs/results/evalnorm.csv`` trains arms of the study `batch-sizes-cpu` at the
 rates that its search chose, and scores each network by every share of the image's own statistics;
-``python -m benchmarks.evalnorm --summary docs/results/evalnorm.csv`` prints the table: the share is the one that is
-best on validation images, in the mean over seeds.
+``python -m benchmarks.evalnorm --summary docs/results/evalnorm.csv`` prints the page ``docs/results/evalnorm.md``.
 """
 
 import argparse
@@ -54,8 +53,19 @@ def chosen_rates() -> dict[str, float]:
 
 
 def summary(rows: pd.DataFrame) -> str:
-    """A row an arm: plain ``eval()``, the share chosen on validation images, and its accuracy on test images."""
-    lines = ["| arm | plain `eval()` | EvalNorm | share |", "|---|---|---|---|"]
+    """A page with a row an arm: plain ``eval()``, and EvalNorm by the share that is best on validation images."""
+    lines = [
+        "# EvalNorm",
+        "",
+        "Each image is normalized by a blend of its own and the running statistics",
+        "(`kalmannorm.lab.scoring.evalnorm`).",
+        f"The networks are arms of [batch-sizes-cpu](studies/{STUDY}/table.md), trained again. The share of an image's",
+        "own statistics is the one that is best on validation images, in the mean over seeds. Accuracy in per cent on",
+        f"test images; mean ± deviation over {SEEDS} seeds.",
+        "",
+        "| arm | plain `eval()` | EvalNorm | share |",
+        "|---|---|---|---|",
+    ]
     for arm, of_arm in rows.groupby("arm", sort=False):
         scores = of_arm.groupby(["split", "share"]).accuracy.agg(["mean", "std"]) * 100
         best = scores.loc["validation"]["mean"].idxmax()

@@ -106,7 +106,7 @@ def numbers_of(path):
         scores = ("accuracy_running", "accuracy_online")
         found = {100 * float(row[score]) for row in searched for score in scores if row.get(score)}
         return found | decimals(path.read_text().partition("\n| arm ")[0])
-    if path.name == "table.md":
+    if path.name in ("table.md", "evalnorm.md"):
         return decimals(path.read_text())
     if path == ROOT / "history":
         found = json.loads((path / "pennfudan-cpu" / "fpn-kn" / "result.json").read_text())["scores"]
@@ -199,6 +199,8 @@ def facts():
             *(abs(difference("gains-cpu", f"fixed-{arm}", f"learned-{arm}")) for arm in ("ws-1", "ws-2", "ws-8", "2")),
             observed[0], observed[-1], corrected[0], corrected[-1], uncorrected[0], uncorrected[-1],
             difference("detection-cpu", "gn", "kn", "box_ap"),
+            *(difference("detection-pretrained-cpu", "kn", "frozen", of) for of in ("box_ap", "mask_ap")),
+            difference(small, "kn-2-ws-proxy", "kn-2-ws"), difference(small, "bn-128-ws-proxy", "bn-128-ws"),
         ],
         "speed.md": [
             *steps, ratio(cpu, compiled), ratio(cpu, "step/resnet18/b32/64/eager/float32"), min(act), max(act),
