@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -31,6 +32,13 @@ NO_INPUT = Unknown("the input does not depend on a floating-point input of the n
 _NOTHING = nullcontext()
 # Errors of a rule that gets unexpected shapes, and of a torch function that gets draws.
 FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+def __getattr__(name: str) -> Any:
+    """The class by its name before the first release, to which models that were pickled then refer."""
+    if name == "Propagation":
+        return import_module("kalmannorm.recording").Recorder
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def prior_of(tensor: Tensor, groups: int) -> Belief:

@@ -107,9 +107,10 @@ def kalman_layer(layer: nn.Module, name: str, kalman: type[KalmanLayer], options
     if synchronizes and "process_group" not in options and options.get("stats_batch_size") is None:
         options["process_group"] = layer.process_group or torch.distributed.group.WORLD
     new: Any = kalman(*_arguments(layer), **options)
-    _share_tensors(new, layer)
-    for key in _FROZEN & layer._buffers.keys() & new._parameters.keys():  # FrozenBatchNorm2d has no parameters
-        new._parameters[key] = nn.Parameter(layer._buffers[key].detach().clone())  # type: ignore[union-attr]
+    if "weight" in layer._buffers:
+        _copy_frozen(new, layer)
+    else:
+        _share_tensors(new, layer)
     new._modules.update(layer._modules)
     new.training = layer.training  # not `train(...)`: what is inside a layer keeps a flag of its own
     new.frozen = is_frozen(layer)
@@ -163,6 +164,14 @@ def _share_tensors(new: nn.Module, old: nn.Module) -> None:
     """Put the tensors of an old layer into a new one, under the names that both have."""
     new._parameters.update({name: t for name, t in old._parameters.items() if name in new._parameters})
     new._buffers.update({name: t for name, t in old._buffers.items() if name in new._buffers})
+
+
+@torch.no_grad()
+def _copy_frozen(new: nn.Module, frozen: nn.Module) -> None:
+    """Copy the buffers of a FrozenBatchNorm2d, as its own must not move with those of the new layer."""
+    for name in _FROZEN:
+        if (own := getattr(new, name)) is not None:
+            own.copy_(frozen._buffers[name])
 
 
 def _without_tensors(layer: nn.Module) -> nn.Module:

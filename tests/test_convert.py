@@ -109,6 +109,20 @@ def test_every_batch_layer_converts_even_alone(stock, ours):
             assert getattr(layer, option) == getattr(stock, option)
 
 
+def test_a_frozen_layer_keeps_its_own_statistics():
+    """A teacher that shares layers with the network, or a state dict taken before, must not change."""
+    stock = nn.Sequential(nn.Conv2d(3, 4, 3), FrozenBatchNorm2d(4))
+    stock[1].running_mean = stock[1].running_mean.double() + 1  # of another type than the weight
+    teacher, state = nn.Sequential(*stock).eval(), stock.state_dict()
+    x = torch.randn(8, 3, 6, 6)
+    expected, mean = teacher(x), state["1.running_mean"].clone()
+    model = kn.convert(stock).train()
+    model(x).sum().backward()
+    assert not model[1].running_mean.equal(mean.float())
+    assert torch.equal(teacher(x), expected)
+    assert torch.equal(state["1.running_mean"], mean)
+
+
 class DetrFrozenBatchNorm2d(nn.Module):
     """As transformers has one for each detector: no `eps` of its own."""
 

@@ -626,3 +626,12 @@ def test_named_input_stats_reach_the_batch_of_a_detector():
 
     model = kn.convert(Detector(), input_stats={"images": ([0.0] * 3, [1.0] * 3)})
     assert kn.describe(model, [torch.randn(3, 8, 8) for _ in range(2)]).with_prior == 1
+
+
+def test_models_pickled_before_the_first_release_find_the_mode():
+    from kalmannorm import propagation
+    from kalmannorm.recording import Recorder
+
+    assert propagation.Propagation is Recorder
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        propagation.Nothing  # noqa: B018
