@@ -71,9 +71,11 @@ class _Folder(Callback):
         step, where a longer run goes on.
         """
         last, beside = self.folder / "last.ckpt", self.folder / "last.ckpt.part"
-        kept = torch.load(last, map_location="cpu", weights_only=True) if last.exists() else {}
-        if kept.get("global_step") != trainer.global_step:  # it was ended before its last step
-            self.save(trainer)
+        is_there = trainer.is_global_zero and last.exists()
+        kept = torch.load(last, map_location="cpu", weights_only=True) if is_there else {}
+        # All processes do what the first one finds: to save is a step of all of them.
+        if not trainer.strategy.broadcast(kept.get("global_step") == trainer.global_step):
+            self.save(trainer)  # it was ended before its last step
             return
         weights = trainer.strategy.lightning_module_state_dict()
         if trainer.is_global_zero:

@@ -1,6 +1,7 @@
 """The reports as a reader sees them, on a desktop and on a phone."""
 
 import shutil
+import tarfile
 from pathlib import Path
 
 import browser
@@ -47,12 +48,16 @@ def test_a_folded_part_is_folded_until_it_is_opened(chromium, everything):
     assert "xxx" in browser.look(chromium, everything).facts["text"]
 
 
-KEPT = Path(__file__).parents[2] / "docs" / "results" / "studies"
+ROOT = Path(__file__).parents[2]
+KEPT = ROOT / "docs" / "results" / "studies"
 
 
 @pytest.fixture(scope="module", params=["signals", "fine-tuning-cpu"])
 def written(request, tmp_path_factory):
+    """Of a study's kept files, and its learning curves from the archive."""
     folder = shutil.copytree(KEPT / request.param, tmp_path_factory.mktemp("page") / request.param)
+    with tarfile.open(ROOT / "history" / "curves.tar.xz") as archive:
+        archive.extract(f"{request.param}/curves.csv", folder.parent, filter="data")
     return page.write_page(experiments.read(request.param), folder)
 
 
