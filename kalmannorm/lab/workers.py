@@ -94,6 +94,7 @@ class _Team(Generic[J, R]):
         self.jobs, self.work, self.steps, self.progress = jobs, work, [steps(job) for job in jobs], progress
         self.overall = progress.add_task("all steps", total=sum(self.steps))
         self.bars: dict[int, TaskID] = {}
+        self.lock = threading.RLock()  # of the bars: a job ends in another thread than the one that shows steps
         self.done = [0] * len(jobs)
         self.outcomes: dict[int, R | Exception] = {}
         # Fresh processes: a forked one would inherit torch's thread pools in whatever state they are.
@@ -130,16 +131,21 @@ class _Team(Generic[J, R]):
                 pool = None
             except Exception as error:
                 self.outcomes[place] = error
-            self._show(place, self.steps[place])
-            self.progress.remove_task(self.bars.pop(place))
+            self._end(place)
         if pool:
             pool.shutdown()
 
+    def _end(self, place: int) -> None:
+        with self.lock:
+            self._show(place, self.steps[place])
+            self.progress.remove_task(self.bars.pop(place))
+
     def _show(self, place: int, step: int) -> None:
-        if bar := self.bars.get(place):  # else it is a late word of a job that has ended
-            self.done[place] = step
-            self.progress.update(bar, completed=step)
-            self.progress.update(self.overall, completed=sum(self.done))
+        with self.lock:
+            if bar := self.bars.get(place):  # else it is a late word of a job that has ended
+                self.done[place] = step
+                self.progress.update(bar, completed=step)
+                self.progress.update(self.overall, completed=sum(self.done))
 
 
 _queue: Any = None

@@ -2,12 +2,13 @@
 
 import io
 import os
+import threading
 import time
 
 import pytest
 from rich.console import Console
 
-from kalmannorm.lab.workers import in_turn, run_all
+from kalmannorm.lab.workers import _Team, bars, in_turn, run_all
 
 
 def work(job, tell):
@@ -54,3 +55,24 @@ def test_in_turn_keeps_errors_and_counts_steps():
     assert results[0][0] == 10
     assert isinstance(results[1], ValueError)
     assert "14/14" in shown.getvalue()
+
+
+def test_a_job_that_ends_while_its_step_is_shown_keeps_its_bar_so_long():
+    """It ends in a thread of its own, at any time."""
+    progress = bars(Console(file=io.StringIO()), shown=False)
+    team = _Team([("go", 1)], work, lambda job: 2, progress)
+    ends = threading.Thread(target=team._end, args=(0,))
+
+    class Bars(dict):
+        def get(self, place):
+            if threading.current_thread() is not ends and not ends.ident:
+                ends.start()
+                ends.join(0.2)
+            return self.found
+
+    team.bars = Bars({0: progress.add_task("a job", total=2)})
+    team.bars.found = team.bars[0]
+    team._show(0, 1)
+    ends.join()
+    assert team.done == [2]
+    assert not team.bars
