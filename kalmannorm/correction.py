@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from kalmannorm.functional import add_process_noise
 from kalmannorm.gaussian import Gaussian
 from kalmannorm.kernels.autograd import is_transformed
+from kalmannorm.priors import process_variance
 
 __all__ = ["VERSION", "CorrectedPrior", "is_trained"]
 
@@ -39,6 +40,7 @@ class CorrectedPrior(nn.Module):
     """The buffers ``prior_shift`` and ``prior_scale``, ``(C,)`` or None, and how they are found and loaded."""
 
     weight: Any
+    process_noise: nn.Parameter | None
     prior_shift: Tensor | None
     prior_scale: Tensor | None
     awaits_correction: bool
@@ -49,8 +51,8 @@ class CorrectedPrior(nn.Module):
     """The target of the correction, in a pretrained layer that keeps no running statistics."""
 
     def process_variance(self) -> Tensor | None:
-        """``R``, ``(C,)``."""
-        raise NotImplementedError
+        """``R``, ``(C,)``: added to the prior's variance for the path from the layer below."""
+        return process_variance(self.process_noise)
 
     def await_correction(self) -> None:
         """Correct the prior by the running statistics at the next call that computes a prior."""

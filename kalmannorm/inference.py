@@ -19,7 +19,7 @@ from kalmannorm.modules import KalmanNorm, is_stock_batchnorm
 from kalmannorm.passes import Population, call_with, merge_over_processes, run_batches
 from kalmannorm.traversal import attributes_kept, in_eval, inputs_seen
 
-__all__ = ["Collector", "collecting", "layers_to_recalibrate", "online_statistics", "recalibrate"]
+__all__ = ["Collector", "collecting", "layers_to_recalibrate", "online_statistics", "recalibrate", "tracking_layers"]
 
 _M = TypeVar("_M", bound=nn.Module)
 
@@ -122,13 +122,18 @@ def recalibrate(model: _M, loader: Iterable[Any], *, forward: Callable[[nn.Modul
     return model
 
 
+def tracking_layers(model: nn.Module) -> dict[str, _BatchNorm]:
+    """BatchNorm and Kalman layers with running statistics that are not frozen, by name."""
+    return {name: layer for name, layer in unfrozen_layers(model).items() if layer.running_mean is not None}
+
+
 def layers_to_recalibrate(model: nn.Module) -> dict[str, _BatchNorm]:
-    """BatchNorm and Kalman layers with running statistics that are not frozen, by name.
+    """As :func:`tracking_layers`.
 
     Raises:
         ValueError: where there is none.
     """
-    layers = {name: layer for name, layer in unfrozen_layers(model).items() if layer.running_mean is not None}
+    layers = tracking_layers(model)
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has nothing to recalibrate: expected a KalmanNorm or BatchNorm layer "

@@ -65,7 +65,6 @@ class KalmanLayer(CorrectedPrior):
     _ranks: tuple[int, ...]  # of inputs
     _channels: Any
     statistic_groups: Callable[[int], int]
-    process_noise: nn.Parameter | None
     # The layer whose place it took, emptied of its tensors, where that is not a plain torch.nn one: in a
     # tuple, so that it is no submodule.
     replaces: tuple[nn.Module, ...] = ()
@@ -177,10 +176,6 @@ class KalmanLayer(CorrectedPrior):
     def observed_maps(self, samples: int) -> int:
         """The ``n`` of :meth:`kalman_gain` for a batch: how many feature maps a statistic is taken over."""
         return samples // self.statistic_groups(samples)
-
-    def process_variance(self) -> Tensor | None:
-        """``R``, ``(C,)``: added to the prior's variance for the path from the layer below."""
-        return Prior(None, self.process_noise).process_variance()
 
     @property
     def keeps_priors(self) -> bool:

@@ -13,10 +13,15 @@ from kalmannorm.gaussian import Gaussian
 from kalmannorm.kernels.autograd import is_transformed
 from kalmannorm.steps import found_in
 
-__all__ = ["INITIAL_NOISE", "KeptPriors", "Prior", "may_be_kept", "tensors_of"]
+__all__ = ["INITIAL_NOISE", "KeptPriors", "Prior", "may_be_kept", "process_variance", "tensors_of"]
 
 # The process noise ``R`` that a layer begins with.
 INITIAL_NOISE = 0.01
+
+
+def process_variance(noise: Tensor | None) -> Tensor | None:
+    """``R``, ``(C,)``, in float32 at least, from the parameter ``process_noise``, its logarithm; None without one."""
+    return None if noise is None else INITIAL_NOISE * noise.to(torch.promote_types(noise.dtype, torch.float32)).exp()
 
 
 class Prior(NamedTuple):
@@ -30,15 +35,9 @@ class Prior(NamedTuple):
     """Its correction, ``(C,)``: see :func:`kalmannorm.kernels.layer`."""
     scale: Tensor | None = None
 
-    def process_variance(self) -> Tensor | None:
-        """``R``, ``(C,)``, in float32 at least."""
-        if self.noise is None:
-            return None
-        return INITIAL_NOISE * self.noise.to(torch.promote_types(self.noise.dtype, torch.float32)).exp()
-
     def corrected(self, groups: int) -> tuple[Gaussian | None, Tensor | None]:
         """Mean and variance, ``(S, C)``, or None, and the process noise ``R``, ``(C,)`` or None, corrected."""
-        belief, variance = self.belief, self.process_variance()
+        belief, variance = self.belief, process_variance(self.noise)
         if belief is None:
             return None, variance
         belief = belief.per_channel(groups)
@@ -68,7 +67,7 @@ class KeptPriors:
         self.are_used = False
         self.are_complete = False
 
-    def begin(self, module: nn.Module, layers: Sequence[Any], values: Any) -> None:
+    def begin(self, module: nn.Module, layers: Sequence[Any], values: Any, may_keep: bool) -> None:
         """Begin a pass.
 
         Args:
@@ -76,9 +75,10 @@ class KeptPriors:
             layers: its Kalman layers. If the last pass called each that fuses once, it was not ended by an error, and
                 its course did not depend on the inputs.
             values: the arguments of the call.
+            may_keep: what :func:`may_be_kept` says of the layers.
         """
         tensors: list[Tensor] = []
-        if not may_be_kept(layers):
+        if not may_keep:
             key = None
         elif torch.compiler.is_compiling():  # an exporter gets the kept priors, as constants
             key = self.key if self._hold_for_export(layers, values) else None

@@ -49,8 +49,8 @@ class Watch:
             mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         if current() is None and any(layer.is_fusing or layer.is_observed for layer in self.layers):
             watch_shards(module)
-            if not torch.compiler.is_dynamo_compiling() and (self.mode.of_threads or may_be_kept(self.layers)):
-                self.mode.priors.begin(module, self.layers, (*args, *kwargs, *kwargs.values()))
+            if not torch.compiler.is_dynamo_compiling():
+                self._begin(module, (*args, *kwargs, *kwargs.values()))
             if not is_resting(self.mode):
                 self._start_beliefs(module, args, kwargs, self.mode)
             if not torch.compiler.is_compiling():
@@ -72,6 +72,12 @@ class Watch:
             waiting, self.mode.input_belief = self.mode.input_belief, None
             if output is not None and waiting is not None:
                 self._warn_of_unused_belief(waiting, module)
+
+    def _begin(self, module: nn.Module, values: Any) -> None:
+        """Find out which kept priors this pass may use. A network that only trains never keeps any."""
+        may_keep = may_be_kept(self.layers)
+        if may_keep or self.mode.of_threads:
+            self.mode.priors.begin(module, self.layers, values, may_keep)
 
     def _was_left_open(self, mode: Recorder, module: nn.Module) -> bool:
         """Whether an interrupt has kept a mode from closing, as the module that opened it is not being called."""

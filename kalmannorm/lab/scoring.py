@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from kalmannorm import KalmanNorm, online_statistics
 from kalmannorm.freezing import unfrozen_layers
+from kalmannorm.inference import tracking_layers
 
 __all__ = ["evalnorm", "has_running_statistics", "online", "online_logits"]
 
@@ -24,12 +24,7 @@ def online(network: nn.Module) -> AbstractContextManager[None]:
 
 def has_running_statistics(network: nn.Module) -> bool:
     """Whether a network has any that are not frozen."""
-    return bool(_running(network))
-
-
-def _running(network: nn.Module) -> list[_BatchNorm]:
-    """Layers with running statistics that are not frozen."""
-    return [layer for layer in unfrozen_layers(network).values() if layer.running_mean is not None]
+    return bool(tracking_layers(network))
 
 
 def online_logits(network: nn.Module, images: Tensor, statistics_batch: int) -> Tensor:
@@ -89,7 +84,7 @@ def evalnorm(network: nn.Module, alpha: float) -> Iterator[None]:
         ...     bool(network(torch.randn(2, 3, 8, 8)).mean((2, 3)).abs().max() < 1e-4)
         True
     """
-    layers = _running(network)
+    layers = tracking_layers(network).values()
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be from 0 to 1; got {alpha}")
     if not layers or any(layer.training for layer in layers):
