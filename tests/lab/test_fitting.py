@@ -4,13 +4,14 @@ import csv
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 
 from kalmannorm.lab.configuration import Run
-from kalmannorm.lab.fitting import Result, finished, fit, load, score, steps
+from kalmannorm.lab.fitting import Result, _Folder, finished, fit, load, score, steps
 
 
 def files(folder):
@@ -174,3 +175,14 @@ def test_two_processes_train_as_one(images, config, tmp_path, method):
     assert [each["step"] for each in two.validations] == [each["step"] for each in one.validations]
     assert done.stdout.count("accuracy_running") == 1
     assert finished(tmp_path / "two")
+
+
+def test_all_processes_end_a_run_as_the_first_one_decides(tmp_path, monkeypatch):
+    """Another one may look before the first has put the last checkpoint in its place, and to save takes all of them."""
+    saved = []
+    monkeypatch.setattr(_Folder, "save", lambda self, trainer: saved.append(trainer.global_step))
+    for is_whole in (True, False):
+        strategy = SimpleNamespace(broadcast=lambda _, first=is_whole: first, lightning_module_state_dict=dict)
+        trainer = SimpleNamespace(is_global_zero=False, global_step=4, strategy=strategy)
+        _Folder(tmp_path, {}, 1).finish(trainer)
+        assert saved == ([] if is_whole else [4])
