@@ -49,8 +49,12 @@ def written(tmp_path, config):
 
 
 def test_every_table_and_figure_of_the_paper_is_there():
-    assert set(PAPER) | {"arxiv-v1", "peers", "variants"} <= set(tables())
+    assert set(PAPER) | {"arxiv-v1", "peers-inception", "variants"} <= set(tables())
     assert len([arm for arm in read("table8").arms if arm.form in ("", "paper")]) == 24
+
+
+def test_no_two_experiments_have_one_name():
+    assert len(set(names())) == len(names())
 
 
 def test_each_number_of_the_paper_has_a_place_of_its_own():
