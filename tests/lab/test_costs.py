@@ -20,7 +20,9 @@ def test_a_step_is_timed_in_proportion_to_the_gradient_batch(config, monkeypatch
     assert costs.seconds_per_step(large) == 64
 
 
-@pytest.mark.parametrize("name", ["table8/resnet32-kn-bs2", "table8/inception-cifar10-brn-bs2", "peers-inception/inception-cbn"])
+@pytest.mark.parametrize(
+    "name", ["table8/resnet32-kn-bs2", "table8/inception-cifar10-brn-bs2", "peers-inception/inception-cbn"]
+)
 def test_a_real_step_takes_time(name):
     assert 0.01 < costs.seconds_per_step(tiny(name), 1) < 60
 
