@@ -29,6 +29,15 @@ Batch = tuple[list[Tensor], list[Target]]
 SCORES = {"box_ap": "bbox_map", "mask_ap": "segm_map", "box_ap50": "bbox_map_50", "mask_ap50": "segm_map_50"}
 
 
+def _example() -> Batch:
+    """An image with one object, by whose way through a detector the filters below its norms are found."""
+    box, mask = torch.tensor([[16.0, 16.0, 48.0, 48.0]]), torch.zeros(1, 64, 64, dtype=torch.uint8)
+    mask[0, 16:48, 16:48] = 1
+    return [torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))], [
+        {"boxes": box, "labels": torch.tensor([1]), "masks": mask}
+    ]
+
+
 class Detector(lightning.LightningModule):
     """Trains a Mask R-CNN on the sum of its five losses, by SGD with momentum.
 
@@ -91,7 +100,8 @@ class Detector(lightning.LightningModule):
             )
         if recalibrate is not None and recalibrate < 1:
             raise ValueError(f"recalibrate must be None or at least 1; got {recalibrate}")
-        normalized = partial(normalize, method=normalization, steps=steps, **(normalization_options or {}))
+        options = {"steps": steps, "inputs": _example(), **(normalization_options or {})}
+        normalized = partial(normalize, method=normalization, **options)
         self.network = started(network, weights, normalized, resnet)
         if recalibrate is not None and not has_running_statistics(self.network):
             raise ValueError(

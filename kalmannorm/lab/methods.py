@@ -133,7 +133,7 @@ _WITHOUT_PROXY = ("wn", "evonorm", "frn")
 
 def normalize(
     network: nn.Module, method: str, *, statistics_batch: int | None = None, steps: int | None = None,
-    weight_standardization: bool = False, proxy: bool | Literal["fixed"] = False, **options: Any,
+    weight_standardization: bool = False, inputs: Any = None, proxy: bool | Literal["fixed"] = False, **options: Any,
 ) -> nn.Module:  # fmt: skip
     """Put a normalization in the place of a network's BatchNorm layers, in place.
 
@@ -144,6 +144,7 @@ def normalize(
             forward pass; the whole batch if None. Must divide every batch.
         steps: Length of the training, by which methods with schedules in steps choose theirs.
         weight_standardization: Standardize the filters below the layers too (`kalmannorm.standardize_weights`).
+        inputs: What to call the network with to find these filters, where ``torch.fx`` cannot trace it.
         proxy: Normalize the activations behind the layers too, by Proxy Normalization; ``"fixed"`` without its own two
             parameters a channel. See `kalmannorm.lab.baselines.proxy.to_proxy`.
         options: The method's own; they go before what follows from the other arguments.
@@ -169,7 +170,7 @@ def normalize(
     if proxy not in (False, True, "fixed"):
         raise ValueError(f"proxy must be False, True or 'fixed'; got {proxy!r}")
     if weight_standardization:
-        network = kalmannorm.standardize_weights(network)
+        network = kalmannorm.standardize_weights(network, inputs=inputs)
     if proxy:
         network = to_proxy(network, learned=proxy is True)
     known = METHODS[method]

@@ -13,6 +13,7 @@ from kalmannorm.lab.data.generated import generate_objects
 from kalmannorm.lab.data.objects import DetectionData
 from kalmannorm.lab.detection import Detector
 from kalmannorm.lab.experiments import merge, read
+from kalmannorm.lab.models.detection import mask_rcnn_fpn
 
 NAMES = ("box_ap", "mask_ap", "box_ap50", "mask_ap50")
 PARTS = ("loss_classifier", "loss_box_reg", "loss_mask", "loss_objectness", "loss_rpn_box_reg")
@@ -50,6 +51,17 @@ class Oracle(nn.Module):
             "scores": torch.ones(len(labels)),
             "masks": masks,
         }
+
+
+@pytest.mark.parametrize("method", ["kn", "gn"])
+def test_standardized_filters_below_every_norm(method):
+    """By a call, as torch.fx cannot trace a detector."""
+    small = {"min_size": 64, "max_size": 64, "box_batch_size_per_image": 8}
+    options = {"weight_standardization": True}
+    detector = Detector(mask_rcnn_fpn(2, **small), method, normalization_options=options)
+    filters = [m for m in detector.network.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    norms = sum(isinstance(m, nn.BatchNorm2d | nn.GroupNorm) for m in detector.network.modules())
+    assert sum(type(m).__name__.startswith("Standardized") for m in filters) == norms == 69
 
 
 def scores(data, network, **options):
