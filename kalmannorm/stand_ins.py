@@ -69,9 +69,10 @@ def stand_in(layer: nn.Module) -> tuple[str, type[KalmanLayer] | None]:
         return "", None
     if type(layer).__name__.endswith("FrozenBatchNorm2d") and layer._buffers.keys() == _FROZEN:
         return "batch", KalmanNorm2d
+    its_class = getattr(layer, "cls_to_become", None) or type(layer)  # of a lazy layer, after its first call
     for kind, classes in _STOCK.items():
         for stock, kalman in classes.items():
-            if isinstance(layer, stock):
+            if issubclass(its_class, stock):
                 # A parametrization, for one, adds other tensors or submodules.
                 has_others = not {*layer._parameters, *layer._buffers, *layer._modules} <= _TENSORS
                 return kind, None if has_others or type(layer).forward is not stock.forward else kalman
@@ -96,7 +97,10 @@ def kalman_layer(layer: nn.Module, name: str, kalman: type[KalmanLayer], options
         ValueError: for a lazy layer, or instance normalization with running statistics.
     """
     if isinstance(layer, nn.modules.lazy.LazyModuleMixin) and layer.has_uninitialized_params():
-        raise ValueError(f"{type(layer).__name__} {name!r} is lazy: run the model once before kalmannorm.convert")
+        raise ValueError(
+            f"{type(layer).__name__} {name!r} is lazy and does not know its channels yet: run the model once before "
+            "kalmannorm.convert"
+        )
     if issubclass(kalman, GroupKalmanNorm) and getattr(layer, "track_running_stats", False):
         raise ValueError(
             f"{type(layer).__name__} {name!r} tracks running statistics, which GroupKalmanNorm has not: "

@@ -243,12 +243,6 @@ def test_unknown_options_are_named():
     assert type(model[1]) is nn.BatchNorm2d  # nothing was half done
 
 
-def test_lazy_layers_must_have_run():
-    model = nn.Sequential(nn.LazyBatchNorm2d())
-    with pytest.raises(ValueError, match="nothing to convert"):
-        kn.convert(model)
-
-
 def test_subclasses_with_a_forward_of_their_own_are_left_alone_and_named():
     class BatchNormAct(nn.BatchNorm2d):
         def forward(self, x):
@@ -479,6 +473,16 @@ def test_a_hook_on_the_layer_that_was_replaced_is_not_one_on_the_new():
     old.register_forward_hook(lambda *args: called.append("after"))
     model(torch.randn(2, 4, 6, 6))
     assert called == ["before"]
+
+
+@pytest.mark.parametrize(("lazy", "kinds"), [(nn.LazyBatchNorm2d, "batch"), (nn.LazyInstanceNorm2d, "instance")])
+def test_a_lazy_layer_is_refused_until_it_has_been_called(lazy, kinds):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.InstanceNorm2d(4), lazy())
+    with pytest.raises(ValueError, match=rf"{lazy.__name__} '3' is lazy and does not know its channels yet"):
+        kn.convert(model, layers=(kinds,))
+    assert not any(isinstance(layer, kn.KalmanNorm2d | kn.GroupKalmanNorm) for layer in model)
+    model(torch.randn(2, 3, 8, 8))
+    assert isinstance(kn.convert(model, layers=(kinds,))[3], kn.KalmanNorm2d | kn.GroupKalmanNorm)
 
 
 def test_instance_normalization_without_a_batch_axis_is_refused():
