@@ -41,7 +41,7 @@ check: $(READY)
 	$(BIN)/mypy
 
 docs: $(READY)
-	$(BIN)/python -m sphinx -W --keep-going -q -d docs/_build/doctrees docs docs/_build/html
+	$(BIN)/python -m sphinx -W --keep-going -q -j auto -d docs/_build/doctrees docs docs/_build/html
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks --device cpu --anew --output docs/results/speed/cpu.csv
