@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import base64
+import html
 import io
 import math
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
 import yaml
+from markupsafe import Markup
 
 from kalmannorm.lab import figures
 from kalmannorm.lab.experiments import Experiment, Scale
@@ -27,6 +30,8 @@ __all__ = ["GAPS", "curves", "render", "write_page"]
 
 # How files of figures of variance gaps begin.
 GAPS = "variance-gaps-"
+# What matplotlib writes into an SVG unless it is told not to.
+_METADATA = ("Creator", "Date", "Format", "Type")
 
 
 def write_page(experiment: Experiment, folder: Path) -> Path:
@@ -69,10 +74,25 @@ def render(**content: Any) -> str:
     return environment.get_template("page.html").render(content)
 
 
-def _drawn(drawing: Figure) -> str:
-    buffer = io.BytesIO()
-    drawing.savefig(buffer, format="png", dpi=150, bbox_inches="tight")
-    return _encoded(buffer.getvalue())
+def _drawn(drawing: Figure) -> Markup:
+    """A figure as a part of the page. Who points at a line, or near it, reads its label, and the others fade."""
+    import matplotlib  # noqa: PLC0415 - slow
+
+    lines = [line for axes in drawing.axes for line in axes.lines]
+    for place, line in enumerate(lines):
+        line.set_gid(f"line-{place}")
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "kalmannorm"}):
+        drawing.savefig(buffer, format="svg", bbox_inches="tight", metadata=dict.fromkeys(_METADATA))
+    svg = buffer.getvalue()
+    svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg[svg.index("<svg") :])  # which HTML needs not
+
+    def named(found: re.Match[str]) -> str:
+        path, label = found[2], html.escape(str(lines[int(found[1])].get_label()))
+        near = f'{path} style="fill: none; stroke: transparent; stroke-width: 12"/>'
+        return f'<g class="line"><title>{label}</title>{near}{path} style="{found[3]}"/>'
+
+    return Markup(re.sub(r'<g id="line-(\d+)">\s*(<path d="[^"]*" clip-path="[^"]*") style="([^"]*)"/>', named, svg))
 
 
 def _encoded(png: bytes) -> str:
@@ -107,11 +127,12 @@ def curves(runs: Runs, arms: Sequence[ArmRuns]) -> Figure:
             points = 100 * arm.curve(name)
             # Equal curves hide each other unless the one behind is seen through the other's gaps.
             style = "--" if name.endswith("online") or name == "mask_ap" else "-"
-            others[0].plot(points.index, points, style, color=colour, marker="." if len(points) < 20 else "")
+            marker, label = "." if len(points) < 20 else "", f"{runs.title(arm)}, {name.replace('_', ' ')}"
+            others[0].plot(points.index, points, style, color=colour, marker=marker, label=label)
     figures.plain(losses, xlabel="step", ylabel="training loss", ylim=(0, _top(losses)))
     for scores in others:
         figures.plain(scores, xlabel="step", ylabel="validation, %")
-    losses.legend(frameon=False, fontsize=8)
+    losses.legend(frameon=False, fontsize=9)
     return drawing
 
 

@@ -28,6 +28,7 @@ FACTS = """() => {
   const scrolls = e => /auto|scroll/.test(getComputedStyle(e).overflowX);
   const held = e => Boolean(e.parentElement) && (scrolls(e.parentElement) || held(e.parentElement));
   const name = e => e.tagName.toLowerCase() + ": " + (e.textContent || e.alt || "").trim().slice(0, 60);
+  const scale = svg => svg ? svg.getBoundingClientRect().width / svg.viewBox.baseVal.width : 1;
   const all = [...document.body.querySelectorAll("*")];
   const shown = all.filter(e => e.getClientRects().length);
   return {
@@ -36,8 +37,9 @@ FACTS = """() => {
     clipped: shown.filter(e => !scrolls(e) && /hidden|clip/.test(getComputedStyle(e).overflowX)
                                && e.scrollWidth > e.clientWidth + 1).map(name),
     undecoded: [...document.images].filter(i => !(i.complete && i.naturalWidth)).map(name),
-    images: document.images.length,
-    smallest: Math.min(...shown.filter(e => e.textContent.trim()).map(e => parseFloat(getComputedStyle(e).fontSize))),
+    images: document.querySelectorAll("img, figure svg").length,
+    smallest: Math.min(...shown.filter(e => e.textContent.trim()).map(e => parseFloat(getComputedStyle(e).fontSize)
+                                                                         * scale(e.closest("svg")))),
     dangling: [...document.querySelectorAll("a[href^='#']")]
       .filter(a => !document.getElementById(decodeURIComponent(a.getAttribute("href").slice(1)))).map(name),
     text: document.body.innerText,

@@ -9,6 +9,8 @@ import pytest
 
 from kalmannorm.lab import experiments, figures, page
 
+COLOURS = {"BN": "#c44e52", "KN": "#4c72b0"}
+STYLE = Path(page.__file__).with_name("page.html").read_text(encoding="utf-8").split("style>")[1].removesuffix("</")
 SIZES = pytest.mark.parametrize("size", [browser.DESKTOP, browser.PHONE], ids=["desktop", "phone"])
 
 
@@ -67,6 +69,21 @@ def test_an_experiments_page_fits(chromium, written, size):
     browser.assert_readable(found)
     assert found.facts["images"] >= 2
     assert "mean ± standard deviation over 3 seeds" in found.facts["text"]
+
+
+def test_a_line_that_is_pointed_at_has_a_name_and_the_others_fade(chromium, tmp_path):
+    drawing = figures.search({"BN": [(0.1, 90.0), (0.3, 80.0)], "KN": [(0.1, 70.0), (0.3, 75.0)]}, COLOURS, "rate")
+    path = tmp_path / "page.html"
+    path.write_text(f"<style>{STYLE}</style>{page._drawn(drawing)}", encoding="utf-8")
+    shown = chromium.new_page()
+    shown.goto(path.as_uri())
+    lines = shown.locator(".line")
+    opacity = "lines => lines.map(line => getComputedStyle(line).opacity)"
+    assert lines.locator("title").all_text_contents() == ["BN", "KN"]
+    assert lines.evaluate_all(opacity) == ["1", "1"]
+    lines.first.locator("path").nth(1).hover()
+    assert lines.evaluate_all(opacity) == ["1", "0.2"]
+    shown.close()
 
 
 def broken(block):

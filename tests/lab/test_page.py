@@ -14,12 +14,12 @@ GIVEN = "<b>&</b>"
 def written():
     """A page on which every text is the same one."""
     drawing = Figure(figsize=(1, 1))
-    drawing.subplots().plot([1, 2])
+    drawing.subplots().plot([1, 2], label=GIVEN)
     arm = {"title": GIVEN, "command": GIVEN, "notes": [GIVEN], "config": GIVEN}
     grid, picture = [[GIVEN, GIVEN], [GIVEN, "1 ± 2"]], page._drawn(drawing)
     texts = dict.fromkeys(("title", "question", "verdict", "metric", "command", "told"), GIVEN)
     return page.render(
-        **texts, gaps=[(GIVEN, picture)], curves=[(GIVEN, picture)], search=picture, grids=[(GIVEN, grid)],
+        **texts, gaps=[(GIVEN, "AAAA")], curves=[(GIVEN, picture)], search=picture, grids=[(GIVEN, grid)],
         notes=[GIVEN], summary=grid, is_table=True, arms=[arm],
     )  # fmt: skip
 
@@ -27,8 +27,9 @@ def written():
 def test_a_page_holds_everything_itself(written):
     assert '<h2 id="the-search">The search</h2>' in written
     assert "<td>1 ± 2</td>" in written
-    sources = re.findall(r'(?:src|href)="([^"]*)"', written)
-    assert len(sources) == 4
+    sources = re.findall(r' (?:src|href)="([^"]*)"', written)
+    assert len(sources) == 2
+    assert written.count("<svg ") == 2
     assert all(source.startswith("data:") for source in sources)
     assert "http" not in written
     assert "<script" not in written

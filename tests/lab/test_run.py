@@ -610,7 +610,7 @@ def test_a_table_of_the_paper_with_its_numbers_failures_and_page(here, capsys):
     page = (here.output / "table8" / "report.html").read_text(encoding="utf-8")
     assert "50.50 ± 0.71 (89.4)" in page
     assert "kalmannorm run table8 --scale tiny --seeds 2 --only &#39;inception-cifar10-kn-bs2&#39;" in page
-    assert page.count("data:image/png;base64,") == 1
+    assert page.count("a figure") == 1
     # Another table that shows the same trainings.
     here.jobs.clear()
     assert here.run("table7", "--scale", "tiny", "--only", "*-bn-bs2", "--seeds", "1") == 0
