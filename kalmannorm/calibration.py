@@ -180,8 +180,9 @@ class _Observed(Population):
 
     def _set(self, shift: Tensor, scale: Tensor) -> None:
         layer = self.layer
-        layer.prior_shift, layer.prior_scale = shift.float(), scale.float()
-        layer.awaits_correction, layer.dropped_statistics = False, None
+        with torch.inference_mode(False):  # a later pass may need gradients
+            layer.prior_shift, layer.prior_scale = shift.float().clone(), scale.float().clone()
+        layer._settle(layer.prior_scale)
 
     def correct(self, name: str) -> CalibrationRow:
         """Set the layer's correction; return how far its prior was off."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from kalmannorm.functional import add_process_noise
@@ -36,6 +37,13 @@ def is_trained(mean: Tensor | None, var: Tensor | None) -> bool:
     return bool((mean != 0).any()) or bool((var != 1).any())
 
 
+def _state(t: Tensor | None) -> tuple[int, int] | None:
+    """Differs once a tensor was replaced or changed; None where torch does not count changes."""
+    if t is None or torch.compiler.is_compiling() or t.is_meta or t.is_inference():
+        return None
+    return id(t), t._version
+
+
 class CorrectedPrior(nn.Module):
     """The buffers ``prior_shift`` and ``prior_scale``, ``(C,)`` or None, and how they are found and loaded."""
 
@@ -48,7 +56,9 @@ class CorrectedPrior(nn.Module):
     calibrates: bool | None = None
     """Whether running statistics in a BatchNorm checkpoint correct the prior; None: if they are trained ones."""
     dropped_statistics: Gaussian | None
-    """The target of the correction, in a pretrained layer that keeps no running statistics."""
+    """The target of the correction, in a pretrained layer that keeps no running statistics, or has reset them."""
+    _settled: tuple[int, int] | None = None
+    """See :func:`_state`: that of the scale since it was found."""
 
     def process_variance(self) -> Tensor | None:
         """``R``, ``(C,)``: added to the prior's variance for the path from the layer below."""
@@ -57,14 +67,19 @@ class CorrectedPrior(nn.Module):
     def await_correction(self) -> None:
         """Correct the prior by the running statistics at the next call that computes a prior."""
         self.prior_shift = torch.zeros_like(self._running_belief().mean[0])
-        # Far below 0, as an average of weights may move it towards a scale.
-        self.prior_scale = self.prior_shift - _LARGEST_SCALE
+        # So far below 0 that an average of weights, which moves it towards a scale, does not reach 0.
+        self.prior_scale = self.prior_shift - 1e30
         self.awaits_correction = True
 
     def drop_correction(self) -> None:
         """Use priors as the layers below predict them."""
         self._buffers.update(prior_shift=None, prior_scale=None)
+        self._settle(None)
+
+    def _settle(self, found: Tensor | None) -> None:
+        """Await no correction any more: ``found`` is the scale from now on."""
         self.awaits_correction, self.dropped_statistics = False, None
+        self._settled = _state(found)
 
     @torch.no_grad()
     def correction_to(self, prior: Gaussian, target: Gaussian) -> tuple[Tensor, Tensor]:
@@ -90,19 +105,33 @@ class CorrectedPrior(nn.Module):
         shift, scale = self.prior_shift, self.prior_scale
         assert shift is not None
         assert scale is not None
-        if not self.awaits_correction:
+        compiling = torch.compiler.is_compiling()
+        if not self.awaits_correction and (compiling or not self._was_overwritten(scale)):
             return shift, scale
-        is_derived = scale.is_meta or (is_transformed() and not torch.compiler.is_compiling())
-        if is_derived or torch.compiler.is_compiling() or bool((scale < 0).any()):
+        is_derived = scale.is_meta or (is_transformed() and not compiling)
+        if is_derived or compiling or bool((scale < 0).any()):
             given = prior.detach().per_channel(1)
-            found = self.correction_to(given, self._running_belief().map(lambda t: t.to(given.mean.device)))
-            if is_derived:  # buffers cannot be changed in place inside of torch.func, and hold nothing on meta
+            target = self._running_belief() if self.dropped_statistics is None else self.dropped_statistics
+            found = self.correction_to(given, target.map(lambda t: t.to(given.mean.device)))
+            # Buffers cannot be changed in place inside of torch.func, and hold nothing on meta. A batch that is not
+            # finite may make priors so; the next one corrects them.
+            if is_derived or not (compiling or all(bool(t.isfinite().all()) for t in (given.mean, given.var))):
                 return found
             with torch.no_grad():
                 shift.copy_(found[0])
                 scale.copy_(found[1])
-        self.awaits_correction, self.dropped_statistics = False, None
+        self._settle(scale)
         return shift, scale
+
+    def _was_overwritten(self, scale: Tensor) -> bool:
+        """Whether another tensor, or other numbers, may have taken the place of a scale that was found: an older state
+        may be restored, and ``torch.func.functional_call`` puts tensors in for one call. DistributedDataParallel
+        writes its buffers at each call, the same numbers; to look at them would make a device wait.
+        """
+        if is_transformed() or (dist.is_available() and dist.is_initialized()):
+            return False
+        now = _state(scale)
+        return now is not None and now != self._settled
 
     def _running_belief(self) -> Gaussian:
         """The running statistics, ``(1, C)``; after they were dropped, those that were dropped."""
@@ -154,7 +183,7 @@ class CorrectedPrior(nn.Module):
             return True
         self.awaits_correction = bool((self.prior_scale < 0).any())
         if not self.awaits_correction:
-            self.dropped_statistics = None
+            self._settle(self.prior_scale)
         elif not self.has_known_statistics:
             self.drop_correction()
             return False

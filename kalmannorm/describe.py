@@ -140,11 +140,12 @@ def describe(model: nn.Module, *inputs: Any, **kwargs: Any) -> Description:
 
 @contextmanager
 def left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Restore buffers, training flags and the random state afterwards."""
+    """Call a model eagerly, and restore buffers, training flags and the random state afterwards."""
     layers = [layer for _, layer in kalman_layers(model)]
     flags = attributes_kept(model.modules(), "training")
     waiting = attributes_kept(layers, "awaits_correction", "dropped_statistics")
-    with random_state_kept(model), flags, waiting, buffers_kept(model):
+    eager = torch.compiler.set_stance("force_eager")
+    with random_state_kept(model), flags, waiting, buffers_kept(model), eager:
         yield
 
 

@@ -426,14 +426,20 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
 
     def drop_running_stats(self) -> None:
         """Keep no running statistics any more: fuse in ``eval()`` too."""
-        dropped = self._running_belief() if self.awaits_correction else None
+        dropped = self.dropped_statistics
+        if self.awaits_correction and dropped is None:
+            dropped = self._running_belief()
         self.track_running_stats = False
         for name in ("running_mean", "running_var", "num_batches_tracked", "nonfinite_batches"):
             setattr(self, name, None)
         self.dropped_statistics = dropped
 
     def reset_running_stats(self) -> None:
-        """Reset running statistics and counters to their initial values."""
+        """Reset running statistics and counters to their initial values. A correction that is awaited keeps its
+        target.
+        """
+        if self.__dict__.get("awaits_correction") and self.dropped_statistics is None:  # unset in the constructor
+            self.dropped_statistics = self._running_belief().map(Tensor.clone)
         super().reset_running_stats()
         nonfinite = self._buffers.get("nonfinite_batches")
         if nonfinite is not None:
@@ -453,6 +459,17 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
         memo[id(self)] = new
         new.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The group of all processes is saved as such, as no group can be pickled."""
+        is_world = self.process_group is not None and self.process_group is dist.group.WORLD
+        return {**self.__dict__, "process_group": "world"} if is_world else self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Where processes are not connected, a layer that shared its statistics acts by itself."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if state.get("process_group") == "world":
+            self.process_group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
 
     @property
     def _channels(self) -> int:

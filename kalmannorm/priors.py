@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kalmannorm.gaussian import Gaussian
 from kalmannorm.kernels.autograd import is_transformed
-from kalmannorm.steps import found_in
+from kalmannorm.steps import SCALARS, found_in, step_of
 
 __all__ = ["INITIAL_NOISE", "KeptPriors", "Prior", "may_be_kept", "process_variance", "tensors_of"]
 
@@ -81,10 +81,12 @@ class KeptPriors:
         if not may_keep:
             key = None
         elif torch.compiler.is_compiling():  # an exporter gets the kept priors, as constants
-            key = self.key if self._hold_for_export(layers, values) else None
+            key = self.key if self._hold_for_export(module, layers, values) else None
         else:
             tensors = tensors_of(module)
             key = _what_they_depend_on(module, tensors, layers, values)
+        if key is None and not torch.compiler.is_compiling():
+            self.kept, self.key = {}, None  # a step may follow a pass with gradients, and no count tell of its changes
         self.are_complete = self.are_used and key is not None and key == self.key and self.calls == {
             layer: 1 for layer in layers if layer.is_fusing and not layer.ignores_prior
         }
@@ -108,7 +110,7 @@ class KeptPriors:
                 self.kept[place] = prior.copied()
         return self.kept[place]
 
-    def _hold_for_export(self, layers: Sequence[Any], values: Any) -> bool:
+    def _hold_for_export(self, module: nn.Module, layers: Sequence[Any], values: Any) -> bool:
         """Whether the kept priors are still right, for inputs of any batch size. An exporter has put stand-ins in the
         place of the parameters that they depend on.
         """
@@ -122,7 +124,7 @@ class KeptPriors:
             [t.ndim for t in given] == [len(shape) for shape, _, _ in inputs]
             and all(type(size) is int and size == known for size, known in sizes)
             and options == _options(values)
-            and switched == _times_switched(layers)
+            and switched == _switched(module, layers)
             and states == _states(t for ref in self.tensors if (t := ref()) is not None)
         )
 
@@ -140,14 +142,27 @@ def _what_they_depend_on(module: nn.Module, tensors: Sequence[Tensor], layers: S
         return None
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return None
+    if not _are_plain(values):
+        return None
     given = list(found_in(values, Tensor))
     if any(type(t) not in (Tensor, nn.Parameter) for t in (*given, *tensors)):  # stand-ins
         return None
+    if any((step := step_of(t)) is not None and step.source != "input" for t in given):
+        return None  # another network's output, with a belief of its own
     # Integers' values may lead to other priors. Changes of inference tensors are not counted.
     if any(not t.is_floating_point() for t in given) or any(t.is_inference() for t in tensors):
         return None
     inputs = tuple((t.shape, t.dtype, t.device) for t in given)
-    return inputs, _options(values), _times_switched(layers), _states(tensors)
+    return inputs, _options(values), _switched(module, layers), _states(tensors)
+
+
+def _are_plain(value: Any) -> bool:
+    """Whether all that arguments hold is seen: an object of another kind may change within."""
+    if isinstance(value, Mapping):
+        return all(_are_plain(each) for each in value.values())
+    if isinstance(value, tuple | list):
+        return all(_are_plain(each) for each in value)
+    return isinstance(value, Tensor) or type(value) in SCALARS
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:
@@ -161,8 +176,10 @@ def _options(values: Any) -> tuple[Any, ...]:
     return tuple(found_in(values, bool | int | float | str))
 
 
-def _times_switched(layers: Sequence[Any]) -> int:
-    return sum(layer.times_switched for layer in layers)
+def _switched(module: nn.Module, layers: Sequence[Any]) -> tuple[int, ...]:
+    """Differs once a layer's training flag was set, or a hook was added or removed."""
+    hooks = [key for each in module.modules() for key in (*each._forward_pre_hooks, *each._forward_hooks)]
+    return sum(layer.times_switched for layer in layers), *hooks
 
 
 def _states(tensors: Iterable[Tensor]) -> tuple[Any, ...]:

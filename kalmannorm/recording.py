@@ -8,6 +8,7 @@ asks for, such as a classifier's head, cost nothing.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -26,7 +27,7 @@ from kalmannorm.propagation import defer
 from kalmannorm.rules import RULES, Belief
 from kalmannorm.rules.deferred import Deferred
 from kalmannorm.rules.table import FACTORIES, LIKE, OVERWRITING, SOURCES
-from kalmannorm.steps import SCALARS, Step, put, step_of
+from kalmannorm.steps import SCALARS, Step, detached, put, step_of
 
 __all__ = ["Recorder", "attach", "attach_step", "current", "is_open", "is_resting", "paused"]
 
@@ -119,9 +120,10 @@ class Recorder(TorchFunctionMode):
         if (not parents and func not in SOURCES) or (func in LIKE and not isinstance(recorded[0], Step)):
             return
         if func is Tensor.view_as and len(args) == 2 and args[0] is args[1]:
-            # How autograd copies the input that an autograd function returns: without grad, but the
-            # function's own gradient follows.
-            put(output, step_of(args[0]))
+            # How autograd copies the input that an autograd function returns. The functions of FSDP and DDP pass
+            # gradients on as they are; what one of a user's makes of them (reversed, say) is not known.
+            step = parents[0]
+            put(output, step if torch.compiler.is_dynamo_compiling() or _is_called_by_torch() else detached(step))
             return
         if args and output is args[0] and not torch.compiler.is_compiling() and output._base is not None:
             attach(output._base, Unknown("a view of it was changed in place"), "")
@@ -178,6 +180,14 @@ def _recorded(value: Any, parents: list[Step], output: Tensor) -> Any:
         parents.append(step)
         return step
     return value
+
+
+def _is_called_by_torch() -> bool:
+    """Whether the recorded function was called by torch itself, and not by a user's code."""
+    frame = sys._getframe(3)
+    while frame.f_globals.get("__name__") == "torch.autograd.function" and frame.f_back is not None:
+        frame = frame.f_back
+    return str(frame.f_globals.get("__name__")).startswith("torch.")
 
 
 def _record_assignment(args: Any) -> None:

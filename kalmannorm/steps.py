@@ -20,12 +20,14 @@ from kalmannorm.gaussian import Unknown
 from kalmannorm.kernels.autograd import saved_tensor_hooks
 from kalmannorm.rules import Belief
 
-__all__ = ["SCALARS", "Step", "computed_in", "found_in", "may_use", "placed_in", "put", "replace", "step_of"]
+__all__ = [
+    "SCALARS", "Step", "computed_in", "detached", "found_in", "may_use", "placed_in", "put", "replace", "step_of",
+]  # fmt: skip
 
 _T = TypeVar("_T")
 
 _STEP = "_kalmannorm_step"
-_VERSION = "_kalmannorm_version"
+_STATE = "_kalmannorm_state"
 
 # Arguments that hold no tensor.
 SCALARS = frozenset((int, float, bool, str, type(None)))
@@ -115,7 +117,7 @@ def replace(value: Any, kind: type, by: Callable[[Any], Any]) -> Any:
 def step_of(tensor: Tensor, as_it_was: bool = False) -> Step | None:
     """The step recorded on a tensor, or on the tensor of which it is an alias.
 
-    A change in place that was not recorded makes it unknown.
+    A change in place that was not recorded makes it unknown, and `detach_` makes it a constant.
 
     Args:
         tensor: any.
@@ -132,18 +134,30 @@ def step_of(tensor: Tensor, as_it_was: bool = False) -> Step | None:
         return None
     if as_it_was:
         return step
-    noted, now = getattr(tensor, _VERSION, None), _version(tensor)
-    if noted is not None and now is not None and noted != now:
+    noted, now = getattr(tensor, _STATE, None), _state(tensor)
+    if noted is None or now is None or noted == now:
+        return step
+    if noted[0] != now[0]:
         step = Step(None, (), {}, tuple(tensor.shape), belief=Unknown("it was changed in place where nothing watched"))
-        put(tensor, step)
+    elif noted[1] and step.source != "input":  # by `detach_`
+        step = detached(step)
+    put(tensor, step)
     return step
 
 
-def _version(tensor: Tensor) -> int | None:
-    """torch's count of changes in place, of all tensors that share memory; None where torch does not count."""
+def detached(step: Step) -> Step:
+    """The same, as a constant to autograd."""
+    with torch.no_grad():
+        return Step(Tensor.detach, (step,), {}, step.shape)
+
+
+def _state(tensor: Tensor) -> tuple[int, bool] | None:
+    """torch's count of changes in place, of all tensors that share memory, and whether the tensor needs a gradient;
+    None where torch does not count.
+    """
     if torch.compiler.is_dynamo_compiling() or tensor.is_inference():
         return None
-    return tensor._version
+    return tensor._version, tensor.requires_grad
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
@@ -154,7 +168,7 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
 def put(tensor: Tensor, step: Step | None) -> None:
     """Record a step on a tensor, as it is now."""
     setattr(tensor, _STEP, step)
-    setattr(tensor, _VERSION, _version(tensor))
+    setattr(tensor, _STATE, _state(tensor))
 
 
 def found_in(values: Any, kind: type[_T] | UnionType) -> Iterator[_T]:

@@ -90,7 +90,7 @@ class Watch:
 
     def _warn_of_replaced_layers(self, module: nn.Module) -> None:
         """Warn at the first call, as functions that replace BatchNorm layers replace Kalman layers too."""
-        if self._looked:
+        if self._looked or getattr(module, "_is_replica", False):  # of DataParallel, whose layers are copies
             return
         self._looked = True
         inside = set(module.modules())

@@ -584,3 +584,73 @@ def test_a_network_that_was_only_tried_is_not_pretrained():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         converted(model, calibrate=False)
+
+
+# -- a correction that is awaited, and what happens before or beside it ----------------------------
+
+
+def scales(model):
+    return torch.cat([scale for _, scale in corrections(model)])
+
+
+def by_functional_call(model, x):
+    tensors = {name: t.detach().clone() for name, t in (*model.named_parameters(), *model.named_buffers())}
+    torch.func.functional_call(model, tensors, (x,))
+
+
+def restored_afterwards(model, x):
+    """As a search for a rate does, say, or a count of operations."""
+    saved = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model(x)
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            buffer.copy_(saved[name])
+
+
+def with_an_infinite_pixel(model, x):
+    x = x.clone()
+    x[0, 0, 0, 0] = math.inf
+    model(x)
+
+
+def update_bn(model, x):
+    torch.optim.swa_utils.update_bn([x, x], model)
+
+
+def averaged(model, x):
+    """Long after the average was begun."""
+    with torch.no_grad():
+        for _, scale in corrections(model):
+            scale.mul_(0.99**1000).add_(1.2)
+
+
+@pytest.mark.parametrize(
+    "before", [by_functional_call, restored_afterwards, with_an_infinite_pixel, update_bn, averaged],
+    ids=lambda before: before.__name__,
+)  # fmt: skip
+def test_the_first_call_that_can_finds_the_correction(trained, before):
+    model, x = converted(trained), images()
+    model(x)
+    expected = scales(model)
+    model = converted(trained)
+    before(model, x)
+    assert torch.isfinite(model(x)).all()
+    torch.testing.assert_close(scales(model), expected)
+    assert not any(layer.awaits_correction for layer in kalman_layers(model))
+
+
+def test_a_correction_that_was_found_stays_where_tensors_take_its_place(trained):
+    model, x = converted(trained), images()
+    model(x)
+    expected = scales(model)
+    by_functional_call(model, x)
+    model(x)
+    torch.testing.assert_close(scales(model), expected, rtol=0, atol=0)
+
+
+def test_calibrated_in_inference_mode_it_trains(trained):
+    model = converted(trained)
+    with torch.inference_mode():
+        kn.calibrate(model, [images()], progress=False)
+    model(images()).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())

@@ -567,3 +567,16 @@ def test_input_stats_of_a_network_that_is_made_on_the_meta_device():
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
     assert kn.describe(model, torch.randn(6, 4), torch.randn(6, 5)).with_prior == 2
+
+
+def test_a_layer_of_all_processes_is_saved_and_loaded(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = kn.convert(nn.Sequential(nn.SyncBatchNorm(4)))
+        group = model[0].process_group
+        saved = pickle.dumps(model)
+        assert group is not None
+        assert pickle.loads(saved)[0].process_group is copy.copy(model[0]).process_group is group
+    finally:
+        torch.distributed.destroy_process_group()
+    assert pickle.loads(saved)[0].process_group is None

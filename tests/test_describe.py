@@ -98,3 +98,18 @@ def test_a_buffer_that_the_call_makes_is_no_trouble():
             return self.norm(x * self.cache)
 
     assert len(kn.describe(kn.convert(Caching()), torch.randn(4, 2)).rows) == 1
+
+
+def test_a_compiled_network_is_not_compiled_again():
+    graphs = []
+
+    def backend(module, inputs):
+        graphs.append(module)
+        return module.forward
+
+    model = kn.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), input_stats=(0.0, 1.0))
+    compiled, x = torch.compile(model, backend=backend), torch.randn(2, 3, 8, 8)
+    compiled(x)
+    assert len(graphs) == 1
+    kn.describe(compiled, x)
+    assert len(graphs) == 1

@@ -3,9 +3,10 @@
 import copy
 import gc
 
+import pytest
 import torch
 from networks import conv_net
-from torch import nn
+from torch import Tensor, nn
 
 import kalmannorm as kn
 from kalmannorm.gaussian import Gaussian, Unknown
@@ -61,3 +62,52 @@ def test_a_state_that_feeds_itself_does_not_grow_without_end():
     for _ in range(1500):  # two calls each
         model(torch.randn(2, 4))
     assert step_of(model.state).depth <= 2000
+
+
+def two_networks():
+    torch.manual_seed(0)
+    parts = [nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)), nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))]
+    return [kn.convert(part, input_stats=(0.0, 1.0)) for part in parts]
+
+
+@pytest.mark.parametrize("detach", [Tensor.detach, Tensor.detach_])
+def test_no_gradient_passes_a_detached_tensor_between_two_networks(detach):
+    """Not through the prior either: a GAN's second network must not train the first."""
+    first, second = two_networks()
+    (second(detach(first(torch.randn(4, 3, 5, 5)))) * torch.linspace(-1, 1, 5)).square().sum().backward()
+    assert all(parameter.grad is None for parameter in first.parameters())
+    assert second[1].gain.grad != 0  # and yet the prior is there
+
+
+class Scaled(torch.autograd.Function):
+    """The input, and gradients times a number: none, or reversed ones, as domain-adversarial networks have them."""
+
+    @staticmethod
+    def forward(ctx, x, factor, copies):
+        ctx.factor = factor
+        return x.view_as(x) if copies else x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return ctx.factor * gradient, None, None
+
+
+@pytest.mark.parametrize("copies", [True, False])
+def test_a_users_function_decides_on_all_gradients(copies):
+    class Adversarial(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.features, self.domain = two_networks()
+
+        def forward(self, x, factor):
+            return self.domain(Scaled.apply(self.features(x), factor, copies))
+
+    model = kn.connect(Adversarial())
+    gradients = []
+    for factor in (0.0, 1.0, -2.0):
+        model.zero_grad()
+        model(torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(1)), factor).pow(3).sum().backward()
+        gradients.append(model.features[1].weight.grad)
+        assert model.domain[1].gain.grad != 0
+    assert (gradients[0] == 0).all()
+    torch.testing.assert_close(gradients[2], -2 * gradients[1])

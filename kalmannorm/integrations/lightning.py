@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -75,6 +76,8 @@ class KalmanNormCallback(lightning.Callback):
         self.online, self.recalibrate, self.anneal, self.anneal_from = online, recalibrate, anneal, anneal_from
         self.log_gains, self.stop_at_nonfinite = log_gains, stop_at_nonfinite
         self.convert_options = convert_options
+        self._annealed = 0
+        self._annealed_at: int | None = None  # the trainer's step
         self._switched = ExitStack()
         self._synchronized: list[KalmanNorm] = []
 
@@ -83,7 +86,10 @@ class KalmanNormCallback(lightning.Callback):
         if next(kalman_layers(pl_module), None) is None:
             layers = self.convert_options.get("layers", ("batch",))
             kinds = (layers,) if isinstance(layers, str) else tuple(layers)
-            convert(network_of(pl_module, lambda layer: stand_in(layer)[0] in kinds), **self.convert_options)
+            network = network_of(pl_module, lambda layer: stand_in(layer)[0] in kinds)
+            if network is pl_module and type(pl_module).forward is lightning.LightningModule.forward:
+                self._warn_of_parts(pl_module)
+            convert(network, **self.convert_options)
         strategy: Any = trainer.strategy
         if getattr(strategy, "_layer_sync", None) is None:
             return
@@ -95,6 +101,15 @@ class KalmanNormCallback(lightning.Callback):
             ]  # fmt: skip
             for layer in self._synchronized:
                 layer.process_group = dist.group.WORLD
+
+    def _warn_of_parts(self, pl_module: lightning.LightningModule) -> None:
+        if self.convert_options.get("input_stats") is not None:
+            warnings.warn(
+                f"KalmanNormCallback got input_stats for {type(pl_module).__name__}, which has normalization layers in "
+                "several attributes and no forward: nobody calls it, so the first layers have no prior. Call "
+                "kalmannorm.convert(part, input_stats=...) for each part in the module's __init__",
+                stacklevel=2,
+            )
 
     def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: Any) -> None:
         """Undo the sharing, as the trainer does BatchNorm's, and switch back."""
@@ -114,15 +129,26 @@ class KalmanNormCallback(lightning.Callback):
                 "max_epochs or max_steps"
             )
         self._steps = int(steps)
+        if self._annealed_at is None:  # also where a checkpoint has no state of this callback
+            self._annealed = trainer.global_step
 
-    def on_before_optimizer_step(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule,
-                                 optimizer: torch.optim.Optimizer) -> None:  # fmt: skip
-        """Anneal gains by this step's share."""
-        if self.anneal == 1:
+    def on_train_batch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any,
+                             batch_idx: int) -> None:  # fmt: skip
+        """Anneal gains by a step's share. The trainer counts the steps of all optimizers; those of a batch are one."""
+        if self.anneal == 1 or trainer.global_step == self._annealed_at:
             return
-        share = annealing(trainer.global_step, self._steps, self.anneal, self.anneal_from)
+        share = annealing(self._annealed, self._steps, self.anneal, self.anneal_from)
         if share != 1:
             anneal(pl_module, share)
+        self._annealed, self._annealed_at = self._annealed + 1, trainer.global_step
+
+    def state_dict(self) -> dict[str, Any]:
+        """How often gains were annealed, and at which step last."""
+        return {"annealed": self._annealed, "annealed_at": self._annealed_at}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        self._annealed, self._annealed_at = state_dict["annealed"], state_dict["annealed_at"]
 
     def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule,
                            outputs: Tensor | Mapping[str, Any] | None, batch: Any, batch_idx: int) -> None:  # fmt: skip
