@@ -23,7 +23,7 @@ from kalmannorm.stand_ins import (
     stock_ancestor,
     stock_layer,
 )
-from kalmannorm.standardization import bake, filters_below_norms, is_standardized, use_standardized
+from kalmannorm.standardization import bake, filters_below_norms, use_standardized
 from kalmannorm.traversal import kalman_layers, untraceable
 
 __all__ = ["convert", "fuse", "to_batchnorm", "with_stock_norms"]
@@ -231,7 +231,8 @@ def to_batchnorm(model: _M) -> _M:
 
     Raises:
         ValueError: for a :class:`GroupKalmanNorm` or a layer without running statistics, unless its gain is 1: it fuses
-            in ``eval()``, which no stock layer does. For a layer whose weight or bias is pruned or parametrized.
+            in ``eval()``, which no stock layer does. For one whose weight or bias is pruned or parametrized. A warning
+            lists standardized filters that are.
 
     Example:
         >>> import torch, kalmannorm as kn
@@ -246,9 +247,8 @@ def to_batchnorm(model: _M) -> _M:
 
 def with_stock_norms(model: _M) -> _M:
     """Replace Kalman layers as :func:`to_batchnorm` does, and leave standardized filters to be trained further."""
-    for name, layer in model.named_modules():
-        is_ours = isinstance(layer, KalmanLayer) or is_standardized(layer)
-        if is_ours and not layer._parameters.keys() >= {"weight", "bias"}:
+    for name, layer in kalman_layers(model):
+        if not layer._parameters.keys() >= {"weight", "bias"}:
             raise ValueError(
                 f"{type(layer).__name__} {name!r} computes its weight or bias from other tensors, expected parameters: "
                 "end that first, by torch.nn.utils.prune.remove or parametrize.remove_parametrizations"

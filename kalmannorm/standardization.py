@@ -26,7 +26,7 @@ from kalmannorm.steps import found_in
 from kalmannorm.traversal import attributes_kept, random_state_kept, untraceable
 
 __all__ = [
-    "bake", "filters_below_norms", "is_standardized", "standardize_weights", "standardized", "use_standardized",
+    "bake", "filters_below_norms", "standardize_weights", "standardized", "use_standardized",
 ]  # fmt: skip
 
 _M = TypeVar("_M", bound=nn.Module)
@@ -151,17 +151,22 @@ def use_standardized(layers: Iterable[nn.Module]) -> None:
 
 
 def bake(model: nn.Module) -> None:
-    """Write standardized filters into the parameters of stock layers."""
-    for layer in model.modules():
-        if type(layer) in _STOCK:
+    """Write standardized filters into the parameters of stock layers; warn of those that stay as they are."""
+    left = []
+    for name, layer in model.named_modules():
+        if type(layer) in _STOCK and "weight" in layer._parameters:
             with torch.no_grad():
                 layer.weight.copy_(standardized(layer.weight))  # type: ignore[operator,arg-type]
             layer.__class__ = _STOCK[type(layer)]
-
-
-def is_standardized(layer: nn.Module) -> bool:
-    """Whether a layer computes with standardized filters, of its own or of a parametrization's."""
-    return isinstance(layer, _StandardizedConv | StandardizedLinear)
+        elif isinstance(layer, _StandardizedConv | StandardizedLinear):
+            left.append(name)
+    if left:
+        warnings.warn(
+            f"kalmannorm.to_batchnorm leaves {left} standardized, whose weights are pruned or parametrized: no stock "
+            "layer computes the same from these tensors. Call torch.nn.utils.prune.remove or "
+            "parametrize.remove_parametrizations first",
+            stacklevel=3,
+        )
 
 
 def filters_below_norms(model: nn.Module, inputs: Any = None) -> list[nn.Module]:

@@ -568,7 +568,13 @@ def test_a_pruned_filter_stays_standardized():
     model.eval()
     x = torch.randn(2, 3, 8, 8)
     expected = model(x)
-    torch.testing.assert_close(kn.to_batchnorm(model)(x), expected)
+    with pytest.warns(UserWarning, match=r"leaves \['3'\] standardized, whose weights are pruned or parametrized"):
+        model = kn.to_batchnorm(model)
+    torch.testing.assert_close(model(x), expected)
+    prune.remove(model[3], "weight")
+    model = kn.to_batchnorm(model)
+    assert type(model[3]) is nn.Conv2d
+    torch.testing.assert_close(model(x), expected)
 
 
 class Untraceable(nn.Module):
