@@ -180,6 +180,7 @@ def facts():
     settled = [100 * float(row["accuracy_running"]) for row in rows(ROOT / "history" / "priors" / "settled.csv")
                if (row["how"], float(row["rate"])) == ("frozen", 0.3)]  # fmt: skip
     corrected, uncorrected = (sorted(layer_ratios(name, "prior")) for name in ("pretrained-corrected", "pretrained"))
+    volumes = [difference("volumes-standardized", "in-ws", "kn-ws", "dice_running")]
     return {
         "README.md": [*at_one, *deeper, *steps],
         "start.md": steps,
@@ -198,12 +199,14 @@ def facts():
             difference(small, "kn-2-ws", "gn-2-ws-proxy"),
             *(abs(difference("gains-cpu", f"fixed-{arm}", f"learned-{arm}")) for arm in ("ws-1", "ws-2", "ws-8", "2")),
             observed[0], observed[-1], corrected[0], corrected[-1], uncorrected[0], uncorrected[-1],
-            difference("detection-cpu", "gn", "kn", "box_ap"),
+            difference("detection-cpu", "gn-ws", "kn", "box_ap"), *volumes,
+            difference("detection-cpu", "kn", "bn-recalibrated", "box_ap_online"),
             *(difference("detection-pretrained-cpu", "kn", "frozen", of) for of in ("box_ap", "mask_ap")),
             difference(small, "kn-2-ws-proxy", "kn-2-ws"), difference(small, "bn-128-ws-proxy", "bn-128-ws"),
         ],
         "speed.md": [
             *steps, ratio(cpu, compiled), ratio(cpu, "step/resnet18/b32/64/eager/float32"), min(act), max(act),
+            ratio(cpu, "step/resnet18/b2/64/eager/bfloat16"),
             ratio(cpu, "layer/n2-c512-7x7/eager/float32", "kalman_norm_act"), *extra, ms(cuda, two), ms(cuda, eager),
             ms(cuda, graph), 100 * (ratio(cuda, graph) - 1), ratio(cuda, wide), ratio(cuda, wide, "kalman_norm_act"),
             ratio(cuda, deep_map), ms(cuda, wide), peak["kalman_norm"] / peak["batch_norm"],
@@ -213,6 +216,7 @@ def facts():
             *steps, ratio(cpu, compiled), ratio(cuda, two), ms(cuda, two), ms(cuda, two, "batch_norm"),
             ms(cuda, graph), ms(cuda, graph, "batch_norm"),
         ],
+        "volumes.md": volumes,
         "options.md": [ratios["prior"][0], ratios["prior"][-1]],
         "troubleshooting.md": [*steps, *extra],
         "fine-tuning.md": [*frozen, difference(small, "kn-1-annealed", "kn-1"),
