@@ -126,6 +126,8 @@ def compare(
         raise ValueError(f"--gradient_batch: expected a multiple of statistics_batch={statistics_batch}; got {images}")
     keys = tuple(dict.fromkeys(name.strip() for name in methods.split(",")))
     searched, more = _numbers(rates), _settings(settings)
+    if Path(folder).is_dir():  # and not one of this name among the data sets
+        folder = str(Path(folder).resolve())
     data = _checked_data(folder, size, images)
     start = _start(network, weights, output)
     _check_methods(keys, network, data.num_classes, statistics_batch, size, start)
@@ -252,7 +254,9 @@ def _broken(file: str) -> str:
     try:
         with Image.open(file) as picture:
             picture.load()
-    except (OSError, SyntaxError, ValueError) as error:
+            if picture.mode.startswith(("I", "F")):  # which would become all white or black
+                return f"{file} has more than 8 bits a channel (mode {picture.mode}), expected 8"
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         return f"{file} cannot be read as a picture ({error})"
     return ""
 

@@ -361,4 +361,4 @@ def _numbers(texts: set[str]) -> list[float]:
 
 def _values(runs: Runs, name: str) -> Sequence[str]:
     values = list(dict.fromkeys(row[name] for row in runs.rows if row.get(name)))
-    return [value[:7] for value in values] if name == "commit" else values
+    return [value[:7] + "-dirty" * value.endswith("-dirty") for value in values] if name == "commit" else values

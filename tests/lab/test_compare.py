@@ -62,6 +62,24 @@ def test_a_comparison_from_beginning_to_end(folder, tmp_path, capsys):
     assert err.count("\n") == 1
 
 
+def test_the_folder_that_was_typed_is_read_and_not_a_data_set_of_its_name(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    monkeypatch.setenv("KALMANNORM_DATA", str(tmp_path))
+    (tmp_path / folder.name / "train" / "other").mkdir(parents=True)
+    read = []
+    monkeypatch.setattr(compare, "_checked_data", lambda folder, *rest: read.append(folder) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["compare", folder.name, *LINE])
+    assert read == [str(folder.resolve())]
+
+
+@pytest.mark.parametrize("mode", ["I;16", "F"])
+def test_pictures_of_more_than_8_bits_are_refused(tmp_path, mode):
+    path = tmp_path / "deep.tiff"
+    Image.new(mode, (4, 4)).save(path)
+    assert f"{path} has more than 8 bits a channel (mode {mode})" in compare._broken(str(path))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
