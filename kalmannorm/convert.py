@@ -247,18 +247,17 @@ def to_batchnorm(model: _M) -> _M:
 
 def with_stock_norms(model: _M) -> _M:
     """Replace Kalman layers as :func:`to_batchnorm` does, and leave standardized filters to be trained further."""
-    for name, layer in kalman_layers(model):
-        if not layer._parameters.keys() >= {"weight", "bias"}:
-            raise ValueError(
-                f"{type(layer).__name__} {name!r} computes its weight or bias from other tensors, expected parameters: "
-                "end that first, by torch.nn.utils.prune.remove or parametrize.remove_parametrizations"
-            )
     replaced: dict[nn.Module, nn.Module] = {}
     for name, layer in kalman_layers(model):
         if getattr(layer, "running_mean", None) is None and not layer.ignores_prior:
             raise ValueError(
                 f"{type(layer).__name__} {name!r} fuses its input with a prior in eval() too, expected gain=1.0 or "
                 "running statistics: no stock layer computes the same"
+            )
+        if not layer._parameters.keys() >= {"weight", "bias"}:
+            raise ValueError(
+                f"{type(layer).__name__} {name!r} computes its weight or bias from other tensors, expected parameters: "
+                "end that first, by torch.nn.utils.prune.remove or parametrize.remove_parametrizations"
             )
         replaced[layer] = stock_layer(layer)
     model = _replace_modules(model, replaced)
