@@ -1,14 +1,9 @@
 """What all tests share."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import Phase, settings
 
-# `import drawing` works from every test file, whichever way pytest imports them.
-sys.path.insert(0, str(Path(__file__).parent))
 pytest.register_assert_rewrite("drawing", "networks")
 
 # A draw of a million is one core's work; the other cores have other tests.

@@ -12,10 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-from benchmarks import (  # noqa: E402 - the folder is no installed package
+from benchmarks import (
     cases,
     command,
     figures,
@@ -31,9 +28,10 @@ from benchmarks import (  # noqa: E402 - the folder is no installed package
     throughput,
     timing,
 )  # fmt: skip
-from benchmarks.environment import KEEPING  # noqa: E402
-from benchmarks.steps import step_of  # noqa: E402
+from benchmarks.environment import KEEPING
+from benchmarks.steps import step_of
 
+ROOT = Path(__file__).parent.parent
 QUICK = ["--tiny", "--device", "cpu", "--steps", "2", "--warm-up", "1", "--backend", "aot_eager"]
 
 

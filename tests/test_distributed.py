@@ -4,20 +4,19 @@ The programs that torchrun starts are in ``torchrun/``; each does several things
 """
 
 import copy
-import datetime
 import importlib
 import os
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
+from network import batch, build, in_two_processes, layers_with_prior, pretrained, sgd, state_of, train_step
+from restart import KILLED_AT
+from sharded import HALVES, load_and_go_on, save_and_go_on
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -25,11 +24,6 @@ import kalmannorm as kn
 from kalmannorm.kernels import on_cpu
 
 PROGRAMS = Path(__file__).parent / "torchrun"
-sys.path.insert(0, str(PROGRAMS))
-from network import batch, build, layers_with_prior, pretrained, sgd, state_of, train_step  # noqa: E402
-from restart import KILLED_AT  # noqa: E402
-from sharded import HALVES, load_and_go_on, save_and_go_on  # noqa: E402
-
 pytestmark = pytest.mark.slow
 
 
@@ -115,12 +109,8 @@ def batch_of_six():
 SPLITS = [[3, 3], [4, 2], [6, 0]]
 
 
-def worker(rank, port, folder):
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60))
-    torch.save({str(split): forward_and_backward(rank, split) for split in SPLITS}, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+def passes(rank):
+    return {str(split): forward_and_backward(rank, split) for split in SPLITS}
 
 
 def forward_and_backward(rank, split):
@@ -137,18 +127,7 @@ def forward_and_backward(rank, split):
 
 @pytest.fixture(scope="module")
 def spawned(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("spawned")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = mp.spawn(worker, (port, str(folder)), nprocs=2, join=False)
-    end = time.monotonic() + 180
-    while not processes.join(timeout=5):  # true when both have ended
-        if time.monotonic() > end:
-            for process in processes.processes:
-                process.kill()
-            pytest.fail("two spawned processes did not end in time")
-    return results(folder)
+    return in_two_processes(passes, tmp_path_factory.mktemp("spawned"))
 
 
 @pytest.mark.parametrize("split", SPLITS, ids=str)

@@ -7,9 +7,7 @@ import inspect
 import re
 import shlex
 import socket
-import sys
 from fnmatch import fnmatch
-from pathlib import Path
 
 import pytest
 from pages import DOCS, FENCE, MADE, ROOT
@@ -333,7 +331,6 @@ def test_pages_fit_on_a_phone_and_on_a_desk(page, reader):
 @pytest.fixture(scope="module")
 def reader():
     """A page of a browser, which asks nothing of the network."""
-    sys.path.append(str(Path(__file__).parent / "lab"))
     import browser
 
     with browser.started() as started:

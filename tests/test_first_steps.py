@@ -1,7 +1,6 @@
 """Why a loss leaps in the first steps; docs/guide/troubleshooting.md says it, benchmarks/first_steps.py measures it."""
 
 import csv
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ from torch import nn
 import kalmannorm as kn
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
 
 
 def encoder():

@@ -2,9 +2,7 @@
 
 import collections
 import copy
-import datetime
 import re
-import socket
 import sys
 import types
 import warnings
@@ -12,7 +10,7 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from network import in_two_processes
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -437,11 +435,7 @@ def spread_data():
     return torch.randn(10, 3, 8, 8, generator=generator) + torch.arange(10.0).view(10, 1, 1, 1)
 
 
-def recalibrating_worker(rank, port, folder):
-    torch.set_num_threads(1)
-    patience = datetime.timedelta(seconds=60)
-    address = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2, timeout=patience)
+def recalibrated_by_two(rank):
     world = dist.group.WORLD
     mine = [spread_data()[:6].split(2), spread_data()[6:].split([4])][rank]  # three batches here, one there
     found = {}
@@ -456,17 +450,12 @@ def recalibrating_worker(rank, port, folder):
         quiet(spread_model(), [], process_group=world)
     except ValueError as error:
         found["error"] = str(error)
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.mark.slow
 def test_two_processes_equal_one_with_all_data(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(recalibrating_worker, (port, str(tmp_path)), nprocs=2)
-    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    found = in_two_processes(recalibrated_by_two, tmp_path)
     x = spread_data()
     whole = [x[0:2], x[2:4], x[4:6], x[6:]]
     expected = {

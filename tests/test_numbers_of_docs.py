@@ -9,7 +9,6 @@ import functools
 import json
 import math
 import re
-import sys
 
 import pytest
 from pages import DOCS, FENCE, MADE, ROOT
@@ -116,7 +115,6 @@ def numbers_of(path):
     if path.name == "speed-standardized.csv":
         return {float(row["ratio_to_batch_norm"]) for row in rows(path) if row["ratio_to_batch_norm"]}
     if path.name == "first-steps.csv":
-        sys.path.insert(0, str(ROOT))
         from benchmarks.first_steps import summary
 
         found = decimals(summary(rows(path)))

@@ -1,19 +1,16 @@
 """Filters of zero mean and unit norm: which layers get them, what they compute, and where they work."""
 
 import copy
-import datetime
 import io
 import pickle
 import re
-import socket
 import warnings
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 import torchvision
+from network import in_two_processes
 from networks import Checkpointed
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -525,23 +522,15 @@ class Plain(Checkpointed):
 # -- several processes -----------------------------------------------------------------------------
 
 
-def worker(rank, port, folder):
-    torch.set_num_threads(1)
-    address = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", address, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60))
+def trained_in_parallel(rank):
     model = both().double()
     train(DistributedDataParallel(model), images=IMAGES[rank : rank + 1].double())
-    torch.save(dict(model.named_parameters()), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return dict(model.named_parameters())
 
 
 @pytest.mark.slow
 def test_data_parallel(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(worker, (port, str(tmp_path)), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2))
+    first, second = in_two_processes(trained_in_parallel, tmp_path)
     models = [both().double() for _ in range(2)]
     optimizers = [torch.optim.SGD(model.parameters(), 0.1) for model in models]
     for _ in range(2):

@@ -1,21 +1,18 @@
 """`benchmarks.tried`: networks that need no package, and every situation from public issue threads."""
 
 import math
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from benchmarks.tried import __main__ as command
+from benchmarks.tried import networks, situations, trial
+from benchmarks.tried.page import page
+from kalmannorm.lab.coverage_networks import Network
+
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.tried import __main__ as command  # noqa: E402 - the folder is no installed package
-from benchmarks.tried import networks, situations, trial  # noqa: E402
-from benchmarks.tried.page import page  # noqa: E402
-from kalmannorm.lab.coverage_networks import Network  # noqa: E402
-
 SITUATIONS = {each.name: each for each in situations.SITUATIONS}
 
 

@@ -5,6 +5,7 @@ A situation returns the number of each side, which is better where it is smaller
 
 import copy
 import math
+import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -353,3 +354,5 @@ def _one_of_two(rank, meeting, x, folder):
         if rank == 0:
             torch.save(model[1].running_var, f"{folder}/{kind}.pt")
     dist.destroy_process_group()
+    # Gloo's threads may outlive the group, and abort an interpreter that is cleaned up (pytorch/pytorch#179291).
+    os._exit(0)

@@ -1,11 +1,7 @@
 """The trial of EvalNorm: networks of the study, every share on both splits, the share chosen on validation images."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
 pd = pytest.importorskip("pandas")
 fitting = pytest.importorskip("kalmannorm.lab.fitting")
 evalnorm = pytest.importorskip("benchmarks.evalnorm")

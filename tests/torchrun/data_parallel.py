@@ -7,7 +7,7 @@ import restart
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from network import batch, build, join, layers_with_prior, pretrained, sgd, state_of
+from network import batch, build, join, layers_with_prior, leave, pretrained, sgd, state_of
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -56,7 +56,7 @@ def main(folder):
         "convert_sync_batchnorm": train(kn.convert(nn.SyncBatchNorm.convert_sync_batchnorm(build())), uneven),
     }
     torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import os
 
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
 
@@ -12,6 +13,7 @@ from kalmannorm.gaussian import Gaussian
 from kalmannorm.recording import paused
 from kalmannorm.traversal import kalman_layers
 
+PATIENCE = datetime.timedelta(seconds=60)
 CHANNELS = 5  # not a multiple of the two processes
 
 
@@ -110,8 +112,29 @@ def layers_with_prior(model):
 def join():
     """Join the process group that torchrun has prepared; the rank."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=PATIENCE)
     return int(os.environ["RANK"])
+
+
+def leave():
+    """Leave the process group, and end the process: gloo's threads may outlive the group, and abort an interpreter that
+    is cleaned up meanwhile (pytorch/pytorch#179291).
+    """
+    dist.destroy_process_group()
+    os._exit(0)
+
+
+def in_two_processes(work, folder):
+    """What ``work(rank)`` gives in each of two processes that have a group."""
+    mp.spawn(_one_of_two, (work, str(folder)), nprocs=2)
+    return [torch.load(f"{folder}/{rank}.pt") for rank in range(2)]
+
+
+def _one_of_two(rank, work, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2, timeout=PATIENCE)
+    torch.save(work(rank), f"{folder}/{rank}.pt")
+    leave()
 
 
 def state_of(model):

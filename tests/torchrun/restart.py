@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from network import adam, build, join, state_of, train_step
+from network import adam, build, join, leave, state_of, train_step
 from torch.nn.parallel import DistributedDataParallel
 
 import kalmannorm as kn
@@ -51,7 +51,7 @@ def train(folder, rank, *, kill):
 def main(folder):
     rank = join()
     torch.save(train(folder, rank, kill=True), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

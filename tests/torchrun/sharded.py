@@ -5,7 +5,7 @@ import sys
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from network import adam, build, join, layers_with_prior, pretrained, sgd, state_of, train_step
+from network import adam, build, join, layers_with_prior, leave, pretrained, sgd, state_of, train_step
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -125,7 +125,7 @@ def main(folder):
         "loaded": load_and_go_on(by_blocks(shared()), f"{folder}/by_one", HALVES[rank]),
     }
     torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
