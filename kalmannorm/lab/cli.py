@@ -11,8 +11,8 @@ from collections.abc import Callable, Collection, Sequence
 
 # What the extra brings, by the names that are imported.
 NEEDED = (
-    "datasets", "jinja2", "jsonargparse", "lightning", "matplotlib", "pandas", "pycocotools", "rich", "sklearn",
-    "torchmetrics", "torchvision", "yaml",
+    "datasets", "filelock", "jinja2", "jsonargparse", "lightning", "matplotlib", "pandas", "pycocotools", "rich",
+    "sklearn", "torchmetrics", "torchvision", "yaml",
 )  # fmt: skip
 
 # Of each subcommand its function and its help. The function's keyword arguments are the options, and its docstring is
@@ -72,7 +72,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         own, settings = _own_and_settings(options, given)
         code = function(**parser.parse_args(own).as_dict(), **settings)
-    except (ArgumentError, ValueError, FileNotFoundError, NotADirectoryError) as error:
+    except OSError as error:
+        of_file = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        print(f"kalmannorm: {_one_line(of_file)}", file=sys.stderr)
+        return 2
+    except (ArgumentError, ValueError) as error:
         print(f"kalmannorm: {_one_line(str(error))}", file=sys.stderr)
         return 2
     except FloatingPointError as error:  # a training that diverged

@@ -96,7 +96,8 @@ def export(run: Path, file: Path, *, stock: bool = False) -> None:
     network, given = module.network, fitting.configuration(run)["model"]["init_args"]
     if stock:
         network = kalmannorm.to_batchnorm(network)
-    torch.save(network.state_dict(), file)
+    with file.open("wb") as opened:
+        torch.save(network.state_dict(), opened)
     built = given["network"]
     place, _, name = built["class_path"].rpartition(".")
     arguments = {**(built.get("init_args") or {}), **(built.get("dict_kwargs") or {})}

@@ -16,7 +16,7 @@ from rich.progress import track
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from kalmannorm.lab.configuration import difference
+from kalmannorm.lab.configuration import Run, difference, flat
 from kalmannorm.lab.data.folders import FolderData
 from kalmannorm.lab.experiments import load, merge, nested
 from kalmannorm.lab.methods import METHODS, normalize
@@ -29,6 +29,13 @@ __all__ = ["classifier", "compare"]
 
 # Of images that are normalized as `folders.image_transform` does, about.
 _INPUT_STATS = [[0.0, 0.0, 0.0], [1.0, 1.0, 1.0]]
+# Settings of the configuration that an option gives.
+_OPTIONS = {
+    "model.init_args.rate": "rates", "model.init_args.normalization": "methods", "model.init_args.network": "network",
+    "model.init_args.num_classes": "network", "model.init_args.statistics_batch": "statistics_batch",
+    "model.init_args.weights": "weights", "data.init_args.folder": "folder", "data.init_args.size": "size",
+    "data.init_args.gradient_batch": "gradient_batch", "trainer.max_steps": "steps",
+}  # fmt: skip
 
 
 def classifier(name: str, num_classes: int) -> nn.Module:
@@ -94,8 +101,8 @@ def compare(
     """Find out which normalization to use on your images, at your batch size.
 
     Each method is trained once at each rate, in full, and scored on validation images; then at its best rate from
-    other seeds, and scored on test images, once. What was interrupted goes on when it is called again. The experiment
-    is written as a file, OUTPUT/compare.yaml: change it at will, and run it by `kalmannorm run`.
+    other seeds, and scored on test images, once. What was interrupted goes on when it is called again, then perhaps
+    with more methods, rates or seeds. The experiment is written as a file, OUTPUT/compare.yaml, for `kalmannorm run`.
 
     Args:
         folder: Images, one folder a class; or with train, val and perhaps test folders around those.
@@ -132,35 +139,38 @@ def compare(
     start = _start(network, weights, output)
     _check_methods(keys, network, data.num_classes, statistics_batch, size, start)
     _check_pictures(data)
-    content = {
+    config = _config(network, data, statistics_batch, start, steps)
+    words = _words(network, start, weights, images, statistics_batch, size, steps, flat(more))
+    arms = {key: {"label": METHODS[key].label, "model": _model(key)} for key in keys}
+    content: dict[str, Any] = {
         "title": f"Which normalization for {Path(folder).name}?",
-        "question": _words(network, start, weights, images, statistics_batch, size, steps),
+        "question": words,
         "search": {"model.init_args.rate": searched},
         "seeds": seeds,
         "verdict": {"guessing": _largest_share(data), "images": len(data.test_set)},
-        "config": merge(_config(network, data.num_classes, statistics_batch, start, folder, images, size, steps), more),
-        "arms": {key: {"label": METHODS[key].label, "model": _model(key)} for key in keys},
+        "config": merge(config, more),
+        "arms": arms,
     }
+    Run(merge(content["config"], {"model": {"init_args": arms[keys[0]]["model"]}}))  # or a setting is wrong
     path = _written(output, content)
     return run(str(path), seeds=seeds, workers=workers, output=output)
 
 
-def _config(
-    network: str, classes: int, group: int, start: Path | None, folder: str, images: int, size: int, steps: int
-) -> dict[str, Any]:
+def _config(network: str, data: FolderData, group: int, start: Path | None, steps: int) -> dict[str, Any]:
     """What `kalmannorm.lab.fitting.fit` takes, for all methods."""
     # A process that trains on the CPU has one core, and would wait for its own workers.
     workers = 4 if torch.cuda.is_available() else 0
-    of_network = {"name": network, "num_classes": classes}
+    of_network = {"name": network, "num_classes": data.num_classes}
     model = {
         "network": {"class_path": "kalmannorm.lab.compare.classifier", "init_args": of_network},
-        "num_classes": classes, "statistics_batch": group, "schedule": "warmup",
+        "num_classes": data.num_classes, "statistics_batch": group, "schedule": "warmup",
         **({} if start is None else {"weights": str(start)}),
     }  # fmt: skip
-    data = {"folder": folder, "gradient_batch": images, "size": size, "workers": workers}
+    of_data = {"folder": data.folder, "gradient_batch": data.gradient_batch, "size": data.size, "workers": workers,
+               "pictures": data.found}  # fmt: skip
     return {
         "model": {"class_path": "kalmannorm.lab.training.Classifier", "init_args": model},
-        "data": {"class_path": "kalmannorm.lab.data.folders.FolderData", "init_args": data},
+        "data": {"class_path": "kalmannorm.lab.data.folders.FolderData", "init_args": of_data},
         # Scored when it has ended, and not before.
         "trainer": {"max_steps": steps, "val_check_interval": steps + 1},
         "checkpoint_every": min(1000, steps),
@@ -172,14 +182,17 @@ def _model(method: str) -> dict[str, Any]:
     return {"normalization": method, **options}
 
 
-def _words(network: str, start: Path | None, weights: str, images: int, group: int, size: int, steps: int) -> str:
+def _words(
+    network: str, start: Path | None, weights: str, images: int, group: int, size: int, steps: int, more: dict[str, Any]
+) -> str:
     asked = "; its trained weights could not be had" if weights == "default" else ""
     begun = f"untrained{asked}" if start is None else "from trained weights"
+    but = f" But with {', '.join(f'{key} {value}' for key, value in more.items())}." if more else ""
     return (
         f"{network}, {begun}; {steps} steps of SGD with momentum 0.9, weight decay 0.0001 on weights alone, and a rate "
         f"that rises over the first tenth and falls to 0 along a cosine. {images} images a step, of which {group} at a "
         f"time are normalized together; random crops of {size} pixels, flipped or not. A seed fixes the order of the "
-        "images and what is not trained yet, alike for all methods."
+        f"images and what is not trained yet, alike for all methods.{but}"
     )
 
 
@@ -221,6 +234,9 @@ def _settings(words: Sequence[str]) -> dict[str, Any]:
     for name, value in zip(parts[::2], parts[1::2], strict=False):
         if "." not in name:
             raise ValueError(f"unknown option {name}")
+        for setting, option in _OPTIONS.items():
+            if f"{name}.".startswith(f"--{setting}."):
+                raise ValueError(f"{name}: give {'FOLDER' if option == 'folder' else f'--{option}'} instead")
         found = merge(found, nested(name.removeprefix("--"), yaml.safe_load(value)))
     if len(parts) % 2:
         raise ValueError(f"{parts[-1]}: expected a value")
@@ -262,7 +278,14 @@ def _broken(file: str) -> str:
 
 
 def _largest_share(data: FolderData) -> float:
-    """Of the test images, the share of the class that most of them are of: who names it each time has so many right."""
+    """Of the test images, the share of the class that most of them are of: who names it each time has so many right.
+
+    Raises:
+        ValueError: There are no test images, or none for the validation.
+    """
+    for split, part in (("validation", data.validation_set), ("test", data.test_set)):
+        if not len(part):
+            raise ValueError(f"{data.folder}: no class has images enough to hold one out for {split}: expected 3")
     labels = torch.tensor(data.test_set.dataset.targets)[data.test_set.indices]  # type: ignore[attr-defined]
     return int(labels.bincount().max()) / len(labels)
 
@@ -291,14 +314,16 @@ def _check_methods(
 
 
 def _written(output: Path, content: dict[str, Any]) -> Path:
-    """The file of the experiment; refused where the folder holds another one."""
+    """The file of the experiment, which may get more methods, and another search; refused where it is another one."""
     path = output / "compare.yaml"
-    try:
-        if path.exists() and (found := difference(load(path), content)):
+    if path.exists():
+        before = load(path)
+        arms = before.get("arms", {}) | {key: arm for key, arm in content["arms"].items() if key not in before["arms"]}
+        same = content | {key: before[key] for key in ("search", "seeds", "arms") if key in before}
+        if found := difference(before, same):
             key, there, here = found
             raise ValueError(f"--output: {output} holds a comparison with {key}={there}; got {here}")
-        output.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, yaml.safe_dump(content, sort_keys=False, width=120))
-    except OSError as error:
-        raise ValueError(f"--output: cannot write to {output}: {error.strerror}") from error
+        content = content | {"arms": arms}
+    output.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, yaml.safe_dump(content, sort_keys=False, width=120))
     return path

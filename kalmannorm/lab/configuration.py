@@ -13,6 +13,7 @@ from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from kalmannorm.lab.experiments import load
 from kalmannorm.lab.training import quiet
 
 __all__ = ["Run", "check_same", "difference", "flat"]
@@ -106,7 +107,7 @@ def check_same(folder: Path, config: Mapping[str, Any], there: Mapping[str, Any]
     """
     path = folder / "config.yaml"
     if there is None:
-        there = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else config
+        there = load(path) if path.is_file() else config
     if found := difference(there, config):
         key, before, now = found
         raise ValueError(f"{folder} holds a run with another configuration: {key} is {before} there; got {now}")

@@ -176,11 +176,13 @@ class Experiment:
     """A question, and what is trained to answer it; see above for what is not explained here.
 
     Attributes:
+        source: What the command is given: the name of one that comes along, or its file.
         metric: The score that the search maximizes, on validation images, and that the figure shows.
         is_table: It is laid out as a table of the paper: each number in a place of its own.
     """
 
     name: str
+    source: str
     title: str
     question: str
     scored: Split
@@ -290,8 +292,9 @@ def _read(path: Path) -> Experiment:
         _check_data(path, arm, scored)
     title, question = (" ".join(str(content.get(key, "")).split()) for key in ("title", "question"))
     order, verdict = tuple(content.get("rows", ())), content.get("verdict") or {}
+    source = path.stem if path.parent in (CONFIGS, STUDIES) else str(path)
     experiment = Experiment(
-        name=path.stem, title=title, question=question, arms=arms, rows=order, verdict=verdict, **plain
+        path.stem, source, title=title, question=question, arms=arms, rows=order, verdict=verdict, **plain
     )
     check_search_seed(str(path), experiment)
     return experiment
@@ -345,7 +348,7 @@ def load(path: Path) -> dict[str, Any]:
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold keys and values; got {type(content).__name__}")

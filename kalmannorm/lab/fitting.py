@@ -18,6 +18,7 @@ from torch import nn
 from kalmannorm.lab.baselines.moving_average import MovingAverageNorm
 from kalmannorm.lab.configuration import Run, check_same
 from kalmannorm.lab.curve import Curve, RandomState
+from kalmannorm.lab.experiments import load as read
 from kalmannorm.lab.experiments import merge
 from kalmannorm.lab.results import Result, environment, finished, write_atomically
 
@@ -37,10 +38,7 @@ class _Folder(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and not (self.folder / "config.yaml").exists():
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise ValueError(f"--output: cannot make the folder {self.folder}: {error.strerror}") from error
+            self.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(self.folder / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
 
     def on_train_batch_end(
@@ -246,7 +244,7 @@ def _stored(folder: Path, overrides: Sequence[str] = ()) -> Run:
     path = Path(folder) / "config.yaml"
     if not path.is_file():
         raise ValueError(f"{folder} holds no run: expected a config.yaml")
-    return Run(yaml.safe_load(path.read_text(encoding="utf-8")), overrides)
+    return Run(read(path), overrides)
 
 
 def _scored(trainer: Trainer, module: Any, data: Any, split: str, *, may_be_none: bool = False) -> dict[str, float]:

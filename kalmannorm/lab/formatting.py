@@ -44,6 +44,7 @@ def format_value(metric: str, values: Sequence[float]) -> str:
 
 def as_markdown(rows: Sequence[Sequence[str]]) -> str:
     """A table with its header first, its columns aligned so that it can be read as it is."""
+    rows = [[text.replace("|", r"\|") for text in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     padded = ([text.ljust(width) for text, width in zip(row, widths, strict=True)] for row in rows)
     lines = [f"| {' | '.join(row)} |" for row in padded]

@@ -16,7 +16,6 @@ import torch
 import yaml
 from rich.console import Console
 
-from kalmannorm.lab.experiments import merge
 from kalmannorm.lab.results import Result
 from kalmannorm.lab.workers import Tell, available_cpus, in_turn, run_all
 
@@ -51,19 +50,19 @@ class Job:
         return f"{self.name.partition('/')[2]}, seed {self.seed}"
 
 
-def run_jobs(jobs: Sequence[Job], workers: int | None, console: Console, devices: int = 1) -> list[Result | Exception]:
-    """What comes of trainings, in their order: each a result, or what it raised.
+def run_jobs(jobs: Sequence[Job], workers: int | None, console: Console) -> list[Result | Exception]:
+    """What comes of trainings, in their order: each a result, or what it raised. Those on several devices run one after
+    another.
 
     Args:
         jobs: To be done; what is finished is only read.
         workers: Trainings at the same time, by default as many as there are GPUs, or else CPUs.
         console: Where the progress bars are.
-        devices: Devices a training; with several, trainings run one after another.
     """
     if not jobs:
         return []
-    if devices > 1:
-        return in_turn(jobs, lambda job: fit_on_devices(devices, job), _steps, console)
+    if jobs[0].config["trainer"].get("devices", 1) not in (1, "auto"):
+        return in_turn(jobs, fit_on_devices, _steps, console)
     count = min(workers or torch.cuda.device_count() or available_cpus(), len(jobs))
     return run_all(jobs, _fit, _steps, count, console)
 
@@ -82,7 +81,7 @@ def _fit(job: Job, tell: Tell) -> Result:
     return result
 
 
-def fit_on_devices(devices: int, job: Job) -> Result:
+def fit_on_devices(job: Job) -> Result:
     """A training on several devices, as a command of its own: Lightning starts a process for each device from it.
 
     What it prints goes into a file beside the run's folder.
@@ -92,9 +91,8 @@ def fit_on_devices(devices: int, job: Job) -> Result:
     """
     folder = job.folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    spread = merge(job.config, {"trainer": {"devices": devices, "strategy": "ddp"}})
     file, log = folder.with_name(f"{folder.name}.yaml"), folder.with_name(f"{folder.name}.log")
-    file.write_text(yaml.safe_dump(spread, sort_keys=False), encoding="utf-8")
+    file.write_text(yaml.safe_dump(job.config, sort_keys=False), encoding="utf-8")
     line = [sys.executable, "-m", "kalmannorm.lab.cli", "fit", "--config", str(file), "--output", str(folder)]
     line += ["--split", job.split] if job.split else []
     with (

@@ -7,6 +7,7 @@ import html
 import io
 import math
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,7 +60,7 @@ def write_page(experiment: Experiment, folder: Path) -> Path:
         metric=experiment.metric.replace("_", " "),
         summary=measured if len(measured) > 1 else [],
         is_table=experiment.is_table,
-        **_made(experiment, runs),
+        **_made(experiment, runs, folder.parent),
     )
     path.write_text(page, encoding="utf-8")
     return path
@@ -108,8 +109,8 @@ def _groups(runs: Runs) -> dict[str, list[ArmRuns]]:
     """Arms that are compared with one another, by the beginning of their figure's caption."""
     groups: dict[str, list[ArmRuns]] = {}
     for arm in runs.arms:
-        baseline = arm.arm.baseline if arm.arm else ""
-        title = f"{baseline} and others. " if baseline else f"{arm.column}. " if len(runs.columns) > 1 else ""
+        baseline, column = arm.arm.baseline, f"{arm.column}. " if len(runs.columns) > 1 else ""
+        title = f"{baseline} and others. " if baseline else column
         groups.setdefault(title, []).append(arm)
     return groups
 
@@ -142,8 +143,7 @@ def _colours(arms: Sequence[ArmRuns]) -> list[Any]:
 
     found: list[Any] = []
     for place, arm in enumerate(arms):
-        given = arm.arm.config["model"]["init_args"] if arm.arm else {}
-        method = METHODS.get(given.get("normalization", "bn"))
+        method = METHODS.get(arm.arm.config["model"]["init_args"].get("normalization", "bn"))
         fresh = method is not None and method.colour not in found
         found.append(method.colour if method and fresh else colormaps["tab20"](2 * place % 20 + 1))
     return found
@@ -173,24 +173,24 @@ def _searched(
     return points, dict(zip(points, _colours(arms), strict=True)), runs.short(setting)
 
 
-def _made(experiment: Experiment, runs: Runs) -> dict[str, Any]:
+def _made(experiment: Experiment, runs: Runs, output: Path) -> dict[str, Any]:
     """The command, and each arm's notes and configuration."""
     scale = runs.rows[0]["scale"]
     amount: Scale = "tiny" if scale == "tiny" else float(scale)
     seeds = max(len(arm.final) for arm in runs.arms)
-    options = (f" --scale {scale}" if scale != "1" else "") + (f" --seeds {seeds}" if seeds != experiment.seeds else "")
-    command = f"kalmannorm run {experiment.name}{options}"
+    words = ["kalmannorm", "run", experiment.source, *(["--scale", scale] if scale != "1" else [])]
+    words += ["--seeds", str(seeds)] if seeds != experiment.seeds else []
+    command = shlex.join([*words, *(["--output", str(output)] if output != Path("runs") else [])])
 
     def arms() -> Iterator[dict[str, Any]]:
         for own in runs.arms:
-            if own.arm is not None:
-                shared = own.arm.run != (experiment.name, own.name)
-                yield {
-                    "title": f"{own.name}: {runs.title(own)}",
-                    "command": f"{command} --only '{own.name}'",
-                    "notes": [*([f"The training of {'/'.join(own.arm.run)}."] if shared else []), *own.arm.notes],
-                    "config": yaml.safe_dump(own.arm.scaled(amount), sort_keys=False),
-                }
+            shared = own.arm.run != (experiment.name, own.name)
+            yield {
+                "title": f"{own.name}: {runs.title(own)}",
+                "command": f"{command} --only '{own.name}'",
+                "notes": [*([f"The training of {'/'.join(own.arm.run)}."] if shared else []), *own.arm.notes],
+                "config": yaml.safe_dump(own.arm.scaled(amount), sort_keys=False),
+            }
 
     first = next((row for row in runs.rows if row.get("torch")), {})
     told = [f"{name} {first[name]}" for name in ENVIRONMENT if first.get(name)]

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 import kalmannorm
+from kalmannorm.lab.experiments import load
 from kalmannorm.lab.workers import available_cpus
 
 __all__ = ["ENVIRONMENT", "Result", "csv_text", "environment", "finished", "write_atomically"]
@@ -58,14 +58,17 @@ class Result:
         """What `write` wrote.
 
         Raises:
-            ValueError: There is no finished run in the folder.
+            ValueError: There is no finished run in the folder, or its files cannot be read.
         """
         if not finished(folder):
             raise ValueError(f"{folder} holds no finished run: expected a result.json")
-        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        curve, validations = _read_csv(folder / "curve.csv"), _read_csv(folder / "validations.csv")
-        summary = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-        return cls(config=config, losses=[row["loss"] for row in curve], validations=validations, **summary)
+        config = load(folder / "config.yaml")
+        try:
+            curve, validations = _read_csv(folder / "curve.csv"), _read_csv(folder / "validations.csv")
+            summary = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+            return cls(config=config, losses=[row["loss"] for row in curve], validations=validations, **summary)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{folder} holds a run whose files cannot be read ({error}): remove the folder") from error
 
     @property
     def last_loss(self) -> float:

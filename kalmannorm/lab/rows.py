@@ -38,8 +38,15 @@ def table(rows: Sequence[Row], columns: Sequence[str] = ()) -> pd.DataFrame:
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """A CSV file as text, of which nothing is taken for a number; an empty table where there is no file."""
-    return pd.read_csv(path, dtype=str, keep_default_na=False) if path.is_file() else pd.DataFrame(dtype=str)
+    """A CSV file as text, of which nothing is taken for a number; an empty table where there is no file.
+
+    Raises:
+        ValueError: It is no such file; with its name.
+    """
+    try:
+        return pd.read_csv(path, dtype=str, keep_default_na=False) if path.is_file() else pd.DataFrame(dtype=str)
+    except ValueError as error:  # also what pandas's own errors are
+        raise ValueError(f"{path} cannot be read as a table: {error}") from error
 
 
 def _together(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:

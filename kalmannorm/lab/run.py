@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from filelock import FileLock, Timeout
 from rich.console import Console
 
 from kalmannorm.lab import experiments, page, tables
@@ -172,28 +176,43 @@ def run(
 
 def run_experiment(whole: Experiment, plan: Plan, *, report: bool, collect: bool, grow: bool) -> int:
     """`run`, of arms that are chosen, where data are found."""
-    trials: Sequence[Trial] = ()
-    before = Rows() if report else Rows.read(plan.folder, plan.scale)
+    with _alone(plan):
+        trials: Sequence[Trial] = [] if report else _told_or_trained(whole, plan, collect=collect, grow=grow)
+        plan.console.print(tables.write_table(whole, plan.folder), soft_wrap=True, highlight=False, markup=False)
+        written = page.write_page(whole, plan.folder)
+    plan.console.print(f"Report: {written}", soft_wrap=True, highlight=False, markup=False)
+    return int(any(trial.failed for trial in trials))
+
+
+@contextmanager
+def _alone(plan: Plan) -> Iterator[None]:
+    """Refuse a folder that another process of this machine is running an experiment in."""
+    name = hashlib.sha256(bytes(plan.folder.resolve())).hexdigest()[:16]
+    try:
+        with FileLock(Path(tempfile.gettempdir()) / f"kalmannorm-{name}.lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise ValueError(f"--output: another process is running {plan.experiment.name} in {plan.folder}") from error
+
+
+def _told_or_trained(whole: Experiment, plan: Plan, *, collect: bool, grow: bool) -> Sequence[Trial]:
+    """The runs, once the files tell of them."""
+    before = Rows.read(plan.folder, plan.scale)
     told = before.told() if grow or collect else {}
     if collect:
-        trials = _collected(plan, told, grow)
-    elif not report:
+        trials: Sequence[Trial] = _collected(plan, told, grow)
+    else:
         for path, arms in _starts(plan.experiment, plan.amount).items():
             if absent := ",".join(arm for arm in arms if _weights_of(plan, path.stem, arm) is None):
                 source = experiments.read(path)
                 first = replace(source, arms=_chosen(source, absent, ",".join(FORMS)), seeds=1)
                 run_experiment(source, replace(plan, experiment=first), report=False, collect=False, grow=False)
         trials = _trained(plan, told)
-    if not report:
-        others = before.without({trial.arm.name for trial in trials})
-        rows = others + _rows(trials)
-        if grow or collect:
-            rows += _nowhere_else(before, trials, plan.runs())
-        rows.write(plan.folder, [arm.name for arm in whole.arms])
-    plan.console.print(tables.write_table(whole, plan.folder), soft_wrap=True, highlight=False, markup=False)
-    written = page.write_page(whole, plan.folder)
-    plan.console.print(f"Report: {written}", soft_wrap=True, highlight=False, markup=False)
-    return int(any(trial.failed for trial in trials))
+    rows = before.without({trial.arm.name for trial in trials}) + _rows(trials)
+    if grow or collect:
+        rows += _nowhere_else(before, trials, plan.runs())
+    rows.write(plan.folder, [arm.name for arm in whole.arms])
+    return trials
 
 
 def _checked(scale: str, devices: int, **others: int | None) -> Scale:
@@ -315,11 +334,9 @@ def _trained(plan: Plan, told: Told) -> list[Trial]:
     absent = {name: text for name, text in missing.items() if text and name not in known}
     if len(absent) == len(asked.arms):
         raise MissingDataError(absent[asked.arms[0].name])
-    try:
-        plan.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--output: cannot make the folder {plan.folder}: {error.strerror}") from error
     here = replace(asked, arms=tuple(arm for arm in asked.arms if arm.name in missing and arm.name not in absent))
+    _check_unchanged(plan, here)
+    plan.folder.mkdir(parents=True, exist_ok=True)
     trials = _in_two(here, lambda trials: _run(plan, [trial.told(told) for trial in trials]))
     for arm in asked.arms:
         trial = Trial(arm, "final", {}, 0, asked.scored)
@@ -328,6 +345,19 @@ def _trained(plan: Plan, told: Told) -> list[Trial]:
         elif arm.name not in missing:
             trials.append(replace(trial, row=_row(plan, trial, COMPUTED[arm.analysis](arm.scaled(plan.amount)))))
     return trials
+
+
+def _check_unchanged(plan: Plan, asked: Experiment) -> None:
+    """Refuse an experiment whose file was changed after a run of it, before anything is trained or written."""
+    for arm in asked.arms:
+        search = [Trial(arm, "search", point, asked.search_seed, "validation") for point in arm.points()]
+        trials = search or [Trial(arm, "final", {}, seed, asked.scored) for seed in range(asked.seeds)]
+        for job in (_job(plan, trial) for trial in trials):
+            if (job.folder / "config.yaml").is_file():
+                from kalmannorm.lab.configuration import Run, check_same  # noqa: PLC0415 - slow
+
+                check_same(job.folder, Run(job.config).complete())
+                break  # the others of this arm differ in the searched settings and the seed alone
 
 
 def _in_two(asked: Experiment, run: Callable[[list[Trial]], list[Trial]]) -> list[Trial]:
@@ -401,7 +431,7 @@ def _run(plan: Plan, trials: Sequence[Trial]) -> list[Trial]:
     jobs = {place: job for place, job in jobs.items() if trials[place].row is None or finished(job.folder)}
     # Two arms may be one training.
     each = {job.folder: job for job in jobs.values()}
-    found = dict(zip(each, run_jobs([*each.values()], plan.workers, plan.console, plan.devices), strict=True))
+    found = dict(zip(each, run_jobs([*each.values()], plan.workers, plan.console), strict=True))
     return [
         _outcome(plan, trial, found[jobs[place].folder]) if place in jobs else trial
         for place, trial in enumerate(trials)
@@ -416,6 +446,8 @@ def _job(plan: Plan, trial: Trial) -> Job:
         expected = _place(plan.runs(start.path.stem), start.arm, {}, start.scored, 0) / "last.ckpt"
         weights = _weights_of(plan, start.path.stem, start.arm) or expected
         config = merge(config, {"model": {"init_args": {"weights": str(weights)}}})
+    if plan.devices > 1:
+        config = merge(config, {"trainer": {"devices": plan.devices, "strategy": "ddp"}})
     experiment, name = arm.run
     folder = _place(plan.runs(experiment), name, trial.settings, trial.split, trial.seed)
     what = f"{plan.experiment.name}/{' '.join([arm.name, *settings])}"

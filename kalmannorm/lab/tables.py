@@ -14,6 +14,7 @@ from kalmannorm.lab import figures
 from kalmannorm.lab.experiments import Arm, Experiment
 from kalmannorm.lab.formatting import as_markdown, format_value, is_share
 from kalmannorm.lab.rows import CURVES, DIVERGED, MEASURED, PLANNED, RUNS, Row, read_table, settings_of
+from kalmannorm.lab.verdict import verdict_of
 
 __all__ = ["ArmRuns", "Runs", "grids", "notes", "read_runs", "said", "summary", "write_table"]
 
@@ -32,7 +33,7 @@ class ArmRuns:
         search: Its rows of the search.
         final: Those that count, or failed or diverged.
         curves: The rows of the curves of the latter.
-        arm: What the experiment's file says of it; None where that does not have it any longer.
+        arm: What the experiment's file says of it.
     """
 
     name: str
@@ -41,7 +42,7 @@ class ArmRuns:
     search: list[Row]
     final: list[Row]
     curves: pd.DataFrame
-    arm: Arm | None = None
+    arm: Arm
     reached: list[float] = field(default_factory=list)
 
     @property
@@ -77,12 +78,21 @@ class ArmRuns:
 
 @dataclass(frozen=True)
 class Runs:
-    """All that the files say."""
+    """What the files say of an experiment's arms.
+
+    Attributes:
+        arms: In the experiment's order.
+        settings: Those that were searched.
+        scores: The names of all.
+        rows: Those of ``runs.csv``.
+        others: Arms in the files that the experiment does not have.
+    """
 
     arms: list[ArmRuns]
     settings: list[str]
     scores: list[str]
     rows: list[Row]
+    others: list[str]
 
     @cached_property
     def columns(self) -> list[str]:
@@ -154,10 +164,10 @@ def read_runs(experiment: Experiment, folder: Path) -> Runs:
     settings, rows = settings_of(header), table.to_dict("records")
     scores = header[header.index("split") + 1 : header.index("last_loss")]
     known = {arm.name: arm for arm in experiment.arms}
-    # Those of the experiment in its order, then what else the file has.
     found = dict.fromkeys(row["arm"] for row in rows)
+    others = [name for name in found if name not in known]
     arms: dict[str, ArmRuns] = {}
-    for name in [*(arm for arm in known if arm in found), *(arm for arm in found if arm not in known)]:
+    for name in (name for name in known if name in found):
         own = [row for row in rows if row["arm"] == name]
         search, final = ([row for row in own if row["kind"] == kind] for kind in ("search", "final"))
         chosen: Row = next((row for row in search if row["chosen"]), {})
@@ -168,17 +178,19 @@ def read_runs(experiment: Experiment, folder: Path) -> Runs:
             mine = curves[(curves["arm"] == name) & (curves["kind"] == "final")]
             for setting in settings_of(curves.columns):
                 mine = mine[mine[setting] == chosen.get(setting, "")]
-        arms[name] = ArmRuns(name, own[0]["label"], own[0]["column"], search, final, mine, known.get(name))
+        arms[name] = ArmRuns(name, own[0]["label"], own[0]["column"], search, final, mine, known[name])
+    if not arms:
+        raise ValueError(f"{path} tells of other arms than those of {experiment.source}: {', '.join(others)}")
     for arm in arms.values():
-        baseline = arms.get(arm.arm.baseline) if arm.arm else None
+        baseline = arms.get(arm.arm.baseline)
         if baseline is not None:
             arm.reached.extend(_steps_to(baseline, arm, _metric(experiment, arm.arm)))
-    return Runs(list(arms.values()), settings, scores, rows)
+    return Runs([*arms.values()], settings, scores, [row for row in rows if row["arm"] in known], others)
 
 
-def _metric(experiment: Experiment, arm: Arm | None) -> str:
+def _metric(experiment: Experiment, arm: Arm) -> str:
     """What counts most: the first that the paper reports, or the experiment's."""
-    reported = (name for name in (arm.reported if arm else {}) if name != "steps_to_baseline")
+    reported = (name for name in arm.reported if name != "steps_to_baseline")
     return next(reported, experiment.metric)
 
 
@@ -197,6 +209,7 @@ def _steps_to(baseline: ArmRuns, arm: ArmRuns, metric: str) -> list[float]:
 
 def _parts(experiment: Experiment, runs: Runs) -> list[str]:
     parts = [f"# {experiment.title}", *([experiment.question] if experiment.question else [])]
+    parts += [verdict_of(experiment, runs)] if experiment.verdict else []
     parts += [said(experiment, runs)]
     for title, rows in grids(experiment, runs):
         parts += [*([f"**{title}**"] if title else []), as_markdown(rows)]
@@ -217,7 +230,7 @@ def said(experiment: Experiment, runs: Runs) -> str:
     over = {0: "no run counts", 1: "one seed"}.get(seeds, f"mean ± standard deviation over {several} seeds")
     scales = sorted({row["scale"] for row in runs.rows} - {"1"})
     if experiment.is_table:
-        words = ["In brackets: the paper."] if any(arm.arm and arm.arm.reported for arm in runs.arms) else []
+        words = ["In brackets: the paper."] if any(arm.arm.reported for arm in runs.arms) else []
         if trained:
             how = f"Scaled down ({', '.join(scales)}): not comparable with the paper's" if scales else "The paper's"
             words = [f"{how} numbers of training steps; {over}.", *words]
@@ -247,8 +260,6 @@ def _places(experiment: Experiment, runs: Runs) -> list[list[str]]:
     """The header and the rows: measured, and in brackets what the paper reports."""
     texts: dict[tuple[str, str], str] = {}
     for arm in runs.arms:
-        if arm.arm is None:
-            continue
         for metric, row, column in arm.arm.places(_metric(experiment, arm.arm)):
             reported = arm.arm.reported.get(metric)
             measured = arm.text(metric) if arm.values(metric) else _why_not(arm)
@@ -299,7 +310,7 @@ def notes(experiment: Experiment, runs: Runs) -> list[str]:
         found += [f"{runs.title(arm)}: {words[arm.name]}"] if arm.name in words else []
         found += [*_edges(arm, runs), *_better(arm, runs, experiment.metric)]
         if arm.search and not arm.chosen:
-            found.append(f"{runs.title(arm)}: no run of the search came to an end, so none was trained that counts.")
+            found.append(f"{runs.title(arm)}: each run of the search failed or diverged, so that no run counts.")
     for row in runs.rows:
         if row["error"].startswith("not run: "):
             found.append(f"{row['arm']}, {row['error']}")
@@ -308,6 +319,8 @@ def notes(experiment: Experiment, runs: Runs) -> list[str]:
             what = "search" if row["kind"] == "search" else "run"
             place = ", ".join(part for part in (settings, f"seed {row['seed']}") if part)
             found.append(f"{row['arm']}, {what} of {place}: {row['error']}")
+    if runs.others:
+        found.append(f"{RUNS} also has runs of {', '.join(runs.others)}, which {experiment.source} does not have.")
     sizes = {len(arm.search) for arm in runs.arms}
     if len(sizes) > 1:
         found.append("The searches are of different sizes: see the column of how many were searched.")

@@ -81,6 +81,9 @@ def verdict_of(experiment: Experiment, runs: Runs) -> str:
     groups = {arm.label: arm.counted for arm in runs.arms if arm.counted}
     absent = [arm.label for arm in runs.arms if not arm.counted]
     without = f" No run of {_listed(absent)} counts: each failed or diverged." if absent else ""
+    lost = [(arm.label, len(arm.final) - len(arm.counted), len(arm.final)) for arm in runs.arms if arm.counted]
+    parts = [f"{count} of {of} runs of {label}" for label, count, of in lost if count]
+    without += f" Not counted, as they failed or diverged: {_listed(parts)}." if parts else ""
     if not groups:
         return without.strip()
     accuracies = {label: [float(row[experiment.metric]) for row in rows] for label, rows in groups.items()}

@@ -38,7 +38,7 @@ def test_bad_input(arguments, words, tmp_path, capsys, monkeypatch):
 def test_an_output_folder_that_cannot_be_made(tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
     assert main(["demo", "--output", str(tmp_path / "file" / "out")]) == 2
-    assert "--output" in capsys.readouterr().err
+    assert capsys.readouterr().err == f"kalmannorm: {tmp_path / 'file' / 'out' / 'demo'}: Not a directory\n"
     assert (tmp_path / "file").read_text() == "in the way"
 
 

@@ -65,7 +65,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(images, recipe, tmp_path, caps
 def test_an_output_that_cannot_be_made(images, recipe, tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
     assert main(["fit", "--config", recipe, "--output", str(tmp_path / "file" / "run")]) == 2
-    assert "--output" in capsys.readouterr().err
+    assert capsys.readouterr().err == f"kalmannorm: {tmp_path / 'file' / 'run'}: Not a directory\n"
     assert (tmp_path / "file").read_text() == "in the way"
 
 
@@ -87,6 +87,14 @@ def test_exported_weights_are_loaded_by_the_lines_that_are_shown(images, recipe,
         torch.testing.assert_close(exported(images), load(tmp_path / "run").network(images))
     kinds = {type(layer).__name__ for layer in exported.modules()}
     assert ("KalmanNorm2d" in kinds, "BatchNorm2d" in kinds) == (not stock, stock)
+
+
+def test_what_cannot_be_written_is_named(images, recipe, tmp_path, capsys):
+    assert main(["fit", "--config", recipe, "--output", str(tmp_path / "run")]) == 0
+    capsys.readouterr()
+    gone = tmp_path / "gone" / "model.pt"
+    assert main(["export", str(tmp_path / "run"), str(gone)]) == 2
+    assert capsys.readouterr().err == f"kalmannorm: {gone}: No such file or directory\n"
 
 
 def test_the_list_tells_what_there_is(capsys):

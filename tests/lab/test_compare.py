@@ -10,6 +10,7 @@ from PIL import Image
 from kalmannorm.lab import cli, compare, jobs
 from kalmannorm.lab.compare import classifier
 from kalmannorm.lab.data.generated import generate_folders
+from kalmannorm.lab.methods import METHODS
 from kalmannorm.lab.results import Result
 
 
@@ -87,6 +88,10 @@ def test_pictures_of_more_than_8_bits_are_refused(tmp_path, mode):
         (["--methods", "bn,frozen"], "--methods: 'frozen' keeps the statistics of a trained network: give --weights"),
         (["--weights", "gone.pt"], "--weights: expected default, none or a file; got gone.pt"),
         (["--speed", "9"], "unknown option --speed"),
+        (["--trainer.max_steps", "9"], "--trainer.max_steps: give --steps instead"),
+        (["--model.init_args.network.class_path=x"], "--model.init_args.network.class_path: give --network instead"),
+        (["--data.init_args.folder", "x"], "--data.init_args.folder: give FOLDER instead"),
+        (["--trainer.bogus", "9"], "bogus"),
         (["--methods", "gn", "--network", "resnet19"], "no classifier 'resnet19'; it has for example resnet18"),
         (["--network", "alexnet"], "alexnet has no BatchNorm"),
         (["--network", "inception_v3"], "--size: inception_v3 cannot take images of 32 pixels"),
@@ -161,6 +166,42 @@ def test_to_name_the_largest_class_is_to_guess(tmp_path, capsys, trained):
     content = yaml.safe_load((output / "compare.yaml").read_text(encoding="utf-8"))
     assert content["verdict"] == {"guessing": 0.9, "images": 20}
     assert trained[-1].config["model"]["init_args"]["num_classes"] == 3
+
+
+def test_a_comparison_grows_and_notices_other_pictures(tmp_path, capsys, trained):
+    images = generate_folders(tmp_path, "pets", classes=2, train=20, val=4, size=40)
+    output = tmp_path / "out"
+    line = ["compare", str(images), *LINE, "--output", str(output)]
+    assert cli.main([*line, "--methods", "bn", "--trainer.gradient_clip_val", "9.0"]) == 0
+    file = output / "compare.yaml"
+    content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    assert content["question"].endswith("But with trainer.gradient_clip_val 9.0.")
+    content["arms"]["bn"]["label"] = "Ours"
+    file.write_text(yaml.safe_dump(content), encoding="utf-8")
+    grown = [*line, "--trainer.gradient_clip_val", "9.0", "--rates", "0.01,0.1", "--seeds", "2"]
+    assert cli.main(grown) == 0
+    content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    assert {key: arm["label"] for key, arm in content["arms"].items()} == {"bn": "Ours", "kn": METHODS["kn"].label}
+    assert (content["search"], content["seeds"]) == ({"model.init_args.rate": [0.01, 0.1]}, 2)
+    assert len(rows_of(output)) == 8
+    # The page's command is one that runs.
+    page = (output / "compare" / "report.html").read_text(encoding="utf-8")
+    assert f"kalmannorm run {file} --output {output}" in page
+    capsys.readouterr()
+    (images / "train" / "class0" / "0.jpg").unlink()
+    assert cli.main(grown) == 2
+    assert "holds a comparison with config.data.init_args.pictures=48 pictures, " in capsys.readouterr().err
+    assert cli.main(["run", str(file), "--output", str(output)]) == 2
+    assert "the pictures have changed: expected 48 pictures, " in capsys.readouterr().err
+
+
+def test_classes_of_two_pictures_have_none_to_hold_out(tmp_path, capsys, trained):
+    for name in ("one", "two"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for number in range(2):
+            Image.new("RGB", (8, 8)).save(tmp_path / "images" / name / f"{number}.png")
+    assert cli.main(["compare", str(tmp_path / "images"), *LINE, "--output", str(tmp_path / "out")]) == 2
+    assert "no class has images enough to hold one out for validation: expected 3" in capsys.readouterr().err
 
 
 def test_a_broken_picture_is_named_before_anything_is_trained(tmp_path, capsys, trained):

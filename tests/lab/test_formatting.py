@@ -27,3 +27,4 @@ def test_numbers_that_are_not_finite_are_shown_and_end_nothing(wrong):
 
 def test_markdown_is_aligned():
     assert as_markdown([["", "a"], ["row", "1"]]) == "|     | a |\n|-----|---|\n| row | 1 |\n"
+    assert as_markdown([["|x|", "a"]]).splitlines()[0] == r"| \|x\| | a |"

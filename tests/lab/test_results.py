@@ -46,6 +46,16 @@ def test_a_folder_without_a_result_is_refused(tmp_path):
         Result.read(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("result.json", '{"scores"'), ("result.json", "[]"), ("curve.csv", "a\n1\n"), ("config.yaml", "")],
+)
+def test_a_file_that_cannot_be_read_is_named(tmp_path, name, text):
+    (stored(tmp_path, RESULT) / name).write_text(text)
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        Result.read(tmp_path)
+
+
 def test_the_environment_is_named():
     found = environment()
     assert {"commit", "torch", "lightning", "machine", "accelerator"} <= set(found)

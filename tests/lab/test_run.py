@@ -17,6 +17,7 @@ import yaml
 
 from kalmannorm.lab import experiments, jobs, page
 from kalmannorm.lab.cli import main
+from kalmannorm.lab.configuration import Run
 from kalmannorm.lab.data.classification import ClassificationData
 from kalmannorm.lab.experiments import merge
 from kalmannorm.lab.fitting import fit
@@ -174,8 +175,54 @@ def test_what_diverges_or_fails_never_wins_and_stops_nothing(here, written, caps
     out = capsys.readouterr().out
     assert "79.00 (1 of 2 runs)" in out
     assert "bn-2, search of rate 0.03, seed 100: RuntimeError: no memory" in out
-    assert "BN, 2: no run of the search came to an end" in out
+    assert "BN, 2: each run of the search failed or diverged, so that no run counts." in out
     assert "KN, 2: the best rate, 0.03, is at the end of those searched (0.01 to 0.03)." in out
+
+
+def test_the_verdict_is_shown_and_says_what_does_not_count(here, written, capsys):
+    def train(job, tell):
+        return result(job, losses=[math.nan] * 4) if (job.seed, job.split) == (1, "test") else result(job)
+
+    here.train = train
+    known = {"guessing": 0.1, "images": 100}
+    assert here.run(written(search={}, verdict=known), "--only", "kn-2") == 0
+    assert "Not counted, as they failed or diverged: 1 of 2 runs of KN." in capsys.readouterr().out
+
+
+def test_a_file_that_was_changed_after_a_run_is_refused_and_loses_nothing(here, written, capsys):
+    assert here.run(written()) == 0
+    for job in here.jobs[:2]:
+        job.folder.mkdir(parents=True)
+        (job.folder / "config.yaml").write_text(yaml.safe_dump(Run(job.config).complete()))
+    assert here.run(written()) == 0
+    before = {path: path.read_bytes() for path in here.output.rglob("*") if path.is_file()}
+    trained = len(here.jobs)
+    assert here.run(written(config={"trainer": {"max_steps": 6}})) == 2
+    assert "another configuration: trainer.max_steps is 4 there; got 6" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in here.output.rglob("*") if path.is_file()} == before
+    assert len(here.jobs) == trained
+
+
+def test_two_processes_do_not_write_into_one_folder(here, written, capsys):
+    codes = []
+    path = written(search={}, seeds=1)
+
+    def train(job, tell):
+        codes.append(here.run(path))
+        return result(job)
+
+    here.train = train
+    assert here.run(path, "--only", "kn-2") == 0
+    assert set(codes) == {2}
+    assert f"--output: another process is running ours in {here.output / 'ours'}" in capsys.readouterr().err
+
+
+def test_a_file_of_runs_that_cannot_be_read_is_named(here, written, capsys):
+    (here.output / "ours").mkdir(parents=True)
+    (here.output / "ours" / "runs.csv").write_text("")
+    for option in ("--report", "--grow"):
+        assert here.run(written(), option) == 2
+        assert f"{here.output / 'ours' / 'runs.csv'} cannot be read as a table" in capsys.readouterr().err
 
 
 def test_a_score_that_there_is_not_is_said(here, written):
@@ -202,6 +249,7 @@ def test_the_report_is_of_the_file_of_runs_alone(here, written, capsys):
         (folder / name).rename(kept / name)
     trained = len(here.jobs)
     assert main(["run", str(path), "--report", "--output", str(kept.parent)]) == 0
+    (kept / "report.html").write_text((kept / "report.html").read_text().replace(str(kept.parent), str(here.output)))
     assert {name: (kept / name).read_bytes() for name in before} == before
     assert capsys.readouterr().out.partition("Report:")[0] in shown
     assert len(here.jobs) == trained
@@ -308,6 +356,9 @@ def test_arms_that_are_not_asked_for_keep_their_rows(here, written, capsys):
     assert {row["model.init_args.weight_decay"] for row in left if row["arm"] != "new"} == {""}
     gone = [{name: row[name] for name in whole[0]} for row in left if row["arm"] == "bn-2"]
     assert gone == [row for row in whole if row["arm"] == "bn-2"]
+    table = (here.output / "ours" / "table.md").read_text()
+    assert "runs.csv also has runs of bn-2, which " in table
+    assert "| bn-2 " not in table
     # Runs of another size are other runs; where these files are all that there is of them, nothing is written over.
     capsys.readouterr()
     assert here.run(path, "--only", "kn-4", "--scale", "0.5") == 2
@@ -609,7 +660,8 @@ def test_a_table_of_the_paper_with_its_numbers_failures_and_page(here, capsys):
     ]  # fmt: skip
     page = (here.output / "table8" / "report.html").read_text(encoding="utf-8")
     assert "50.50 ± 0.71 (89.4)" in page
-    assert "kalmannorm run table8 --scale tiny --seeds 2 --only &#39;inception-cifar10-kn-bs2&#39;" in page
+    command = f"kalmannorm run table8 --scale tiny --seeds 2 --output {here.output} --only"
+    assert f"{command} &#39;inception-cifar10-kn-bs2&#39;" in page
     assert page.count("a figure") == 1
     # Another table that shows the same trainings.
     here.jobs.clear()
@@ -665,7 +717,7 @@ def test_devices_have_folders_of_their_own_and_weights_are_found_in_all(here, wr
     folders = []
     written()
 
-    def train(devices, job):
+    def train(job):
         folders.append(job.folder)
         job.folder.mkdir(parents=True)
         (job.folder / "config.yaml").write_text("{}")
@@ -722,11 +774,10 @@ def test_figure_5_by_the_real_command_and_table_7_from_the_same_trainings(tmp_pa
 
 @pytest.mark.slow
 def test_on_several_devices_it_is_a_command_of_its_own(tmp_path, images, config):
-    config["trainer"]["max_steps"] = 4
-    found = fit_on_devices(2, Job("", 0, config, tmp_path / "run", "validation"))
+    config["trainer"] |= {"max_steps": 4, "devices": 2, "strategy": "ddp"}
+    found = fit_on_devices(Job("", 0, config, tmp_path / "run", "validation"))
     assert (len(found.losses), found.split) == (4, "validation")
     assert found.config["trainer"]["devices"] == 2
-    assert yaml.safe_load((tmp_path / "run.yaml").read_text())["trainer"]["strategy"] == "ddp"
     config["data"]["init_args"]["name"] = "cifar11"
     with pytest.raises(RuntimeError, match=r"cifar11.*exit code 2.*other\.log"):
-        fit_on_devices(2, Job("", 0, config, tmp_path / "other"))
+        fit_on_devices(Job("", 0, config, tmp_path / "other"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import Subset
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 from torchvision.transforms import v2
 
 from kalmannorm.lab.data.batches import DiskData, OrderedBatches
@@ -81,7 +83,22 @@ def open_pictures(folder: str) -> dict[str, Any]:
         if folder != "imagenet":
             raise MissingDataError(f"{folder} has {' and '.join(parts)} of train, val and test; expected {OWN_LAYOUTS}")
         raise missing(folder, LAYOUT, ORIGIN)
-    return {part: ImageFolder(str(path)) for part, path in (parts or {"train": place}).items()}
+    return {part: _Pictures(str(path)) for part, path in (parts or {"train": place}).items()}
+
+
+class _Pictures(ImageFolder):  # type: ignore[misc]
+    """Without hidden files and folders, such as ``.ipynb_checkpoints`` and ``._1.jpg``."""
+
+    def __init__(self, folder: str) -> None:
+        super().__init__(folder, is_valid_file=_is_picture)
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        names = [name for name in super().find_classes(directory)[0] if not name.startswith(".")]
+        return names, {name: place for place, name in enumerate(names)}
+
+
+def _is_picture(path: str) -> bool:
+    return has_file_allowed_extension(path, IMG_EXTENSIONS) and not Path(path).name.startswith(".")
 
 
 def _hub_images(tables: dict[str, Any]) -> dict[str, Any]:
@@ -106,6 +123,7 @@ class FolderData(DiskData):
             ``"test"`` holds none out and validates on the test images: for curves as papers show them, not for choices.
         split_seed: Decides which; and with ``limit``, which ones are kept.
         limit: Keep so many images of each split, drawn from all classes.
+        pictures: What ``found`` must be after `setup`: how many there are, and a digest of their names and sizes.
     """
 
     test_set: Any
@@ -121,24 +139,28 @@ class FolderData(DiskData):
         validation: float | Literal["test"] = 0.1,
         split_seed: int = 0,
         limit: int | None = None,
+        pictures: str | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(gradient_batch, score_batch, seed, num_workers=workers)
         if validation != "test" and not 0 < validation < 0.5:
             raise ValueError(f"validation must be a share between 0 and 0.5, or 'test'; got {validation}")
         self.folder, self.size = folder, size
-        self.validation, self.split_seed, self.limit = validation, split_seed, limit
+        self.validation, self.split_seed, self.limit, self.pictures = validation, split_seed, limit, pictures
 
     def setup(self, stage: str | None = None) -> None:
         """List the images, once.
 
         Raises:
             MissingDataError: There is no such folder.
-            ValueError: ``train``, ``val`` and ``test`` differ in their classes.
+            ValueError: ``train``, ``val`` and ``test`` differ in their classes; or the pictures are not those that were
+                expected.
         """
         if hasattr(self, "train_set"):
             return
-        pictures = open_pictures(self.folder)
+        pictures = self.parts = open_pictures(self.folder)
+        if self.pictures is not None and self.pictures != self.found:
+            raise ValueError(f"{self.folder}: the pictures have changed: expected {self.pictures}; got {self.found}")
         if self.validation == "test" and "val" not in pictures:
             raise ValueError(f"{self.folder} has no test images to validate on: expected train/ and val/, or a share")
         self.classes, self.num_classes = _common_classes(self.folder, pictures), len(pictures["train"].classes)
@@ -150,6 +172,18 @@ class FolderData(DiskData):
             # The first of a random order: the first files would all be of one class.
             kept = Subset(transformed, np.sort(indices[: self.limit]).tolist())
             setattr(self, f"{split}_set", kept)
+
+    @property
+    def found(self) -> str:
+        """After `setup`, how many pictures there are, and a digest of their names and sizes."""
+        told: list[str] = []
+        for part, files in self.parts.items():
+            # Of Parquet files, their labels.
+            places = [Path(path) for path, _ in getattr(files, "samples", [])]
+            told += [f"{part}/{each.relative_to(files.root)} {each.stat().st_size}" for each in places] or [
+                f"{part} {label}" for label in files.targets
+            ]
+        return f"{len(told)} pictures, {hashlib.sha256(repr(told).encode()).hexdigest()[:12]}"
 
     def test_dataloader(self) -> OrderedBatches:
         """All test images, in order."""

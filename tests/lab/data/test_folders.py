@@ -31,6 +31,24 @@ def split_files(data):
     return [files(part) for part in (data.train_set, data.validation_set, data.test_set)]
 
 
+def test_hidden_files_and_folders_are_none(root):
+    write_classes(root / "mine", 10)
+    write_classes(root / "mine", 2, [".ipynb_checkpoints"])
+    (root / "mine" / "bee" / "._0.png").write_bytes(b"")
+    data = ready("mine")
+    assert data.classes == CLASSES
+    assert sum(map(len, split_files(data))) == 30
+
+
+def test_pictures_that_are_not_those_expected_are_refused(root):
+    write_classes(root / "mine", 10)
+    found = ready("mine").found
+    assert ready("mine", pictures=found).found == found
+    (root / "mine" / "bee" / "0.png").rename(root / "mine" / "bee" / "10.png")
+    with pytest.raises(ValueError, match=r"mine: the pictures have changed: expected 30 pictures, .*; got 30 pictures"):
+        ready("mine", pictures=found)
+
+
 def test_three_folders_are_taken_as_they_are(root):
     for part, count in (("train", 3), ("val", 2), ("test", 1)):
         write_classes(root / "imagenet" / part, count)
