@@ -28,6 +28,9 @@ from kalmannorm.traversal import attributes_kept, in_eval, inputs_seen, kalman_l
 
 __all__ = ["Calibration", "CalibrationRow", "calibrate"]
 
+# What a layer knows of its correction.
+_CORRECTION = ("prior_shift", "prior_scale", "awaits_correction", "dropped_statistics", "_settled")
+
 
 @dataclass(frozen=True)
 class CalibrationRow:
@@ -157,9 +160,10 @@ class _Observed(Population):
     def __init__(self, layer: KalmanLayer, source: str) -> None:
         super().__init__(layer)
         known = layer.has_known_statistics and source == "running"
-        self.target = layer._running_belief().map(Tensor.double) if known else None  # None: the data's
+        self.target = layer.correction_target().map(Tensor.double) if known else None  # None: the data's
+        self.before = {name: getattr(layer, name) for name in _CORRECTION}
         self.priors: list[Gaussian] = []
-        self.reason = "it was not called"
+        self.reason = "it was not called, and stays as it was"
 
     def look(self, x: Tensor) -> None:
         """Add an input, ``(N, C, *)``, and its prior."""
@@ -182,11 +186,16 @@ class _Observed(Population):
         layer = self.layer
         with torch.inference_mode(False):  # a later pass may need gradients
             layer.prior_shift, layer.prior_scale = shift.float().clone(), scale.float().clone()
+        layer.dropped_statistics = None
         layer._settle(layer.prior_scale)
 
     def correct(self, name: str) -> CalibrationRow:
         """Set the layer's correction; return how far its prior was off."""
         layer, source = self.layer, "data" if self.target is None else "running statistics"
+        if not self.samples:
+            for attribute, value in self.before.items():
+                setattr(layer, attribute, value)
+            return _unmeasured(name, "", self.reason)
         if not self.priors and self.target is not None and getattr(layer, "running_mean", None) is not None:
             layer.await_correction()
             return _unmeasured(name, source, f"which are its prior: {self.reason}")
@@ -209,9 +218,8 @@ class _Observed(Population):
 def _observing(model: nn.Module, observed: Collection[_Observed]) -> Iterator[None]:
     """Run a model in ``eval()`` with beliefs, and observe its layers; after an error their corrections are restored."""
     layers = [each.layer for each in observed]
-    corrections = ("prior_shift", "prior_scale", "awaits_correction", "dropped_statistics")
     looks = [(each.layer, each.look) for each in observed]
-    with attributes_kept(layers, *corrections, after_errors=True), attributes_kept(layers, "is_observed", "online"):
+    with attributes_kept(layers, *_CORRECTION, after_errors=True), attributes_kept(layers, "is_observed", "online"):
         for each in observed:
             each.layer.is_observed = True
             if each.target is None:

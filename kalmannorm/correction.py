@@ -56,7 +56,7 @@ class CorrectedPrior(nn.Module):
     calibrates: bool | None = None
     """Whether running statistics in a BatchNorm checkpoint correct the prior; None: if they are trained ones."""
     dropped_statistics: Gaussian | None
-    """The target of the correction, in a pretrained layer that keeps no running statistics, or has reset them."""
+    """The target of a correction that is awaited, where the running statistics were dropped or reset."""
     _settled: tuple[int, int] | None = None
     """See :func:`_state`: that of the scale since it was found."""
 
@@ -66,19 +66,21 @@ class CorrectedPrior(nn.Module):
 
     def await_correction(self) -> None:
         """Correct the prior by the running statistics at the next call that computes a prior."""
-        self.prior_shift = torch.zeros_like(self._running_belief().mean[0])
-        # So far below 0 that an average of weights, which moves it towards a scale, does not reach 0.
-        self.prior_scale = self.prior_shift - 1e30
+        with torch.inference_mode(False):  # a later pass writes into them
+            self.prior_shift = torch.zeros_like(self.correction_target().mean[0])
+            # So far below 0 that an average of weights, which moves it towards a scale, does not reach 0.
+            self.prior_scale = self.prior_shift - 1e30
         self.awaits_correction = True
 
     def drop_correction(self) -> None:
         """Use priors as the layers below predict them."""
         self._buffers.update(prior_shift=None, prior_scale=None)
+        self.dropped_statistics = None
         self._settle(None)
 
     def _settle(self, found: Tensor | None) -> None:
         """Await no correction any more: ``found`` is the scale from now on."""
-        self.awaits_correction, self.dropped_statistics = False, None
+        self.awaits_correction = False
         self._settled = _state(found)
 
     @torch.no_grad()
@@ -111,8 +113,7 @@ class CorrectedPrior(nn.Module):
         is_derived = scale.is_meta or (is_transformed() and not compiling)
         if is_derived or compiling or bool((scale < 0).any()):
             given = prior.detach().per_channel(1)
-            target = self._running_belief() if self.dropped_statistics is None else self.dropped_statistics
-            found = self.correction_to(given, target.map(lambda t: t.to(given.mean.device)))
+            found = self.correction_to(given, self.correction_target().map(lambda t: t.to(given.mean.device)))
             # Buffers cannot be changed in place inside of torch.func, and hold nothing on meta. A batch that is not
             # finite may make priors so; the next one corrects them.
             if is_derived or not (compiling or all(bool(t.isfinite().all()) for t in (given.mean, given.var))):
@@ -120,27 +121,37 @@ class CorrectedPrior(nn.Module):
             with torch.no_grad():
                 shift.copy_(found[0])
                 scale.copy_(found[1])
+            self.dropped_statistics = None
         self._settle(scale)
         return shift, scale
 
     def _was_overwritten(self, scale: Tensor) -> bool:
         """Whether another tensor, or other numbers, may have taken the place of a scale that was found: an older state
-        may be restored, and ``torch.func.functional_call`` puts tensors in for one call. DistributedDataParallel
-        writes its buffers at each call, the same numbers; to look at them would make a device wait.
+        may be restored, and ``torch.func.functional_call`` puts tensors in for one call.
         """
-        if is_transformed() or (dist.is_available() and dist.is_initialized()):
+        now, before = _state(scale), self._settled
+        if is_transformed() or now is None or now == before:
             return False
-        now = _state(scale)
-        return now is not None and now != self._settled
+        # DistributedDataParallel writes its buffers at each call, the same numbers; to look makes a device wait.
+        is_written = scale.device.type != "cpu" and dist.is_available() and dist.is_initialized()
+        return not is_written or before is None or now[0] != before[0]
+
+    def correction_target(self) -> Gaussian:
+        """The statistics that a correction leads to, ``(1, C)``."""
+        return self._running_belief() if self.dropped_statistics is None else self.dropped_statistics
 
     def _running_belief(self) -> Gaussian:
-        """The running statistics, ``(1, C)``; after they were dropped, those that were dropped."""
+        """The running statistics, ``(1, C)``."""
         mean, var = getattr(self, "running_mean", None), getattr(self, "running_var", None)
-        if mean is None or var is None:
-            assert self.dropped_statistics is not None
-            return self.dropped_statistics
+        assert mean is not None
+        assert var is not None
         dtype = torch.promote_types(var.dtype, torch.float32)
         return Gaussian(mean[None].to(dtype), var[None].to(dtype))
+
+    @property
+    def _of_checkpoints(self) -> Tensor | None:
+        """A tensor that each checkpoint has, to live where it does; None without any."""
+        return self.weight if self.weight is not None else getattr(self, "running_mean", None)
 
     @property
     def has_known_statistics(self) -> bool:
@@ -159,7 +170,7 @@ class CorrectedPrior(nn.Module):
         given = state_dict.get(prefix + "prior_scale")
         if given is not None:
             if self.prior_scale is None:
-                like = self.weight if self.weight is not None else given
+                like = self._of_checkpoints if self._of_checkpoints is not None else given
                 self.prior_shift, self.prior_scale = (torch.empty_like(given, device=like.device) for _ in range(2))
             return
         if not any(prefix + name in state_dict for name in ("weight", "running_mean", "gain", "process_noise")):
@@ -183,6 +194,7 @@ class CorrectedPrior(nn.Module):
             return True
         self.awaits_correction = bool((self.prior_scale < 0).any())
         if not self.awaits_correction:
+            self.dropped_statistics = None
             self._settle(self.prior_scale)
         elif not self.has_known_statistics:
             self.drop_correction()

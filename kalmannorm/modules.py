@@ -120,9 +120,25 @@ class KalmanLayer(CorrectedPrior):
         return super().train(mode)
 
     def reset_parameters(self) -> None:
-        """Reset all parameters and running statistics to their initial values: after ``to_empty``, for one."""
+        """Reset all parameters and running statistics to their initial values, those of a frozen layer too."""
+        frozen, self.frozen = self.frozen, False
         super().reset_parameters()  # type: ignore[misc]
+        self.frozen = frozen
         self._reset_filter()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """As torch's, for ``to`` and the like. ``to_empty`` of a layer on the meta device leaves what no BatchNorm
+        checkpoint has at its initial values.
+        """
+        added = ("gain", "process_noise", "nonfinite_batches")
+        on_meta = [name for name in added if isinstance(t := getattr(self, name, None), Tensor) and t.is_meta]
+        waits_on_meta = self.awaits_correction and self.prior_scale is not None and self.prior_scale.is_meta
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name in on_meta:
+            getattr(self, name).data.zero_()
+        if waits_on_meta:
+            self.await_correction()
+        return self
 
     def _reset_filter(self) -> None:
         """Reset gain and process noise to their initial values, and drop a correction of the prior."""
@@ -337,18 +353,17 @@ class KalmanLayer(CorrectedPrior):
                 "its state_dict is saved, or call kalmannorm.calibrate(model, loader)"
             )
 
-
     def _leave_meta(self) -> None:
         """Give tensors that a BatchNorm checkpoint lacks their initial values, if its own were assigned to this layer
         on the meta device.
         """
-        weight: Tensor | None = self.weight
-        if weight is None or weight.is_meta:
+        there = self._of_checkpoints
+        if there is None or there.is_meta:
             return
         for name in ("gain", "process_noise"):
             parameter = self._parameters.get(name)
             if parameter is not None and parameter.is_meta:
-                zeros = torch.zeros_like(parameter, device=weight.device)
+                zeros = torch.zeros_like(parameter, device=there.device)
                 self._parameters[name] = nn.Parameter(zeros, parameter.requires_grad)
         if self.prior_scale is not None and self.prior_scale.is_meta:
             self.await_correction()
@@ -426,20 +441,20 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
 
     def drop_running_stats(self) -> None:
         """Keep no running statistics any more: fuse in ``eval()`` too."""
-        dropped = self.dropped_statistics
-        if self.awaits_correction and dropped is None:
-            dropped = self._running_belief()
+        if self.awaits_correction:
+            self.dropped_statistics = self.correction_target()
         self.track_running_stats = False
         for name in ("running_mean", "running_var", "num_batches_tracked", "nonfinite_batches"):
             setattr(self, name, None)
-        self.dropped_statistics = dropped
 
     def reset_running_stats(self) -> None:
-        """Reset running statistics and counters to their initial values. A correction that is awaited keeps its
-        target.
+        """Reset running statistics and counters to their initial values. Those of a frozen layer stay: nothing would
+        move them again. A correction that is awaited keeps its target.
         """
-        if self.__dict__.get("awaits_correction") and self.dropped_statistics is None:  # unset in the constructor
-            self.dropped_statistics = self._running_belief().map(Tensor.clone)
+        if self.frozen:
+            return
+        if self.__dict__.get("awaits_correction"):  # unset in the constructor
+            self.dropped_statistics = self.correction_target().map(Tensor.clone)
         super().reset_running_stats()
         nonfinite = self._buffers.get("nonfinite_batches")
         if nonfinite is not None:
@@ -586,10 +601,16 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
 
         Raises:
             ValueError: ``stats_batch_size`` does not divide it.
+            TypeError: inside of ``torch.jit.trace``, if there is a ``stats_batch_size``.
         """
         size = self.stats_batch_size
         if size is None:
             return 1
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            raise TypeError(
+                f"torch.jit.trace cannot trace the statistic groups of {self._label()}, expected torch.export in its "
+                "place, or stock layers: kalmannorm.to_batchnorm(model) first"
+            )
         if samples % size:
             raise ValueError(
                 f"{self._label()} got a batch of {samples}, expected a multiple of stats_batch_size={size}"

@@ -85,7 +85,7 @@ class KeptPriors:
         else:
             tensors = tensors_of(module)
             key = _what_they_depend_on(module, tensors, layers, values)
-        if key is None and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and (key is None or not _are_same(self.tensors, tensors)):
             self.kept, self.key = {}, None  # a step may follow a pass with gradients, and no count tell of its changes
         self.are_complete = self.are_used and key is not None and key == self.key and self.calls == {
             layer: 1 for layer in layers if layer.is_fusing and not layer.ignores_prior
@@ -116,14 +116,14 @@ class KeptPriors:
         """
         if self.key is None or not torch.compiler.is_exporting():
             return False
-        inputs, options, switched, states = self.key
+        inputs, course, switched, states = self.key
         given = list(found_in(values, Tensor))
         sizes = [(size, known) for t, (shape, _, _) in zip(given, inputs, strict=False)
                  for size, known in zip(t.shape[1:], shape[1:], strict=False)]  # fmt: skip
         return (
             [t.ndim for t in given] == [len(shape) for shape, _, _ in inputs]
             and all(type(size) is int and size == known for size, known in sizes)
-            and options == _options(values)
+            and course == _course(values)
             and switched == _switched(module, layers)
             and states == _states(t for ref in self.tensors if (t := ref()) is not None)
         )
@@ -153,7 +153,7 @@ def _what_they_depend_on(module: nn.Module, tensors: Sequence[Tensor], layers: S
     if any(not t.is_floating_point() for t in given) or any(t.is_inference() for t in tensors):
         return None
     inputs = tuple((t.shape, t.dtype, t.device) for t in given)
-    return inputs, _options(values), _switched(module, layers), _states(tensors)
+    return inputs, _course(values), _switched(module, layers), _states(tensors)
 
 
 def _are_plain(value: Any) -> bool:
@@ -171,15 +171,24 @@ def tensors_of(module: nn.Module) -> list[Tensor]:
             if t is not None]  # fmt: skip
 
 
-def _options(values: Any) -> tuple[Any, ...]:
-    """The arguments on which the course of a forward pass may depend."""
-    return tuple(found_in(values, bool | int | float | str))
+def _course(value: Any) -> Any:
+    """What of the arguments the course of a forward pass may depend on: all but the numbers in tensors."""
+    if isinstance(value, Mapping):
+        return [(key, _course(each)) for key, each in value.items()]
+    if isinstance(value, tuple | list):
+        return [_course(each) for each in value]
+    return Tensor if isinstance(value, Tensor) else (type(value), value)
 
 
 def _switched(module: nn.Module, layers: Sequence[Any]) -> tuple[int, ...]:
     """Differs once a layer's training flag was set, or a hook was added or removed."""
     hooks = [key for each in module.modules() for key in (*each._forward_pre_hooks, *each._forward_hooks)]
     return sum(layer.times_switched for layer in layers), *hooks
+
+
+def _are_same(kept: Sequence[weakref.ref[Tensor]], tensors: Sequence[Tensor]) -> bool:
+    """Whether these tensors are those: a later one may have the memory of one that is gone."""
+    return len(kept) == len(tensors) and all(ref() is t for ref, t in zip(kept, tensors, strict=True))
 
 
 def _states(tensors: Iterable[Tensor]) -> tuple[Any, ...]:

@@ -1,6 +1,6 @@
 """How beliefs propagate: the moments of a recorded step, by the rules of the functions that lead to it.
 
-`prior_of` is where a normalization layer asks. The paper's own estimator is in `kalmannorm.paper`.
+`belief_for` is where a normalization layer asks. The paper's own estimator is in `kalmannorm.paper`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kalmannorm.steps import Step, computed_in, may_use, replace, step_of
 
 __all__ = [
     "FAILURES", "NO_INPUT", "belief_for", "defer", "evaluate", "exact", "first_line", "function_name", "operands",
-    "prior_of", "without_autocast",
+    "without_autocast",
 ]  # fmt: skip
 
 NO_INPUT = Unknown("the input does not depend on a floating-point input of the network")
@@ -41,23 +41,16 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def prior_of(tensor: Tensor, groups: int) -> Belief:
-    """The belief about an activation: the prior of the layer that gets it.
+def belief_for(tensor: Tensor, groups: int) -> Belief:
+    """The belief about an activation: the prior of the layer that gets it. Autocast must be off.
 
     Args:
         tensor: the activation, ``(N, C, *)``.
         groups: the layer's number of statistic groups ``S``.
 
     Returns:
-        Mean and variance ``(S, C)``, or why they are unknown.
+        Mean and variance in the shape that the kernels take, ``(1 or S, C, 1, ...)``; or why they are unknown.
     """
-    with without_autocast(tensor.device):
-        belief = belief_for(tensor, groups)
-        return belief if isinstance(belief, Unknown) else belief.per_channel(groups)
-
-
-def belief_for(tensor: Tensor, groups: int) -> Belief:
-    """As :func:`prior_of`, in the shape that the kernels take: ``(1 or S, C, 1, ...)``. Autocast must be off."""
     step = step_of(tensor)
     if step is None:
         return NO_INPUT

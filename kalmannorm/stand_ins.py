@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
@@ -55,7 +56,8 @@ _RANKS: dict[type[nn.Module], tuple[int, ...]] = {
 }  # fmt: skip
 _HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks",
+    "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
 )  # fmt: skip
 
 
@@ -63,8 +65,10 @@ def stand_in(layer: nn.Module) -> tuple[str, type[KalmanLayer] | None]:
     """The kind of a layer, ``""`` for none of :data:`KINDS`, and the class that can take its place; None for a
     subclass that computes something of its own.
     """
+    # A parametrization, for one, adds other tensors or submodules.
+    has_others = not {*layer._parameters, *layer._buffers} <= _TENSORS
     if (found := _ELSEWHERE.get(f"{type(layer).__module__}.{type(layer).__name__}")) is not None:
-        return found
+        return (found[0], None) if has_others else found
     if isinstance(layer, KalmanLayer):
         return "", None
     if type(layer).__name__.endswith("FrozenBatchNorm2d") and layer._buffers.keys() == _FROZEN:
@@ -73,9 +77,8 @@ def stand_in(layer: nn.Module) -> tuple[str, type[KalmanLayer] | None]:
     for kind, classes in _STOCK.items():
         for stock, kalman in classes.items():
             if issubclass(its_class, stock):
-                # A parametrization, for one, adds other tensors or submodules.
-                has_others = not {*layer._parameters, *layer._buffers, *layer._modules} <= _TENSORS
-                return kind, None if has_others or type(layer).forward is not stock.forward else kalman
+                is_other = has_others or layer._modules or type(layer).forward is not stock.forward
+                return kind, None if is_other else kalman
     return "", None
 
 
@@ -96,7 +99,9 @@ def kalman_layer(layer: nn.Module, name: str, kalman: type[KalmanLayer], options
     Raises:
         ValueError: for a lazy layer, or instance normalization with running statistics.
     """
-    if isinstance(layer, nn.modules.lazy.LazyModuleMixin) and layer.has_uninitialized_params():
+    if isinstance(layer, nn.modules.lazy.LazyModuleMixin) and (
+        layer.has_uninitialized_params() or getattr(layer, "num_features", 1) == 0  # it may have no parameters
+    ):
         raise ValueError(
             f"{type(layer).__name__} {name!r} is lazy and does not know its channels yet: run the model once before "
             "kalmannorm.convert"
@@ -165,9 +170,14 @@ def _arguments(layer: Any) -> tuple[Any, ...]:
 
 
 def _share_tensors(new: nn.Module, old: nn.Module) -> None:
-    """Put the tensors of an old layer into a new one, under the names that both have."""
+    """Put the tensors of an old layer into a new one, under the names that both have; a counter that a user took off
+    stays the new layer's own, which running statistics need.
+    """
     new._parameters.update({name: t for name, t in old._parameters.items() if name in new._parameters})
-    new._buffers.update({name: t for name, t in old._buffers.items() if name in new._buffers})
+    buffers = {name: t for name, t in old._buffers.items() if name in new._buffers}
+    if buffers.get("running_mean") is not None and buffers.get("num_batches_tracked") is None:
+        buffers.pop("num_batches_tracked", None)
+    new._buffers.update(buffers)
 
 
 @torch.no_grad()
@@ -193,5 +203,10 @@ def _without_tensors(layer: nn.Module) -> nn.Module:
 def move_hooks(new: nn.Module, old: nn.Module) -> None:
     """Move the hooks that users have registered. The dicts themselves move, so that handles still remove."""
     for name in _HOOKS:
-        setattr(new, name, getattr(old, name))
-        setattr(old, name, type(getattr(old, name))())
+        hooks = getattr(old, name)
+        for hook in hooks.values() if name.startswith("_load") else ():
+            if getattr(hook, "with_module", False):  # torch's own wrapper
+                hook.module = weakref.ref(new)
+        setattr(new, name, hooks)
+        setattr(old, name, type(hooks)())
+    new._is_full_backward_hook, old._is_full_backward_hook = old._is_full_backward_hook, None

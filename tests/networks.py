@@ -7,6 +7,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import kalmannorm as kn
+from kalmannorm.gaussian import Unknown
+from kalmannorm.propagation import belief_for
 
 
 def conv_net(**options):
@@ -33,6 +35,12 @@ class Net(nn.Module):
 
     def forward(self, x):
         return self.second(self.between(self, self.first(x)))
+
+
+def prior_of(tensor, groups):
+    """What a layer believes of its input: mean and variance, ``(S, C)``, or why they are unknown."""
+    belief = belief_for(tensor, groups)
+    return belief if isinstance(belief, Unknown) else belief.per_channel(groups)
 
 
 def prior_after(between, **kwargs):

@@ -593,8 +593,9 @@ def scales(model):
     return torch.cat([scale for _, scale in corrections(model)])
 
 
-def by_functional_call(model, x):
-    tensors = {name: t.detach().clone() for name, t in (*model.named_parameters(), *model.named_buffers())}
+def by_functional_call(model, x, of=None):
+    of = of or model
+    tensors = {name: t.detach().clone() for name, t in (*of.named_parameters(), *of.named_buffers())}
     torch.func.functional_call(model, tensors, (x,))
 
 
@@ -624,8 +625,38 @@ def averaged(model, x):
             scale.mul_(0.99**1000).add_(1.2)
 
 
+def by_a_found_one_for_one_call(model, x):
+    other = copy.deepcopy(model)
+    kn.calibrate(other, x)
+    other(x)
+    by_functional_call(model, x, of=other)
+
+
+@pytest.fixture
+def a_process_group(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("options", [{}, {"track_running_stats": False}], ids=["tracks", "drops"])
+def test_a_correction_for_one_call_is_not_the_layers_own(trained, options):
+    model, x = converted(trained, **options), images()
+    by_a_found_one_for_one_call(model, x)
+    other = converted(trained, **options)
+    assert torch.equal(model(x), other(x))
+    assert_same_corrections(model, other)
+
+
+@pytest.mark.usefixtures("a_process_group")
+@pytest.mark.parametrize("before", [by_a_found_one_for_one_call, restored_afterwards], ids=lambda it: it.__name__)
+def test_with_a_process_group_too(trained, before):
+    test_the_first_call_that_can_finds_the_correction(trained, before)
+
+
 @pytest.mark.parametrize(
-    "before", [by_functional_call, restored_afterwards, with_an_infinite_pixel, update_bn, averaged],
+    "before", [by_functional_call, by_a_found_one_for_one_call, restored_afterwards, with_an_infinite_pixel, update_bn,
+               averaged],
     ids=lambda before: before.__name__,
 )  # fmt: skip
 def test_the_first_call_that_can_finds_the_correction(trained, before):
@@ -648,9 +679,40 @@ def test_a_correction_that_was_found_stays_where_tensors_take_its_place(trained)
     torch.testing.assert_close(scales(model), expected, rtol=0, atol=0)
 
 
-def test_calibrated_in_inference_mode_it_trains(trained):
+def test_calibrated_after_running_statistics_were_reset(trained):
+    model, other, x = converted(trained), converted(trained), images()
+    for layer in kalman_layers(model):
+        layer.reset_running_stats()
+    kn.calibrate(model, x)
+    kn.calibrate(other, x)
+    assert_same_corrections(model[:2], other[:2])  # those above see what a reset layer gives in eval()
+
+
+@pytest.mark.parametrize("data", [(), ([images()],)], ids=["at the next call", "from data"])
+def test_calibrated_in_inference_mode_it_trains(trained, data):
     model = converted(trained)
     with torch.inference_mode():
-        kn.calibrate(model, [images()], progress=False)
+        kn.calibrate(model, *data, progress=False)
     model(images()).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_layer_that_eval_leaves_out_keeps_its_correction():
+    class Auxiliary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = network()[:5], network()[3:5]
+
+        def forward(self, x):
+            x = self.body(x)
+            return self.head(x) if self.training else x
+
+    model = Auxiliary()
+    for _ in range(30):
+        model(images())
+    kn.convert(model, input_stats=INPUT_STATS)(images())
+    before = model.head[1].prior_scale
+    row = kn.calibrate(model, images(), source="data").rows[-1]
+    assert (row.source, row.reason) == ("", "it was not called, and stays as it was")
+    assert model.head[1].prior_scale is before
+    assert not model.head[1].awaits_correction

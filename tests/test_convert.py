@@ -7,12 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from networks import conv_net
+from networks import conv_net, prior_of
 from torch import nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 import kalmannorm as kn
-from kalmannorm.propagation import prior_of
 from kalmannorm.steps import step_of
 
 
@@ -347,6 +346,39 @@ def test_hooks_on_a_layer_go_where_it_goes():
     assert len(seen) == 2
 
 
+def test_hooks_of_backward_passes_and_checkpoints_go_along():
+    seen = []
+    model = small()
+    model[1].register_full_backward_hook(lambda layer, before, after: seen.append(("backward", type(layer))))
+    model[1].register_state_dict_pre_hook(lambda layer, prefix, keep: seen.append(("state", type(layer))))
+    model[1].register_load_state_dict_pre_hook(lambda layer, *rest: seen.append(("load", type(layer))))
+    for change, kind in ((kn.convert, kn.KalmanNorm2d), (kn.to_batchnorm, nn.BatchNorm2d)):
+        change(model)
+        seen.clear()
+        model(torch.randn(2, 3, 8, 8)).sum().backward()
+        model.load_state_dict(model.state_dict())
+        assert seen == [("backward", kind), ("state", kind), ("load", kind)]
+
+
+def test_a_counter_that_was_taken_off_does_not_stop_running_statistics():
+    model, stock = small(), small()
+    model[1].num_batches_tracked = None
+    x = torch.randn(2, 3, 8, 8)
+    kn.convert(model)(x)
+    stock(x)
+    torch.testing.assert_close(model[1].running_mean, stock[1].running_mean)
+
+
+def test_a_pruned_layer_of_timm_is_left_alone():
+    layers = pytest.importorskip("timm.layers")
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), layers.BatchNormAct2d(4), nn.BatchNorm2d(4))
+    torch.nn.utils.prune.random_unstructured(model[1], "weight", 0.5)
+    with pytest.warns(UserWarning, match=r"BatchNormAct2d '1' .* or tensors: kalmannorm.convert leaves it as it is"):
+        kn.convert(model)
+    assert type(model[1]) is layers.BatchNormAct2d
+    assert model(torch.randn(2, 3, 8, 8)).isfinite().all()
+
+
 def test_layers_with_tensors_of_their_own_are_left_alone():
     class Scaled(nn.BatchNorm2d):
         def __init__(self, channels):
@@ -477,7 +509,11 @@ def test_a_hook_on_the_layer_that_was_replaced_is_not_one_on_the_new():
 
 @pytest.mark.parametrize(
     ("lazy", "kinds"),
-    [(nn.LazyBatchNorm2d(), "batch"), (nn.LazyInstanceNorm2d(track_running_stats=False), "instance")],
+    [
+        (nn.LazyBatchNorm2d(), "batch"),
+        (nn.LazyBatchNorm2d(affine=False, track_running_stats=False), "batch"),
+        (nn.LazyInstanceNorm2d(track_running_stats=False), "instance"),
+    ],
 )
 def test_a_lazy_layer_is_refused_until_it_has_been_called(lazy, kinds):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.InstanceNorm2d(4), lazy)
@@ -543,6 +579,24 @@ def test_a_checkpoint_that_is_assigned_to_a_network_on_the_meta_device(keeps_sta
     assert model.state_dict().keys() == expected.state_dict().keys()
     torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=0, atol=0)
     assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("assign", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_network_from_the_meta_device_has_initial_values_of_what_a_checkpoint_lacks(affine, assign):
+    def build():
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=affine))
+
+    with torch.device("meta"):
+        model = kn.convert(build())
+    if not assign:
+        model.to_empty(device="cpu")
+        assert (model[1].gain == 0).all()  # of memory that may hold anything
+        assert (model[1].process_noise == 0).all()
+        assert model[1].nonfinite_batches == 0
+    model.load_state_dict(build().state_dict(), assign=assign)
+    assert not any(t.is_meta for t in [*model.parameters(), *model.buffers()])
+    assert model(torch.randn(2, 3, 8, 8)).isfinite().all()
 
 
 @pytest.mark.parametrize("convert", [

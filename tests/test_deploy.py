@@ -358,6 +358,20 @@ def test_torch_fx_traces_a_layer_with_its_activation():
     torch.testing.assert_close(kn.connect(traced)(x), model(x), rtol=0, atol=0)
 
 
+def test_an_exported_network_trains_without_a_graph_that_grows():
+    model = kn.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), input_stats=(0.0, 1.0))
+    graph = torch.export.export(model, (torch.randn(2, 3, 8, 8),)).module()
+    graph(torch.randn(2, 3, 8, 8)).square().mean().backward()
+    assert not any(buffer.requires_grad for buffer in graph.buffers())
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.* is deprecated")
+def test_torch_jit_trace_of_groups_is_told_what_to_do():
+    model = kn.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), stats_batch_size=1)
+    with pytest.raises(TypeError, match=r"torch\.jit\.trace cannot trace the statistic groups of KalmanNorm2d '1'"):
+        torch.jit.trace(model, torch.randn(2, 3, 8, 8))
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")
 def test_torch_jit_script_is_told_what_to_do():
     model, *_ = trained("residual")

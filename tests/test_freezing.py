@@ -6,10 +6,10 @@ import re
 
 import pytest
 import torch
+from networks import prior_of
 from torch import nn
 
 import kalmannorm as kn
-from kalmannorm.propagation import prior_of
 from kalmannorm.recording import is_open
 
 
@@ -173,6 +173,16 @@ def test_a_frozen_model_compiles_whole(convert):
     compiled = torch.compile(model.train(), backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), expected)
     assert all(layer.num_batches_tracked.item() == 3 for layer in (model[1], model[4]))
+
+
+def test_update_bn_leaves_a_frozen_layer_as_it_is():
+    model = kn.freeze(kn.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))))
+    model[1].running_mean.fill_(3)
+    torch.optim.swa_utils.update_bn([torch.randn(4, 3, 8, 8)], model)
+    assert (model[1].running_mean == 3).all()
+    model[1].reset_parameters()
+    assert (model[1].running_mean == 0).all()
+    assert model[1].frozen
 
 
 def test_nothing_to_freeze():

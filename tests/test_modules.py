@@ -7,12 +7,12 @@ import warnings
 
 import pytest
 import torch
+from networks import prior_of
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing._internal.common_modules import module_db
 
 import kalmannorm as kn
-from kalmannorm.propagation import prior_of
 from kalmannorm.steps import step_of
 
 STOCK = {

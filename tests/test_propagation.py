@@ -4,12 +4,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import Net, conv_net, prior_after
+from networks import Net, conv_net, prior_after, prior_of
 from torch import nn
 
 import kalmannorm as kn
 from kalmannorm.gaussian import Gaussian
-from kalmannorm.propagation import prior_of
 
 
 def test_rules_for_a_residual_block_add_up():

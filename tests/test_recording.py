@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import Checkpointed, Net, conv_net_like, prior_after
+from networks import Checkpointed, Net, conv_net_like, prior_after, prior_of
 from torch import nn
 
 import kalmannorm as kn
 from kalmannorm import rules
 from kalmannorm.gaussian import Gaussian
-from kalmannorm.propagation import exact, prior_of
+from kalmannorm.propagation import exact
 from kalmannorm.recording import Recorder, attach, is_open
 from kalmannorm.steps import Step, step_of
 

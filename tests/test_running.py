@@ -10,6 +10,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import prior_of
 from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jacfwd, jacrev, jvp, stack_module_state, vmap
@@ -17,7 +18,6 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import kalmannorm as kn
-from kalmannorm.propagation import prior_of
 from kalmannorm.recording import is_open
 from kalmannorm.steps import step_of
 

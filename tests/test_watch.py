@@ -8,12 +8,11 @@ import threading
 
 import pytest
 import torch
-from networks import Checkpointed, conv_net, conv_net_like
+from networks import Checkpointed, conv_net, conv_net_like, prior_of
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
 import kalmannorm as kn
-from kalmannorm.propagation import prior_of
 from kalmannorm.recording import is_open
 from kalmannorm.rules import RULES
 from kalmannorm.steps import step_of
@@ -436,6 +435,43 @@ def test_kept_priors_are_those_of_the_course_that_a_forward_takes(first):
         model(x, **first)
     for _ in range(2):
         torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("by_key", [False, True])
+def test_kept_priors_are_those_of_the_argument_that_is_given(by_key):
+    class Modal(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.ways = nn.ModuleDict({"rgb": nn.Conv2d(3, 4, 3), "depth": nn.Conv2d(3, 4, 3)})
+            self.ways["depth"].weight.mul_(10)
+            self.norm = nn.BatchNorm2d(4)
+
+        def forward(self, inputs=None, **named):
+            way, x = next((name, x) for name, x in (inputs or named).items() if x is not None)
+            return self.norm(self.ways[way](x))
+
+    model = kn.convert(Modal(), input_stats=([0.0] * 3, [1.0] * 3), track_running_stats=False).eval()
+    x = torch.randn(2, 3, 8, 8)
+
+    def run(model, way):
+        return model({way: x}) if by_key else model(**{"rgb": None, "depth": None, way: x})
+
+    for way in ("rgb", "depth", "rgb"):
+        torch.testing.assert_close(run(model, way), run(copy.deepcopy(model), way), rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_kept_priors_are_not_taken_for_those_of_tensors_in_the_same_memory():
+    model, x = one_at_a_time(), torch.randn(2, 3, 10, 10)
+    memory = model[3].weight.clone().numpy()
+    for _ in range(3):
+        memory *= 2
+        found, fresh = (
+            torch.func.functional_call(network, {"3.weight": torch.from_numpy(memory)}, (x,))
+            for network in (model, copy.deepcopy(model))
+        )
+        torch.testing.assert_close(found, fresh, rtol=0, atol=0)
 
 
 @torch.no_grad()

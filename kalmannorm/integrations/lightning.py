@@ -51,7 +51,8 @@ class KalmanNormCallback(lightning.Callback):
             see `kalmannorm.recalibrate`; None keeps them. The network must take a batch, or its first element.
             Checkpoints that are saved before have running averages; `trainer.save_checkpoint` saves the new ones.
         anneal: The factor on the samples that priors are worth, over the whole training; each optimizer step takes
-            its share, see `kalmannorm.anneal`. 1 leaves gains to the optimizer.
+            its share, see `kalmannorm.anneal`. 1 leaves gains to the optimizer. With manual optimization, each
+            optimizer is expected to make one step a batch.
         anneal_from: The share of the steps before the first of these: until the learning rate is low.
         log_gains: Log the layers' mean gain for a single feature map, as `kalman_gain`, after each epoch: near
             0 if the network trusts its priors, near 1 if it trusts the batch.
@@ -128,9 +129,13 @@ class KalmanNormCallback(lightning.Callback):
                 f"KalmanNormCallback got anneal={self.anneal} and a training of {steps} steps, expected a Trainer with "
                 "max_epochs or max_steps"
             )
-        self._steps = int(steps)
-        if self._annealed_at is None:  # also where a checkpoint has no state of this callback
-            self._annealed = trainer.global_step
+        # `max_steps` counts those of all optimizers.
+        each = 1 if pl_module.automatic_optimization or steps != trainer.max_steps else len(trainer.optimizers)
+        self._steps = math.ceil(steps / each)
+        if trainer.global_step == 0:  # another training than the last one
+            self._annealed, self._annealed_at = 0, None
+        elif self._annealed_at is None:  # a checkpoint without a state of this callback
+            self._annealed = trainer.global_step // each
 
     def on_train_batch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any,
                              batch_idx: int) -> None:  # fmt: skip

@@ -146,7 +146,8 @@ def move_running(running: Running, posterior: Gaussian, gain: Tensor | float, ob
     dtype = running.mean.dtype
     others = (count - 1).clamp_min(1) if isinstance(count, Tensor) else max(count - 1, 1)
     newest = posterior.mean, posterior.var + gain * observed_var / others
-    mean, var = ((t[0] if t.shape[0] == 1 else t.mean(0)).to(dtype) for t in newest)
+    # Detached, as an exported graph forgets that gradients were switched off here.
+    mean, var = ((t[0] if t.shape[0] == 1 else t.mean(0)).detach().to(dtype) for t in newest)
     finite = (mean + var).isfinite()
     running.batches.add_(1)
     running.nonfinite.add_(finite.all().logical_not())

@@ -211,6 +211,37 @@ def test_gains_are_annealed_step_by_step(accumulated, start):
     assert apart == pytest.approx([math.log(10)] * 2, abs=0.05)  # but for what was learned otherwise
 
 
+class Manual(Nested):
+    """Two optimizers of a part each, whose steps the trainer counts together."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        for optimizer in self.optimizers():
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(self.net[place].parameters(), lr=0.01) for place in (0, 3)]
+
+
+def annealed_by(module, callback, steps, **options):
+    trainer_of(callback, steps, **options).fit(module, loader())
+    return [math.exp(layer.gain.item()) for _, layer in kalman_layers(module)]
+
+
+def test_each_of_several_trainings_is_annealed_as_asked():
+    callback = KalmanNormCallback(anneal=10.0, anneal_from=0.5)
+    for _ in range(2):
+        assert annealed_by(Manual(), callback, -1, max_epochs=1) == pytest.approx([10.0, 10.0])
+
+
+def test_steps_of_several_optimizers_are_those_of_a_batch():
+    assert annealed_by(Manual(), KalmanNormCallback(anneal=10.0), 8) == pytest.approx([10.0, 10.0])
+
+
 def test_without_an_end_of_training_nothing_can_be_annealed():
     with pytest.raises(ValueError, match=r"anneal=10\.0 and a training of inf steps, expected a Trainer with"):
         trainer_of(KalmanNormCallback(anneal=10.0), -1).fit(Nested(), loader())

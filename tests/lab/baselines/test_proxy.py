@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from learning import falls
+from networks import prior_of
 from torch import nn
 from torch.nn import functional as F
 
@@ -13,7 +14,6 @@ from kalmannorm.lab.baselines.proxy import ProxyNormalized, to_proxy
 from kalmannorm.lab.methods import normalize
 from kalmannorm.lab.models.small import SmallConvNet
 from kalmannorm.lab.optimization import parameter_groups
-from kalmannorm.propagation import prior_of
 
 
 def random_layer(activation, learned=True, norm=None):
