@@ -14,13 +14,13 @@ __all__ = ["backend_for"]
 
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
 # Types of an activation that compiled kernels take.
-_DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def backend_for(x: Tensor, *others: Tensor | None) -> ModuleType:
     """The backend with compiled kernels for a device and types, or `on_torch`."""
     kind = x.device.type
-    if type(x) not in _PLAIN_TENSORS or x.dtype not in _DTYPES.get(kind, ()):
+    if type(x) not in _PLAIN_TENSORS or x.dtype not in _DTYPES or kind not in ("cpu", "cuda"):
         return on_torch
     for t in others:
         if t is None:

@@ -1,4 +1,7 @@
-"""The layer and the link on a CPU, in float32, by ``native.c``. The signatures are those of `on_torch`."""
+"""The layer and the link on a CPU, in float32, by ``native.c``. The signatures are those of `on_torch`.
+
+A layer's input and output may be of half precision: they are converted before and after.
+"""
 
 from __future__ import annotations
 
@@ -66,6 +69,7 @@ def _layer(x: Tensor, given: Given, options: Options) -> tuple[Any, ...]:
 
 def layer_forward(x: Tensor, given: Given, running: Running | None, options: Options) -> tuple[Tensor, Tensor]:
     """See :func:`kalmannorm.kernels.formulas.layer_forward`."""
+    dtype, x = x.dtype, x.float()
     y = torch.empty_like(x)
     statistics = x.new_empty(6, options.groups, x.shape[1])
     moved = (0, 0, 0, 0, 0.0) if running is None else (
@@ -76,13 +80,13 @@ def layer_forward(x: Tensor, given: Given, running: Running | None, options: Opt
         *_layer(x, given, options), x.data_ptr(), y.data_ptr(),
         statistics.data_ptr(), *moved,
     ))  # fmt: skip
-    return y, statistics
+    return y.to(dtype), statistics
 
 
 def layer_backward(dy: Tensor, x: Tensor, given: Given, statistics: Tensor, d_belief: Tensor | None,
                    posterior: bool, options: Options) -> tuple[Tensor | None, ...]:  # fmt: skip
     """See :func:`kalmannorm.kernels.on_torch.layer_backward`."""
-    dy = dense(dy, x)
+    dtype, dy, x = x.dtype, dense(dy, x).float(), x.float()
     dx = torch.empty_like(x)
     results = [None if t is None else torch.empty_like(t) for t in (given.prior, *given[3:])]
     d_prior, *others = results
@@ -92,7 +96,7 @@ def layer_backward(dy: Tensor, x: Tensor, given: Given, statistics: Tensor, d_be
         *((*sent, 0, 0) if posterior else (0, 0, *sent)), *_both_at(d_prior), *map(_at, others),
         dy.data_ptr(), x.data_ptr(), statistics.data_ptr(), dx.data_ptr(),
     ))  # fmt: skip
-    return (dx, *results)
+    return (dx.to(dtype), *results)
 
 
 def _link(moments: Tensor, weight: Tensor, bias: Tensor | None, after: Tensor | None, relu: bool) -> tuple[Any, ...]:

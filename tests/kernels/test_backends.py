@@ -7,15 +7,17 @@ from backend_cases import CASES, run
 from kalmannorm.kernels import backends, native, on_cpu, on_gpu, on_torch
 from kalmannorm.kernels.backends import backend_for
 
-SMALL = [name for name, case in CASES.items() if not getattr(case, "tiny", False)]
-SINGLE = [name for name in SMALL if CASES[name].dtype == torch.float32]
-
+# `link` casts weights before.
+SMALL = [
+    name for name, case in CASES.items()
+    if not getattr(case, "tiny", False) and (case.dtype == torch.float32 or not name.startswith("link"))
+]  # fmt: skip
 
 needs_compiler = pytest.mark.skipif(native._compiler() is None, reason="no C compiler")
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", SINGLE)
+@pytest.mark.parametrize("name", SMALL)
 def test_in_c(name):
     assert on_cpu.is_available()
     wrong = run(name, "cpu", on_cpu)
@@ -26,6 +28,7 @@ def test_in_c(name):
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("name", ["layer_large", "layer_groups_own_priors", "layer_channels_last_3d", "link_many_rows"])
 def test_in_c_on_several_threads(name, threads):
+    assert on_cpu.is_available()
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -37,23 +40,22 @@ def test_in_c_on_several_threads(name, threads):
 
 @pytest.mark.parametrize("name", SMALL)
 def test_by_torch_functions(name):
-    if CASES[name].dtype != torch.float32 and name.startswith("link"):
-        pytest.skip("`link` casts weights before")
     wrong = run(name, "cpu", on_torch)
     assert not wrong, "\n".join(wrong)
 
 
 class TestChoice:
     @needs_compiler
-    def test_single_precision_on_a_cpu_is_compiled(self):
-        x = torch.randn(2, 3)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_an_activation_of_single_or_half_precision_on_a_cpu_is_compiled(self, dtype):
+        x = torch.randn(2, 3).to(dtype)
         assert backend_for(x, None, torch.ones(3)) is on_cpu
         assert backend_for(x, torch.nn.Parameter(torch.ones(3))) is on_cpu
 
-    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-    def test_other_types_are_not(self, dtype):
-        assert backend_for(torch.randn(2, 3).to(dtype)) is on_torch
-        assert backend_for(torch.randn(2, 3), torch.ones(3).to(dtype)) is on_torch
+    def test_other_types_are_not(self):
+        assert backend_for(torch.randn(2, 3).double()) is on_torch
+        for dtype in (torch.float64, torch.bfloat16):
+            assert backend_for(torch.randn(2, 3), torch.ones(3).to(dtype)) is on_torch
 
     def test_other_devices_are_not(self):
         assert backend_for(torch.empty(2, 3, device="meta")) is on_torch
