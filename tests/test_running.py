@@ -786,70 +786,74 @@ def test_beliefs_are_freed_with_the_graph_of_their_step(options):
 
 
 class Between(nn.Module):
-    """A function between two norms."""
+    """Functions, each between the same first norm and a second one of its own."""
 
-    def __init__(self, function):
+    def __init__(self, functions):
         super().__init__()
-        self.function = function
-        self.convs = nn.ModuleList([nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)])
-        self.norms = nn.ModuleList([nn.BatchNorm2d(4), nn.BatchNorm2d(4)])
+        self.functions = functions
+        self.first = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+        self.seconds = nn.ModuleList([nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)) for _ in functions])
 
     def forward(self, x):
-        return self.norms[1](self.convs[1](self.function(self.norms[0](self.convs[0](x)))))
+        x = self.first(x)
+        return [second(function(x)) for function, second in zip(self.functions, self.seconds, strict=True)]
 
 
 class Last(nn.Module):
-    """A function behind a network."""
+    """Functions behind a network."""
 
-    def __init__(self, network, function):
+    def __init__(self, network):
         super().__init__()
-        self.network, self.function = network, function
+        self.network = network
 
     def forward(self, x):
-        return self.function(self.network(x))
+        return [function(y) for function, y in zip(self.network.functions, self.network(x), strict=True)]
+
+
+def equal_by_name(found, expected, names):
+    for name, one, other in zip(names, found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
 @pytest.mark.parametrize("strict", [None, True])
-@pytest.mark.parametrize(
-    "function",
-    [F.hardswish, F.hardsigmoid, lambda h: F.relu_(h + 1), lambda h: F.elu_(h + 1), lambda h: torch.sigmoid_(h + 1),
-     lambda h: 2 - h, lambda h: 2 * h - h / 3, lambda h: (h ** 2)[:, [1, 0, 3, 2]], lambda h: h * h.mean((2, 3), True),
-     lambda h: h - 2 * F.pad(h[..., 1:], (0, 1))],
-    ids=["hardswish", "hardsigmoid", "relu_", "elu_", "sigmoid_", "rsub", "line", "power", "gate", "shift"],
-)  # fmt: skip
-def test_what_a_compiler_sees_of_functions(function, strict):
+def test_what_a_compiler_sees_of_functions(strict):
     """Some are hidden from modes, by torch.compile or a strict export, unless something is done."""
+    functions = {
+        "hardswish": F.hardswish, "hardsigmoid": F.hardsigmoid, "relu_": lambda h: F.relu_(h + 1),
+        "elu_": lambda h: F.elu_(h + 1), "sigmoid_": lambda h: torch.sigmoid_(h + 1), "rsub": lambda h: 2 - h,
+        "line": lambda h: 2 * h - h / 3, "power": lambda h: (h ** 2)[:, [1, 0, 3, 2]],
+        "gate": lambda h: h * h.mean((2, 3), True), "shift": lambda h: h - 2 * F.pad(h[..., 1:], (0, 1)),
+    }  # fmt: skip
     torch.manual_seed(0)
-    model = kn.convert(Between(function), input_stats=([0.0] * 3, [1.0] * 3), track_running_stats=False).eval()
+    model = kn.convert(Between([*functions.values()]), input_stats=([0.0] * 3, [1.0] * 3), track_running_stats=False)
     x = images()
-    for norm in model.norms:
-        nn.init.normal_(norm.weight)
-        nn.init.normal_(norm.bias)
-    assert kn.describe(model, x).with_prior == 2
+    for layer in model.eval().modules():
+        if isinstance(layer, kn.KalmanNorm2d):
+            nn.init.normal_(layer.weight)
+            nn.init.normal_(layer.bias)
+    assert kn.describe(model, x).with_prior == 1 + len(functions)
     expected = model(x)
     compiled = (
         torch.export.export(model, (x,), strict=True).module() if strict
         else torch.compile(model, fullgraph=True, backend="aot_eager")
     )  # fmt: skip
-    equal(compiled(x), expected, 1e-5)
+    equal_by_name(compiled(x), expected, functions)
 
 
-@pytest.mark.parametrize(
-    "function",
-    [lambda h: h * operator.lt(0.5, h), lambda h: h * operator.ge(0.5, h), lambda h: h * ~(h > 0),
-     lambda h: h * ((h > 0) ^ (h > 1)),
-     lambda h: h * ((h > 0) & (h < 1)), lambda h: 7 % (h.abs() + 1), lambda h: h // 2],
-    ids=["less", "at_least", "not", "xor", "and", "rmod", "floordiv"],
-)  # fmt: skip
 @pytest.mark.parametrize("last", [False, True])
-def test_a_strict_export_of_operators_without_a_rule(function, last):
+def test_a_strict_export_of_operators_without_a_rule(last):
     """They keep their own order of arguments, and may be the last thing that a network does."""
+    functions = {
+        "less": lambda h: h * operator.lt(0.5, h), "at_least": lambda h: h * operator.ge(0.5, h),
+        "not": lambda h: h * ~(h > 0), "xor": lambda h: h * ((h > 0) ^ (h > 1)),
+        "and": lambda h: h * ((h > 0) & (h < 1)), "rmod": lambda h: 7 % (h.abs() + 1), "floordiv": lambda h: h // 2,
+    }  # fmt: skip
     torch.manual_seed(0)
-    model = kn.convert(Between(function), input_stats=([0.0] * 3, [1.0] * 3), calibrate=False)
-    model = kn.connect(Last(model, function)) if last else model
+    model = kn.convert(Between([*functions.values()]), input_stats=([0.0] * 3, [1.0] * 3), calibrate=False)
+    model = kn.connect(Last(model)) if last else model
     x = images()
     expected = copy.deepcopy(model)(x)
-    equal(torch.export.export(model, (x,), strict=True).module()(x), expected, 1e-5)
+    equal_by_name(torch.export.export(model, (x,), strict=True).module()(x), expected, functions)
 
 
 # -- functions that look for BatchNorm -------------------------------------------------------------

@@ -15,6 +15,7 @@ from kalmannorm.lab.data.images import SOURCES
 from kalmannorm.lab.formatting import as_markdown
 from kalmannorm.lab.methods import METHODS
 from kalmannorm.lab.workers import bars
+from kalmannorm.traversal import kalman_layers
 
 
 def fit(
@@ -34,7 +35,7 @@ def fit(
         longer: Go on from the end of a run that the folder holds, of the same configuration but fewer steps.
         settings: Any setting of the configuration in its place, such as --trainer.max_steps 10.
     """
-    chosen = experiments.config_of(config)
+    chosen = experiments.config_of(config, settings)
     shown = fitting.is_first_process()
     progress = bars(Console(stderr=True), shown=shown)
     bar = progress.add_task("steps", total=fitting.steps(chosen, settings))
@@ -95,6 +96,8 @@ def export(run: Path, file: Path, *, stock: bool = False) -> None:
     module: Any = fitting.load(run)
     network, given = module.network, fitting.configuration(run)["model"]["init_args"]
     if stock:
+        if given["normalization"] != "bn" and next(kalman_layers(network), None) is None:
+            raise ValueError(f"--stock: {run} trained {given['normalization']}, expected Kalman layers")
         network = kalmannorm.to_batchnorm(network)
     with file.open("wb") as opened:
         torch.save(network.state_dict(), opened)

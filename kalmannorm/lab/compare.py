@@ -22,7 +22,7 @@ from kalmannorm.lab.experiments import load, merge, nested
 from kalmannorm.lab.methods import METHODS, normalize
 from kalmannorm.lab.pretrained import load_trunk, trained_weights
 from kalmannorm.lab.results import write_atomically
-from kalmannorm.lab.run import run
+from kalmannorm.lab.run import alone, run
 from kalmannorm.lab.workers import available_cpus
 
 __all__ = ["classifier", "compare"]
@@ -135,7 +135,7 @@ def compare(
     searched, more = _numbers(rates), _settings(settings)
     if Path(folder).is_dir():  # and not one of this name among the data sets
         folder = str(Path(folder).resolve())
-    data = _checked_data(folder, size, images)
+    data = _checked_data(folder, images, size, more.get("data", {}).get("init_args", {}))
     start = _start(network, weights, output)
     _check_methods(keys, network, data.num_classes, statistics_batch, size, start)
     _check_pictures(data)
@@ -152,8 +152,8 @@ def compare(
         "arms": arms,
     }
     Run(merge(content["config"], {"model": {"init_args": arms[keys[0]]["model"]}}))  # or a setting is wrong
-    path = _written(output, content)
-    return run(str(path), seeds=seeds, workers=workers, output=output)
+    with alone(output / "compare"):
+        return run(str(_written(output, content)), seeds=seeds, workers=workers, output=output)
 
 
 def _config(network: str, data: FolderData, group: int, start: Path | None, steps: int) -> dict[str, Any]:
@@ -234,6 +234,8 @@ def _settings(words: Sequence[str]) -> dict[str, Any]:
     for name, value in zip(parts[::2], parts[1::2], strict=False):
         if "." not in name:
             raise ValueError(f"unknown option {name}")
+        if value.startswith("--"):
+            raise ValueError(f"{name}: expected a value")
         for setting, option in _OPTIONS.items():
             if f"{name}.".startswith(f"--{setting}."):
                 raise ValueError(f"{name}: give {'FOLDER' if option == 'folder' else f'--{option}'} instead")
@@ -243,8 +245,13 @@ def _settings(words: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def _checked_data(folder: str, size: int, images: int) -> FolderData:
-    data = FolderData(folder, images, size=size)
+def _checked_data(folder: str, images: int, size: int, more: dict[str, Any]) -> FolderData:
+    try:
+        data = FolderData(folder, images, size=size, **more)
+    except TypeError as error:
+        raise ValueError(f"--data.init_args: {error}") from error
+    if data.validation == "test":
+        raise ValueError("--data.init_args.validation: expected a share, as rates are chosen on validation images")
     data.setup()
     if data.num_classes < 2:
         raise ValueError(f"{folder}: expected images of at least 2 classes; got {data.classes}")
@@ -319,8 +326,7 @@ def _written(output: Path, content: dict[str, Any]) -> Path:
     if path.exists():
         before = load(path)
         arms = before.get("arms", {}) | {key: arm for key, arm in content["arms"].items() if key not in before["arms"]}
-        same = content | {key: before[key] for key in ("search", "seeds", "arms") if key in before}
-        if found := difference(before, same):
+        if found := difference(*({key: each[key] for key in ("config", "verdict")} for each in (before, content))):
             key, there, here = found
             raise ValueError(f"--output: {output} holds a comparison with {key}={there}; got {here}")
         content = content | {"arms": arms}

@@ -107,7 +107,8 @@ def check_same(folder: Path, config: Mapping[str, Any], there: Mapping[str, Any]
     """
     path = folder / "config.yaml"
     if there is None:
-        there = load(path) if path.is_file() else config
+        # With the defaults of options that are newer than the run.
+        there = Run(load(path)).complete() if path.is_file() else config
     if found := difference(there, config):
         key, before, now = found
         raise ValueError(f"{folder} holds a run with another configuration: {key} is {before} there; got {now}")
@@ -117,7 +118,13 @@ def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> tuple[str, 
     """The first setting that differs between two configurations, and what it is in both; None where none does."""
     before, now = flat(there), flat(here)
     both = ((key, before.get(key, "nothing"), now.get(key, "nothing")) for key in dict.fromkeys([*now, *before]))
-    return next((each for each in both if each[1] != each[2]), None)
+    return next((each for each in both if not _are_equal(*each[1:])), None)
+
+
+def _are_equal(there: Any, here: Any) -> bool:
+    """Whether two values are equal, or two spellings of one file."""
+    both = isinstance(there, str) and isinstance(here, str)
+    return there == here or (both and Path(there).resolve() == Path(here).resolve())
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -3,9 +3,9 @@
 A file has ``title`` and ``arms``, and perhaps:
 
 - ``question``: what is asked, or how the table is to be read.
-- ``of``: another file beside this one, that this one is merged onto: the same arms at another size; ``only``: the names
-  of the arms to take, in their order.
-- ``base``: a file of settings, or several, relative to this one, that all configurations are merged onto. It has what
+- ``of``: another file, that this one is merged onto: the same arms at another size; ``only``: the names of the arms to
+  take, in their order. Other files are looked for beside this one, and then among those that come along.
+- ``base``: a file of settings, or several, that all configurations are merged onto. It has what
   ``kalmannorm fit`` takes (``seed_everything``, ``model``, ``data``, ``trainer``, ``checkpoint_every``), and perhaps a
   ``base`` of its own, a ``tiny``, a ``note`` by subject and ``input_stats``.
 - ``config``: what all arms have in common, as ``kalmannorm fit`` takes it.
@@ -14,7 +14,7 @@ A file has ``title`` and ``arms``, and perhaps:
   ``search_scale`` of the steps (1).
 - ``seeds``: how many trainings of each arm count, with seeds 0, 1, ..., of which ``search_seed`` is none; ``scored``:
   on which images, ``test`` or ``validation``. With ``validation``, no run looks at test images.
-- ``start``: ``NAME/ARM``, from another file beside this one: an arm without a search, whose weights (of seed 0, at the
+- ``start``: ``NAME/ARM``, from another file: an arm without a search, whose weights (of seed 0, at the
   same scale) all trainings start from, as ``model.init_args.weights``. It is trained first if it was not yet.
 - ``tiny``: what to change so that a training takes seconds on a CPU, on generated images. Where it has
   ``model.init_args.weights``, nothing is started from at that scale.
@@ -82,6 +82,13 @@ _KEYS_OF_ARM = (
     "label", "column", "config", "model", "search", "start", "note", "tiny", "base", "reported", "baseline", "run",
     "analysis", "kalman",
 )  # fmt: skip
+
+
+def _is_verdict(value: Any) -> bool:
+    numbers = [value.get(key) for key in ("guessing", "images")] if isinstance(value, dict) else []
+    return not value or (len(numbers) == 2 and all(type(number) in (int, float) for number in numbers))
+
+
 # Of plain values: the default, and what they must be.
 _RULES: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
     "scored": ("test", lambda value: value in ("test", "validation"), "'test' or 'validation'"),
@@ -89,7 +96,10 @@ _RULES: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
     "seeds": (3, lambda value: type(value) is int and value >= 1, "a whole number from 1 on"),
     "search_seed": (100, lambda value: type(value) is int and value >= 0, "a whole number from 0 on"),
     "search_scale": (1, lambda value: type(value) in (int, float) and 0 < value <= 1, "a number above 0, up to 1"),
+    "verdict": ({}, _is_verdict, "guessing and images, two numbers"),
+    "rows": ([], lambda value: isinstance(value, list), "a list of labels"),
 }
+_ANALYSES = ("", "parameters", "speed", "variance_gap")
 _KEYS_OF_BASE = ("base", "tiny", "note", "input_stats")
 
 Scale = float | Literal["tiny"]
@@ -276,6 +286,13 @@ def read(name: str | Path) -> Experiment:
 
 
 def _read(path: Path) -> Experiment:
+    try:
+        return _parsed(path)
+    except (TypeError, AttributeError, KeyError, RecursionError) as error:  # a value of another kind
+        raise ValueError(f"{path} is no experiment's file: {type(error).__name__}: {error}") from error
+
+
+def _parsed(path: Path) -> Experiment:
     content = _content(path)
     _check_keys(path, "", content, _KEYS)
     for key in _NEEDED:
@@ -291,10 +308,10 @@ def _read(path: Path) -> Experiment:
     for arm in arms:
         _check_data(path, arm, scored)
     title, question = (" ".join(str(content.get(key, "")).split()) for key in ("title", "question"))
-    order, verdict = tuple(content.get("rows", ())), content.get("verdict") or {}
+    plain["rows"], plain["verdict"] = tuple(plain["rows"]), plain["verdict"] or {}
     source = path.stem if path.parent in (CONFIGS, STUDIES) else str(path)
     experiment = Experiment(
-        path.stem, source, title=title, question=question, arms=arms, rows=order, verdict=verdict, **plain
+        path.stem, source, title=title, question=question, arms=arms, **plain
     )
     check_search_seed(str(path), experiment)
     return experiment
@@ -303,14 +320,15 @@ def _read(path: Path) -> Experiment:
 _known = functools.cache(_read)
 
 
-def config_of(name: str | Path) -> dict[str, Any]:
+def config_of(name: str | Path, settings: Sequence[str] = ()) -> dict[str, Any]:
     """What ``fit`` takes, of an arm or of a file of settings with its bases.
 
     Args:
         name: Such as ``"table8/resnet32-kn-bs2"``, or the path of a YAML file.
+        settings: What a command line gives beside it.
 
     Raises:
-        ValueError: There is no such arm or file.
+        ValueError: There is no such arm or file, or the arm starts from weights that nobody gives.
 
     Example:
         >>> config_of("table8/resnet32-kn-bs2")["model"]["init_args"]["normalization"]
@@ -324,6 +342,10 @@ def config_of(name: str | Path) -> dict[str, Any]:
     found = {each.name: each for each in read(experiment).arms}
     if arm not in found:
         raise ValueError(f"no arm {str(name)!r}; those of {experiment} are {', '.join(found)}")
+    start = found[arm].start
+    if start and not any(word.startswith("--model.init_args.weights") for word in settings):
+        where = f"{start.path.stem}/{start.arm}"
+        raise ValueError(f"{name} starts from the weights of {where}: give --model.init_args.weights FILE")
     return found[arm].config
 
 
@@ -359,7 +381,7 @@ def _content(path: Path) -> dict[str, Any]:
     """A file, on top of the one that it is of."""
     content = load(path)
     if "of" in content:
-        whole = path.parent / f"{content['of']}.yaml"
+        whole = _file(path, f"{content['of']}.yaml")
         if not whole.is_file():
             raise ValueError(f"{path}: there is no file {whole} that it could be of")
         content = merge(_content(whole), content)
@@ -369,6 +391,12 @@ def _content(path: Path) -> dict[str, Any]:
             raise ValueError(f"{path}: only must be a list of arms, of {', '.join(arms)}; got {only!r}")
         content["arms"] = {name: arms[name] for name in only}
     return content
+
+
+def _file(path: Path, name: str) -> Path:
+    """Another file that one names: beside it, or else one that comes along."""
+    places = (path.parent, STUDIES, CONFIGS, CONFIGS / "bases")
+    return next((place / name for place in places if (place / name).is_file()), path.parent / name)
 
 
 def _merged(path: Path) -> dict[str, Any]:
@@ -381,7 +409,7 @@ def _based(path: Path, bases: str | Sequence[str]) -> dict[str, Any]:
     """The bases that a file names, merged in order."""
     merged: dict[str, Any] = {}
     for base in [bases] if isinstance(bases, str) else bases:
-        other = path.parent / base
+        other = _file(path, base)
         if not other.is_file():
             raise ValueError(f"{path}: there is no file {other} to base it on")
         merged = merge(merged, _merged(other))
@@ -449,7 +477,7 @@ def _arm(path: Path, place: str, raw: Mapping[str, Any], whole: Mapping[str, Any
     run, notes = (path.stem, raw["name"]), dict(whole.get("note", {}))
     if "run" in raw:
         other, _, arm_name = raw["run"].partition("/")
-        arms = {arm.name: arm for arm in read(path.parent / f"{other}.yaml").arms}
+        arms = {arm.name: arm for arm in read(_file(path, f"{other}.yaml")).arms}
         if arm_name not in arms:
             raise ValueError(f"{path}: {place}.run must be NAME/ARM, of a file beside this one; got {raw['run']!r}")
         shared = arms[arm_name]
@@ -457,6 +485,8 @@ def _arm(path: Path, place: str, raw: Mapping[str, Any], whole: Mapping[str, Any
     for part in (("model", "class_path"), ("data", "class_path"), ("trainer", "max_steps")):
         if not isinstance(config.get(part[0]), Mapping) or part[1] not in config[part[0]]:
             raise ValueError(f"{path}: {place} must say {'.'.join(part)}, itself, in config or in a base; got none")
+    if raw.get("analysis", "") not in _ANALYSES:
+        raise ValueError(f"{path}: {place}.analysis must be one of {', '.join(_ANALYSES[1:])}; got {raw['analysis']!r}")
     note = raw.get("note", "")
     notes |= note if isinstance(note, Mapping) else {}
     label, column = _text(raw.get("label", raw["name"])), _text(raw.get("column", metric))
@@ -494,7 +524,7 @@ def _start(path: Path, place: str, given: Any) -> Start | None:
     if given is None:
         return None
     name, _, arm_name = str(given).partition("/")
-    other = path.parent / f"{name}.yaml"
+    other = _file(path, f"{name}.yaml")
     if not other.is_file():
         raise ValueError(f"{path}: {place}.start must be NAME/ARM, of a file beside this one; got {given!r}")
     whole = read(other)
@@ -503,6 +533,8 @@ def _start(path: Path, place: str, given: Any) -> Start | None:
         raise ValueError(
             f"{path}: {place}.start must be an arm of {name} that has no search and no start itself; got {given!r}"
         )
+    if arm.run != (name, arm_name):  # it is trained in that one's folder
+        return _start(path, place, "/".join(arm.run))
     return Start(other, arm_name, whole.scored)
 
 

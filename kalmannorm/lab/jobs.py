@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -107,7 +108,10 @@ def fit_on_devices(job: Job) -> Result:
             raise
     if code:
         said = [text for text in log.read_text(encoding="utf-8").splitlines() if text.strip()]
-        raise RuntimeError(f"{said[-1] if said else 'it said nothing'} (exit code {code}; all of it is in {log.name})")
+        # Of several processes, the first that ended says why; those after it, that they lost it.
+        errors = [text for text in said if re.match(r"(kalmannorm|\w*(Error|Exception)): ", text)]
+        why = errors[0] if errors else said[-1] if said else "it said nothing"
+        raise RuntimeError(f"{why} (exit code {code}; all of it is in {log.name})")
     return Result.read(folder)
 
 

@@ -179,7 +179,7 @@ def _made(experiment: Experiment, runs: Runs, output: Path) -> dict[str, Any]:
     amount: Scale = "tiny" if scale == "tiny" else float(scale)
     seeds = max(len(arm.final) for arm in runs.arms)
     words = ["kalmannorm", "run", experiment.source, *(["--scale", scale] if scale != "1" else [])]
-    words += ["--seeds", str(seeds)] if seeds != experiment.seeds else []
+    words += ["--seeds", str(seeds)] if seeds not in (0, experiment.seeds) else []
     command = shlex.join([*words, *(["--output", str(output)] if output != Path("runs") else [])])
 
     def arms() -> Iterator[dict[str, Any]]:

@@ -83,7 +83,7 @@ class Rows:
         if not others:
             return cls(runs, read_table(folder / CURVES))
         for other in others:
-            if not (folder / "runs" / other).is_dir():
+            if not any(folder.glob(f"runs/{other}")) and not any(folder.glob(f"runs/{other}-*-devices")):
                 raise ValueError(
                     f"--output: {folder / RUNS} tells of runs of scale {other}, whose own folders are gone; got "
                     f"--scale {scale}, which would write over it: give another folder"

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -31,7 +29,7 @@ from kalmannorm.lab.training import quiet
 if TYPE_CHECKING:
     from kalmannorm.lab.fitting import Split
 
-__all__ = ["Plan", "Trial", "run", "run_experiment"]
+__all__ = ["Plan", "Trial", "alone", "run", "run_experiment"]
 
 WINDOWS = 50
 
@@ -176,40 +174,59 @@ def run(
 
 def run_experiment(whole: Experiment, plan: Plan, *, report: bool, collect: bool, grow: bool) -> int:
     """`run`, of arms that are chosen, where data are found."""
-    with _alone(plan):
-        trials: Sequence[Trial] = [] if report else _told_or_trained(whole, plan, collect=collect, grow=grow)
-        plan.console.print(tables.write_table(whole, plan.folder), soft_wrap=True, highlight=False, markup=False)
-        written = page.write_page(whole, plan.folder)
+    arms, missing = plan.experiment.arms, {}
+    if not report and not collect:
+        missing = _of_data(plan, missing_data)
+        if not grow and all(missing.get(arm.name) for arm in arms):
+            raise MissingDataError(missing[arms[0].name])
+    _check_unchanged(plan, plan.experiment)
+    trials: Sequence[Trial] = []
+    if collect:
+        trials = _told(whole, plan, None, grow=grow)
+    elif not report:
+        with ExitStack() as locks:
+            for name in sorted({plan.experiment.name, *(arm.run[0] for arm in arms)}):
+                locks.enter_context(alone(plan.output / name))
+            trials = _told(whole, plan, missing, grow=grow)
+    plan.console.print(tables.write_table(whole, plan.folder), soft_wrap=True, highlight=False, markup=False)
+    written = page.write_page(whole, plan.folder)
     plan.console.print(f"Report: {written}", soft_wrap=True, highlight=False, markup=False)
     return int(any(trial.failed for trial in trials))
 
 
 @contextmanager
-def _alone(plan: Plan) -> Iterator[None]:
-    """Refuse a folder that another process of this machine is running an experiment in."""
-    name = hashlib.sha256(bytes(plan.folder.resolve())).hexdigest()[:16]
+def alone(folder: Path) -> Iterator[None]:
+    """Refuse an experiment's folder that another process trains in.
+
+    Raises:
+        ValueError: One does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(Path(tempfile.gettempdir()) / f"kalmannorm-{name}.lock", timeout=0):
+        with FileLock(folder / ".lock", timeout=0, mode=0o666, is_singleton=True):
             yield
     except Timeout as error:
-        raise ValueError(f"--output: another process is running {plan.experiment.name} in {plan.folder}") from error
+        raise ValueError(f"--output: another process is running {folder.name} in {folder}") from error
 
 
-def _told_or_trained(whole: Experiment, plan: Plan, *, collect: bool, grow: bool) -> Sequence[Trial]:
-    """The runs, once the files tell of them."""
+def _told(whole: Experiment, plan: Plan, missing: Mapping[str, str] | None, *, grow: bool) -> Sequence[Trial]:
+    """The runs, trained or (where it is not told which data are missing) collected, once the files tell of them."""
     before = Rows.read(plan.folder, plan.scale)
-    told = before.told() if grow or collect else {}
-    if collect:
+    told = before.told() if grow or missing is None else {}
+    if missing is None:
         trials: Sequence[Trial] = _collected(plan, told, grow)
     else:
         for path, arms in _starts(plan.experiment, plan.amount).items():
-            if absent := ",".join(arm for arm in arms if _weights_of(plan, path.stem, arm) is None):
-                source = experiments.read(path)
-                first = replace(source, arms=_chosen(source, absent, ",".join(FORMS)), seeds=1)
-                run_experiment(source, replace(plan, experiment=first), report=False, collect=False, grow=False)
-        trials = _trained(plan, told)
+            source = experiments.read(path)
+            own = replace(source, arms=tuple(arm for arm in source.arms if arm.name in arms), seeds=1)
+            first = replace(plan, experiment=own)
+            _check_unchanged(first, own)
+            if absent := [arm for arm in own.arms if _weights_of(plan, path.stem, arm.name) is None]:
+                first = replace(first, experiment=replace(own, arms=tuple(absent)))
+                run_experiment(source, first, report=False, collect=False, grow=False)
+        trials = _trained(plan, told, missing)
     rows = before.without({trial.arm.name for trial in trials}) + _rows(trials)
-    if grow or collect:
+    if grow or missing is None:
         rows += _nowhere_else(before, trials, plan.runs())
     rows.write(plan.folder, [arm.name for arm in whole.arms])
     return trials
@@ -234,16 +251,17 @@ def _checked(scale: str, devices: int, **others: int | None) -> Scale:
 
 
 def _chosen(asked: Experiment, only: str, kalman: str) -> tuple[Arm, ...]:
-    forms = kalman.split(",")
+    forms = [form.strip() for form in kalman.split(",")]
     for form in forms:
         if form not in FORMS:
             raise ValueError(f"--kalman: expected some of {', '.join(FORMS)}; got {form!r}")
-    patterns, there = only.split(","), [arm for arm in asked.arms if not arm.form or arm.form in forms]
-    chosen = tuple(arm for arm in there if any(fnmatch(arm.name, pattern) for pattern in patterns))
-    if not chosen:
-        arms = ", ".join(arm.name for arm in there)
-        raise ValueError(f"--only: no arm of {asked.name} is called {only!r}; there are {arms}")
-    return chosen
+    patterns = [pattern.strip() for pattern in only.split(",")]
+    there = [arm for arm in asked.arms if not arm.form or arm.form in forms]
+    for pattern in patterns:
+        if not any(fnmatch(arm.name, pattern) for arm in there):
+            arms = ", ".join(arm.name for arm in there)
+            raise ValueError(f"--only: no arm of {asked.name} is called {pattern!r}; there are {arms}")
+    return tuple(arm for arm in there if any(fnmatch(arm.name, pattern) for pattern in patterns))
 
 
 def _starts(asked: Experiment, amount: Scale) -> dict[Path, list[str]]:
@@ -264,7 +282,8 @@ def _weights_of(plan: Plan, name: str, arm: str) -> Path | None:
     if plan.weights is not None and plan.weights.is_file():
         return plan.weights
     runs = (plan.weights or plan.output) / name / "runs"
-    folders = sorted(runs.glob(f"{plan.scale}*"), key=lambda folder: folder != plan.runs(name))
+    folders = [runs / plan.scale, *runs.glob(f"{plan.scale}-*-devices")]
+    folders.sort(key=lambda folder: folder != plan.runs(name))
     places = (place for folder in folders for place in (folder / arm / "as-it-is").glob("*-seed-0"))
     return next((place / "last.ckpt" for place in places if finished(place)), None)
 
@@ -326,17 +345,14 @@ def _like(config: Mapping[str, Any]) -> str:
     return repr([*(given.get(name) for name in names), *(data.get(name) for name in ("gradient_batch", "size"))])
 
 
-def _trained(plan: Plan, told: Told) -> list[Trial]:
+def _trained(plan: Plan, told: Told, missing: Mapping[str, str]) -> list[Trial]:
     """All runs, with what came of them, or with what is told of them from before."""
     quiet()
     asked, known = plan.experiment, {name for name, *_ in told}
-    missing = _of_data(plan, missing_data)
     absent = {name: text for name, text in missing.items() if text and name not in known}
     if len(absent) == len(asked.arms):
         raise MissingDataError(absent[asked.arms[0].name])
     here = replace(asked, arms=tuple(arm for arm in asked.arms if arm.name in missing and arm.name not in absent))
-    _check_unchanged(plan, here)
-    plan.folder.mkdir(parents=True, exist_ok=True)
     trials = _in_two(here, lambda trials: _run(plan, [trial.told(told) for trial in trials]))
     for arm in asked.arms:
         trial = Trial(arm, "final", {}, 0, asked.scored)

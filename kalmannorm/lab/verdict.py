@@ -78,10 +78,10 @@ def _percent(values: Sequence[float]) -> str:
 
 def verdict_of(experiment: Experiment, runs: Runs) -> str:
     """`verdict` of an experiment's runs, and which arms have none that counts."""
-    groups = {arm.label: arm.counted for arm in runs.arms if arm.counted}
-    absent = [arm.label for arm in runs.arms if not arm.counted]
+    groups = {runs.title(arm): arm.counted for arm in runs.arms if arm.counted}
+    absent = [runs.title(arm) for arm in runs.arms if not arm.counted]
     without = f" No run of {_listed(absent)} counts: each failed or diverged." if absent else ""
-    lost = [(arm.label, len(arm.final) - len(arm.counted), len(arm.final)) for arm in runs.arms if arm.counted]
+    lost = [(runs.title(arm), len(arm.final) - len(arm.counted), len(arm.final)) for arm in runs.arms if arm.counted]
     parts = [f"{count} of {of} runs of {label}" for label, count, of in lost if count]
     without += f" Not counted, as they failed or diverged: {_listed(parts)}." if parts else ""
     if not groups:

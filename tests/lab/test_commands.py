@@ -89,6 +89,20 @@ def test_exported_weights_are_loaded_by_the_lines_that_are_shown(images, recipe,
     assert ("KalmanNorm2d" in kinds, "BatchNorm2d" in kinds) == (not stock, stock)
 
 
+def test_only_kalman_layers_become_stock_layers(images, recipe, tmp_path, capsys):
+    line = ["fit", "--config", recipe, "--output", str(tmp_path / "run"), "--model.init_args.normalization", "gn"]
+    assert main(line) == 0
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "model.pt"), "--stock"]) == 2
+    assert "--stock: " in (err := capsys.readouterr().err)
+    assert "trained gn, expected Kalman layers" in err
+
+
+def test_an_arm_that_starts_from_weights_wants_them(tmp_path, capsys):
+    assert main(["fit", "--config", "fine-tuning-cpu/kn-2", "--output", str(tmp_path / "run")]) == 2
+    words = "fine-tuning-cpu/kn-2 starts from the weights of fine-tuning-source-cpu/bn: give --model.init_args.weights"
+    assert words in capsys.readouterr().err
+
+
 def test_what_cannot_be_written_is_named(images, recipe, tmp_path, capsys):
     assert main(["fit", "--config", recipe, "--output", str(tmp_path / "run")]) == 0
     capsys.readouterr()

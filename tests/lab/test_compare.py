@@ -92,6 +92,9 @@ def test_pictures_of_more_than_8_bits_are_refused(tmp_path, mode):
         (["--model.init_args.network.class_path=x"], "--model.init_args.network.class_path: give --network instead"),
         (["--data.init_args.folder", "x"], "--data.init_args.folder: give FOLDER instead"),
         (["--trainer.bogus", "9"], "bogus"),
+        (["--data.init_args.bogus", "9"], "--data.init_args: FolderData.__init__() got an unexpected keyword argument"),
+        (["--data.init_args.validation", "test"], "--data.init_args.validation: expected a share, as rates are chosen"),
+        (["--trainer.gradient_clip_val", "--trainer.precision", "32"], "--trainer.gradient_clip_val: expected a value"),
         (["--methods", "gn", "--network", "resnet19"], "no classifier 'resnet19'; it has for example resnet18"),
         (["--network", "alexnet"], "alexnet has no BatchNorm"),
         (["--network", "inception_v3"], "--size: inception_v3 cannot take images of 32 pixels"),
@@ -165,6 +168,10 @@ def test_to_name_the_largest_class_is_to_guess(tmp_path, capsys, trained):
     # The file says it all: it can be changed, and run by itself.
     content = yaml.safe_load((output / "compare.yaml").read_text(encoding="utf-8"))
     assert content["verdict"] == {"guessing": 0.9, "images": 20}
+    again = ["--data.init_args.validation", "0.2", "--output", str(tmp_path / "again")]
+    assert cli.main(["compare", str(tmp_path / "images"), *LINE, *again]) == 0
+    content = yaml.safe_load((tmp_path / "again" / "compare.yaml").read_text(encoding="utf-8"))
+    assert content["verdict"] == {"guessing": 0.9, "images": 40}
     assert trained[-1].config["model"]["init_args"]["num_classes"] == 3
 
 

@@ -271,6 +271,12 @@ def test_an_unknown_arm_lists_the_known_ones(name, words):
         ({"tiny": {"data": {"init_args": {"validation": 0}}}}, "must be a number above 0; got 0"),
         ({"metric": ""}, "metric must be the name of a score; got ''"),
         ({"arms": {"bn-2": {"start": "nothing/bn"}}}, "start must be NAME/ARM, of a file beside this one"),
+        ({"arms": {"bn-2": {"analysis": "size"}}}, "analysis must be one of parameters, speed, variance_gap; got"),
+        ({"arms": {"bn-2": {"run": 5}}}, "is no experiment's file: AttributeError"),
+        ({"base": 3}, "is no experiment's file: TypeError"),
+        ({"of": "ours"}, "is no experiment's file: RecursionError"),
+        ({"rows": 5}, "rows must be a list of labels; got 5"),
+        ({"verdict": {"guessing": 0.1}}, "verdict must be guessing and images, two numbers; got {'guessing': 0.1}"),
     ],
 )
 def test_a_file_of_another_form_is_refused_in_one_line(written, changes, message, tmp_path, capsys):

@@ -14,6 +14,7 @@ import browser
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 
 from kalmannorm.lab import experiments, jobs, page
 from kalmannorm.lab.cli import main
@@ -187,6 +188,10 @@ def test_the_verdict_is_shown_and_says_what_does_not_count(here, written, capsys
     known = {"guessing": 0.1, "images": 100}
     assert here.run(written(search={}, verdict=known), "--only", "kn-2") == 0
     assert "Not counted, as they failed or diverged: 1 of 2 runs of KN." in capsys.readouterr().out
+    # An arm is known by its column too.
+    assert here.run(written(search={}, verdict=known)) == 0
+    said = next(line for line in capsys.readouterr().out.splitlines() if "has the highest accuracy" in line)
+    assert all(name in said for name in ("BN, 2", "KN, 2", "KN, 4"))
 
 
 def test_a_file_that_was_changed_after_a_run_is_refused_and_loses_nothing(here, written, capsys):
@@ -197,24 +202,26 @@ def test_a_file_that_was_changed_after_a_run_is_refused_and_loses_nothing(here, 
     assert here.run(written()) == 0
     before = {path: path.read_bytes() for path in here.output.rglob("*") if path.is_file()}
     trained = len(here.jobs)
-    assert here.run(written(config={"trainer": {"max_steps": 6}})) == 2
-    assert "another configuration: trainer.max_steps is 4 there; got 6" in capsys.readouterr().err
+    for option in ([], ["--report"], ["--collect"]):
+        assert here.run(written(config={"trainer": {"max_steps": 6}}), *option) == 2
+        assert "another configuration: trainer.max_steps is 4 there; got 6" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in here.output.rglob("*") if path.is_file()} == before
     assert len(here.jobs) == trained
 
 
-def test_two_processes_do_not_write_into_one_folder(here, written, capsys):
-    codes = []
+def test_two_processes_do_not_train_in_one_folder(here, written, capsys):
     path = written(search={}, seeds=1)
-
-    def train(job, tell):
-        codes.append(here.run(path))
-        return result(job)
-
-    here.train = train
-    assert here.run(path, "--only", "kn-2") == 0
-    assert set(codes) == {2}
+    (here.output / "ours").mkdir(parents=True)
+    with FileLock(here.output / "ours" / ".lock"):
+        assert here.run(path, "--only", "kn-2") == 2
     assert f"--output: another process is running ours in {here.output / 'ours'}" in capsys.readouterr().err
+    assert here.run(path, "--only", "kn-2") == 0
+    with FileLock(here.output / "ours" / ".lock"):
+        assert here.run(path, "--report") == 0
+    # Nor in one whose training it shares.
+    (path.parent / "others.yaml").write_text(yaml.safe_dump(start_of(arms={"bn": {"run": "ours/bn-2"}})))
+    with FileLock(here.output / "ours" / ".lock"):
+        assert here.run(path.parent / "others.yaml") == 2
 
 
 def test_a_file_of_runs_that_cannot_be_read_is_named(here, written, capsys):
@@ -327,8 +334,10 @@ def _has_chosen_rate(rows, job):
     return any(row["chosen"] == "yes" and float(row[RATE]) == rate for row in rows)
 
 
-def test_several_patterns_choose_arms(here, written):
-    assert here.run(written(search={}), "--only", "bn-*,kn-4") == 0
+def test_several_patterns_choose_arms(here, written, capsys):
+    assert here.run(written(search={}), "--only", "bn-2, xn-*") == 2
+    assert "no arm of ours is called 'xn-*'; there are bn-2, kn-2, kn-4" in capsys.readouterr().err
+    assert here.run(written(search={}), "--only", "bn-*, kn-4") == 0
     assert list(dict.fromkeys(row["arm"] for row in here.rows())) == ["bn-2", "kn-4"]
 
 
@@ -557,6 +566,26 @@ def test_what_is_started_from_is_trained_first_once(here, written, tmp_path, cap
     assert {job.config["model"]["init_args"]["weights"] for job in here.jobs} == {str(weights)}
 
 
+def test_weights_of_another_scale_are_not_those_asked_for(here, written, tmp_path):
+    (tmp_path / "before.yaml").write_text(yaml.safe_dump(start_of()))
+    path = written(start="before/bn", search="absent", seeds=1)
+    here.train = lambda job, tell: [job.folder.mkdir(parents=True), result(job).write(job.folder), result(job)][-1]
+    for scale in ("0.55", "0.5"):
+        assert here.run(path, "--only", "kn-2", "--scale", scale) == 0
+    scales = [job.folder.relative_to(here.output).parts[:3] for job in here.jobs]
+    assert scales == [(name, "runs", scale) for scale in ("0.55", "0.5") for name in ("before", "ours")]
+
+
+def test_a_start_is_the_run_that_it_is(here, written, tmp_path):
+    (tmp_path / "first.yaml").write_text(yaml.safe_dump(start_of()))
+    shared = start_of(arms={"bn": {"run": "first/bn"}})
+    (tmp_path / "before.yaml").write_text(yaml.safe_dump(shared))
+    assert here.run(written(start="before/bn", search="absent", seeds=1), "--only", "kn-2") == 0
+    first, other = here.jobs
+    assert first.folder.is_relative_to(here.output / "first")
+    assert other.config["model"]["init_args"]["weights"] == str(first.folder / "last.ckpt")
+
+
 @pytest.mark.slow
 def test_trainings_start_from_what_was_trained_at_the_same_scale(here, written, tmp_path):
     here.train = lambda job, tell: fit(job.config, job.folder, tell, split=job.split)
@@ -744,25 +773,22 @@ def test_the_environment_is_as_before(here, monkeypatch):
 
 
 @pytest.mark.slow
-def test_figure_5_by_the_real_command_and_table_7_from_the_same_trainings(tmp_path):
-    def command(*arguments):
-        line = [sys.executable, "-m", "kalmannorm.lab.cli", *arguments, "--scale", "tiny", "--seeds", "1"]
-        # Nothing of the machine's own data, nor of its cache.
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "KALMANNORM_DATA": ""}
-        done = subprocess.run(
-            [*line, "--output", str(tmp_path)], capture_output=True, text=True, check=False, env=environment
-        )
-        assert done.returncode == 0, done.stderr
-        assert done.stderr == ""
-        return done.stdout
-
-    out = command("reproduce", "figure5", "--kalman", "default")
-    assert re.search(r"BN +\| [\d.]+ ", out)
+def test_figure_5_by_the_real_command_and_table_7_from_the_same_trainings(tmp_path, monkeypatch, capsys):
+    # Nothing of the machine's own data, nor of its cache.
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("KALMANNORM_DATA", "")
+    options = ["--kalman", "default", "--scale", "tiny", "--seeds", "1", "--workers", "1", "--output", str(tmp_path)]
+    line = [sys.executable, "-m", "kalmannorm.lab.cli", "reproduce", "figure5", *options]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert re.search(r"BN +\| [\d.]+ ", done.stdout)
     with (tmp_path / "figure5" / "runs.csv").open(encoding="utf-8", newline="") as file:
         assert all(float(row["variance_gap"]) > 0 for row in csv.DictReader(file))
     finished = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
     assert len(finished) == 2
-    assert command("run", "table7", "--only", "*-bs2*", "--kalman", "default").count("(90.0)") == 1
+    assert main(["run", "table7", "--only", "*-bs2*", *options]) == 0
+    assert capsys.readouterr().out.count("(90.0)") == 1
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")} == finished
     with browser.started() as chromium:
         for size in (browser.DESKTOP, browser.PHONE):
@@ -779,5 +805,6 @@ def test_on_several_devices_it_is_a_command_of_its_own(tmp_path, images, config)
     assert (len(found.losses), found.split) == (4, "validation")
     assert found.config["trainer"]["devices"] == 2
     config["data"]["init_args"]["name"] = "cifar11"
+    config["trainer"]["devices"] = 1  # to start one takes seconds
     with pytest.raises(RuntimeError, match=r"cifar11.*exit code 2.*other\.log"):
         fit_on_devices(Job("", 0, config, tmp_path / "other"))

@@ -90,15 +90,15 @@ class _Pictures(ImageFolder):  # type: ignore[misc]
     """Without hidden files and folders, such as ``.ipynb_checkpoints`` and ``._1.jpg``."""
 
     def __init__(self, folder: str) -> None:
-        super().__init__(folder, is_valid_file=_is_picture)
+        def is_picture(path: str) -> bool:
+            hidden = any(part.startswith(".") for part in Path(path).relative_to(folder).parts)
+            return not hidden and has_file_allowed_extension(path, IMG_EXTENSIONS)
+
+        super().__init__(folder, is_valid_file=is_picture)
 
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
         names = [name for name in super().find_classes(directory)[0] if not name.startswith(".")]
         return names, {name: place for place, name in enumerate(names)}
-
-
-def _is_picture(path: str) -> bool:
-    return has_file_allowed_extension(path, IMG_EXTENSIONS) and not Path(path).name.startswith(".")
 
 
 def _hub_images(tables: dict[str, Any]) -> dict[str, Any]:

@@ -35,6 +35,7 @@ def test_hidden_files_and_folders_are_none(root):
     write_classes(root / "mine", 10)
     write_classes(root / "mine", 2, [".ipynb_checkpoints"])
     (root / "mine" / "bee" / "._0.png").write_bytes(b"")
+    write_classes(root / "mine" / "bee", 2, [".thumbnails"])
     data = ready("mine")
     assert data.classes == CLASSES
     assert sum(map(len, split_files(data))) == 30
