@@ -179,7 +179,7 @@ def run_experiment(whole: Experiment, plan: Plan, *, report: bool, collect: bool
         missing = _of_data(plan, missing_data)
         if not grow and all(missing.get(arm.name) for arm in arms):
             raise MissingDataError(missing[arms[0].name])
-    _check_unchanged(plan, plan.experiment)
+    _check_unchanged(plan)
     trials: Sequence[Trial] = []
     if collect:
         trials = _told(whole, plan, None, grow=grow)
@@ -220,7 +220,7 @@ def _told(whole: Experiment, plan: Plan, missing: Mapping[str, str] | None, *, g
             source = experiments.read(path)
             own = replace(source, arms=tuple(arm for arm in source.arms if arm.name in arms), seeds=1)
             first = replace(plan, experiment=own)
-            _check_unchanged(first, own)
+            _check_unchanged(first)
             if absent := [arm for arm in own.arms if _weights_of(plan, path.stem, arm.name) is None]:
                 first = replace(first, experiment=replace(own, arms=tuple(absent)))
                 run_experiment(source, first, report=False, collect=False, grow=False)
@@ -363,8 +363,9 @@ def _trained(plan: Plan, told: Told, missing: Mapping[str, str]) -> list[Trial]:
     return trials
 
 
-def _check_unchanged(plan: Plan, asked: Experiment) -> None:
+def _check_unchanged(plan: Plan) -> None:
     """Refuse an experiment whose file was changed after a run of it, before anything is trained or written."""
+    asked = plan.experiment
     for arm in asked.arms:
         search = [Trial(arm, "search", point, asked.search_seed, "validation") for point in arm.points()]
         trials = search or [Trial(arm, "final", {}, seed, asked.scored) for seed in range(asked.seeds)]
