@@ -16,7 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from kalmannorm.lab.experiments import load
 from kalmannorm.lab.training import quiet
 
-__all__ = ["Run", "check_same", "difference", "flat"]
+__all__ = ["Run", "check_same", "difference", "flat", "reason"]
 
 # A run is so many steps, whatever an epoch is; and what its folder keeps, the callbacks here write.
 _TRAINER: dict[str, Any] = {
@@ -51,7 +51,7 @@ class Run(LightningCLI):
                 auto_configure_optimizers=False,
             )
         except ArgumentError as error:
-            raise ValueError(_reason(error)) from error
+            raise ValueError(reason(error)) from error
         if self.config.trainer.max_steps < 1:
             raise ValueError(f"trainer.max_steps must be at least 1; got {self.config.trainer.max_steps}")
 
@@ -78,7 +78,7 @@ class Run(LightningCLI):
         try:
             super().instantiate_classes()
         except (MisconfigurationException, ValueError) as error:
-            raise ValueError(_reason(error)) from error
+            raise ValueError(reason(error)) from error
         return self.trainer, self.model, self.datamodule
 
     def complete(self) -> dict[str, Any]:
@@ -87,7 +87,7 @@ class Run(LightningCLI):
         return whole
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """What is wrong with a module or its data; jsonargparse says so between other types that they might have been."""
     found = re.search(r"Errors:\s+- (.*?)\s+- Expected a <class 'NoneType'>", str(error), re.DOTALL)
     about_a_module = re.search(r"class 'lightning\.\S+Module'>, <class 'NoneType'>", str(error))

@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 import lightning
 import torch
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser
 
+from kalmannorm.lab.configuration import reason
 from kalmannorm.lab.experiments import merge
 
 __all__ = ["build", "device", "image_size", "random_batch", "seconds_per_step", "single_thread", "timed_step", "where"]
@@ -33,7 +34,10 @@ def build(config: Mapping[str, Any], part: Literal["model", "data"]) -> Any:
     given = dict(config[part])
     if part == "model":
         given = merge(given, {"init_args": {"steps": config["trainer"]["max_steps"]}})
-    parsed = parser.parse_object({part: given})
+    try:
+        parsed = parser.parse_object({part: given})
+    except ArgumentError as error:
+        raise ValueError(f"{part}: {reason(error)}") from error
     # The second is the name in older versions.
     make = getattr(parser, "instantiate", None) or parser.instantiate_classes
     return make(parsed)[part]

@@ -39,6 +39,11 @@ class FilterHistory(Callback):
         """One a look and layer: ``step``, ``layer``, ``gain`` at the samples a group it had, the mean over channels
         of ``process_noise`` (None where it has none), and ``ESTIMATE_REFERENCE_MEASURE`` of `PriorError`."""
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a training that is too short to leave a row."""
+        if self.path is not None and 0 < trainer.max_steps < self.every:
+            raise ValueError(f"FilterHistory looks every {self.every} steps, and max_steps is {trainer.max_steps}")
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

@@ -27,6 +27,11 @@ def test_a_real_step_takes_time(name):
     assert 0.01 < costs.seconds_per_step(tiny(name), 1) < 60
 
 
+def test_a_part_that_cannot_be_built_is_named(config):
+    with pytest.raises(ValueError, match=r"^data: .*No module named 'foo'$"):
+        costs.build(merge(config, {"data": {"class_path": "foo.Bar"}}), "data")
+
+
 def test_images_of_many_sizes_are_not_timed(config):
     config["data"]["class_path"] = "kalmannorm.lab.data.objects.DetectionData"
     assert costs.seconds_per_step(config) is None

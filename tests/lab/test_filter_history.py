@@ -65,6 +65,11 @@ def test_a_resumed_history_goes_on(tmp_path):
     assert second.rows == whole.rows
 
 
+def test_a_training_too_short_for_a_look_is_refused_at_its_start(tmp_path):
+    with pytest.raises(ValueError, match="looks every 4 steps, and max_steps is 3"):
+        trainer_of(FilterHistory(every=4, path=tmp_path / "rows.csv"), 3).fit(converted(), loader())
+
+
 def test_it_is_written_as_csv(tmp_path):
     history = FilterHistory(every=4)
     with pytest.raises(ValueError, match="no training reached step 4"):
