@@ -27,14 +27,14 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
-# The core's tests alone: the laboratory, the examples and the benchmarks need other packages, and newer ones.
+# The core's tests alone: the laboratory, the examples, the benchmarks and the pages need other packages, and newer ones.
 # The interpreter of Triton that comes with this torch fails with numpy 2.4.
 test-oldest:
 	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install -q --disable-pip-version-check \
 		-e . "torch==2.11.*" torchvision "numpy<2.4" pytest pytest-xdist "hypothesis>=6.100" expecttest
 	.venv-oldest/bin/python -m pytest -n auto tests \
-		--ignore tests/lab --ignore tests/test_benchmarks.py --ignore tests/test_examples.py
+		--ignore tests/lab --ignore tests/test_benchmarks.py --ignore tests/test_examples.py --ignore tests/test_docs.py
 
 check: $(READY)
 	$(BIN)/ruff check .

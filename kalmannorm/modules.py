@@ -543,15 +543,18 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
         with without_autocast(x.device):
             prior = self._prior(x, groups, mode)
             known = prior.belief
+            bias = self.bias
             if known is None:
                 self._check_values(x.numel() // (groups * self.num_features))
+                if torch.compiler.is_compiling():  # elsewhere the kernel gives zero gradients
+                    bias = self._bias_without_prior()
             # A link below that was not computed yet is computed in the same autograd function; but not where the prior
             # is needed by itself.
             joint = type(known) is Linked and not self.keeps_priors
             below, through = known.link() if joint else (known, None)  # type: ignore[union-attr]
             moments = None if below is None else below.packed().moments
             out = layer(
-                x, Given(moments, prior.shift, prior.scale, gain, prior.noise, self.weight, self.bias),
+                x, Given(moments, prior.shift, prior.scale, gain, prior.noise, self.weight, bias),
                 Options(groups, slope, offset, INITIAL_NOISE, self.spread, self.eps, relu),
                 running=self._running() if self.training else None, posterior=self.carry == "posterior",
                 through=through,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kalmannorm.gaussian import Gaussian
-from kalmannorm.kernels.autograd import is_transformed
+from kalmannorm.kernels.autograd import is_exporting, is_transformed
 from kalmannorm.steps import SCALARS, found_in, step_of
 
 __all__ = ["INITIAL_NOISE", "KeptPriors", "Prior", "may_be_kept", "process_variance", "tensors_of"]
@@ -114,7 +114,7 @@ class KeptPriors:
         """Whether the kept priors are still right, for inputs of any batch size. An exporter has put stand-ins in the
         place of the parameters that they depend on.
         """
-        if self.key is None or not torch.compiler.is_exporting():
+        if self.key is None or not is_exporting():
             return False
         inputs, course, switched, states = self.key
         given = list(found_in(values, Tensor))

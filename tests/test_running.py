@@ -18,6 +18,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import kalmannorm as kn
+from kalmannorm.kernels import on_cpu
 from kalmannorm.recording import is_open
 from kalmannorm.steps import step_of
 
@@ -813,6 +814,14 @@ class Last(nn.Module):
 def equal_by_name(found, expected, names):
     for name, one, other in zip(names, found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_compiled_without_kernels_each_parameter_gets_a_gradient(monkeypatch):
+    """Which DistributedDataParallel waits for; the first layer has no prior."""
+    monkeypatch.setattr(on_cpu, "_native", False)
+    model = kn.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    torch.compile(model, fullgraph=True, backend="aot_eager")(images()).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("strict", [None, True])

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["alias", "constant_to_compilers", "differentiable_gradients", "in_grad_mode", "is_transformed",
-           "saved_tensor_hooks"]  # fmt: skip
+__all__ = ["alias", "constant_to_compilers", "differentiable_gradients", "in_grad_mode", "is_exporting",
+           "is_transformed", "saved_tensor_hooks"]  # fmt: skip
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -27,6 +27,11 @@ def is_transformed() -> bool:
     if torch.compiler.is_compiling():
         return True
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def is_exporting() -> bool:
+    """Whether ``torch.export`` traces. To ``torch.compile`` of 2.11, torch's function of this name is always true."""
+    return torch.compiler._is_exporting_flag
 
 
 def alias(t: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ from torch import Tensor
 from kalmannorm.gaussian import Gaussian
 from kalmannorm.kernels import on_cpu, on_torch, operators
 from kalmannorm.kernels.arguments import Given, Options, Running
-from kalmannorm.kernels.autograd import alias, differentiable_gradients, is_transformed
+from kalmannorm.kernels.autograd import alias, differentiable_gradients, is_exporting, is_transformed
 from kalmannorm.kernels.backends import backend_for
 from kalmannorm.kernels.formulas import at_least_float32, gain_of, move_running
 from kalmannorm.kernels.link import link
@@ -243,7 +243,7 @@ def layer(x: Tensor, given: Given, options: Options, *, running: Running | None 
     ]
     given = Given(*vectors)
     compiled = torch.compiler.is_compiling() and x.device.type == "cpu" and on_cpu.is_available()
-    compiled = compiled and not torch.compiler.is_exporting()  # to ONNX, for one, which has torch's functions only
+    compiled = compiled and not is_exporting()  # to ONNX, for one, which has torch's functions only
     if transformed and not compiled:
         return _plain(x, given, None, posterior, options, running)._replace(rectified=after)
     x = as_dense(x)

@@ -178,13 +178,17 @@ def test_memory_format_is_kept(dtype, groups):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_any_strides_will_do(compiled):
     x, *rest = inputs((2, 8, 4, 6), torch.float32)
-    run = torch.compile(layer, fullgraph=True, backend="aot_eager") if compiled else layer
-    expected = layer(x, given(*rest), Options()).output
+
+    def output(*args):
+        return layer(*args).output
+
+    run = torch.compile(output, fullgraph=True, backend="aot_eager") if compiled else output
+    expected = output(x, given(*rest), Options())
     transposed = x.detach().mT.contiguous().mT
     part = torch.cat([x.detach(), torch.randn_like(x)], 1)[:, :8]
     for strided in (transposed, part):
         assert not strided.is_contiguous()
-        torch.testing.assert_close(run(strided, given(*rest), Options()).output, expected)
+        torch.testing.assert_close(run(strided, given(*rest), Options()), expected)
 
 
 def strided(t):
