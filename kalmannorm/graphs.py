@@ -108,6 +108,11 @@ class _Replayed:
         self.__dict__.update(state)
         self._forget()
 
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """That of the module's own forward, by whose names `input_stats` may be given."""
+        return inspect.signature(self.own or type(self.module).forward.__get__(self.module))
+
     def as_it_is(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module without a graph."""
         if self.own is not None:
@@ -232,14 +237,16 @@ class _Graph:
         mode = current()
         layers = [layer for _, layer in kalman_layers(replayed.module)] if mode is None else mode.layers
         is_part = mode is not None and mode.opener is not replayed.module
-        waiting = None if mode is None else mode.input_belief
+        waiting = None if mode is None else mode.await_input(None)
+        if mode is not None:
+            mode.await_input(waiting)
         count, with_moments = len(beliefs), len(beliefs) + len(_moments(beliefs))
         amp = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
 
         def run(*given: Tensor) -> tuple[Tensor, ...]:
             tensors = [t.clone() if t.requires_grad else t for t in given[:count]]  # it may be changed in place
             if mode is not None:
-                mode.input_belief = waiting  # each run of the recording takes it
+                mode.await_input(waiting)  # each run of the recording takes it
             _attach(tensors, beliefs, given[count:with_moments], "input")
             args, kwargs = tree_unflatten(_filled(leaves, tensors), form)
             watched = nullcontext() if mode is not None else Recorder(layers)

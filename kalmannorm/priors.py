@@ -63,6 +63,7 @@ class KeptPriors:
         self.kept: dict[tuple[Any, int], Prior] = {}
         self.key: Any = None
         self.tensors: list[weakref.ref[Tensor]] = []
+        self.layers: Sequence[Any] = ()
         self.calls: dict[Any, int] = {}
         self.are_used = False
         self.are_complete = False
@@ -90,7 +91,7 @@ class KeptPriors:
         self.are_complete = self.are_used and key is not None and key == self.key and self.calls == {
             layer: 1 for layer in layers if layer.is_fusing and not layer.ignores_prior
         }
-        self.calls, self.are_used = {}, key is not None
+        self.layers, self.calls, self.are_used = layers, {}, key is not None
         if self.are_used and key != self.key:
             self.kept, self.key, self.tensors = {}, key, [weakref.ref(t) for t in tensors]
 
@@ -98,6 +99,8 @@ class KeptPriors:
         """The prior of a layer's next call in this pass."""
         place = layer, self.calls.get(layer, 0)
         self.calls[layer] = place[1] + 1
+        if layer not in self.layers:  # of a network that is no part of this one: the key does not see its tensors
+            return compute()
         if self.are_complete and place not in self.kept:
             # Called once in the recorded pass, and more often in this one: the belief about this input is unknown.
             self.key = None

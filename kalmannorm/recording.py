@@ -27,7 +27,7 @@ from kalmannorm.propagation import defer
 from kalmannorm.rules import RULES, Belief
 from kalmannorm.rules.deferred import Deferred
 from kalmannorm.rules.table import FACTORIES, LIKE, OVERWRITING, SOURCES
-from kalmannorm.steps import SCALARS, Step, detached, put, step_of
+from kalmannorm.steps import SCALARS, Step, detached, put, state_of, step_of
 
 __all__ = ["Recorder", "attach", "attach_step", "current", "is_open", "is_resting", "paused"]
 
@@ -59,7 +59,7 @@ class Recorder(TorchFunctionMode):
     def __init__(self, layers: Sequence[Any] = ()) -> None:
         super().__init__()
         self.layers = layers
-        self.input_belief: Gaussian | None = None  # `input_stats` whose tensor has not been found yet
+        self.waiting: dict[int, Gaussian] = {}  # of each thread, `input_stats` whose tensor has not been found yet
         self.opener: Any = None  # the module that was entered
         # Beliefs that a layer's kernel computed for others to use. They are dropped after the pass, or there would be a
         # cycle: such a belief leads to the layer, which saves its input, which leads to the belief.
@@ -80,8 +80,16 @@ class Recorder(TorchFunctionMode):
             self.of_threads[thread] = KeptPriors()
         return self.of_threads[thread]
 
+    def await_input(self, given: Gaussian | None) -> Gaussian | None:
+        """Look for the tensor of these `input_stats`, or for none any more; return those that were looked for."""
+        thread = 0 if torch.compiler.is_dynamo_compiling() else threading.get_ident()
+        before = self.waiting.pop(thread, None)
+        if given is not None:
+            self.waiting[thread] = given
+        return before
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "of_threads": {}, "lent": []}
+        return {**self.__dict__, "of_threads": {}, "lent": [], "waiting": {}}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -90,12 +98,15 @@ class Recorder(TorchFunctionMode):
         if torch.compiler.is_dynamo_compiling():
             func, args = _as_in_eager_mode(func, args)
         # Before the call, as a function that works in place would hide an earlier change that was not recorded.
-        first = step_of(args[0]) if args and isinstance(args[0], Tensor) else None
+        of_tensor = args and isinstance(args[0], Tensor)
+        first, before = (step_of(args[0]), state_of(args[0])) if of_tensor else (None, None)
         if first is not None and func in _IN_PLACE_RELUS and _is_rectified_by_its_layer(func, args, kwargs, first):
             output = args[0]
         else:
             output = func(*args, **kwargs)
         if isinstance(output, Tensor):
+            if of_tensor and output is args[0] and before is not None and before == state_of(output):
+                return output  # such as `float` of what is float already
             if func not in FACTORIES and func != _BASE:  # `Tensor._base` computes nothing
                 self._record(func, args, kwargs, output, None)
         elif func is torch.Tensor.__setitem__:

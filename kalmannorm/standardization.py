@@ -153,10 +153,13 @@ def use_standardized(layers: Iterable[nn.Module]) -> None:
 def bake(model: nn.Module) -> None:
     """Write standardized filters into the parameters of stock layers; warn of those that stay as they are."""
     left = []
+    written: set[int] = set()  # filters that layers share are written once
     for name, layer in model.named_modules():
         if type(layer) in _STOCK and "weight" in layer._parameters:
             with torch.no_grad():
-                layer.weight.copy_(standardized(layer.weight))  # type: ignore[operator,arg-type]
+                if id(layer.weight) not in written:
+                    layer.weight.copy_(standardized(layer.weight))  # type: ignore[operator,arg-type]
+            written.add(id(layer.weight))
             layer.__class__ = _STOCK[type(layer)]
         elif isinstance(layer, _StandardizedConv | StandardizedLinear):
             left.append(name)

@@ -21,7 +21,8 @@ from kalmannorm.kernels.autograd import saved_tensor_hooks
 from kalmannorm.rules import Belief
 
 __all__ = [
-    "SCALARS", "Step", "computed_in", "detached", "found_in", "may_use", "placed_in", "put", "replace", "step_of",
+    "SCALARS", "Step", "computed_in", "detached", "found_in", "may_use", "placed_in", "put", "replace", "state_of",
+    "step_of",
 ]  # fmt: skip
 
 _T = TypeVar("_T")
@@ -134,7 +135,7 @@ def step_of(tensor: Tensor, as_it_was: bool = False) -> Step | None:
         return None
     if as_it_was:
         return step
-    noted, now = getattr(tensor, _STATE, None), _state(tensor)
+    noted, now = getattr(tensor, _STATE, None), state_of(tensor)
     if noted is None or now is None or noted == now:
         return step
     if noted[0] != now[0]:
@@ -151,7 +152,7 @@ def detached(step: Step) -> Step:
         return Step(Tensor.detach, (step,), {}, step.shape)
 
 
-def _state(tensor: Tensor) -> tuple[int, bool] | None:
+def state_of(tensor: Tensor) -> tuple[int, bool] | None:
     """torch's count of changes in place, of all tensors that share memory, and whether the tensor needs a gradient;
     None where torch does not count.
     """
@@ -168,7 +169,7 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
 def put(tensor: Tensor, step: Step | None) -> None:
     """Record a step on a tensor, as it is now."""
     setattr(tensor, _STEP, step)
-    setattr(tensor, _STATE, _state(tensor))
+    setattr(tensor, _STATE, state_of(tensor))
 
 
 def found_in(values: Any, kind: type[_T] | UnionType) -> Iterator[_T]:

@@ -59,8 +59,8 @@ class Watch:
             self.mode.__enter__()  # type: ignore[no-untyped-call]
         elif mode is not None and self.given and _are_unknown_inputs((*args, *kwargs.values())):
             self._start_beliefs(module, args, kwargs, mode)  # `input_stats` were given to this part alone
-        elif mode is not None and mode.input_belief is not None:
-            mode.input_belief = _started_on_first(mode.input_belief, (*args, *kwargs.values()))
+        elif mode is not None and mode.waiting and (waiting := mode.await_input(None)) is not None:
+            mode.await_input(_started_on_first(waiting, (*args, *kwargs.values())))
 
     def close(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook; runs after an error too."""
@@ -69,7 +69,7 @@ class Watch:
             if torch.compiler.is_compiling():
                 return
             self.mode.opener = None
-            waiting, self.mode.input_belief = self.mode.input_belief, None
+            waiting = self.mode.await_input(None)
             if output is not None and waiting is not None:
                 self._warn_of_unused_belief(waiting, module)
 
@@ -132,7 +132,7 @@ class Watch:
                     if not _start_belief(tensor, self.known.get(name), place):
                         if tensor is value:
                             raise _misfit(self.known[name], tensor, f"an input {place!r}", module)
-                        mode.input_belief = self.known[name]  # a list of images
+                        mode.await_input(self.known[name])  # a list of images
         if unmet and None not in self.known and len(unmet) == len(self.known):
             self._warn_of_unused_belief(next(iter(unmet.values())), module)
         if None in self.known:
@@ -141,8 +141,7 @@ class Watch:
             if waiting is not None and direct and waiting.mean.ndim:
                 raise _misfit(waiting, direct[0], "an input", module)
             # A detector gets its images in a list, and its first part gets them as a batch.
-            if waiting is not None or mode.input_belief is not None:
-                mode.input_belief = waiting
+            mode.await_input(waiting)
 
     def _move_beliefs(self, values: Any) -> None:
         """Keep the given beliefs on the inputs' device: a copy at each call would make the device wait, and a CUDA

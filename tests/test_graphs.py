@@ -423,3 +423,16 @@ def test_without_a_gpu_it_is_the_model_itself():
     batches = [images(seed=seed) for seed in range(3)]
     torch.testing.assert_close(train(captured, batches), train(plain, batches), rtol=0, atol=0)
     assert not captured.forward.graphs
+
+
+def test_its_arguments_have_the_names_of_the_networks_own(recorded):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+
+        def forward(self, mask, image):
+            return self.body(image) * mask
+
+    model = kn.connect(kn.capture(kn.convert(Two())), input_stats={"image": ([0.0] * 3, [1.0] * 3)})
+    assert kn.describe(model, torch.ones(1), torch.randn(2, 3, 6, 6)).with_prior == 1

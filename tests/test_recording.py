@@ -280,6 +280,19 @@ def test_a_known_tensor_that_an_activation_changes_is_unknown(like):
     assert "changed in place by an activation" in prior_of(seen, 1).reason
 
 
+@pytest.mark.parametrize(
+    "same", [lambda y: y.float(), lambda y: y.contiguous(), lambda y: y.to("cpu"), lambda y: F.dropout(y, 0.5, False)],
+    ids=["float", "contiguous", "to", "dropout"],
+)  # fmt: skip
+def test_what_returns_its_argument_has_changed_nothing(same):
+    def between(net, y):
+        same(y.flatten(1))  # of a view
+        known = torch.ones(1)
+        return same(y) * known.type_as(y)  # and of a constant
+
+    assert prior_after(between).prior_from == ("first",)
+
+
 def layers_alive():
     gc.collect()
     return sum(type(each).__name__ == "_LayerBackward" for each in gc.get_objects())

@@ -371,6 +371,18 @@ def check_baked(model):
     assert calls
 
 
+def test_a_filter_that_layers_share_is_baked_once():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+    model = kn.convert(model, weight_standardization=True)
+    model[2].weight = model[0].weight
+    with torch.no_grad():
+        model[0].weight.mul_(0.01)
+    x = torch.randn(2, 4, 6, 6)
+    expected = model.eval()(x)
+    torch.testing.assert_close(kn.to_batchnorm(model)(x), expected)
+
+
 def test_a_copy_is_fused():
     model = train(both()).eval()
     fused = kn.fuse(model)

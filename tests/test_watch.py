@@ -157,6 +157,56 @@ def test_threads_keep_priors_of_their_own():
     torch.testing.assert_close(results[0], expected_other)
 
 
+@torch.no_grad()
+def test_threads_have_inputs_of_their_own():
+    """Images in a list: the belief about them waits for the batch that is made of them, in each thread by itself."""
+
+    class Stacks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = one_at_a_time()
+
+        def forward(self, images):
+            return self.body(torch.stack(images))
+
+    model = kn.convert(Stacks(), input_stats=([0.0] * 3, [1.0] * 3))
+    images = [*torch.randn(2, 3, 10, 10)]
+    expected = copy.deepcopy(model)(images)
+    results = []
+
+    def call():
+        with torch.no_grad():
+            results.append(model(images))
+
+    def interrupt(module, args):
+        handle.remove()
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+
+    handle = model.body.register_forward_pre_hook(interrupt, prepend=True)
+    torch.testing.assert_close(model(images), expected)
+    torch.testing.assert_close(results[0], expected)
+
+
+@torch.no_grad()
+def test_a_network_that_is_no_part_of_another_keeps_no_priors_in_it():
+    class Holds(nn.Module):
+        def __init__(self, other):
+            super().__init__()
+            self.norm, self.others = nn.BatchNorm2d(3), [other]
+
+        def forward(self, x):
+            return self.others[0](self.norm(x))
+
+    other, x = one_at_a_time(), torch.randn(2, 3, 10, 10)
+    model = kn.convert(Holds(other), input_stats=([0.0] * 3, [1.0] * 3), track_running_stats=False).eval()
+    model(x)
+    other[0].weight.mul_(5)
+    found = model(x)
+    torch.testing.assert_close(found, model.train().eval()(x), rtol=0, atol=0)
+
+
 def one_watch(model):
     return next(iter(model._forward_pre_hooks.values())).__self__
 

@@ -274,7 +274,7 @@ static void gradients_of(const Inputs *f, const Gradients *g, float q, int64_t s
     float gamma = weight_of(f, c), eps = f->eps;
     float v = statistics[size + i], mean = statistics[4 * size + i], var = statistics[5 * size + i];
     float inverse = 1.0f / sqrtf(v + eps);
-    *scale = gamma * inverse;
+    *scale = gamma / sqrtf(v + eps); /* as line_of, or the masks of the two passes differ */
     float d_output_var = g->d_output_var ? g->d_output_var[i] : 0.0f;
     float g_mean = (g->d_posterior_mean ? g->d_posterior_mean[i] : 0.0f) - *scale * (float)sum_dy;
     float g_var = (g->d_posterior_var ? g->d_posterior_var[i] : 0.0f) - 0.5f * *scale * inverse * (float)sum_dyx;

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kalmannorm.gaussian import Gaussian, Unknown
+from kalmannorm.kernels.autograd import is_transformed
 from kalmannorm.rules.arithmetic import add, dropout, mul
 from kalmannorm.rules.linear import through_matrix
 from kalmannorm.rules.pointwise import quadrature
@@ -28,6 +29,8 @@ _INNER_NODES = 33
 _LARGE_MAP = 2048
 # In place of minus infinity, which would meet a factor of zero.
 _MASKED_SCORE = -1e30
+# A number in a mask below this leaves a key out.
+_LEAVES_OUT = -1e4
 # A softmax of scores with a larger standard deviation is a maximum.
 _SPREAD = 30.0
 
@@ -94,7 +97,7 @@ def _without_ellipsis(equation: str, ranks: Sequence[int]) -> str:
     return ",".join(filled) + arrow + output.replace("...", longest)
 
 
-@rule(*aliases("matmul", "__matmul__", "__rmatmul__", "mm", "bmm"))
+@rule(*aliases("matmul", "__matmul__", "mm", "bmm"))
 def matmul(x: Gaussian | Tensor, other: Gaussian | Tensor) -> Belief:
     """A matrix product, of two activations or with a known matrix; see :func:`contraction`."""
     if isinstance(x, Gaussian) and not isinstance(other, Gaussian) and other.ndim == 2:
@@ -141,6 +144,13 @@ def softmax(x: Gaussian, dim: int | None = None, *args: Any, **kwargs: Any) -> B
     In a large map, differences along ``dim`` count as variance, so that a row takes one integral.
     """
     return Unknown("softmax without a dim") if dim is None else _softmax(x, dim)
+
+
+def _leaves_out(mask: Tensor) -> bool:
+    """Whether a mask leaves out keys, and does not only weigh them. A compiler cannot look at its numbers."""
+    if mask.dtype == torch.bool or is_transformed():
+        return mask.dtype == torch.bool
+    return bool((mask < _LEAVES_OUT).any())
 
 
 def _softmax(x: Gaussian, dim: int) -> Gaussian:
@@ -190,7 +200,7 @@ def attention(query: Gaussian | Tensor, key: Gaussian | Tensor, value: Gaussian 
     The weights add up to 1, so the mean of the values over keys passes unchanged. Only deviations from it
     are summed as products of independent factors.
     """
-    if is_causal or (isinstance(attn_mask, Tensor) and attn_mask.dtype == torch.bool) or enable_gqa:
+    if is_causal or enable_gqa or (isinstance(attn_mask, Tensor) and _leaves_out(attn_mask)):
         return _MASKED
     if not isinstance(query, Gaussian) or not isinstance(key, Gaussian) or not isinstance(value, Gaussian):
         return Unknown("attention with a query, key or value that does not depend on the input")

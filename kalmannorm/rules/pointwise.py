@@ -170,6 +170,8 @@ def clamp(x: Gaussian, min: Any = None, max: Any = None) -> Belief:
     """``clamp(x, min, max)`` with numbers for bounds, in closed form."""
     if isinstance(min, Tensor | Gaussian) or isinstance(max, Tensor | Gaussian):
         return Unknown("clamp between tensors")
+    if min is not None and max is not None and min > max:
+        min = max  # as torch does
     breaks: list[float] = []
     pieces = [(0.0, 1.0, 0.0)]
     if min is not None and min > -_FAR:

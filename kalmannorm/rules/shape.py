@@ -95,15 +95,26 @@ def _ints(sizes: Sequence[Any]) -> list[Any]:
 # -- the belief as it is ---------------------------------------------------------------------------
 
 
-@belief_rule("to")
-def to(x: Gaussian, *args: Any, **kwargs: Any) -> Gaussian:
+@belief_rule("to", "type_as")
+def to(x: Gaussian, *args: Any, **kwargs: Any) -> Belief:
     """To another device, memory format or type: the belief follows to the device."""
+    given = (*args, *kwargs.values())
+    kinds = [each.dtype if isinstance(each, Tensor) else each for each in given]
+    if any(isinstance(kind, torch.dtype) and not kind.is_floating_point for kind in kinds):
+        return Unknown("rounded to another type")
     device = kwargs.get("device", args[0] if args else None)
     if isinstance(device, Gaussian):
         device = device.mean.device
     elif isinstance(device, Tensor):
         device = device.device
     return x.map(lambda t: t.to(device)) if isinstance(device, str | int | torch.device) else x
+
+
+@belief_rule("type")
+def of_type(x: Gaussian, kind: Any, *args: Any, **kwargs: Any) -> Belief:
+    """To another type, by itself or by its name."""
+    floating = any(word in str(kind).lower() for word in ("float", "double", "half"))
+    return x if floating else Unknown("rounded to another type")
 
 
 @rule(*aliases("detach", "detach_"), torch.Tensor.data.__get__, belief_first=True)  # type: ignore[attr-defined]
@@ -371,8 +382,8 @@ def pad(x: Gaussian, pad: Sequence[int], mode: str = "constant", value: float | 
         touched = amounts[2 * k] != 0 or amounts[2 * k + 1] != 0
         if touched and d == 0:
             return Unknown("padding along the batch")
-        if d == 1 and touched:
-            x = x.full([1])
+        if touched and (d == 1 or varies(x, d)):
+            x = x.full([d])
         elif x.mean.shape[d] == 1:
             amounts[2 * k] = amounts[2 * k + 1] = 0
     if not any(amounts):
@@ -454,7 +465,7 @@ def col2im(x: Gaussian, output_size: Any, *args: Any, **kwargs: Any) -> Belief:
 
 belief_rules("which moves elements", {
     "contiguous clone alias requires_grad_ retain_grad as_tensor asarray": lambda x, *args, **kwargs: x,
-    "float double half bfloat16 type type_as": lambda x, *args, **kwargs: x,  # a belief keeps its own precision
+    "float double half bfloat16": lambda x, *args, **kwargs: x,  # a belief keeps its own precision
     "squeeze squeeze_": lambda x, dim=None: drop(x, [d for d in axes_of(x, dim) if x.shape[d] == 1]),
     "expand": lambda x, *sizes: of_rank(x, len(_ints(sizes))),  # axes of size 1 stay so
     "expand_as": lambda x, other: of_rank(x, len(other.shape)),

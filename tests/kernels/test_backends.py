@@ -4,6 +4,7 @@ import pytest
 import torch
 from backend_cases import CASES, run
 
+import kalmannorm as kn
 from kalmannorm.kernels import backends, native, on_cpu, on_gpu, on_torch
 from kalmannorm.kernels.backends import backend_for
 
@@ -42,6 +43,18 @@ def test_in_c_on_several_threads(name, threads):
 def test_by_torch_functions(name):
     wrong = run(name, "cpu", on_torch)
     assert not wrong, "\n".join(wrong)
+
+
+@needs_compiler
+def test_a_constant_channel_sends_no_gradient_through_its_relu():
+    """Both passes of the backward pass must take the same side of zero, or nothing cancels."""
+    torch.manual_seed(0)
+    layer = kn.KalmanNorm2d(64, gain=1.0)
+    torch.nn.init.uniform_(layer.weight)
+    x = (3 + torch.randn(1, 64, 1, 1)).expand(2, 64, 5, 5).contiguous().requires_grad_()
+    model = kn.connect(torch.nn.Sequential(layer, torch.nn.ReLU(inplace=True)))
+    model(x).sum().backward()
+    assert x.grad.abs().max() < 1
 
 
 class TestChoice:

@@ -263,3 +263,9 @@ def test_sqrt(function):
     assert y.mean.isfinite().all()
     assert wide.mean.grad.isfinite().all()
     assert wide.var.grad.isfinite().all()
+
+
+def test_bounds_in_the_wrong_order_clamp_to_the_upper_one():
+    y = RULES[torch.clamp](believe((4, 3)), 1.0, -1.0)
+    torch.testing.assert_close(y.mean, torch.full_like(y.mean, -1.0))
+    torch.testing.assert_close(y.var, torch.zeros_like(y.var), atol=1e-6, rtol=0)

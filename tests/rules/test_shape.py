@@ -55,6 +55,15 @@ def test_same(function):
     assert y.mean.dtype == torch.float64
 
 
+def test_what_is_rounded_is_unknown():
+    x = believe((4, 3, 2, 2))
+    numbers = torch.zeros(1, dtype=torch.int64)
+    for function, kind in ((torch.Tensor.to, torch.int8), (torch.Tensor.to, torch.bool), (torch.Tensor.to, numbers),
+                           (torch.Tensor.type_as, numbers), (torch.Tensor.type, torch.uint8),
+                           (torch.Tensor.type, "torch.IntTensor")):  # fmt: skip
+        check_unknown("rounded to another type", function, x, kind)
+
+
 @covers(torch.Tensor.to)
 @pytest.mark.parametrize(("args", "device"), [
     (("meta",), "meta"), ((torch.device("meta"),), "meta"), ((torch.zeros(1, device="meta"),), "meta"),
@@ -605,3 +614,10 @@ def test_col2im(function):
     check_draws(function, believe((2**12, 3 * 4, 9)), 4, 2, stride=1, effective=1 / 4)
     assert RULES[function](x, 8, 2, stride=2).mean.shape == (2, 3, 1, 1)
     check_unknown("without a batch", function, believe((3 * 4, 16)), 8, 2, stride=2)
+
+
+def test_padding_along_an_axis_that_channels_were_flattened_into():
+    y = Gaussian(torch.arange(8.0).view(1, 1, 8), torch.ones(1, 1, 8), (2, 4, 8 * 16))  # 8 blocks of 16
+    padded = RULES[F.pad](y, (16, 0), value=100.0).per_channel(1)
+    mean = (16 * 100 + 16 * 28) / (9 * 16)
+    torch.testing.assert_close(padded.mean, torch.full((1, 1), mean))  # of each of the four
