@@ -99,18 +99,19 @@ class KeptPriors:
         """The prior of a layer's next call in this pass."""
         place = layer, self.calls.get(layer, 0)
         self.calls[layer] = place[1] + 1
+        if place in self.kept:
+            return self.kept[place]
         if layer not in self.layers:  # of a network that is no part of this one: the key does not see its tensors
             return compute()
-        if self.are_complete and place not in self.kept:
+        if self.are_complete:
             # Called once in the recorded pass, and more often in this one: the belief about this input is unknown.
             self.key = None
             return self.kept[layer, 0]
-        if place not in self.kept:
-            prior = compute()
-            if torch.compiler.is_compiling():  # an exporter's stand-ins
-                return prior
-            with torch.inference_mode(False):
-                self.kept[place] = prior.copied()
+        prior = compute()
+        if torch.compiler.is_compiling():  # an exporter's stand-ins
+            return prior
+        with torch.inference_mode(False):
+            self.kept[place] = prior.copied()
         return self.kept[place]
 
     def _hold_for_export(self, module: nn.Module, layers: Sequence[Any], values: Any) -> bool:

@@ -133,6 +133,24 @@ def test_a_layer_called_twice_keeps_a_prior_for_each_call():
     assert not torch.allclose(*[prior.belief.mean for prior in one_watch(model).mode.priors.kept.values()])
 
 
+def called_meanwhile(module, call):
+    """A list, with what a call in another thread gives in the middle of the next one, before this module."""
+    results = []
+
+    def run():
+        with torch.no_grad():
+            results.append(call())
+
+    def interrupt(module, args):
+        handle.remove()
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+
+    handle = module.register_forward_pre_hook(interrupt, prepend=True)
+    return results
+
+
 @torch.no_grad()
 def test_threads_keep_priors_of_their_own():
     """As in a server, where several call one model: here a second call runs in the middle of a first one."""
@@ -140,19 +158,7 @@ def test_threads_keep_priors_of_their_own():
     expected, expected_other = copy.deepcopy(model)(x), copy.deepcopy(model)(other)
     for _ in range(3):
         model(x)
-    results = []
-
-    def call():
-        with torch.no_grad():
-            results.append(model(other))
-
-    def interrupt(layer, args):
-        handle.remove()
-        thread = threading.Thread(target=call)
-        thread.start()
-        thread.join()
-
-    handle = model[3].register_forward_pre_hook(interrupt)
+    results = called_meanwhile(model[3], lambda: model(other))
     torch.testing.assert_close(model(x), expected)
     torch.testing.assert_close(results[0], expected_other)
 
@@ -172,19 +178,7 @@ def test_threads_have_inputs_of_their_own():
     model = kn.convert(Stacks(), input_stats=([0.0] * 3, [1.0] * 3))
     images = [*torch.randn(2, 3, 10, 10)]
     expected = copy.deepcopy(model)(images)
-    results = []
-
-    def call():
-        with torch.no_grad():
-            results.append(model(images))
-
-    def interrupt(module, args):
-        handle.remove()
-        thread = threading.Thread(target=call)
-        thread.start()
-        thread.join()
-
-    handle = model.body.register_forward_pre_hook(interrupt, prepend=True)
+    results = called_meanwhile(model.body, lambda: model(images))
     torch.testing.assert_close(model(images), expected)
     torch.testing.assert_close(results[0], expected)
 

@@ -17,6 +17,7 @@ from rich.console import Console
 from kalmannorm.lab import experiments, page, tables
 from kalmannorm.lab.availability import data_at, missing_data, not_at_hand
 from kalmannorm.lab.computed import COMPUTED, measured_gaps
+from kalmannorm.lab.configuration import Run, check_same
 from kalmannorm.lab.costs import seconds_per_step, single_thread, where
 from kalmannorm.lab.data.roots import MissingDataError
 from kalmannorm.lab.experiments import FORMS, Arm, Experiment, Scale, merge, shown
@@ -174,7 +175,7 @@ def run(
 
 def run_experiment(whole: Experiment, plan: Plan, *, report: bool, collect: bool, grow: bool) -> int:
     """`run`, of arms that are chosen, where data are found."""
-    arms, missing = plan.experiment.arms, {}
+    arms, missing = plan.experiment.arms, dict[str, str]()
     if not report and not collect:
         missing = _of_data(plan, missing_data)
         if not grow and all(missing.get(arm.name) for arm in arms):
@@ -182,12 +183,12 @@ def run_experiment(whole: Experiment, plan: Plan, *, report: bool, collect: bool
     _check_unchanged(plan)
     trials: Sequence[Trial] = []
     if collect:
-        trials = _told(whole, plan, None, grow=grow)
+        trials = _told(whole, plan, missing, collect=True, grow=grow)
     elif not report:
         with ExitStack() as locks:
             for name in sorted({plan.experiment.name, *(arm.run[0] for arm in arms)}):
                 locks.enter_context(alone(plan.output / name))
-            trials = _told(whole, plan, missing, grow=grow)
+            trials = _told(whole, plan, missing, collect=False, grow=grow)
     plan.console.print(tables.write_table(whole, plan.folder), soft_wrap=True, highlight=False, markup=False)
     written = page.write_page(whole, plan.folder)
     plan.console.print(f"Report: {written}", soft_wrap=True, highlight=False, markup=False)
@@ -209,11 +210,11 @@ def alone(folder: Path) -> Iterator[None]:
         raise ValueError(f"--output: another process is running {folder.name} in {folder}") from error
 
 
-def _told(whole: Experiment, plan: Plan, missing: Mapping[str, str] | None, *, grow: bool) -> Sequence[Trial]:
-    """The runs, trained or (where it is not told which data are missing) collected, once the files tell of them."""
+def _told(whole: Experiment, plan: Plan, missing: Mapping[str, str], *, collect: bool, grow: bool) -> Sequence[Trial]:
+    """The runs, collected or trained, once the files tell of them."""
     before = Rows.read(plan.folder, plan.scale)
-    told = before.told() if grow or missing is None else {}
-    if missing is None:
+    told = before.told() if grow or collect else {}
+    if collect:
         trials: Sequence[Trial] = _collected(plan, told, grow)
     else:
         for path, arms in _starts(plan.experiment, plan.amount).items():
@@ -226,7 +227,7 @@ def _told(whole: Experiment, plan: Plan, missing: Mapping[str, str] | None, *, g
                 run_experiment(source, first, report=False, collect=False, grow=False)
         trials = _trained(plan, told, missing)
     rows = before.without({trial.arm.name for trial in trials}) + _rows(trials)
-    if grow or missing is None:
+    if grow or collect:
         rows += _nowhere_else(before, trials, plan.runs())
     rows.write(plan.folder, [arm.name for arm in whole.arms])
     return trials
@@ -371,8 +372,6 @@ def _check_unchanged(plan: Plan) -> None:
         trials = search or [Trial(arm, "final", {}, seed, asked.scored) for seed in range(asked.seeds)]
         for job in (_job(plan, trial) for trial in trials):
             if (job.folder / "config.yaml").is_file():
-                from kalmannorm.lab.configuration import Run, check_same  # noqa: PLC0415 - slow
-
                 check_same(job.folder, Run(job.config).complete())
                 break  # the others of this arm differ in the searched settings and the seed alone
 

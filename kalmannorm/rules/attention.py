@@ -147,8 +147,9 @@ def softmax(x: Gaussian, dim: int | None = None, *args: Any, **kwargs: Any) -> B
 
 
 def _leaves_out(mask: Tensor) -> bool:
-    """Whether a mask leaves out keys, and does not only weigh them. A compiler cannot look at its numbers."""
-    if mask.dtype == torch.bool or is_transformed():
+    """Whether a mask leaves out keys, and does not only weigh them. A compiler and a CUDA graph cannot look at it."""
+    unseen = is_transformed() or (mask.is_cuda and torch.cuda.is_current_stream_capturing())
+    if mask.dtype == torch.bool or unseen:
         return mask.dtype == torch.bool
     return bool((mask < _LEAVES_OUT).any())
 
