@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -60,14 +61,17 @@ def _built(compiler: str) -> Path:
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None where they cannot be had."""
+def library() -> Any:
+    """The compiled kernels, a ``ctypes.CDLL``, or None where they cannot be had. The first call compiles them."""
     if os.environ.get("KALMANNORM_NATIVE", "1") == "0" or not torch.backends.openmp.is_available():
         return None
     compiler = _compiler()
     if compiler is None:
         return None
     try:
-        return ctypes.CDLL(str(_built(compiler)))
+        native = ctypes.CDLL(str(_built(compiler)))
     except (OSError, subprocess.SubprocessError):
         return None
+    for function in (native.layer_forward, native.layer_backward, native.link_forward, native.link_backward):
+        function.argtypes, function.restype = [ctypes.c_char_p], None
+    return native

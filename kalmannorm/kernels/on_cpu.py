@@ -5,7 +5,6 @@ A layer's input and output may be of half precision: they are converted before a
 
 from __future__ import annotations
 
-import ctypes
 import struct
 from typing import Any
 
@@ -28,23 +27,10 @@ _LINK_FORWARD = struct.Struct(f"@{_LINK}q")
 _LINK_BACKWARD = struct.Struct(f"@{_LINK}6q")
 
 
-def _declare(native: ctypes.CDLL) -> ctypes.CDLL:
-    for function in (native.layer_forward, native.layer_backward, native.link_forward, native.link_backward):
-        function.argtypes, function.restype = [ctypes.c_char_p], None
-    return native
-
-
-_native: Any = None
-
-
 @constant_to_compilers
 def is_available() -> bool:
-    """Whether the kernels could be compiled. The first call compiles them."""
-    global _native  # noqa: PLW0603
-    if _native is None:
-        found = library()
-        _native = False if found is None else _declare(found)
-    return _native is not False
+    """Whether the kernels could be compiled."""
+    return library() is not None
 
 
 def _at(t: Tensor | None) -> int:
@@ -76,7 +62,7 @@ def layer_forward(x: Tensor, given: Given, running: Running | None, options: Opt
         running.mean.data_ptr(), running.var.data_ptr(), running.batches.data_ptr(), running.nonfinite.data_ptr(),
         running.momentum,
     )  # fmt: skip
-    _native.layer_forward(_FORWARD.pack(
+    library().layer_forward(_FORWARD.pack(
         *_layer(x, given, options), x.data_ptr(), y.data_ptr(),
         statistics.data_ptr(), *moved,
     ))  # fmt: skip
@@ -91,7 +77,7 @@ def layer_backward(dy: Tensor, x: Tensor, given: Given, statistics: Tensor, d_be
     results = [None if t is None else torch.empty_like(t) for t in (given.prior, *given[3:])]
     d_prior, *others = results
     sent = _both_at(None if d_belief is None else (d_belief := d_belief.contiguous()))
-    _native.layer_backward(_BACKWARD.pack(
+    library().layer_backward(_BACKWARD.pack(
         *_layer(x, given, options),
         *((*sent, 0, 0) if posterior else (0, 0, *sent)), *_both_at(d_prior), *map(_at, others),
         dy.data_ptr(), x.data_ptr(), statistics.data_ptr(), dx.data_ptr(),
@@ -120,7 +106,7 @@ def link_forward(moments: Tensor, weight: Tensor, bias: Tensor | None,
     _, groups, _, *ones = moments.shape
     out = moments.new_empty(2, groups, weight.shape[0], *ones)
     after = torch.empty_like(moments) if relu else None
-    _native.link_forward(_LINK_FORWARD.pack(*_link(moments, weight, bias, after, relu), out.data_ptr()))
+    library().link_forward(_LINK_FORWARD.pack(*_link(moments, weight, bias, after, relu), out.data_ptr()))
     return out, after
 
 
@@ -130,7 +116,7 @@ def link_backward(moments: Tensor, weight: Tensor, after: Tensor | None, d_out: 
     below, d_weight = torch.empty_like(moments), torch.empty_like(weight)
     d_out = d_out.contiguous()
     d_after = None if d_after is None else d_after.contiguous()
-    _native.link_backward(_LINK_BACKWARD.pack(
+    library().link_backward(_LINK_BACKWARD.pack(
         *_link(moments, weight, None, after, relu), *_both_at(d_out), *_both_at(d_after), below.data_ptr(),
         d_weight.data_ptr(),
     ))  # fmt: skip

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kalmannorm.kernels.autograd import is_transformed
+from kalmannorm.kernels.autograd import differentiable_gradients, is_transformed
 
 __all__ = ["standardize"]
 
@@ -30,26 +30,21 @@ class _Standardize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor,  # type: ignore[override]
                 eps: float) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(x, mean, var, weight)
+        ctx.save_for_backward(x, mean, var, weight, bias)
         ctx.eps = eps
         return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, mean, var, weight = ctx.saved_tensors
+        x, mean, var, weight, _ = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a backward pass that is itself differentiated
+            inputs = (*ctx.saved_tensors, ctx.eps)
+            return tuple(differentiable_gradients(lambda *given: (_plain(*given),), inputs, (dy,)))
+        dx, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
+            dy, x, weight, mean, var, None, None, False, ctx.eps, [True, True, True]
+        )
         inverse = torch.rsqrt(var + ctx.eps)
         scale = weight * inverse
-        if torch.is_grad_enabled():  # a backward pass that is itself differentiated
-            shape = (1, -1, *[1] * (x.ndim - 2))
-            dims = (0, *range(2, x.ndim))
-            wide = torch.promote_types(x.dtype, torch.float32)
-            centred = (x.to(wide) - mean.view(shape)) * inverse.view(shape)
-            dx = (dy * scale.view(shape)).to(x.dtype)
-            d_weight, d_bias = (dy * centred).sum(dims), dy.to(wide).sum(dims)
-        else:
-            dx, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
-                dy, x, weight, mean, var, None, None, False, ctx.eps, [True, True, True]
-            )
         d_mean = -scale * d_bias
         d_var = -0.5 * scale * inverse * d_weight
         return dx, d_mean, d_var, d_weight, d_bias, None
