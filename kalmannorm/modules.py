@@ -49,10 +49,17 @@ def is_stock_batchnorm(layer: nn.Module) -> bool:
     return isinstance(layer, _BatchNorm) and not isinstance(layer, KalmanLayer)
 
 
-def _as_one_call(layer: nn.Module, x: fx.Proxy) -> Any:
-    """How torch.fx traces a layer: whole, as torch's own layers."""
-    tracer: Any = x.tracer
-    return tracer.create_proxy("call_module", tracer.path_of_module(layer), (x,), {})
+def _by_its_type(layer: KalmanLayer, x: Any) -> Any:
+    """Normalize what is not a plain tensor, as torch's own functions do: torch.fx traces the layer whole, and the type
+    of a subclass says of what type the output is.
+    """
+    if isinstance(x, fx.Proxy):
+        tracer: Any = x.tracer
+        return tracer.create_proxy("call_module", tracer.path_of_module(layer), (x,), {})
+    typed = getattr(type(x), "__torch_function__", None)
+    if typed is None or torch.compiler.is_compiling():
+        return layer._normalize(x)
+    return typed(layer._normalize, (type(x),), (x,), {})
 
 
 class KalmanLayer(CorrectedPrior):
@@ -113,6 +120,13 @@ class KalmanLayer(CorrectedPrior):
             f"torch.jit.script cannot compile {self._label()}, expected stock layers: kalmannorm.to_batchnorm(model) "
             "first, or torch.export in place of torch.jit.script"
         )
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize ``(N, C, *)``; the output is of the input's type, for subclasses of tensors too."""
+        return self._normalize(input) if type(input) is Tensor else _by_its_type(self, input)  # type: ignore[no-any-return]
+
+    def _normalize(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
 
     def train(self: _L, mode: bool = True) -> _L:
         """As :meth:`torch.nn.Module.train`; ``eval()`` calls it too. Priors that were kept are computed again."""
@@ -495,18 +509,15 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
         """Whether the next call normalizes by fused batch statistics, not by running ones."""
         return self.running_mean is None or (not self.frozen and (self.training or self.online))
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalize ``(N, C, *)``."""
-        if isinstance(input, fx.Proxy):
-            return _as_one_call(self, input)
+    def _normalize(self, x: Tensor) -> Tensor:
         with paused():
-            self._check_input(input)
+            self._check_input(x)
             if not self.is_fusing:
-                return self._by_running_statistics(input)
-            if input.numel() == 0 and self.process_group is None:
-                return self._normalize_nothing(input)
-            groups = self.statistic_groups(input.shape[0])
-            return self._by_kernel(input, groups) if self._has_kernel() else self._step_by_step(input, groups)
+                return self._by_running_statistics(x)
+            if x.numel() == 0 and self.process_group is None:
+                return self._normalize_nothing(x)
+            groups = self.statistic_groups(x.shape[0])
+            return self._by_kernel(x, groups) if self._has_kernel() else self._step_by_step(x, groups)
 
     def _step_by_step(self, x: Tensor, groups: int) -> Tensor:
         """Observe, fuse, normalize, by the functions of :mod:`kalmannorm.functional`."""
@@ -763,19 +774,16 @@ class GroupKalmanNorm(KalmanLayer, nn.GroupNorm):
     def _stock_name(self) -> str:
         return "GroupNorm"
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalize ``(N, C, *)``."""
-        if isinstance(input, fx.Proxy):
-            return _as_one_call(self, input)
+    def _normalize(self, x: Tensor) -> Tensor:
         with paused():
-            self._check_input(input)
-            if input.numel() == 0:
-                return self._normalize_nothing(input)
-            prior, noise = self.prior(input, input.shape[0])
+            self._check_input(x)
+            if x.numel() == 0:
+                return self._normalize_nothing(x)
+            prior, noise = self.prior(x, x.shape[0])
             bias = self.bias if prior is not None else self._bias_without_prior()
             out = group_kalman_norm(
-                input, prior, self.num_groups, self.weight, bias,
-                gain=self.kalman_gain(self.observed_maps(input.shape[0])), process_noise=noise,
+                x, prior, self.num_groups, self.weight, bias,
+                gain=self.kalman_gain(self.observed_maps(x.shape[0])), process_noise=noise,
                 spread=self.spread, guard=self.guard, eps=self.eps,
             )  # fmt: skip
             self._attach_belief(out.output, self._lasting(out.posterior, prior, noise))
@@ -798,11 +806,9 @@ class _ThenActivation(nn.Module):
         self.drop = nn.Identity() if drop is None else drop
         self.act = nn.Identity() if act is None else act
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalize ``(N, C, *)``, drop, activate."""
-        if isinstance(input, fx.Proxy):
-            return _as_one_call(self, input)
-        return self.act(self.drop(super().forward(input)))  # type: ignore[no-any-return, misc]
+    def _normalize(self, x: Tensor) -> Tensor:
+        """Normalize, drop, activate."""
+        return self.act(self.drop(super()._normalize(x)))  # type: ignore[no-any-return, misc]
 
 
 class KalmanNormAct2d(_ThenActivation, KalmanNorm2d):
@@ -815,15 +821,13 @@ class KalmanNormAct2d(_ThenActivation, KalmanNorm2d):
         kwargs: as :class:`KalmanNorm2d`'s.
     """
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalize ``(N, C, H, W)``, drop, activate; a ReLU in the same step."""
-        if isinstance(input, fx.Proxy):
-            return _as_one_call(self, input)  # type: ignore[no-any-return]
-        if not self._rectifies() or not self.is_fusing or not self._has_kernel() or input.numel() == 0:
-            return super().forward(input)
+    def _normalize(self, x: Tensor) -> Tensor:
+        """Normalize, drop, activate; a ReLU in the same step."""
+        if not self._rectifies() or not self.is_fusing or not self._has_kernel() or x.numel() == 0:
+            return super()._normalize(x)
         with paused():
-            self._check_input(input)
-            return self._by_kernel(input, self.statistic_groups(input.shape[0]), relu=True)
+            self._check_input(x)
+            return self._by_kernel(x, self.statistic_groups(x.shape[0]), relu=True)
 
     def _rectifies(self) -> bool:
         """Whether only a ReLU without hooks follows."""

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kalmannorm.gaussian import Gaussian, Unknown
-from kalmannorm.kernels.autograd import is_transformed
+from kalmannorm.kernels.autograd import differentiable_gradients, is_transformed
 from kalmannorm.kernels.rectify import rectify
 from kalmannorm.rules.deferred import Deferred, Rectified
 from kalmannorm.rules.table import DEFERRING, Belief, belief_rule, belief_rules
@@ -28,6 +28,8 @@ _REACH = 8.0
 _NODES = 129
 # The square of a larger number overflows float32.
 _FAR = 1e18
+# Of an activation that is not negative a belief may reach below zero.
+_ABOVE_ZERO = 1e-12
 
 
 def _phi(z: Tensor) -> Tensor:
@@ -72,46 +74,89 @@ def piecewise(x: Gaussian, breaks: Sequence[float], pieces: Sequence[Sequence[fl
         >>> print(f"{found.mean.item():.4f}")  # 1 / sqrt(2 pi)
         0.3989
     """
-    m, s = x.mean, x.std
-    edges = [torch.full_like(m, -math.inf), *((b - m) / s for b in breaks), torch.full_like(m, math.inf)]
-    # Moments are taken about the function's value at the mean, so that no large numbers cancel. Far in the tails the
-    # density is zero while the edge or its powers are infinite; their product, z^k phi(z), is set to zero.
-    centre = _polynomial_at(m, breaks, pieces)
-    near = [e.abs() < 40 for e in edges]
-    finite = [torch.where(n, e, 0.0) for n, e in zip(near, edges, strict=True)]
-    density = [torch.where(n, _phi(f), 0.0) for n, f in zip(near, finite, strict=True)]
-    first = torch.zeros_like(m)
-    second = torch.zeros_like(m)
-    for i, (c0, c1, c2) in enumerate(pieces):
-        # A difference of two upper or of two lower tail probabilities, whichever is the smaller.
-        lower, upper = edges[i], edges[i + 1]
-        flip = lower > 0
-        p = torch.special.ndtr(torch.where(flip, -lower, upper))
-        p = p - torch.special.ndtr(torch.where(flip, -upper, lower))
-        moments = [p, density[i] - density[i + 1]]
-        for k in (2, 3, 4):
-            edge = finite[i] ** (k - 1) * density[i] - finite[i + 1] ** (k - 1) * density[i + 1]
-            moments.append((k - 1) * moments[k - 2] + edge)
-        a = c0 + c1 * m + c2 * m.square() - centre
-        b = (c1 + 2 * c2 * m) * s
-        c = c2 * s.square()
-        first = first + a * moments[0] + b * moments[1] + c * moments[2]
-        second = second + (
-            a.square() * moments[0]
-            + 2 * a * b * moments[1]
-            + (b.square() + 2 * a * c) * moments[2]
-            + 2 * b * c * moments[3]
-            + c.square() * moments[4]
-        )
-    return Gaussian(centre + first, (second - first.square()).clamp_min(0))
+    mean, var = torch.broadcast_tensors(x.mean, x.var)
+    if is_transformed() or not torch.is_grad_enabled():
+        return Gaussian(*_of_pieces(mean, var, breaks, pieces))
+    return Gaussian(*_Piecewise.apply(mean, var, breaks, pieces))  # type: ignore[no-untyped-call]
 
 
-def _polynomial_at(m: Tensor, breaks: Sequence[float], pieces: Sequence[Sequence[float]]) -> Tensor:
-    values = [c0 + c1 * m + c2 * m.square() for c0, c1, c2 in pieces]
-    value = values[0]
-    for lower, above in zip(breaks, values[1:], strict=True):
-        value = torch.where(m > lower, above, value)
-    return value
+def _of_pieces(mean: Tensor, var: Tensor, breaks: Sequence[float],
+               pieces: Sequence[Sequence[float]]) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """:func:`piecewise` of moments of one shape, in functions that autograd can differentiate."""
+    centre, (first,), (second,) = _integrals(mean, Gaussian(mean, var).std, breaks, pieces, 0)
+    return centre + first, (second - first.square()).clamp_min(0)
+
+
+def _integrals(m: Tensor, s: Tensor, breaks: Sequence[float], pieces: Sequence[Sequence[float]],
+               most: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
+    """``f(m)``; and ``E[h z^j]`` and ``E[h^2 z^j]`` for ``j`` up to ``most``, with ``h = f(m + s z) - f(m)``.
+
+    ``h`` has no large numbers that cancel. The first axis is the pieces'.
+    """
+    end = torch.full_like(m, math.inf)
+    edges = torch.stack([-end, *((b - m) / s for b in breaks), end])
+    values = [c0 + c1 * m + c2 * m.square() if c2 else c0 + c1 * m for c0, c1, c2 in pieces]
+    centre = values[0]
+    for edge, above in zip(breaks, values[1:], strict=True):
+        centre = torch.where(m > edge, above, centre)
+    polynomial = [torch.stack(values) - centre, torch.stack([c1 + 2 * c2 * m for _, c1, c2 in pieces]) * s]
+    if any(c2 for *_, c2 in pieces):
+        polynomial.append(torch.stack([torch.full_like(m, c2) for *_, c2 in pieces]) * s.square())
+    square = [torch.zeros_like(edges[1:]) for _ in range(2 * len(polynomial) - 1)]
+    for i, one in enumerate(polynomial):
+        for j, other in enumerate(polynomial):
+            square[i + j] = torch.addcmul(square[i + j], one, other)
+    powers = _powers_between(edges, len(square) + most)
+    first, second = (
+        [sum(c * powers[j + k] for k, c in enumerate(each)).sum(0) for j in range(most + 1)]  # type: ignore[union-attr]
+        for each in (polynomial, square)
+    )
+    return centre, first, second
+
+
+def _powers_between(edges: Tensor, count: int) -> list[Tensor]:
+    """The integrals of ``z^k phi(z)`` from each edge to the next, for ``k`` from 0."""
+    # Far in the tails the density is zero while the edge or its powers are infinite: their product is set to zero.
+    near = edges.abs() < 40
+    edge = torch.where(near, edges, 0.0)
+    term = torch.where(near, _phi(edge), 0.0)
+    # A difference of two upper or of two lower tail probabilities, whichever is the smaller.
+    lower, upper = edges[:-1], edges[1:]
+    flip = lower > 0
+    above, below = torch.where(flip, -lower, upper), torch.where(flip, -upper, lower)
+    found = [torch.special.ndtr(above) - torch.special.ndtr(below)]
+    for k in range(1, count):
+        between = term[:-1] - term[1:]
+        found.append(torch.add(between, found[k - 2], alpha=k - 1) if k > 1 else between)
+        term = term * edge
+    return found
+
+
+class _Piecewise(torch.autograd.Function):
+    """By Stein's lemma, ``E g(m + s z)`` has the slopes ``E[g z] / s`` by ``m`` and ``E[g (z^2 - 1)] / (2 v)`` by
+    ``v``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, mean: Tensor, var: Tensor, breaks: Sequence[float],  # type: ignore[override]
+                pieces: Sequence[Sequence[float]]) -> tuple[Tensor, Tensor]:  # fmt: skip
+        s = Gaussian(mean, var).std
+        centre, first, second = _integrals(mean, s, breaks, pieces, 2)
+        by_mean, by_var = first[1] / s, (first[2] - first[0]) / (2 * s.square())
+        square_by_mean, square_by_var = second[1] / s, (second[2] - second[0]) / (2 * s.square())
+        twice = 2 * first[0]
+        slopes = by_mean, by_var, square_by_mean - twice * by_mean, square_by_var - twice * by_var
+        ctx.save_for_backward(mean, var, *slopes)
+        ctx.pieces = breaks, pieces
+        return centre + first[0], (second[0] - first[0].square()).clamp_min(0)
+
+    @staticmethod
+    def backward(ctx: Any, d_mean: Tensor, d_var: Tensor) -> Any:  # type: ignore[override]
+        mean, var, by_mean, by_var, var_by_mean, var_by_var = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            inputs = (mean, var, *ctx.pieces)
+            return tuple(differentiable_gradients(_of_pieces, inputs, (d_mean, d_var)))
+        return d_mean * by_mean + d_var * var_by_mean, d_mean * by_var + d_var * var_by_var, None, None
 
 
 # -- the ReLU family -------------------------------------------------------------------------------
@@ -216,14 +261,14 @@ def expm1(x: Gaussian) -> Gaussian:
 
 
 @belief_rule("pow", "pow_", "__pow__", "float_power")
-def power(x: Gaussian, exponent: object) -> Belief:
-    """A whole, non-negative power, by quadrature; others are not defined for negative inputs."""
-    if not isinstance(exponent, int | float):
-        return Unknown("power with a tensor for its exponent")
-    if exponent < 0 or exponent != int(exponent):
+def power(x: Gaussian, exponent: Any) -> Belief:
+    """A power, by quadrature. By a fraction, or a number in a tensor (GeM pooling's), it is of what is not negative."""
+    if isinstance(exponent, Gaussian) or (isinstance(exponent, Tensor) and exponent.numel() > 1):
+        return Unknown("power with several exponents, or with one computed from the input")
+    if isinstance(exponent, int | float) and exponent < 0:
         return Unknown(f"power {exponent}")
-    whole = int(exponent)
-    return quadrature(x, lambda t: t**whole)
+    whole = isinstance(exponent, int | float) and exponent == int(exponent)
+    return quadrature(x, lambda t: (t if whole else t.clamp_min(_ABOVE_ZERO)) ** exponent)
 
 
 belief_rules("by quadrature", {
@@ -242,8 +287,7 @@ belief_rules("by quadrature", {
     "sin sin_": lambda x: quadrature(x, torch.sin),
     "softplus": lambda x, beta=1.0, threshold=20.0: quadrature(x, lambda t: F.softplus(t, beta, threshold)),
     "softsign": lambda x: quadrature(x, F.softsign),
-    # The activation is not negative, but a belief about it may reach below zero.
-    "sqrt sqrt_": lambda x: quadrature(x, lambda t: t.clamp_min(1e-12).sqrt()),
+    "sqrt sqrt_": lambda x: quadrature(x, lambda t: t.clamp_min(_ABOVE_ZERO).sqrt()),
     "square square_": lambda x: quadrature(x, torch.square),
     "tanh tanh_": lambda x: quadrature(x, torch.tanh),
     "tanhshrink": lambda x: quadrature(x, F.tanhshrink),
