@@ -45,7 +45,8 @@ def convert(model: _M, *, layers: Sequence[str] = ("batch",), input_stats: Input
 
     The new layers hold the same parameter and buffer objects, so an existing optimizer keeps working; add the new
     gains and process noises to it. Device, dtype, training flags and ``requires_grad`` stay. The output in ``eval()``
-    is bit-equal; that of FrozenBatchNorm2d, whose formula is another, but for rounding.
+    is bit-equal; that of FrozenBatchNorm2d, whose formula is another, but for rounding. Layers without running
+    statistics fuse in ``eval()`` too.
 
     The running statistics of a *pretrained* network correct each layer's prior, channel by channel, at the first call
     that computes priors (:func:`kalmannorm.calibrate`). So the first training step sees the network as it was trained.
@@ -132,8 +133,8 @@ def _stand_ins(model: nn.Module, kinds: Sequence[str], options: dict[str, Any]) 
             continue
         if kalman is None:
             warnings.warn(
-                f"{type(layer).__name__} {name!r} is a kind of {stock_ancestor(layer).__name__} with a forward of its "
-                "own, or tensors: kalmannorm.convert leaves it as it is",
+                f"{type(layer).__name__} {name!r} is a kind of {stock_ancestor(layer).__name__} with a forward or "
+                "train of its own, or tensors: kalmannorm.convert leaves it as it is",
                 stacklevel=3,
             )
             continue

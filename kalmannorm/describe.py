@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kalmannorm.gaussian import Gaussian, Unknown
 from kalmannorm.modules import KalmanLayer
-from kalmannorm.propagation import function_name, without_autocast
+from kalmannorm.propagation import NO_INPUT, function_name, without_autocast
 from kalmannorm.recording import is_open
 from kalmannorm.steps import Step, step_of
 from kalmannorm.traversal import attributes_kept, buffers_kept, inputs_seen, kalman_layers, random_state_kept
@@ -152,14 +152,14 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
 def _row(name: str, layer: KalmanLayer, x: Tensor) -> Row:
     """The row of a layer that is about to normalize ``x``, ``(N, C, *)``."""
     kind, step, reason = type(layer).__name__, step_of(x), ""
-    if not is_open():
-        reason = "no module above it is connected"
-    elif layer.ignores_prior:
+    if layer.ignores_prior:
         reason = "its gain is 1"
     elif not layer.is_fusing:
-        reason = "it is frozen"
+        reason = "it is frozen" if layer.frozen else "it stays in eval()"
+    elif not is_open():
+        reason = "no module above it is connected"
     elif step is None:
-        reason = "its input does not depend on a floating-point input of the network"
+        reason = NO_INPUT.reason
     else:
         with without_autocast(x.device):
             value = layer.belief(x, layer.statistic_groups(x.shape[0]))

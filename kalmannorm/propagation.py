@@ -24,11 +24,13 @@ from kalmannorm.rules.table import BELIEF_FIRST, DEFERRING, as_rule_is_called
 from kalmannorm.steps import Step, computed_in, may_use, replace, step_of
 
 __all__ = [
-    "FAILURES", "NO_INPUT", "belief_for", "defer", "evaluate", "exact", "first_line", "function_name", "operands",
-    "without_autocast",
+    "FAILURES", "NO_INPUT", "belief_for", "defer", "end_chain", "evaluate", "exact", "first_line", "function_name",
+    "operands", "without_autocast",
 ]  # fmt: skip
 
-NO_INPUT = Unknown("the input does not depend on a floating-point input of the network")
+NO_INPUT = Unknown(
+    "its input does not depend on a floating-point input of the network, or went through torch.jit or torch.vmap"
+)
 _NOTHING = nullcontext()
 # Errors of a rule that gets unexpected shapes, and of a torch function that gets draws.
 FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -109,6 +111,22 @@ def defer(step: Step) -> None:
         return
     if only_notes(below, *args[1:]):
         step.belief = rule(below, *args[1:]).of(step.shape)  # type: ignore[misc]
+
+
+def end_chain(step: Step, device: torch.device) -> None:
+    """Forget the calls that led to a step in an earlier pass, if its belief or its draws are known. A state that a
+    network passes to itself from call to call would keep them all.
+    """
+    if step.function is None or not (step.hooks is step.belief_in is step.draws_in is None):
+        return
+    if step.belief is None:
+        if step.draws is None:
+            return
+        step.belief = Unknown("it was drawn in an earlier pass, for another number of statistic groups")
+    elif isinstance(step.belief, Deferred):
+        with without_autocast(device):
+            step.belief = step.belief.evaluate().of(step.shape)
+    step.function, step.args, step.kwargs, step.parents, step.source = None, (), {}, (), "an earlier pass"
 
 
 def evaluate(step: Step, kept: Callable[[Step], Any], compute: Callable[[Step], Any]) -> Any:

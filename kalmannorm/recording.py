@@ -23,7 +23,7 @@ from kalmannorm.gaussian import Gaussian, Unknown
 from kalmannorm.kernels.autograd import alias
 from kalmannorm.kernels.layer import rectify_output
 from kalmannorm.priors import KeptPriors
-from kalmannorm.propagation import defer
+from kalmannorm.propagation import defer, end_chain
 from kalmannorm.rules import RULES, Belief
 from kalmannorm.rules.deferred import Deferred
 from kalmannorm.rules.table import FACTORIES, LIKE, OVERWRITING, SOURCES
@@ -61,6 +61,7 @@ class Recorder(TorchFunctionMode):
         self.layers = layers
         self.waiting: dict[int, Gaussian] = {}  # of each thread, `input_stats` whose tensor has not been found yet
         self.opener: Any = None  # the module that was entered
+        self.forward_pass: object = None  # another object in each
         # Beliefs that a layer's kernel computed for others to use. They are dropped after the pass, or there would be a
         # cycle: such a belief leads to the layer, which saves its input, which leads to the belief.
         self.lent: list[Deferred] = []
@@ -138,21 +139,36 @@ class Recorder(TorchFunctionMode):
             return
         if args and output is args[0] and not torch.compiler.is_compiling() and output._base is not None:
             attach(output._base, Unknown("a view of it was changed in place"), "")
-        if args and output is args[0] and not isinstance(recorded[0], Step) and func not in OVERWRITING:
-            # The tensor now depends on the batch in a way that no rule describes.
-            attach(output, Unknown("a known tensor was changed in place by an activation"), "")
-            return
-        if torch.compiler.is_dynamo_compiling() and getattr(func, "__module__", "") == "_operator":
-            # A strict export cannot write such a function down, should the step leave the graph with its tensor.
-            attach(output, Unknown(f"no rule for operator.{func.__name__}"), "")
+        unknown = _why_unknown(func, args, recorded, output, parents)
+        if unknown is not None:
+            attach(output, unknown, "")
             return
         step = Step(func, recorded, keywords, tuple(output.shape), index, parents=parents)
-        if step.depth > _LONGEST:
-            attach(output, Unknown(f"more than {_LONGEST} calls since the last normalization layer"), "")
-            return
+        if not torch.compiler.is_dynamo_compiling():
+            step.recorded_in = self.forward_pass
+            if step.hooks is None:
+                for parent in parents:
+                    if parent.recorded_in is not self.forward_pass:
+                        end_chain(parent, output.device)
         if len(parents) == 1 and index is None:
             defer(step)
         put(output, step)
+
+
+def _why_unknown(func: Any, args: Any, recorded: Any, output: Tensor, parents: Sequence[Step]) -> Unknown | None:
+    """Why nothing will be believed of an output, if that is known when it is recorded."""
+    for parent in parents:
+        if type(parent.belief) is Unknown:
+            return parent.belief
+    if args and output is args[0] and not isinstance(recorded[0], Step) and func not in OVERWRITING:
+        # The tensor now depends on the batch in a way that no rule describes.
+        return Unknown("a known tensor was changed in place by an activation")
+    if torch.compiler.is_dynamo_compiling() and getattr(func, "__module__", "") == "_operator":
+        # A strict export cannot write such a function down, should the step leave the graph with its tensor.
+        return Unknown(f"no rule for operator.{func.__name__}")
+    if any([parent.depth >= _LONGEST for parent in parents]):
+        return Unknown(f"more than {_LONGEST} calls since the last normalization layer")
+    return None
 
 
 def _as_in_eager_mode(func: Any, args: Any) -> tuple[Any, Any]:

@@ -26,13 +26,15 @@ from kalmannorm.modules import (
 
 __all__ = ["KINDS", "device_and_dtype", "kalman_layer", "move_hooks", "stand_in", "stock_ancestor", "stock_layer"]
 
-# Stock layers and their Kalman layers; subclasses with the stock layer's forward are replaced likewise.
+# Stock layers and their Kalman layers; subclasses that override none of these methods are replaced likewise.
+_MUST_BE_STOCK = ("forward", "train", "__call__")
 _STOCK: dict[str, dict[type[nn.Module], type[KalmanLayer]]] = {
     "batch": {
         nn.BatchNorm1d: KalmanNorm1d,
         nn.BatchNorm2d: KalmanNorm2d,
         nn.BatchNorm3d: KalmanNorm3d,
         nn.SyncBatchNorm: KalmanNorm,
+        _BatchNorm: KalmanNorm,
     },
     "group": {nn.GroupNorm: GroupKalmanNorm},
     "instance": dict.fromkeys((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), GroupKalmanNorm),
@@ -77,8 +79,8 @@ def stand_in(layer: nn.Module) -> tuple[str, type[KalmanLayer] | None]:
     for kind, classes in _STOCK.items():
         for stock, kalman in classes.items():
             if issubclass(its_class, stock):
-                is_other = has_others or layer._modules or type(layer).forward is not stock.forward
-                return kind, None if is_other else kalman
+                overrides = any(getattr(type(layer), name) is not getattr(stock, name) for name in _MUST_BE_STOCK)
+                return kind, None if has_others or layer._modules or overrides else kalman
     return "", None
 
 
@@ -99,18 +101,7 @@ def kalman_layer(layer: nn.Module, name: str, kalman: type[KalmanLayer], options
     Raises:
         ValueError: for a lazy layer, or instance normalization with running statistics.
     """
-    if isinstance(layer, nn.modules.lazy.LazyModuleMixin) and (
-        layer.has_uninitialized_params() or getattr(layer, "num_features", 1) == 0  # it may have no parameters
-    ):
-        raise ValueError(
-            f"{type(layer).__name__} {name!r} is lazy and does not know its channels yet: run the model once before "
-            "kalmannorm.convert"
-        )
-    if issubclass(kalman, GroupKalmanNorm) and getattr(layer, "track_running_stats", False):
-        raise ValueError(
-            f"{type(layer).__name__} {name!r} tracks running statistics, which GroupKalmanNorm has not: "
-            "expected track_running_stats=False"
-        )
+    _refuse(layer, name, kalman)
     options = options | device_and_dtype((*layer.parameters(recurse=False), *layer.buffers(recurse=False)))
     synchronizes = isinstance(layer, nn.SyncBatchNorm) and torch.distributed.is_initialized()
     if synchronizes and "process_group" not in options and options.get("stats_batch_size") is None:
@@ -130,9 +121,33 @@ def kalman_layer(layer: nn.Module, name: str, kalman: type[KalmanLayer], options
     for added in (new.gain, new.process_noise):
         if isinstance(added, nn.Parameter) and new.weight is not None:
             added.requires_grad_(new.weight.requires_grad)
-    if type(layer).__module__.split(".")[0] != "torch" and isinstance(layer, _NormBase | nn.GroupNorm):
+    if not _is_torchs(type(layer)) and isinstance(layer, _NormBase | nn.GroupNorm):
         new.replaces = (_without_tensors(layer),)
+        # What its network may read off a subclass.
+        new.__dict__.update({key: value for key, value in vars(layer).items() if key not in vars(new)})
+        if not _is_torchs(getattr(layer, "_check_input_dim", nn.Module)):
+            new._ranks = KalmanNorm._ranks
     return new  # type: ignore[no-any-return]
+
+
+def _refuse(layer: nn.Module, name: str, kalman: type[KalmanLayer]) -> None:
+    """Raise for a layer that this Kalman layer cannot replace."""
+    if isinstance(layer, nn.modules.lazy.LazyModuleMixin) and (
+        layer.has_uninitialized_params() or getattr(layer, "num_features", 1) == 0  # it may have no parameters
+    ):
+        raise ValueError(
+            f"{type(layer).__name__} {name!r} is lazy and does not know its channels yet: run the model once before "
+            "kalmannorm.convert"
+        )
+    if issubclass(kalman, GroupKalmanNorm) and getattr(layer, "track_running_stats", False):
+        raise ValueError(
+            f"{type(layer).__name__} {name!r} tracks running statistics, which GroupKalmanNorm has not: "
+            "expected track_running_stats=False"
+        )
+
+
+def _is_torchs(definition: Any) -> bool:
+    return str(definition.__module__).split(".")[0] == "torch"
 
 
 def stock_layer(layer: KalmanLayer) -> nn.Module:

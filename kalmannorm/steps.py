@@ -55,7 +55,7 @@ class Step:
 
     __slots__ = (
         "args", "belief", "belief_in", "depth", "draws", "draws_in", "function", "grad", "groups_drawn",
-        "hooks", "index", "is_used", "kwargs", "parents", "shape", "source",
+        "hooks", "index", "is_used", "kwargs", "parents", "recorded_in", "shape", "source",
     )  # fmt: skip
 
     def __init__(self, function: Callable[..., Any] | None, args: tuple[Any, ...], kwargs: dict[str, Any],
@@ -71,6 +71,7 @@ class Step:
         self.draws: Tensor | Unknown | None = None
         self.groups_drawn = 0
         self.is_used = False  # by a function that was called with its tensor
+        self.recorded_in: object = None  # marks a forward pass
         self.grad = torch.is_grad_enabled()
         self.hooks = self.belief_in = self.draws_in = saved_tensor_hooks()
         self.parents = list(found_in((*args, *kwargs.values()), Step)) if parents is None else parents

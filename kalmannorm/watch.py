@@ -54,7 +54,7 @@ class Watch:
             if not is_resting(self.mode):
                 self._start_beliefs(module, args, kwargs, self.mode)
             if not torch.compiler.is_compiling():
-                self.mode.opener = module
+                self.mode.opener, self.mode.forward_pass = module, object()
                 self._warn_of_replaced_layers(module)
             self.mode.__enter__()  # type: ignore[no-untyped-call]
         elif mode is not None and self.given and _are_unknown_inputs((*args, *kwargs.values())):

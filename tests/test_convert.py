@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import torchvision
 from networks import conv_net, prior_of
 from torch import nn
+from torch.nn.utils import prune
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 import kalmannorm as kn
@@ -248,7 +249,7 @@ def test_subclasses_with_a_forward_of_their_own_are_left_alone_and_named():
             return torch.relu(super().forward(x))
 
     model = nn.Sequential(BatchNormAct(3), nn.BatchNorm2d(3))
-    with pytest.warns(UserWarning, match=r"BatchNormAct '0' is a kind of BatchNorm2d with a forward of its own"):
+    with pytest.warns(UserWarning, match="BatchNormAct '0' is a kind of BatchNorm2d with a forward or train"):
         kn.convert(model)
     assert type(model[0]) is BatchNormAct
     assert type(model[1]) is kn.KalmanNorm2d
@@ -369,10 +370,47 @@ def test_a_counter_that_was_taken_off_does_not_stop_running_statistics():
     torch.testing.assert_close(model[1].running_mean, stock[1].running_mean)
 
 
+class WithoutRank(nn.modules.batchnorm._BatchNorm):
+    """As some libraries write it: for inputs of any rank."""
+
+    def _check_input_dim(self, input):
+        pass
+
+
+class WithRanks(nn.BatchNorm1d):
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.activation = "relu"
+
+    def _check_input_dim(self, input):
+        pass
+
+
+class AlwaysInEval(nn.BatchNorm2d):
+    def train(self, mode=True):
+        return super().train(False)
+
+
+@pytest.mark.parametrize("kind", [WithoutRank, WithRanks])
+def test_subclasses_for_other_ranks_are_replaced(kind):
+    model = kn.convert(nn.Sequential(nn.Conv2d(3, 4, 3), kind(4)), input_stats=([0.0] * 3, [1.0] * 3))
+    assert isinstance(model[1], kn.KalmanNorm)
+    assert model(torch.randn(1, 3, 8, 8)).shape == (1, 4, 6, 6)
+    assert getattr(model[1], "activation", "") == ("relu" if kind is WithRanks else "")
+    assert type(kn.to_batchnorm(model)[1]) is kind
+
+
+def test_a_subclass_that_stays_in_eval_is_left_alone():
+    with pytest.warns(UserWarning, match=r"AlwaysInEval '1' .* train of its own"):
+        model = kn.convert(nn.Sequential(nn.Conv2d(3, 4, 3), AlwaysInEval(4), nn.BatchNorm2d(4))).train()
+    assert type(model[1]) is AlwaysInEval
+    assert not model[1].training
+
+
 def test_a_pruned_layer_of_timm_is_left_alone():
     layers = pytest.importorskip("timm.layers")
     model = nn.Sequential(nn.Conv2d(3, 4, 3), layers.BatchNormAct2d(4), nn.BatchNorm2d(4))
-    torch.nn.utils.prune.random_unstructured(model[1], "weight", 0.5)
+    prune.random_unstructured(model[1], "weight", 0.5)
     with pytest.warns(UserWarning, match=r"BatchNormAct2d '1' .* or tensors: kalmannorm.convert leaves it as it is"):
         kn.convert(model)
     assert type(model[1]) is layers.BatchNormAct2d
@@ -390,7 +428,7 @@ def test_layers_with_tensors_of_their_own_are_left_alone():
 
     parametrized = nn.utils.parametrizations.weight_norm(nn.BatchNorm2d(4), dim=None)
     model = nn.Sequential(Scaled(4), parametrized, Plain(4, eps=1e-3))
-    with pytest.warns(UserWarning, match="with a forward of its own, or tensors") as raised:
+    with pytest.warns(UserWarning, match="with a forward or train of its own, or tensors") as raised:
         kn.convert(model)
     assert len(raised) == 2
     assert model[1] is parametrized

@@ -86,6 +86,19 @@ def test_frozen_layers_use_no_prior():
     assert rows[1].reason == "it is frozen"
 
 
+def test_a_network_whose_layers_all_use_running_statistics_says_so():
+    class Eval(nn.Sequential):
+        def train(self, mode=True):
+            super().train(mode)
+            self[1].eval()
+            return self
+
+    network = kn.convert(Eval(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    assert kn.describe(network, torch.randn(2, 3, 8, 8)).rows[0].reason == "it stays in eval()"
+    kn.freeze(network)
+    assert kn.describe(network, torch.randn(2, 3, 8, 8)).rows[0].reason == "it is frozen"
+
+
 def test_a_buffer_that_the_call_makes_is_no_trouble():
     class Caching(nn.Module):
         def __init__(self):

@@ -584,3 +584,30 @@ def test_a_lost_gain_does_not_reach_eval():
     assert torch.equal(y.detach(), expected.detach())
     y.sum().backward()
     assert layer.gain.grad.item() == 0
+
+
+class OfPatient(torch.Tensor):
+    """As MONAI's MetaTensor: what torch's functions return is of the patient of what they got."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        output = super().__torch_function__(func, types, args, kwargs or {})
+        if isinstance(output, cls):
+            output.patient = next(a.patient for a in args if isinstance(a, cls))
+        return output
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_output_is_of_the_type_of_the_input(training):
+    norms = kn.KalmanNorm2d(4), kn.GroupKalmanNorm(2, 4), kn.KalmanNormAct2d(4, act=nn.ReLU())
+    model = nn.Sequential(norms[0], nn.ReLU(), nn.Conv2d(4, 4, 1), *norms[1:]).train(training)
+    kn.connect(model, input_stats=([0.0] * 4, [1.0] * 4))
+    x = torch.randn(2, 4, 6, 6)
+    named = x.as_subclass(OfPatient)
+    named.patient = "A"
+    expected, output = model(x), model(named)
+    assert type(output) is OfPatient
+    assert output.patient == "A"
+    torch.testing.assert_close(output.as_subclass(torch.Tensor), expected, rtol=1e-4, atol=1e-5)
+    described = kn.describe(model, named)
+    assert described.with_prior == 3, described

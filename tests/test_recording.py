@@ -82,6 +82,59 @@ def test_an_unknown_activation_is_not_taken_for_a_constant():
     assert row.reason.startswith("no rule for")
 
 
+class PassesOn(nn.Module):
+    """A state from call to call, as memory banks and moving averages of features have."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        self.first, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.second, self.last = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.register_buffer("state", torch.zeros(1, 4, 8, 8))
+
+    def forward(self, x):
+        y = self.norm(self.first(x)).relu()
+        if self.how == "in place":
+            with torch.no_grad():
+                self.state.mul_(0.9).add_(y, alpha=0.1)
+        elif self.how == "deferred":
+            self.state = self.second(y + self.state).relu().detach()
+        else:
+            self.state = (0.9 * self.state + 0.1 * y).detach()
+        return self.last(self.second(y + self.state))
+
+
+@pytest.mark.parametrize("how", ["average", "in place", "deferred"])
+@pytest.mark.parametrize("estimator", ["exact", "monte_carlo"])
+def test_a_state_that_is_passed_on_does_not_keep_earlier_passes(how, estimator, monkeypatch):
+    def outputs(model):
+        torch.manual_seed(0)
+        return [model(torch.randn(1, 3, 10, 10)) for _ in range(5)]
+
+    torch.manual_seed(1)
+    model = kn.convert(PassesOn(how), input_stats=(0.0, 1.0), estimator=estimator)
+    keeping = copy.deepcopy(model)
+    ended = outputs(model)
+    found, waiting = set(), [step_of(model.state)]
+    while waiting:
+        step = waiting.pop()
+        found.add(step)
+        waiting += step.parents
+    assert len(found) < 9
+    monkeypatch.setattr("kalmannorm.recording.end_chain", lambda step, device: None)
+    for one, other in zip(ended, outputs(keeping), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_draws_of_an_earlier_pass_are_for_its_number_of_groups():
+    torch.manual_seed(1)
+    model = kn.convert(PassesOn("average"), input_stats=(0.0, 1.0), estimator="monte_carlo", stats_batch_size=1)
+    for samples in (1, 1, 2):
+        model(torch.randn(samples, 3, 10, 10))
+    row = kn.describe(model, torch.randn(1, 3, 10, 10)).rows[1]
+    assert row.reason == "it was drawn in an earlier pass, for another number of statistic groups"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("carry", ["output", "posterior"])
 def test_compiles_as_one_graph_without_recompiling(carry):

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import kalmannorm as kn
 from kalmannorm.kernels import on_cpu
+from kalmannorm.kernels.autograd import constant_to_compilers
 from kalmannorm.recording import is_open
 from kalmannorm.steps import step_of
 

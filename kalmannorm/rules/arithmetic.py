@@ -101,6 +101,22 @@ def div(x: _Operand, y: _Operand, *, rounding_mode: str | None = None, out: obje
     return mul(x, 1 / y)
 
 
+@rule(*aliases("addcmul", "addcmul_"))
+def addcmul(x: _Operand, first: _Operand, second: _Operand, *, value: float = 1, out: object = None) -> Gaussian:
+    """``x + value first second``, all independent."""
+    product: Any = mul(first, second) if isinstance(first, Gaussian) or isinstance(second, Gaussian) else first * second
+    return add(x, product, alpha=value)
+
+
+@rule(*aliases("lerp", "lerp_"))
+def lerp(x: _Operand, end: _Operand, weight: Any) -> Belief:
+    """``(1 - w) x + w end`` for a known ``w``: a moving average."""
+    if isinstance(weight, Gaussian):
+        return Unknown("an interpolation by an activation")
+    first, second = (mul(t, w) if isinstance(t, Gaussian) else t * w for t, w in ((x, 1 - weight), (end, weight)))
+    return add(first, second)
+
+
 def _over(x: Gaussian, dim: Any) -> tuple[list[int], int]:
     """The axes of a reduction, and how many elements of the activation it reduces to one. ``[]`` means all axes."""
     axes = axes_of(x, None if dim in ([], ()) else dim)

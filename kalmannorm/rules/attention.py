@@ -146,6 +146,12 @@ def softmax(x: Gaussian, dim: int | None = None, *args: Any, **kwargs: Any) -> B
     return Unknown("softmax without a dim") if dim is None else _softmax(x, dim)
 
 
+@belief_rule("softmin")
+def softmin(x: Gaussian, dim: int | None = None, *args: Any, **kwargs: Any) -> Belief:
+    """``softmax(-x)``."""
+    return softmax(Gaussian(-x.mean, x.var, x.shape), dim)
+
+
 def _leaves_out(mask: Tensor) -> bool:
     """Whether a mask leaves out keys, and does not only weigh them. A compiler and a CUDA graph cannot look at it."""
     unseen = is_transformed() or (mask.is_cuda and torch.cuda.is_current_stream_capturing())

@@ -108,13 +108,13 @@ def _integrals(m: Tensor, s: Tensor, breaks: Sequence[float], pieces: Sequence[S
             square[i + j] = torch.addcmul(square[i + j], one, other)
     powers = _powers_between(edges, len(square) + most)
     first, second = (
-        [sum(c * powers[j + k] for k, c in enumerate(each)).sum(0) for j in range(most + 1)]  # type: ignore[union-attr]
+        [(torch.stack(each) * powers[j : j + len(each)]).sum((0, 1)) for j in range(most + 1)]
         for each in (polynomial, square)
     )
     return centre, first, second
 
 
-def _powers_between(edges: Tensor, count: int) -> list[Tensor]:
+def _powers_between(edges: Tensor, count: int) -> Tensor:
     """The integrals of ``z^k phi(z)`` from each edge to the next, for ``k`` from 0."""
     # Far in the tails the density is zero while the edge or its powers are infinite: their product is set to zero.
     near = edges.abs() < 40
@@ -129,7 +129,7 @@ def _powers_between(edges: Tensor, count: int) -> list[Tensor]:
         between = term[:-1] - term[1:]
         found.append(torch.add(between, found[k - 2], alpha=k - 1) if k > 1 else between)
         term = term * edge
-    return found
+    return torch.stack(found)
 
 
 class _Piecewise(torch.autograd.Function):

@@ -158,6 +158,16 @@ def repeat(x: Gaussian, *sizes: Any) -> Gaussian:
     return x.map(lambda t: t.repeat(*(n if size > 1 else 1 for n, size in zip(times, t.shape, strict=True))))
 
 
+@belief_rule("repeat_interleave")
+def repeat_interleave(x: Gaussian, repeats: Any, dim: int | None = None, *, output_size: object = None) -> Belief:
+    """Repeat each element along an axis; blocks of samples stay blocks."""
+    if dim is None or not isinstance(repeats, int):
+        return Unknown("elements repeated across axes, or by different numbers")
+    if dim % x.ndim == 0 or not varies(x, dim):
+        return Gaussian(x.mean, x.var)
+    return x.full([dim % x.ndim]).map(lambda t: t.repeat_interleave(repeats, dim))
+
+
 @belief_rule("flip")
 def flip(x: Gaussian, *dims: Any, **kwargs: Any) -> Gaussian:
     """Reverse the axes along which the belief varies."""
@@ -360,6 +370,12 @@ def cat(tensors: Sequence[Gaussian | Tensor], dim: int = 0, **kwargs: Any) -> Ga
     return Gaussian(join([p.mean for p in parts]), join([p.var for p in parts]))
 
 
+@rule(*aliases("hstack"))
+def hstack(tensors: Sequence[Gaussian | Tensor]) -> Gaussian:
+    """Join along the second axis, or the only one."""
+    return cat(tensors, 0 if tensors[0].ndim == 1 else 1)
+
+
 @rule(*aliases("stack"))
 def stack(tensors: Sequence[Gaussian | Tensor], dim: int = 0) -> Gaussian:
     """Join along a new axis."""
@@ -466,6 +482,7 @@ def col2im(x: Gaussian, output_size: Any, *args: Any, **kwargs: Any) -> Belief:
 belief_rules("which moves elements", {
     "contiguous clone alias requires_grad_ retain_grad as_tensor asarray": lambda x, *args, **kwargs: x,
     "float double half bfloat16": lambda x, *args, **kwargs: x,  # a belief keeps its own precision
+    "nan_to_num nan_to_num_": lambda x, *args, **kwargs: x,
     "squeeze squeeze_": lambda x, dim=None: drop(x, [d for d in axes_of(x, dim) if x.shape[d] == 1]),
     "expand": lambda x, *sizes: of_rank(x, len(_ints(sizes))),  # axes of size 1 stay so
     "expand_as": lambda x, other: of_rank(x, len(other.shape)),

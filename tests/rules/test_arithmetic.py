@@ -95,6 +95,18 @@ def test_aliases(function):
         check_alias(function, main, x, believe((40, 3, 4, 2), 7))
 
 
+@covers(*aliases("addcmul", "addcmul_", "lerp", "lerp_"))
+def test_sums_of_products(function):
+    x, y, by = believe(SHAPE), believe(SHAPE, 7), values(3, 1, 1, seed=3)
+    if "lerp" in function.__name__:
+        for weight in (0.3, by.sigmoid()):
+            check_draws(function, x, y, weight)
+        check_unknown("an interpolation by an activation", function, x, y, believe(SHAPE, 8))
+    else:
+        for first, second in ((y, by), (by, y), (by, by), (y, believe(SHAPE, 8))):
+            check_draws(function, x, first, second, value=0.7)
+
+
 def test_aliases_take_alpha():
     x, y = believe((40, 3)), believe((40, 3), 7)
     for function, main in ((torch.Tensor.add_, torch.add), (torch.Tensor.sub_, torch.sub)):

@@ -111,6 +111,14 @@ def test_softmax_of_alike_elements(function, n, std):
     _near(Gaussian(belief.mean, belief.var, (1, 1)), draw_through(function, (x, 1), {}).reshape(-1, 1), 0.02)
 
 
+@covers(*aliases("softmin"))
+def test_softmin(function):
+    x = believe((8, 5))
+    y, expected = RULES[function](x, 1), RULES[F.softmax](RULES[torch.neg](x).of(x.shape), 1)
+    assert torch.equal(y.mean, expected.mean)
+    assert torch.equal(y.var, expected.var)
+
+
 @pytest.mark.parametrize("n", [2, 5, 16])
 def test_softmax_of_different_elements(n):
     x = believe((2**22 // n, n))

@@ -106,6 +106,20 @@ def test_normalize_along_pixels_and_by_other_norms():
     check_unknown("p=1", F.normalize, believe((2, 3)), p=1.0)
 
 
+@covers(*aliases("rms_norm"))
+def test_rms_norm(function):
+    """As :func:`test_normalize`, times the root of the number of elements and the weight."""
+    x, weight = believe((2**12, 256)), values(256)
+    belief, output = RULES[function](x, (256,), weight), draw_through(function, (x, (256,), weight), {})
+    std, mean = torch.std_mean(output, 0, keepdim=True)
+    assert ((belief.mean - mean).abs() < 0.06 * std + 5e-3).all()
+    assert ((belief.std / std - 1).abs() < 0.06).all()
+    x = believe((2, 3, 4, 5))
+    one, both = RULES[function](x, (4, 5)), RULES[F.normalize](x, dim=(2, 3))
+    torch.testing.assert_close(one.mean, both.mean * 20**0.5)
+    torch.testing.assert_close(one.var, both.var * 20)
+
+
 def test_normalize_along_several_axes():
     x = believe((6, 3, 4, 5), groups=2)
     one, both = (RULES[F.normalize](x, dim=dim) for dim in (1, (1, 2)))

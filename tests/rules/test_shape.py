@@ -44,7 +44,7 @@ def beliefs(draw, ranks=(2, 3, 4, 5), channels=(2, 4, 6)):
 
 
 @covers(*aliases("contiguous", "clone", "requires_grad_", "float", "double", "half", "bfloat16", "type_as",
-                 "type", "retain_grad", "as_tensor", "asarray"))  # fmt: skip
+                 "type", "retain_grad", "as_tensor", "asarray", "nan_to_num", "nan_to_num_"))  # fmt: skip
 def test_same(function):
     """Casts too: a belief keeps its own precision."""
     x = believe((4, 3, 2, 2), groups=2)
@@ -185,6 +185,16 @@ def test_repeat(function, x, data):
     before = [2] * data.draw(st.integers(0, 1))
     check_moved(function, x, *before, *times)
     check_moved(function, x, [*before, *times])
+
+
+@covers(*aliases("repeat_interleave"))
+def test_repeat_interleave(function):
+    for dim in range(-4, 4):
+        for axes in ((), (1,), (2, 3)):
+            check_moved(function, believe((4, 3, 5, 5), 0, 2, axes), 3, dim)
+            check_moved(function, believe((4, 3, 5, 5), 0, 2, axes), 3, dim=dim)
+    for repeats, dim in ((2, None), (torch.tensor([1, 2, 3]), 1)):
+        check_unknown("across axes, or by different numbers", function, believe((4, 3)), repeats, dim)
 
 
 @covers(*aliases("flip", "roll"))
@@ -427,6 +437,11 @@ def test_cat(function, x, data):
     parts = [x, *(_beside(x, data, dim) for _ in range(data.draw(st.integers(1, 2))))]
     check_moved(function, parts, dim)
     check_moved(function, tuple(parts[::-1]), dim=dim)
+
+
+@covers(*aliases("hstack"))
+def test_hstack(function):
+    check_moved(function, [believe((4, 3, 2)), believe((4, 5, 2), 7)])
 
 
 @covers(*aliases("stack"))
