@@ -12,12 +12,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jinja2
 import yaml
 from markupsafe import Markup
 
 from kalmannorm.lab import figures
 from kalmannorm.lab.experiments import Experiment, Scale
+from kalmannorm.lab.formatting import filled
 from kalmannorm.lab.methods import METHODS
 from kalmannorm.lab.results import ENVIRONMENT
 from kalmannorm.lab.tables import ArmRuns, Runs, grids, notes, read_runs, said, summary
@@ -68,11 +68,7 @@ def write_page(experiment: Experiment, folder: Path) -> Path:
 
 def render(**content: Any) -> str:
     """The page of ``page.html``; texts are escaped."""
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    environment = jinja2.Environment(
-        loader=loader, autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True
-    )
-    return environment.get_template("page.html").render(content)
+    return filled("page.html", **content)
 
 
 def _drawn(drawing: Figure) -> Markup:

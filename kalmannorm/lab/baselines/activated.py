@@ -74,10 +74,7 @@ class _Traced(fx.GraphModule):
 
 
 def _has_nothing_to_take(module: nn.Module) -> bool:
-    """Whether a module is without BatchNorm and activation; False where that cannot be told.
-
-    Inside of others tracing would fix what they did in training, as stochastic depth draws.
-    """
+    """Whether a module is without BatchNorm and activation; False where that cannot be told."""
     if any(isinstance(layer, _BatchNorm) for layer in module.modules()):
         return False
     try:
@@ -91,7 +88,8 @@ def _has_nothing_to_take(module: nn.Module) -> bool:
 
 
 def _trace(model: nn.Module) -> fx.GraphModule:
-    # A module that is a leaf of its own tracing would not be called at all.
+    # A module that is a leaf of its own tracing would not be called at all. Inside of those with nothing to take,
+    # tracing would fix what they did in training, as stochastic depth draws.
     root = nn.Sequential(model) if isinstance(model, _BatchNorm) else model
     try:
         graph = _Tracer({module for module in root.modules() if _has_nothing_to_take(module)}).trace(root)

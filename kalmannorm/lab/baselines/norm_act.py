@@ -78,7 +78,6 @@ class EvoNorm2d(_NormAct2d):
         return gated / (var + self.eps).sqrt().repeat_interleave(self.num_features // self.groups, 1)[..., None, None]
 
     def extra_repr(self) -> str:
-        """The options, for `print`."""
         return f"{self.num_features}, eps={self.eps}, groups={self.groups}, activation={self.v is not None}"
 
 
@@ -117,7 +116,6 @@ class FilterResponseNorm2d(_NormAct2d):
         return y if self.threshold is None else torch.maximum(y, self.threshold.view(-1, 1, 1))
 
     def extra_repr(self) -> str:
-        """The options, for `print`."""
         return f"{self.num_features}, eps={self.eps}, activation={self.threshold is not None}"
 
 

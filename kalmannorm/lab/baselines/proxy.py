@@ -75,7 +75,6 @@ class ProxyNormalized(nn.Module):
         return moments.mean, (moments.var + self.eps).rsqrt()
 
     def extra_repr(self) -> str:
-        """The options, for `print`."""
         return f"learned={self.proxy is not None}, eps={self.eps}"
 
 
