@@ -58,11 +58,8 @@ class Subject:
     library: str
     name: str
     task: str
-
-    @property
-    def network(self) -> Network | None:
-        """How it is built; None for torchvision and timm, which build models by name."""
-        return NETWORKS.get(self.library, {}).get(self.name)
+    network: Network | None = None
+    """How it is built; None for torchvision and timm, which build models by name."""
 
     def build(self) -> nn.Module:
         """The model, without weights."""
@@ -177,7 +174,7 @@ def subjects() -> Iterator[Subject]:
     for library, networks in NETWORKS.items():
         if is_installed(library):
             for name, network in networks.items():
-                yield Subject(library, name, network.task)
+                yield Subject(library, name, network.task, network)
 
 
 def cover(subject: Subject) -> Coverage | None:

@@ -119,7 +119,6 @@ class Detector(lightning.LightningModule):
         )
 
     def configure_optimizers(self) -> Any:
-        """SGD, with a schedule that moves every step."""
         return sgd(self.network, *self._optimization)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

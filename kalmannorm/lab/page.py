@@ -54,7 +54,7 @@ def write_page(experiment: Experiment, folder: Path) -> Path:
         verdict=verdict_of(experiment, runs) if experiment.verdict else said(experiment, runs),
         grids=[(title, [[_unbroken(row[0]), *row[1:]] for row in rows]) for title, rows in grids(experiment, runs)],
         notes=notes(experiment, runs),
-        gaps=[(gap.stem.removeprefix(GAPS), _encoded(gap.read_bytes())) for gap in gaps],
+        gaps=[(gap.stem.removeprefix(GAPS), base64.b64encode(gap.read_bytes()).decode()) for gap in gaps],
         curves=[(title, _drawn(curves(runs, arms))) for title, arms in groups.items()],
         search=_drawn(figures.search(*searched)) if searched else "",
         metric=experiment.metric.replace("_", " "),
@@ -90,10 +90,6 @@ def _drawn(drawing: Figure) -> Markup:
         return f'<g class="line"><title>{label}</title>{near}{path} style="{found[3]}"/>'
 
     return Markup(re.sub(r'<g id="line-(\d+)">\s*(<path d="[^"]*" clip-path="[^"]*") style="([^"]*)"/>', named, svg))
-
-
-def _encoded(png: bytes) -> str:
-    return base64.b64encode(png).decode("ascii")
 
 
 def _unbroken(name: str) -> str:

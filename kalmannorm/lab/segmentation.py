@@ -56,7 +56,6 @@ class Segmenter(Classifier):
         self.dice_weight = dice_weight
 
     def metric(self, num_classes: int) -> Metric:
-        """What scores the likeliest classes."""
         return DiceScore(num_classes, include_background=False, average="macro", input_format="index")
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:

@@ -58,9 +58,7 @@ def test_prior_errors_by_hand():
     of_mean, of_var = images.mean((0, 2, 3)), images.var((0, 2, 3), correction=0)
     mean = torch.stack([batch.mean((0, 2, 3)) for batch in batches])
     var = torch.stack([batch.var((0, 2, 3), correction=0) for batch in batches])
-    prior_mean, prior_var = (
-        torch.tensor(t).double().expand(2, 3) for t in ([0.5, 1.0, -1.0], [1.01, 4.01, 9.01])
-    )
+    prior_mean, prior_var = (torch.tensor(t).double().expand(2, 3) for t in ([0.5, 1.0, -1.0], [1.01, 4.01, 9.01]))
     fused_mean = 0.75 * prior_mean + 0.25 * mean
     fused_var = 0.75 * prior_var + 0.25 * var + 0.75 * 0.25 * (mean - prior_mean) ** 2
     for row, expected in zip(

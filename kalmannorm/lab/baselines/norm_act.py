@@ -70,7 +70,6 @@ class EvoNorm2d(_NormAct2d):
         self.groups = math.gcd(groups, num_features)
 
     def normalized(self, x: Tensor) -> Tensor:
-        """The gated input over each sample's groups' standard deviation."""
         if self.v is None:
             return x
         gated = x * torch.sigmoid(self.v.view(-1, 1, 1) * x)  # first: gradients are summed in the reverse order
@@ -107,12 +106,10 @@ class FilterResponseNorm2d(_NormAct2d):
         self.register_parameter("more_eps", nn.Parameter(torch.tensor([1e-4])) if learned_eps else None)
 
     def normalized(self, x: Tensor) -> Tensor:
-        """Over the root mean square."""
         eps = self.eps if self.more_eps is None else self.eps + self.more_eps.abs()
         return x * (x.square().mean((2, 3), keepdim=True) + eps).rsqrt()
 
     def activated(self, y: Tensor) -> Tensor:
-        """At least the threshold."""
         return y if self.threshold is None else torch.maximum(y, self.threshold.view(-1, 1, 1))
 
     def extra_repr(self) -> str:

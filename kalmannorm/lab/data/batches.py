@@ -160,7 +160,6 @@ class ShuffledBatches(Batches):
         self.data, self.drawn, self.options = data, _Drawn(data, seed), _loading(trainer, options)
 
     def read(self, first: int) -> Iterator[Any]:
-        """The batches, as ``collate_fn`` makes them."""
         order = self.order()[0].tolist()
         places = [[(self.epoch, each) for each in order[self.share(index)]] for index in range(first, len(self))]
         # A generator of its own: it draws a seed for its workers, and must leave torch's state as a resumed training
@@ -190,7 +189,6 @@ class OrderedBatches:
         self.data, self.options = data, _loading(trainer, options)
 
     def __len__(self) -> int:
-        """Batches, of this process."""
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Any]:

@@ -37,7 +37,6 @@ class HubImages(Dataset[tuple[Any, int]]):
         return labels
 
     def __len__(self) -> int:
-        """Number of pictures."""
         return len(self.part)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:

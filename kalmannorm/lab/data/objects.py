@@ -99,7 +99,6 @@ class DetectionSet(Dataset[tuple[Tensor, Target]]):
         return [each for each in known if (self.crowds or not each.get("iscrowd", 0)) and min(each["bbox"][2:]) > 0]
 
     def __len__(self) -> int:
-        """Number of images."""
         return len(self.places)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:

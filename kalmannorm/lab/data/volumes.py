@@ -186,7 +186,6 @@ class VolumeData(MemoryData):
         self.size, self.standardize, self.data_seed = size, standardize, data_seed
 
     def load(self) -> Splits:
-        """The three splits."""
         made = [generate_volumes(split, count, self.size, self.data_seed) for split, count in self.counts.items()]
         if self.standardize:
             made = [(_standardized(volumes), classes) for volumes, classes in made]

@@ -51,11 +51,7 @@ class CifarInception(nn.Module):
     """
 
     def __init__(
-        self,
-        num_classes: int = 10,
-        norm_layer: Norm = nn.BatchNorm2d,
-        in_channels: int = 3,
-        width: float = 1.0,
+        self, num_classes: int = 10, norm_layer: Norm = nn.BatchNorm2d, in_channels: int = 3, width: float = 1.0
     ) -> None:
         super().__init__()
 

@@ -74,11 +74,7 @@ class InceptionV2(nn.Module):
     """
 
     def __init__(
-        self,
-        num_classes: int = 1000,
-        norm_layer: Norm = nn.BatchNorm2d,
-        in_channels: int = 3,
-        width: float = 1.0,
+        self, num_classes: int = 1000, norm_layer: Norm = nn.BatchNorm2d, in_channels: int = 3, width: float = 1.0
     ) -> None:
         super().__init__()
         if round(32 * width) < 1:

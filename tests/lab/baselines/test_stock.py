@@ -7,14 +7,7 @@ import torch
 from learning import falls
 from torch import nn
 
-from kalmannorm.lab.baselines.stock import (
-    to_frozen,
-    to_ghost,
-    to_groupnorm,
-    to_instancenorm,
-    to_layernorm,
-    to_sync,
-)
+from kalmannorm.lab.baselines.stock import to_frozen, to_ghost, to_groupnorm, to_instancenorm, to_layernorm, to_sync
 from kalmannorm.lab.models.small import SmallConvNet
 
 

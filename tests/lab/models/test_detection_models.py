@@ -79,10 +79,7 @@ def test_learns(make, rate):
 @pytest.mark.parametrize(
     ("make", "without"),
     [
-        (
-            mask_rcnn_c4,
-            ["backbone.bn1", "roi_heads.box_head.stage.0.bn1", "roi_heads.box_head.stage.0.downsample.1"],
-        ),
+        (mask_rcnn_c4, ["backbone.bn1", "roi_heads.box_head.stage.0.bn1", "roi_heads.box_head.stage.0.downsample.1"]),
         (mask_rcnn_fpn, ["backbone.body.bn1", "roi_heads.box_head.0.1", "roi_heads.mask_head.0.1"]),
     ],
 )
