@@ -44,6 +44,22 @@ def generated(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def asked_of_the_hub(monkeypatch):
+    """What was asked of the hub, which can't be reached."""
+    asked = []
+    load = datasets.load_dataset
+
+    def without_network(path, *args, **kwargs):
+        if path == "parquet":
+            return load(path, *args, **kwargs)
+        asked.append(path)
+        raise ConnectionError("no network in tests")
+
+    monkeypatch.setattr(datasets, "load_dataset", without_network)
+    return asked
+
+
 @pytest.fixture
 def images(generated, monkeypatch, tmp_path_factory):
     """The environment in which it is found, by this process and by others that it starts."""
@@ -52,12 +68,4 @@ def images(generated, monkeypatch, tmp_path_factory):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(cache))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
-    load = datasets.load_dataset
-
-    def without_network(path, *args, **kwargs):
-        if path != "parquet":
-            raise ConnectionError("no network in tests")
-        return load(path, *args, **kwargs)
-
-    monkeypatch.setattr(datasets, "load_dataset", without_network)
     return generated

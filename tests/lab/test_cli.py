@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
 from kalmannorm.lab.cli import COMMANDS, _load, main
 
@@ -35,10 +36,14 @@ def test_bad_input(arguments, words, tmp_path, capsys, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_output_folder_that_cannot_be_made(tmp_path, capsys):
+@pytest.mark.usefixtures("images")
+@pytest.mark.parametrize(("command", "folder"), [("demo", "out/demo"), ("fit", "out")])
+def test_an_output_folder_that_cannot_be_made(tmp_path, capsys, config, command, folder):
     (tmp_path / "file").write_text("in the way")
-    assert main(["demo", "--output", str(tmp_path / "file" / "out")]) == 2
-    assert capsys.readouterr().err == f"kalmannorm: {tmp_path / 'file' / 'out' / 'demo'}: Not a directory\n"
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(config))
+    options = ["--config", str(tmp_path / "recipe.yaml")] if command == "fit" else []
+    assert main([command, "--output", str(tmp_path / "file" / "out"), *options]) == 2
+    assert capsys.readouterr().err == f"kalmannorm: {tmp_path / 'file' / folder}: Not a directory\n"
     assert (tmp_path / "file").read_text() == "in the way"
 
 

@@ -62,13 +62,6 @@ def test_bad_input_is_one_line_and_leaves_nothing(images, recipe, tmp_path, caps
     assert not (tmp_path / "run").exists()
 
 
-def test_an_output_that_cannot_be_made(images, recipe, tmp_path, capsys):
-    (tmp_path / "file").write_text("in the way")
-    assert main(["fit", "--config", recipe, "--output", str(tmp_path / "file" / "run")]) == 2
-    assert capsys.readouterr().err == f"kalmannorm: {tmp_path / 'file' / 'run'}: Not a directory\n"
-    assert (tmp_path / "file").read_text() == "in the way"
-
-
 def test_a_folder_without_a_run(tmp_path, capsys):
     for command in ("validate", "test"):
         assert main([command, "--output", str(tmp_path)]) == 2

@@ -33,6 +33,7 @@ def test_it_prints_a_verdict_and_writes_a_page(tmp_path, capsys):
     assert main([*line, "--output", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert out.splitlines()[-1] == f"Report: {tmp_path / 'demo' / 'report.html'}"
+    assert "Scaled down (tiny)" in out
     assert "BatchNorm" in out
     assert "KalmanNorm (default)" in out
     assert "GroupNorm" not in out.partition("- ")[0].replace("GroupNorm keeps none", "")

@@ -3,7 +3,6 @@
 import csv
 import itertools
 import math
-import os
 import re
 import shutil
 import subprocess
@@ -636,18 +635,6 @@ def test_bad_input_is_one_line_and_touches_nothing(arguments, words, capsys, mon
     assert all(word in err for word in words)
 
 
-@pytest.mark.slow
-def test_in_a_pool_of_processes(written, tmp_path, images):
-    tiny = {"trainer": {"max_steps": 2}}
-    path = written(seeds=1, search="absent", tiny=tiny)
-    options = ["--scale", "tiny", "--workers", "1", "--only", "kn-2", "--output", str(tmp_path / "out")]
-    assert main(["run", str(path), *options]) == 0
-    with (tmp_path / "out" / "ours" / "runs.csv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [(row["kind"], row["scale"], row["steps"], row["error"]) for row in rows] == [("final", "tiny", "2", "")]
-    assert "Scaled down (tiny)" in (tmp_path / "out" / "ours" / "table.md").read_text(encoding="utf-8")
-
-
 KEPT = Path(__file__).parents[2] / "docs" / "results" / "studies"
 
 
@@ -762,14 +749,6 @@ def test_devices_have_folders_of_their_own_and_weights_are_found_in_all(here, wr
     (tmp_path / "after.yaml").write_text(yaml.safe_dump(start_of(title="After", start="before/bn", search_seed=100)))
     assert main(["run", str(tmp_path / "after.yaml"), *options]) == 0
     assert [job.config["model"]["init_args"]["weights"] for job in here.jobs] == [str(folders[0] / "last.ckpt")]
-
-
-def test_the_environment_is_as_before(here, monkeypatch):
-    here.train = paper
-    monkeypatch.delenv("KALMANNORM_DATA", raising=False)
-    before = dict(os.environ)
-    here.run("table8", "--scale", "tiny", "--seeds", "1", "--only", "resnet32-bn-bs2")
-    assert dict(os.environ) == before
 
 
 @pytest.mark.slow

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from learning import falls
 from torch import nn
 from torch.nn import functional as F
 
@@ -114,11 +113,6 @@ def test_errors():
         MovingAverageNorm(3)(torch.randn(4, 2))
     with pytest.raises(ValueError, match="MovingAverageNorm got buffer_size=0"):
         MovingAverageNorm(3, buffer_size=0)
-
-
-@pytest.mark.parametrize("options", [{}, {"warmup": 5, "renorm_start": 15, "buffer_size": 4}])
-def test_it_learns(options):
-    assert falls(lambda model: to_moving_average(model, **options))
 
 
 def step_apart(copies, x, direction):

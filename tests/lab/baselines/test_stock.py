@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from learning import falls
 from torch import nn
 
 from kalmannorm.lab.baselines.stock import to_frozen, to_ghost, to_groupnorm, to_instancenorm, to_layernorm, to_sync
@@ -75,23 +74,3 @@ def test_frozen_layers_normalize_by_what_they_have_learned():
     assert not any(parameter.requires_grad for parameter in model.norms.parameters())
     with pytest.raises(ValueError, match="nothing to freeze"):
         to_frozen(nn.Sequential(nn.ReLU()))
-
-
-def frozen_after_training(model):
-    for _ in range(20):
-        model(torch.randn(16, 1, 16, 16))
-    return to_frozen(model)
-
-
-@pytest.mark.parametrize(
-    ("replace", "options"),
-    [
-        (to_layernorm, {}),
-        # The mean over pixels before the classifier sees little of features that each have mean 0 and variance 1.
-        (to_instancenorm, {"rate": 0.3, "steps": 100}),
-        (lambda model: to_ghost(model, 4), {}),
-        (frozen_after_training, {}),
-    ],
-)
-def test_they_learn(replace, options):
-    assert falls(replace, **options)
