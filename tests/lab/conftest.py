@@ -4,8 +4,10 @@ import copy
 
 import datasets
 import pytest
+import yaml
 
 from kalmannorm.lab.data.generated import generate_images
+from kalmannorm.lab.experiments import merge
 
 CONFIG = {
     "seed_everything": 0,
@@ -34,6 +36,22 @@ CONFIG = {
 def config():
     """A copy of a configuration, to change at will."""
     return copy.deepcopy(CONFIG)
+
+
+@pytest.fixture
+def writes(tmp_path, config):
+    """Makes of a study, and of what its base has beside the configuration, what writes them with some changes."""
+
+    def of(study, **base):
+        def write(**changes):
+            (tmp_path / "base.yaml").write_text(yaml.safe_dump({**config, **base}))
+            content = {key: value for key, value in merge(study, changes).items() if value != "absent"}
+            (tmp_path / "ours.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+            return tmp_path / "ours.yaml"
+
+        return write
+
+    return of
 
 
 @pytest.fixture(scope="session")

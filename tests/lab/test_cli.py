@@ -13,8 +13,6 @@ from kalmannorm.lab.cli import COMMANDS, _load, main
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["demo", "--only", "batch"], ["--only", "'batch'", "kn-paper"]),
-        (["demo", "--seeds", "0"], ["--seeds", "at least 1", "got 0"]),
         (["demo", "--seeds", "many"], ["--seeds", "got many"]),
         (["demo", "--workers", "0"], ["--workers", "got 0"]),
         (["demo", "--scale", "nan"], ["--scale", "got nan"]),

@@ -1,7 +1,5 @@
 """The comparison: what it refuses, what it searches, what it says, and all of it once, small."""
 
-import csv
-
 import pytest
 import torch
 import yaml
@@ -12,6 +10,7 @@ from kalmannorm.lab.compare import classifier
 from kalmannorm.lab.data.generated import generate_folders
 from kalmannorm.lab.methods import METHODS
 from kalmannorm.lab.results import Result
+from kalmannorm.lab.rows import read_table
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +23,7 @@ LINE = ["--methods", "bn,kn", "--size", "32", "--steps", "2", "--rates", "0.01",
 
 
 def rows_of(output):
-    with (output / "compare" / "runs.csv").open(encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    return read_table(output / "compare" / "runs.csv").to_dict("records")
 
 
 @pytest.mark.slow

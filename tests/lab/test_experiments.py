@@ -5,7 +5,6 @@ import re
 import pytest
 import yaml
 
-from kalmannorm.lab import experiments
 from kalmannorm.lab.cli import main
 from kalmannorm.lab.computed import parameters, without_memory
 from kalmannorm.lab.configuration import Run, flat
@@ -36,16 +35,8 @@ STUDY = {
 
 
 @pytest.fixture
-def written(tmp_path, config):
-    """Writes an experiment's file with some changes, beside its base."""
-
-    def write(**changes):
-        (tmp_path / "base.yaml").write_text(yaml.safe_dump(config))
-        content = {key: value for key, value in merge(STUDY, changes).items() if value != "absent"}
-        (tmp_path / "ours.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
-        return tmp_path / "ours.yaml"
-
-    return write
+def written(writes):
+    return writes(STUDY)
 
 
 def test_every_table_and_figure_of_the_paper_is_there():
@@ -335,8 +326,3 @@ def test_every_kind_of_arm_is_a_whole_configuration():
                 assert Run(config).config.seed_everything == 7
                 seen |= parts
     assert len(seen) > 80
-
-
-def test_an_unknown_experiment_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"no experiment or file 'table9'; experiments are .*table8.*batch-sizes-cpu"):
-        experiments.read("table9")

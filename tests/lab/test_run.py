@@ -1,6 +1,5 @@
 """Running experiments: an equal search, a winner by validation alone, tables from files, the paper's too."""
 
-import csv
 import itertools
 import math
 import re
@@ -23,6 +22,7 @@ from kalmannorm.lab.experiments import merge
 from kalmannorm.lab.fitting import fit
 from kalmannorm.lab.jobs import Job, fit_on_devices
 from kalmannorm.lab.results import Result
+from kalmannorm.lab.rows import read_table
 from kalmannorm.lab.tables import write_table
 from kalmannorm.lab.training import Classifier
 
@@ -47,20 +47,12 @@ STUDY = {
         "kn-4": of("kn", label="KN", column=4),
     },
 }
-BASE = {"note": {"rate": "Ours."}, "tiny": {"data": {"init_args": {"gradient_batch": 4}}}}
 
 
 @pytest.fixture
-def written(tmp_path, config):
-    """Writes a study's file with some changes, beside its base."""
-
-    def write(**changes):
-        (tmp_path / "base.yaml").write_text(yaml.safe_dump({**config, **BASE}))
-        content = {key: value for key, value in merge(STUDY, changes).items() if value != "absent"}
-        (tmp_path / "ours.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
-        return tmp_path / "ours.yaml"
-
-    return write
+def written(writes):
+    tiny = {"data": {"init_args": {"gradient_batch": 4}}, "trainer": {"max_steps": 2}}
+    return writes(STUDY, note={"rate": "Ours."}, tiny=tiny)
 
 
 def result(job, **changes):
@@ -88,8 +80,7 @@ def here(monkeypatch, tmp_path, images):
             return main(["run", str(path), "--output", str(self.output), *options])
 
         def rows(self, name="runs.csv", experiment="ours"):
-            with (self.output / experiment / name).open(encoding="utf-8", newline="") as file:
-                return list(csv.DictReader(file))
+            return read_table(self.output / experiment / name).to_dict("records")
 
     def run_all(todo, work, steps, workers, console):
         found.jobs += todo
@@ -589,7 +580,7 @@ def test_a_start_is_the_run_that_it_is(here, written, tmp_path):
 def test_trainings_start_from_what_was_trained_at_the_same_scale(here, written, tmp_path):
     here.train = lambda job, tell: fit(job.config, job.folder, tell, split=job.split)
     (tmp_path / "before.yaml").write_text(yaml.safe_dump(start_of()))
-    path = written(start="before/bn", search="absent", seeds=1, tiny={"trainer": {"max_steps": 2}})
+    path = written(start="before/bn", search="absent", seeds=1)
     assert here.run(path, "--scale", "tiny", "--only", "*-2") == 0
     before, *after = (torch.load(job.folder / "last.ckpt", weights_only=True)["state_dict"] for job in here.jobs)
     tracked = "network.norm.num_batches_tracked"
@@ -762,8 +753,7 @@ def test_figure_5_by_the_real_command_and_table_7_from_the_same_trainings(tmp_pa
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert re.search(r"BN +\| [\d.]+ ", done.stdout)
-    with (tmp_path / "figure5" / "runs.csv").open(encoding="utf-8", newline="") as file:
-        assert all(float(row["variance_gap"]) > 0 for row in csv.DictReader(file))
+    assert (read_table(tmp_path / "figure5" / "runs.csv")["variance_gap"].astype(float) > 0).all()
     finished = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
     assert len(finished) == 2
     assert main(["run", "table7", "--only", "*-bs2*", *options]) == 0

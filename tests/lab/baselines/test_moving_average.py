@@ -195,8 +195,3 @@ def test_compiled_it_is_the_same(pooled):
         (expected,) = torch.autograd.grad(layer(x), x, direction)
         assert torch.allclose(torch.autograd.grad(compiled(x), x, direction)[0], expected)
     assert torch.allclose(twin.responses, layer.responses)
-
-
-def test_a_batch_that_groups_do_not_divide():
-    with pytest.raises(ValueError, match="got a batch of 5, expected a multiple of the statistics batch, 2"):
-        MovingAverageNorm(3, samples=2)(torch.randn(5, 3, 4, 4))

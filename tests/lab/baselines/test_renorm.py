@@ -166,8 +166,3 @@ def test_groups_are_each_by_itself_against_shared_averages(shape):
         assert torch.allclose(layer.running_mean, looped.running_mean)
         assert torch.allclose(layer.running_var, looped.running_var)
     assert layer.num_batches_tracked == 2
-
-
-def test_a_batch_that_groups_do_not_divide():
-    with pytest.raises(ValueError, match="got a batch of 5, expected a multiple of the statistics batch, 2"):
-        BatchRenorm(3, samples=2)(torch.randn(5, 3, 4, 4))
