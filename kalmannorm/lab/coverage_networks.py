@@ -6,8 +6,8 @@ Each maker imports its package when it is called, so packages that are not insta
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import importlib.util
+import pkgutil
 import re
 from collections.abc import Callable
 from functools import partial
@@ -66,8 +66,7 @@ def _with_lengths(x: Tensor) -> tuple[Any, ...]:
 
 def _of(path: str, *args: Any, **kwargs: Any) -> nn.Module:
     """Call what a dotted path leads to."""
-    module, _, name = path.rpartition(".")
-    made: nn.Module = getattr(importlib.import_module(module), name)(*args, **kwargs)
+    made: nn.Module = pkgutil.resolve_name(path)(*args, **kwargs)
     return made
 
 

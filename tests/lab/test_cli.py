@@ -1,13 +1,14 @@
 """The command line: bad input gives one clear line and exit code 2, and touches nothing."""
 
 import importlib.util
+import pkgutil
 import subprocess
 import sys
 
 import pytest
 import yaml
 
-from kalmannorm.lab.cli import COMMANDS, _load, main
+from kalmannorm.lab.cli import COMMANDS, main
 
 
 @pytest.mark.parametrize(
@@ -65,7 +66,7 @@ def test_help_lists_the_commands_and_needs_nothing_of_the_extra():
 
 
 def test_each_command_is_there():
-    assert all(callable(_load(place)) for place, _ in COMMANDS.values())
+    assert all(callable(pkgutil.resolve_name(place)) for place, _ in COMMANDS.values())
 
 
 def _help(capsys, command):

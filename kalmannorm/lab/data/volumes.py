@@ -8,18 +8,18 @@ field and noise are each volume's own. What is to be found differs from the clut
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kalmannorm.lab.data.digits import Split
 from kalmannorm.lab.data.memory import MemoryData, Splits
 
 __all__ = ["Scan", "Split", "VolumeData", "generate_volumes"]
 
-Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 NUM_CLASSES = 3
 
