@@ -1,13 +1,11 @@
 """The command ``kalmannorm``."""
 
-from __future__ import annotations
-
 import importlib.util
 import inspect
-import pkgutil
 import re
 import sys
 from collections.abc import Callable, Collection, Sequence
+from pkgutil import resolve_name
 
 # What the extra brings, by the names that are imported.
 NEEDED = (
@@ -60,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Only now: all of these need the extra.
     from jsonargparse import ArgumentError, ArgumentParser  # noqa: PLC0415
 
-    function = pkgutil.resolve_name(COMMANDS[name][0])
+    function = resolve_name(COMMANDS[name][0])
     options = inspect.signature(function).parameters
     parser = ArgumentParser(f"kalmannorm {name}", exit_on_error=False, epilog=_help(function, "settings"))
     flags = {option for option, parameter in options.items() if parameter.default is False}
