@@ -4,8 +4,6 @@ Each model is built without weights, converted, described, trained for one step 
 and deployed. Models too large for that are described on the meta device, where nothing is computed.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import gc
 import importlib.metadata

@@ -1,7 +1,5 @@
 """Callbacks that belong to a run's record: its curve, and its random state, both kept in the checkpoint."""
 
-from __future__ import annotations
-
 import random
 import time
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Training and scoring Mask R-CNN with Lightning, for the paper's Table 6 (section 4.2)."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """What the filter learns: gains, process noise and the priors' errors while a network trains."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

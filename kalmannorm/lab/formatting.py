@@ -1,7 +1,5 @@
 """Numbers over seeds, and tables, as text."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """``kalmannorm layers``: what the filter is worth in a trained network, layer by layer, as a table."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The normalizations that can be compared, by name: what they are called and drawn as, and how a network gets them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial

@@ -1,7 +1,5 @@
 """Logits by other than running statistics: those of small batches (the paper's option B), or a blend."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial

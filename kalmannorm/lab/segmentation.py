@@ -1,7 +1,5 @@
 """Training and scoring a network that gives each voxel a class, as `kalmannorm.lab.training` does an image."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

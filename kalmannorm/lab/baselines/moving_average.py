@@ -1,7 +1,5 @@
 """Moving Average Batch Normalization (Yan et al., 2020, arXiv:2001.06838)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -4,8 +4,6 @@ Liu et al., 2020, arXiv:2004.02967; Singh & Krishnan, 2020, arXiv:1911.09737. No
 ``eval()`` do the same.
 """
 
-from __future__ import annotations
-
 import math
 from abc import abstractmethod
 

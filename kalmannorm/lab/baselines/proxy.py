@@ -1,7 +1,5 @@
 """Proxy Normalization behind an activation (Labatie et al., NeurIPS 2021, arXiv:2106.03743)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

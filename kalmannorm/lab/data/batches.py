@@ -1,7 +1,5 @@
 """Batches whose order and draws follow from a seed and the epoch alone, shared out among processes, resumable."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any, Self

@@ -1,7 +1,5 @@
 """Small images to classify, as a LightningDataModule."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any, Literal
 

@@ -1,7 +1,5 @@
 """ImageNet-1k, and any images that lie in one folder a class, as a LightningDataModule."""
 
-from __future__ import annotations
-
 import copy
 import hashlib
 from collections.abc import Callable

@@ -5,8 +5,6 @@ network learns to tell them apart in tens of steps. Objects to detect are up to 
 apart from one another: of the categories, the odd ones are red rectangles and the even ones blue ellipses.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Parquet files as Hugging Face repositories have them, from a folder or from there."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Objects to find, with boxes and masks, from files in COCO's format: COCO 2017 and Penn-Fudan pedestrians."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 from collections.abc import Callable

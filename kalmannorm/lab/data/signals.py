@@ -1,7 +1,5 @@
 """Data from sets that ship with scikit-learn, so that nothing is downloaded: signals, rows, and the demo's images."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -5,8 +5,6 @@ field and noise are each volume's own. What is to be found differs from the clut
 1), tubes (class 2), and, left to the background (class 0), sheets and small balls of the same brightness.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
