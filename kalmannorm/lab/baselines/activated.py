@@ -1,11 +1,9 @@
 """Layers in the place of a BatchNorm and the ReLU behind it."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, fx, nn
@@ -65,7 +63,7 @@ class _Tracer(fx.Tracer):
 class _Traced(fx.GraphModule):
     """Keeps forward hooks when it is copied, by which a network is connected to its Kalman layers."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Traced:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         copied: Any = super().__deepcopy__(memo)
         for name in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks",
                      "_forward_hooks_with_kwargs", "_forward_hooks_always_called"):  # fmt: skip

@@ -1,11 +1,9 @@
 """Cross-Iteration Batch Normalization (Yao et al., 2021, arXiv:2002.05712)."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -112,7 +110,7 @@ class CrossIterationNorm(AnyBatchNorm):
         self.running_mean += newest * (mean - self.running_mean)
         self.running_var += newest * (var * (pixels / max(pixels - 1, 1)) - self.running_var)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CrossIterationNorm:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._past.clear()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self

@@ -11,9 +11,8 @@ Ioffe and Szegedy, "Batch Normalization" (arXiv:1502.03167), appendix and Figure
 Average pooling leaves the border's padding out of the mean, as TensorFlow does. No auxiliary classifiers, no dropout.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
+from typing import Self
 
 from torch import Tensor, nn
 
@@ -39,7 +38,7 @@ class Module:
     stride: int = 1
     """Of the last convolution of a branch, and of the pooling."""
 
-    def widened(self, width: float) -> Module:
+    def widened(self, width: float) -> Self:
         """The same with so many times the channels, rounded."""
         three, double = ((round(a * width), round(b * width)) for a, b in (self.three, self.double))
         single, pooled = round(self.single * width), round(self.pooled * width)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from kalmannorm.lab.baselines.stock import to_frozen, to_ghost, to_groupnorm, to_instancenorm, to_layernorm, to_sync
+from kalmannorm.lab.baselines.stock import to_frozen, to_ghost, to_groupnorm, to_instancenorm, to_layernorm
 from kalmannorm.lab.models.small import SmallConvNet
 
 
@@ -51,14 +51,6 @@ def test_eval_of_ghost_batchnorm_is_batchnorms():
     stock.load_state_dict(ghost.state_dict())
     x = torch.randn(5, 3, 4, 4)
     assert torch.equal(ghost.eval()(x), stock.eval()(x))
-
-
-def test_every_batchnorm_is_synchronized():
-    model = SmallConvNet()
-    weights = [norm.weight for norm in model.norms]
-    assert to_sync(model) is model
-    assert all(isinstance(norm, nn.SyncBatchNorm) for norm in model.norms)
-    assert all(norm.weight is weight for norm, weight in zip(model.norms, weights, strict=True))
 
 
 def test_frozen_layers_normalize_by_what_they_have_learned():
