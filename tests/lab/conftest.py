@@ -6,6 +6,7 @@ import datasets
 import pytest
 import yaml
 
+from kalmannorm.lab.cli import main
 from kalmannorm.lab.data.generated import generate_images
 from kalmannorm.lab.experiments import merge
 
@@ -36,6 +37,22 @@ CONFIG = {
 def config():
     """A copy of a configuration, to change at will."""
     return copy.deepcopy(CONFIG)
+
+
+@pytest.fixture
+def refused(capsys):
+    """Gives the command line what it must refuse in one line with these words; returns what it printed beside that."""
+
+    def refused(arguments, *words):
+        capsys.readouterr()
+        assert main([str(each) for each in arguments]) == 2
+        out, err = capsys.readouterr()
+        assert err.startswith("kalmannorm: ")
+        assert err.count("\n") == 1
+        assert [word for word in words if word not in err] == []
+        return out
+
+    return refused
 
 
 @pytest.fixture

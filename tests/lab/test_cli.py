@@ -23,26 +23,20 @@ from kalmannorm.lab.cli import COMMANDS, main
         ([], ["command"]),
     ],
 )
-def test_bad_input(arguments, words, tmp_path, capsys, monkeypatch):
+def test_bad_input(arguments, words, tmp_path, refused, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert main(arguments) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.count("\n") == 1
-    assert err.startswith("kalmannorm: ")
-    for word in words:
-        assert word in err
+    assert refused(arguments, *words) == ""
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.usefixtures("images")
 @pytest.mark.parametrize(("command", "folder"), [("demo", "out/demo"), ("fit", "out")])
-def test_an_output_folder_that_cannot_be_made(tmp_path, capsys, config, command, folder):
+def test_an_output_folder_that_cannot_be_made(tmp_path, refused, config, command, folder):
     (tmp_path / "file").write_text("in the way")
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(config))
     options = ["--config", str(tmp_path / "recipe.yaml")] if command == "fit" else []
-    assert main([command, "--output", str(tmp_path / "file" / "out"), *options]) == 2
-    assert capsys.readouterr().err == f"kalmannorm: {tmp_path / 'file' / folder}: Not a directory\n"
+    words = f"kalmannorm: {tmp_path / 'file' / folder}: Not a directory\n"
+    refused([command, "--output", tmp_path / "file" / "out", *options], words)
     assert (tmp_path / "file").read_text() == "in the way"
 
 
@@ -86,7 +80,6 @@ def test_help_tells_of_the_settings_of_the_configuration(capsys):
     assert "such as --trainer.accelerator cpu" in _help(capsys, "test")
 
 
-def test_a_wrong_setting_is_named_as_it_was_given(tmp_path, capsys):
-    given = ["--config", "table8/resnet32-kn-bs2", "--output", str(tmp_path), "--trainer.max_steps", "abc"]
-    assert main(["fit", *given]) == 2
-    assert capsys.readouterr().err == "kalmannorm: --trainer.max_steps: expected int; got abc\n"
+def test_a_wrong_setting_is_named_as_it_was_given(tmp_path, refused):
+    given = ["--config", "table8/resnet32-kn-bs2", "--output", tmp_path, "--trainer.max_steps", "abc"]
+    refused(["fit", *given], "kalmannorm: --trainer.max_steps: expected int; got abc\n")

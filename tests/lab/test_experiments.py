@@ -5,7 +5,6 @@ import re
 import pytest
 import yaml
 
-from kalmannorm.lab.cli import main
 from kalmannorm.lab.computed import parameters, without_memory
 from kalmannorm.lab.configuration import Run, flat
 from kalmannorm.lab.experiments import config_of, merge, names, read, scaled, tables
@@ -270,14 +269,8 @@ def test_an_unknown_arm_lists_the_known_ones(name, words):
         ({"verdict": {"guessing": 0.1}}, "verdict must be guessing and images, two numbers; got {'guessing': 0.1}"),
     ],
 )
-def test_a_file_of_another_form_is_refused_in_one_line(written, changes, message, tmp_path, capsys):
-    path = written(**changes)
-    assert main(["run", str(path), "--output", str(tmp_path / "out")]) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.count("\n") == 1
-    assert message in err
-    assert str(tmp_path) in err
+def test_a_file_of_another_form_is_refused_in_one_line(written, changes, message, tmp_path, refused):
+    assert refused(["run", written(**changes), "--output", tmp_path / "out"], message, str(tmp_path)) == ""
     assert not (tmp_path / "out").exists()
 
 

@@ -88,12 +88,6 @@ def test_another_configuration_or_checkpoint_is_refused_and_nothing_overwritten(
     assert set(files(wider)) == {"last.ckpt"}
 
 
-def test_a_folder_without_a_run_is_refused(tmp_path):
-    for what in (load, lambda folder: score(folder, "test")):
-        with pytest.raises(ValueError, match=r"holds no run: expected a config\.yaml"):
-            what(tmp_path)
-
-
 def test_weight_normalization_starts_from_data(images, short, tmp_path):
     short["model"]["init_args"] |= {"normalization": "wn", "rate": 1e-9}
     fit(short, tmp_path / "run")

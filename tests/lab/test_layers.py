@@ -36,11 +36,10 @@ def test_the_table_is_of_the_networks_layers(run, tmp_path, capsys):
     assert capsys.readouterr().out.count("\n") == 2 + len(rows)
 
 
-def test_a_run_without_a_statistics_batch_is_refused(run, capsys):
+def test_a_run_without_a_statistics_batch_is_refused(run, refused):
     path = run / "config.yaml"
     config = yaml.safe_load(path.read_text())
     config["model"]["init_args"]["statistics_batch"] = None
     path.write_text(yaml.safe_dump(config))
-    assert main(["layers", "--run", str(run)]) == 2
-    assert "statistics_batch=None" in capsys.readouterr().err
-    assert main(["layers", "--run", str(run), "--batches", "0"]) == 2
+    refused(["layers", "--run", run], "statistics_batch=None")
+    refused(["layers", "--run", run, "--batches", "0"], "--batches: expected at least 1; got 0")
