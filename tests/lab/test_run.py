@@ -51,8 +51,7 @@ STUDY = {
 
 @pytest.fixture
 def written(writes):
-    tiny = {"data": {"init_args": {"gradient_batch": 4}}, "trainer": {"max_steps": 2}}
-    return writes(STUDY, note={"rate": "Ours."}, tiny=tiny)
+    return writes(STUDY, note={"rate": "Ours."}, tiny={"data": {"init_args": {"gradient_batch": 4}}})
 
 
 def result(job, **changes):
@@ -579,7 +578,7 @@ def test_a_start_is_the_run_that_it_is(here, written, tmp_path):
 def test_trainings_start_from_what_was_trained_at_the_same_scale(here, written, tmp_path):
     here.train = lambda job, tell: fit(job.config, job.folder, tell, split=job.split)
     (tmp_path / "before.yaml").write_text(yaml.safe_dump(start_of()))
-    path = written(start="before/bn", search="absent", seeds=1)
+    path = written(start="before/bn", search="absent", seeds=1, tiny={"trainer": {"max_steps": 2}})
     assert here.run(path, "--scale", "tiny", "--only", "*-2") == 0
     before, *after = (torch.load(job.folder / "last.ckpt", weights_only=True)["state_dict"] for job in here.jobs)
     tracked = "network.norm.num_batches_tracked"
