@@ -4,8 +4,8 @@ Each maker imports its package when it is called, so packages that are not insta
 """
 
 import dataclasses
+import importlib
 import importlib.util
-import pkgutil
 import re
 from collections.abc import Callable
 from functools import partial
@@ -64,7 +64,8 @@ def _with_lengths(x: Tensor) -> tuple[Any, ...]:
 
 def _of(path: str, *args: Any, **kwargs: Any) -> nn.Module:
     """Call what a dotted path leads to."""
-    made: nn.Module = pkgutil.resolve_name(path)(*args, **kwargs)
+    module, _, name = path.rpartition(".")
+    made: nn.Module = getattr(importlib.import_module(module), name)(*args, **kwargs)
     return made
 
 

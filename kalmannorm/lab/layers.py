@@ -61,7 +61,7 @@ def layers(
     seen = calls_of(network, islice(groups, batches), first_element)
     rows: list[dict[str, Any]] = []
     for error in errors_of(network, seen):
-        row = {name: value for name, value in error._asdict().items()}
+        row = error._asdict()
         if error.reference == "population":
             row["variance_gap"] = _gap(network, error.layer, error.estimate, seen[error.layer])
         rows.append({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()})

@@ -51,19 +51,13 @@ def test_the_scales_of_weight_normalization_are_not_decayed():
     assert undecayed == {"original0", "bias"}
 
 
-def test_training_moves_the_rate_along_its_schedule_and_records_every_step():
+def test_training_moves_the_rate_along_its_schedule():
     rates = {}
     for schedule in ("cosine", "warmup"):
-        told = []
-        recorder = Curve(told.append, every=3)
-        classifier = _classifier(SmallConvNet(), schedule=schedule)
-        trainer = quiet_trainer(8, recorder)
-        trainer.fit(classifier, loader(*_data(), 2, 0))
+        trainer = quiet_trainer(8)
+        trainer.fit(_classifier(SmallConvNet(), schedule=schedule), loader(*_data(), 2, 0))
         assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-9)
         rates[schedule] = [share_of_rate(step, 8, schedule) for step in range(8)]
-        assert len(recorder.losses) == len(recorder.seconds) == 8
-        assert told == [3, 6, 8]
-        assert min(recorder.seconds) > 0
     assert rates["cosine"] == sorted(rates["cosine"], reverse=True)
     assert rates["cosine"][0] == 1
     assert rates["warmup"][0] == 1 / 8

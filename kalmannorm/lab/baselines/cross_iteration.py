@@ -152,7 +152,7 @@ def _over_iterations(
     means = torch.stack([mean, *(each for each, _ in carried)])
     variances = torch.stack([var, *(each for _, each in carried)])
     pixels = newest.pixels + sum(iteration.pixels for iteration in past)
-    # ``average of nu - (average of mu)^2``, but so rounding does not turn it negative.
+    # ``average of nu - (average of mu)^2``, written so that rounding does not turn it negative.
     return means.mean(0), variances.mean(0) + means.var(0, correction=0), pixels
 
 
