@@ -127,7 +127,7 @@ def test_the_command_line_takes_the_command(words, monkeypatch, capsys):
     from kalmannorm.lab import cli
 
     called = {}
-    load = cli._load
+    load = cli.resolve_name
 
     def stub(place):
         real = load(place)
@@ -139,7 +139,7 @@ def test_the_command_line_takes_the_command(words, monkeypatch, capsys):
 
         return instead
 
-    monkeypatch.setattr(cli, "_load", stub)
+    monkeypatch.setattr(cli, "resolve_name", stub)
     monkeypatch.setattr(cli, "NEEDED", ())
     if len(words) == 2 and words[1] in (*cli.COMMANDS, *cli.ALIASES):
         return

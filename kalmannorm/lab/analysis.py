@@ -1,7 +1,5 @@
 """What the filter is worth, layer by layer: how far prior, observation and posterior are from the truth."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """Which cells' data are at hand, and generated ones where a training is only to be tried."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager

@@ -1,13 +1,11 @@
 """The command ``kalmannorm``."""
 
-from __future__ import annotations
-
-import importlib
 import importlib.util
 import inspect
 import re
 import sys
 from collections.abc import Callable, Collection, Sequence
+from pkgutil import resolve_name
 
 # What the extra brings, by the names that are imported.
 NEEDED = (
@@ -60,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Only now: all of these need the extra.
     from jsonargparse import ArgumentError, ArgumentParser  # noqa: PLC0415
 
-    function = _load(COMMANDS[name][0])
+    function = resolve_name(COMMANDS[name][0])
     options = inspect.signature(function).parameters
     parser = ArgumentParser(f"kalmannorm {name}", exit_on_error=False, epilog=_help(function, "settings"))
     flags = {option for option, parameter in options.items() if parameter.default is False}
@@ -71,21 +69,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.add_argument(f"--{flag}", action="store_true", help=_help(function, flag))
     try:
         own, settings = _own_and_settings(options, given)
-        code = function(**parser.parse_args(own).as_dict(), **settings)
-    except OSError as error:
-        of_file = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        print(f"kalmannorm: {_one_line(of_file)}", file=sys.stderr)
-        return 2
-    except (ArgumentError, ValueError) as error:
-        print(f"kalmannorm: {_one_line(str(error))}", file=sys.stderr)
-        return 2
-    except FloatingPointError as error:  # a training that diverged
-        print(f"kalmannorm: {_one_line(str(error))}", file=sys.stderr)
-        return 1
+        return function(**parser.parse_args(own).as_dict(), **settings) or 0
+    except (OSError, ArgumentError, ValueError, FloatingPointError) as error:
+        said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+        print(f"kalmannorm: {_one_line(said)}", file=sys.stderr)
+        return 1 if isinstance(error, FloatingPointError) else 2  # a training that diverged
     except KeyboardInterrupt:
         print("kalmannorm: interrupted", file=sys.stderr)
         return 130
-    return code or 0
 
 
 def _usage() -> str:
@@ -94,12 +85,6 @@ def _usage() -> str:
     others = [f"{name} ({' '.join(['kalmannorm', *instead])})" for name, instead in ALIASES.items()]
     about = [USAGE, "", "The laboratory of Kalman Normalization.", "", *lines, "", f"Also: {', '.join(others)}."]
     return "\n".join(about)
-
-
-def _load(place: str) -> Callable[..., int | None]:
-    module, _, name = place.partition(":")
-    function: Callable[..., int | None] = getattr(importlib.import_module(module), name)
-    return function
 
 
 def _help(function: Callable[..., int | None], option: str) -> str:

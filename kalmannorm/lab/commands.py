@@ -1,7 +1,5 @@
 """The subcommands of one network and of none: ``kalmannorm fit | validate | test | export | list``."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal

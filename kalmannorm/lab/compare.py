@@ -1,7 +1,5 @@
 """Which normalization to use: the same search and the same trainings with each, on one's own images."""
 
-from __future__ import annotations
-
 import difflib
 import math
 from collections.abc import Sequence

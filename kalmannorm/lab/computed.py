@@ -1,7 +1,5 @@
 """The cells of tables that are not a trained network's accuracy: counts, speeds, and what is measured afterwards."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Callable, Mapping
 from itertools import islice

@@ -1,7 +1,5 @@
 """A run's configuration: parsed, completed, checked, and made into objects by LightningCLI."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path

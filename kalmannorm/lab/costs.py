@@ -1,7 +1,5 @@
 """What a training would cost on this machine, from a few steps on random images."""
 
-from __future__ import annotations
-
 import statistics
 import time
 import warnings

@@ -4,16 +4,13 @@ Each model is built without weights, converted, described, trained for one step 
 and deployed. Models too large for that are described on the meta device, where nothing is computed.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import gc
 import importlib.metadata
-import importlib.util
 import re
 import time
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +22,7 @@ from torch import Tensor, nn
 
 import kalmannorm as kn
 from kalmannorm.lab.coverage_networks import NETWORKS, Network, is_installed, outputs_of
+from kalmannorm.lab.formatting import filled
 from kalmannorm.stand_ins import stand_in
 
 __all__ = ["TIMM", "Coverage", "Subject", "cover", "coverage", "page", "subjects"]
@@ -58,11 +56,8 @@ class Subject:
     library: str
     name: str
     task: str
-
-    @property
-    def network(self) -> Network | None:
-        """How it is built; None for torchvision and timm, which build models by name."""
-        return NETWORKS.get(self.library, {}).get(self.name)
+    network: Network | None = None
+    """How it is built; None for torchvision and timm, which build models by name."""
 
     def build(self) -> nn.Module:
         """The model, without weights."""
@@ -177,7 +172,7 @@ def subjects() -> Iterator[Subject]:
     for library, networks in NETWORKS.items():
         if is_installed(library):
             for name, network in networks.items():
-                yield Subject(library, name, network.task)
+                yield Subject(library, name, network.task, network)
 
 
 def cover(subject: Subject) -> Coverage | None:
@@ -277,7 +272,7 @@ def coverage(output: str = ".", only: str = "") -> None:
         output: Folder for coverage.csv, and for coverage.md, the page made from it.
         only: A regular expression: models whose library/name it does not match are passed over.
     """
-    if importlib.util.find_spec("timm") is None:
+    if not is_installed("timm"):
         raise ValueError("timm not found: pip install timm")
     chosen = [each for each in subjects() if re.search(only, f"{each.library}/{each.name}")]
     if not chosen:
@@ -296,25 +291,24 @@ def coverage(output: str = ".", only: str = "") -> None:
         pd.DataFrame(rows.values()).to_csv(table, index=False, lineterminator="\n")
         gc.collect()
     (folder / "coverage.md").write_text(page([*rows.values()]))
-    print(f"{folder / 'coverage.md'}: {_total(pd.DataFrame(rows.values()))}")
+    print(f"{folder / 'coverage.md'}: {_total([*rows.values()])}")
 
 
 def read(path: Path) -> list[Coverage]:
     """The rows of a table, as they were written; none where there is no such file."""
     if not path.exists():
         return []
-    exact = {"deployed": float, "seconds": float}  # pandas 2 reads floats nearly right
-    table = pd.read_csv(path, keep_default_na=False, converters=exact)
+    table = pd.read_csv(path, keep_default_na=False, float_precision="round_trip")
     return [Coverage(**row) for row in table.to_dict("records")]
 
 
-def _total(table: pd.DataFrame) -> str:
-    return f"{_share(table, ' layers')} of {len(table)} models have a prior by rule"
+def _total(found: Sequence[Coverage]) -> str:
+    return f"{_share(found, ' layers')} of {len(found)} models have a prior by rule"
 
 
-def _share(table: pd.DataFrame, unit: str = "") -> str:
+def _share(found: Sequence[Coverage], unit: str = "") -> str:
     """Layers with a prior, of all."""
-    priors, layers = table["with_prior"].sum(), table["layers"].sum()
+    priors, layers = sum(each.with_prior for each in found), sum(each.layers for each in found)
     return f"{priors:,} of {layers:,}{unit} ({100 * priors / max(layers, 1):.2f} %)"
 
 
@@ -324,52 +318,23 @@ def page(found: Sequence[Coverage]) -> str:
     Args:
         found: one entry a model.
     """
-    table = pd.DataFrame(found)
-    packages = sorted({package for each in found for package in each.packages.split(", ")})
-    failed = (~table["step"].isin(["ok", "meta"])).sum()
-    reasons: dict[str, list[tuple[str, int]]] = {}
+    libraries: dict[str, list[Coverage]] = defaultdict(list)
+    models: dict[str, list[str]] = defaultdict(list)
+    layers: Counter[str] = Counter()
     for each in found:
+        libraries[each.library].append(each)
         for reason, count in re.findall(r"([^;]+?) \((\d+)\)(?:; |$)", each.reasons):
-            reasons.setdefault(reason, []).append((each.model, int(count)))
-    counted = {reason: sum(count for _, count in where) for reason, where in reasons.items()}
-    lines = [
-        "# Coverage: which layers of which models get a prior",
-        "",
-        f"Made by `kalmannorm coverage --output docs/results` ({', '.join(packages)}) from",
-        "[coverage.csv](coverage.csv): every model of torchvision with BatchNorm, of each of timm's families with",
-        "BatchNorm one model or more, and networks of other packages, from small configurations. Each was built",
-        "without weights, converted with `input_stats`, described, trained for one step on two samples of noise",
-        "(detectors: two images), and its `eval()` output compared before and after `to_batchnorm`. Models of more",
-        f"than {_LARGEST // 10**6} million parameters were only described, on the meta device.",
-        "",
-        f"**{_total(table)}.**",
-        f"{table['from_input'].sum():,} of these layers have it from `input_stats` alone.",
-        f"{table['left_alone'].sum()} layers of a kind to convert were left alone;",
-        f"{table['not_called'].sum()} were never called.",
-        f"{(table['step'] == 'ok').sum()} models trained a step,",
-        f"{(table['step'] == 'meta').sum()} were too large for one, {failed} failed.",
-        f"The largest difference that `to_batchnorm` made is {table['deployed'].max():.1e} of the largest output.",
-        "",
-        "| library | models | layers with a prior |",
-        "|---|---|---|",
-        *(f"| {library} | {len(own)} | {_share(own)} |" for library, own in table.groupby("library", sort=False)),
-        "",
-        "## What has no prior, and why",
-        "",
-        "| reason | layers | models |",
-        "|---|---|---|",
-        *(
-            f"| {reason} | {counted[reason]} | {', '.join(name for name, _ in reasons[reason])} |"
-            for reason in sorted(reasons, key=lambda reason: -counted[reason])
-        ),
-        "",
-        "## By model",
-        "",
-        "| library | task | model | input | with a prior | step |",
-        "|---|---|---|---|---|---|",
-        *(
-            f"| {e.library} | {e.task} | {e.model} | {e.size} | {e.with_prior} of {e.layers} | {e.step} |"
-            for e in found
-        ),
-    ]
-    return "\n".join(lines) + "\n"
+            models[reason].append(each.model)
+            layers[reason] += int(count)
+    return filled(
+        "coverage.md",
+        found=found,
+        packages=sorted({package for each in found for package in each.packages.split(", ")}),
+        largest=_LARGEST // 10**6,
+        total=_total(found),
+        from_input=f"{sum(each.from_input for each in found):,}",
+        steps=Counter(each.step if each.step in ("ok", "meta") else "failed" for each in found),
+        deployed=f"{max(each.deployed for each in found):.1e}",
+        libraries=[(name, len(own), _share(own)) for name, own in libraries.items()],
+        reasons=[(reason, count, models[reason]) for reason, count in layers.most_common()],
+    )

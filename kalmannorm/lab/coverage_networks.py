@@ -3,8 +3,6 @@
 Each maker imports its package when it is called, so packages that are not installed cost nothing but their rows.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import importlib
 import importlib.util

@@ -1,7 +1,5 @@
 """Callbacks that belong to a run's record: its curve, and its random state, both kept in the checkpoint."""
 
-from __future__ import annotations
-
 import random
 import time
 from collections.abc import Callable
@@ -44,7 +42,6 @@ class Curve(Callback):
         self._since = self._last = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
         self._since = self._last = time.perf_counter()
 
     def on_train_batch_end(
@@ -79,19 +76,16 @@ class Curve(Callback):
             self._move_over(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note what the validation gave."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name != "loss"}
             self.validations.append({"step": trainer.global_step, **metrics})
             self._since = time.perf_counter()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Move the last losses over."""
         self._move_over(trainer)
         self._count_time()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Put all of it in."""
         self._move_over(trainer)
         self._count_time()
         checkpoint["curve"] = {
@@ -102,7 +96,6 @@ class Curve(Callback):
         }
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take it out again."""
         if "curve" in checkpoint:
             kept = checkpoint["curve"]
             self.losses, self.seconds = kept["losses"].tolist(), kept["seconds"].tolist()
@@ -119,7 +112,6 @@ class RandomState(Callback):
         self._kept: dict[str, Any] | None = None
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Put the states in."""
         kind, keys, *rest = np.random.get_state()  # noqa: NPY002  (the one that libraries draw from)
         checkpoint["random"] = {
             "torch": torch.get_rng_state(),
@@ -134,7 +126,6 @@ class RandomState(Callback):
         self._kept = checkpoint.get("random")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set them."""
         if self._kept is None:
             return
         torch.set_rng_state(self._kept["torch"].cpu())

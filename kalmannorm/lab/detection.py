@@ -1,7 +1,5 @@
 """Training and scoring Mask R-CNN with Lightning, for the paper's Table 6 (section 4.2)."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -119,7 +117,6 @@ class Detector(lightning.LightningModule):
         )
 
     def configure_optimizers(self) -> Any:
-        """SGD, with a schedule that moves every step."""
         return sgd(self.network, *self._optimization)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

@@ -310,9 +310,7 @@ def _parsed(path: Path) -> Experiment:
     title, question = (" ".join(str(content.get(key, "")).split()) for key in ("title", "question"))
     plain["rows"], plain["verdict"] = tuple(plain["rows"]), plain["verdict"] or {}
     source = path.stem if path.parent in (CONFIGS, STUDIES) else str(path)
-    experiment = Experiment(
-        path.stem, source, title=title, question=question, arms=arms, **plain
-    )
+    experiment = Experiment(path.stem, source, title=title, question=question, arms=arms, **plain)
     check_search_seed(str(path), experiment)
     return experiment
 

@@ -1,7 +1,5 @@
 """What the filter learns: gains, process noise and the priors' errors while a network trains."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +45,6 @@ class FilterHistory(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Look, if it is time to."""
         step = trainer.global_step
         # With accumulated gradients a step has several batches.
         if step % self.every or (self.rows and self.rows[-1]["step"] == step) or not step:
@@ -57,16 +54,13 @@ class FilterHistory(Callback):
             self.rows += [{"step": step, **row} for row in _rows(network, batch, self.forward)]
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the rows, if they are to be."""
         if self.path is not None and trainer.is_global_zero:
             self.write(self.path)
 
     def state_dict(self) -> dict[str, Any]:
-        """The rows so far."""
         return {"rows": [dict(row) for row in self.rows]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from the rows of a checkpoint."""
         self.rows = [dict(row) for row in state_dict["rows"]]
 
     def write(self, path: Path) -> None:

@@ -1,7 +1,5 @@
 """A run from a configuration to its result, in a folder that it can be resumed from."""
 
-from __future__ import annotations
-
 import os
 import pickle
 import statistics

@@ -1,12 +1,14 @@
 """Numbers over seeds, and tables, as text."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-__all__ = ["as_markdown", "format_value", "mean_and_deviation", "with_spread"]
+import jinja2
+
+__all__ = ["as_markdown", "filled", "format_value", "mean_and_deviation", "with_spread"]
 
 # Numbers after the point, by the beginning of a metric's name; what is none of these is a share, shown in per cent.
 DIGITS = {"steps": 0, "parameters": 2, "images_per_second": 2, "ratio": 3, "variance_gap": 3}
@@ -50,3 +52,12 @@ def as_markdown(rows: Sequence[Sequence[str]]) -> str:
     lines = [f"| {' | '.join(row)} |" for row in padded]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines) + "\n"
+
+
+def filled(template: str, **content: Any) -> str:
+    """A template of this folder with its content; in HTML, texts are escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=jinja2.select_autoescape(["html"]),
+        trim_blocks=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True,
+    )  # fmt: skip
+    return environment.get_template(template).render(content)

@@ -23,7 +23,7 @@ from kalmannorm.lab.workers import Tell, available_cpus, in_turn, run_all
 if TYPE_CHECKING:
     from kalmannorm.lab.fitting import Split
 
-__all__ = ["Job", "divergence", "fit_on_devices", "reason", "run_jobs"]
+__all__ = ["Job", "divergence", "fit_on_devices", "run_jobs"]
 
 
 @dataclass(frozen=True)
@@ -113,13 +113,6 @@ def fit_on_devices(job: Job) -> Result:
         why = errors[0] if errors else said[-1] if said else "it said nothing"
         raise RuntimeError(f"{why} (exit code {code}; all of it is in {log.name})")
     return Result.read(folder)
-
-
-def reason(error: Exception) -> str:
-    """One line that says what went wrong; of jsonargparse's several, what the class itself said."""
-    text = str(error)
-    said = text.partition("Errors:\n  - ")[2].partition("\n")[0]
-    return f"{type(error).__name__}: {said or ' '.join(text.split())[:300]}"
 
 
 def divergence(result: Result) -> str:

@@ -1,7 +1,5 @@
 """``kalmannorm layers``: what the filter is worth in a trained network, layer by layer, as a table."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -63,7 +61,7 @@ def layers(
     seen = calls_of(network, islice(groups, batches), first_element)
     rows: list[dict[str, Any]] = []
     for error in errors_of(network, seen):
-        row = {name: value for name, value in error._asdict().items()}
+        row = error._asdict()
         if error.reference == "population":
             row["variance_gap"] = _gap(network, error.layer, error.estimate, seen[error.layer])
         rows.append({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()})

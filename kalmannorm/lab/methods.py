@@ -1,9 +1,8 @@
 """The normalizations that can be compared, by name: what they are called and drawn as, and how a network gets them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from torch import nn
@@ -14,14 +13,7 @@ from kalmannorm.lab.baselines.moving_average import to_moving_average
 from kalmannorm.lab.baselines.norm_act import to_evonorm, to_frn
 from kalmannorm.lab.baselines.proxy import to_proxy
 from kalmannorm.lab.baselines.renorm import RenormSchedule, to_batch_renorm
-from kalmannorm.lab.baselines.stock import (
-    to_frozen,
-    to_ghost,
-    to_groupnorm,
-    to_instancenorm,
-    to_layernorm,
-    to_sync,
-)
+from kalmannorm.lab.baselines.stock import to_frozen, to_ghost, to_groupnorm, to_instancenorm, to_layernorm, to_sync
 from kalmannorm.lab.baselines.weight_norm import to_weight_norm
 from kalmannorm.modules import is_stock_batchnorm
 
@@ -74,10 +66,6 @@ def _renorm(network: nn.Module, schedule: Any = None, **options: Any) -> nn.Modu
     return to_batch_renorm(network, schedule=schedule, **options)
 
 
-def _preset(name: str) -> Callable[..., nn.Module]:
-    return lambda network, **options: kalmannorm.convert(network, **{**kalmannorm.preset(name), **options})
-
-
 def _group_kalman(network: nn.Module, groups: int = 32, **options: Any) -> nn.Module:
     return kalmannorm.convert(to_groupnorm(network, groups), layers=("group",), **options)
 
@@ -101,6 +89,7 @@ def _cross_iteration_timed(steps: int) -> dict[str, Any]:
     return {"burn_in": 2 * steps // 3}
 
 
+_PAPER, _RELEASED = (partial(kalmannorm.convert, **kalmannorm.preset(name)) for name in ("paper", "released"))
 _KALMAN: dict[str, Any] = {"statistics": "groups", "samples": "stats_batch_size"}
 
 # Without options each has its defaults, so steps are counted in the papers' units: what is `timed` wants shorter
@@ -121,8 +110,8 @@ METHODS = {
     "evonorm": Method("EvoNorm-S0", "#6b8e23", to_evonorm),
     "frn": Method("FRN", "#b5b34a", to_frn, warmup=True),
     "kn": Method("KalmanNorm (default)", "#4c72b0", kalmannorm.convert, **_KALMAN),
-    "kn-paper": Method("KalmanNorm (paper)", "#dd8452", _preset("paper"), **_KALMAN),
-    "kn-released": Method("KalmanNorm (released)", "#55a868", _preset("released"), **_KALMAN),
+    "kn-paper": Method("KalmanNorm (paper)", "#dd8452", _PAPER, **_KALMAN),
+    "kn-released": Method("KalmanNorm (released)", "#55a868", _RELEASED, **_KALMAN),
     "gkn": Method("GroupKalmanNorm", "#1f3b70", _group_kalman),
 }
 

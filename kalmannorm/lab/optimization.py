@@ -1,7 +1,5 @@
 """SGD, who is decayed by it, and the course of its rate."""
 
-from __future__ import annotations
-
 import math
 from functools import partial
 from typing import Any, Literal

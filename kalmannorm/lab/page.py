@@ -12,12 +12,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jinja2
 import yaml
 from markupsafe import Markup
 
 from kalmannorm.lab import figures
 from kalmannorm.lab.experiments import Experiment, Scale
+from kalmannorm.lab.formatting import filled
 from kalmannorm.lab.methods import METHODS
 from kalmannorm.lab.results import ENVIRONMENT
 from kalmannorm.lab.tables import ArmRuns, Runs, grids, notes, read_runs, said, summary
@@ -54,7 +54,7 @@ def write_page(experiment: Experiment, folder: Path) -> Path:
         verdict=verdict_of(experiment, runs) if experiment.verdict else said(experiment, runs),
         grids=[(title, [[_unbroken(row[0]), *row[1:]] for row in rows]) for title, rows in grids(experiment, runs)],
         notes=notes(experiment, runs),
-        gaps=[(gap.stem.removeprefix(GAPS), _encoded(gap.read_bytes())) for gap in gaps],
+        gaps=[(gap.stem.removeprefix(GAPS), base64.b64encode(gap.read_bytes()).decode()) for gap in gaps],
         curves=[(title, _drawn(curves(runs, arms))) for title, arms in groups.items()],
         search=_drawn(figures.search(*searched)) if searched else "",
         metric=experiment.metric.replace("_", " "),
@@ -68,11 +68,7 @@ def write_page(experiment: Experiment, folder: Path) -> Path:
 
 def render(**content: Any) -> str:
     """The page of ``page.html``; texts are escaped."""
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    environment = jinja2.Environment(
-        loader=loader, autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True
-    )
-    return environment.get_template("page.html").render(content)
+    return filled("page.html", **content)
 
 
 def _drawn(drawing: Figure) -> Markup:
@@ -94,10 +90,6 @@ def _drawn(drawing: Figure) -> Markup:
         return f'<g class="line"><title>{label}</title>{near}{path} style="{found[3]}"/>'
 
     return Markup(re.sub(r'<g id="line-(\d+)">\s*(<path d="[^"]*" clip-path="[^"]*") style="([^"]*)"/>', named, svg))
-
-
-def _encoded(png: bytes) -> str:
-    return base64.b64encode(png).decode("ascii")
 
 
 def _unbroken(name: str) -> str:

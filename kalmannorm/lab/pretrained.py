@@ -1,7 +1,5 @@
 """Weights of a trained network to start from: a classifier's, or a ResNet's for a detector's backbone."""
 
-from __future__ import annotations
-
 import pickle
 from collections.abc import Callable
 from pathlib import Path

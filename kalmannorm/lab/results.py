@@ -1,7 +1,5 @@
 """What a run leaves behind in its folder, and how it is read again."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json
@@ -15,7 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -54,7 +52,7 @@ class Result:
     split: str = ""
 
     @classmethod
-    def read(cls, folder: Path) -> Result:
+    def read(cls, folder: Path) -> Self:
         """What `write` wrote.
 
         Raises:

@@ -22,7 +22,7 @@ from kalmannorm.lab.costs import seconds_per_step, single_thread, where
 from kalmannorm.lab.data.roots import MissingDataError
 from kalmannorm.lab.experiments import FORMS, Arm, Experiment, Scale, merge, shown
 from kalmannorm.lab.formatting import as_markdown
-from kalmannorm.lab.jobs import Job, divergence, reason, run_jobs
+from kalmannorm.lab.jobs import Job, divergence, run_jobs
 from kalmannorm.lab.results import ENVIRONMENT, Result, finished
 from kalmannorm.lab.rows import MEASURED, PLANNED, Key, Row, Rows, Told, key_of, settings_of, table
 from kalmannorm.lab.training import quiet
@@ -384,12 +384,13 @@ def _in_two(asked: Experiment, run: Callable[[list[Trial]], list[Trial]]) -> lis
     finals = []
     for arm in asked.arms:
         own = [place for place, trial in enumerate(searched) if trial.arm is arm]
-        best = _best([searched[place] for place in own], asked.metric) if own else None
-        if best is not None:
-            winner = searched[own[best]]
-            searched[own[best]] = replace(winner, row={**(winner.row or {}), "chosen": "yes"})
-        if best is not None or not arm.search:
-            settings = searched[own[best]].settings if best is not None else {}
+        merits = {place: merit for place in own if (merit := searched[place].merit(asked.metric)) is not None}
+        settings: dict[str, Any] = {}
+        if merits:
+            best = max(merits, key=merits.__getitem__)
+            winner = searched[best]
+            searched[best], settings = replace(winner, row={**(winner.row or {}), "chosen": "yes"}), winner.settings
+        if merits or not arm.search:
             finals += [Trial(arm, "final", settings, seed, asked.scored) for seed in range(asked.seeds)]
     return [*searched, *run(finals)]
 
@@ -435,12 +436,6 @@ def _nowhere_else(before: Rows, trials: Sequence[Trial], runs: Path) -> Rows:
     return found
 
 
-def _best(trials: Sequence[Trial], metric: str) -> int | None:
-    """The place of the greatest merit; None where none has any."""
-    found = {place: merit for place, trial in enumerate(trials) if (merit := trial.merit(metric)) is not None}
-    return max(found, key=lambda place: found[place]) if found else None
-
-
 def _run(plan: Plan, trials: Sequence[Trial]) -> list[Trial]:
     """The trials with what came of them; those that are told of are not tried."""
     jobs = {place: _job(plan, trial) for place, trial in enumerate(trials)}
@@ -481,7 +476,8 @@ def _outcome(plan: Plan, trial: Trial, found: Result | Exception) -> Trial:
     if isinstance(found, Exception):
         # By which a module says that it diverged.
         diverged = isinstance(found, FloatingPointError)
-        return replace(trial, row=_row(plan, trial, error=reason(found)), curve=(), failed=not diverged)
+        said = f"{type(found).__name__}: {' '.join(str(found).split())[:300]}"
+        return replace(trial, row=_row(plan, trial, error=said), curve=(), failed=not diverged)
     metric, error = plan.experiment.metric, divergence(found)
     missing = metric not in found.scores
     if missing:

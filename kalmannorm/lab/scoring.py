@@ -1,7 +1,5 @@
 """Logits by other than running statistics: those of small batches (the paper's option B), or a blend."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -13,6 +11,7 @@ from torch import Tensor, nn
 from kalmannorm import KalmanNorm, online_statistics
 from kalmannorm.freezing import unfrozen_layers
 from kalmannorm.inference import tracking_layers
+from kalmannorm.traversal import attributes_kept
 
 __all__ = ["evalnorm", "has_running_statistics", "online", "online_logits"]
 
@@ -49,13 +48,13 @@ def online_logits(network: nn.Module, images: Tensor, statistics_batch: int) -> 
     whole = len(images) - len(images) % size
     # A last group that is not full is filled with the images before it, whose logits are known already.
     groups = images if whole == len(images) else torch.cat([images[:whole], images[-size:]])
-    with online_statistics(network):
-        if stock:  # layers that know a whole batch only
-            with _groups_of(kalman, None):
-                logits = torch.cat([network(part) for part in groups.split(size)])
-        else:
-            with _groups_of(kalman, size):
-                logits = network(groups)
+    with online_statistics(network), attributes_kept(kalman, "stats_batch_size"):
+        for layer in kalman:
+            # Layers that share statistics between processes have no groups within a batch.
+            if layer.process_group is None:
+                layer.stats_batch_size = None if stock else size
+        # Stock layers know a whole batch only.
+        logits = torch.cat([network(part) for part in groups.split(size)]) if stock else network(groups)
     return logits if whole == len(images) else torch.cat([logits[:whole], logits[whole - len(images) :]])
 
 
@@ -108,17 +107,3 @@ def _blended(alpha: float, layer: Any, args: tuple[Tensor, ...]) -> Tensor:
     centre = layer.running_mean.view(shape)
     moved: Tensor = (x - centre - alpha * shift.view(shape)) * scale + centre
     return moved.to(args[0].dtype)
-
-
-@contextmanager
-def _groups_of(layers: list[KalmanNorm], size: int | None) -> Iterator[None]:
-    before = [layer.stats_batch_size for layer in layers]
-    for layer in layers:
-        # Layers that share statistics between processes have no groups within a batch.
-        if layer.process_group is None:
-            layer.stats_batch_size = size
-    try:
-        yield
-    finally:
-        for layer, samples in zip(layers, before, strict=True):
-            layer.stats_batch_size = samples

@@ -1,7 +1,5 @@
 """What each normalization layer sees: its prior, its observation, its posterior."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """Training and scoring a network that gives each voxel a class, as `kalmannorm.lab.training` does an image."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -56,7 +54,6 @@ class Segmenter(Classifier):
         self.dice_weight = dice_weight
 
     def metric(self, num_classes: int) -> Metric:
-        """What scores the likeliest classes."""
         return DiceScore(num_classes, include_background=False, average="macro", input_format="index")
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:

@@ -1,7 +1,5 @@
 """An experiment's table and figure, from the files of its runs alone."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field

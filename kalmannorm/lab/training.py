@@ -1,7 +1,5 @@
 """Training and scoring an image classifier with Lightning, in a way that is fair between normalizations."""
 
-from __future__ import annotations
-
 import logging
 import warnings
 from collections.abc import Callable

@@ -33,7 +33,8 @@ def verdict(
     found = {label: mean_and_deviation(values) for label, values in accuracies.items()}
     means, deviations = ({label: pair[place] for label, pair in found.items()} for place in (0, 1))
     best, *others = sorted(means, key=lambda label: -means[label])
-    said = f"{best} has the highest accuracy, {_percent(accuracies[best])} % of {images} test images"
+    per_cent = with_spread([100 * value for value in accuracies[best]], 1)
+    said = f"{best} has the highest accuracy, {per_cent} % of {images} test images"
     # The mean over seeds is surer than one of them.
     error = deviations[best] / math.sqrt(len(accuracies[best]))
     if means[best] <= guessing + max(BEYOND * error, 1 / images):
@@ -70,10 +71,6 @@ def _cost(best: str, others: Sequence[str], seconds: Mapping[str, float]) -> str
 
 def _listed(texts: Sequence[str]) -> str:
     return texts[0] if len(texts) == 1 else ", ".join(texts[:-1]) + " and " + texts[-1]
-
-
-def _percent(values: Sequence[float]) -> str:
-    return with_spread([100 * value for value in values], 1)
 
 
 def verdict_of(experiment: Experiment, runs: Runs) -> str:

@@ -1,7 +1,5 @@
 """Many jobs at the same time, each in one of several processes, with a progress bar a process."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import signal

@@ -4,8 +4,11 @@ import copy
 
 import datasets
 import pytest
+import yaml
 
+from kalmannorm.lab.cli import main
 from kalmannorm.lab.data.generated import generate_images
+from kalmannorm.lab.experiments import merge
 
 CONFIG = {
     "seed_everything": 0,
@@ -36,12 +39,60 @@ def config():
     return copy.deepcopy(CONFIG)
 
 
+@pytest.fixture
+def refused(capsys):
+    """Gives the command line what it must refuse in one line with these words; returns what it printed beside that."""
+
+    def refused(arguments, *words):
+        capsys.readouterr()
+        assert main([str(each) for each in arguments]) == 2
+        out, err = capsys.readouterr()
+        assert err.startswith("kalmannorm: ")
+        assert err.count("\n") == 1
+        assert [word for word in words if word not in err] == []
+        return out
+
+    return refused
+
+
+@pytest.fixture
+def writes(tmp_path, config):
+    """Makes of a study, and of what its base has beside the configuration, what writes them with some changes."""
+
+    def of(study, **base):
+        def write(**changes):
+            (tmp_path / "base.yaml").write_text(yaml.safe_dump({**config, **base}))
+            content = {key: value for key, value in merge(study, changes).items() if value != "absent"}
+            (tmp_path / "ours.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+            return tmp_path / "ours.yaml"
+
+        return write
+
+    return of
+
+
 @pytest.fixture(scope="session")
 def generated(tmp_path_factory):
     """A folder with a small CIFAR-10."""
     folder = tmp_path_factory.mktemp("generated")
     generate_images(folder, "cifar10")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def asked_of_the_hub(monkeypatch):
+    """What was asked of the hub, which can't be reached."""
+    asked = []
+    load = datasets.load_dataset
+
+    def without_network(path, *args, **kwargs):
+        if path == "parquet":
+            return load(path, *args, **kwargs)
+        asked.append(path)
+        raise ConnectionError("no network in tests")
+
+    monkeypatch.setattr(datasets, "load_dataset", without_network)
+    return asked
 
 
 @pytest.fixture
@@ -52,12 +103,4 @@ def images(generated, monkeypatch, tmp_path_factory):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(cache))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
-    load = datasets.load_dataset
-
-    def without_network(path, *args, **kwargs):
-        if path != "parquet":
-            raise ConnectionError("no network in tests")
-        return load(path, *args, **kwargs)
-
-    monkeypatch.setattr(datasets, "load_dataset", without_network)
     return generated

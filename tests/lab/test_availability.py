@@ -11,15 +11,11 @@ from kalmannorm.lab.experiments import config_of
 CIFAR, IMAGENET = map(config_of, ("table8/resnet32-kn-bs2", "table1/resnet50-kn"))
 
 
-def no_network(*_args):
-    raise ConnectionError("no network in tests")
-
-
-def test_what_can_be_downloaded_is_not_downloaded_to_find_out(tmp_path, monkeypatch):
+def test_what_can_be_downloaded_is_not_downloaded_to_find_out(tmp_path, monkeypatch, asked_of_the_hub):
     monkeypatch.setenv(VARIABLE, str(tmp_path))
-    monkeypatch.setattr("datasets.load_dataset", lambda *_args, **_options: pytest.fail("asked the hub"))
     assert "to be downloaded" in not_at_hand(CIFAR)
     assert "150 GB" in not_at_hand(IMAGENET)
+    assert not asked_of_the_hub
 
 
 def test_a_set_in_part_is_named(tmp_path, monkeypatch):
@@ -33,15 +29,16 @@ def test_a_set_in_part_is_named(tmp_path, monkeypatch):
 
 def test_a_missing_folder_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv(VARIABLE, str(tmp_path))
-    monkeypatch.setattr("kalmannorm.lab.data.folders.hub_parts", no_network)
     assert missing_data(IMAGENET).count("\n") == 0
     assert "train/*/*" in missing_data(IMAGENET)
 
 
 def test_the_place_holds_for_a_while(tmp_path, monkeypatch):
     monkeypatch.delenv(VARIABLE, raising=False)
-    with data_at(tmp_path, [], tmp_path / "out", 1.0):
-        assert os.environ[VARIABLE] == str(tmp_path)
-    assert VARIABLE not in os.environ
+    before = dict(os.environ)
+    for scale in (1.0, "tiny"):
+        with data_at(None if scale == "tiny" else tmp_path, [], tmp_path / "out", scale):
+            assert os.environ[VARIABLE].startswith(str(tmp_path))
+        assert dict(os.environ) == before
     with pytest.raises(ValueError, match="expected a folder"), data_at(tmp_path / "no", [], tmp_path, 1.0):
         pass

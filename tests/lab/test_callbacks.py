@@ -35,11 +35,13 @@ class Nested(lightning.LightningModule):
     def forward(self, x):
         return self.net(x).mean((2, 3))
 
+    called = forward  # and not the module itself, whose hooks would run
+
     def training_step(self, batch, batch_idx):
-        return F.cross_entropy(self.net(batch[0]).mean((2, 3)), batch[1])
+        return F.cross_entropy(self.called(batch[0]), batch[1])
 
     def validation_step(self, batch, batch_idx):
-        self.log("loss", F.cross_entropy(self.net(batch[0]).mean((2, 3)), batch[1]))
+        self.log("loss", F.cross_entropy(self.called(batch[0]), batch[1]))
 
     test_step = validation_step
 
@@ -58,13 +60,7 @@ class Flat(Nested):
     def forward(self, x):
         return self.norm2(self.conv2(self.relu(self.norm1(self.conv1(x))))).mean((2, 3))
 
-    def training_step(self, batch, batch_idx):
-        return F.cross_entropy(self(batch[0]), batch[1])
-
-    def validation_step(self, batch, batch_idx):
-        self.log("loss", F.cross_entropy(self(batch[0]), batch[1]))
-
-    test_step = validation_step
+    called = nn.Module.__call__
 
 
 def loader(count=8):

@@ -1,7 +1,5 @@
 """Models as their users build them: converted, described, trained for a step, deployed."""
 
-import csv
-
 import pandas as pd
 import pytest
 import torch
@@ -89,9 +87,7 @@ def test_a_model_that_fails_is_reported(monkeypatch):
 
 def test_the_command_writes_a_table_and_a_page(tmp_path, capsys):
     coverage(str(tmp_path), "torchvision/(mobilenet_v3_small|mnasnet0_5)$")
-    with (tmp_path / "coverage.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert [row["model"] for row in rows] == ["mnasnet0_5", "mobilenet_v3_small"]
+    assert [row.model for row in read(tmp_path / "coverage.csv")] == ["mnasnet0_5", "mobilenet_v3_small"]
     text = (tmp_path / "coverage.md").read_text()
     assert "**86 of 86 layers (100.00 %) of 2 models have a prior by rule.**" in text
     assert "| torchvision | classification | mnasnet0_5 | 64 | 52 of 52 | ok |" in text

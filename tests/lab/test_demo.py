@@ -1,6 +1,5 @@
 """The demo, by the real command: what it prints and writes, that it repeats itself, and that Ctrl-C ends it."""
 
-import csv
 import os
 import signal
 import subprocess
@@ -15,6 +14,7 @@ from kalmannorm.lab.data.signals import ClutterData
 from kalmannorm.lab.experiments import read
 from kalmannorm.lab.fitting import fit
 from kalmannorm.lab.models.small import SmallConvNet
+from kalmannorm.lab.rows import read_table
 
 SMALL = {"train": 40, "scored": 20}
 
@@ -33,11 +33,11 @@ def test_it_prints_a_verdict_and_writes_a_page(tmp_path, capsys):
     assert main([*line, "--output", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert out.splitlines()[-1] == f"Report: {tmp_path / 'demo' / 'report.html'}"
+    assert "Scaled down (tiny)" in out
     assert "BatchNorm" in out
     assert "KalmanNorm (default)" in out
     assert "GroupNorm" not in out.partition("- ")[0].replace("GroupNorm keeps none", "")
-    with (tmp_path / "demo" / "runs.csv").open(encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_table(tmp_path / "demo" / "runs.csv").to_dict("records")
     assert [(row["arm"], row["seed"], row["split"]) for row in rows] == [
         ("bn", "0", "test"), ("bn", "1", "test"), ("kn", "0", "test"), ("kn", "1", "test"),
     ]  # fmt: skip

@@ -1,7 +1,5 @@
 """The history of the filter: its rows, its place in checkpoints, and a training that does not notice it."""
 
-import csv
-
 import pytest
 import torch
 from test_callbacks import Nested, assert_same, loader, trainer_of
@@ -10,6 +8,7 @@ import kalmannorm as kn
 from kalmannorm.integrations.lightning import KalmanNormCallback
 from kalmannorm.lab.analysis import prior_errors
 from kalmannorm.lab.filter_history import FilterHistory
+from kalmannorm.lab.rows import read_table
 
 
 def converted(**options):
@@ -76,8 +75,7 @@ def test_it_is_written_as_csv(tmp_path):
         history.write(tmp_path / "filter.csv")
     trainer_of(history, 4).fit(converted(process_noise=False), loader())
     history.write(tmp_path / "filter.csv")
-    with (tmp_path / "filter.csv").open(encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_table(tmp_path / "filter.csv").to_dict("records")
     assert [row["layer"] for row in rows] == ["1", "4"]
     assert float(rows[1]["gain"]) == history.rows[1]["gain"]
     assert rows[0]["prior_population_mean"] == rows[0]["process_noise"] == ""

@@ -1,13 +1,12 @@
 """kalmannorm layers: a trained network's table."""
 
-import csv
-
 import pytest
 import yaml
 
 from kalmannorm.lab import fitting
 from kalmannorm.lab.analysis import prior_errors, variance_gaps
 from kalmannorm.lab.cli import main
+from kalmannorm.lab.rows import read_table
 
 
 @pytest.fixture
@@ -21,8 +20,7 @@ def run(images, config, tmp_path):
 def test_the_table_is_of_the_networks_layers(run, tmp_path, capsys):
     path = tmp_path / "out" / "layers.csv"
     assert main(["layers", "--run", str(run), "--batches", "3", "--output", str(path)]) == 0
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_table(path).to_dict("records")
     module, data = fitting.load_with_data(run)
     batches = next(iter(data.val_dataloader()))[0].split(2)[:3]
     expected = prior_errors(module.network, batches)
@@ -38,11 +36,10 @@ def test_the_table_is_of_the_networks_layers(run, tmp_path, capsys):
     assert capsys.readouterr().out.count("\n") == 2 + len(rows)
 
 
-def test_a_run_without_a_statistics_batch_is_refused(run, capsys):
+def test_a_run_without_a_statistics_batch_is_refused(run, refused):
     path = run / "config.yaml"
     config = yaml.safe_load(path.read_text())
     config["model"]["init_args"]["statistics_batch"] = None
     path.write_text(yaml.safe_dump(config))
-    assert main(["layers", "--run", str(run)]) == 2
-    assert "statistics_batch=None" in capsys.readouterr().err
-    assert main(["layers", "--run", str(run), "--batches", "0"]) == 2
+    refused(["layers", "--run", run], "statistics_batch=None")
+    refused(["layers", "--run", run, "--batches", "0"], "--batches: expected at least 1; got 0")

@@ -16,13 +16,16 @@ from kalmannorm.lab.training import Classifier
 both = pytest.mark.parametrize("make", [mask_rcnn_c4, mask_rcnn_fpn])
 
 
-def trained(normalize=lambda network: network):
-    """A ResNet whose every tensor differs from a fresh one's."""
-    network = normalize(resnet50(num_classes=5))
+def changed(network):
+    """Every tensor differs from a fresh one's."""
     with torch.no_grad():
         for tensor in (*network.parameters(), *network.buffers()):
-            tensor.add_(1)
+            tensor.add_(1 if tensor.is_floating_point() else 30)
     return network
+
+
+def trained(normalize=lambda network: network):
+    return changed(normalize(resnet50(num_classes=5)))
 
 
 def write(network, path, checkpoint=False):
@@ -90,14 +93,6 @@ def test_files_that_are_none_are_named(tmp_path):
 
 def small(num_classes=5, depth=8):
     return CifarResNet(depth, num_classes, width=4)
-
-
-def changed(network):
-    """Every tensor differs from a fresh one's."""
-    with torch.no_grad():
-        for tensor in (*network.parameters(), *network.buffers()):
-            tensor.add_(1 if tensor.is_floating_point() else 30)
-    return network
 
 
 def trunk(network):

@@ -77,12 +77,6 @@ def test_scores_are_plain_eval_and_volumes_that_normalize_themselves():
         assert found[other] < 1.0
 
 
-def test_online_scores_can_be_left_out():
-    classes = torch.zeros(2, 6, 6, 6, dtype=torch.int64)
-    classes[:, 0] = 1
-    assert set(scores(Said(), classes[:, None].float(), classes, score_online=False)) == {"dice_running"}
-
-
 def test_soft_dice_is_dice_where_probabilities_are_certain():
     classes, said = torch.randint(0, 3, (2, 4, 4, 4)), torch.randint(0, 3, (2, 4, 4, 4))
     dice = DiceScore(3, include_background=False, average="macro", input_format="index")(said, classes)
@@ -142,8 +136,6 @@ def test_planes_are_segmented_too(channels_last):
     [
         ({"num_classes": 1}, "num_classes must be at least 2, .*; got 1"),
         ({"dice_weight": -1.0}, "dice_weight must be at least 0; got -1.0"),
-        ({"normalization": "batch"}, "got 'batch'"),
-        ({"rate": 0.0}, "rate above 0"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(options, message):

@@ -11,7 +11,6 @@ from torch import nn
 import kalmannorm
 from kalmannorm import graphs
 from kalmannorm.integrations.lightning import annealing
-from kalmannorm.lab.baselines.stock import to_groupnorm
 from kalmannorm.lab.curve import Curve
 from kalmannorm.lab.methods import normalize
 from kalmannorm.lab.models.small import SmallConvNet
@@ -52,27 +51,13 @@ def test_the_scales_of_weight_normalization_are_not_decayed():
     assert undecayed == {"original0", "bias"}
 
 
-def test_loader_repeats_its_order_by_seed_and_sees_every_image_once():
-    images, labels = torch.arange(10.0)[:, None], torch.arange(10)
-    first, again, other = ([batch[1].tolist() for batch in loader(images, labels, 2, seed)] for seed in (1, 1, 2))
-    assert first == again != other
-    assert sorted(label for batch in first for label in batch) == list(range(10))
-    assert [len(batch[1]) for batch in loader(images, labels, 4, 0)] == [4, 4]
-
-
-def test_training_moves_the_rate_along_its_schedule_and_records_every_step():
+def test_training_moves_the_rate_along_its_schedule():
     rates = {}
     for schedule in ("cosine", "warmup"):
-        told = []
-        recorder = Curve(told.append, every=3)
-        classifier = _classifier(SmallConvNet(), schedule=schedule)
-        trainer = quiet_trainer(8, recorder)
-        trainer.fit(classifier, loader(*_data(), 2, 0))
+        trainer = quiet_trainer(8)
+        trainer.fit(_classifier(SmallConvNet(), schedule=schedule), loader(*_data(), 2, 0))
         assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-9)
         rates[schedule] = [share_of_rate(step, 8, schedule) for step in range(8)]
-        assert len(recorder.losses) == len(recorder.seconds) == 8
-        assert told == [3, 6, 8]
-        assert min(recorder.seconds) > 0
     assert rates["cosine"] == sorted(rates["cosine"], reverse=True)
     assert rates["cosine"][0] == 1
     assert rates["warmup"][0] == 1 / 8
@@ -97,16 +82,6 @@ def test_milestones_hold_from_their_share_of_the_training_on():
         _classifier(SmallConvNet(), schedule="milestones", milestones=milestones, rate=0.02), loader(*_data(), 2, 0)
     )
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.002)
-
-
-def test_priors_are_worth_what_was_asked_for_in_the_end():
-    gains = {}
-    for factor in (1.0, 10.0):
-        classifier = _classifier(SmallConvNet(), normalization="kn", statistics_batch=2, anneal=factor)
-        quiet_trainer(8).fit(classifier, loader(*_data(), 2, 0))
-        gains[factor] = [layer.gain.item() for layer in _kalman_layers(classifier.network)]
-    apart = [annealed - plain for annealed, plain in zip(gains[10.0], gains[1.0], strict=True)]
-    assert apart == pytest.approx([math.log(10)] * len(apart), abs=0.05)  # but for what was learned otherwise
 
 
 def test_annealing_may_begin_late():
@@ -228,16 +203,6 @@ def test_online_scores_can_be_left_out():
     assert set(scores) == {"accuracy_running"}
 
 
-def test_one_batch_can_be_learned_by_heart():
-    torch.manual_seed(0)
-    recorder = Curve()
-    images, labels = _data(8)
-    quiet_trainer(40, recorder).fit(
-        _classifier(kalmannorm.convert(SmallConvNet()), steps=40), loader(images, labels, 8, 0)
-    )
-    assert recorder.losses[-1] < 0.5 * recorder.losses[0]
-
-
 def _scores(model, images, labels, **options):
     (scores,) = quiet_trainer(1).validate(_classifier(model, **options), loader(images, labels, 8), verbose=False)
     return scores["accuracy_running"], scores["accuracy_online"]
@@ -263,14 +228,6 @@ def test_scores_are_plain_eval_and_batches_of_two_that_normalize_themselves():
     assert _scores(model, images, online)[1] == 1.0
     state = model.state_dict()
     assert all(torch.equal(state[name], buffer) for name, buffer in buffers.items())
-
-
-def test_groupnorm_scores_the_same_both_ways():
-    torch.manual_seed(0)
-    running, online = _scores(to_groupnorm(SmallConvNet()), *_data(64))
-    assert running == online
-    running, online = _scores(kalmannorm.freeze(SmallConvNet()), *_data(64))
-    assert running == online
 
 
 def test_nothing_is_printed(capfd, recwarn):

@@ -1,11 +1,9 @@
 """Layers in the place of a BatchNorm and the ReLU behind it."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, fx, nn
@@ -65,7 +63,7 @@ class _Tracer(fx.Tracer):
 class _Traced(fx.GraphModule):
     """Keeps forward hooks when it is copied, by which a network is connected to its Kalman layers."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Traced:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         copied: Any = super().__deepcopy__(memo)
         for name in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks",
                      "_forward_hooks_with_kwargs", "_forward_hooks_always_called"):  # fmt: skip
@@ -74,10 +72,7 @@ class _Traced(fx.GraphModule):
 
 
 def _has_nothing_to_take(module: nn.Module) -> bool:
-    """Whether a module is without BatchNorm and activation; False where that cannot be told.
-
-    Inside of others tracing would fix what they did in training, as stochastic depth draws.
-    """
+    """Whether a module is without BatchNorm and activation; False where that cannot be told."""
     if any(isinstance(layer, _BatchNorm) for layer in module.modules()):
         return False
     try:
@@ -91,7 +86,8 @@ def _has_nothing_to_take(module: nn.Module) -> bool:
 
 
 def _trace(model: nn.Module) -> fx.GraphModule:
-    # A module that is a leaf of its own tracing would not be called at all.
+    # A module that is a leaf of its own tracing would not be called at all. Inside of those with nothing to take,
+    # tracing would fix what they did in training, as stochastic depth draws.
     root = nn.Sequential(model) if isinstance(model, _BatchNorm) else model
     try:
         graph = _Tracer({module for module in root.modules() if _has_nothing_to_take(module)}).trace(root)

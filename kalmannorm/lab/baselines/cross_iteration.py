@@ -1,11 +1,9 @@
 """Cross-Iteration Batch Normalization (Yao et al., 2021, arXiv:2002.05712)."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -94,21 +92,15 @@ class CrossIterationNorm(AnyBatchNorm):
         below: nn.Module | None = getattr(input, "_made_by", None)
         if below is not None and input.requires_grad:
             newest = _describe(input, below, own_mean.detach(), own_var.detach())
-            if self._begun():
-                mean, var, pixels = _over_iterations(own_mean, own_var, newest, self._of_this_place())
+            if self._steps >= self.burn_in * self.passes:
+                of_this_place = list(self._past)[len(self._past) % self.passes :: self.passes]
+                mean, var, pixels = _over_iterations(own_mean, own_var, newest, of_this_place)
             self._past.append(newest)
             while len(self._past) > (self.window - 1) * self.passes:
                 self._past.popleft()
         self._remember(mean.detach(), var.detach(), pixels)
         scale = (var + self.eps).rsqrt()
         return self._scaled(x, scale, -mean * scale, (-1, *[1] * (x.ndim - 2))).to(input.dtype)
-
-    def _begun(self) -> bool:
-        return self._steps >= self.burn_in * self.passes
-
-    def _of_this_place(self) -> list[_Iteration]:
-        """The past iterations of the same pass."""
-        return list(self._past)[len(self._past) % self.passes :: self.passes]
 
     @torch.no_grad()
     def _remember(self, mean: Tensor, var: Tensor, pixels: int) -> None:
@@ -118,7 +110,7 @@ class CrossIterationNorm(AnyBatchNorm):
         self.running_mean += newest * (mean - self.running_mean)
         self.running_var += newest * (var * (pixels / max(pixels - 1, 1)) - self.running_var)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CrossIterationNorm:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._past.clear()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
@@ -129,18 +121,15 @@ class CrossIterationNorm(AnyBatchNorm):
         self._steps = int(self.num_batches_tracked)
 
     def extra_repr(self) -> str:
-        """The options, for `print`."""
         text = f"{self.num_features}, eps={self.eps}, momentum={self.momentum}"
         return f"{text}, window={self.window}, burn_in={self.burn_in}"
 
 
 def _describe(x: Tensor, below: Any, mean: Tensor, var: Tensor) -> _Iteration:
-    """A batch's statistics and their derivatives by each channel's own filter.
-
-    A filter moves its own channel only, so the gradient of all channels' sum holds each one's derivative.
-    """
+    """A batch's statistics and their derivatives by each channel's own filter."""
     pixels = x.numel() // x.shape[1]
     weight: Tensor = below.weight
+    # A filter moves its own channel only, so the gradient of all channels' sum holds each one's derivative.
     with torch.no_grad():
         of_mean = torch.full_like(x, 1 / pixels)
         of_square = x * (2 / pixels)
@@ -158,15 +147,12 @@ def _describe(x: Tensor, below: Any, mean: Tensor, var: Tensor) -> _Iteration:
 def _over_iterations(
     mean: Tensor, var: Tensor, newest: _Iteration, past: Sequence[_Iteration]
 ) -> tuple[Tensor, Tensor, int]:
-    """Mean and variance over iterations, and how many pixels they stand for.
-
-    ``average of nu - (average of mu)^2``, written as the average variance plus the variance of the means, which
-    rounding does not turn negative.
-    """
+    """Mean and variance over iterations, and how many pixels they stand for."""
     carried = [iteration.under(newest.filters) for iteration in past]
     means = torch.stack([mean, *(each for each, _ in carried)])
     variances = torch.stack([var, *(each for _, each in carried)])
     pixels = newest.pixels + sum(iteration.pixels for iteration in past)
+    # ``average of nu - (average of mu)^2``, written so that rounding does not turn it negative.
     return means.mean(0), variances.mean(0) + means.var(0, correction=0), pixels
 
 

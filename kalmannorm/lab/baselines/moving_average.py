@@ -1,7 +1,5 @@
 """Moving Average Batch Normalization (Yan et al., 2020, arXiv:2001.06838)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -104,16 +102,15 @@ class MovingAverageNorm(nn.Module):
         square, r = self._observe(groups)
         step = self.num_batches_tracked - 1
         shape = (len(groups), 1, -1, *[1] * (groups.ndim - 3))
-        z: Tensor = _Divide.apply(
-            groups, (square + self.eps).sqrt().view(shape), self.responses, step, self._begins(step)
-        )
+        chi = (square + self.eps).sqrt().view(shape)
+        z: Tensor = _Divide.apply(groups, chi, self.responses, step, step < self.warmup)
         return r.view(shape) * z
 
     @torch.no_grad()
     def _observe(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``mean chi^2`` and ``r``, ``(groups, C)``, by the average before this step joins it."""
         step = self.num_batches_tracked.clone()
-        square = _remember(self.squares, x.square().mean([1, *range(3, x.ndim)]), step, self._begins(step))
+        square = _remember(self.squares, x.square().mean([1, *range(3, x.ndim)]), step, step < self.warmup)
         running = self.running_square[: len(square)]
         r = ((square + self.eps) / (running + self.eps)).sqrt().clamp(1 / self.limit, self.limit)
         r = torch.where(step < self.renorm_start, torch.ones_like(r), r)
@@ -138,19 +135,12 @@ class MovingAverageNorm(nn.Module):
                 setattr(self, name, buffer[..., :1, :].expand(*buffer.shape[:-2], saved.shape[-2], -1).clone())
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def _begins(self, step: Tensor) -> Tensor:
-        return step < self.warmup
-
     def extra_repr(self) -> str:
-        """The options, for `print`."""
         return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, buffer_size={self.buffer_size}"
 
 
 def _remember(buffer: Tensor, newest: Tensor, step: Tensor, alone: Tensor) -> Tensor:
-    """The mean over past steps ``(m, places, C)`` and each group's newest ``(groups, C)``, which then joins them.
-
-    Where it counts ``alone``, the newest is returned.
-    """
+    """The mean of past steps ``(m, places, C)`` and the newest ``(groups, C)``, which joins them; it, if ``alone``."""
     buffer = buffer[:, : len(newest)]
     size = len(buffer)
     joins = _to_places(newest, buffer[0])

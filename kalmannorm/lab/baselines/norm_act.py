@@ -4,8 +4,6 @@ Liu et al., 2020, arXiv:2004.02967; Singh & Krishnan, 2020, arXiv:1911.09737. No
 ``eval()`` do the same.
 """
 
-from __future__ import annotations
-
 import math
 from abc import abstractmethod
 
@@ -70,7 +68,6 @@ class EvoNorm2d(_NormAct2d):
         self.groups = math.gcd(groups, num_features)
 
     def normalized(self, x: Tensor) -> Tensor:
-        """The gated input over each sample's groups' standard deviation."""
         if self.v is None:
             return x
         gated = x * torch.sigmoid(self.v.view(-1, 1, 1) * x)  # first: gradients are summed in the reverse order
@@ -78,7 +75,6 @@ class EvoNorm2d(_NormAct2d):
         return gated / (var + self.eps).sqrt().repeat_interleave(self.num_features // self.groups, 1)[..., None, None]
 
     def extra_repr(self) -> str:
-        """The options, for `print`."""
         return f"{self.num_features}, eps={self.eps}, groups={self.groups}, activation={self.v is not None}"
 
 
@@ -108,16 +104,13 @@ class FilterResponseNorm2d(_NormAct2d):
         self.register_parameter("more_eps", nn.Parameter(torch.tensor([1e-4])) if learned_eps else None)
 
     def normalized(self, x: Tensor) -> Tensor:
-        """Over the root mean square."""
         eps = self.eps if self.more_eps is None else self.eps + self.more_eps.abs()
         return x * (x.square().mean((2, 3), keepdim=True) + eps).rsqrt()
 
     def activated(self, y: Tensor) -> Tensor:
-        """At least the threshold."""
         return y if self.threshold is None else torch.maximum(y, self.threshold.view(-1, 1, 1))
 
     def extra_repr(self) -> str:
-        """The options, for `print`."""
         return f"{self.num_features}, eps={self.eps}, activation={self.threshold is not None}"
 
 

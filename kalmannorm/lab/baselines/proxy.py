@@ -1,7 +1,5 @@
 """Proxy Normalization behind an activation (Labatie et al., NeurIPS 2021, arXiv:2106.03743)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -75,7 +73,6 @@ class ProxyNormalized(nn.Module):
         return moments.mean, (moments.var + self.eps).rsqrt()
 
     def extra_repr(self) -> str:
-        """The options, for `print`."""
         return f"learned={self.proxy is not None}, eps={self.eps}"
 
 

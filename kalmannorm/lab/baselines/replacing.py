@@ -1,7 +1,5 @@
 """Another layer in the place of each BatchNorm, and what such layers share."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

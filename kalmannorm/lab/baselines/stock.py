@@ -5,8 +5,6 @@ LayerNorm (Ba et al., 2016, arXiv:1607.06450) and InstanceNorm (Ulyanov et al., 
 sample by itself. BatchNorm by parts of a batch, over all devices, and frozen.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """Weight Normalization (Salimans & Kingma, 2016, arXiv:1602.07868) instead of BatchNorm."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -3,9 +3,8 @@
 A transform of torchvision's v2 draws once for a batch; here each image has its own draw.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -78,7 +77,7 @@ class Scaling:
         scaled = (images.float() - self.mean) / self.scale
         return scaled if self.size is None else F.resize(scaled, [self.size, self.size])
 
-    def to(self, device: torch.device | str) -> Scaling:
+    def to(self, device: torch.device | str) -> Self:
         """The same, on ``device``."""
         return replace(self, mean=self.mean.to(device), scale=self.scale.to(device))
 

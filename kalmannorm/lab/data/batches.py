@@ -1,7 +1,5 @@
 """Batches whose order and draws follow from a seed and the epoch alone, shared out among processes, resumable."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any, Self
@@ -86,7 +84,6 @@ class Batches(ABC):
         return whole - whole % self.accumulated if self.drop_last else whole + (rest >= self.replicas)
 
     def __iter__(self) -> Iterator[Any]:
-        """The batches."""
         # All of this happens at the first `next`: Lightning tells the epoch only after it has called `iter`.
         first, self._left_out = self._left_out, 0
         for index, batch in enumerate(self.read(first), first + 1):
@@ -131,11 +128,7 @@ class Batches(ABC):
 
 
 class _Drawn(Dataset[Any]):
-    """A data set whose random transforms draw from ``(seed, epoch, index)``, in any process and order.
-
-    So an image's flip and crop don't depend on the number of workers or of processes, nor on what came before it.
-    Torch's own state is left as it was.
-    """
+    """A data set whose random transforms draw from ``(seed, epoch, index)``, in any process and order."""
 
     def __init__(self, data: Any, seed: int) -> None:
         self.data, self.seed = data, seed
@@ -165,9 +158,10 @@ class ShuffledBatches(Batches):
         self.data, self.drawn, self.options = data, _Drawn(data, seed), _loading(trainer, options)
 
     def read(self, first: int) -> Iterator[Any]:
-        """The batches, as ``collate_fn`` makes them."""
         order = self.order()[0].tolist()
         places = [[(self.epoch, each) for each in order[self.share(index)]] for index in range(first, len(self))]
+        # A generator of its own: it draws a seed for its workers, and must leave torch's state as a resumed training
+        # finds it.
         return iter(DataLoader(self.drawn, batch_sampler=places, generator=torch.Generator(), **self.options))
 
 
@@ -193,11 +187,9 @@ class OrderedBatches:
         self.data, self.options = data, _loading(trainer, options)
 
     def __len__(self) -> int:
-        """Batches, of this process."""
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Any]:
-        """The batches, as ``collate_fn`` makes them."""
         return iter(DataLoader(self.data, batch_sampler=self.batches, generator=torch.Generator(), **self.options))
 
 
@@ -232,11 +224,7 @@ class DiskData(lightning.LightningDataModule):
 
 
 def _loading(trainer: lightning.Trainer | None, options: dict[str, Any]) -> dict[str, Any]:
-    """Options of a ``DataLoader``.
-
-    Each one also gets a generator of its own: it draws a seed for its workers, which nothing uses, and must leave
-    torch's state as a resumed training finds it.
-    """
+    """Options of a ``DataLoader``."""
     return {"pin_memory": trainer is not None and trainer.strategy.root_device.type == "cuda", **options}
 
 

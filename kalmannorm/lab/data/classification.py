@@ -1,7 +1,5 @@
 """Small images to classify, as a LightningDataModule."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -71,18 +69,15 @@ class ClassificationData(MemoryData):
         open_images(self.dataset)
 
     def load(self) -> Splits:
-        """All images, in three splits."""
         held_out = 0 if self.validation == "test" else self.validation
         return load_images(
             self.dataset, validation=held_out, split_seed=self.split_seed, limit=self.limit, classes=self.classes
         )
 
     def scaling_of(self, inputs: Tensor) -> Scaling:
-        """As ``scaling`` and ``size`` say."""
         return replace(SCALINGS[self.scaling](inputs), size=self.size)
 
     def augmentation_of(self, inputs: Tensor) -> dict[str, Any]:
-        """As ``augment`` and ``border`` say."""
         return {"augment": self.augment, "border": mean_colour(inputs) if self.border == "mean" else None}
 
     def val_dataloader(self) -> MemoryBatches | list[Any]:

@@ -5,8 +5,6 @@ place on a 32x32 canvas among fragments of other digits, and every image has its
 noise, as photographs have. Images that differ so much make the statistics of a mini-batch of two unreliable.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal

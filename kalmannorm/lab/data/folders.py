@@ -1,7 +1,5 @@
 """ImageNet-1k, and any images that lie in one folder a class, as a LightningDataModule."""
 
-from __future__ import annotations
-
 import copy
 import hashlib
 from collections.abc import Callable
@@ -193,22 +191,13 @@ class FolderData(DiskData):
 def _common_classes(place: str, folders: dict[str, Any]) -> list[str]:
     known: list[str] = folders["train"].classes
     for part, files in folders.items():
-        differing = sorted(set(known) ^ set(files.classes))
-        if differing:
-            raise ValueError(
-                f"{place}: train and {part} must have the same classes; only in one: {', '.join(differing)}"
-            )
+        if differing := ", ".join(sorted(set(known) ^ set(files.classes))):
+            raise ValueError(f"{place}: train and {part} must have the same classes; only in one: {differing}")
     return known
 
 
 def _splits(pictures: dict[str, Any], share: float | Literal["test"], seed: int) -> dict[str, tuple[str, np.ndarray]]:
-    """From split to folder, and which of its images, in a random order.
-
-    Args:
-        pictures: Of each folder there is.
-        share: Of each class's training images, to hold out for a split that has no folder; or "test".
-        seed: Of the order.
-    """
+    """From split to folder, and which of its images, in a random order; the share is that of `FolderData`."""
     order = {part: np.random.default_rng(seed).permutation(len(files)) for part, files in pictures.items()}
     whole = {part: (part, indices) for part, indices in order.items()}
     if share == "test":
@@ -223,17 +212,9 @@ def _splits(pictures: dict[str, Any], share: float | Literal["test"], seed: int)
 
 
 def _cut(order: np.ndarray, labels: np.ndarray, share: float, times: int) -> list[np.ndarray]:
-    """So many parts with a share of each class, but at least an image of it, and then the rest.
-
-    A share of all images would leave it to chance how many of a small class are among them. A class that has not an
-    image for each part and one for the rest is in the rest alone: it is trained on, and not scored.
-
-    Args:
-        order: Of the images; the parts keep it.
-        labels: Of the images, by their indices.
-        share: A part's.
-        times: Number of parts.
-    """
+    """So many parts with a share of each class, but at least an image of it, and then the rest, all in this order."""
+    # A share of all images would leave it to chance how many of a small class are among them. A class that has not an
+    # image for each part and one for the rest is in the rest alone: it is trained on, and not scored.
     own = labels[order]
     counts = np.bincount(own)
     size = np.maximum(1, np.rint(share * counts)).astype(int)

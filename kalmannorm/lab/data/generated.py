@@ -5,8 +5,6 @@ network learns to tell them apart in tens of steps. Objects to detect are up to 
 apart from one another: of the categories, the odd ones are red rectangles and the even ones blue ellipses.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +17,7 @@ from pycocotools import mask as run_lengths
 
 from kalmannorm.lab.data.images import source
 from kalmannorm.lab.data.objects import SOURCES, Files
+from kalmannorm.lab.results import write_atomically
 
 __all__ = ["generate_folders", "generate_for", "generate_images", "generate_objects", "pictures"]
 
@@ -166,10 +165,8 @@ def _write_split(folder: Path, files: Files, numbers: range, side: int, categori
         picture.save(folder / files.images / f"{number:04}.jpg", quality=95)
     named = [{"id": number, "name": text} for number, text in categories.items()]
     content = {"images": images, "annotations": annotations, "categories": named}
-    # Last, and under another name first: where this file is, the split is complete.
-    partial = (folder / files.annotations).with_suffix(".partial")
-    partial.write_text(json.dumps(content), encoding="utf-8")
-    partial.replace(folder / files.annotations)
+    # Last: where this file is, the split is complete.
+    write_atomically(folder / files.annotations, json.dumps(content))
 
 
 def _shape(draw: np.random.Generator, side: int, quarter: int, ellipse: bool) -> np.ndarray:

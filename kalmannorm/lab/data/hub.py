@@ -1,7 +1,5 @@
 """Parquet files as Hugging Face repositories have them, from a folder or from there."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -37,7 +35,6 @@ class HubImages(Dataset[tuple[Any, int]]):
         return labels
 
     def __len__(self) -> int:
-        """Number of pictures."""
         return len(self.part)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:

@@ -4,8 +4,6 @@ They are read from Parquet files under ``KALMANNORM_DATA``, in the layout of the
 else downloaded from there (and cached) by the ``datasets`` library.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO

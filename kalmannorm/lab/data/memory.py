@@ -1,7 +1,5 @@
 """Tensors in memory as a data module, whatever is in them: images, signals, tables or volumes."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple

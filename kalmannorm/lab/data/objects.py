@@ -1,7 +1,5 @@
 """Objects to find, with boxes and masks, from files in COCO's format: COCO 2017 and Penn-Fudan pedestrians."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 from collections.abc import Callable
@@ -99,7 +97,6 @@ class DetectionSet(Dataset[tuple[Tensor, Target]]):
         return [each for each in known if (self.crowds or not each.get("iscrowd", 0)) and min(each["bbox"][2:]) > 0]
 
     def __len__(self) -> int:
-        """Number of images."""
         return len(self.places)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:

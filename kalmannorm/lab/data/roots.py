@@ -1,7 +1,5 @@
 """Where data sets lie: in the folder that the environment variable ``KALMANNORM_DATA`` names, one folder each."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Data from sets that ship with scikit-learn, so that nothing is downloaded: signals, rows, and the demo's images."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np
@@ -19,15 +17,9 @@ SETS: dict[str, tuple[int, int, tuple[int, ...]]] = {"digits": (1797, 10, (1, 64
 
 
 def load_set(name: str) -> tuple[Tensor, Tensor]:
-    """All of a set: inputs ``(N, *)``, float32, as `SignalData` says, and labels ``(N,)``, int64, in its own order.
-
-    Raises:
-        ValueError: There is no set of this name.
-    """
+    """All of a set: inputs ``(N, *)``, float32, as `SignalData` says, and labels ``(N,)``, int64, in its own order."""
     from sklearn import datasets  # noqa: PLC0415  (slow to import, and only needed here)
 
-    if name not in SETS:
-        raise ValueError(f"name must be one of {', '.join(SETS)}; got {name!r}")
     found = getattr(datasets, f"load_{name}")()
     return torch.from_numpy(found.data).float().unflatten(1, SETS[name][2]), torch.from_numpy(found.target).long()
 

@@ -5,21 +5,19 @@ field and noise are each volume's own. What is to be found differs from the clut
 1), tubes (class 2), and, left to the background (class 0), sheets and small balls of the same brightness.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kalmannorm.lab.data.digits import Split
 from kalmannorm.lab.data.memory import MemoryData, Splits
 
 __all__ = ["Scan", "Split", "VolumeData", "generate_volumes"]
 
-Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 NUM_CLASSES = 3
 
@@ -186,7 +184,6 @@ class VolumeData(MemoryData):
         self.size, self.standardize, self.data_seed = size, standardize, data_seed
 
     def load(self) -> Splits:
-        """The three splits."""
         made = [generate_volumes(split, count, self.size, self.data_seed) for split, count in self.counts.items()]
         if self.standardize:
             made = [(_standardized(volumes), classes) for volumes, classes in made]

@@ -1,7 +1,5 @@
 """Parts of the two Inception networks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -18,8 +18,6 @@ convolution and its ReLU. The table leaves open, and here it is read so:
 - The 5x5 branch has one 5x5 convolution, not two of 3x3 as in Inception-v2.
 """
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from kalmannorm.lab.models.branches import Branches, Norm, chain, unit
@@ -51,11 +49,7 @@ class CifarInception(nn.Module):
     """
 
     def __init__(
-        self,
-        num_classes: int = 10,
-        norm_layer: Norm = nn.BatchNorm2d,
-        in_channels: int = 3,
-        width: float = 1.0,
+        self, num_classes: int = 10, norm_layer: Norm = nn.BatchNorm2d, in_channels: int = 3, width: float = 1.0
     ) -> None:
         super().__init__()
 

@@ -5,8 +5,6 @@ Deep Residual Networks" (arXiv:1603.05027): a 3x3 convolution, three stages of n
 the mean over space, a linear classifier; 6n + 2 layers with weights.
 """
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 from torch.nn import functional as F
 

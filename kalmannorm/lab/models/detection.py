@@ -4,8 +4,6 @@ He et al., "Mask R-CNN" (arXiv:1703.06870), Figure 4. Built from torchvision's p
 256 boxes sampled an image, images of 800 by at most 1333 pixels.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, nn

@@ -3,8 +3,6 @@
 Tan & Le, "EfficientNet" (arXiv:1905.11946), in the form for small devices: ReLU6, no squeeze-and-excitation.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from typing import Any
 

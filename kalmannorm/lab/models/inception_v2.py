@@ -11,9 +11,8 @@ Ioffe and Szegedy, "Batch Normalization" (arXiv:1502.03167), appendix and Figure
 Average pooling leaves the border's padding out of the mean, as TensorFlow does. No auxiliary classifiers, no dropout.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
+from typing import Self
 
 from torch import Tensor, nn
 
@@ -39,7 +38,7 @@ class Module:
     stride: int = 1
     """Of the last convolution of a branch, and of the pooling."""
 
-    def widened(self, width: float) -> Module:
+    def widened(self, width: float) -> Self:
         """The same with so many times the channels, rounded."""
         three, double = ((round(a * width), round(b * width)) for a, b in (self.three, self.double))
         single, pooled = round(self.single * width), round(self.pooled * width)
@@ -74,11 +73,7 @@ class InceptionV2(nn.Module):
     """
 
     def __init__(
-        self,
-        num_classes: int = 1000,
-        norm_layer: Norm = nn.BatchNorm2d,
-        in_channels: int = 3,
-        width: float = 1.0,
+        self, num_classes: int = 1000, norm_layer: Norm = nn.BatchNorm2d, in_channels: int = 3, width: float = 1.0
     ) -> None:
         super().__init__()
         if round(32 * width) < 1:

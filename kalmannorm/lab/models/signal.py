@@ -1,7 +1,5 @@
 """Small networks for what is no image: signals of one dimension, and rows of a table."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 

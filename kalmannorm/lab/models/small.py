@@ -1,7 +1,5 @@
 """The demo's network: small enough that a training step on two images takes milliseconds on one core."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 from torch.nn import functional as F
 

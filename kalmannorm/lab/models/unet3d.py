@@ -5,8 +5,6 @@ convolutions on each level, each with norm and ReLU; max pooling on the way down
 and what each level of the way down found beside what comes up.
 """
 
-from __future__ import annotations
-
 import itertools
 
 import torch

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from learning import stripes
+from learning import falls, stripes
 from torch import nn
 from torch.nn import functional as F
 
-from kalmannorm.lab.methods import METHODS
+from kalmannorm.lab.methods import METHODS, normalize
 from kalmannorm.lab.models.small import SmallConvNet
 
 
@@ -82,3 +82,33 @@ def test_timm_resnet(method):
     y = model(torch.randn(4, 3, 64, 64))
     y.sum().backward()
     assert y.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "training"),
+    [
+        ("brn", {"schedule": {"start": 5, "r_until": 40, "d_until": 25}}, {}),
+        ("mabn", {}, {}),
+        ("mabn", {"warmup": 5, "renorm_start": 15, "buffer_size": 4}, {}),
+        ("cbn", {}, {}),
+        ("cbn", {"burn_in": 10}, {}),
+        ("evonorm", {"groups": 4}, {}),
+        ("frn", {}, {}),
+        ("wn", {}, {}),
+        ("ln", {}, {}),
+        # The mean over pixels before the classifier sees little of features that each have mean 0 and variance 1.
+        ("in", {}, {"rate": 0.3, "steps": 100}),
+        ("ghost", {"samples": 4}, {}),
+        ("frozen", {}, {}),
+        ("gn", {"proxy": True, "groups": 2}, {}),
+        ("kn", {"proxy": True}, {}),
+        ("bn", {"proxy": True}, {}),
+    ],
+)
+def test_it_learns(method, options, training):
+    def replaced(model):
+        for _ in range(20 if method == "frozen" else 0):  # which means something after a training
+            model(torch.randn(16, 1, 16, 16))
+        return normalize(model, method, **options)
+
+    assert falls(replaced, **training)

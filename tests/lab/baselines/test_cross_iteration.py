@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from learning import falls
 from torch import nn
 from torch.nn import functional as F
 
@@ -194,8 +193,3 @@ def test_errors():
         CrossIterationNorm(3)(torch.randn(4, 2))
     with pytest.raises(ValueError, match="CrossIterationNorm got window=0"):
         CrossIterationNorm(3, window=0)
-
-
-@pytest.mark.parametrize("burn_in", [0, 10])
-def test_it_learns(burn_in):
-    assert falls(lambda model: to_cross_iteration(model, window=4, burn_in=burn_in))

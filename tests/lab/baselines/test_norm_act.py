@@ -6,10 +6,9 @@ import re
 
 import pytest
 import torch
-from learning import falls
 from torch import nn
 
-from kalmannorm.lab.baselines.norm_act import EvoNorm2d, FilterResponseNorm2d, to_evonorm, to_frn
+from kalmannorm.lab.baselines.norm_act import EvoNorm2d, FilterResponseNorm2d
 
 
 def random_layer(kind, **options):
@@ -98,8 +97,3 @@ class TestBoth:
         message = f"{kind.__name__} got an input of shape {shape}, expected (N, 6, H, W)"
         with pytest.raises(ValueError, match=re.escape(message)):
             kind(6, **options)(torch.randn(shape))
-
-
-@pytest.mark.parametrize("replace", [lambda model: to_evonorm(model, groups=4), to_frn])
-def test_it_learns(replace):
-    assert falls(replace)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from kalmannorm.lab.baselines.replacing import replace_batchnorm
+from kalmannorm.lab.baselines.replacing import in_groups, replace_batchnorm
 
 
 def group(norm):
@@ -48,3 +48,8 @@ def test_the_activation_inside_a_timm_layer_stays():
 def test_nothing_to_replace_raises():
     with pytest.raises(ValueError, match="Sequential has nothing to replace: expected at least one BatchNorm"):
         replace_batchnorm(nn.Sequential(nn.ReLU()), group)
+
+
+def test_a_batch_that_groups_do_not_divide():
+    with pytest.raises(ValueError, match="got a batch of 5, expected a multiple of the statistics batch, 2"):
+        in_groups(torch.randn(5, 3, 4, 4), 2)

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from learning import falls
 from torch import nn
 from torch.nn import functional as F
 
@@ -106,7 +105,3 @@ def test_gradients():
     x = torch.randn(3, 1, 3, 3).double().requires_grad_()
     model(x)
     assert torch.autograd.gradcheck(model, x)
-
-
-def test_it_learns():
-    assert falls(to_weight_norm)

@@ -1,4 +1,4 @@
-"""A root for data in a temporary folder, and no way to the network."""
+"""A root for data in a temporary folder."""
 
 import datasets
 import pytest
@@ -12,19 +12,3 @@ def root(monkeypatch, tmp_path):
     monkeypatch.setenv("KALMANNORM_DATA", str(folder))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     return folder
-
-
-@pytest.fixture(autouse=True)
-def asked_of_the_hub(monkeypatch):
-    """What was asked of the hub, which can't be reached."""
-    asked = []
-    load = datasets.load_dataset
-
-    def without_network(path, *args, **kwargs):
-        if path == "parquet":
-            return load(path, *args, **kwargs)
-        asked.append(path)
-        raise ConnectionError("no network in tests")
-
-    monkeypatch.setattr(datasets, "load_dataset", without_network)
-    return asked

@@ -7,9 +7,11 @@ from types import SimpleNamespace
 import lightning
 import pytest
 import torch
+from short_trainings import quiet_trainer
 from torch import nn
 from torch.utils.data import Dataset
 
+from kalmannorm.lab.curve import RandomState
 from kalmannorm.lab.data.batches import OrderedBatches, ShuffledBatches
 from kalmannorm.lab.data.memory import MemoryBatches
 
@@ -225,8 +227,8 @@ class Line(lightning.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1, momentum=0.9)
 
 
-class KeepState(lightning.Callback):
-    """Saves after a step, and keeps torch's random state in the checkpoint."""
+class SaveAfter(lightning.Callback):
+    """Saves after a step."""
 
     def __init__(self, folder, at):
         self.folder, self.at = folder, at
@@ -235,24 +237,11 @@ class KeepState(lightning.Callback):
         if trainer.global_step == self.at:
             trainer.save_checkpoint(self.folder / "last.ckpt")
 
-    def on_save_checkpoint(self, trainer, pl_module, checkpoint):
-        checkpoint["random"] = torch.get_rng_state()
-
-    def on_load_checkpoint(self, trainer, pl_module, checkpoint):
-        self.state = checkpoint["random"]
-
-    def on_train_start(self, trainer, pl_module):
-        if hasattr(self, "state"):
-            torch.set_rng_state(self.state)
-
 
 def train(folder, steps, at, batches, resume):
     lightning.seed_everything(1, verbose=False)
     module = Line()
-    trainer = lightning.Trainer(
-        accelerator="cpu", devices=1, max_steps=steps, max_epochs=-1, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, callbacks=[KeepState(folder, at)],
-    )  # fmt: skip
+    trainer = quiet_trainer(steps, SaveAfter(folder, at), RandomState())
     trainer.fit(module, batches(4, trainer), ckpt_path=folder / "last.ckpt" if resume else None)
     return module
 

@@ -52,18 +52,6 @@ def test_a_smaller_validation_split_leaves_the_test_as_it_is():
     assert torch.equal(splits[0].test[0], splits[1].test[0])
 
 
-@every_set
-def test_channels_have_mean_zero_and_deviation_one_in_training(name):
-    data = SignalData(name, 2, drop_last=False, score_batch=1000)
-    data.setup()
-    inputs = torch.cat([inputs for inputs, _ in data.train_dataloader()])
-    over = [0, *range(2, inputs.ndim)]
-    assert torch.allclose(inputs.mean(over), torch.zeros(inputs.shape[1]), atol=1e-5)
-    assert torch.allclose(inputs.std(over, correction=0), torch.ones(inputs.shape[1]), atol=1e-4)
-    assert abs(next(iter(data.val_dataloader()))[0].mean()) > 1e-5
-    assert next(iter(data.train_dataloader()))[0].shape == (2, *SETS[name][2])
-
-
 def test_rows_are_those_of_the_set():
     assert load_set("breast_cancer")[0][3].tolist() == pytest.approx(load_breast_cancer().data[3].tolist())
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from model_checks import group_norm, parameters
+from model_checks import group_norm, image_and_target, parameters
 from torch import nn
 from torchvision.models import resnet50
 from torchvision.models.detection import maskrcnn_resnet50_fpn_v2
@@ -16,16 +16,6 @@ SMALL = {
     "rpn_post_nms_top_n_train": 20, "rpn_post_nms_top_n_test": 20,
 }  # fmt: skip
 both = pytest.mark.parametrize("make", [mask_rcnn_c4, mask_rcnn_fpn])
-every_norm = pytest.mark.parametrize("kind", ["batch", "group", "kalman"])
-
-
-def image_and_target():
-    """A bright rectangle on noise, with its box, class and mask."""
-    image = torch.rand(3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)) / 2
-    image[:, 12:44, 20:52] += 0.5
-    mask = torch.zeros(1, SIZE, SIZE, dtype=torch.uint8)
-    mask[0, 12:44, 20:52] = 1
-    return image, {"boxes": torch.tensor([[20.0, 12, 52, 44]]), "labels": torch.tensor([1]), "masks": mask}
 
 
 def build(make, kind):
@@ -53,7 +43,7 @@ def train(model, steps, rate=0.005):
 
 
 @both
-@every_norm
+@pytest.mark.parametrize("kind", ["batch", "group", "kalman"])
 def test_one_step_then_detections(make, kind):
     model = build(make, kind)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
@@ -79,10 +69,7 @@ def test_learns(make, rate):
 @pytest.mark.parametrize(
     ("make", "without"),
     [
-        (
-            mask_rcnn_c4,
-            ["backbone.bn1", "roi_heads.box_head.stage.0.bn1", "roi_heads.box_head.stage.0.downsample.1"],
-        ),
+        (mask_rcnn_c4, ["backbone.bn1", "roi_heads.box_head.stage.0.bn1", "roi_heads.box_head.stage.0.downsample.1"]),
         (mask_rcnn_fpn, ["backbone.body.bn1", "roi_heads.box_head.0.1", "roi_heads.mask_head.0.1"]),
     ],
 )

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from model_checks import image_and_target
 from torch import nn
 
 from kalmannorm import KalmanNorm, convert
@@ -38,10 +39,8 @@ def test_a_detector_on_it_is_trained_and_corrected():
         (128, 8, 8), (128, 4, 4), (128, 2, 2), (128, 1, 1),
     ]  # fmt: skip
     network = convert(network.train(), input_stats=(torch.zeros(3), torch.ones(3)))
-    mask = torch.zeros(1, 60, 80, dtype=torch.uint8)
-    mask[0, 10:50, 20:60] = 1
-    target = {"boxes": torch.tensor([[20.0, 10, 60, 50]]), "labels": torch.tensor([1]), "masks": mask}
-    loss = sum(network([torch.rand(3, 60, 80)], [target]).values())
+    image, target = image_and_target(80)
+    loss = sum(network([image], [target]).values())
     loss.backward()
     layers = [layer for layer in network.modules() if isinstance(layer, KalmanNorm)]
     assert len(layers) == 48

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from model_checks import batch, losses
+from model_checks import batch, image_and_target, losses
 from torch import nn
 from torchvision.models.resnet import Bottleneck, ResNet
 
@@ -81,11 +81,8 @@ def test_a_detector_takes_a_step(make, method):
     model = normalize(make(3, **options), method, statistics_batch=1, steps=30, **OPTIONS.get(method, {}))
     if method == "bn":
         assert not any(type(layer) is nn.BatchNorm2d for layer in model.modules())
-    images = [torch.rand(3, 64, 64)]
-    masks = torch.zeros(1, 64, 64, dtype=torch.uint8)
-    masks[:, 8:40, 8:40] = 1
-    targets = [{"boxes": torch.tensor([[8.0, 8, 40, 40]]), "labels": torch.tensor([1]), "masks": masks}]
-    parts = model.train()(images, targets)
+    image, target = image_and_target()
+    parts = model.train()([image], [target])
     assert len(parts) == 5
     sum(parts.values()).backward()
     gradients = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
