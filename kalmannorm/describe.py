@@ -154,8 +154,10 @@ def _row(name: str, layer: KalmanLayer, x: Tensor) -> Row:
     kind, step, reason = type(layer).__name__, step_of(x), ""
     if layer.ignores_prior:
         reason = "its gain is 1"
+    elif layer.frozen and not layer.is_fusing:
+        reason = "it is frozen"
     elif not layer.is_fusing:
-        reason = "it is frozen" if layer.frozen else "it stays in eval()"
+        reason = "it stays in eval()"
     elif not is_open():
         reason = "no module above it is connected"
     elif step is None:

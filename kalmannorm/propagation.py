@@ -28,9 +28,7 @@ __all__ = [
     "operands", "without_autocast",
 ]  # fmt: skip
 
-NO_INPUT = Unknown(
-    "its input does not depend on a floating-point input of the network, or went through torch.jit or torch.vmap"
-)
+NO_INPUT = Unknown("its input does not depend on a floating-point input, or went through torch.jit or vmap")
 _NOTHING = nullcontext()
 # Errors of a rule that gets unexpected shapes, and of a torch function that gets draws.
 FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)

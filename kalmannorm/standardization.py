@@ -116,7 +116,7 @@ def standardize_weights(model: _M, names: Iterable[str] | None = None, *, inputs
     concatenation, pooling, dropout and changes of shape, without an activation or another weight in between. So
     classifiers, predictors and squeeze-and-excitation stay. The model's graph is found by ``torch.fx``, or by one call
     with ``inputs``, which works for every model. :func:`to_batchnorm` writes the standardized filters into the
-    parameters of stock layers.
+    parameters of stock layers; call it before code of others reads ``weight`` to fold a normalization layer into it.
 
     Args:
         model: the network, with or without Kalman layers.
