@@ -83,35 +83,42 @@ def piecewise(x: Gaussian, breaks: Sequence[float], pieces: Sequence[Sequence[fl
 def _of_pieces(mean: Tensor, var: Tensor, breaks: Sequence[float],
                pieces: Sequence[Sequence[float]]) -> tuple[Tensor, Tensor]:  # fmt: skip
     """:func:`piecewise` of moments of one shape, in functions that autograd can differentiate."""
-    centre, (first,), (second,) = _integrals(mean, Gaussian(mean, var).std, breaks, pieces, 0)
-    return centre + first, (second - first.square()).clamp_min(0)
+    centre, first, second = _integrals(mean, Gaussian(mean, var).std, breaks, pieces, 0)
+    return centre + first[0], (second[0] - first[0].square()).clamp_min(0)
 
 
 def _integrals(m: Tensor, s: Tensor, breaks: Sequence[float], pieces: Sequence[Sequence[float]],
-               most: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
+               most: int) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """``f(m)``; and ``E[h z^j]`` and ``E[h^2 z^j]`` for ``j`` up to ``most``, with ``h = f(m + s z) - f(m)``.
 
-    ``h`` has no large numbers that cancel. The first axis is the pieces'.
+    ``h`` has no large numbers that cancel. The first axis of the last two is that of ``j``.
     """
     end = torch.full_like(m, math.inf)
     edges = torch.stack([-end, *((b - m) / s for b in breaks), end])
-    values = [c0 + c1 * m + c2 * m.square() if c2 else c0 + c1 * m for c0, c1, c2 in pieces]
+    values = [_line(m, c0, c1) + c2 * m.square() if c2 else _line(m, c0, c1) for c0, c1, c2 in pieces]
     centre = values[0]
     for edge, above in zip(breaks, values[1:], strict=True):
         centre = torch.where(m > edge, above, centre)
-    polynomial = [torch.stack(values) - centre, torch.stack([c1 + 2 * c2 * m for _, c1, c2 in pieces]) * s]
+    h = [torch.stack(values) - centre, torch.stack([_line(m, c1, 2 * c2) for _, c1, c2 in pieces]) * s]
+    square = [h[0].square(), 2 * h[0] * h[1], h[1].square()]
     if any(c2 for *_, c2 in pieces):
-        polynomial.append(torch.stack([torch.full_like(m, c2) for *_, c2 in pieces]) * s.square())
-    square = [torch.zeros_like(edges[1:]) for _ in range(2 * len(polynomial) - 1)]
-    for i, one in enumerate(polynomial):
-        for j, other in enumerate(polynomial):
-            square[i + j] = torch.addcmul(square[i + j], one, other)
+        h.append(torch.stack([torch.full_like(m, c2) for *_, c2 in pieces]) * s.square())
+        square[2] = square[2] + 2 * h[0] * h[2]
+        square += [2 * h[1] * h[2], h[2].square()]
     powers = _powers_between(edges, len(square) + most)
     first, second = (
-        [(torch.stack(each) * powers[j : j + len(each)]).sum((0, 1)) for j in range(most + 1)]
-        for each in (polynomial, square)
+        (powers[: len(each) + most].unfold(0, len(each), 1) * torch.stack(each, -1)).sum((1, -1))
+        for each in (h, square)
     )
     return centre, first, second
+
+
+def _line(m: Tensor, c0: float, c1: float) -> Tensor:
+    """``c0 + c1 m``, mostly of whole pieces that are constant or the identity."""
+    if not c1:
+        return torch.full_like(m, c0)
+    line = m if c1 == 1 else c1 * m
+    return line + c0 if c0 else line
 
 
 def _powers_between(edges: Tensor, count: int) -> Tensor:
