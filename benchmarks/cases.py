@@ -114,6 +114,8 @@ def _cpu():
         _step("resnet50", 2, 64),
         _step("resnet18", 2, 96),
         _step("inception_v2", 2, 128),
+        _step("mobilenet_v3_large", 2, 160),
+        _step("efficientnet_b0", 2, 128),
         _step("unet3d", 1, 32),
         _step("monai_unet3d", 1, 32),
     ]

@@ -20,7 +20,7 @@ class UnavailableError(Exception):
 def build(case):
     """A case's network, untrained."""
     torch.manual_seed(0)
-    if case.network in ("resnet18", "resnet50", "resnet50_wide"):
+    if case.network in ("resnet18", "resnet50", "resnet50_wide", "mobilenet_v3_large", "efficientnet_b0"):
         return getattr(torchvision.models, case.network.removesuffix("_wide"))()
     if case.network.startswith("cifar_resnet"):
         return CifarResNet(int(case.network.removeprefix("cifar_resnet")))
