@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 import kalmannorm
 from kalmannorm.lab.baselines.cross_iteration import to_cross_iteration
@@ -16,6 +16,8 @@ from kalmannorm.lab.baselines.renorm import RenormSchedule, to_batch_renorm
 from kalmannorm.lab.baselines.stock import to_frozen, to_ghost, to_groupnorm, to_instancenorm, to_layernorm, to_sync
 from kalmannorm.lab.baselines.weight_norm import to_weight_norm
 from kalmannorm.modules import is_stock_batchnorm
+from kalmannorm.steps import detached, put, step_of
+from kalmannorm.traversal import kalman_layers
 
 __all__ = ["METHODS", "Method", "normalize"]
 
@@ -66,6 +68,20 @@ def _renorm(network: nn.Module, schedule: Any = None, **options: Any) -> nn.Modu
     return to_batch_renorm(network, schedule=schedule, **options)
 
 
+def _kalman(network: nn.Module, constant_priors: bool = False, **options: Any) -> nn.Module:
+    """With ``constant_priors`` no gradient flows through them, which shows what it is worth."""
+    network = kalmannorm.convert(network, **options)
+    for _, layer in kalman_layers(network):
+        if constant_priors:
+            layer.register_forward_pre_hook(_detach_belief)
+    return network
+
+
+def _detach_belief(layer: nn.Module, args: tuple[Tensor]) -> None:
+    if (step := step_of(args[0])) is not None:
+        put(args[0], detached(step))
+
+
 def _group_kalman(network: nn.Module, groups: int = 32, **options: Any) -> nn.Module:
     return kalmannorm.convert(to_groupnorm(network, groups), layers=("group",), **options)
 
@@ -109,7 +125,7 @@ METHODS = {
     "cbn": Method("CBN", "#a05d2c", to_cross_iteration, "batch", timed=_cross_iteration_timed, capturable=False),
     "evonorm": Method("EvoNorm-S0", "#6b8e23", to_evonorm),
     "frn": Method("FRN", "#b5b34a", to_frn, warmup=True),
-    "kn": Method("KalmanNorm (default)", "#4c72b0", kalmannorm.convert, **_KALMAN),
+    "kn": Method("KalmanNorm (default)", "#4c72b0", _kalman, **_KALMAN),
     "kn-paper": Method("KalmanNorm (paper)", "#dd8452", _PAPER, **_KALMAN),
     "kn-released": Method("KalmanNorm (released)", "#55a868", _RELEASED, **_KALMAN),
     "gkn": Method("GroupKalmanNorm", "#1f3b70", _group_kalman),

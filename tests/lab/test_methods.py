@@ -135,3 +135,20 @@ def test_standardized_filters_and_a_proxy_together():
 def test_bad_requests_say_what_was_wrong(method, options, message):
     with pytest.raises(ValueError, match=message):
         normalize(small(), method, **options)
+
+
+def test_constant_priors_take_no_gradient_to_the_filters():
+    gradients = []
+    for constant in (False, True):
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+        normalize(network, "kn", constant_priors=constant, gain=1e-6)  # all of the statistics are the prior
+        output = network(torch.randn(2, 3, 8, 8))
+        network[3].weight.grad = None
+        output[:, 0].square().sum().backward()
+        gradients.append((output, network[3].weight.grad[0]))
+    (free, by_prior), (fixed, by_input) = gradients
+    assert torch.equal(free, fixed)
+    # A filter's scale changes nothing where the prior follows it.
+    filters = network[3].weight[0]
+    assert (by_prior * filters).sum().abs() < 0.1 * (by_input * filters).sum().abs()
