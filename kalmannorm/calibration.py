@@ -161,7 +161,6 @@ class _Observed(Population):
         super().__init__(layer)
         known = layer.has_known_statistics and source == "running"
         self.target = layer.correction_target().map(Tensor.double) if known else None  # None: the data's
-        self.before = {name: getattr(layer, name) for name in _CORRECTION}
         self.priors: list[Gaussian] = []
         self.reason = "it was not called, and stays as it was"
 
@@ -193,8 +192,6 @@ class _Observed(Population):
         """Set the layer's correction; return how far its prior was off."""
         layer, source = self.layer, "data" if self.target is None else "running statistics"
         if not self.samples:
-            for attribute, value in self.before.items():
-                setattr(layer, attribute, value)
             return _unmeasured(name, "", self.reason)
         if not self.priors and self.target is not None and getattr(layer, "running_mean", None) is not None:
             layer.await_correction()
@@ -216,10 +213,10 @@ class _Observed(Population):
 
 @contextmanager
 def _observing(model: nn.Module, observed: Collection[_Observed]) -> Iterator[None]:
-    """Run a model in ``eval()`` with beliefs, and observe its layers; after an error their corrections are restored."""
+    """Run a model in ``eval()`` with beliefs, and observe its layers; their corrections are restored."""
     layers = [each.layer for each in observed]
     looks = [(each.layer, each.look) for each in observed]
-    with attributes_kept(layers, *_CORRECTION, after_errors=True), attributes_kept(layers, "is_observed", "online"):
+    with attributes_kept(layers, *_CORRECTION, "is_observed", "online"):
         for each in observed:
             each.layer.is_observed = True
             if each.target is None:

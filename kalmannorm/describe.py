@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kalmannorm.gaussian import Gaussian, Unknown
 from kalmannorm.modules import KalmanLayer
-from kalmannorm.propagation import NO_INPUT, function_name, without_autocast
+from kalmannorm.propagation import function_name, without_autocast
 from kalmannorm.recording import is_open
 from kalmannorm.steps import Step, step_of
 from kalmannorm.traversal import attributes_kept, buffers_kept, inputs_seen, kalman_layers, random_state_kept
@@ -160,8 +160,6 @@ def _row(name: str, layer: KalmanLayer, x: Tensor) -> Row:
         reason = "it stays in eval()"
     elif not is_open():
         reason = "no module above it is connected"
-    elif step is None:
-        reason = NO_INPUT.reason
     else:
         with without_autocast(x.device):
             value = layer.belief(x, layer.statistic_groups(x.shape[0]))

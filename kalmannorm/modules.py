@@ -28,6 +28,7 @@ from kalmannorm.propagation import belief_for, without_autocast
 from kalmannorm.recording import Recorder, attach, attach_step, current, is_open, is_resting, paused
 from kalmannorm.rules import Belief
 from kalmannorm.rules.deferred import Linked
+from kalmannorm.steps import put, step_of
 
 __all__ = [
     "GroupKalmanNorm", "GroupKalmanNormAct", "KalmanLayer", "KalmanNorm", "KalmanNorm1d", "KalmanNorm2d",
@@ -54,12 +55,24 @@ def _by_its_type(layer: KalmanLayer, x: Any) -> Any:
     of a subclass says of what type the output is.
     """
     if isinstance(x, fx.Proxy):
+        if type(layer).forward is not KalmanLayer.forward:
+            raise TypeError(f"torch.fx cannot trace the forward of {layer._label()}, expected it to be a leaf module")
         tracer: Any = x.tracer
         return tracer.create_proxy("call_module", tracer.path_of_module(layer), (x,), {})
     typed = getattr(type(x), "__torch_function__", None)
     if typed is None or torch.compiler.is_compiling():
         return layer._normalize(x)
-    return typed(layer._normalize, (type(x),), (x,), {})
+    plain = []
+
+    def normalize(x: Tensor) -> Tensor:
+        plain.append(layer._normalize(x))
+        return plain[0]
+
+    output = typed(normalize, (type(x),), (x,), {})
+    if plain and isinstance(output, Tensor) and output is not plain[0]:
+        with paused():
+            put(output, step_of(plain[0]))
+    return output
 
 
 class KalmanLayer(CorrectedPrior):

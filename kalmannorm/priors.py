@@ -88,7 +88,7 @@ class KeptPriors:
             key = _what_they_depend_on(module, tensors, layers, values)
         if not torch.compiler.is_compiling() and (key is None or not _are_same(self.tensors, tensors)):
             self.kept, self.key = {}, None  # a step may follow a pass with gradients, and no count tell of its changes
-        self.are_complete = self.are_used and key is not None and key == self.key and self.calls == {
+        self.are_complete = key is not None and key == self.key and self.calls == {
             layer: 1 for layer in layers if layer.is_fusing and not layer.ignores_prior
         }
         self.layers, self.calls, self.are_used = layers, {}, key is not None
@@ -105,7 +105,6 @@ class KeptPriors:
             return compute()
         if self.are_complete:
             # Called once in the recorded pass, and more often in this one: the belief about this input is unknown.
-            self.key = None
             return self.kept[layer, 0]
         prior = compute()
         if torch.compiler.is_compiling():  # an exporter's stand-ins

@@ -16,16 +16,16 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import resolve_name
 
-from kalmannorm.gaussian import Gaussian, Packed, Unknown
+from kalmannorm.gaussian import Gaussian, Unknown
 from kalmannorm.kernels.autograd import in_grad_mode, is_transformed, saved_tensor_hooks
 from kalmannorm.rules import RULES, Belief, Rule
 from kalmannorm.rules.deferred import Deferred, Linked
-from kalmannorm.rules.table import BELIEF_FIRST, DEFERRING, as_rule_is_called
+from kalmannorm.rules.table import BELIEF_FIRST, as_rule_is_called
 from kalmannorm.steps import Step, computed_in, may_use, replace, step_of
 
 __all__ = [
-    "FAILURES", "NO_INPUT", "belief_for", "defer", "end_chain", "evaluate", "exact", "first_line", "function_name",
-    "operands", "without_autocast",
+    "FAILURES", "NO_INPUT", "belief_for", "end_chains", "evaluate", "exact", "first_line", "function_name", "operands",
+    "true_depth", "without_autocast",
 ]  # fmt: skip
 
 NO_INPUT = Unknown("its input does not depend on a floating-point input, or went through torch.jit or vmap")
@@ -89,42 +89,44 @@ def exact(step: Step) -> Belief:
             if not step.grad:
                 belief = belief.detach()
         step.belief, step.belief_in, step.depth = belief, computed_in(step.belief, now), 0
+        if now is None:
+            end_chains(step)
         return belief
 
     belief: Belief = evaluate(step, kept, apply_rule)
     return belief
 
 
-def defer(step: Step) -> None:
-    """Give a newly recorded step its belief at once, where the function's rule defers all computation."""
-    rule = RULES.get(step.function)  # type: ignore[arg-type]
-    only_notes = DEFERRING.get(rule)  # type: ignore[arg-type]
-    if only_notes is None:
-        return
-    (parent,) = step.parents
-    below, args = parent.belief, step.args
-    if not isinstance(below, Packed | Deferred) or parent.belief_in != step.hooks or parent.grad != step.grad:
-        return
-    if not args or args[0] is not parent or step.kwargs.keys() - {"inplace"} or _may_be_freed() or is_transformed():
-        return
-    if only_notes(below, *args[1:]):
-        step.belief = rule(below, *args[1:]).of(step.shape)  # type: ignore[misc]
-
-
-def end_chain(step: Step, device: torch.device) -> None:
-    """Forget the calls that led to a step in an earlier pass, if its belief or its draws are known. A state that a
-    network passes to itself from call to call would keep them all.
+def end_chains(step: Step) -> None:
+    """Let the parents that were recorded in earlier passes forget how they came about: their value is known now. A
+    state that a network passes to itself from call to call would keep all of these calls.
     """
-    if step.function is None or not (step.hooks is step.belief_in is step.draws_in is None):
-        return
-    if step.belief is None:
-        if step.draws is None:
-            return
-        step.belief = Unknown("it was drawn in an earlier pass, for another number of statistic groups")
-    elif isinstance(step.belief, Deferred):
-        with without_autocast(device):
-            step.belief = step.belief.evaluate().of(step.shape)
-    step.function, step.args, step.kwargs, step.parents, step.source = None, (), {}, (), "an earlier pass"
+    for parent in step.parents:
+        if parent.function is None or None in (parent.recorded_in, step.recorded_in):
+            continue
+        if parent.recorded_in is step.recorded_in or not (parent.hooks is parent.belief_in is parent.draws_in is None):
+            continue
+        if isinstance(parent.belief, Deferred):
+            parent.belief = parent.belief.evaluate().of(parent.shape)
+        elif parent.belief is None:
+            parent.belief = Unknown("it was drawn in an earlier pass, for another number of statistic groups")
+        parent.function, parent.args, parent.kwargs, parent.parents = None, (), {}, ()
+        parent.source = "an earlier pass"
+
+
+def true_depth(step: Step) -> int:
+    """The ``depth`` of a step as it is now: steps below it may have been evaluated since it was recorded."""
+    depths: dict[Step, int] = {}
+
+    def known(step: Step) -> int | None:
+        return depths.get(step) if step.belief is None and step.draws is None else 0
+
+    def count(step: Step) -> int:
+        depths[step] = 1 + max([depths.get(parent, 0) for parent in step.parents], default=0)
+        return depths[step]
+
+    depth: int = evaluate(step, known, count)
+    return depth
 
 
 def evaluate(step: Step, kept: Callable[[Step], Any], compute: Callable[[Step], Any]) -> Any:

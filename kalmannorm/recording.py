@@ -23,7 +23,7 @@ from kalmannorm.gaussian import Gaussian, Unknown
 from kalmannorm.kernels.autograd import alias
 from kalmannorm.kernels.layer import rectify_output
 from kalmannorm.priors import KeptPriors
-from kalmannorm.propagation import defer, end_chain
+from kalmannorm.propagation import true_depth
 from kalmannorm.rules import RULES, Belief
 from kalmannorm.rules.deferred import Deferred
 from kalmannorm.rules.table import FACTORIES, LIKE, OVERWRITING, SOURCES
@@ -146,19 +146,13 @@ class Recorder(TorchFunctionMode):
         step = Step(func, recorded, keywords, tuple(output.shape), index, parents=parents)
         if not torch.compiler.is_dynamo_compiling():
             step.recorded_in = self.forward_pass
-            if step.hooks is None:
-                for parent in parents:
-                    if parent.recorded_in is not self.forward_pass:
-                        end_chain(parent, output.device)
-        if len(parents) == 1 and index is None:
-            defer(step)
         put(output, step)
 
 
 def _why_unknown(func: Any, args: Any, recorded: Any, output: Tensor, parents: Sequence[Step]) -> Unknown | None:
     """Why nothing will be believed of an output, if that is known when it is recorded."""
     for parent in parents:
-        if type(parent.belief) is Unknown:
+        if type(parent.belief) is Unknown and parent.function is None and not isinstance(parent.draws, Tensor):
             return parent.belief
     if args and output is args[0] and not isinstance(recorded[0], Step) and func not in OVERWRITING:
         # The tensor now depends on the batch in a way that no rule describes.
@@ -166,7 +160,7 @@ def _why_unknown(func: Any, args: Any, recorded: Any, output: Tensor, parents: S
     if torch.compiler.is_dynamo_compiling() and getattr(func, "__module__", "") == "_operator":
         # A strict export cannot write such a function down, should the step leave the graph with its tensor.
         return Unknown(f"no rule for operator.{func.__name__}")
-    if any([parent.depth >= _LONGEST for parent in parents]):
+    if any([parent.depth >= _LONGEST and true_depth(parent) >= _LONGEST for parent in parents]):
         return Unknown(f"more than {_LONGEST} calls since the last normalization layer")
     return None
 
@@ -190,7 +184,7 @@ def _as_in_eager_mode(func: Any, args: Any) -> tuple[Any, Any]:
 
 def _is_rectified_by_its_layer(func: Any, args: Any, kwargs: Any, step: Step) -> bool:
     """Rectify a layer's output in place, as a part of the layer, if nothing was computed from the output before."""
-    if step.function is not None or step.is_used or len(args) != 1 or torch.compiler.is_dynamo_compiling():
+    if step.function is not None or step.is_used or torch.compiler.is_dynamo_compiling():
         return False
     if func is F.relu and kwargs.get("inplace") is not True:
         return False

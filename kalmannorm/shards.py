@@ -48,6 +48,7 @@ def _without_shards(step: Step, module: Any, layers: Sequence[Any]) -> Step:
     to gather the module's parameters.
     """
     new = Step(step.function, step.args, step.kwargs, step.shape, step.index, step.source)
+    new.recorded_in = step.recorded_in
     belief = exact(step)
     if isinstance(belief, Gaussian):
         belief = Gaussian(_gathered(belief.mean, module), _gathered(belief.var, module), step.shape)

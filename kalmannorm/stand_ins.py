@@ -124,7 +124,7 @@ def kalman_layer(layer: nn.Module, name: str, kalman: type[KalmanLayer], options
     if not _is_torchs(type(layer)) and isinstance(layer, _NormBase | nn.GroupNorm):
         new.replaces = (_without_tensors(layer),)
         # What its network may read off a subclass.
-        new.__dict__.update({key: value for key, value in vars(layer).items() if key not in vars(new)})
+        new.__dict__.update({key: value for key, value in vars(layer).items() if not hasattr(new, key)})
         if not _is_torchs(getattr(layer, "_check_input_dim", nn.Module)):
             new._ranks = KalmanNorm._ranks
     return new  # type: ignore[no-any-return]

@@ -150,7 +150,9 @@ def step_of(tensor: Tensor, as_it_was: bool = False) -> Step | None:
 def detached(step: Step) -> Step:
     """The same, as a constant to autograd."""
     with torch.no_grad():
-        return Step(Tensor.detach, (step,), {}, step.shape)
+        constant = Step(Tensor.detach, (step,), {}, step.shape)
+    constant.recorded_in = step.recorded_in
+    return constant
 
 
 def state_of(tensor: Tensor) -> tuple[int, bool] | None:

@@ -35,17 +35,14 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 @contextmanager
-def attributes_kept(objects: Iterable[Any], *names: str, after_errors: bool = False) -> Iterator[None]:
-    """Restore attributes of objects afterwards; with ``after_errors``, only after an error."""
+def attributes_kept(objects: Iterable[Any], *names: str) -> Iterator[None]:
+    """Restore attributes of objects afterwards."""
     before = [(each, name, getattr(each, name)) for each in objects for name in names]
-    is_over = False
     try:
         yield
-        is_over = after_errors
     finally:
-        if not is_over:
-            for each, name, value in before:
-                setattr(each, name, value)
+        for each, name, value in before:
+            setattr(each, name, value)
 
 
 @contextmanager

@@ -68,7 +68,6 @@ class Watch:
             self.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             if torch.compiler.is_compiling():
                 return
-            self.mode.opener = None
             waiting = self.mode.await_input(None)
             if output is not None and waiting is not None:
                 self._warn_of_unused_belief(waiting, module)

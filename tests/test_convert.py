@@ -381,6 +381,7 @@ class WithRanks(nn.BatchNorm1d):
     def __init__(self, channels):
         super().__init__(channels)
         self.activation = "relu"
+        self.gain = self.belief = None  # names that a Kalman layer has
 
     def _check_input_dim(self, input):
         pass

@@ -395,3 +395,12 @@ def test_a_pruned_or_parametrized_layer_has_no_stock_layer_yet(change):
     with pytest.raises(ValueError, match="'1' computes its weight or bias from other tensors"):
         kn.to_batchnorm(model)
     assert isinstance(model[1], kn.KalmanNorm2d)
+
+
+def test_a_trace_through_a_forward_of_its_own_is_refused():
+    class Doubled(kn.KalmanNorm2d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    with pytest.raises(TypeError, match="torch.fx cannot trace the forward of Doubled, expected it to be a leaf"):
+        torch.fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 4, 3), Doubled(4)))

@@ -597,16 +597,31 @@ class OfPatient(torch.Tensor):
         return output
 
 
+class Wrapped(OfPatient):
+    """As torchvision's tv_tensors: the output is wrapped by hand, which makes another object of it."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            output = func(*args, **(kwargs or {}))
+        if not isinstance(output, torch.Tensor):
+            return output
+        output = output.as_subclass(cls)
+        output.patient = next(a.patient for a in args if isinstance(a, cls))
+        return output
+
+
+@pytest.mark.parametrize("kind", [OfPatient, Wrapped])
 @pytest.mark.parametrize("training", [True, False])
-def test_the_output_is_of_the_type_of_the_input(training):
+def test_the_output_is_of_the_type_of_the_input(training, kind):
     norms = kn.KalmanNorm2d(4), kn.GroupKalmanNorm(2, 4), kn.KalmanNormAct2d(4, act=nn.ReLU())
     model = nn.Sequential(norms[0], nn.ReLU(), nn.Conv2d(4, 4, 1), *norms[1:]).train(training)
     kn.connect(model, input_stats=([0.0] * 4, [1.0] * 4))
     x = torch.randn(2, 4, 6, 6)
-    named = x.as_subclass(OfPatient)
+    named = x.as_subclass(kind)
     named.patient = "A"
     expected, output = model(x), model(named)
-    assert type(output) is OfPatient
+    assert type(output) is kind
     assert output.patient == "A"
     torch.testing.assert_close(output.as_subclass(torch.Tensor), expected, rtol=1e-4, atol=1e-5)
     described = kn.describe(model, named)

@@ -99,12 +99,15 @@ class PassesOn(nn.Module):
                 self.state.mul_(0.9).add_(y, alpha=0.1)
         elif self.how == "deferred":
             self.state = self.second(y + self.state).relu().detach()
+        elif self.how == "read early":
+            early = 0.9 * self.state
+            self.state = (early + 0.1 * self.norm(self.first(x) + self.state).relu()).detach_()
         else:
             self.state = (0.9 * self.state + 0.1 * y).detach()
         return self.last(self.second(y + self.state))
 
 
-@pytest.mark.parametrize("how", ["average", "in place", "deferred"])
+@pytest.mark.parametrize("how", ["average", "in place", "deferred", "read early"])
 @pytest.mark.parametrize("estimator", ["exact", "monte_carlo"])
 def test_a_state_that_is_passed_on_does_not_keep_earlier_passes(how, estimator, monkeypatch):
     def outputs(model):
@@ -121,9 +124,33 @@ def test_a_state_that_is_passed_on_does_not_keep_earlier_passes(how, estimator, 
         found.add(step)
         waiting += step.parents
     assert len(found) < 9
-    monkeypatch.setattr("kalmannorm.recording.end_chain", lambda step, device: None)
+    for module in ("propagation", "paper"):
+        monkeypatch.setattr(f"kalmannorm.{module}.end_chains", lambda step: None)
     for one, other in zip(ended, outputs(keeping), strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_state_that_is_read_early_does_not_end_the_belief(monkeypatch):
+    monkeypatch.setattr("kalmannorm.recording._LONGEST", 30)
+    model = kn.convert(PassesOn("read early"), input_stats=(0.0, 1.0))
+    for _ in range(20):
+        model(torch.randn(1, 3, 10, 10))
+    assert kn.describe(model, torch.randn(1, 3, 10, 10)).with_prior == 2
+
+
+def test_draws_need_no_rule_where_another_layer_has_asked_for_one():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.exact = kn.KalmanNorm2d(3), kn.KalmanNorm2d(3)
+            self.drawn = kn.KalmanNorm2d(3, **kn.preset("paper"))
+
+        def forward(self, x):
+            y = torch.sinc(self.first(x))
+            return self.exact(y) + self.drawn(2 * y)
+
+    rows = kn.describe(kn.connect(Both(), input_stats=(0.0, 1.0)), torch.randn(2, 3, 8, 8)).rows
+    assert [bool(row.reason) for row in rows] == [False, True, False]
 
 
 def test_draws_of_an_earlier_pass_are_for_its_number_of_groups():

@@ -45,7 +45,7 @@ SIZES = (1, 2, 4, 8, 16, 32, 64)
 ALIKE = "#c44e52"
 # Rooms of the library on a belief's way, and the functions that say most of it.
 ROOMS = ("modules", "recording", "steps", "propagation", "rules", "kernels")
-NAMED = ("attach", "defer", "relu", "conv", "forward", "exact", "link", "layer")
+NAMED = ("attach", "relu", "conv", "forward", "exact", "link", "layer")
 
 
 # -- (a) What a batch shows

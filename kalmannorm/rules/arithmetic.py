@@ -113,6 +113,8 @@ def lerp(x: _Operand, end: _Operand, weight: Any) -> Belief:
     """``(1 - w) x + w end`` for a known ``w``: a moving average."""
     if isinstance(weight, Gaussian):
         return Unknown("an interpolation by an activation")
+    if x is end:
+        return add(x, 0.0)
     first, second = (mul(t, w) if isinstance(t, Gaussian) else t * w for t, w in ((x, 1 - weight), (end, weight)))
     return add(first, second)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,7 @@ from kalmannorm.gaussian import Gaussian, Packed, Unknown
 from kalmannorm.kernels.link import link
 from kalmannorm.rules.deferred import Linked, Rectified
 from kalmannorm.rules.shape import in_one_shape, per_axis
-from kalmannorm.rules.table import DEFERRING, SOURCES, Belief, belief_rule, rule
+from kalmannorm.rules.table import SOURCES, Belief, belief_rule, rule
 
 _ACTIVATION_AS_WEIGHT = Unknown("the weight is computed from the input")
 _NO_BATCH = Unknown("a convolution without a batch axis")
@@ -132,11 +131,3 @@ def embedding(index: Tensor, weight: Tensor, *args: object, **kwargs: object) ->
 
 
 SOURCES.add(F.embedding)
-
-
-def _is_deferred(x: Gaussian, weight: Any, bias: object = None, stride: object = 1, padding: object = 0,
-                 dilation: object = 1, groups: int = 1) -> bool:  # fmt: skip
-    return groups == 1 and isinstance(weight, Tensor) and x.ndim == weight.ndim and x.is_per_channel(weight.shape[1])
-
-
-DEFERRING.update(dict.fromkeys((conv, linear), _is_deferred))

@@ -64,20 +64,19 @@ def layer_norm(x: Gaussian, normalized_shape: Sequence[int], weight: Tensor | No
     return _standardized(x, 1.0 if weight is None else weight, 0.0 if bias is None else bias)
 
 
-def _over_root_mean_square(x: Gaussian, dims: list[int], count: int, least: float) -> Gaussian:
-    """``x`` over the root of the sum of its squares along some axes divided by ``count``, which is believed to be
-    ``sum m^2 + v``.
-    """
+def _sum_of_squares(x: Gaussian, dims: list[int]) -> Tensor:
+    """``sum m^2 + v`` along some axes."""
     full = x.full(dims)
-    mean_square = (full.mean.square() + full.var).sum(dims, keepdim=True) / count
-    return mul(x, mean_square.clamp_min(least).rsqrt())
+    return (full.mean.square() + full.var).sum(dims, keepdim=True)
 
 
 @rule(F.normalize, belief_first=True)
 def normalize(x: Gaussian, p: float = 2.0, dim: int | Sequence[int] = 1, eps: float = 1e-12,
               out: object = None) -> Belief:  # fmt: skip
-    """``x / |x|``."""
-    return _over_root_mean_square(x, axes_of(x, dim), 1, eps**2) if p == 2.0 else Unknown(f"normalize with p={p}")
+    """``x / |x|``: divided by the root of the norm's mean square."""
+    if p != 2.0:
+        return Unknown(f"normalize with p={p}")
+    return mul(x, _sum_of_squares(x, axes_of(x, dim)).clamp_min(eps**2).rsqrt())
 
 
 @belief_rule("rms_norm")
@@ -85,5 +84,6 @@ def rms_norm(x: Gaussian, normalized_shape: Sequence[int], weight: Tensor | None
              eps: float | None = None) -> Gaussian:  # fmt: skip
     """``x`` over its root mean square along the last axes, times ``weight``."""
     dims = list(range(x.ndim - len(normalized_shape), x.ndim))
-    normalized = _over_root_mean_square(x, dims, math.prod(normalized_shape), torch.finfo(x.mean.dtype).eps)
+    mean_square = _sum_of_squares(x, dims) / math.prod(normalized_shape)
+    normalized = mul(x, (mean_square + (torch.finfo(x.mean.dtype).eps if eps is None else eps)).rsqrt())
     return normalized if weight is None else mul(normalized, summarize(weight, x.full(dims)))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from kalmannorm.gaussian import Gaussian, Unknown
 from kalmannorm.kernels.autograd import differentiable_gradients, is_transformed
 from kalmannorm.kernels.rectify import rectify
 from kalmannorm.rules.deferred import Deferred, Rectified
-from kalmannorm.rules.table import DEFERRING, Belief, belief_rule, belief_rules
+from kalmannorm.rules.table import Belief, belief_rule, belief_rules
 
 __all__ = ["Deferred", "Rectified", "piecewise", "quadrature"]
 
@@ -177,9 +178,6 @@ def relu(x: Gaussian, inplace: bool = False) -> Gaussian:
     return Rectified(x)
 
 
-DEFERRING[relu] = lambda x, inplace=False: True
-
-
 def _two_slopes(x: Gaussian, slope: Tensor | float, slope_var: float = 0.0) -> Gaussian:
     """``y = k x + (1 - k) relu(x)``: ``k x`` below zero, ``x`` above.
 
@@ -269,13 +267,24 @@ def expm1(x: Gaussian) -> Gaussian:
 
 @belief_rule("pow", "pow_", "__pow__", "float_power")
 def power(x: Gaussian, exponent: Any) -> Belief:
-    """A power, by quadrature. By a fraction, or a number in a tensor (GeM pooling's), it is of what is not negative."""
-    if isinstance(exponent, Gaussian) or (isinstance(exponent, Tensor) and exponent.numel() > 1):
+    """A power, by quadrature. By a fraction it is of what is not negative.
+
+    Whether a number in a tensor (GeM pooling's) is whole or negative is not asked, which would make a device wait. By a
+    negative one the belief is cut at a tenth of its mean, so that it stays finite.
+    """
+    if isinstance(exponent, Real):
+        number = float(exponent)
+        if number < 0:
+            return Unknown(f"power {exponent}")
+        return quadrature(x, lambda t: (t if number.is_integer() else t.clamp_min(_ABOVE_ZERO)) ** number)
+    if not isinstance(exponent, Tensor) or exponent.numel() > 1:
         return Unknown("power with several exponents, or with one computed from the input")
-    if isinstance(exponent, int | float) and exponent < 0:
-        return Unknown(f"power {exponent}")
-    whole = isinstance(exponent, int | float) and exponent == int(exponent)
-    return quadrature(x, lambda t: (t if whole else t.clamp_min(_ABOVE_ZERO)) ** exponent)
+    n = exponent.reshape(()).to(x.mean.dtype)
+    least = torch.where(n < 0, x.mean.abs() / 10, _ABOVE_ZERO).clamp_min(_ABOVE_ZERO).unsqueeze(-1)
+    if n.requires_grad:  # a learned one needs what is positive
+        return quadrature(x, lambda t: torch.maximum(t, least) ** n)
+    whole = (n == n.round()) & (n >= 0)
+    return quadrature(x, lambda t: torch.where(whole, t, torch.maximum(t, least)) ** n)
 
 
 belief_rules("by quadrature", {

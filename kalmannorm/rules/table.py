@@ -12,7 +12,7 @@ import torch
 from kalmannorm.gaussian import Gaussian, Unknown
 
 __all__ = [
-    "BELIEF_FIRST", "DEFERRING", "FACTORIES", "LIKE", "OVERWRITING", "RULES", "SOURCES", "Belief", "Rule", "aliases",
+    "BELIEF_FIRST", "FACTORIES", "LIKE", "OVERWRITING", "RULES", "SOURCES", "Belief", "Rule", "aliases",
     "as_rule_is_called", "belief_rule", "belief_rules", "rule",
 ]  # fmt: skip
 
@@ -25,8 +25,6 @@ RULES: dict[Callable[..., Any], Rule] = {}
 BELIEF_FIRST: set[Rule] = set()
 # Functions whose output has a belief though no argument has one.
 SOURCES: set[Callable[..., Any]] = set()
-# Rules that can return a belief whose moments are computed later, and by which arguments they do.
-DEFERRING: dict[Rule, Callable[..., bool]] = {}
 # The names of a rule's parameters and the number of positional ones; None for any. Stored at registration, since
 # torch.compile cannot trace inspect.signature.
 _TAKES: dict[Rule, tuple[frozenset[str] | None, int | None]] = {}

@@ -101,6 +101,7 @@ def test_sums_of_products(function):
     if "lerp" in function.__name__:
         for weight in (0.3, by.sigmoid()):
             check_draws(function, x, y, weight)
+        assert torch.equal(RULES[function](x, x, 0.5).var, x.var)
         check_unknown("an interpolation by an activation", function, x, y, believe(SHAPE, 8))
     else:
         for first, second in ((y, by), (by, y), (by, by), (y, believe(SHAPE, 8))):

@@ -118,6 +118,8 @@ def test_rms_norm(function):
     one, both = RULES[function](x, (4, 5)), RULES[F.normalize](x, dim=(2, 3))
     torch.testing.assert_close(one.mean, both.mean * 20**0.5)
     torch.testing.assert_close(one.var, both.var * 20)
+    small = RULES[function](x, (4, 5), None, 1e6)
+    torch.testing.assert_close(small.mean, x.mean / 1e3, rtol=1e-4, atol=0)
 
 
 def test_normalize_along_several_axes():

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -204,6 +205,28 @@ def test_relu_is_the_textbook_formula(mean, std):
 ])  # fmt: skip
 def test_powers_without_a_rule(exponent, reason):
     check_unknown(reason, torch.pow, believe((4, 2)), exponent)
+
+
+@pytest.mark.parametrize("exponent", [0.5, 1.0, 2.0, 3.0, 1.7])
+def test_an_exponent_in_a_tensor(exponent):
+    x = believe((4, 2)) if exponent.is_integer() else Gaussian(torch.full((1, 2), 3.0), torch.full((1, 2), 0.1))
+    expected, learned = RULES[torch.pow](x, exponent), torch.tensor(exponent, requires_grad=True)
+    for kind in (torch.tensor(exponent), torch.tensor([exponent]).double(), np.float32(exponent)):
+        y = RULES[torch.pow](x, kind)
+        torch.testing.assert_close((y.mean, y.var), (expected.mean, expected.var))
+    y = RULES[torch.pow](Gaussian(x.mean.abs() + 9, x.var), learned)
+    (y.mean + y.var).sum().backward()
+    assert learned.grad.isfinite()
+
+
+@pytest.mark.parametrize("exponent", [-0.5, -1.0, -4.0])
+def test_a_negative_exponent_that_nothing_looks_at_gives_finite_numbers(exponent):
+    mean, learned = torch.tensor([[1e-3, 2.0]]).requires_grad_(), torch.tensor(exponent, requires_grad=True)
+    y = RULES[torch.pow](Gaussian(mean, torch.ones(1, 2)), learned)
+    (y.mean[:, 1] + y.var[:, 1]).sum().backward()
+    assert y.mean.isfinite().all()
+    assert learned.grad.isfinite()
+    assert mean.grad.isfinite().all()
 
 
 def test_the_reason_does_not_print_an_exponent_that_is_an_activation():
