@@ -402,5 +402,5 @@ def test_a_trace_through_a_forward_of_its_own_is_refused():
         def forward(self, x):
             return 2 * super().forward(x)
 
-    with pytest.raises(TypeError, match="torch.fx cannot trace the forward of Doubled, expected it to be a leaf"):
+    with pytest.raises(TypeError, match=r"torch.fx cannot trace the forward of Doubled, expected it to be a leaf"):
         torch.fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 4, 3), Doubled(4)))
