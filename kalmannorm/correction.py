@@ -172,7 +172,7 @@ class CorrectedPrior(nn.Module):
             if self.prior_scale is None:
                 like = self._of_checkpoints if self._of_checkpoints is not None else given
                 with torch.inference_mode(False):  # a later pass writes into them
-                    self.prior_shift, self.prior_scale = (torch.empty_like(given, device=like.device) for _ in "12")
+                    self.prior_shift, self.prior_scale = (torch.empty_like(given, device=like.device) for _ in range(2))
             return
         if not any(prefix + name in state_dict for name in ("weight", "running_mean", "gain", "process_noise")):
             return
