@@ -134,6 +134,13 @@ def test_true_insists():
         converted(network(lambda c: nn.GroupNorm(2, c)), layers=("group",), calibrate=True)
 
 
+def test_variances_alone_are_those_of_a_training():
+    """As behind a layer that has zero mean by itself."""
+    model = network()
+    model[4].running_var.fill_(2.0)
+    assert [layer.awaits_correction for layer in kalman_layers(converted(model))] == [False, True, False]
+
+
 def test_statistics_without_a_count_are_those_of_a_training(trained):
     """Checkpoints older than ``num_batches_tracked`` load as 0 batches."""
     model = copy.deepcopy(trained)
@@ -276,6 +283,18 @@ def test_state_dict_round_trip(trained):
     assert_same_corrections(torch.load(buffer, weights_only=False), model)
 
 
+def test_a_checkpoint_leaves_the_tensors_of_a_correction_in_place(trained):
+    model = converted(trained)
+    model(images(2))
+    scale, state = model[4].prior_scale, copy.deepcopy(model.state_dict())
+    model.load_state_dict(state)
+    assert model[4].prior_scale is scale
+    for key in [key for key in state if key.startswith("4.")]:
+        del state[key]
+    model.load_state_dict(state, strict=False)  # of the other layers
+    assert model[4].prior_scale is scale
+
+
 @pytest.mark.parametrize("gain", ["prior-strength", 0.1])
 def test_checkpoints_of_either_kind_load_strictly(trained, gain):
     options = {"gain": gain, "process_noise": gain != 0.1}
@@ -413,6 +432,22 @@ def test_bad_input(call, error, match):
         call(converted(network()))
 
 
+def test_layers_that_use_no_prior_have_no_row(trained):
+    model = converted(trained)
+    kn.freeze(model[1])
+    model[4] = kn.KalmanNorm2d(8, gain=1.0)
+    assert [row.name for row in kn.calibrate(kn.connect(model), images(2)).rows] == ["7"]
+
+
+def test_empty_batches_and_constant_channels_count_for_nothing():
+    model = converted(network())
+    rows = kn.calibrate(model, [images(0), images(4)], source="data", progress=False).rows
+    assert all(math.isfinite(row.variance) and math.isfinite(row.mean) for row in rows)
+    assert scales(model).isfinite().all()
+    rows = kn.calibrate(model, torch.zeros(4, 3, 12, 12), source="data").rows
+    assert {row.reason for row in rows} == {"all of its channels are constant"}
+
+
 def test_an_error_leaves_flags_as_they_were(trained):
     model = converted(trained)
     with pytest.raises(ValueError, match=r"expected \(N, 3"):
@@ -502,6 +537,7 @@ def test_calibrate_a_network_whose_running_statistics_are_dropped(trained, data)
     model, tracking, x = one_at_a_time(trained), converted(trained), images(2)
     table = kn.calibrate(model, data)
     assert [row.source for row in table.rows] == ["running statistics"] * 3
+    assert "nan" not in str(table)
     model(x)
     with kn.online_statistics(tracking.eval()):
         tracking(x)
@@ -677,6 +713,18 @@ def test_a_correction_that_was_found_stays_where_tensors_take_its_place(trained)
     by_functional_call(model, x)
     model(x)
     torch.testing.assert_close(scales(model), expected, rtol=0, atol=0)
+
+
+def test_in_a_transform_a_correction_that_was_found_is_used_as_it_is(trained):
+    model, x = converted(trained), images(2)
+    model(x)
+    model.eval()
+    with torch.no_grad():
+        model[3].weight.mul_(2)
+    state = {name: t.detach().clone() for name, t in (*model.named_parameters(), *model.named_buffers())}
+    with kn.online_statistics(model):
+        y, _ = torch.func.vjp(lambda x: torch.func.functional_call(model, state, (x,)), x)
+        torch.testing.assert_close(y, model(x), rtol=1e-4, atol=1e-4)
 
 
 def test_calibrated_after_running_statistics_were_reset(trained):

@@ -452,7 +452,10 @@ def test_converting_twice_changes_nothing_but_what_is_said_of_the_input():
     assert kn.describe(model, torch.randn(2, 3, 8, 8)).with_prior == 1
 
 
-@pytest.mark.parametrize("options", [{"gain": 0.3}, {"calibrate": False}, {"track_running_stats": False}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"gain": 0.3}, {"calibrate": False}, {"track_running_stats": False}, {"weight_standardization": True}], ids=str,
+)  # fmt: skip
 def test_options_of_a_converted_model_are_refused(options):
     model = kn.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
     name = next(iter(options))
@@ -533,7 +536,8 @@ def test_input_stats_are_of_the_inputs_type():
     assert seen[0].mean.dtype == torch.float64
     assert seen[0].mean.flatten()[0].item() == 0.1
     model.float()(torch.randn(2, 3, 8, 8))
-    assert seen[1].mean.dtype == torch.float32
+    model.bfloat16()(torch.randn(2, 3, 8, 8).bfloat16())
+    assert [belief.mean.dtype for belief in seen[1:]] == [torch.float32] * 2
 
 
 def test_a_hook_on_the_layer_that_was_replaced_is_not_one_on_the_new():
@@ -581,6 +585,7 @@ def test_a_model_stays_as_it_was_where_input_stats_are_wrong():
 def test_group_layers_have_no_running_statistics_to_drop():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4))
     assert type(kn.convert(model, layers=("group",), track_running_stats=False)[1]) is kn.GroupKalmanNorm
+    assert not kn.convert(small(), track_running_stats=False)[1].track_running_stats
 
 
 class TwoInputs(nn.Module):

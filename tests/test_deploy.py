@@ -352,6 +352,13 @@ def test_features_of_torchvision():
     torch.testing.assert_close(extractor.eval()(x)["features"], model.body[0](model.stem(x)))
 
 
+def test_torch_fx_traces_a_part_that_is_connected():
+    part = kn.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), input_stats=([0.0] * 3, [1.0] * 3))
+    model = nn.Sequential(nn.ReLU(), part)
+    traced, x = torch.fx.symbolic_trace(model), torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(traced.eval()(x), model.eval()(x), rtol=0, atol=0)
+
+
 def test_torch_fx_traces_a_layer_with_its_activation():
     model = kn.connect(nn.Sequential(nn.Conv2d(3, 4, 3), kn.KalmanNormAct2d(4, act=nn.ReLU()), nn.Dropout(0.0)))
     traced, x = torch.fx.symbolic_trace(copy.deepcopy(model)), torch.randn(2, 3, 8, 8)

@@ -76,6 +76,9 @@ def test_it_says_which_kind_of_fault():
     assert shifted.rows[0].advice.startswith("validation batches differ from training batches")
     assert math.isnan(shifted.outputs)
     other = copy.deepcopy(model)
+    other[1].running_mean += 3
+    assert "recalibrate" in kn.diagnose(other, loader, progress=False).rows[0].advice
+    other = copy.deepcopy(model)
     with torch.no_grad():
         other[1].weight *= 3  # after its statistics, so the next layer's are off
     rows = kn.diagnose(other, loader, progress=False).rows
@@ -103,6 +106,8 @@ def test_dead_channels_do_not_count():
         model[0].bias[3] = 0
     found = kn.diagnose(trained(model, loader), loader, progress=False)
     assert found.rows[0].running == pytest.approx(1, abs=1e-5)
+    model[1].running_var[4] = 0  # where the channel is not dead
+    assert 0.5 < kn.diagnose(model, loader, progress=False).rows[0].running < 2
     with torch.no_grad():
         model[0].weight.zero_()
     assert kn.diagnose(model, loader, progress=False).rows[0].advice == "all of its channels are constant"
@@ -121,6 +126,13 @@ def test_the_model_stays_as_it_was(make):
     assert [module.training for module in model.modules()] == flags
     assert torch.equal(torch.get_rng_state(), state)
     assert not any(layer._forward_pre_hooks for layer in (model[1], model[4]))
+
+
+def test_a_correction_that_is_awaited_still_is():
+    loader = batches()
+    model = kn.convert(trained(network(), loader), input_stats=([0.0] * 3, [1.0] * 3))
+    kn.diagnose(model, loader, progress=False)
+    assert model[1].awaits_correction
 
 
 def test_a_layer_that_no_batch_came_through_and_one_that_is_frozen():

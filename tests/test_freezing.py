@@ -63,6 +63,15 @@ def test_what_is_frozen_can_be_thawed(convert):
     assert len(kn.freeze(kn.freeze(model))[1]._forward_pre_hooks) == (0 if convert else 1)
 
 
+def test_what_else_freeze_changes_and_what_it_leaves():
+    model = small()
+    model[1].eval()
+    assert not kn.freeze(model, False)[1].training  # it was never frozen
+    assert not kn.freeze(model.train())[1].training  # before the first call
+    layer = kn.freeze(kn.KalmanNormAct2d(4, act=nn.PReLU()))
+    assert layer.act.weight.requires_grad
+
+
 def test_other_hooks_of_a_stock_layer_stay():
     layer = nn.BatchNorm1d(2)
     layer.register_forward_pre_hook(lambda layer, args: (args[0] + 1,))

@@ -40,6 +40,12 @@ def test_guard_ignores_a_prior_a_hundred_times_too_wide():
     torch.testing.assert_close(posterior.var, observation.var)
 
 
+def test_a_prior_that_the_guard_ignores_leaves_no_rounding():
+    x, far = torch.randn(4, 3, 5), Gaussian(torch.full((1, 3), 1e9), torch.full((1, 3), 1e12))
+    output = kalman_norm(x, far, gain=0.1, guard=100.0).output
+    torch.testing.assert_close(output, kalman_norm(x, None).output)
+
+
 def test_without_a_prior_the_observation_is_the_posterior():
     observation = belief([1.0], [2.0])
     assert kalman_update(None, observation, 0.1) is observation

@@ -367,6 +367,12 @@ def test_an_empty_batch_leaves_everything_alone():
         torch.testing.assert_close(buffer, before[name], rtol=0, atol=0)
 
 
+def test_an_empty_batch_of_a_group_layer_has_gradients():
+    model = kn.connect(nn.Sequential(kn.GroupKalmanNorm(2, 4)), input_stats=(0.0, 1.0))
+    model(torch.randn(0, 4, 3, 3)).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 def test_every_parameter_has_a_gradient():
     """DistributedDataParallel expects one, also from a layer without a prior."""
     for options in ({}, {"gain": 1.0}, {"gain": "learned"}):
@@ -417,6 +423,7 @@ def test_only_channels_that_are_not_finite_keep_their_statistics():
         ({"carry": "input"}, r"carry='input', expected one of \['output', 'posterior'\]"),
         ({"estimator": "mc"}, r"estimator='mc'"),
         ({"guard": -1.0}, r"guard=-1.0"),
+        ({"guard": 0}, r"guard=0"),
         ({"stats_batch_size": 0}, r"stats_batch_size=0"),
         ({"stats_batch_size": 2.5}, r"stats_batch_size=2.5"),
     ],
@@ -472,8 +479,12 @@ def test_state_dict_keys_are_the_stock_layers_and_two():
 
 def test_a_batch_norm_checkpoint_loads_strictly():
     stock = nn.BatchNorm2d(4)
-    stock(torch.randn(3, 4, 5, 5))
     ours = kn.KalmanNorm2d(4)
+    with warnings.catch_warnings(action="error"):
+        ours.load_state_dict(stock.state_dict(), strict=True)
+    with pytest.raises(RuntimeError, match="running_mean"):
+        kn.GroupKalmanNorm(2, 4).load_state_dict(stock.state_dict(), strict=True)
+    stock(torch.randn(3, 4, 5, 5))
     ours.load_state_dict(stock.state_dict(), strict=True)
     torch.testing.assert_close(ours.running_var, stock.running_var)
     with pytest.raises(RuntimeError, match="running_var"):
@@ -570,6 +581,21 @@ def test_one_value_a_channel_without_a_prior_is_told_of_once():
         model(torch.randn(1, 3))
     model(torch.randn(1, 3))  # a second warning would be an error here
     kn.convert(network(), input_stats=([0.0] * 3, [1.0] * 3))(torch.randn(1, 3))
+
+
+def test_a_relu_in_the_layer_skips_no_guard():
+    x = torch.randn(2, 4, 6, 6)
+    outputs = [
+        kn.connect(nn.Sequential(kn.KalmanNormAct2d(4, act=nn.ReLU(), guard=guard)), input_stats=(0.0, 1e4))(x)
+        for guard in (None, 100.0)
+    ]
+    torch.testing.assert_close(outputs[1], nn.BatchNorm2d(4)(x).relu(), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(*outputs, atol=0.1)
+
+
+def test_a_relu_in_the_layer_skips_no_dropout():
+    model = kn.connect(nn.Sequential(kn.KalmanNormAct2d(64, act=nn.ReLU(), drop=nn.Dropout(0.9))))
+    assert (model(torch.randn(2, 64, 6, 6)) == 0).float().mean() > 0.8
 
 
 def test_a_lost_gain_does_not_reach_eval():

@@ -1,5 +1,6 @@
 """What a chain of steps comes to: by rules, by draws, with gradients."""
 
+import copy
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 import kalmannorm as kn
 from kalmannorm.gaussian import Gaussian
+from kalmannorm.rules import RULES
 
 
 def test_rules_for_a_residual_block_add_up():
@@ -108,8 +110,6 @@ def test_detach_cuts_the_belief_too():
 
 
 def test_a_rule_of_the_wrong_kind_is_named():
-    from kalmannorm.rules import RULES
-
     @kn.rule(torch.frac)
     def wrong(x):
         return x.mean
@@ -161,6 +161,38 @@ def test_who_asks_first_without_gradients_takes_none_from_the_others(mode, estim
         return stem[1].weight.grad, student[1].process_noise.grad
 
     torch.testing.assert_close(gradient(True), gradient(False))
+
+
+def test_a_hook_that_asks_without_gradients_takes_none_from_its_layer():
+    """A step's belief has the step's gradients, whoever asks for it first."""
+    parts = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.SiLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+    model = kn.convert(nn.Sequential(*parts), input_stats=([0.0] * 3, [1.0] * 3))
+    asked = copy.deepcopy(model)
+    asked[4].register_forward_pre_hook(torch.no_grad()(lambda layer, args: (layer.belief(args[0], 1), None)[1]))
+    x = torch.randn(2, 3, 8, 8)
+    for each in (model, asked):
+        each(x).pow(3).sum().backward()
+    torch.testing.assert_close(asked[1].bias.grad, model[1].bias.grad)
+
+
+def test_what_was_called_without_gradients_gives_none_to_the_layers_below():
+    def between(net, y):
+        with torch.no_grad():
+            return y.clone()
+
+    model = kn.convert(Net(between))
+    model(torch.randn(2, 4, 6, 6)).pow(3).sum().backward()
+    assert model.first.bias.grad is None
+    assert model.second.process_noise.grad.any()
+
+
+def test_a_rule_without_memory_ends_the_call(monkeypatch):
+    def rule(*args, **kwargs):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setitem(RULES, F.silu, rule)
+    with pytest.raises(torch.OutOfMemoryError):
+        prior_after(lambda net, y: F.silu(y))
 
 
 @pytest.mark.parametrize("name", ["paper", "released"])

@@ -388,6 +388,21 @@ def test_a_reentrant_checkpoint_is_allowed_where_no_belief_is_needed(mode):
     equal(results[1], results[0], 1e-12)
 
 
+def test_a_checkpoint_that_ends_in_a_kalman_layer_is_not_taken_for_a_reentrant_one():
+    class Ends(nn.Module):
+        def __init__(self, use):
+            super().__init__()
+            model = stock_net()
+            self.stem, self.block, self.use = model[:2], model[3:5], use
+
+        def forward(self, x):
+            return self.use(self.block, self.stem(x))
+
+    plain, saving = (kn.convert(Ends(use)) for use in (call, call_in_checkpoint))
+    x = images()
+    equal(step(saving, x), step(plain, x), 1e-5)
+
+
 def test_training_without_gradients_is_no_reentrant_checkpoint():
     model, x = net(), images()
     expected = step(copy.deepcopy(model), x)[0]
@@ -951,6 +966,7 @@ def test_layers_that_were_replaced_are_reported():
     half[4] = nn.BatchNorm2d(5)
     with pytest.warns(UserWarning, match=r"1 of 2 .*kalmannorm.connect\(model\)"):
         half(images())
+    half(images())  # a second warning would be an error here
     kn.connect(half)(images())  # as the warning says: no other one comes
 
 

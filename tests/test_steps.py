@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import kalmannorm as kn
 from kalmannorm.gaussian import Gaussian, Unknown
+from kalmannorm.propagation import exact
 from kalmannorm.recording import attach
 from kalmannorm.steps import Step, step_of
 
@@ -62,6 +63,22 @@ def test_a_state_that_feeds_itself_does_not_grow_without_end():
     for _ in range(1500):  # two calls each
         model(torch.randn(2, 4))
     assert step_of(model.state).depth <= 2000
+
+
+def test_a_view_has_the_step_of_all_of_a_tensor_alone():
+    x = torch.randn(4, 4)
+    attach(x, Gaussian(torch.zeros(1, 4), torch.ones(1, 4)), "input")
+    assert step_of(x.view_as(x)) is step_of(x)
+    assert step_of(x[:2]) is step_of(x.T) is None
+    x.add_(1)
+    assert isinstance(step_of(x.view_as(x)).belief, Unknown)
+
+
+def test_a_detached_tensor_keeps_its_belief():
+    y = 1 * torch.randn(2, 4, requires_grad=True)
+    attach(y, Gaussian(torch.zeros(1, 4), torch.ones(1, 4)), "layer")
+    y.detach_()
+    assert not isinstance(exact(step_of(y)), Unknown)
 
 
 def two_networks():

@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import io
 import threading
+import types
 
 import pytest
 import torch
@@ -75,6 +76,16 @@ def test_priors_are_computed_once_in_eval(monkeypatch):
 
 
 @torch.no_grad()
+def test_nothing_is_recorded_for_a_layer_that_uses_running_statistics():
+    model, x, recorded = one_at_a_time(), torch.randn(2, 3, 10, 10), []
+    model[7] = kn.KalmanNorm2d(4).eval()
+    kn.connect(model)[2].register_forward_hook(lambda layer, args, output: recorded.append(step_of(output)))
+    for _ in range(3):
+        model(x)
+    assert recorded[2] is None
+
+
+@torch.no_grad()
 @pytest.mark.parametrize(
     "change",
     [
@@ -85,8 +96,9 @@ def test_priors_are_computed_once_in_eval(monkeypatch):
         lambda model: model.double().float(),
         lambda model: setattr(model, "3", nn.Conv2d(4, 4, 3)),
         lambda model: model[2].register_forward_hook(lambda layer, args, output: 3 * output),
+        lambda model: model[3].register_forward_pre_hook(lambda layer, args: (3 * args[0],)),
     ],
-    ids=["in place", "data", "load_state_dict", "noise", "converted", "another layer", "hook"],
+    ids=["in place", "data", "load_state_dict", "noise", "converted", "another layer", "hook", "pre-hook"],
 )
 def test_kept_priors_follow_parameters(change):
     model, x = one_at_a_time(), torch.randn(2, 3, 10, 10)
@@ -392,6 +404,28 @@ def test_input_stats_that_no_tensor_was_found_for_are_told_of_once():
     model(Hidden())  # a second warning would be an error here
 
 
+def test_one_number_for_an_input_without_channels_is_told_of():
+    model = kn.convert(nn.Sequential(nn.Unflatten(0, (-1, 4)), nn.BatchNorm1d(4)), input_stats=(0.0, 1.0))
+    with pytest.warns(UserWarning, match="Sequential got no tensor of shape"):
+        model(torch.randn(8))
+
+
+def test_input_stats_are_of_the_first_of_several_images():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3)
+
+        def forward(self, *images):
+            return self.norm(images[0] * images[1])
+
+    image, mask = torch.randn(2, 3, 8, 8), torch.rand(2, 1, 8, 8)
+    model = kn.convert(Masked(), input_stats=([0.0] * 3, [1.0] * 3))
+    assert kn.describe(model, image, mask).rows[0].reason == "the network's input '1'"
+    with pytest.raises(ValueError, match=r"describe 3 channels, but Masked got an input of shape \(2, 1, 8, 8\)"):
+        model(mask, image)
+
+
 @pytest.mark.parametrize(("given", "call"), [
     pytest.param("images", lambda model, images: model(list(images[:, :1])), id="no tensor of these channels"),
     pytest.param("pictures", lambda model, images: model(images=images), id="another name"),
@@ -601,6 +635,22 @@ def test_a_pass_in_inference_mode_does_not_end_the_first_prior():
     torch.testing.assert_close(model.train()(x), expected, rtol=0, atol=0)
 
 
+def test_priors_kept_in_inference_mode_serve_a_backward_pass():
+    model, x = one_at_a_time().requires_grad_(False), torch.randn(2, 3, 10, 10, requires_grad=True)
+    with torch.inference_mode():
+        model(x)
+    model(x).sum().backward()
+    assert x.grad.isfinite().all()
+
+
+@torch.inference_mode()
+def test_a_network_that_is_made_in_inference_mode():
+    model, x = one_at_a_time(), torch.randn(2, 3, 10, 10)
+    expected = model(x)
+    for _ in range(2):
+        torch.testing.assert_close(model(x), expected)
+
+
 @torch.no_grad()
 def test_stand_ins_leave_no_priors():
     model, x = one_at_a_time(), torch.randn(2, 3, 10, 10)
@@ -731,23 +781,30 @@ def test_kept_priors_are_not_those_of_another_networks_output():
     torch.testing.assert_close(second(x), expected, rtol=0, atol=0)
 
 
-@torch.no_grad()
-def test_kept_priors_are_not_those_of_another_object():
-    class Graph:
-        def __init__(self, scale):
-            self.scale = scale
+def changed_within():
+    graph = types.SimpleNamespace(scale=1.0)
+    for scale in (1.0, 1.0, 5.0):
+        graph.scale = scale
+        yield graph
 
+
+@torch.no_grad()
+@pytest.mark.parametrize(("factor", "arguments"), [
+    pytest.param(lambda graph: graph.scale, changed_within, id="an object that changed"),
+    pytest.param(lambda flag: 5 if flag is True else 1, lambda: (1, 1, True), id="another type"),
+])  # fmt: skip
+def test_kept_priors_are_not_those_of_another_argument(factor, arguments):
     class Scaled(nn.Module):
         def __init__(self):
             super().__init__()
             self.net = one_at_a_time()
 
-        def forward(self, x, graph):
-            return self.net(x * graph.scale)
+        def forward(self, x, argument):
+            return self.net(x * factor(argument))
 
-    model, x = kn.connect(Scaled().eval()), torch.randn(2, 3, 10, 10)
-    for scale in (1.0, 1.0, 5.0):
-        torch.testing.assert_close(model(x, Graph(scale)), copy.deepcopy(model)(x, Graph(scale)), rtol=0, atol=0)
+    model, x = kn.connect(Scaled().eval(), input_stats=([0.0] * 3, [1.0] * 3)), torch.randn(2, 3, 10, 10)
+    for argument in arguments():
+        torch.testing.assert_close(model(x, argument), copy.deepcopy(model)(x, argument), rtol=0, atol=0)
 
 
 def test_kept_priors_follow_a_step_that_no_count_tells_of():
