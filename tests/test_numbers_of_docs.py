@@ -166,6 +166,7 @@ def facts():
     ratio = lambda of, case, method="kalman_norm": float(of[case, method]["ratio_to_batch_norm"])  # noqa: E731
     ms = lambda of, case, method="kalman_norm": float(of[case, method]["median_ms"])  # noqa: E731
     eager, two, graph = (f"step/resnet50/{rest}/bfloat16" for rest in ("b32/224/eager", "b2/224/eager", "b2/224/graph"))
+    mobile = "step/efficientnet_b0/b2/128/eager/float32"
     step, compiled = (f"step/resnet50/b2/128/{mode}/float32" for mode in ("eager", "compiled"))
     steps = [ratio(cpu, step), ratio(cpu, step, "kalman_norm_standardized"), ratio(cuda, eager), ratio(cuda, graph)]
     extra = [(ms(cuda, case) - ms(cuda, case, "batch_norm")) / 53 for case in (two, eager)]
@@ -204,7 +205,9 @@ def facts():
         ],
         "speed.md": [
             *steps, ratio(cpu, compiled), ratio(cpu, "step/resnet18/b32/64/eager/float32"), min(act), max(act),
-            ratio(cpu, "step/resnet18/b2/64/eager/bfloat16"),
+            ratio(cpu, "step/resnet18/b2/64/eager/bfloat16"), ratio(cpu, "step/mobilenet_v3_large/b2/160/eager/float32"),
+            ratio(cpu, mobile), float(cpu[mobile, "kalman_norm"]["peak_bytes"]) / float(
+                cpu[mobile, "batch_norm"]["peak_bytes"]),
             ratio(cpu, "layer/n2-c512-7x7/eager/float32", "kalman_norm_act"), *extra, ms(cuda, two), ms(cuda, eager),
             ms(cuda, graph), 100 * (ratio(cuda, graph) - 1), ratio(cuda, wide), ratio(cuda, wide, "kalman_norm_act"),
             ratio(cuda, deep_map), ms(cuda, wide), peak["kalman_norm"] / peak["batch_norm"],
