@@ -61,7 +61,7 @@ class Recorder(TorchFunctionMode):
         self.layers = layers
         self.waiting: dict[int, Gaussian] = {}  # of each thread, `input_stats` whose tensor has not been found yet
         self.opener: Any = None  # the module that was entered
-        self.forward_pass: object = None  # another object in each
+        self.passes: dict[int, object] = {}  # of each thread, another object in each forward pass
         # Beliefs that a layer's kernel computed for others to use. They are dropped after the pass, or there would be a
         # cycle: such a belief leads to the layer, which saves its input, which leads to the belief.
         self.lent: list[Deferred] = []
@@ -90,7 +90,7 @@ class Recorder(TorchFunctionMode):
         return before
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "of_threads": {}, "lent": [], "waiting": {}}
+        return {**self.__dict__, "of_threads": {}, "lent": [], "waiting": {}, "passes": {}}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -145,7 +145,7 @@ class Recorder(TorchFunctionMode):
             return
         step = Step(func, recorded, keywords, tuple(output.shape), index, parents=parents)
         if not torch.compiler.is_dynamo_compiling():
-            step.recorded_in = self.forward_pass
+            step.recorded_in = self.passes.get(threading.get_ident())
         put(output, step)
 
 

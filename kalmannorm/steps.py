@@ -71,7 +71,7 @@ class Step:
         self.draws: Tensor | Unknown | None = None
         self.groups_drawn = 0
         self.is_used = False  # by a function that was called with its tensor
-        self.recorded_in: object = None  # marks a forward pass
+        self.recorded_in: object = None  # the mark of a forward pass
         self.grad = torch.is_grad_enabled()
         self.hooks = self.belief_in = self.draws_in = saved_tensor_hooks()
         self.parents = list(found_in((*args, *kwargs.values()), Step)) if parents is None else parents

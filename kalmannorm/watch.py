@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -54,7 +55,8 @@ class Watch:
             if not is_resting(self.mode):
                 self._start_beliefs(module, args, kwargs, self.mode)
             if not torch.compiler.is_compiling():
-                self.mode.opener, self.mode.forward_pass = module, object()
+                self.mode.opener = module
+                self.mode.passes[threading.get_ident()] = object()
                 self._warn_of_replaced_layers(module)
             self.mode.__enter__()  # type: ignore[no-untyped-call]
         elif mode is not None and self.given and _are_unknown_inputs((*args, *kwargs.values())):
