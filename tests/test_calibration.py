@@ -432,6 +432,15 @@ def test_bad_input(call, error, match):
         call(converted(network()))
 
 
+def test_a_correction_that_is_loaded_in_inference_mode_can_be_trained_with(trained):
+    model, other = converted(trained), converted(trained, calibrate=False)
+    model(images(2))
+    with torch.inference_mode():
+        other.load_state_dict(model.state_dict())
+    other(images(2)).square().sum().backward()
+    assert torch.equal(other[4].prior_scale, model[4].prior_scale)
+
+
 def test_layers_that_use_no_prior_have_no_row(trained):
     model = converted(trained)
     kn.freeze(model[1])
