@@ -77,6 +77,7 @@ def _trained(name):
 def trained(name):
     """A Kalman network in ``eval()`` after some steps at four samples, and what it gives for some images."""
     model = copy.deepcopy(_trained(name))
+    torch.manual_seed(1)  # whichever test has trained it
     x = images(name, 12)
     with torch.no_grad():
         y = model(x)
@@ -214,7 +215,9 @@ def _trained_one_at_a_time():
 
 
 def trained_one_at_a_time():
-    model, x = copy.deepcopy(_trained_one_at_a_time()), images("residual", 6)
+    model = copy.deepcopy(_trained_one_at_a_time())
+    torch.manual_seed(1)
+    x = images("residual", 6)
     with torch.no_grad():
         return model, x, model(x)
 
@@ -291,11 +294,11 @@ def test_int8(name):
     weights = [t for t in quantized.state_dict().values() if t.dtype == torch.int8]
     assert len(weights) == layers
     with torch.no_grad():
-        assert 0 < relative_error(quantized(x), y) < 0.1
+        assert 0 < relative_error(quantized(x), y) < 0.15
         # One normalization layer folded wrongly would show.
         norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
         norms[len(norms) // 2].running_var.mul_(4)
-        assert relative_error(model(x), y) > 0.15
+        assert relative_error(model(x), y) > 0.2
 
 
 # -- checkpoints both ways -------------------------------------------------------------------------
