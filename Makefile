@@ -14,7 +14,7 @@ help:
 	@echo "make check   ruff and mypy"
 	@echo "make docs    the site, into docs/_build/html; a warning is an error"
 	@echo "make report  the tables and figures of docs again, from the files of runs"
-	@echo "make bench   speed and memory beside torch's layers, into docs/results/speed (20 to 25 minutes)"
+	@echo "make bench   speed and memory beside torch's layers, into docs/results/speed (10 to 25 minutes)"
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

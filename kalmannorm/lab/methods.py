@@ -71,8 +71,8 @@ def _renorm(network: nn.Module, schedule: Any = None, **options: Any) -> nn.Modu
 def _kalman(network: nn.Module, constant_priors: bool = False, **options: Any) -> nn.Module:
     """With ``constant_priors`` no gradient flows through them, which shows what it is worth."""
     network = kalmannorm.convert(network, **options)
-    for _, layer in kalman_layers(network):
-        if constant_priors:
+    if constant_priors:
+        for _, layer in kalman_layers(network):
             layer.register_forward_pre_hook(_detach_belief)
     return network
 
