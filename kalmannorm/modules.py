@@ -27,7 +27,6 @@ from kalmannorm.priors import INITIAL_NOISE, Prior
 from kalmannorm.propagation import belief_for, without_autocast
 from kalmannorm.recording import Recorder, attach, attach_step, current, is_open, is_resting, paused
 from kalmannorm.rules import Belief
-from kalmannorm.rules.deferred import Linked
 from kalmannorm.steps import put, step_of
 
 __all__ = [
@@ -572,21 +571,12 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
                 self._check_values(x.numel() // (groups * self.num_features))
                 if torch.compiler.is_compiling():  # elsewhere the kernel gives zero gradients
                     bias = self._bias_without_prior()
-            # A link below that was not computed yet is computed in the same autograd function; but not where the prior
-            # is needed by itself.
-            joint = type(known) is Linked and not self.keeps_priors
-            below, through = known.link() if joint else (known, None)  # type: ignore[union-attr]
-            moments = None if below is None else below.packed().moments
+            moments = None if known is None else known.packed().moments
             out = layer(
                 x, Given(moments, prior.shift, prior.scale, gain, prior.noise, self.weight, bias),
                 Options(groups, slope, offset, INITIAL_NOISE, self.spread, self.eps, relu),
                 running=self._running() if self.training else None, posterior=self.carry == "posterior",
-                through=through,
             )  # fmt: skip
-        if through is not None and through.relu:
-            known.below.keep(Packed(out.rectified))  # type: ignore[union-attr, arg-type]
-            if mode is not None and not torch.compiler.is_dynamo_compiling():
-                mode.lent.append(known.below)  # type: ignore[union-attr]
         if self.collect is not None:
             self.collect(_posterior(out.statistics), x.shape[0])
         if mode is None or is_resting(mode):

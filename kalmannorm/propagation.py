@@ -19,7 +19,7 @@ from torch.overrides import resolve_name
 from kalmannorm.gaussian import Gaussian, Unknown
 from kalmannorm.kernels.autograd import in_grad_mode, is_transformed, saved_tensor_hooks
 from kalmannorm.rules import RULES, Belief, Rule
-from kalmannorm.rules.deferred import Deferred, Linked
+from kalmannorm.rules.rectified import Rectified
 from kalmannorm.rules.table import BELIEF_FIRST, as_rule_is_called
 from kalmannorm.steps import Step, computed_in, may_use, replace, step_of
 
@@ -84,8 +84,6 @@ def exact(step: Step) -> Belief:
             belief = _by_rule(step, kept)
         if isinstance(belief, Gaussian):
             belief = belief.of(step.shape)
-            if isinstance(belief, Linked) and _may_be_freed():
-                belief.evaluate()  # while its filter is there
             if not step.grad:
                 belief = belief.detach()
         step.belief, step.belief_in, step.depth = belief, computed_in(step.belief, now), 0
@@ -106,7 +104,7 @@ def end_chains(step: Step) -> None:
             continue
         if parent.recorded_in is step.recorded_in or not (parent.hooks is parent.belief_in is parent.draws_in is None):
             continue
-        if isinstance(parent.belief, Deferred):
+        if isinstance(parent.belief, Rectified):
             parent.belief = parent.belief.evaluate().of(parent.shape)
         elif parent.belief is None:
             parent.belief = Unknown("it was drawn in an earlier pass, for another number of statistic groups")
@@ -181,7 +179,7 @@ def _frees(values: Any) -> bool:
 
 
 def _is_freed(value: Any) -> bool:
-    while isinstance(value, Deferred):
+    while isinstance(value, Rectified):
         value = value.below
     tensor = value.mean if isinstance(value, Gaussian) else value
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:

@@ -25,7 +25,6 @@ from kalmannorm.kernels.layer import rectify_output
 from kalmannorm.priors import KeptPriors
 from kalmannorm.propagation import true_depth
 from kalmannorm.rules import RULES, Belief
-from kalmannorm.rules.deferred import Deferred
 from kalmannorm.rules.table import FACTORIES, LIKE, OVERWRITING, SOURCES
 from kalmannorm.steps import SCALARS, Step, detached, put, state_of, step_of
 
@@ -62,16 +61,7 @@ class Recorder(TorchFunctionMode):
         self.waiting: dict[int, Gaussian] = {}  # of each thread, `input_stats` whose tensor has not been found yet
         self.opener: Any = None  # the module that was entered
         self.passes: dict[int, object] = {}  # of each thread, another object in each forward pass
-        # Beliefs that a layer's kernel computed for others to use. They are dropped after the pass, or there would be a
-        # cycle: such a belief leads to the layer, which saves its input, which leads to the belief.
-        self.lent: list[Deferred] = []
         self.of_threads: dict[int, KeptPriors] = {}
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
-        lent, self.lent = self.lent, []
-        for belief in lent:
-            belief.forget()
 
     @property
     def priors(self) -> KeptPriors:
@@ -90,7 +80,7 @@ class Recorder(TorchFunctionMode):
         return before
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "of_threads": {}, "lent": [], "waiting": {}, "passes": {}}
+        return {**self.__dict__, "of_threads": {}, "waiting": {}, "passes": {}}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

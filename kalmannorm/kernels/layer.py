@@ -29,8 +29,6 @@ which is ``a dy + b x + c`` for each channel of a group. The affine map gets
 A gain that is learned is ``q = sigmoid(slope g + offset)``, with ``d g = slope q (1 - q) d q``; a process noise that is
 learned is ``R = scale exp(r)``, with ``d r = R d R``. Where the prior is corrected, ``m_prior`` and ``v_prior`` stand
 for ``m_prior + shift`` and ``scale (v_prior + R)``.
-
-The prior may be given as it is below a link, that of `kalmannorm.kernels.link`: both then are one autograd function.
 """
 
 from __future__ import annotations
@@ -47,10 +45,9 @@ from kalmannorm.kernels.arguments import Given, Options, Running
 from kalmannorm.kernels.autograd import alias, differentiable_gradients, is_exporting, is_transformed
 from kalmannorm.kernels.backends import backend_for
 from kalmannorm.kernels.formulas import at_least_float32, gain_of, move_running
-from kalmannorm.kernels.link import link
 from kalmannorm.kernels.memory_format import as_dense
 
-__all__ = ["Layer", "Through", "layer", "rectify_output"]
+__all__ = ["Layer", "layer", "rectify_output"]
 
 
 class Layer(NamedTuple):
@@ -63,19 +60,6 @@ class Layer(NamedTuple):
     ``(2, 1, C, 1, ...)``, or the posterior's, ``(2, S, C, 1, ...)``."""
     statistics: Tensor
     """``(6, S, C)``, without a gradient: posterior mean and variance, the output's, the observed ones."""
-    rectified: Tensor | None
-    """The rectified moments below the link, shaped as the given prior; None without a link or a ReLU."""
-
-
-class Through(NamedTuple):
-    """The link between the prior that is given and the layer's input."""
-
-    filter: Tensor
-    """``(C, C_in)``, or ``(C, C_in, *taps)``."""
-    bias: Tensor | None
-    """``(C,)``."""
-    relu: bool
-    """Rectify the prior before."""
 
 
 def _handed_on(statistics: Tensor, x: Tensor, posterior: bool) -> Tensor:
@@ -88,21 +72,10 @@ def _handed_on(statistics: Tensor, x: Tensor, posterior: bool) -> Tensor:
     return rows.view(*rows.shape, *[1] * (x.ndim - 2))
 
 
-def _forward(backend: ModuleType, x: Tensor, given: Given, through: Through | None, options: Options,
-             running: Running | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """By a backend: output, statistics, the prior above the link, and the rectified moments below it."""
-    after = None
-    if through is not None:
-        prior, after = backend.link_forward(given.prior, *through)
-        given = given._replace(prior=prior)
-    return *backend.layer_forward(x, given, running, options), given.prior, after
-
-
-def _plain(x: Tensor, given: Given, through: Through | None, posterior: bool, options: Options,
-           running: Running | None) -> Layer:  # fmt: skip
+def _plain(x: Tensor, given: Given, posterior: bool, options: Options, running: Running | None) -> Layer:
     """In functions that autograd can differentiate: for the gradient of a gradient, transforms and torch.compile."""
-    y, statistics, _, after = _forward(on_torch, at_least_float32(x), given, through, options, running)
-    return Layer(y.to(x.dtype), _handed_on(statistics, x, posterior), statistics.detach(), after)
+    y, statistics = on_torch.layer_forward(at_least_float32(x), given, running, options)
+    return Layer(y.to(x.dtype), _handed_on(statistics, x, posterior), statistics.detach())
 
 
 def _compiled(x: Tensor, given: Given, posterior: bool, options: Options, running: Running | None) -> Layer:
@@ -112,14 +85,13 @@ def _compiled(x: Tensor, given: Given, posterior: bool, options: Options, runnin
     if running is not None:
         count = x.numel() // (options.groups * x.shape[1])
         move_running(running, Gaussian(seen[0], seen[1]), gain_of(given, options), seen[5], count)
-    return Layer(alias(y), _handed_on(statistics, x, posterior), seen, None)
+    return Layer(alias(y), _handed_on(statistics, x, posterior), seen)
 
 
 class _Call(NamedTuple):
     """The arguments of :class:`_Layer` that are no tensors."""
 
     backend: ModuleType
-    rectifies: bool
     posterior: bool
     options: Options
     running: Running | None
@@ -127,38 +99,29 @@ class _Call(NamedTuple):
 
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, call: _Call, x: Tensor, filter: Tensor | None, filter_bias: Tensor | None,  # type: ignore[override]
-                *vectors: Tensor | None) -> Any:  # fmt: skip
-        through = None if filter is None else Through(filter, filter_bias, call.rectifies)
-        y, statistics, prior, after = _forward(call.backend, x, Given(*vectors), through, call.options, call.running)
-        ctx.save_for_backward(x, filter, filter_bias, *vectors, statistics, prior, after)
+    def forward(ctx: Any, call: _Call, x: Tensor, *vectors: Tensor | None) -> Any:  # type: ignore[override]
+        y, statistics = call.backend.layer_forward(x, Given(*vectors), call.running, call.options)
+        ctx.save_for_backward(x, *vectors, statistics)
         ctx.call = call
         ctx.mark_non_differentiable(statistics)
         ctx.set_materialize_grads(False)
-        return y, _handed_on(statistics, x, call.posterior), statistics, after
+        return y, _handed_on(statistics, x, call.posterior), statistics
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, d_belief: Tensor | None, _: Any, d_after: Tensor | None) -> Any:  # type: ignore[override]
-        saved = ctx.saved_tensors  # once: a checkpoint allows no more
-        x, filter, filter_bias, *vectors, statistics, prior, after = saved
-        backend, rectifies, posterior, options, _ = ctx.call
+    def backward(ctx: Any, dy: Tensor | None, d_belief: Tensor | None, _: Any) -> Any:  # type: ignore[override]
+        x, *vectors, statistics = ctx.saved_tensors  # once: a checkpoint allows no more
+        backend, posterior, options, _ = ctx.call
         if torch.is_grad_enabled():
 
-            def plain(x: Tensor, filter: Tensor | None, bias: Tensor | None, *vectors: Tensor | None) -> Any:
-                through = None if filter is None else Through(filter, bias, rectifies)
-                return _plain(x, Given(*vectors), through, posterior, options, None)
+            def plain(x: Tensor, *vectors: Tensor | None) -> Any:
+                return _plain(x, Given(*vectors), posterior, options, None)
 
-            return None, *differentiable_gradients(plain, saved[:10], (dy, d_belief, None, d_after))
+            return None, *differentiable_gradients(plain, (x, *vectors), (dy, d_belief))
         dy = torch.zeros_like(x) if dy is None else dy
         if d_belief is not None and options.groups > 1 and not posterior:
             d_belief = (d_belief / options.groups).expand(-1, options.groups, *d_belief.shape[2:])
-        given = Given(prior, *vectors[1:])
-        dx, d_prior, *rest = backend.layer_backward(dy, x, given, statistics, d_belief, posterior, options)
-        d_filter = d_filter_bias = None
-        if filter is not None:
-            d_filter_bias = None if filter_bias is None else on_torch.link_bias_gradient(d_prior)
-            d_prior, d_filter = backend.link_backward(vectors[0], filter, after, d_prior, d_after, rectifies)
-        return None, dx, d_filter, d_filter_bias, d_prior, None, None, *rest
+        dx, d_prior, *rest = backend.layer_backward(dy, x, Given(*vectors), statistics, d_belief, posterior, options)
+        return None, dx, d_prior, None, None, *rest
 
 
 def rectify_output(y: Tensor) -> bool:
@@ -185,7 +148,7 @@ def rectify_output(y: Tensor) -> bool:
     return True
 
 
-def _check_sizes(x: Tensor, given: Given, running: Running | None, groups: int, through: Through | None) -> None:
+def _check_sizes(x: Tensor, given: Given, running: Running | None, groups: int) -> None:
     samples, channels, *_ = x.shape
     if samples % groups:
         raise ValueError(f"got a batch of {samples}, expected a multiple of the {groups} statistic groups")
@@ -195,29 +158,18 @@ def _check_sizes(x: Tensor, given: Given, running: Running | None, groups: int, 
         if t is not None and t.shape != (channels,):
             names = ("prior_shift", "prior_scale", "process_noise", "weight", "bias", "running_mean", "running_var")
             raise ValueError(f"got {names[place]} of shape {tuple(t.shape)}, expected ({channels},), one a channel")
-    if through is not None:
-        filter, filter_bias, _ = through
-        sizes = filter.shape if filter_bias is None else (*filter_bias.shape, filter.shape[1])
-        if prior is None or filter.shape[0] != channels or sizes[0] != channels or filter.ndim < 2:
-            raise ValueError(
-                f"got a link of shape {tuple(filter.shape)}, with a bias of "
-                f"{'None' if filter_bias is None else tuple(filter_bias.shape)} and "
-                f"{'no' if prior is None else 'a'} prior below, "
-                f"expected ({channels}, C_in, ...), None or ({channels},), and a prior"
-            )
-        channels = filter.shape[1]
     if prior is not None:
         shape = prior.shape
         if (len(shape) < 3 or shape[0] != 2 or shape[1] not in (1, groups) or shape[2] != channels
                 or shape.numel() != 2 * shape[1] * channels):  # fmt: skip
             raise ValueError(
                 f"got a prior of shape {tuple(shape)}, expected (2, {groups}, {channels}) or (2, 1, {channels}): mean "
-                f"and variance of each statistic group and channel {'' if through is None else 'below the link'}"
+                "and variance of each statistic group and channel"
             )
 
 
-def layer(x: Tensor, given: Given, options: Options, *, running: Running | None = None, posterior: bool = False,
-          through: Through | None = None) -> Layer:  # fmt: skip
+def layer(x: Tensor, given: Given, options: Options, *, running: Running | None = None,
+          posterior: bool = False) -> Layer:  # fmt: skip
     """Normalize by each group's statistics, fused with a prior.
 
     Args:
@@ -226,36 +178,27 @@ def layer(x: Tensor, given: Given, options: Options, *, running: Running | None 
         options: number of groups, gain, noise and the rest, see :class:`~kalmannorm.kernels.arguments.Options`.
         running: running statistics to update in place.
         posterior: return the posterior of the input as the belief, not the moments of the output.
-        through: a link; the prior is then given as it is below.
 
     Raises:
         ValueError: for a tensor of another size. A compiled kernel would read and write beyond its end.
     """
-    _check_sizes(x, given, running, options.groups, through)
-    after, transformed = None, is_transformed()
-    if through is not None and transformed:  # for a compiler, an operator of its own
-        prior, after = link(given.prior, *through)  # type: ignore[arg-type]
-        given, through = given._replace(prior=prior), None
-    filter, filter_bias, rectifies = (None, None, False) if through is None else through
+    _check_sizes(x, given, running, options.groups)
     dtype = torch.promote_types(x.dtype, torch.float32)
-    filter, filter_bias, *vectors = [
-        t if t is None or t.dtype is dtype else t.to(dtype) for t in (filter, filter_bias, *given)
-    ]
-    given = Given(*vectors)
+    given = Given(*[t if t is None or t.dtype is dtype else t.to(dtype) for t in given])
     compiled = torch.compiler.is_compiling() and x.device.type == "cpu" and on_cpu.is_available()
     compiled = compiled and not is_exporting()  # to ONNX, for one, which has torch's functions only
-    if transformed and not compiled:
-        return _plain(x, given, None, posterior, options, running)._replace(rectified=after)
+    if is_transformed() and not compiled:
+        return _plain(x, given, posterior, options, running)
     x = as_dense(x)
-    given = given if given.prior is None else given._replace(prior=given.prior.contiguous())
+    if given.prior is not None and not given.prior.is_contiguous():
+        given = given._replace(prior=given.prior.contiguous())
     if compiled:
-        return _compiled(x, given, posterior, options, running)._replace(rectified=after)
-    filter = None if filter is None else as_dense(filter)
-    backend = backend_for(x, *given, filter, filter_bias)
+        return _compiled(x, given, posterior, options, running)
+    backend = backend_for(x, *given)
     if running is not None and not _can_be_moved(running, x, backend):
         backend = on_torch
-    call = _Call(backend, rectifies, posterior, options, running)
-    return Layer(*_Layer.apply(call, x, filter, filter_bias, *given))  # type: ignore[no-untyped-call]
+    call = _Call(backend, posterior, options, running)
+    return Layer(*_Layer.apply(call, x, *given))  # type: ignore[no-untyped-call]
 
 
 def _can_be_moved(running: Running, x: Tensor, backend: ModuleType) -> bool:

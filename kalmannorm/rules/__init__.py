@@ -1,9 +1,9 @@
 """How each torch function moves a belief: one pure function an operation, and a table of them."""
 
-from kalmannorm.rules import arithmetic, attention, deferred, linear, normalization, pointwise, pooling, scatter, shape
+from kalmannorm.rules import arithmetic, attention, linear, normalization, pointwise, pooling, rectified, scatter, shape
 from kalmannorm.rules.table import RULES, Belief, Rule, aliases, rule
 
 __all__ = [
-    "RULES", "Belief", "Rule", "aliases", "arithmetic", "attention", "deferred", "linear", "normalization",
-    "pointwise", "pooling", "rule", "scatter", "shape",
+    "RULES", "Belief", "Rule", "aliases", "arithmetic", "attention", "linear", "normalization", "pointwise", "pooling",
+    "rectified", "rule", "scatter", "shape",
 ]  # fmt: skip

@@ -13,9 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from kalmannorm.gaussian import Gaussian, Packed, Unknown
-from kalmannorm.rules.deferred import Deferred
 from kalmannorm.rules.pointwise import quadrature
 from kalmannorm.rules.pooling import largest_of
+from kalmannorm.rules.rectified import Rectified
 from kalmannorm.rules.shape import align, axes_of, drop, of_rank, summarize, varies
 from kalmannorm.rules.table import Belief, aliases, belief_rule, rule
 
@@ -42,7 +42,7 @@ def _pair(x: _Operand, y: _Operand) -> tuple[Gaussian, Gaussian]:
 
 def _packed(x: _Operand, y: _Operand) -> tuple[Packed, Packed] | None:
     """Both, if each is known in one tensor and they have one shape, as beliefs from layers and links mostly do."""
-    x, y = (each.evaluate() if isinstance(each, Deferred) else each for each in (x, y))
+    x, y = (each.evaluate() if isinstance(each, Rectified) else each for each in (x, y))
     if isinstance(x, Packed) and isinstance(y, Packed) and x.moments.shape == y.moments.shape:
         return (x, y) if x.shape == y.shape else None
     return None

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kalmannorm.gaussian import Gaussian, Packed, Unknown
 from kalmannorm.kernels.link import link
-from kalmannorm.rules.deferred import Linked, Rectified
+from kalmannorm.rules.rectified import Rectified
 from kalmannorm.rules.shape import in_one_shape, per_axis
 from kalmannorm.rules.table import SOURCES, Belief, belief_rule, rule
 
@@ -25,10 +25,14 @@ _NO_BATCH = Unknown("a convolution without a batch axis")
 
 def _through_filter(x: Gaussian, weight: Tensor, bias: Tensor | None) -> Gaussian:
     """Through a matrix or an ungrouped filter, in one step with a ReLU before it."""
-    given = x.below if type(x) is Rectified and not x.is_known else x
-    if not given.is_per_channel(weight.shape[1]):
+    if type(x) is Rectified and not x.is_known and x.is_per_channel(weight.shape[1]):
+        moments, after = link(x.below.packed().moments, weight, bias, relu=True)
+        if after is not None:
+            x.keep(Packed(after))
+        return Packed(moments)
+    if not x.is_per_channel(weight.shape[1]):
         x = in_one_shape(x.full([1]).pool(range(2, x.ndim)))
-    return Linked(x, weight, bias)
+    return Packed(link(x.packed().moments, weight, bias).moments)
 
 
 def _by_blocks(moment: Tensor, matrix: Tensor, groups: int) -> Tensor:

@@ -17,10 +17,10 @@ from torch import Tensor
 from kalmannorm.gaussian import Gaussian, Unknown
 from kalmannorm.kernels.autograd import differentiable_gradients, is_transformed
 from kalmannorm.kernels.rectify import rectify
-from kalmannorm.rules.deferred import Deferred, Rectified
+from kalmannorm.rules.rectified import Rectified
 from kalmannorm.rules.table import Belief, belief_rule, belief_rules
 
-__all__ = ["Deferred", "Rectified", "piecewise", "quadrature"]
+__all__ = ["piecewise", "quadrature"]
 
 # The trapezoid rule on [-8, 8] integrates over the standard normal. For smooth integrands it converges as fast as
 # Gauss-Hermite quadrature (its error is exp(-2 pi^2 / step^2)); for those with corners (ELU, CELU) it is better, since

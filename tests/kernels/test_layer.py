@@ -9,7 +9,7 @@ import kalmannorm as kn
 from kalmannorm import Gaussian
 from kalmannorm.functional import kalman_update, normalize, observe
 from kalmannorm.kernels.arguments import Given, Options, Running
-from kalmannorm.kernels.layer import Through, _plain, layer
+from kalmannorm.kernels.layer import _plain, layer
 from kalmannorm.kernels.link import link
 
 OPTIONS = {
@@ -80,52 +80,6 @@ def test_gradcheck_and_gradgradcheck(options, groups, posterior):
     assert gradgradcheck(run, tensors)
 
 
-def below_a_link(groups, relu, bias):
-    """A layer's inputs, with the prior below a link of 3 to 2 channels, and a correction."""
-    x, _, *others = inputs((4, 2, 3, 3), groups=groups)
-    prior = (torch.rand(2, groups, 3, 1, 1, dtype=torch.float64) + 0.2).requires_grad_()
-    filter = torch.randn(2, 3, 2, 2, dtype=torch.float64).requires_grad_()
-    offset = torch.randn(2, dtype=torch.float64).requires_grad_() if bias else None
-    correction = {"shift": torch.randn(2).double(), "scale": torch.rand(2).double() + 0.5}
-    return x, prior, others, Through(filter, offset, relu), correction
-
-
-@pytest.mark.parametrize("posterior", [True, False])
-@pytest.mark.parametrize("relu", [False, True])
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("groups", [1, 2])
-def test_through_a_link_it_is_the_link_and_then_the_layer(groups, bias, relu, posterior):
-    x, prior, others, through, correction = below_a_link(groups, relu, bias)
-    options = Options(groups, gain_slope=-1.0, gain_offset=0.2, noise_scale=0.1, eps=1e-3)
-    linked = link(prior, *through)
-    theirs = layer(x, given(linked.moments, *others, **correction), options, posterior=posterior)
-    theirs = theirs._replace(rectified=linked.rectified)
-    ours = layer(x, given(prior, *others, **correction), options, posterior=posterior, through=through)
-    tensors = [t for t in (x, prior, *others, *through[:2]) if t is not None]
-    upstream = [torch.randn_like(t) for t in ours if t is not None]
-    gradients = []
-    for out in (ours, theirs):
-        sent = [(t, d) for t, d in zip((t for t in out if t is not None), upstream, strict=True) if t.requires_grad]
-        outputs, incoming = zip(*sent, strict=True)
-        gradients.append(torch.autograd.grad(outputs, tensors, incoming))
-    torch.testing.assert_close(ours, theirs)
-    torch.testing.assert_close(*gradients)
-
-
-@pytest.mark.parametrize("relu", [False, True])
-def test_gradgradcheck_through_a_link(relu):
-    x, prior, others, through, correction = below_a_link(2, relu, bias=True)
-
-    def run(x, prior, filter, bias):
-        vectors = given(prior, *others, **correction)
-        out = layer(x, vectors, Options(groups=2, eps=1e-3), through=Through(filter, bias, relu))
-        return tuple(t for t in (out.output, out.belief, out.rectified) if t is not None)
-
-    tensors = (x, prior, *through[:2])
-    assert gradcheck(run, tensors)
-    assert gradgradcheck(run, tensors)
-
-
 @pytest.mark.parametrize("groups", [1, 2])
 def test_the_plain_expression_moves_the_same_averages(groups):
     """That of torch.func and of a compiler, beside the backends'."""
@@ -135,7 +89,7 @@ def test_the_plain_expression_moves_the_same_averages(groups):
     ]  # fmt: skip
     options = Options(groups, gain_slope=-1.0, noise_scale=0.1)
     ours = layer(x, given(*rest), options, running=running[0])
-    theirs = _plain(x, given(*rest), None, False, options, running[1])
+    theirs = _plain(x, given(*rest), False, options, running[1])
     torch.testing.assert_close(ours.statistics, theirs.statistics)
     for a, b in zip(*running, strict=True):
         torch.testing.assert_close(a, b)
@@ -231,9 +185,6 @@ def test_small_vectors_may_have_strides(dtype):
         ("a prior", {"prior": torch.ones(2, 1, 8, 2)}),
         ("a prior", {"prior": torch.ones(2, 1, 4)}),
         ("a prior", {"prior": torch.ones(2, 2, 8)}),
-        ("a link", {"through": Through(torch.ones(4, 8), None, False)}),
-        ("a link", {"through": Through(torch.ones(8, 8), torch.ones(4), False)}),
-        ("a link", {"through": Through(torch.ones(8, 8), None, False), "prior": None}),
         ("running_mean", {"running": Running(*torch.zeros(2, 4), torch.tensor(0), torch.tensor(0), 0.1)}),
         ("running_var", {"running": Running(torch.zeros(8), torch.ones(4), torch.tensor(0), torch.tensor(0), 0.1)}),
         ("a batch of 4", {"options": Options(groups=3, gain_offset=0.3)}),
