@@ -29,7 +29,9 @@ from kalmannorm.traversal import attributes_kept, in_eval, inputs_seen, kalman_l
 __all__ = ["Calibration", "CalibrationRow", "calibrate"]
 
 # What a layer knows of its correction.
-_CORRECTION = ("prior_shift", "prior_scale", "awaits_correction", "dropped_statistics", "_settled")
+_CORRECTION = (
+    "prior_shift", "prior_scale", "is_corrected", "awaits_correction", "dropped_statistics", "_settled",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,7 @@ class _Observed(Population):
         with torch.inference_mode(False):  # a later pass may need gradients
             layer.prior_shift, layer.prior_scale = shift.float().clone(), scale.float().clone()
         layer.dropped_statistics = None
-        layer._settle(layer.prior_scale)
+        layer._read_correction()
 
     def correct(self, name: str) -> CalibrationRow:
         """Set the layer's correction; return how far its prior was off."""
@@ -232,5 +234,4 @@ def _share_corrections(layers: Collection[KalmanLayer], group: dist.ProcessGroup
         return
     for layer in layers:
         for buffer in (layer.prior_shift, layer.prior_scale):
-            if buffer is not None:
-                dist.broadcast(buffer, dist.get_global_rank(group, 0), group=group)
+            dist.broadcast(buffer, dist.get_global_rank(group, 0), group=group)

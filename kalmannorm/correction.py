@@ -20,10 +20,8 @@ from kalmannorm.gaussian import Gaussian
 from kalmannorm.kernels.autograd import is_transformed
 from kalmannorm.priors import process_variance
 
-__all__ = ["VERSION", "CorrectedPrior", "is_trained"]
+__all__ = ["CorrectedPrior", "is_trained"]
 
-# The version of a Kalman layer's part of a checkpoint; that of torch's layers is at most 2.
-VERSION = 3
 # The largest scale. Half precision holds it, and a gradient through the prior stays finite.
 _LARGEST_SCALE = 1e4
 
@@ -45,12 +43,18 @@ def _state(t: Tensor | None) -> tuple[int, int] | None:
 
 
 class CorrectedPrior(nn.Module):
-    """The buffers ``prior_shift`` and ``prior_scale``, ``(C,)`` or None, and how they are found and loaded."""
+    """The buffers ``prior_shift`` and ``prior_scale``, ``(C,)``, and how they are found and loaded.
+
+    Each layer has them, so that processes and checkpoints of a network always have the same buffers. Where nothing is
+    corrected they are zeros and ones.
+    """
 
     weight: Any
     process_noise: nn.Parameter | None
-    prior_shift: Tensor | None
-    prior_scale: Tensor | None
+    prior_shift: Tensor
+    prior_scale: Tensor
+    is_corrected: bool
+    """Whether the prior is corrected, or will be. See :meth:`_read_correction`."""
     awaits_correction: bool
     """Whether the next call that computes a prior finds the correction. Until then the scale is below 0."""
     calibrates: bool | None = None
@@ -58,7 +62,7 @@ class CorrectedPrior(nn.Module):
     dropped_statistics: Gaussian | None
     """The target of a correction that is awaited, where the running statistics were dropped or reset."""
     _settled: tuple[int, int] | None = None
-    """See :func:`_state`: that of the scale since it was found."""
+    """See :func:`_state`: that of the scale since it was read or found."""
 
     def process_variance(self) -> Tensor | None:
         """``R``, ``(C,)``: added to the prior's variance for the path from the layer below."""
@@ -66,22 +70,33 @@ class CorrectedPrior(nn.Module):
 
     def await_correction(self) -> None:
         """Correct the prior by the running statistics at the next call that computes a prior."""
-        with torch.inference_mode(False):  # a later pass writes into them
-            self.prior_shift = torch.zeros_like(self.correction_target().mean[0])
-            # So far below 0 that an average of weights, which moves it towards a scale, does not reach 0.
-            self.prior_scale = self.prior_shift - 1e30
-        self.awaits_correction = True
+        # So far below 0 that an average of weights, which moves it towards a scale, does not reach 0.
+        self._begin_correction(-1e30)
+        self.is_corrected = self.awaits_correction = True
 
     def drop_correction(self) -> None:
         """Use priors as the layers below predict them."""
-        self._buffers.update(prior_shift=None, prior_scale=None)
+        self._begin_correction(1.0)
+        self.is_corrected = self.awaits_correction = False
         self.dropped_statistics = None
-        self._settle(None)
 
-    def _settle(self, found: Tensor | None) -> None:
-        """Await no correction any more: ``found`` is the scale from now on."""
-        self.awaits_correction = False
-        self._settled = _state(found)
+    def _begin_correction(self, scale: float) -> None:
+        """Give both buffers new tensors."""
+        beside = self.prior_shift if self._of_checkpoints is None else self._of_checkpoints
+        dtype = torch.promote_types(self.prior_shift.dtype, torch.float32)
+        with torch.inference_mode(False):  # a later pass writes into them
+            self.prior_shift = torch.zeros(self.prior_shift.shape, device=beside.device, dtype=dtype)
+            self.prior_scale = torch.full_like(self.prior_shift, scale)
+        self._settled = None
+
+    def _read_correction(self) -> None:
+        """Take the correction as the buffers have it: averages of weights leave ones near one, and zeros zero."""
+        shift, scale = self.prior_shift, self.prior_scale
+        if scale.is_meta or type(scale) not in (Tensor, nn.Parameter):
+            return
+        self.awaits_correction = bool((scale < 0).any())
+        self.is_corrected = bool((shift != 0).any()) or bool(((scale - 1).abs() > 1e-3).any())
+        self._settled = _state(scale)
 
     @torch.no_grad()
     def correction_to(self, prior: Gaussian, target: Gaussian) -> tuple[Tensor, Tensor]:
@@ -102,39 +117,41 @@ class CorrectedPrior(nn.Module):
         finite = shift.isfinite() & scale.isfinite()
         return torch.where(finite, shift, 0.0), torch.where(finite, scale, 1.0).clamp(0.0, _LARGEST_SCALE)
 
-    def _correction(self, prior: Gaussian) -> tuple[Tensor, Tensor]:
-        """Shift and scale, ``(C,)`` each; at the first call, those that lead to the running statistics."""
+    def _correction(self, prior: Gaussian) -> tuple[Tensor, Tensor] | tuple[()]:
+        """Shift and scale, ``(C,)`` each, if there are any; at the first call, those that lead to the running
+        statistics.
+        """
         shift, scale = self.prior_shift, self.prior_scale
-        assert shift is not None
-        assert scale is not None
+        if not self.awaits_correction:
+            return (shift, scale) if self.is_corrected else ()
+        given = prior.detach().per_channel(1)
+        found = self.correction_to(given, self.correction_target().map(lambda t: t.to(given.mean.device)))
         compiling = torch.compiler.is_compiling()
-        if not self.awaits_correction and (compiling or not self._was_overwritten(scale)):
-            return shift, scale
-        is_derived = scale.is_meta or (is_transformed() and not compiling)
-        if is_derived or compiling or bool((scale < 0).any()):
-            given = prior.detach().per_channel(1)
-            found = self.correction_to(given, self.correction_target().map(lambda t: t.to(given.mean.device)))
-            # Buffers cannot be changed in place inside of torch.func, and hold nothing on meta. A batch that is not
-            # finite may make priors so; the next one corrects them.
-            if is_derived or not (compiling or all(bool(t.isfinite().all()) for t in (given.mean, given.var))):
-                return found
-            with torch.no_grad():
-                shift.copy_(found[0])
-                scale.copy_(found[1])
-            self.dropped_statistics = None
-        self._settle(scale)
+        # Buffers cannot be changed in place inside of torch.func, and hold nothing on meta. A batch that is not
+        # finite may make priors so; the next one corrects them.
+        if scale.is_meta or (is_transformed() and not compiling):
+            return found
+        if not (compiling or all(bool(t.isfinite().all()) for t in (given.mean, given.var))):
+            return found
+        with torch.no_grad():
+            shift.copy_(found[0])
+            scale.copy_(found[1])
+        self.dropped_statistics = None
+        self.awaits_correction = False
+        self._settled = _state(scale)
         return shift, scale
 
-    def _was_overwritten(self, scale: Tensor) -> bool:
-        """Whether another tensor, or other numbers, may have taken the place of a scale that was found: an older state
-        may be restored, and ``torch.func.functional_call`` puts tensors in for one call.
+    def _was_overwritten(self) -> bool:
+        """Whether another tensor, or other numbers, may have taken the place of the scale that was read last: an older
+        state may be restored, DistributedDataParallel sends the first process's, and ``torch.func.functional_call``
+        puts tensors in for one call.
         """
-        now, before = _state(scale), self._settled
-        if is_transformed() or now is None or now == before:
+        now, before = _state(self.prior_scale), self._settled
+        if now == before or now is None or is_transformed():
             return False
         # DistributedDataParallel writes its buffers at each call, the same numbers; to look makes a device wait.
-        is_written = scale.device.type != "cpu" and dist.is_available() and dist.is_initialized()
-        return not is_written or before is None or now[0] != before[0]
+        is_written = self.prior_scale.device.type != "cpu" and dist.is_available()
+        return not (is_written and dist.is_initialized()) or before is None or now[0] != before[0]
 
     def correction_target(self) -> Gaussian:
         """The statistics that a correction leads to, ``(1, C)``."""
@@ -159,25 +176,18 @@ class CorrectedPrior(nn.Module):
         mean, var = getattr(self, "running_mean", None), getattr(self, "running_var", None)
         return self.dropped_statistics is not None or is_trained(mean, var)
 
-    def _prepare_correction(self, state_dict: dict[str, Any], prefix: str, version: int | None) -> None:
-        """Make the buffers of the correction that a checkpoint holds, or, with BatchNorm's statistics, asks for.
+    def _prepare_correction(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Without a correction in a checkpoint, drop the layer's, and await one if it has BatchNorm's statistics.
 
         Args:
             state_dict: the checkpoint.
             prefix: of this layer's keys in it.
-            version: of this layer's part of it.
         """
-        given = state_dict.get(prefix + "prior_scale")
-        if given is not None:
-            if self.prior_scale is None:
-                like = self._of_checkpoints if self._of_checkpoints is not None else given
-                with torch.inference_mode(False):  # a later pass writes into them
-                    self.prior_shift, self.prior_scale = (torch.empty_like(given, device=like.device) for _ in range(2))
+        if prefix + "prior_scale" in state_dict:
             return
         if not any(prefix + name in state_dict for name in ("weight", "running_mean", "gain", "process_noise")):
             return
-        own = {prefix + "gain", prefix + "process_noise"} & state_dict.keys()
-        is_kalman = bool(own) or (version or 0) >= VERSION
+        is_kalman = prefix + "gain" in state_dict or prefix + "process_noise" in state_dict
         mean, var = state_dict.get(prefix + "running_mean"), state_dict.get(prefix + "running_var")
         self.drop_correction()
         asks = not is_kalman and self.calibrates is not False and "running_mean" in self._buffers
@@ -191,13 +201,10 @@ class CorrectedPrior(nn.Module):
 
     def _check_loaded_correction(self) -> bool:
         """Whether a loaded correction can be used, or one still be found; if not, it is dropped."""
-        if self.prior_scale is None or self.prior_scale.is_meta:
-            return True
-        self.awaits_correction = bool((self.prior_scale < 0).any())
+        self._read_correction()
         if not self.awaits_correction:
             self.dropped_statistics = None
-            self._settle(self.prior_scale)
-        elif not self.has_known_statistics:
+        elif not self.has_known_statistics and not self.prior_scale.is_meta:
             self.drop_correction()
             return False
         return True

@@ -164,7 +164,7 @@ def _row(name: str, layer: KalmanLayer, x: Tensor) -> Row:
         with without_autocast(x.device):
             value = layer.belief(x, layer.statistic_groups(x.shape[0]))
         reason = value.reason if isinstance(value, Unknown) else ""
-        if reason and layer.prior_scale is not None and getattr(layer, "running_mean", None) is not None:
+        if reason and layer.is_corrected and getattr(layer, "running_mean", None) is not None:
             return Row(name, kind, _gain(layer, x), ("its running statistics",), (), "")
     if reason or step is None:
         return Row(name, kind, 1.0, (), (), reason)
@@ -176,7 +176,7 @@ def _row(name: str, layer: KalmanLayer, x: Tensor) -> Row:
 
 def _mean_scale(layer: KalmanLayer) -> float | None:
     scale = layer.prior_scale
-    found = math.nan if scale is None or scale.is_meta else geometric_mean(scale.double(), scale > 0)
+    found = math.nan if not layer.is_corrected or scale.is_meta else geometric_mean(scale.double(), scale > 0)
     return None if math.isnan(found) else found
 
 

@@ -183,7 +183,7 @@ def _state(module: nn.Module) -> tuple[Any, ...]:
     return (
         tuple([(each.training, getattr(each, "momentum", None)) for each in module.modules()]),
         tuple([(t.data_ptr(), t.requires_grad) for t in tensors_of(module)]),
-        tuple([(each.frozen, each.online, each.prior_scale is None) for each in layers]),
+        tuple([(each.frozen, each.online, each.is_corrected) for each in layers]),
     )
 
 

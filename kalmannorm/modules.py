@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from kalmannorm.checkpoints import is_recomputing, is_reentrant
-from kalmannorm.correction import VERSION, CorrectedPrior, is_trained
+from kalmannorm.correction import CorrectedPrior, is_trained
 from kalmannorm.functional import KalmanNormOutput, add_process_noise, group_kalman_norm, kalman_norm, synchronize
 from kalmannorm.gaussian import Gaussian, Packed, Unknown
 from kalmannorm.kernels.arguments import Given, Options, Running
@@ -117,6 +117,8 @@ class KalmanLayer(CorrectedPrior):
         noise = nn.Parameter(torch.zeros(channels, device=device, dtype=dtype)) if process_noise else None
         self.register_parameter("process_noise", noise)
         self.calibrates = None
+        for name in ("prior_shift", "prior_scale"):
+            self.register_buffer(name, torch.empty(channels, device=device, dtype=dtype))
         self.drop_correction()
         # On the layer, as a compiler's guards look at instances and not at their class.
         self.online = False  # set by `kalmannorm.online_statistics`
@@ -158,20 +160,28 @@ class KalmanLayer(CorrectedPrior):
         """
         added = ("gain", "process_noise", "nonfinite_batches")
         on_meta = [name for name in added if isinstance(t := getattr(self, name, None), Tensor) and t.is_meta]
-        waits_on_meta = self.awaits_correction and self.prior_scale is not None and self.prior_scale.is_meta
+        was_on_meta = self.prior_scale.is_meta
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name in on_meta:
             getattr(self, name).data.zero_()
-        if waits_on_meta:
-            self.await_correction()
+        if was_on_meta:
+            self._begin_again()
         return self
+
+    def _begin_again(self) -> None:
+        """Give a correction that was on the meta device numbers."""
+        if self.awaits_correction:
+            self.await_correction()
+        else:
+            self.drop_correction()
 
     def _reset_filter(self) -> None:
         """Reset gain and process noise to their initial values, and drop a correction of the prior."""
         for parameter in (self._parameters.get("gain"), self._parameters.get("process_noise")):
             if parameter is not None:
                 nn.init.zeros_(parameter)
-        self.drop_correction()
+        if "prior_scale" in self._buffers:  # not in torch's constructor
+            self.drop_correction()
 
     def _one_of(self, option: str, value: Any, allowed: tuple[str, ...]) -> Any:
         if value not in allowed:
@@ -256,10 +266,12 @@ class KalmanLayer(CorrectedPrior):
                 f"{self._label()} sees no propagation and acts as {self._stock_name()}: no module above it was "
                 "connected. Build the model with kalmannorm.convert(model), or call kalmannorm.connect(model) once."
             )
+        if self._was_overwritten():
+            self._read_correction()
         belief = self.belief(x, groups)
         if not isinstance(belief, Unknown):
-            return Prior(belief, self.process_noise, *(() if self.prior_scale is None else self._correction(belief)))
-        if self.prior_scale is None or getattr(self, "running_mean", None) is None:
+            return Prior(belief, self.process_noise, *self._correction(belief))
+        if not self.is_corrected or getattr(self, "running_mean", None) is None:
             return Prior(None, self.process_noise)
         # A corrected layer then takes its running statistics, without process noise. In the logarithm, so that the
         # parameter keeps a gradient, of zero, for DistributedDataParallel.
@@ -358,9 +370,8 @@ class KalmanLayer(CorrectedPrior):
         """A checkpoint of the stock layer has no ``gain`` and no ``process_noise``: ours stay. Its running statistics
         correct the prior; a checkpoint of a Kalman layer has the correction itself, or none.
         """
-        version = local_metadata.get("version")
-        if version is not None or prefix + "running_mean" in state_dict:  # else these may be parameters alone
-            self._prepare_correction(state_dict, prefix, version)
+        if local_metadata.get("version") is not None or prefix + "running_mean" in state_dict:
+            self._prepare_correction(state_dict, prefix)  # else these may be parameters alone
         missing: list[str] = []
         unexpected: list[str] = []
         super()._load_from_state_dict(
@@ -391,8 +402,8 @@ class KalmanLayer(CorrectedPrior):
             if parameter is not None and parameter.is_meta:
                 zeros = torch.zeros_like(parameter, device=there.device)
                 self._parameters[name] = nn.Parameter(zeros, parameter.requires_grad)
-        if self.prior_scale is not None and self.prior_scale.is_meta:
-            self.await_correction()
+        if self.prior_scale.is_meta:
+            self._begin_again()
 
 
 class KalmanNorm(KalmanLayer, _BatchNorm):
@@ -431,7 +442,6 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
         TypeError: for an input that is not floating-point.
     """
 
-    _version = VERSION
     _ranks: tuple[int, ...] = (2, 3, 4, 5)
     running_mean: Tensor | None
     running_var: Tensor | None

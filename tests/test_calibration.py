@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
@@ -121,9 +122,8 @@ def test_the_correction_is_constant_and_gradients_flow_through_the_prior(trained
 def test_a_fresh_network_is_as_before_to_the_bit():
     x = images(2)
     default, off = converted(network()), converted(network(), calibrate=False)
-    assert all(shift is None and scale is None for shift, scale in corrections(default))
-    assert default.state_dict().keys() == off.state_dict().keys()
-    assert not any("prior_" in key for key in default.state_dict())
+    assert all(torch.equal(shift, torch.zeros_like(shift)) for shift, _ in corrections(default))
+    assert all(torch.equal(scale, torch.ones_like(scale)) for _, scale in corrections(default))
     torch.testing.assert_close(default(x), off(x), rtol=0, atol=0)
 
 
@@ -303,10 +303,10 @@ def test_checkpoints_of_either_kind_load_strictly(trained, gain):
     assert all(layer.awaits_correction for layer in kalman_layers(model))
     uncorrected = converted(trained, calibrate=False, **options)
     model.load_state_dict(uncorrected.state_dict())  # of Kalman layers, without a correction
-    assert all(scale is None for _, scale in corrections(model))
+    assert not any(layer.is_corrected for layer in kalman_layers(model))
     off = converted(network(), calibrate=False, **options)
     off.load_state_dict(trained.state_dict())
-    assert all(scale is None for _, scale in corrections(off))
+    assert not any(layer.is_corrected for layer in kalman_layers(off))
 
 
 def test_to_batchnorm_drops_it(trained):
@@ -334,7 +334,7 @@ def test_describe_shows_it_and_changes_nothing(trained):
 
 def test_the_table_says_how_far_priors_were_off(trained):
     model = converted(trained, calibrate=False)
-    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    before = {name: buffer.clone() for name, buffer in model.named_buffers() if "prior_" not in name}
     table = kn.calibrate(model, images(2))
     for name, buffer in before.items():
         torch.testing.assert_close(buffer, model.get_buffer(name), rtol=0, atol=0)
@@ -441,6 +441,39 @@ def test_a_correction_that_is_loaded_in_inference_mode_can_be_trained_with(train
     assert torch.equal(other[4].prior_scale, model[4].prior_scale)
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_distributed_checkpoint_fills_a_fresh_network(trained, tmp_path):
+    """torch.distributed.checkpoint reads the keys that a network has."""
+    model, fresh = converted(trained), converted(network())
+    model(images(2))
+    dcp.save(model.state_dict(), checkpoint_id=tmp_path)
+    state = fresh.state_dict()
+    dcp.load(state, checkpoint_id=tmp_path)
+    fresh.load_state_dict(state)
+    x = images(2)
+    torch.testing.assert_close(fresh(x), model(x), rtol=0, atol=0)
+    assert_same_corrections(fresh, model)
+
+
+def test_a_fresh_networks_checkpoint_drops_a_correction(trained):
+    model, fresh = converted(trained), converted(network())
+    model.load_state_dict(fresh.state_dict())
+    x = images(2)
+    torch.testing.assert_close(model(x), fresh(x), rtol=0, atol=0)
+
+
+def test_averages_of_a_fresh_network_correct_nothing():
+    """In float32 the average of ones is not one."""
+    model = converted(network())
+    average = torch.optim.swa_utils.AveragedModel(
+        model, avg_fn=lambda old, new, _: 0.7 * old + 0.3 * new, use_buffers=True
+    )
+    for _ in range(20):
+        average.update_parameters(model)
+    average(images(2))
+    assert not any(layer.is_corrected for layer in kalman_layers(average.module))
+
+
 def test_layers_that_use_no_prior_have_no_row(trained):
     model = converted(trained)
     kn.freeze(model[1])
@@ -527,7 +560,8 @@ def test_reset_parameters_forgets_it(trained):
     model = converted(trained)
     model(images(2))
     model[1].reset_parameters()
-    assert model[1].prior_scale is None
+    assert not model[1].is_corrected
+    assert torch.equal(model[1].prior_scale, torch.ones(8))
 
 
 def one_at_a_time(model, **options):
@@ -568,7 +602,7 @@ def test_a_checkpoint_that_waits_says_so_where_nothing_can_correct(trained):
     fresh = one_at_a_time(network())
     with pytest.warns(UserWarning, match=r"KalmanNorm2d '1' loads a checkpoint .* before its prior was corrected"):
         fresh.load_state_dict(waiting)
-    assert fresh[1].prior_scale is None
+    assert not fresh[1].is_corrected
 
 
 @pytest.mark.parametrize("of_kalman", [True, False])

@@ -18,6 +18,7 @@ from network import batch, build, in_two_processes, layers_with_prior, pretraine
 from restart import KILLED_AT
 from sharded import HALVES, load_and_go_on, save_and_go_on
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.nn.parallel import DistributedDataParallel
 
 import kalmannorm as kn
@@ -88,6 +89,27 @@ def trained_on_the_whole_batch(steps=3):
     for step in range(steps):
         train_step(model, optimizer, step)
     return model
+
+
+# -- weights that one process alone has ------------------------------------------------------------
+
+
+def with_weights_of_the_first(rank):
+    images, _ = batch(0)
+    by_ddp = kn.convert(pretrained() if rank == 0 else build())
+    output = DistributedDataParallel(by_ddp)(images).detach()
+    sent = kn.convert(pretrained()).state_dict() if rank == 0 else {}
+    by_dict = kn.convert(build())
+    whole = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(by_dict, sent, options=whole)
+    return {"DDP": output, "set_model_state_dict": by_dict(images).detach()}
+
+
+def test_all_processes_get_the_weights_and_corrections_of_the_first(tmp_path):
+    expected = kn.convert(pretrained())(batch(0)[0]).detach()
+    for result in in_two_processes(with_weights_of_the_first, tmp_path):
+        for output in result.values():
+            torch.testing.assert_close(output, expected)
 
 
 # -- statistics shared by process_group ------------------------------------------------------------

@@ -472,9 +472,10 @@ def test_a_lone_layer_warns_once_by_name_and_is_batch_norm():
     torch.testing.assert_close(y, nn.BatchNorm2d(4)(x), rtol=1e-5, atol=1e-5)
 
 
-def test_state_dict_keys_are_the_stock_layers_and_two():
-    assert set(kn.KalmanNorm2d(4).state_dict()) == {*nn.BatchNorm2d(4).state_dict(), "gain", "process_noise"}
-    assert set(kn.GroupKalmanNorm(2, 4).state_dict()) == {*nn.GroupNorm(2, 4).state_dict(), "gain", "process_noise"}
+def test_state_dict_keys_are_the_stock_layers_and_four():
+    own = {"gain", "process_noise", "prior_shift", "prior_scale"}
+    assert set(kn.KalmanNorm2d(4).state_dict()) == {*nn.BatchNorm2d(4).state_dict(), *own}
+    assert set(kn.GroupKalmanNorm(2, 4).state_dict()) == {*nn.GroupNorm(2, 4).state_dict(), *own}
 
 
 def test_a_batch_norm_checkpoint_loads_strictly():
