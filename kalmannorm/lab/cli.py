@@ -10,7 +10,7 @@ from pkgutil import resolve_name
 # What the extra brings, by the names that are imported.
 NEEDED = (
     "datasets", "filelock", "jinja2", "jsonargparse", "lightning", "matplotlib", "pandas", "pycocotools", "rich",
-    "sklearn", "torchmetrics", "torchvision", "yaml",
+    "sklearn", "timm", "torchmetrics", "torchvision", "yaml",
 )  # fmt: skip
 
 # Of each subcommand its function and its help. The function's keyword arguments are the options, and its docstring is
