@@ -25,7 +25,6 @@ COMMANDS = {
     "test": ("kalmannorm.lab.commands:on_test", "Score a run's last checkpoint on test images."),
     "export": ("kalmannorm.lab.commands:export", "Write the weights of a run, for a script without the laboratory."),
     "layers": ("kalmannorm.lab.layers:layers", "Show what the filter is worth in each layer of a trained network."),
-    "coverage": ("kalmannorm.lab.coverage:coverage", "Tell which layers of other libraries' models get a prior."),
 }
 # Other names of a subcommand, with what comes before the arguments that are given.
 ALIASES = {"study": ["run"], "reproduce": ["run"], "demo": ["run", "demo"]}
