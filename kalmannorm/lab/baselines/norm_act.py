@@ -8,10 +8,18 @@ then its affine map alone, which the paper leaves open and its authors' released
 import math
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from kalmannorm.lab.baselines.activated import replace_batchnorm_relu
 
 __all__ = ["to_evonorm", "to_frn"]
+
+
+def _channels(norm: _BatchNorm) -> int:
+    """Of a BatchNorm of images: timm's layers take nothing else."""
+    if isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm3d)):
+        raise ValueError(f"EvoNorm and FRN got a {type(norm).__name__} to replace, expected BatchNorm of images")
+    return norm.num_features
 
 
 def to_evonorm(model: nn.Module, groups: int = 32) -> nn.Module:
@@ -23,13 +31,16 @@ def to_evonorm(model: nn.Module, groups: int = 32) -> nn.Module:
 
     Returns:
         A traced network that shares everything else with ``model``.
+
+    Raises:
+        ValueError: A BatchNorm of something else than images; and see there.
     """
-    from timm.layers import EvoNorm2dS0  # noqa: PLC0415 - slow
+    from timm.layers.evo_norm import EvoNorm2dS0  # noqa: PLC0415 - slow
 
     return replace_batchnorm_relu(
         model,
         lambda norm, activation: EvoNorm2dS0(
-            norm.num_features, math.gcd(groups, norm.num_features), apply_act=activation is not None, eps=norm.eps
+            _channels(norm), math.gcd(groups, norm.num_features), apply_act=activation is not None, eps=norm.eps
         ),
     )
 
@@ -40,9 +51,9 @@ def to_frn(model: nn.Module) -> nn.Module:
     The paper asks for a learning rate that rises at the start, which `kalmannorm.lab.training.Classifier` gives it with
     every schedule.
     """
-    from timm.layers import FilterResponseNormTlu2d  # noqa: PLC0415 - slow
+    from timm.layers.filter_response_norm import FilterResponseNormTlu2d  # noqa: PLC0415 - slow
 
     return replace_batchnorm_relu(
         model,
-        lambda norm, activation: FilterResponseNormTlu2d(norm.num_features, apply_act=activation is not None, eps=1e-6),
+        lambda norm, activation: FilterResponseNormTlu2d(_channels(norm), apply_act=activation is not None, eps=1e-6),
     )

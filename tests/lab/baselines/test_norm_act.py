@@ -1,5 +1,6 @@
 """EvoNorm-S0 and Filter Response Normalization, as timm's layers are put in."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -54,3 +55,9 @@ def test_without_a_relu_behind_it_there_is_no_activation():
 def test_groups_divide_the_channels():
     networks = [to_evonorm(nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU())) for channels in (64, 48, 6, 5)]
     assert [first(network).groups for network in networks] == [32, 16, 2, 1]
+
+
+@pytest.mark.parametrize("replace", [to_evonorm, to_frn])
+def test_they_are_of_images(replace):
+    with pytest.raises(ValueError, match="got a BatchNorm1d to replace, expected BatchNorm of images"):
+        replace(nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6), nn.ReLU()))
