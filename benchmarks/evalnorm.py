@@ -7,13 +7,18 @@ rates that its search chose, and scores each network by every share of the image
 
 import argparse
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
+from torch import Tensor, nn
 
+from kalmannorm.inference import tracking_layers
 from kalmannorm.lab import experiments, fitting
-from kalmannorm.lab.scoring import evalnorm
 
 STUDY = "batch-sizes-cpu"
 ARMS = ("kn-1", "kn-1-ws-fixed", "bn-2", "bn-128")
@@ -21,7 +26,52 @@ SHARES = (0.0, 0.05, 0.1, 0.2, 0.4, 0.7)
 SEEDS = 3
 
 
-def accuracy(network: torch.nn.Module, loader: object, share: float) -> float:
+@contextmanager
+def evalnorm(network: nn.Module, alpha: float) -> Iterator[None]:
+    """Normalize each image by a blend of its own and the running statistics: EvalNorm (Singh and Shrivastava, 2019).
+
+    With an image's mean ``m`` and variance ``v`` in a channel, and the running ones ``M`` and ``V``, it takes those of
+    a mixture of both:
+
+        mean = alpha m + (1 - alpha) M        var = alpha v + (1 - alpha) V + alpha (1 - alpha) (m - M)^2
+
+    The paper (arXiv:1904.06031) estimates a share of the mean and one of the variance for each layer. Here one share is
+    that of both in all layers, to be chosen on validation images. 0 is plain ``eval()``.
+
+    Args:
+        network: In ``eval()``, with BatchNorm or Kalman layers that have running statistics.
+        alpha: From 0 to 1.
+
+    Raises:
+        ValueError: Another ``alpha``; a network in training, or without running statistics.
+    """
+    layers = tracking_layers(network).values()
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must be from 0 to 1; got {alpha}")
+    if not layers or any(layer.training for layer in layers):
+        raise ValueError(f"evalnorm expects a network in eval() with running statistics; got {type(network).__name__}")
+    hooks = [layer.register_forward_pre_hook(partial(_blended, alpha)) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _blended(alpha: float, layer: Any, args: tuple[Tensor, ...]) -> Tensor:
+    """An input that running statistics normalize as the blend would the layer's own: forward pre-hook."""
+    x = args[0].to(torch.promote_types(args[0].dtype, torch.float32))
+    shape = (-1, x.shape[1], *[1] * (x.ndim - 2))
+    var, mean = torch.var_mean(x.reshape(*x.shape[:2], -1), 2, correction=0)
+    shift = mean - layer.running_mean
+    blend = alpha * var + (1 - alpha) * layer.running_var + alpha * (1 - alpha) * shift.square()
+    scale = ((layer.running_var + layer.eps) / (blend + layer.eps)).sqrt().view(shape)
+    centre = layer.running_mean.view(shape)
+    moved: Tensor = (x - centre - alpha * shift.view(shape)) * scale + centre
+    return moved.to(args[0].dtype)
+
+
+def accuracy(network: nn.Module, loader: object, share: float) -> float:
     """Of a network in ``eval()``, on all images of a loader."""
     right = total = 0
     with torch.no_grad(), evalnorm(network, share):
@@ -58,7 +108,7 @@ def summary(rows: pd.DataFrame) -> str:
         "# EvalNorm",
         "",
         "Each image is normalized by a blend of its own and the running statistics",
-        "(`kalmannorm.lab.scoring.evalnorm`).",
+        "(`benchmarks.evalnorm.evalnorm`).",
         f"The networks are arms of [batch-sizes-cpu](studies/{STUDY}/table.md), trained again. The share of an image's",
         "own statistics is the one that is best on validation images, in the mean over seeds. Accuracy in per cent on",
         f"test images; mean ± deviation over {SEEDS} seeds.",

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.coverage_networks import Network
 from benchmarks.tried import __main__ as command
 from benchmarks.tried import networks, situations, trial
 from benchmarks.tried.page import page
-from kalmannorm.lab.coverage_networks import Network
 
 ROOT = Path(__file__).parent.parent
 SITUATIONS = {each.name: each for each in situations.SITUATIONS}

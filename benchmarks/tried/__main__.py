@@ -40,8 +40,8 @@ def rows(only=""):
 
 
 def _of_network(library, name, network):
+    from benchmarks.coverage_networks import is_installed  # noqa: PLC0415
     from benchmarks.tried.trial import tried  # noqa: PLC0415
-    from kalmannorm.lab.coverage_networks import is_installed  # noqa: PLC0415
 
     for samples in SAMPLES:
         row = {"kind": "network", "library": library, "name": name, "samples": samples, "packages": _versions(library)}
@@ -66,7 +66,7 @@ def _of_situation(situation):
 def _versions(library):
     import importlib.metadata as packages  # noqa: PLC0415
 
-    from kalmannorm.lab.coverage_networks import is_installed  # noqa: PLC0415
+    from benchmarks.coverage_networks import is_installed  # noqa: PLC0415
 
     names = ["torch", *([library] if library != "copied" and is_installed(library) else [])]
     return ", ".join(f"{name} {packages.version(name)}" for name in names)

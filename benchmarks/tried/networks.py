@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kalmannorm.lab.coverage_networks import NETWORKS as OF_PACKAGES
-from kalmannorm.lab.coverage_networks import Network
+from benchmarks.coverage_networks import NETWORKS as OF_PACKAGES
+from benchmarks.coverage_networks import Network
 
 
 def generator():

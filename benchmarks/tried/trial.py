@@ -10,7 +10,7 @@ from collections import Counter
 import torch
 
 import kalmannorm as kn
-from kalmannorm.lab.coverage_networks import outputs_of
+from benchmarks.coverage_networks import outputs_of
 
 STEPS, LAST, RATE = 20, 5, 1e-3
 

@@ -12,15 +12,15 @@ from kalmannorm.lab.seen import Forward, Seen, calls_of, first_element
 __all__ = ["PriorError", "errors_of", "prior_errors", "variance_gaps"]
 
 
-def variance_gaps(network: nn.Module, batches: Iterable[Any], *, own: bool = False,
-                  forward: Forward = first_element) -> dict[str, Tensor]:  # fmt: skip
+def variance_gaps(
+    network: nn.Module, batches: Iterable[Any], *, forward: Forward = first_element
+) -> dict[str, Tensor]:
     """How far each batch's variance is from the moving variance, layer by layer (Fig. 5).
 
     Args:
         network: A trained network with BatchNorm or Kalman layers; it is left as it was, see `watched`.
         batches: Inputs, or tuples that begin with them. A BatchNorm layer takes each as one batch; the groups
             of a Kalman layer with ``stats_batch_size`` are batches of their own.
-        own: Take the batch's own variance, also where a Kalman layer normalizes by a fused one.
         forward: ``forward(network, batch)`` makes the call, for other batches.
 
     Returns:
@@ -33,8 +33,7 @@ def variance_gaps(network: nn.Module, batches: Iterable[Any], *, own: bool = Fal
     for name, calls in calls_of(network, batches, forward).items():
         moving = network.get_submodule(name).running_var
         if isinstance(moving, Tensor):
-            used = [(call.observation if own else call.posterior).var for call in calls]
-            gaps[name] = (torch.cat(used) - moving).abs().cpu()
+            gaps[name] = (torch.cat([call.posterior.var for call in calls]) - moving).abs().cpu()
     return gaps
 
 

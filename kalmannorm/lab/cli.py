@@ -10,7 +10,7 @@ from pkgutil import resolve_name
 # What the extra brings, by the names that are imported.
 NEEDED = (
     "datasets", "filelock", "jinja2", "jsonargparse", "lightning", "matplotlib", "pandas", "pycocotools", "rich",
-    "sklearn", "torchmetrics", "torchvision", "yaml",
+    "sklearn", "timm", "torchmetrics", "torchvision", "yaml",
 )  # fmt: skip
 
 # Of each subcommand its function and its help. The function's keyword arguments are the options, and its docstring is
@@ -25,7 +25,6 @@ COMMANDS = {
     "test": ("kalmannorm.lab.commands:on_test", "Score a run's last checkpoint on test images."),
     "export": ("kalmannorm.lab.commands:export", "Write the weights of a run, for a script without the laboratory."),
     "layers": ("kalmannorm.lab.layers:layers", "Show what the filter is worth in each layer of a trained network."),
-    "coverage": ("kalmannorm.lab.coverage:coverage", "Tell which layers of other libraries' models get a prior."),
 }
 # Other names of a subcommand, with what comes before the arguments that are given.
 ALIASES = {"study": ["run"], "reproduce": ["run"], "demo": ["run", "demo"]}

@@ -54,10 +54,8 @@ def _classifier(name: str, num_classes: int | None, *, trained: bool) -> nn.Modu
     of_timm, own = name.startswith("timm/"), name.removeprefix("timm/")
     network: nn.Module
     if of_timm:
-        try:
-            import timm  # noqa: PLC0415 - not everybody has it
-        except ImportError as error:
-            raise ValueError(f"--network: {name} needs timm: pip install timm") from error
+        import timm  # noqa: PLC0415 - slow
+
         known = timm.list_models()
     else:
         from torchvision import models  # noqa: PLC0415 - slow

@@ -10,7 +10,7 @@ from torch import nn
 from kalmannorm.integrations.lightning import network_of
 from kalmannorm.lab.analysis import errors_of
 from kalmannorm.lab.results import csv_text, write_atomically
-from kalmannorm.lab.seen import Forward, calls_of, first_element, is_watched
+from kalmannorm.lab.seen import calls_of, first_element, is_watched
 from kalmannorm.modules import KalmanNorm
 
 __all__ = ["FilterHistory"]
@@ -20,19 +20,18 @@ class FilterHistory(Callback):
     """Keeps, every so many steps, the gain and process noise of each Kalman layer, and its prior's errors.
 
     The errors are those of `prior_errors` on the batch just trained on, under the weights after it. Nothing of
-    the training changes by it, but for its time: a look is a forward pass. ``rows`` is in checkpoints.
+    the training changes by it, but for its time: a look is a forward pass. ``rows`` is in checkpoints. A batch is an
+    input or begins with one, of the module's one attribute with Kalman layers, or else of the module.
 
     Args:
         every: Steps between two looks; the first is after that many.
         path: A CSV file for the rows, written when training ends; None for none.
-        forward: ``forward(network, batch)`` makes the call, for batches that are no input and no tuple that
-            begins with one; ``network`` is the module's one attribute with such layers, or else the module.
     """
 
-    def __init__(self, every: int = 100, path: Path | None = None, forward: Forward = first_element) -> None:
+    def __init__(self, every: int = 100, path: Path | None = None) -> None:
         if every < 1:
             raise ValueError(f"FilterHistory got every={every}, expected a number above 0")
-        self.every, self.path, self.forward = every, path, forward
+        self.every, self.path = every, path
         self.rows: list[dict[str, Any]] = []
         """One a look and layer: ``step``, ``layer``, ``gain`` at the samples a group it had, the mean over channels
         of ``process_noise`` (None where it has none), and ``ESTIMATE_REFERENCE_MEASURE`` of `PriorError`."""
@@ -51,7 +50,7 @@ class FilterHistory(Callback):
             return
         with trainer.precision_plugin.forward_context():
             network = network_of(pl_module, is_watched)
-            self.rows += [{"step": step, **row} for row in _rows(network, batch, self.forward)]
+            self.rows += [{"step": step, **row} for row in _rows(network, batch)]
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.path is not None and trainer.is_global_zero:
@@ -74,8 +73,8 @@ class FilterHistory(Callback):
         write_atomically(path, csv_text(self.rows))
 
 
-def _rows(network: nn.Module, batch: Any, forward: Forward) -> list[dict[str, Any]]:
-    layers = calls_of(network, [batch], forward)
+def _rows(network: nn.Module, batch: Any) -> list[dict[str, Any]]:
+    layers = calls_of(network, [batch], first_element)
     errors = errors_of(network, layers)
     rows = []
     for name, calls in layers.items():

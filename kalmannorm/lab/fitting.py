@@ -3,6 +3,7 @@
 import os
 import pickle
 import statistics
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -11,9 +12,7 @@ import torch
 import yaml
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
-from torch import nn
 
-from kalmannorm.lab.baselines.moving_average import MovingAverageNorm
 from kalmannorm.lab.configuration import Run, check_same
 from kalmannorm.lab.curve import Curve, RandomState
 from kalmannorm.lab.experiments import load as read
@@ -129,7 +128,7 @@ def fit(
         _check_split(data, split)
     last = folder / "last.ckpt"
     if last.exists():
-        _check_fits(module, last)
+        _take_weights(module, last)  # Lightning's own error, later, would not say which file
     try:
         trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.exists() else None)
     except SystemExit as ended:  # so Lightning ends after Ctrl-C
@@ -227,7 +226,7 @@ def score(folder: Path, split: Split, overrides: Sequence[str] = ()) -> dict[str
 
 def _loaded(run: Run, folder: Path) -> tuple[Trainer, Any, Any]:
     trainer, module, data = run.build()
-    module.load_state_dict(_check_fits(module, Path(folder) / "last.ckpt"))
+    _take_weights(module, Path(folder) / "last.ckpt")
     return trainer, module, data
 
 
@@ -262,33 +261,19 @@ def _check_split(data: Any, split: str) -> None:
         raise ValueError(f"{type(data).__name__} has no {split} split")
 
 
-def _check_fits(module: LightningModule, checkpoint: Path) -> dict[str, Any]:
-    """The weights in a checkpoint, if they are this module's."""
+def _take_weights(module: LightningModule, checkpoint: Path) -> None:
+    """Give a module the weights in a checkpoint, if they are its own."""
     if not checkpoint.is_file():
         raise ValueError(f"{checkpoint.parent} holds no checkpoint: expected a {checkpoint.name}")
     try:
         given: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
         raise ValueError(f"{checkpoint} is not a checkpoint of a run") from error
-    own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    adopted = _adopted(module)
-    for name in dict.fromkeys([*own, *given]):
-        there = tuple(given[name].shape) if name in given else "absent"
-        if name in adopted and name in given and len(there) == len(own[name]):
-            continue
-        if (here := own.get(name, "absent")) != there:
-            raise ValueError(f"{checkpoint} is of another model: {name} is {there} there, and {here} in this one")
-    return given
-
-
-def _adopted(module: nn.Module) -> set[str]:
-    """Names of buffers whose shape comes from what is loaded: see `MovingAverageNorm`."""
-    return {
-        f"{name}.{buffer}"
-        for name, layer in module.named_modules()
-        if isinstance(layer, MovingAverageNorm) and not layer.pooled
-        for buffer in layer.of_places
-    }
+    try:
+        module.load_state_dict(given)
+    except RuntimeError as error:
+        differs = textwrap.shorten(str(error).partition("\n")[2], 200)  # without the line that names the module
+        raise ValueError(f"{checkpoint} is of another model: {differs}") from error
 
 
 def is_first_process() -> bool:

@@ -54,10 +54,10 @@ def as_markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def filled(template: str, **content: Any) -> str:
-    """A template of this folder with its content; in HTML, texts are escaped."""
+def filled(template: Path, **content: Any) -> str:
+    """A template with its content; in HTML, texts are escaped."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=jinja2.select_autoescape(["html"]),
+        loader=jinja2.FileSystemLoader(template.parent), autoescape=jinja2.select_autoescape(["html"]),
         trim_blocks=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True,
     )  # fmt: skip
-    return environment.get_template(template).render(content)
+    return environment.get_template(template.name).render(content)

@@ -68,7 +68,7 @@ def write_page(experiment: Experiment, folder: Path) -> Path:
 
 def render(**content: Any) -> str:
     """The page of ``page.html``; texts are escaped."""
-    return filled("page.html", **content)
+    return filled(Path(__file__).with_suffix(".html"), **content)
 
 
 def _drawn(drawing: Figure) -> Markup:

@@ -80,7 +80,8 @@ def test_another_configuration_or_checkpoint_is_refused_and_nothing_overwritten(
     short["model"]["init_args"]["network"]["init_args"]["width"] = 8
     wider.mkdir()
     (wider / "last.ckpt").write_bytes(before["last.ckpt"])
-    with pytest.raises(ValueError, match=r"of another model: network.conv.weight is \(4, 3, 3, 3\) there, and \(8, "):
+    differs = r"last\.ckpt is of another model: .* network\.conv\.weight: .*\[4, 3, 3, 3\].*\[8, 3, 3, 3\]"
+    with pytest.raises(ValueError, match=differs):
         fit(short, wider)
     (wider / "last.ckpt").write_bytes(b"no checkpoint")
     with pytest.raises(ValueError, match=r"last\.ckpt is not a checkpoint of a run"):

@@ -1,4 +1,4 @@
-"""Logits by the statistics of small batches, and by a blend."""
+"""Logits by the statistics of small batches."""
 
 import copy
 
@@ -8,7 +8,7 @@ import torch
 import kalmannorm
 from kalmannorm.lab.methods import normalize
 from kalmannorm.lab.models.small import SmallConvNet
-from kalmannorm.lab.scoring import evalnorm, online_logits
+from kalmannorm.lab.scoring import online_logits
 
 
 def trained(method, **options):
@@ -63,39 +63,3 @@ def test_layers_get_their_groups_back():
 def test_without_running_statistics_it_is_the_network_itself(method):
     network, images = trained(method), torch.randn(4, 1, 16, 16)
     assert torch.equal(online_logits(network, images, 2), network(images))
-
-
-@pytest.mark.parametrize("method", ["bn", "kn"])
-def test_evalnorm_is_the_blend_of_an_images_and_the_running_statistics(method):
-    network = trained(method).double()
-    layers = [layer for layer in network.modules() if getattr(layer, "running_mean", None) is not None]
-    seen = {}
-    for layer in layers:
-        layer.register_forward_pre_hook(lambda layer, args: seen.update({layer: args[0]}))  # before evalnorm's own
-        layer.register_forward_hook(lambda layer, args, output: seen.update({layer: (seen[layer], output.clone())}))
-    with torch.no_grad(), evalnorm(network, 0.3):
-        network(images := torch.randn(4, 1, 16, 16).double())
-    assert len(layers) == 2
-    for layer in layers:
-        x, y = seen[layer]
-        m, v = x.mean((2, 3), keepdim=True), x.var((2, 3), keepdim=True, correction=0)
-        mean, var = layer.running_mean.view(-1, 1, 1), layer.running_var.view(-1, 1, 1)
-        blend = 0.3 * v + 0.7 * var + 0.3 * 0.7 * (m - mean) ** 2
-        expected = (x - 0.3 * m - 0.7 * mean) / (blend + layer.eps).sqrt()
-        expected = expected * layer.weight.view(-1, 1, 1) + layer.bias.view(-1, 1, 1)
-        assert torch.allclose(y, expected)
-    plain = network(images)
-    with evalnorm(network, 0.0):
-        assert torch.allclose(network(images), plain)
-    with evalnorm(network, 0.5):
-        assert not torch.allclose(network(images), plain)
-        assert torch.allclose(network(images)[:1], network(images[:1]))
-    assert torch.equal(network(images), plain)
-
-
-def test_evalnorm_says_what_it_wants():
-    with pytest.raises(ValueError, match="alpha must be from 0 to 1; got 2"), evalnorm(trained("bn"), 2):
-        pass
-    for network in (trained("gn"), trained("bn").train()):
-        with pytest.raises(ValueError, match="in eval"), evalnorm(network, 0.5):
-            pass

@@ -1,13 +1,15 @@
 """Parts of the two Inception networks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Branches", "Norm", "chain", "unit"]
+__all__ = ["Branches", "Norm", "Row", "chain", "inception", "unit"]
 
 Norm = Callable[[int], nn.Module]
+Row = Sequence[Sequence[tuple[int, int]]]
+"""Of each branch the convolutions, by their filters and size; the last one's stand behind the pooling."""
 
 
 def unit(in_channels: int, channels: int, kernel_size: int, norm_layer: Norm, stride: int = 1) -> nn.Sequential:
@@ -45,3 +47,18 @@ class Branches(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(N, C, H, W)`` to ``(N, sum of C_i, H', W')``."""
         return torch.cat([branch(x) for branch in self.branches], dim=1)
+
+
+def inception(
+    channels: int, row: Row, norm_layer: Norm, width: float = 1.0, stride: int = 1, pool: nn.Module | None = None
+) -> tuple[Branches, int]:
+    """A module for so many channels, each convolution ``width`` times as wide, rounded; and the channels it gives.
+
+    The last convolution of a branch strides, and so does the pooling, the maximum over 3x3 where none is given. Without
+    a convolution behind it the input's channels pass through.
+    """
+    *branches, behind = [[(round(width * filters), size) for filters, size in units] for units in row]
+    pool = pool or nn.MaxPool2d(3, stride, 1)
+    own = [chain(channels, norm_layer, *units, stride=stride) for units in branches]
+    last = nn.Sequential(pool, chain(channels, norm_layer, *behind)) if behind else pool
+    return Branches(*own, last), sum(units[-1][0] for units in branches) + (behind[-1][0] if behind else channels)

@@ -20,7 +20,7 @@ convolution and its ReLU. The table leaves open, and here it is read so:
 
 from torch import Tensor, nn
 
-from kalmannorm.lab.models.branches import Branches, Norm, chain, unit
+from kalmannorm.lab.models.branches import Norm, inception, unit
 
 __all__ = ["CifarInception"]
 
@@ -53,26 +53,21 @@ class CifarInception(nn.Module):
     ) -> None:
         super().__init__()
 
-        def wide(filters: int) -> int:
-            return round(width * filters)
-
-        if wide(LEAST) < 1:
+        channels = round(32 * width)
+        if round(width * LEAST) < 1:
             raise ValueError(f"width must leave 1 or more of {LEAST} filters; got {width}")
-        channels = wide(32)
         self.conv = unit(in_channels, channels, 3, norm_layer, stride=2)
         modules = []
-        for rows in MODULES:
-            own = [[(wide(filters), kernel) for filters, kernel in row] for row in rows]
-            *branches, last = (chain(channels, norm_layer, *row) for row in own)
-            modules.append(Branches(*branches, nn.Sequential(nn.MaxPool2d(3, 1, 1), last)))
-            channels = sum(row[-1][0] for row in own)
+        for row in MODULES:
+            module, channels = inception(channels, row, norm_layer, width)
+            modules.append(module)
         self.inceptions = nn.ModuleList(modules)
         self.classifier = nn.Linear(channels, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images ``(N, in_channels, 32, 32)`` to logits ``(N, num_classes)``."""
         x = self.conv(images)
-        for inception in self.inceptions:
-            x = inception(x)
+        for module in self.inceptions:
+            x = module(x)
         logits: Tensor = self.classifier(x.mean((2, 3)))
         return logits

@@ -11,51 +11,25 @@ Ioffe and Szegedy, "Batch Normalization" (arXiv:1502.03167), appendix and Figure
 Average pooling leaves the border's padding out of the mean, as TensorFlow does. No auxiliary classifiers, no dropout.
 """
 
-from dataclasses import dataclass, replace
-from typing import Self
-
 from torch import Tensor, nn
 
-from kalmannorm.lab.models.branches import Branches, Norm, chain, unit
+from kalmannorm.lab.models.branches import Norm, Row, inception, unit
 
 __all__ = ["InceptionV2"]
 
 
-@dataclass(frozen=True)
-class Module:
-    """One row of Figure 5; a width of 0 is a branch, or a convolution, that is not there."""
-
-    single: int
-    """Channels of the 1x1 branch."""
-    three: tuple[int, int]
-    """Of the 1x1 and the 3x3 convolution of the second branch."""
-    double: tuple[int, int]
-    """Of the 1x1 and of the two 3x3 convolutions of the third branch."""
-    pooled: int
-    """Of the 1x1 convolution behind the pooling."""
-    maximum: bool = False
-    """Max pooling; else average pooling."""
-    stride: int = 1
-    """Of the last convolution of a branch, and of the pooling."""
-
-    def widened(self, width: float) -> Self:
-        """The same with so many times the channels, rounded."""
-        three, double = ((round(a * width), round(b * width)) for a, b in (self.three, self.double))
-        single, pooled = round(self.single * width), round(self.pooled * width)
-        return replace(self, single=single, three=three, double=double, pooled=pooled)
-
-
-FIGURE_5 = {
-    "3a": Module(64, (64, 64), (64, 96), 32),
-    "3b": Module(64, (64, 96), (64, 96), 64),
-    "3c": Module(0, (128, 160), (64, 96), 0, maximum=True, stride=2),
-    "4a": Module(224, (64, 96), (96, 128), 128),
-    "4b": Module(192, (96, 128), (96, 128), 128),
-    "4c": Module(160, (128, 160), (128, 160), 128),
-    "4d": Module(96, (128, 192), (160, 192), 128),
-    "4e": Module(0, (128, 192), (192, 256), 0, maximum=True, stride=2),
-    "5a": Module(352, (192, 320), (160, 224), 128),
-    "5b": Module(352, (192, 320), (192, 224), 128, maximum=True),
+# Of each module the branches, the stride, and whether the pooling is the maximum.
+FIGURE_5: dict[str, tuple[Row, int, bool]] = {
+    "3a": ((((64, 1),), ((64, 1), (64, 3)), ((64, 1), (96, 3), (96, 3)), ((32, 1),)), 1, False),
+    "3b": ((((64, 1),), ((64, 1), (96, 3)), ((64, 1), (96, 3), (96, 3)), ((64, 1),)), 1, False),
+    "3c": ((((128, 1), (160, 3)), ((64, 1), (96, 3), (96, 3)), ()), 2, True),
+    "4a": ((((224, 1),), ((64, 1), (96, 3)), ((96, 1), (128, 3), (128, 3)), ((128, 1),)), 1, False),
+    "4b": ((((192, 1),), ((96, 1), (128, 3)), ((96, 1), (128, 3), (128, 3)), ((128, 1),)), 1, False),
+    "4c": ((((160, 1),), ((128, 1), (160, 3)), ((128, 1), (160, 3), (160, 3)), ((128, 1),)), 1, False),
+    "4d": ((((96, 1),), ((128, 1), (192, 3)), ((160, 1), (192, 3), (192, 3)), ((128, 1),)), 1, False),
+    "4e": ((((128, 1), (192, 3)), ((192, 1), (256, 3), (256, 3)), ()), 2, True),
+    "5a": ((((352, 1),), ((192, 1), (320, 3)), ((160, 1), (224, 3), (224, 3)), ((128, 1),)), 1, False),
+    "5b": ((((352, 1),), ((192, 1), (320, 3)), ((192, 1), (224, 3), (224, 3)), ((128, 1),)), 1, True),
 }
 
 
@@ -87,32 +61,15 @@ class InceptionV2(nn.Module):
             nn.MaxPool2d(3, 2, 1),
         )
         self.inceptions = nn.ModuleDict()
-        for name, row in FIGURE_5.items():
-            row = row.widened(width)
-            self.inceptions[name] = _branches(channels, row, norm_layer)
-            channels = row.single + row.three[1] + row.double[1] + (row.pooled or channels)
+        for name, (row, stride, maximum) in FIGURE_5.items():
+            pool = None if maximum else nn.AvgPool2d(3, stride, 1, count_include_pad=False)
+            self.inceptions[name], channels = inception(channels, row, norm_layer, width, stride, pool)
         self.classifier = nn.Linear(channels, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images ``(N, in_channels, H, W)``, 224 x 224 in the paper, to logits ``(N, num_classes)``."""
         x = self.stem(images)
-        for inception in self.inceptions.values():
-            x = inception(x)
+        for module in self.inceptions.values():
+            x = module(x)
         logits: Tensor = self.classifier(x.mean((2, 3)))
         return logits
-
-
-def _branches(channels: int, row: Module, norm_layer: Norm) -> Branches:
-    """A module, for an input of so many channels."""
-    pool: nn.Module = nn.AvgPool2d(3, row.stride, 1, count_include_pad=False)
-    if row.maximum:
-        pool = nn.MaxPool2d(3, row.stride, 1)
-    (reduced, three), (also_reduced, double) = row.three, row.double
-    branches: list[nn.Module] = [unit(channels, row.single, 1, norm_layer)] if row.single else []
-    branches += [
-        chain(channels, norm_layer, (reduced, 1), (three, 3), stride=row.stride),
-        chain(channels, norm_layer, (also_reduced, 1), (double, 3), (double, 3), stride=row.stride),
-        # The input passes through where no convolution follows.
-        nn.Sequential(pool, unit(channels, row.pooled, 1, norm_layer)) if row.pooled else pool,
-    ]
-    return Branches(*branches)

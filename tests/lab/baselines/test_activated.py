@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import timm
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -96,11 +97,7 @@ def test_a_relu_behind_an_addition_stays():
     assert torch.allclose(replaced(x), expected)
 
 
-def drop_path(probability):
-    return pytest.importorskip("timm").layers.DropPath(probability)
-
-
-@pytest.mark.parametrize("drop", [lambda p: StochasticDepth(p, "row"), drop_path, nn.Dropout])
+@pytest.mark.parametrize("drop", [lambda p: StochasticDepth(p, "row"), timm.layers.DropPath, nn.Dropout])
 def test_what_draws_in_training_does_not_in_eval(drop):
     model, x = Dropping(drop(0.5)), torch.randn(16, 3, 4, 4)
     replaced = replace_batchnorm_relu(model, Activated)
@@ -111,7 +108,6 @@ def test_what_draws_in_training_does_not_in_eval(drop):
 
 
 def test_timm_resnet_and_norm_act():
-    timm = pytest.importorskip("timm")
     model, x = timm.create_model("resnet18", num_classes=3), torch.randn(2, 3, 32, 32)
     expected = copy.deepcopy(model)(x)
     replaced = replace_batchnorm_relu(model, Activated)

@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import timm
 import torch
 from learning import falls, stripes
 from torch import nn
@@ -77,7 +78,6 @@ class TestEvery:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_timm_resnet(method):
-    timm = pytest.importorskip("timm")
     model = METHODS[method].replace(timm.create_model("resnet10t", num_classes=2))
     y = model(torch.randn(4, 3, 64, 64))
     y.sum().backward()

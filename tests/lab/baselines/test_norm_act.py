@@ -1,99 +1,63 @@
-"""EvoNorm-S0 and Filter Response Normalization."""
-
-import copy
-import math
-import re
+"""EvoNorm-S0 and Filter Response Normalization, as timm's layers are put in."""
 
 import pytest
 import torch
 from torch import nn
 
-from kalmannorm.lab.baselines.norm_act import EvoNorm2d, FilterResponseNorm2d
+from kalmannorm.lab.baselines.norm_act import to_evonorm, to_frn
 
 
-def random_layer(kind, **options):
-    layer = kind(6, **options).double()
-    for parameter in layer.parameters():
+def replaced(replace, *layers, **options):
+    """A network in float64, each of whose parameters is drawn."""
+    network = replace(nn.Sequential(*layers).double(), **options)
+    for parameter in network.parameters():
         nn.init.normal_(parameter)
-    return layer
+    return network
 
 
-def evonorm(x, layer, n, c):
-    group = x[n, :3] if c < 3 else x[n, 3:]
-    std = (((group - group.mean()) ** 2).mean() + 1e-5).sqrt()
-    gate = 1 / (1 + (-layer.v[c] * x[n, c]).exp())
-    return x[n, c] * gate / std * layer.weight[c] + layer.bias[c]
+def first(network):
+    return network.get_submodule("0")
 
 
-def frn(x, layer, n, c):
-    nu2 = sum(float(pixel) ** 2 for pixel in x[n, c].flatten()) / x[n, c].numel()
-    eps = 0.1 + (0 if layer.more_eps is None else abs(layer.more_eps.item()))
-    y = layer.weight[c] * x[n, c] / (nu2 + eps) ** 0.5 + layer.bias[c]
-    return y if layer.threshold is None else torch.where(y > layer.threshold[c], y, layer.threshold[c])
+def by_channel(values):
+    return values.view(-1, 1, 1)
 
 
-@pytest.mark.parametrize(
-    ("plain", "kind", "options"),
-    [
-        (evonorm, EvoNorm2d, {"groups": 2}),
-        *((frn, FilterResponseNorm2d, {"eps": 0.1, "activation": a, "learned_eps": b}) for a in (0, 1) for b in (0, 1)),
-    ],
-)
-def test_the_plain_formula(plain, kind, options):
-    layer, x = random_layer(kind, **options), torch.randn(2, 6, 4, 5).double()
-    expected = torch.stack([torch.stack([plain(x, layer, n, c) for c in range(6)]) for n in range(2)])
-    assert torch.allclose(layer(x), expected)
-    assert torch.equal(copy.deepcopy(layer).eval()(x), layer(x))
+def test_evonorm_by_its_formula():
+    network, x = replaced(to_evonorm, nn.BatchNorm2d(6, eps=0.1), nn.ReLU(), groups=2), torch.randn(2, 6, 4, 5).double()
+    layer = first(network)
+    groups = x.reshape(2, 2, -1)
+    std = (((groups - groups.mean(2, keepdim=True)) ** 2).mean(2) + 0.1).sqrt().repeat_interleave(3, 1)
+    gated = x / (1 + (-by_channel(layer.v) * x).exp()) / std[..., None, None]
+    expected = gated * by_channel(layer.weight) + by_channel(layer.bias)
+    assert torch.allclose(network(x), expected, atol=1e-6)
+    assert torch.equal(network.eval()(x), network.train()(x))
 
 
-def test_evonorm_without_activation_is_affine():
-    layer, x = random_layer(EvoNorm2d, activation=False), torch.randn(2, 6, 3, 3).double()
-    assert torch.allclose(layer(x), x * layer.weight.view(-1, 1, 1) + layer.bias.view(-1, 1, 1))
-    assert layer.v is None
+def test_frn_by_its_formula():
+    network, x = replaced(to_frn, nn.BatchNorm2d(6), nn.ReLU()), torch.randn(2, 6, 4, 5).double() / 1000
+    layer = first(network)
+    y = x / (x.square().mean((2, 3), keepdim=True) + 1e-6).sqrt()  # so small that the paper's eps shows
+    expected = torch.maximum(y * by_channel(layer.weight) + by_channel(layer.bias), by_channel(layer.tau))
+    assert torch.allclose(network(x), expected, atol=1e-6)
+    assert torch.equal(network.eval()(x), network.train()(x))
+
+
+def test_without_a_relu_behind_it_there_is_no_activation():
+    x = torch.randn(2, 6, 3, 3).double()
+    layer = first(replaced(to_evonorm, nn.BatchNorm2d(6), nn.Conv2d(6, 6, 1)))
+    assert torch.allclose(layer(x), x * by_channel(layer.weight) + by_channel(layer.bias))
+    layer = first(replaced(to_frn, nn.BatchNorm2d(6), nn.Conv2d(6, 6, 1)))
+    y = x / x.square().mean((2, 3), keepdim=True).sqrt()
+    assert torch.allclose(layer(x), y * by_channel(layer.weight) + by_channel(layer.bias), atol=1e-5)
 
 
 def test_groups_divide_the_channels():
-    assert [EvoNorm2d(channels).groups for channels in (64, 48, 6, 5)] == [32, 16, 2, 1]
+    networks = [to_evonorm(nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU())) for channels in (64, 48, 6, 5)]
+    assert [first(network).groups for network in networks] == [32, 16, 2, 1]
 
 
-def test_at_first_evonorm_is_silu_of_standardized_images_scaled():
-    x = torch.randn(1, 2, 50, 50)
-    x = x / x.std(correction=0)
-    assert math.isclose(EvoNorm2d(2, groups=1)(x).mean().item(), nn.functional.silu(x).mean().item(), rel_tol=1e-3)
-
-
-def test_frn_loses_the_scale():
-    layer, x = random_layer(FilterResponseNorm2d, eps=0.0), torch.randn(2, 6, 4, 4).double()
-    scales = torch.rand(2, 6, 1, 1).double() + 0.1
-    assert torch.allclose(layer(scales * x), layer(x))
-
-
-def test_frns_gradient_is_orthogonal_to_the_input():
-    # What scale invariance means for training.
-    layer = random_layer(FilterResponseNorm2d, eps=0.0, activation=False)
-    x = torch.randn(2, 6, 4, 4).double().requires_grad_()
-    (gradient,) = torch.autograd.grad(layer(x), x, torch.randn(2, 6, 4, 4).double())
-    assert (gradient * x).sum((2, 3)).abs().max() < 1e-12
-
-
-def test_at_first_frns_threshold_is_relu():
-    assert FilterResponseNorm2d(3)(torch.randn(2, 3, 4, 4)).min() == 0
-
-
-@pytest.mark.parametrize(("kind", "options"), [(EvoNorm2d, {"groups": 3}), (FilterResponseNorm2d, {"learned_eps": 1})])
-class TestBoth:
-    def test_gradcheck(self, kind, options):
-        layer = random_layer(kind, **options)
-        assert torch.autograd.gradcheck(layer, torch.randn(2, 6, 2, 2).double().requires_grad_())
-
-    def test_state_dict_and_type(self, kind, options):
-        layer, again, x = random_layer(kind, **options), kind(6, **options).double(), torch.randn(2, 6, 4, 4)
-        again.load_state_dict(layer.state_dict())
-        assert torch.equal(again(x.double()), layer(x.double()))
-        assert layer.float()(x.bfloat16()).dtype == torch.bfloat16
-
-    @pytest.mark.parametrize("shape", [(2, 6), (2, 4, 5, 5)])
-    def test_a_wrong_shape_raises(self, kind, options, shape):
-        message = f"{kind.__name__} got an input of shape {shape}, expected (N, 6, H, W)"
-        with pytest.raises(ValueError, match=re.escape(message)):
-            kind(6, **options)(torch.randn(shape))
+@pytest.mark.parametrize("replace", [to_evonorm, to_frn])
+def test_they_are_of_images(replace):
+    with pytest.raises(ValueError, match="got a BatchNorm1d to replace, expected BatchNorm of images"):
+        replace(nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6), nn.ReLU()))

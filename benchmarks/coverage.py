@@ -1,9 +1,11 @@
 """Which layers of which models get a prior: torchvision's, each family of timm's, and networks of other packages.
 
-Each model is built without weights, converted, described, trained for one step on a batch of noise,
-and deployed. Models too large for that are described on the meta device, where nothing is computed.
+``python -m benchmarks.coverage --output docs/results`` makes the table and the page of it; rows of models that are
+passed over stay as they are. Each model is built without weights, converted, described, trained for one step on a batch
+of noise, and deployed. Models too large for that are described on the meta device, where nothing is computed.
 """
 
+import argparse
 import dataclasses
 import gc
 import importlib.metadata
@@ -21,11 +23,9 @@ from rich.progress import track
 from torch import Tensor, nn
 
 import kalmannorm as kn
-from kalmannorm.lab.coverage_networks import NETWORKS, Network, is_installed, outputs_of
+from benchmarks.coverage_networks import NETWORKS, Network, is_installed, outputs_of
 from kalmannorm.lab.formatting import filled
 from kalmannorm.stand_ins import stand_in
-
-__all__ = ["TIMM", "Coverage", "Subject", "cover", "coverage", "page", "subjects"]
 
 # Of each of timm's families with BatchNorm (a family is a file of timm.models) the smallest model, and
 # more of those that build several kinds of network.
@@ -64,7 +64,7 @@ class Subject:
         if self.network is not None:
             return self.network.build()
         if self.library == "timm":
-            import timm  # noqa: PLC0415 - an extra
+            import timm  # noqa: PLC0415 - slow
 
             model: nn.Module = timm.create_model(self.name)
             return model
@@ -263,21 +263,16 @@ def _deploy(subject: Subject, model: nn.Module, inputs: tuple[Any, ...]) -> floa
     return max(differences)
 
 
-def coverage(output: str = ".", only: str = "") -> None:
-    """Count the layers that get a prior, over torchvision's models, timm's families and networks of other packages.
-
-    Rows of models that are passed over stay as they are in the table.
-
-    Args:
-        output: Folder for coverage.csv, and for coverage.md, the page made from it.
-        only: A regular expression: models whose library/name it does not match are passed over.
-    """
-    if not is_installed("timm"):
-        raise ValueError("timm not found: pip install timm")
-    chosen = [each for each in subjects() if re.search(only, f"{each.library}/{each.name}")]
+def main(given: Sequence[str] | None = None) -> None:
+    """See above."""
+    parser = argparse.ArgumentParser("python -m benchmarks.coverage", description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path(), help="folder for coverage.csv and coverage.md")
+    parser.add_argument("--only", default="", metavar="PATTERN", help="a regular expression for library/name")
+    options = parser.parse_args(given)
+    chosen = [each for each in subjects() if re.search(options.only, f"{each.library}/{each.name}")]
     if not chosen:
-        raise ValueError(f"no model matches {only!r}")
-    folder = Path(output)
+        parser.error(f"no model matches {options.only!r}")
+    folder: Path = options.output
     folder.mkdir(parents=True, exist_ok=True)
     table = folder / "coverage.csv"
     # In the order of the table, and new ones behind.
@@ -327,7 +322,7 @@ def page(found: Sequence[Coverage]) -> str:
             models[reason].append(each.model)
             layers[reason] += int(count)
     return filled(
-        "coverage.md",
+        Path(__file__).with_suffix(".md"),
         found=found,
         packages=sorted({package for each in found for package in each.packages.split(", ")}),
         largest=_LARGEST // 10**6,
@@ -338,3 +333,7 @@ def page(found: Sequence[Coverage]) -> str:
         libraries=[(name, len(own), _share(own)) for name, own in libraries.items()],
         reasons=[(reason, count, models[reason]) for reason, count in layers.most_common()],
     )
+
+
+if __name__ == "__main__":
+    main()

@@ -2,16 +2,15 @@
 
 import pandas as pd
 import pytest
+import timm
 import torch
 from torch import nn
 
 import kalmannorm as kn
-from kalmannorm.lab.coverage import TIMM, Coverage, Subject, cover, coverage, page, read, subjects
-from kalmannorm.lab.coverage_networks import NETWORKS, graph
+from benchmarks.coverage import TIMM, Coverage, Subject, cover, main, page, read, subjects
+from benchmarks.coverage_networks import NETWORKS, graph
 
-pytest.importorskip("timm")
-
-# One of each kind of building block, small enough for every run of the tests; `kalmannorm coverage` runs all.
+# One of each kind of building block, small enough for every run of the tests; `python -m benchmarks.coverage` runs all.
 _QUICK = """
     torchvision/densenet121 torchvision/efficientnet_b0 torchvision/googlenet torchvision/mnasnet0_5
     torchvision/mobilenet_v2 torchvision/mobilenet_v3_small torchvision/regnet_y_400mf torchvision/resnet18
@@ -61,8 +60,6 @@ def test_models_without_batch_norm_are_passed_over():
 
 
 def test_timm_knows_the_models():
-    import timm
-
     missing = [name for name in TIMM if not timm.is_model(name)]
     assert not missing
     assert len(set(TIMM)) == len(TIMM)
@@ -86,21 +83,22 @@ def test_a_model_that_fails_is_reported(monkeypatch):
 
 
 def test_the_command_writes_a_table_and_a_page(tmp_path, capsys):
-    coverage(str(tmp_path), "torchvision/(mobilenet_v3_small|mnasnet0_5)$")
+    main(["--output", str(tmp_path), "--only", "torchvision/(mobilenet_v3_small|mnasnet0_5)$"])
     assert [row.model for row in read(tmp_path / "coverage.csv")] == ["mnasnet0_5", "mobilenet_v3_small"]
     text = (tmp_path / "coverage.md").read_text()
     assert "**86 of 86 layers (100.00 %) of 2 models have a prior by rule.**" in text
     assert "| torchvision | classification | mnasnet0_5 | 64 | 52 of 52 | ok |" in text
     assert "86 of 86" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="no model matches 'nothing like it'"):
-        coverage(str(tmp_path), "nothing like it")
+    with pytest.raises(SystemExit, match="2"):
+        main(["--only", "nothing like it"])
+    assert "no model matches 'nothing like it'" in capsys.readouterr().err
 
 
 def test_rows_of_other_models_stay(tmp_path):
     other = Coverage("l", "m", "t", 64, "cpu", 9, 5, 1, 0, 0, "no rule for f (3); masked (1)", "ok", 0.0, 1.0, "p 2")
     pd.DataFrame([other]).to_csv(tmp_path / "coverage.csv", index=False)
-    coverage(str(tmp_path), "torchvision/mnasnet0_5$")
-    coverage(str(tmp_path), "torchvision/mnasnet0_5$")
+    for _ in range(2):
+        main(["--output", str(tmp_path), "--only", "torchvision/mnasnet0_5$"])
     kept, new = read(tmp_path / "coverage.csv")
     assert kept == other
     assert (new.model, new.with_prior) == ("mnasnet0_5", 52)
@@ -136,8 +134,6 @@ def test_the_page_lists_reasons():
 
 def test_in_place_of_timms_layers():
     """State-dict keys, attributes, `eval()` output and the way back."""
-    import timm
-
     torch.manual_seed(0)
     model = timm.create_model("regnetx_002", num_classes=3).eval()
     x = torch.randn(2, 3, 32, 32)
