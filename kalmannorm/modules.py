@@ -598,7 +598,7 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
         else:
             attach(out.output, Packed(out.belief), self.layer_name or type(self).__name__)
         if relu:
-            attach_step(out.output, F.relu)
+            attach_step(out.output, F.relu, mode)
         return out.output
 
     def _check_values(self, count: int) -> None:

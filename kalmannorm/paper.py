@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kalmannorm.gaussian import Gaussian, Unknown
 from kalmannorm.kernels.autograd import in_grad_mode, saved_tensor_hooks
-from kalmannorm.propagation import FAILURES, NO_INPUT, end_chains, evaluate, exact, first_line, function_name, operands
+from kalmannorm.propagation import FAILURES, NO_INPUT, evaluate, exact, first_line, function_name, operands
 from kalmannorm.rules import Belief
 from kalmannorm.steps import Step, computed_in, may_use, replace, step_of
 
@@ -79,8 +79,6 @@ def drawn(step: Step, groups: int) -> Tensor | Unknown:
         draws = _draw(step, groups) if step.function is None else _by_call(step, kept)
         step.draws, step.draws_in, step.depth = draws, computed_in(step.draws, now), 0
         step.groups_drawn = groups
-        if now is None:
-            end_chains(step)
         return draws
 
     draws: Tensor | Unknown = evaluate(step, kept, draw)

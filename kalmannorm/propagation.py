@@ -24,7 +24,7 @@ from kalmannorm.rules.table import BELIEF_FIRST, as_rule_is_called
 from kalmannorm.steps import Step, computed_in, may_use, replace, step_of
 
 __all__ = [
-    "FAILURES", "NO_INPUT", "belief_for", "end_chains", "evaluate", "exact", "first_line", "function_name", "operands",
+    "FAILURES", "NO_INPUT", "belief_for", "evaluate", "exact", "first_line", "function_name", "operands", "settle",
     "true_depth", "without_autocast",
 ]  # fmt: skip
 
@@ -87,29 +87,23 @@ def exact(step: Step) -> Belief:
             if not step.grad:
                 belief = belief.detach()
         step.belief, step.belief_in, step.depth = belief, computed_in(step.belief, now), 0
-        if now is None:
-            end_chains(step)
         return belief
 
     belief: Belief = evaluate(step, kept, apply_rule)
     return belief
 
 
-def end_chains(step: Step) -> None:
-    """Let the parents that were recorded in earlier passes forget how they came about: their value is known now. A
-    state that a network passes to itself from call to call would keep all of these calls.
+def settle(step: Step, source: str) -> None:
+    """Evaluate a step, and let it forget how it came about: a tensor that the network keeps would keep all calls that
+    led to it, and a state that it passes to itself those of all earlier passes. Autocast must be off.
+
+    Not inside of a checkpointed region, which runs again.
     """
-    for parent in step.parents:
-        if parent.function is None or None in (parent.recorded_in, step.recorded_in):
-            continue
-        if parent.recorded_in is step.recorded_in or not (parent.hooks is parent.belief_in is parent.draws_in is None):
-            continue
-        if isinstance(parent.belief, Rectified):
-            parent.belief = parent.belief.evaluate().of(parent.shape)
-        elif parent.belief is None:
-            parent.belief = Unknown("it was drawn in an earlier pass, for another number of statistic groups")
-        parent.function, parent.args, parent.kwargs, parent.parents = None, (), {}, ()
-        parent.source = "an earlier pass"
+    if step.function is None or not (saved_tensor_hooks() is step.hooks is step.belief_in is None):
+        return
+    belief = exact(step)
+    step.belief = belief.evaluate().of(step.shape) if isinstance(belief, Rectified) else belief
+    step.function, step.args, step.kwargs, step.parents, step.source = None, (), {}, (), source
 
 
 def true_depth(step: Step) -> int:

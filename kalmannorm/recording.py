@@ -23,9 +23,9 @@ from kalmannorm.gaussian import Gaussian, Unknown
 from kalmannorm.kernels.autograd import alias
 from kalmannorm.kernels.layer import rectify_output
 from kalmannorm.priors import KeptPriors
-from kalmannorm.propagation import true_depth
+from kalmannorm.propagation import settle, true_depth, without_autocast
 from kalmannorm.rules import RULES, Belief
-from kalmannorm.rules.table import FACTORIES, LIKE, OVERWRITING, SOURCES
+from kalmannorm.rules.table import FACTORIES, LIKE, OVERWRITING, SOURCES, aliases
 from kalmannorm.steps import SCALARS, Step, detached, put, state_of, step_of
 
 __all__ = ["Recorder", "attach", "attach_step", "current", "is_open", "is_resting", "paused"]
@@ -37,6 +37,7 @@ _BASE = Tensor._base.__get__  # type: ignore[union-attr]
 _LONGEST = 2000
 
 
+_DETACH = frozenset(aliases("detach"))
 _IN_PLACE_RELUS = frozenset((F.relu, F.relu_, torch.relu_, Tensor.relu_))
 # Methods that are written in Python, by name.
 _IN_PYTHON = {"__rsub__": torch.rsub, "pow": torch.pow, "__pow__": torch.pow}
@@ -129,14 +130,28 @@ class Recorder(TorchFunctionMode):
             return
         if args and output is args[0] and not torch.compiler.is_compiling() and output._base is not None:
             attach(output._base, Unknown("a view of it was changed in place"), "")
+        mark = self.this_pass()
+        for parent in parents:
+            if parent.recorded_in is not mark and parent.recorded_in is not None:
+                _settle(parent, output, "an earlier pass")
         unknown = _why_unknown(func, args, recorded, output, parents)
         if unknown is not None:
             attach(output, unknown, "")
             return
         step = Step(func, recorded, keywords, tuple(output.shape), index, parents=parents)
-        if not torch.compiler.is_dynamo_compiling():
-            step.recorded_in = self.passes.get(threading.get_ident())
+        step.recorded_in = mark
+        if func in _DETACH and mark is not None:  # it is likely to be kept
+            _settle(step, output, "a detached tensor")
         put(output, step)
+
+    def this_pass(self) -> object:
+        """The mark of the pass that this thread is in; None to a compiler."""
+        return None if torch.compiler.is_dynamo_compiling() else self.passes.get(threading.get_ident())
+
+
+def _settle(step: Step, tensor: Tensor, source: str) -> None:
+    with without_autocast(tensor.device):
+        settle(step, source)
 
 
 def _why_unknown(func: Any, args: Any, recorded: Any, output: Tensor, parents: Sequence[Step]) -> Unknown | None:
@@ -250,6 +265,8 @@ def attach(tensor: Tensor, belief: Belief, source: str) -> None:
         enter_again(step.hooks, lambda: Recorder(mode.layers))
 
 
-def attach_step(tensor: Tensor, func: Any) -> None:
+def attach_step(tensor: Tensor, func: Any, mode: Recorder) -> None:
     """Record a function that was applied to a tensor with a belief where the mode was paused."""
-    put(tensor, Step(func, (step_of(tensor),), {}, tuple(tensor.shape)))
+    step = Step(func, (step_of(tensor),), {}, tuple(tensor.shape))
+    step.recorded_in = mode.this_pass()
+    put(tensor, step)
