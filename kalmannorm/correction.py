@@ -92,9 +92,10 @@ class CorrectedPrior(nn.Module):
     def _read_correction(self) -> None:
         """Take the correction as the buffers have it: averages of weights leave ones near one, and zeros zero."""
         shift, scale = self.prior_shift, self.prior_scale
-        if scale.is_meta or type(scale) not in (Tensor, nn.Parameter):
+        waits = scale < 0
+        if waits.is_meta or type(waits) is not Tensor:  # a compiler's or exporter's stand-in
             return
-        self.awaits_correction = bool((scale < 0).any())
+        self.awaits_correction = bool(waits.any())
         self.is_corrected = bool((shift != 0).any()) or bool(((scale - 1).abs() > 1e-3).any())
         self._settled = _state(scale)
 
@@ -122,20 +123,21 @@ class CorrectedPrior(nn.Module):
         statistics.
         """
         shift, scale = self.prior_shift, self.prior_scale
-        if not self.awaits_correction:
+        compiling = torch.compiler.is_compiling()
+        # Buffers cannot be changed in place inside of torch.func, nor read where they are put in for one call.
+        is_derived = scale.is_meta or (is_transformed() and not compiling)
+        if not (self.awaits_correction or (is_derived and self._has_target and _state(scale) != self._settled)):
             return (shift, scale) if self.is_corrected else ()
         given = prior.detach().per_channel(1)
         found = self.correction_to(given, self.correction_target().map(lambda t: t.to(given.mean.device)))
-        compiling = torch.compiler.is_compiling()
-        # Buffers cannot be changed in place inside of torch.func, and hold nothing on meta. A batch that is not
-        # finite may make priors so; the next one corrects them.
-        if scale.is_meta or (is_transformed() and not compiling):
-            return found
+        if is_derived:
+            return torch.where(scale < 0, found[0], shift), torch.where(scale < 0, found[1], scale)
+        # A batch that is not finite may make priors so; the next one corrects them.
         if not (compiling or all(bool(t.isfinite().all()) for t in (given.mean, given.var))):
             return found
         with torch.no_grad():
-            shift.copy_(found[0])
-            scale.copy_(found[1])
+            shift.copy_(found[0].detach())  # an exported graph forgets that there are no gradients here
+            scale.copy_(found[1].detach())
         self.dropped_statistics = None
         self.awaits_correction = False
         self._settled = _state(scale)
@@ -156,6 +158,10 @@ class CorrectedPrior(nn.Module):
     def correction_target(self) -> Gaussian:
         """The statistics that a correction leads to, ``(1, C)``."""
         return self._running_belief() if self.dropped_statistics is None else self.dropped_statistics
+
+    @property
+    def _has_target(self) -> bool:
+        return self.dropped_statistics is not None or getattr(self, "running_mean", None) is not None
 
     def _running_belief(self) -> Gaussian:
         """The running statistics, ``(1, C)``."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from kalmannorm.gaussian import Gaussian, Unknown
+from kalmannorm.kernels.autograd import is_transformed
 from kalmannorm.priors import may_be_kept
 from kalmannorm.recording import Recorder, attach, current, is_resting
 from kalmannorm.shards import watch_shards
@@ -148,7 +149,7 @@ class Watch:
         """Keep the given beliefs on the inputs' device: a copy at each call would make the device wait, and a CUDA
         graph allows none. A compiled call makes a copy, as a change here would compile it again.
         """
-        if not self.given or torch.compiler.is_compiling():
+        if not self.given or is_transformed():  # torch.func makes wrappers that end with the call
             return
         tensor = next((t for t in found_in(values, Tensor) if t.is_floating_point()), None)
         if tensor is None or tensor.is_meta:

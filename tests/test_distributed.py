@@ -18,6 +18,7 @@ from network import batch, build, in_two_processes, layers_with_prior, pretraine
 from restart import KILLED_AT
 from sharded import HALVES, load_and_go_on, save_and_go_on
 from torch import nn
+from torch.distributed import pipelining
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.nn.parallel import DistributedDataParallel
 
@@ -314,6 +315,44 @@ def test_a_checkpoint_of_one_process_goes_on_in_two(sharded):
     for result in two:
         assert_same(result["loaded"]["checkpoint"], one["checkpoint"], rtol=0, atol=0)
         assert_same(result["loaded"]["next"], one["next"], rtol=0, atol=1e-6)
+
+
+# -- pipelines -------------------------------------------------------------------------------------
+
+
+def three_norms(trained=False):
+    torch.manual_seed(0)
+    parts = ((nn.Conv2d(channels, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()) for channels in (3, 4, 4))
+    model = nn.Sequential(*(layer for part in parts for layer in part)).double()
+    for _ in range(20 if trained else 0):
+        model(batch(0)[0])
+    return kn.convert(model, input_stats=([0.0] * 3, [1.0] * 3))
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["fresh", "pretrained"])
+def test_a_traced_pipeline_is_the_whole_network(trained):
+    model, x = three_norms(trained), batch(0)[0]
+    model(x)
+    whole = copy.deepcopy(model)
+    pipe = pipelining.pipeline(model, mb_args=(x,), split_spec={"3": pipelining.SplitPoint.BEGINNING})
+    handed_on = pipe.get_stage_module(0)(x)
+    y, expected = pipe.get_stage_module(1)(*handed_on), whole(x)
+    torch.testing.assert_close(y, expected)
+    for each in (y, expected):
+        each.square().sum().backward()
+    for one, other in zip(model.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["fresh", "pretrained"])
+def test_stages_cut_by_hand_are_connected_one_by_one(trained):
+    model = three_norms(trained)
+    first, second = kn.connect(model[:4], input_stats=([0.0] * 3, [1.0] * 3)), kn.connect(model[4:])
+    x = batch(0)[0]
+    assert [row.prior_from for row in kn.describe(first, x).rows] == [("input",)]
+    received = first(x).detach().clone()
+    behind = ("its running statistics",) if trained else ()
+    assert [row.prior_from for row in kn.describe(second, received).rows] == [behind, ("4",)]
 
 
 # -- a process that dies ---------------------------------------------------------------------------

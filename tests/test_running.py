@@ -504,10 +504,12 @@ def test_running_statistics_that_cannot_be_updated_are_an_error_as_batch_norms(t
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-@pytest.mark.parametrize("training", [True, False])
-def test_an_ensemble(training):
+@pytest.mark.parametrize(("training", "options"), [
+    (True, {}), (False, {}), (True, {"stats_batch_size": 1}), (True, {"track_running_stats": False}),
+])  # fmt: skip
+def test_an_ensemble(training, options):
     """Training too: each model's running statistics are then an argument of the function."""
-    models = [functional_net(training)[0] for _ in range(3)]
+    models = [kn.convert(stock_net()[:6], **options).double().train(training) for _ in range(3)]
     for model in models[1:]:
         for parameter in model.parameters():
             parameter.data += 0.1 * torch.randn_like(parameter)
@@ -516,7 +518,19 @@ def test_an_ensemble(training):
     skeleton = copy.deepcopy(models[0]).to("meta")
     y = vmap(lambda p, b: functional_call(skeleton, (p, b), (x,)))(parameters, own)
     equal(y, torch.stack([model(x) for model in models]), 1e-10)
-    equal(own["4.running_var"], torch.stack([model[4].running_var for model in models]), 1e-10)
+    equal(own, stack_module_state(models)[1], 1e-10)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_a_compiled_ensemble():
+    models = [kn.convert(stock_net()[:6], stats_batch_size=1) for _ in range(2)]
+    x, (parameters, own) = torch.randn(2, 3, 6, 6), stack_module_state(models)
+
+    def ensemble(buffers):
+        return vmap(lambda p, b: functional_call(models[0], (p, b), (x,)))(parameters, buffers)
+
+    y = torch.compile(ensemble, backend="eager")({name: buffer.clone() for name, buffer in own.items()})
+    equal(y, ensemble(own), 1e-5)
 
 
 def test_draws_under_vmap_follow_its_randomness():

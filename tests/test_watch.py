@@ -12,6 +12,7 @@ import torch
 from networks import Checkpointed, conv_net, conv_net_like, prior_of
 from torch import nn
 from torch._subclasses import FakeTensorMode
+from torch.func import functional_call, grad
 
 import kalmannorm as kn
 from kalmannorm.recording import is_open
@@ -817,6 +818,21 @@ def test_kept_priors_follow_a_step_that_no_count_tells_of():
     optimizer.step()
     with torch.no_grad():
         torch.testing.assert_close(model(x), copy.deepcopy(model)(x), rtol=0, atol=0)
+
+
+def test_a_first_call_inside_of_torch_func_leaves_no_wrappers():
+    model, x = one_at_a_time().train(), torch.randn(2, 3, 10, 10)
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def loss(given):
+        return functional_call(model, given, (x,)).square().sum()
+
+    def after_a_step(given):
+        return loss({name: given[name] - 0.1 * g for name, g in grad(loss)(given).items()})
+
+    first, again = grad(after_a_step)(parameters), grad(after_a_step)(parameters)
+    torch.testing.assert_close(again, first, rtol=0, atol=0)
+    torch.testing.assert_close(copy.deepcopy(model)(x), model(x), rtol=0, atol=0)
 
 
 def test_replicas_are_no_replaced_layers(recwarn):

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from itertools import takewhile
 from typing import Any
 
 import lightning
@@ -20,6 +21,10 @@ from kalmannorm.stand_ins import stand_in
 from kalmannorm.traversal import kalman_layers
 
 __all__ = ["KalmanNormCallback", "annealing", "check_annealing", "network_of", "recalibrate_by_training_batches"]
+
+
+# Callbacks that copy the module in `setup`. By name, as the first is not in each release of Lightning.
+_AVERAGING = {"WeightAveraging", "StochasticWeightAveraging"}
 
 
 class _SyncOfStockLayers(TorchSyncBatchNorm):
@@ -39,8 +44,8 @@ class KalmanNormCallback(lightning.Callback):
     It converts in `setup`: before `configure_optimizers`, so the optimizer gets gains and process noises, and
     before a checkpoint is loaded, so `ckpt_path=` works in each of the trainer's methods. It does not convert a
     network that has Kalman layers already, or one that is built later, in `LightningModule.setup` or
-    `configure_model`: call `kalmannorm.convert` there. With `Trainer(sync_batchnorm=True)`, Kalman layers without
-    `stats_batch_size` share statistics between processes.
+    `configure_model`: call `kalmannorm.convert` there. Callbacks that average weights come after it. With
+    `Trainer(sync_batchnorm=True)`, Kalman layers without `stats_batch_size` share statistics between processes.
 
     Without a trainer, `load_from_checkpoint(path, strict=False)` gives the BatchNorm network to deploy; so do
     the strategies that spawn processes, in the main process.
@@ -61,8 +66,9 @@ class KalmanNormCallback(lightning.Callback):
             normalization layers, or of the module itself if several attributes have them.
 
     Raises:
-        ValueError: In `setup`, from `kalmannorm.convert`, for example without a layer to convert. For an ``anneal`` not
-            above 0 or an ``anneal_from`` outside [0, 1); in training, for an ``anneal`` without a last step.
+        ValueError: In `setup`, from `kalmannorm.convert`, for example without a layer to convert, and for a callback
+            before it that averages weights. For an ``anneal`` not above 0 or an ``anneal_from`` outside [0, 1); in
+            training, for an ``anneal`` without a last step.
         FloatingPointError: In training, for a loss that is not finite; it names the layer where it began.
 
     Example:
@@ -85,6 +91,7 @@ class KalmanNormCallback(lightning.Callback):
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Convert; share statistics between processes if the trainer synchronizes BatchNorm."""
         if next(kalman_layers(pl_module), None) is None:
+            self._check_order(trainer, stage)
             layers = self.convert_options.get("layers", ("batch",))
             kinds = (layers,) if isinstance(layers, str) else tuple(layers)
             network = network_of(pl_module, lambda layer: stand_in(layer)[0] in kinds)
@@ -102,6 +109,15 @@ class KalmanNormCallback(lightning.Callback):
             ]  # fmt: skip
             for layer in self._synchronized:
                 layer.process_group = dist.group.WORLD
+
+    def _check_order(self, trainer: lightning.Trainer, stage: str) -> None:
+        callbacks: list[lightning.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        for callback in takewhile(lambda each: each is not self, callbacks):
+            if stage == "fit" and any(kind.__name__ in _AVERAGING for kind in type(callback).__mro__):
+                raise ValueError(
+                    f"KalmanNormCallback got {type(callback).__name__} before it in Trainer(callbacks=[...]), which "
+                    "has copied the network already, expected KalmanNormCallback first"
+                )
 
     def _warn_of_parts(self, pl_module: lightning.LightningModule) -> None:
         if self.convert_options.get("input_stats") is not None:

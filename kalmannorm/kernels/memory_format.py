@@ -14,6 +14,8 @@ def is_channels_last(t: Tensor) -> bool:
     """Whether channels lie innermost; not where that makes no difference."""
     if t.ndim not in _CHANNELS_LAST or t.is_contiguous():
         return False
+    if torch._C._are_functorch_transforms_active():  # vmap cannot tell, in a compiled call neither
+        return False
     return t.is_contiguous(memory_format=_CHANNELS_LAST[t.ndim])
 
 

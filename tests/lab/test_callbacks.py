@@ -114,6 +114,22 @@ def test_a_network_with_kalman_layers_stays_as_it_is():
     assert before == [*module.net, *module.net._forward_pre_hooks.values()]
 
 
+@pytest.mark.parametrize("kind", ["WeightAveraging", "EMAWeightAveraging", "StochasticWeightAveraging"])
+def test_averages_of_weights_come_later(kind):
+    if not hasattr(lightning.pytorch.callbacks, kind):
+        pytest.skip("not in this release of Lightning")
+    options = {"swa_lrs": 0.01} if kind == "StochasticWeightAveraging" else {}
+
+    def fit(averaging_first):
+        callbacks = [KalmanNormCallback(), getattr(lightning.pytorch.callbacks, kind)(**options)]
+        trainer = quiet_trainer(-1, *callbacks[:: -1 if averaging_first else 1], max_epochs=2)
+        trainer.fit(Nested(), loader())
+
+    with pytest.raises(ValueError, match=f"got {kind} before it .* expected KalmanNormCallback first"):
+        fit(averaging_first=True)
+    fit(averaging_first=False)
+
+
 def test_nothing_to_convert_is_an_error():
     module = Nested()
     module.net = nn.Conv2d(1, 2, 3)
