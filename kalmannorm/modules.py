@@ -58,6 +58,8 @@ def _by_its_type(layer: KalmanLayer, x: Any) -> Any:
             raise TypeError(f"torch.fx cannot trace the forward of {layer._label()}, expected it to be a leaf module")
         tracer: Any = x.tracer
         return tracer.create_proxy("call_module", tracer.path_of_module(layer), (x,), {})
+    if hasattr(x, "device_mesh"):
+        raise TypeError(f"{layer._label()} got a DTensor, expected a torch.Tensor: tensor parallelism is not supported")
     typed = getattr(type(x), "__torch_function__", None)
     if typed is None or torch.compiler.is_compiling():
         return layer._normalize(x)

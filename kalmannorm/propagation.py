@@ -28,7 +28,7 @@ __all__ = [
     "true_depth", "without_autocast",
 ]  # fmt: skip
 
-NO_INPUT = Unknown("its input does not depend on a floating-point input, or went through torch.jit or vmap")
+NO_INPUT = Unknown("its input does not depend on a floating-point input, or went through torch.jit, vmap or DTensor")
 _NOTHING = nullcontext()
 # Errors of a rule that gets unexpected shapes, and of a torch function that gets draws.
 FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)

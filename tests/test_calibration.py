@@ -462,6 +462,23 @@ def test_a_fresh_networks_checkpoint_drops_a_correction(trained):
     torch.testing.assert_close(model(x), fresh(x), rtol=0, atol=0)
 
 
+def test_inside_of_torch_func_it_is_as_the_given_buffers_say(trained):
+    """Of a network that has found its corrections, with the buffers from before; and the other way round."""
+    model, x = converted(trained), images(2)
+    weights, waiting = dict(model.named_parameters()), {k: b.clone() for k, b in model.named_buffers()}
+    expected = model(x)
+    found = {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+    def loss(weights, model, buffers):
+        copies = {name: buffer.clone() for name, buffer in buffers.items()}
+        return torch.func.functional_call(model, (weights, copies), (x,)).square().sum()
+
+    for buffers in (waiting, found):
+        for network_ in (model, converted(trained), converted(network())):
+            _, value = torch.func.grad_and_value(loss)(weights, network_, buffers)
+            torch.testing.assert_close(value, expected.square().sum())
+
+
 def test_averages_of_a_fresh_network_correct_nothing():
     """In float32 the average of ones is not one."""
     model = converted(network())

@@ -20,6 +20,9 @@ from sharded import HALVES, load_and_go_on, save_and_go_on
 from torch import nn
 from torch.distributed import pipelining
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, distribute_module, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import kalmannorm as kn
@@ -315,6 +318,29 @@ def test_a_checkpoint_of_one_process_goes_on_in_two(sharded):
     for result in two:
         assert_same(result["loaded"]["checkpoint"], one["checkpoint"], rtol=0, atol=0)
         assert_same(result["loaded"]["next"], one["next"], rtol=0, atol=1e-6)
+
+
+# -- tensor parallelism ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mesh(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_a_tensor_of_many_devices_is_refused(mesh):
+    model = distribute_module(three_norms(), mesh)
+    with pytest.raises(TypeError, match=r"KalmanNorm2d '1' got a DTensor, expected a torch\.Tensor"):
+        model(distribute_tensor(batch(0)[0], mesh, [Replicate()]))
+
+
+def test_behind_a_tensor_parallel_layer_there_is_no_prior(mesh):
+    model = kn.convert(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4), nn.BatchNorm1d(4)),
+                       input_stats=([0.0] * 4, [1.0] * 4))  # fmt: skip
+    parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    assert kn.describe(model, torch.randn(2, 4)).rows[0].reason.endswith("vmap or DTensor")
 
 
 # -- pipelines -------------------------------------------------------------------------------------
