@@ -36,6 +36,19 @@ def quiet_trainer(steps, *callbacks, **options):
     return lightning.Trainer(**(settings | options))
 
 
+def descent(model, loss_of, steps=30, rate=0.05):
+    """The loss that is asked for before each step of SGD with momentum, and after the last."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], rate, momentum=0.9)
+    losses = []
+    for _ in range(steps):
+        loss = loss_of()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return [*losses, loss_of().item()]
+
+
 class Nested(lightning.LightningModule):
     """A module the usual way: the network is an attribute, which the steps call."""
 
