@@ -1,4 +1,4 @@
-"""Each network of the paper with each normalization: a step, and thirty steps on one batch."""
+"""Each network with each normalization: a step, and thirty steps on one batch."""
 
 import functools
 
