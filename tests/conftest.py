@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import Phase, settings
 
-pytest.register_assert_rewrite("drawing", "networks")
+pytest.register_assert_rewrite("browser", "drawing", "networks", "short_trainings")
 
 # A draw of a million is one core's work; the other cores have other tests.
 torch.set_num_threads(1)

@@ -45,7 +45,7 @@ def screenshot(browser: Any, page_file: Path) -> Image.Image:
 
 def main(file: Path = HERE / "comparison.png") -> Path:
     """Make the picture."""
-    sys.path.append(str(ROOT / "tests" / "lab"))
+    sys.path.append(str(ROOT / "tests"))
     import browser  # noqa: PLC0415 - how tests find one
 
     with tempfile.TemporaryDirectory() as folder, browser.started() as started:

@@ -40,6 +40,13 @@ def config():
 
 
 @pytest.fixture
+def short(config):
+    """One of four steps."""
+    config["trainer"] |= {"max_steps": 4, "val_check_interval": 2}
+    return config
+
+
+@pytest.fixture
 def refused(capsys):
     """Gives the command line what it must refuse in one line with these words; returns what it printed beside that."""
 
@@ -69,6 +76,16 @@ def writes(tmp_path, config):
         return write
 
     return of
+
+
+@pytest.fixture
+def root(monkeypatch, tmp_path):
+    """An empty folder that KALMANNORM_DATA names; whatever `datasets` caches goes beside it."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    monkeypatch.setenv("KALMANNORM_DATA", str(folder))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -11,24 +11,23 @@ from kalmannorm.lab.experiments import config_of
 CIFAR, IMAGENET = map(config_of, ("table8/resnet32-kn-bs2", "table1/resnet50-kn"))
 
 
-def test_what_can_be_downloaded_is_not_downloaded_to_find_out(tmp_path, monkeypatch, asked_of_the_hub):
-    monkeypatch.setenv(VARIABLE, str(tmp_path))
+@pytest.mark.usefixtures("root")
+def test_what_can_be_downloaded_is_not_downloaded_to_find_out(asked_of_the_hub):
     assert "to be downloaded" in not_at_hand(CIFAR)
     assert "150 GB" in not_at_hand(IMAGENET)
     assert not asked_of_the_hub
 
 
-def test_a_set_in_part_is_named(tmp_path, monkeypatch):
-    monkeypatch.setenv(VARIABLE, str(tmp_path))
-    (tmp_path / "cifar10").mkdir()
+def test_a_set_in_part_is_named(root):
+    (root / "cifar10").mkdir()
     assert "'cifar10' was not found" in not_at_hand(CIFAR)
     for part in ("train", "test"):
-        (tmp_path / "cifar10" / f"{part}-0.parquet").touch()
+        (root / "cifar10" / f"{part}-0.parquet").touch()
     assert not_at_hand(CIFAR) == ""
 
 
-def test_a_missing_folder_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setenv(VARIABLE, str(tmp_path))
+@pytest.mark.usefixtures("root")
+def test_a_missing_folder_is_one_line():
     assert missing_data(IMAGENET).count("\n") == 0
     assert "train/*/*" in missing_data(IMAGENET)
 

@@ -8,6 +8,7 @@ import sys
 import pytest
 import yaml
 
+from kalmannorm.lab import experiments
 from kalmannorm.lab.cli import COMMANDS, main
 
 
@@ -19,6 +20,20 @@ from kalmannorm.lab.cli import COMMANDS, main
         (["demo", "--scale", "nan"], ["--scale", "got nan"]),
         (["demo", "--speed", "9"], ["speed"]),
         (["fit", "--config", "table8/resnet32-kn-bs2"], ["output"]),
+        (["run", "nothing"], ["no experiment or file 'nothing'", *experiments.names()]),
+        (["run", "table8", "--only", "vgg*"], ["--only", "'vgg*'", "resnet32-kn-bs2"]),
+        (["run", "table8", "--scale", "0"], ["--scale", "got 0"]),
+        (["run", "table8", "--devices", "2", "--workers", "2"], ["--workers"]),
+        (["run", "table8", "--data", "/nowhere"], ["--data", "/nowhere"]),
+        (["run", "table8", "--scale", "tiny", "--data", "/"], ["--data", "tiny"]),
+        (["run", "table8", "--kalman", "new"], ["--kalman", "paper", "'new'"]),
+        (["run", "table6", "--weights", "/nowhere"], ["--weights", "/nowhere"]),
+        (["run", "batch-sizes-cpu", "--only", "xn-*"], ["--only", "'xn-*'", "kn-2"]),
+        (["run", "batch-sizes-cpu", "--scale", "small"], ["--scale", "small"]),
+        (["run", "batch-sizes-cpu", "--seeds", "0"], ["--seeds", "got 0"]),
+        (["run", "batch-sizes-cpu", "--seeds", "101"], ["--seeds", "one of the 101 seeds that count", "got 100"]),
+        (["run", "batch-sizes-cpu", "--report", "--output", "/nowhere"], ["--output", "/nowhere"]),
+        (["run"], ["name"]),
         (["dance"], ["dance"]),
         ([], ["command"]),
     ],

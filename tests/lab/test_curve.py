@@ -4,7 +4,6 @@ import random
 
 import lightning
 import numpy as np
-import pytest
 import torch
 from short_trainings import quiet_trainer
 from torch import nn
@@ -80,9 +79,8 @@ class Draws(lightning.Callback):
             trainer.save_checkpoint(self.path)
 
 
-@pytest.mark.parametrize("step", [3, 5])
-def test_after_resuming_the_draws_and_the_curve_go_on(tmp_path, step):
-    path = tmp_path / "run.ckpt"
+def test_after_resuming_the_draws_and_the_curve_go_on(tmp_path):
+    path, step = tmp_path / "run.ckpt", 3
     unbroken, resumed = Draws(path, step), Draws(path)
     curves = [Curve(every=2), Curve(every=2)]
     quiet_trainer(10, curves[0], RandomState(), unbroken).fit(Counted(), numbers())

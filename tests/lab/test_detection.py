@@ -20,10 +20,9 @@ PARTS = ("loss_classifier", "loss_box_reg", "loss_mask", "loss_objectness", "los
 
 
 @pytest.fixture
-def data(monkeypatch, tmp_path):
+def data(root):
     """Five validation images."""
-    monkeypatch.setenv("KALMANNORM_DATA", str(tmp_path))
-    generate_objects(tmp_path, "coco", train=6, validation=5)
+    generate_objects(root, "coco", train=6, validation=5)
     return DetectionData("coco", workers=0)
 
 
@@ -112,10 +111,10 @@ def test_objects_not_found_count(data):
     assert 0.3 < found["box_ap"] == found["mask_ap"] < 0.9
 
 
-def test_what_is_found_in_a_crowd_does_not_count_against(data, tmp_path):
+def test_what_is_found_in_a_crowd_does_not_count_against(data, root):
     """All objects of the first image become crowds: to find them is neither right nor wrong."""
     oracle = Oracle(data)
-    path = tmp_path / "coco" / "annotations" / "instances_val2017.json"
+    path = root / "coco" / "annotations" / "instances_val2017.json"
     content = json.loads(path.read_text())
     first = content["images"][0]["id"]
     for entry in content["annotations"]:
@@ -180,10 +179,9 @@ def test_arms_are_complete(name):
 
 
 @pytest.fixture
-def tiny(monkeypatch, tmp_path):
-    monkeypatch.setenv("KALMANNORM_DATA", str(tmp_path))
+def tiny(root):
     for name in ("coco", "pennfudan"):
-        generate_objects(tmp_path, name, train=4, validation=2)
+        generate_objects(root, name, train=4, validation=2)
     arms = {f"{name}/{arm.name}": arm for name in ("table6", "pennfudan") for arm in read(name).arms}
     return lambda name: arms[name].scaled("tiny")
 
@@ -232,8 +230,11 @@ def test_what_cannot_be_recalibrated_is_said_before_a_training(normalization, ba
 
 
 @pytest.mark.slow
-def test_a_training_ended_in_mid_epoch_goes_on_bit_for_bit(tiny, tmp_path):
-    config = merge(tiny("pennfudan/fpn-kn-default"), {"trainer": {"val_check_interval": 4}})
+@pytest.mark.parametrize(("images", "workers"), [(4, 2), (2, 0)])
+def test_a_training_ended_in_mid_epoch_or_at_its_end_goes_on_bit_for_bit(tiny, tmp_path, images, workers):
+    """Of images on disk, one a step, that other processes read."""
+    changes = {"trainer": {"val_check_interval": 4}, "data": {"init_args": {"limit": images, "workers": workers}}}
+    config = merge(tiny("pennfudan/fpn-kn-default"), changes)
 
     def stop(step):
         if step == 4:

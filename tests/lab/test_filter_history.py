@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_callbacks import Nested, assert_same, loader, trainer_of
+from short_trainings import Nested, assert_same, pairs, quiet_trainer
 
 import kalmannorm as kn
 from kalmannorm.integrations.lightning import KalmanNormCallback
@@ -19,7 +19,7 @@ def converted(**options):
 
 def test_rows_are_of_every_layer_every_so_many_steps():
     module, history = converted(), FilterHistory(every=2)
-    trainer_of(history, 5).fit(module, loader(12))
+    quiet_trainer(5, history).fit(module, pairs(12))
     assert [(row["step"], row["layer"]) for row in history.rows] == [(2, "1"), (2, "4"), (4, "1"), (4, "4")]
     first, last = history.rows[0], history.rows[-1]
     assert "prior_population_mean" not in first  # nothing is believed of the input
@@ -29,18 +29,18 @@ def test_rows_are_of_every_layer_every_so_many_steps():
 
 def test_a_row_says_what_holds_after_the_step():
     module, history = converted(gain="learned"), FilterHistory(every=3)
-    trainer_of(history, 3).fit(module, loader(6))
+    quiet_trainer(3, history).fit(module, pairs(6))
     layer, row = module.net[4], history.rows[1]
     assert row["gain"] == pytest.approx(float(layer.kalman_gain(2).detach()))
     assert row["process_noise"] == pytest.approx(float(layer.process_variance().mean().detach()))
-    images = list(loader(6))[2][0]
+    images = list(pairs(6))[2][0]
     expected = next(e for e in prior_errors(module.net, [images]) if (e.layer, e.estimate) == ("4", "posterior"))
     assert row["posterior_population_log_ratio"] == pytest.approx(expected.log_ratio)
 
 
 def test_accumulated_batches_are_looked_at_once_a_step():
     history = FilterHistory(every=1)
-    trainer_of(history, 2, accumulate_grad_batches=2).fit(converted(), loader())
+    quiet_trainer(2, history, accumulate_grad_batches=2).fit(converted(), pairs())
     assert [row["step"] for row in history.rows] == [1, 1, 2, 2]
 
 
@@ -49,31 +49,31 @@ def test_the_training_is_the_same_without_it():
     modules = [converted(**kn.preset("paper")) for _ in range(2)]
     for module, callbacks in zip(modules, ([FilterHistory(every=1)], []), strict=True):
         torch.manual_seed(0)
-        trainer_of(KalmanNormCallback(), 4, *callbacks).fit(module, loader())
+        quiet_trainer(4, KalmanNormCallback(), *callbacks).fit(module, pairs())
     assert_same(modules[0].state_dict(), modules[1].state_dict())
 
 
 def test_a_resumed_history_goes_on(tmp_path):
     whole, first, second = (FilterHistory(every=1) for _ in range(3))
-    trainer_of(whole, -1, max_epochs=2).fit(converted(), loader())
-    trainer = trainer_of(first, -1, max_epochs=1)
-    trainer.fit(converted(), loader())
+    quiet_trainer(-1, whole, max_epochs=2).fit(converted(), pairs())
+    trainer = quiet_trainer(-1, first, max_epochs=1)
+    trainer.fit(converted(), pairs())
     trainer.save_checkpoint(tmp_path / "half.ckpt")
-    trainer_of(second, -1, max_epochs=2).fit(converted(), loader(), ckpt_path=tmp_path / "half.ckpt")
+    quiet_trainer(-1, second, max_epochs=2).fit(converted(), pairs(), ckpt_path=tmp_path / "half.ckpt")
     assert len(first.rows) == 8
     assert second.rows == whole.rows
 
 
 def test_a_training_too_short_for_a_look_is_refused_at_its_start(tmp_path):
     with pytest.raises(ValueError, match="looks every 4 steps, and max_steps is 3"):
-        trainer_of(FilterHistory(every=4, path=tmp_path / "rows.csv"), 3).fit(converted(), loader())
+        quiet_trainer(3, FilterHistory(every=4, path=tmp_path / "rows.csv")).fit(converted(), pairs())
 
 
 def test_it_is_written_as_csv(tmp_path):
     history = FilterHistory(every=4)
     with pytest.raises(ValueError, match="no training reached step 4"):
         history.write(tmp_path / "filter.csv")
-    trainer_of(history, 4).fit(converted(process_noise=False), loader())
+    quiet_trainer(4, history).fit(converted(process_noise=False), pairs())
     history.write(tmp_path / "filter.csv")
     rows = read_table(tmp_path / "filter.csv").to_dict("records")
     assert [row["layer"] for row in rows] == ["1", "4"]

@@ -18,13 +18,6 @@ def files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()} if folder.exists() else {}
 
 
-@pytest.fixture
-def short(config):
-    """A configuration of a few steps."""
-    config["trainer"] |= {"max_steps": 4, "val_check_interval": 2}
-    return config
-
-
 def weights(folder):
     return torch.load(folder / "last.ckpt", weights_only=True)["state_dict"]
 

@@ -10,10 +10,8 @@ from kalmannorm.lab.rows import read_table
 
 
 @pytest.fixture
-def run(images, config, tmp_path):
-    config["trainer"] |= {"max_steps": 2, "val_check_interval": 2}
-    config["model"]["init_args"] |= {"normalization": "kn", "statistics_batch": 2}
-    fitting.fit(config, tmp_path / "run")
+def run(images, short, tmp_path):
+    fitting.fit(short, tmp_path / "run")
     return tmp_path / "run"
 
 

@@ -116,6 +116,8 @@ def test_standardized_filters_and_a_proxy_together():
     network, again = (normalize(small(), "gn", **options) for _ in range(2))
     kinds = [type(layer).__name__ for layer in network.modules()]
     assert (kinds.count("ProxyNormalized"), kinds.count("StandardizedConv2d")) == (2, 2)
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, 0.5, 0.1)
     network(torch.randn(4, 1, 16, 16)).sum().backward()
     again.load_state_dict(network.state_dict())
     images = torch.randn(4, 1, 16, 16)

@@ -115,7 +115,6 @@ def test_shares_of_annealing_make_the_factor(steps, start):
         ({"schedule": "milestones", "milestones": {82: 0.1}}, "0 to 1; got 82"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"rate": 0.0}, "rate above 0"),
-        ({"normalization": "batch"}, "got 'batch'"),
         ({"anneal": 0.0}, "anneal must be above 0; got 0.0"),
     ],
 )

@@ -85,14 +85,8 @@ def test_the_layer_is_whatever_replaces_batchnorm(method, kind):
     model = network(method)
     layers = [layer for layer in model.modules() if isinstance(layer, ProxyNormalized)]
     assert [type(layer.norm) for layer in layers] == [kind] * 2
-    again = network(method)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, 0.5, 0.1)
     model(torch.randn(4, 1, 16, 16)).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
-    again.load_state_dict(model.state_dict())
-    images = torch.randn(4, 1, 16, 16)
-    assert torch.equal(again.eval()(images), model.eval()(images))
 
 
 def test_a_prior_behind_it_is_moved_by_the_same_numbers():

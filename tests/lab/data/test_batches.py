@@ -1,17 +1,12 @@
 """Batches in memory and on disk: shared out among processes, drawn by seed and epoch, and resumed in mid-epoch."""
 
-import functools
 import itertools
 from types import SimpleNamespace
 
-import lightning
 import pytest
 import torch
-from short_trainings import quiet_trainer
-from torch import nn
 from torch.utils.data import Dataset
 
-from kalmannorm.lab.curve import RandomState
 from kalmannorm.lab.data.batches import OrderedBatches, ShuffledBatches
 from kalmannorm.lab.data.memory import MemoryBatches
 
@@ -207,53 +202,3 @@ def test_scoring_sees_each_image_once_in_whole_batches():
     assert sorted(found) == [list(range(start, min(start + 5, COUNT))) for start in range(0, COUNT, 5)]
     with pytest.raises(ValueError, match="score_batch must be at least 1; got 0"):
         OrderedBatches(Noted(), 0)
-
-
-class Line(lightning.LightningModule):
-    """Draws from torch's own state too, as Mask R-CNN does."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(2, 1)
-        self.seen = []
-
-    def training_step(self, batch, batch_idx):
-        first, second = batch
-        inputs = torch.stack([second.float(), first.mean((1, 2, 3)) / 255] if first.ndim == 4 else batch, 1)
-        self.seen.append(inputs.tolist())
-        return (self.layer(inputs / COUNT) * torch.rand(len(inputs), 1)).square().mean()
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), 0.1, momentum=0.9)
-
-
-class SaveAfter(lightning.Callback):
-    """Saves after a step."""
-
-    def __init__(self, folder, at):
-        self.folder, self.at = folder, at
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if trainer.global_step == self.at:
-            trainer.save_checkpoint(self.folder / "last.ckpt")
-
-
-def train(folder, steps, at, batches, resume):
-    lightning.seed_everything(1, verbose=False)
-    module = Line()
-    trainer = quiet_trainer(steps, SaveAfter(folder, at), RandomState())
-    trainer.fit(module, batches(4, trainer), ckpt_path=folder / "last.ckpt" if resume else None)
-    return module
-
-
-@pytest.mark.parametrize(
-    ("at", "batches"),
-    [*itertools.product([2, 5, 8], [on_disk, in_memory]), (8, functools.partial(on_disk, num_workers=2))],
-)
-def test_a_training_ended_at_any_step_goes_on_bit_for_bit(tmp_path, at, batches):
-    """Five steps an epoch: in the first, at its end, and in the second, which starts before its epoch is told."""
-    whole = train(tmp_path, 12, 0, batches, resume=False)
-    first = train(tmp_path, at, at, batches, resume=False)
-    second = train(tmp_path, 12, 0, batches, resume=True)
-    assert first.seen + second.seen == whole.seen
-    assert torch.equal(second.layer.weight, whole.layer.weight)

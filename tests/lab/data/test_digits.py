@@ -1,6 +1,4 @@
-"""Cluttered digits: the same from the same seed, apart between splits, and as hard as they are said to be."""
-
-from dataclasses import replace
+"""Cluttered digits: apart between splits, and those that results were measured on."""
 
 import numpy as np
 import pytest
@@ -14,10 +12,6 @@ def test_no_original_serves_two_splits(seed):
     parts = [source_indices(split, seed) for split in SOURCES]
     assert [len(part) for part in parts] == list(SOURCES.values())
     assert sorted(np.concatenate(parts)) == list(range(1797))
-
-
-def test_another_seed_deals_other_originals():
-    assert set(source_indices("train", 0)) != set(source_indices("train", 1))
 
 
 def test_images_are_made_of_their_own_splits_originals_alone(monkeypatch):
@@ -36,41 +30,24 @@ def test_images_are_made_of_their_own_splits_originals_alone(monkeypatch):
     assert torch.all(without_noise.flatten(1).std(1) < 1e-6)
 
 
-def test_the_same_seed_gives_the_same_images_and_another_others():
-    first, again, other = (cluttered_digits("train", 20, seed) for seed in (5, 5, 6))
-    assert all(map(torch.equal, first, again))
-    assert not torch.equal(first[0], other[0])
-
-
-def test_shapes_types_and_range():
-    images, labels = cluttered_digits("test", 300, clutter=Clutter(noise=0.0))
-    assert images.shape == (300, 1, 32, 32)
+@pytest.mark.parametrize(
+    ("split", "seed", "moments", "counts"),
+    [
+        ("train", 0, [-0.38742, 0.45833, -0.38653, -0.40451], [5, 11, 10, 7, 7, 15, 14, 6, 16, 9]),
+        ("validation", 0, [-0.43612, 0.45122, -0.43972, -0.43517], [6, 12, 9, 11, 10, 10, 14, 11, 10, 7]),
+        ("test", 0, [-0.41828, 0.45646, -0.41826, -0.41768], [7, 7, 9, 11, 13, 10, 15, 6, 7, 15]),
+        ("train", 1, [-0.39573, 0.45022, -0.39913, -0.38053], [14, 14, 7, 8, 17, 10, 8, 5, 8, 9]),
+    ],
+)
+def test_the_images_of_a_split_and_a_seed_stay_what_they_are(split, seed, moments, counts):
+    """By the mean and the deviation, the means of the upper and of the left half, and the images of each class."""
+    images, labels = cluttered_digits(split, 100, seed)
+    assert images.shape == (100, 1, 32, 32)
     assert images.dtype == torch.float32
-    assert labels.dtype == torch.int64
-    assert set(labels.tolist()) == set(range(10))
-    assert images.min() >= -1 - 1e-5
-    assert images.max() <= 1 + 1e-5
-
-
-def test_the_labelled_digit_lies_whole_on_the_canvas():
-    """Its ink grows with the area that it is scaled to, in every image: none of it falls off the edge."""
-    plain = Clutter(fragments=0, contrast=(1.0, 1.0), noise=0.0)
-    small, large = (
-        cluttered_digits("train", 60, clutter=replace(plain, digit_size=(size, size)))[0] for size in (16.0, 24.0)
-    )
-    ink_small, ink_large = ((images + 1).sum((1, 2, 3)) for images in (small, large))
-    assert torch.allclose(ink_large / ink_small, torch.tensor((24 / 16) ** 2), rtol=0.05)
-
-
-def test_contrast_differs_between_images_and_fragments_add_ink():
-    plain = Clutter(fragments=0, contrast=(1.0, 1.0), noise=0.0)
-    without, _ = cluttered_digits("train", 100, clutter=plain)
-    cluttered, _ = cluttered_digits("train", 100, clutter=Clutter(contrast=(1.0, 1.0), noise=0.0))
-    assert cluttered.mean() > without.mean() + 0.05
-    varied, _ = cluttered_digits("train", 100, clutter=Clutter(noise=0.0))
-    spread = varied.flatten(1).amax(1) - varied.flatten(1).amin(1)
-    assert spread.min() < 1.0
-    assert spread.max() > 1.6
+    parts = images, images[:, :, :16], images[..., :16]
+    found = [parts[0].mean(), parts[0].std(), parts[1].mean(), parts[2].mean()]
+    assert torch.stack(found).tolist() == pytest.approx(moments, abs=1e-4)
+    assert labels.bincount().tolist() == counts
 
 
 @pytest.mark.parametrize(("split", "count", "message"), [("exam", 4, "exam"), ("train", 0, "at least 1; got 0")])

@@ -22,22 +22,15 @@ def test_a_root_that_is_no_folder_is_named(monkeypatch, tmp_path):
         data_root()
 
 
-def test_a_complete_folder_is_found(monkeypatch, tmp_path):
-    monkeypatch.setenv("KALMANNORM_DATA", str(tmp_path))
+def test_a_folder_is_found_once_it_is_complete(root):
     assert find("animals", LAYOUT, ORIGIN) is None
-    (tmp_path / "animals").mkdir()
-    for part in ("train", "test"):
-        (tmp_path / "animals" / f"{part}-00000-of-00001.parquet").touch()
-    assert find("animals", LAYOUT, ORIGIN) == tmp_path / "animals"
-
-
-def test_an_incomplete_folder_is_an_error(monkeypatch, tmp_path):
-    monkeypatch.setenv("KALMANNORM_DATA", str(tmp_path))
-    (tmp_path / "animals").mkdir()
-    (tmp_path / "animals" / "train-00000-of-00001.parquet").touch()
+    (root / "animals").mkdir()
+    (root / "animals" / "train-00000-of-00001.parquet").touch()
     with pytest.raises(MissingDataError) as raised:
         find("animals", LAYOUT, ORIGIN)
     assert "test-*.parquet" in str(raised.value.__cause__)
+    (root / "animals" / "test-00000-of-00001.parquet").touch()
+    assert find("animals", LAYOUT, ORIGIN) == root / "animals"
 
 
 @pytest.mark.parametrize("has_root", [False, True])

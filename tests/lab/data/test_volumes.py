@@ -1,77 +1,36 @@
-"""Generated volumes: the same from the same seed, apart between splits, and each scanned in its own way."""
-
-from dataclasses import replace
+"""Generated volumes: apart between splits, and those that results were measured on."""
 
 import pytest
 import torch
 
-from kalmannorm.lab.data.volumes import SPLITS, Scan, VolumeData, generate_volumes
-
-PLAIN = Scan(texture=0.0, brightness=0.0, contrast=(1.0, 1.0), bias=0.0, noise=(0.0, 0.0))
+from kalmannorm.lab.data.volumes import SPLITS, VolumeData, generate_volumes
 
 
-def test_shapes_and_types():
-    volumes, classes = generate_volumes("train", 6, size=16)
-    assert volumes.shape == (6, 1, 16, 16, 16)
+@pytest.mark.parametrize(
+    ("split", "seed", "moments", "counts"),
+    [
+        ("train", 0, [0.69372, 0.67618, 0.68664, 0.65338], [15314, 650, 420]),
+        ("validation", 0, [1.10486, 0.88578, 1.09629, 1.10881], [15245, 668, 471]),
+        ("test", 0, [-0.00679, 0.98981, -0.04443, -0.00854], [15208, 748, 428]),
+        ("train", 1, [0.71337, 0.93325, 0.68744, 0.70137], [15304, 668, 412]),
+    ],
+)
+def test_the_volumes_of_a_split_and_a_seed_stay_what_they_are(split, seed, moments, counts):
+    """By the mean and the deviation, the means of two halves, and the voxels of each class, whatever their number."""
+    volumes, classes = generate_volumes(split, 4, 16, seed)
+    assert volumes.shape == (4, 1, 16, 16, 16)
     assert volumes.dtype == torch.float32
-    assert classes.shape == (6, 16, 16, 16)
-    assert classes.dtype == torch.int64
-
-
-def test_each_volume_has_both_kinds_and_much_background():
-    _, classes = generate_volumes("train", 12)
-    for each in classes:
-        shares = each.flatten().bincount(minlength=3) / each.numel()
-        assert len(shares) == 3
-        assert shares.min() > 0.002
-        assert shares[0] > 0.8
-
-
-def test_the_same_seed_gives_the_same_volumes_and_another_others():
-    first, again, other = (generate_volumes("train", 3, 16, seed) for seed in (5, 5, 6))
-    assert all(map(torch.equal, first, again))
-    assert not torch.equal(first[0], other[0])
-
-
-def test_the_first_ones_are_the_same_whatever_their_count():
-    few, many = (generate_volumes("test", count, 16) for count in (2, 4))
-    assert all(torch.equal(one, two[:2]) for one, two in zip(few, many, strict=True))
+    found = [volumes.mean(), volumes.std(), volumes[:, :, :8].mean(), volumes[..., :8].mean()]
+    assert torch.stack(found).tolist() == pytest.approx(moments, abs=1e-3)
+    # A voxel at the edge of an object may fall on either side by rounding.
+    assert classes.flatten().bincount().tolist() == pytest.approx(counts, abs=3)
+    few = generate_volumes(split, 2, 16, seed)
+    assert all(torch.equal(one, many[:2]) for one, many in zip(few, (volumes, classes), strict=True))
 
 
 def test_no_volume_is_in_two_splits():
     made = torch.cat([generate_volumes(split, 4, 16)[1] for split in SPLITS]).flatten(1)
     assert len({tuple(each.tolist()) for each in made}) == 12
-
-
-def test_without_clutter_and_scanner_a_volume_is_its_objects():
-    bare = replace(PLAIN, sheets=0, balls=0)
-    volumes, classes = generate_volumes("train", 2, scan=bare)
-    assert torch.equal(volumes[:, 0], (classes > 0).float())
-
-
-def test_clutter_is_as_bright_as_the_objects_and_belongs_to_the_background():
-    volumes, classes = generate_volumes("train", 2, scan=PLAIN)
-    assert set(volumes.unique().tolist()) == {0.0, 1.0}
-    assert (volumes[:, 0][classes > 0] == 1).all()
-    assert (volumes[:, 0][classes == 0] == 1).any()
-    assert torch.equal(generate_volumes("train", 2)[1], classes)  # whatever the scanner
-
-
-def test_tubes_are_thin_and_reach_from_side_to_side():
-    _, classes = generate_volumes("train", 8, scan=replace(PLAIN, ellipsoids=0, tubes=1))
-    for tube in classes == 2:
-        crossed = [tube.any(a).any(b - 1).all() for a, b in ((0, 1), (0, 2), (1, 2))]
-        assert any(crossed)
-        assert tube.float().mean() < 0.05
-
-
-def test_each_volume_has_its_own_brightness_contrast_and_noise():
-    volumes = generate_volumes("train", 12)[0].flatten(1)
-    assert volumes.mean(1).std() > 0.5
-    assert volumes.std(1).max() > 2 * volumes.std(1).min()
-    noisy = generate_volumes("train", 1, scan=replace(PLAIN, noise=(0.3, 0.3)))[0]
-    plain = generate_volumes("train", 1, scan=PLAIN)[0]
-    assert (noisy - plain).std() == pytest.approx(0.3, rel=0.05)
 
 
 def test_the_data_module_hands_out_three_splits_and_scales_them_together():

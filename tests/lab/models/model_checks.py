@@ -2,7 +2,6 @@
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 
 def group_norm(channels):
@@ -14,20 +13,6 @@ def parameters(model):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def losses(model, images, labels, steps=30, rate=0.05):
-    """The loss before each step of SGD on one batch, and after the last."""
-    optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9)
-    values = []
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(images), labels)
-        loss.backward()
-        optimizer.step()
-        values.append(loss.item())
-    values.append(F.cross_entropy(model(images), labels).item())
-    return values
-
-
 def image_and_target(size=64):
     """A bright rectangle on noise, with its box, class and mask."""
     image = torch.rand(3, size, size, generator=torch.Generator().manual_seed(0)) / 2
@@ -37,6 +22,6 @@ def image_and_target(size=64):
     return image, {"boxes": torch.tensor([[20.0, 12, 52, 44]]), "labels": torch.tensor([1]), "masks": mask}
 
 
-def batch(size=32, images=8, classes=4):
+def batch(shape, images=8, classes=4):
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(images, 3, size, size, generator=generator), torch.arange(images) % classes
+    return torch.randn(images, *shape, generator=generator), torch.arange(images) % classes

@@ -1,11 +1,13 @@
-"""Each network of the paper with each normalization: a step, and thirty steps on one batch."""
+"""Each network with each normalization: a step, and thirty steps on one batch."""
 
 import functools
 
 import pytest
 import torch
-from model_checks import batch, image_and_target, losses
+from model_checks import batch, image_and_target
+from short_trainings import descent
 from torch import nn
+from torch.nn import functional
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from kalmannorm.lab.methods import METHODS, normalize
@@ -13,15 +15,22 @@ from kalmannorm.lab.models.cifar_inception import CifarInception
 from kalmannorm.lab.models.cifar_resnet import CifarResNet
 from kalmannorm.lab.models.detection import mask_rcnn_c4, mask_rcnn_fpn
 from kalmannorm.lab.models.inception_v2 import InceptionV2
+from kalmannorm.lab.models.signal import SignalNet, TabularNet
 
 NETWORKS = {
-    "preactivation": (functools.partial(CifarResNet, 8, num_classes=4, width=8), 16),
-    "postactivation": (functools.partial(CifarResNet, 8, num_classes=4, width=8, preactivation=False), 16),
-    "cifar_inception": (functools.partial(CifarInception, num_classes=4, width=0.25), 16),
-    "inception_v2": (functools.partial(InceptionV2, num_classes=4, width=0.25), 48),
-    "bottlenecks": (functools.partial(ResNet, Bottleneck, [1, 1, 1, 1], num_classes=4), 48),
+    "preactivation": (functools.partial(CifarResNet, 8, num_classes=4, width=8), (3, 16, 16)),
+    "postactivation": (functools.partial(CifarResNet, 8, num_classes=4, width=8, preactivation=False), (3, 16, 16)),
+    "cifar_inception": (functools.partial(CifarInception, num_classes=4, width=0.25), (3, 16, 16)),
+    "inception_v2": (functools.partial(InceptionV2, num_classes=4, width=0.25), (3, 48, 48)),
+    "bottlenecks": (functools.partial(ResNet, Bottleneck, [1, 1, 1, 1], num_classes=4), (3, 48, 48)),
+    "signals": (functools.partial(SignalNet, num_classes=4), (1, 64)),
+    "rows": (functools.partial(TabularNet, num_classes=4), (30,)),
 }
-# The others take their thirty steps in files of their own, with three kinds of norm.
+OF_IMAGES = ("evonorm", "frn")
+# Of a row, each number by itself would be 0.
+EVERY = [(network, method) for network, (_, shape) in NETWORKS.items() for method in METHODS
+         if len(shape) == 3 or (method not in OF_IMAGES and (network, method) != ("rows", "in"))]  # fmt: skip
+# Thirty steps with every method; of the others, with ours.
 SMALL = ["preactivation", "postactivation", "cifar_inception"]
 OPTIONS = {"gn": {"groups": 4}, "evonorm": {"groups": 4}, "gkn": {"groups": 2}}
 # What a method bears.
@@ -33,47 +42,45 @@ HOPELESS = {
     "in-cifar_inception": "likewise; at four times the width it can",
 }
 
-every_network = pytest.mark.parametrize("network", NETWORKS)
-every_method = pytest.mark.parametrize("method", METHODS)
-
 
 def built(network, method):
-    make, size = NETWORKS[network]
+    make, shape = NETWORKS[network]
     torch.manual_seed(0)
-    model = normalize(make(), method, statistics_batch=4, steps=30, **OPTIONS.get(method, {}))
-    return model, size
+    return normalize(make(), method, statistics_batch=4, steps=30, **OPTIONS.get(method, {})), shape
 
 
-@every_network
-@every_method
+def trained(model, images, labels, **options):
+    return descent(model, lambda: functional.cross_entropy(model(images), labels), **options)
+
+
+@pytest.mark.parametrize(("network", "method"), EVERY)
 def test_one_step_moves_what_can_move(network, method):
-    model, size = built(network, method)
+    model, shape = built(network, method)
     before = {name: parameter.clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
-    found = losses(model, *batch(size, images=4), steps=1, rate=0.001)
+    found = trained(model, *batch(shape, images=4), steps=1, rate=0.001)
     assert all(torch.isfinite(torch.tensor(found)))
-    trained = dict(model.named_parameters())
-    assert all(trained[name].grad is not None and trained[name].grad.isfinite().all() for name in before)
-    moved = sum(not torch.equal(trained[name], old) for name, old in before.items())
+    trained_ones = dict(model.named_parameters())
+    assert all(trained_ones[name].grad is not None and trained_ones[name].grad.isfinite().all() for name in before)
+    moved = sum(not torch.equal(trained_ones[name], old) for name, old in before.items())
     # The first layer has no prior, and so no use for a gain and a noise.
     assert moved >= 0.85 * len(before)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("network", SMALL)
-@every_method
+@pytest.mark.parametrize(("network", "method"), [each for each in EVERY if each[0] in SMALL or each[1] in ("bn", "kn")])
 def test_thirty_steps_halve_the_loss(network, method):
     if reason := HOPELESS.get(method) or HOPELESS.get(f"{method}-{network}"):
         pytest.skip(reason)
     found = {}
     for rate in RATES.get(method, (0.05, 0.01, 0.002)):
-        model, size = built(network, method)
-        first, *_, found[rate] = losses(model, *batch(size), rate=rate)
+        model, shape = built(network, method)
+        first, *_, found[rate] = trained(model, *batch(shape), rate=rate)
         if found[rate] < first / 2:
             return
     pytest.fail(f"from {first:.3f} to {found} at each rate")
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("evonorm", "frn")])
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in OF_IMAGES])
 @pytest.mark.parametrize("make", [mask_rcnn_c4, mask_rcnn_fpn])
 def test_a_detector_takes_a_step(make, method):
     torch.manual_seed(0)
@@ -89,7 +96,7 @@ def test_a_detector_takes_a_step(make, method):
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
 
 
-@pytest.mark.parametrize("method", ["evonorm", "frn"])
+@pytest.mark.parametrize("method", OF_IMAGES)
 def test_a_detector_cannot_be_traced(method):
     with pytest.raises(ValueError, match="cannot be traced"):
         normalize(mask_rcnn_fpn(3), method)

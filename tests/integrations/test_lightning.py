@@ -6,47 +6,18 @@ import subprocess
 import sys
 import textwrap
 import warnings
+from pathlib import Path
 
 import lightning
 import pytest
 import torch
-from short_trainings import quiet_trainer
+from short_trainings import Nested, assert_same, pairs, quiet_trainer
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
 
 import kalmannorm as kn
 from kalmannorm.integrations.lightning import KalmanNormCallback
 from kalmannorm.traversal import kalman_layers
-
-
-def layers():
-    return [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3), nn.BatchNorm2d(2)]
-
-
-class Nested(lightning.LightningModule):
-    """The usual way: the network is an attribute, which the steps call."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.net = nn.Sequential(*layers())
-
-    def forward(self, x):
-        return self.net(x).mean((2, 3))
-
-    called = forward  # and not the module itself, whose hooks would run
-
-    def training_step(self, batch, batch_idx):
-        return F.cross_entropy(self.called(batch[0]), batch[1])
-
-    def validation_step(self, batch, batch_idx):
-        self.log("loss", F.cross_entropy(self.called(batch[0]), batch[1]))
-
-    test_step = validation_step
-
-    def configure_optimizers(self):
-        return torch.optim.Adam(self.parameters(), lr=0.01)
 
 
 class Flat(Nested):
@@ -63,20 +34,8 @@ class Flat(Nested):
     called = nn.Module.__call__
 
 
-def loader(count=8):
-    generator = torch.Generator().manual_seed(0)
-    images = 3 + torch.randn(count, 1, 8, 8, generator=generator)
-    return DataLoader(TensorDataset(images, torch.arange(count) % 2), batch_size=2)
-
-
 def trainer_of(callback, steps, *others, **options):
     return quiet_trainer(steps, callback, *others, log_every_n_steps=1, **options)
-
-
-def assert_same(one, other):
-    assert one.keys() == other.keys()
-    for name in one:
-        assert torch.equal(one[name], other[name]), name
 
 
 @pytest.mark.parametrize("kind", [Nested, Flat])
@@ -90,7 +49,7 @@ def test_it_converts_before_the_optimizer_is_made_and_every_layer_gets_its_prior
 
     module, watching = kind(), Watching()
     trainer = trainer_of(KalmanNormCallback(input_stats=input_stats, guard=50.0), 2, watching)
-    trainer.fit(module, loader())
+    trainer.fit(module, pairs())
     assert [layer.guard for _, layer in kalman_layers(module)] == [50.0, 50.0]
     optimized = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
     assert optimized == {id(p) for p in module.parameters()}
@@ -101,7 +60,7 @@ def test_it_converts_before_the_optimizer_is_made_and_every_layer_gets_its_prior
 def test_kinds_of_layers_may_be_one_word():
     module = Nested()
     module.net.append(nn.GroupNorm(1, 2))
-    trainer_of(KalmanNormCallback(layers="group"), 1).fit(module, loader())
+    trainer_of(KalmanNormCallback(layers="group"), 1).fit(module, pairs())
     assert [type(layer) for _, layer in kalman_layers(module)] == [kn.GroupKalmanNorm]
     assert type(module.net[1]) is nn.BatchNorm2d
 
@@ -110,7 +69,7 @@ def test_a_network_with_kalman_layers_stays_as_it_is():
     module = Nested()
     kn.convert(module.net, gain=0.5, input_stats=([3.0], [1.0]))
     before = [*module.net, *module.net._forward_pre_hooks.values()]
-    trainer_of(KalmanNormCallback(gain=0.25), 1).fit(module, loader())
+    trainer_of(KalmanNormCallback(gain=0.25), 1).fit(module, pairs())
     assert before == [*module.net, *module.net._forward_pre_hooks.values()]
 
 
@@ -134,19 +93,19 @@ def test_nothing_to_convert_is_an_error():
     module = Nested()
     module.net = nn.Conv2d(1, 2, 3)
     with pytest.raises(ValueError, match="nothing to convert"):
-        trainer_of(KalmanNormCallback(), 1).fit(module, loader())
+        trainer_of(KalmanNormCallback(), 1).fit(module, pairs())
 
 
 @pytest.mark.parametrize("kind", [Nested, Flat])
 def test_a_resumed_training_ends_where_an_uninterrupted_one_does(kind, tmp_path):
     whole, first, second = kind(), kind(), kind()
     # By epochs: Lightning itself does not resume exactly where `max_steps` ended one.
-    trainer_of(KalmanNormCallback(), -1, max_epochs=2).fit(whole, loader())
+    trainer_of(KalmanNormCallback(), -1, max_epochs=2).fit(whole, pairs())
     trainer = trainer_of(KalmanNormCallback(), -1, max_epochs=1)
-    trainer.fit(first, loader())
+    trainer.fit(first, pairs())
     trainer.save_checkpoint(tmp_path / "half.ckpt")
     resumed = trainer_of(KalmanNormCallback(), -1, max_epochs=2)
-    resumed.fit(second, loader(), ckpt_path=tmp_path / "half.ckpt")
+    resumed.fit(second, pairs(), ckpt_path=tmp_path / "half.ckpt")
     assert resumed.global_step == 8
     assert bool(first.state_dict()["net.4.gain" if kind is Nested else "norm2.gain"])
     assert_same(second.state_dict(), whole.state_dict())
@@ -155,14 +114,14 @@ def test_a_resumed_training_ends_where_an_uninterrupted_one_does(kind, tmp_path)
 def test_a_checkpoint_is_tested_with_the_callback_and_deployed_without(tmp_path):
     module = Nested()
     trainer = trainer_of(KalmanNormCallback(), 3)
-    trainer.fit(module, loader())
+    trainer.fit(module, pairs())
     trainer.save_checkpoint(tmp_path / "end.ckpt")
-    expected = trainer.test(module, loader(), verbose=False)
+    expected = trainer.test(module, pairs(), verbose=False)
     again = trainer_of(KalmanNormCallback(), 1)
-    assert again.test(Nested(), loader(), ckpt_path=tmp_path / "end.ckpt", verbose=False) == expected
+    assert again.test(Nested(), pairs(), ckpt_path=tmp_path / "end.ckpt", verbose=False) == expected
     plain = Nested.load_from_checkpoint(tmp_path / "end.ckpt", strict=False).eval()
     assert type(plain.net[1]) is nn.BatchNorm2d
-    images = loader().dataset.tensors[0]
+    images = pairs().dataset.tensors[0]
     assert torch.equal(plain(images), module.eval()(images))
 
 
@@ -172,12 +131,12 @@ def test_online_scoring_uses_batches_and_changes_no_buffer(run):
     kn.convert(module)
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     trainer = trainer_of(KalmanNormCallback(online=True), 1)
-    online = getattr(trainer, run)(module, loader(), verbose=False)[0]["loss"]
-    running = getattr(trainer_of(KalmanNormCallback(), 1), run)(module, loader(), verbose=False)[0]["loss"]
+    online = getattr(trainer, run)(module, pairs(), verbose=False)[0]["loss"]
+    running = getattr(trainer_of(KalmanNormCallback(), 1), run)(module, pairs(), verbose=False)[0]["loss"]
     assert_same(dict(module.named_buffers()), buffers)
     module.eval()
     with torch.no_grad(), kn.online_statistics(module):
-        losses = [float(F.cross_entropy(module(images), labels)) for images, labels in loader()]
+        losses = [float(F.cross_entropy(module(images), labels)) for images, labels in pairs()]
     assert online == pytest.approx(sum(losses) / len(losses))
     assert online != pytest.approx(running)
     assert not any(layer.online for _, layer in kalman_layers(module))
@@ -187,25 +146,25 @@ def test_an_error_in_online_validation_switches_back():
     module = kn.convert(Nested())
     module.validation_step = lambda batch, batch_idx: 1 / 0
     with pytest.raises(ZeroDivisionError):
-        trainer_of(KalmanNormCallback(online=True), 1).validate(module, loader())
+        trainer_of(KalmanNormCallback(online=True), 1).validate(module, pairs())
     assert not any(layer.online for _, layer in kalman_layers(module))
 
 
 @pytest.mark.parametrize("kind", [Nested, Flat])
 def test_recalibrated_statistics_are_those_of_the_training_batches(kind):
     recalibrated, plain = kind(), kind()
-    trainer_of(KalmanNormCallback(recalibrate=3), 2).fit(recalibrated, loader())
-    trainer_of(KalmanNormCallback(), 2).fit(plain, loader())
+    trainer_of(KalmanNormCallback(recalibrate=3), 2).fit(recalibrated, pairs())
+    trainer_of(KalmanNormCallback(), 2).fit(plain, pairs())
     buffers = dict(recalibrated.named_buffers())
     assert any(not torch.equal(buffer, buffers[name]) for name, buffer in plain.named_buffers())
-    kn.recalibrate(plain.net if kind is Nested else plain, loader(), max_batches=3, progress=False)
+    kn.recalibrate(plain.net if kind is Nested else plain, pairs(), max_batches=3, progress=False)
     assert_same(recalibrated.state_dict(), plain.state_dict())
 
 
 def test_the_mean_gain_is_logged():
     module = Nested()
     trainer = trainer_of(KalmanNormCallback(log_gains=True, gain=0.5), -1, max_epochs=1)
-    trainer.fit(module, loader())
+    trainer.fit(module, pairs())
     assert trainer.logged_metrics["kalman_gain"] == 0.5
 
 
@@ -216,7 +175,7 @@ def test_gains_are_annealed_step_by_step(accumulated, start):
         module = Nested()
         callback = KalmanNormCallback(anneal=factor, anneal_from=start)
         trainer = trainer_of(callback, -1, max_epochs=2, accumulate_grad_batches=accumulated)
-        trainer.fit(module, loader())
+        trainer.fit(module, pairs())
         assert trainer.global_step == 8 // accumulated
         gains[factor] = [layer.gain.item() for _, layer in kalman_layers(module)]
     apart = [annealed - plain for annealed, plain in zip(gains[10.0], gains[1.0], strict=True)]
@@ -240,7 +199,7 @@ class Manual(Nested):
 
 
 def annealed_by(module, callback, steps, **options):
-    trainer_of(callback, steps, **options).fit(module, loader())
+    trainer_of(callback, steps, **options).fit(module, pairs())
     return [math.exp(layer.gain.item()) for _, layer in kalman_layers(module)]
 
 
@@ -256,7 +215,7 @@ def test_steps_of_several_optimizers_are_those_of_a_batch():
 
 def test_without_an_end_of_training_nothing_can_be_annealed():
     with pytest.raises(ValueError, match=r"anneal=10\.0 and a training of inf steps, expected a Trainer with"):
-        trainer_of(KalmanNormCallback(anneal=10.0), -1).fit(Nested(), loader())
+        trainer_of(KalmanNormCallback(anneal=10.0), -1).fit(Nested(), pairs())
     with pytest.raises(ValueError, match="KalmanNormCallback: anneal must be above 0; got 0"):
         KalmanNormCallback(anneal=0)
     with pytest.raises(ValueError, match="KalmanNormCallback: anneal_from must be a share of the training"):
@@ -273,9 +232,9 @@ class Breaking(lightning.Callback):
 
 def test_a_loss_that_is_not_finite_names_the_layer_where_it_began():
     with pytest.raises(FloatingPointError, match=r"loss nan after step 2: .* in layer 'net\.4'"):
-        trainer_of(KalmanNormCallback(), 4, Breaking()).fit(Nested(), loader())
+        trainer_of(KalmanNormCallback(), 4, Breaking()).fit(Nested(), pairs())
     trainer = trainer_of(KalmanNormCallback(stop_at_nonfinite=False), 4, Breaking())
-    trainer.fit(Nested(), loader())
+    trainer.fit(Nested(), pairs())
     assert trainer.global_step == 4
 
 
@@ -284,14 +243,16 @@ def test_it_says_so_where_all_statistics_are_finite():
     step = module.training_step
     module.training_step = lambda batch, batch_idx: step(batch, batch_idx) * torch.nan
     with pytest.raises(FloatingPointError, match="were finite so far"):
-        trainer_of(KalmanNormCallback(), 4).fit(module, loader())
+        trainer_of(KalmanNormCallback(), 4).fit(module, pairs())
 
 
 SCRIPT = """
     import sys
     import torch
     sys.path.insert(0, {folder!r})
-    from test_callbacks import *
+    import lightning
+    from short_trainings import Nested, pairs, quiet_trainer
+    from kalmannorm.traversal import kalman_layers
     from kalmannorm.integrations.lightning import KalmanNormCallback
 
     class Ranks(lightning.Callback):
@@ -305,7 +266,7 @@ SCRIPT = """
         trainer = quiet_trainer(2, KalmanNormCallback(recalibrate=2, input_stats=([3.0], [1.0])), Ranks(), devices=2,
                                 strategy=sys.argv[1], sync_batchnorm=sys.argv[2] == "sync", log_every_n_steps=1)
         module = Nested()
-        trainer.fit(module, loader())
+        trainer.fit(module, pairs())
         torch.save(module.state_dict(), f"{out}/{{sys.argv[1]}}-main.pt")
 """
 
@@ -313,8 +274,8 @@ SCRIPT = """
 @pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "sync"), [("ddp", "sync"), ("ddp_spawn", "own")])
 def test_two_processes(strategy, sync, tmp_path):
-    script = tmp_path / "fit.py"
-    script.write_text(textwrap.dedent(SCRIPT.format(folder=os.path.dirname(__file__), out=str(tmp_path))))
+    script, folder = tmp_path / "fit.py", str(Path(__file__).parents[1])
+    script.write_text(textwrap.dedent(SCRIPT.format(folder=folder, out=str(tmp_path))))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, str(script), strategy, sync]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
@@ -333,4 +294,4 @@ def test_nothing_is_warned_of():
         warnings.simplefilter("error", UserWarning)
         warnings.filterwarnings("ignore", ".*does not have many workers.*")
         warnings.filterwarnings("ignore", ".*no `val_dataloader`.*")
-        trainer_of(KalmanNormCallback(recalibrate=2, log_gains=True, online=True), 2).fit(Nested(), loader())
+        trainer_of(KalmanNormCallback(recalibrate=2, log_gains=True, online=True), 2).fit(Nested(), pairs())
