@@ -216,7 +216,7 @@ def _why_not(model: nn.Module, layer: nn.Module) -> str:
     if kind not in _STANDARDIZED:
         return f"is a {kind.__module__}.{kind.__name__}, not a torch.nn.Conv1d, Conv2d, Conv3d or Linear itself"
     weight = layer._parameters.get("weight")
-    if weight is None or {*layer._parameters, *layer._buffers, *layer._modules} - {"weight", "bias"}:
+    if weight is None:
         return "computes its weight from other tensors"
     if "forward" in vars(layer) or "_conv_forward" in vars(layer):
         return "has a forward of its own"

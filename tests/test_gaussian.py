@@ -156,3 +156,8 @@ def test_moments_of_draws(shape, groups):
         each = block.movedim(1, 0).flatten(1)
         torch.testing.assert_close(got.mean[s], each.mean(1))
         torch.testing.assert_close(got.var[s], each.var(1, correction=0))
+
+
+def test_regrouping_makes_both_moments_of_one_size():
+    x = Gaussian(torch.randn(2, 3), torch.rand(1, 3), (4, 3)).regroup(2)
+    assert x.mean.shape == x.var.shape == (2, 3)

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -436,3 +437,107 @@ def test_its_arguments_have_the_names_of_the_networks_own(recorded):
 
     model = kn.connect(kn.capture(kn.convert(Two())), input_stats={"image": ([0.0] * 3, [1.0] * 3)})
     assert kn.describe(model, torch.ones(1), torch.randn(2, 3, 6, 6)).with_prior == 1
+
+
+def steps_of(model, *args, times=4, **kwargs):
+    for _ in range(times):
+        y = model(*args, **kwargs)
+        y.float().sum().backward()
+    return y.detach()
+
+
+def test_a_recording_leaves_the_random_state(recorded):
+    plain, captured = pair(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout()), warm_up=1)
+    outputs = []
+    for model in (plain, captured):
+        torch.manual_seed(3)
+        outputs.append(torch.stack([steps_of(model, images(), times=1) for _ in range(4)]))
+    assert recorded
+    torch.testing.assert_close(outputs[1], outputs[0])
+
+
+def test_online_layers_in_evaluation_are_recorded_anew(recorded):
+    _, captured = pair(warm_up=1)
+    captured[1].eval()
+    steps_of(captured, images())
+    with kn.online_statistics(captured):
+        steps_of(captured, images())
+    assert len(recorded) == 2
+
+
+def test_changes_between_recordings_are_no_reason_to_warn(recorded):
+    _, captured = pair(warm_up=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(25):
+            captured[3].weight.data = captured[3].weight.data.clone()
+            steps_of(captured, images(), times=2)
+    assert len(recorded) == 25
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+def test_autocast_is_recorded_anew(recorded):
+    _, captured = pair(warm_up=1)
+    steps_of(captured, images())
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        steps_of(captured, images())
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    assert len(recorded) == 2
+
+
+def test_inputs_with_and_without_gradients_have_graphs_of_their_own(recorded):
+    plain, captured = pair(warm_up=1)
+    steps_of(captured, images())
+    x, z = images().requires_grad_(), images().requires_grad_()
+    steps_of(captured, x)
+    steps_of(plain, z)
+    assert len(recorded) == 2
+    torch.testing.assert_close(x.grad.isfinite(), z.grad.isfinite())
+
+
+def test_numbers_of_other_types_have_graphs_of_their_own(recorded):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3)
+
+        def forward(self, x, by):
+            return self.norm(x) if by is True else self.norm(x) * 2
+
+    _, captured = pair(Scaled, warm_up=1)
+    steps_of(captured, images(), True)
+    steps_of(captured, images(), 1)
+    assert len(recorded) == 2
+
+
+def test_a_frozen_layer_is_recorded_anew(recorded):
+    _, captured = pair(warm_up=1)
+    for p in captured[1].parameters():
+        p.requires_grad_(False)
+    steps_of(captured, images())
+    captured[1].frozen = True
+    steps_of(captured, images())
+    assert len(recorded) == 2
+
+
+def test_other_strides_have_graphs_of_their_own(recorded):
+    _, captured = pair(warm_up=1)
+    steps_of(captured, images())
+    steps_of(captured, images().contiguous(memory_format=torch.channels_last))
+    assert len(recorded) == 2
+
+
+def test_inputs_of_other_types_have_graphs_of_their_own(recorded):
+    class Widened(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            return self.norm(x.float()).to(x.dtype)
+
+    _, captured = pair(Widened, warm_up=1)
+    assert steps_of(captured, images()).dtype == torch.float32
+    assert steps_of(captured, images().bfloat16()).dtype == torch.bfloat16

@@ -560,6 +560,16 @@ def test_data_parallel(tmp_path):
         torch.testing.assert_close(second[name], parameter, rtol=1e-9, atol=1e-12)
 
 
+def test_a_filter_beside_a_pruned_bias_is_standardized():
+    layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    prune.l1_unstructured(layers[0], "bias", 1)
+    with warnings.catch_warnings(action="error"):
+        model = kn.convert(layers, weight_standardization=True)
+    x = torch.randn(2, 3, 8, 8)
+    expected = nn.functional.conv2d(x, standardized(model[0].weight), model[0].bias)
+    torch.testing.assert_close(model[0](x), expected)
+
+
 def test_a_pruned_filter_stays_standardized():
     """Pruning writes its weight anew at each call: what is written into it would be lost."""
     torch.manual_seed(0)

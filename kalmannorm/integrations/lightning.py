@@ -146,7 +146,7 @@ class KalmanNormCallback(lightning.Callback):
                 "max_epochs or max_steps"
             )
         # `max_steps` counts those of all optimizers.
-        each = 1 if pl_module.automatic_optimization or steps != trainer.max_steps else len(trainer.optimizers)
+        each = 1 if steps != trainer.max_steps else len(trainer.optimizers)
         self._steps = math.ceil(steps / each)
         if trainer.global_step == 0:  # another training than the last one
             self._annealed, self._annealed_at = 0, None

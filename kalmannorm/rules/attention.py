@@ -31,8 +31,8 @@ _LARGE_MAP = 2048
 _MASKED_SCORE = -1e30
 # A number in a mask below this leaves a key out.
 _LEAVES_OUT = -1e4
-# A softmax of scores with a larger standard deviation is a maximum.
-_SPREAD = 30.0
+# Scores with a larger standard deviation count as if they had this one, as the nodes would be too far apart.
+_SPREAD = 8.0
 
 _MASKED = Unknown("attention that is causal, masked or grouped")
 
@@ -134,8 +134,9 @@ def glu(x: Gaussian, dim: int = -1) -> Gaussian:
 
 @belief_rule("softmax")
 def softmax(x: Gaussian, dim: int | None = None, *args: Any, **kwargs: Any) -> Belief:
-    """Exact for independent elements, by ``1 / S = integral of e^(-t S) dt`` for the sum ``S`` of exponentials.
+    """Exact for independent elements of a standard deviation up to 8.
 
+    By ``1 / S = integral of e^(-t S) dt`` for the sum ``S`` of exponentials.
     The moments of ``p_i = e^(x_i) / S`` are then products of expectations of one element each::
 
         E p_i   = integral of     E[e^(x_i)   e^(-t e^(x_i))] prod_(j != i) E[e^(-t e^(x_j))] dt
@@ -230,13 +231,13 @@ def multi_head_attention(
     in_proj_weight: Tensor | None, in_proj_bias: Tensor | None, bias_k: object, bias_v: object, add_zero_attn: bool,
     dropout_p: float, out_proj_weight: Tensor, out_proj_bias: Tensor | None, training: bool = True,
     key_padding_mask: object = None, need_weights: bool = True, attn_mask: object = None,
-    use_separate_proj_weight: bool = False, **kwargs: Any,
+    **kwargs: Any,
 ) -> Any:  # fmt: skip
     """``nn.MultiheadAttention``, of ``(time, N, channels)``: three linear maps, :func:`attention` by head, and another.
 
     There is no belief behind a mask: queries then meet different numbers of keys.
     """
-    if use_separate_proj_weight or in_proj_weight is None or bias_k is not None or add_zero_attn:
+    if in_proj_weight is None or bias_k is not None or add_zero_attn:
         return Unknown("attention with keys of another size, or with added ones")
     if attn_mask is not None or key_padding_mask is not None:
         return _MASKED

@@ -200,7 +200,7 @@ def prelu(x: Gaussian, weight: Tensor) -> Belief:
     if isinstance(weight, Gaussian):
         return Unknown("the slope is computed from the input")
     slope = weight.to(x.mean.dtype)
-    if x.ndim > 1 and slope.numel() > 1:
+    if slope.numel() > 1:
         x, slope = x.full([1]), slope.view(-1, *[1] * (x.ndim - 2))
     return _two_slopes(x, slope)
 

@@ -154,7 +154,7 @@ for _function, _move in _ALIKE.items():
 def repeat(x: Gaussian, *sizes: Any) -> Gaussian:
     """Tile the axes along which the belief varies."""
     times = _ints(sizes)
-    x = in_one_shape(of_rank(x, len(times)))
+    x = of_rank(x, len(times))
     return x.map(lambda t: t.repeat(*(n if size > 1 else 1 for n, size in zip(times, t.shape, strict=True))))
 
 
@@ -172,7 +172,7 @@ def repeat_interleave(x: Gaussian, repeats: Any, dim: int | None = None, *, outp
 def flip(x: Gaussian, *dims: Any, **kwargs: Any) -> Gaussian:
     """Reverse the axes along which the belief varies."""
     turned = [d for d in axes_of(x, _ints(dims or (kwargs["dims"],))) if varies(x, d)]
-    return x.full(turned).map(lambda t: t.flip(turned))
+    return x.map(lambda t: t.flip(turned))
 
 
 @belief_rule("roll")
@@ -299,7 +299,7 @@ def _index_of_axis(x: Gaussian, axis: int, part: Any) -> tuple[Gaussian, Any]:
 
 def cut(function: Callable[..., Any], x: Gaussian, dim: int, /, *args: Any, **kwargs: Any) -> Any:
     """A function that cuts along ``dim``, of a belief that is expanded there. Returns a tuple where it does."""
-    x = in_one_shape(x.full([dim % x.ndim]))
+    x = x.full([dim % x.ndim])
     means, variances = (function(t, *args, **kwargs) for t in (x.mean, x.var))
     if isinstance(means, Tensor):
         return Gaussian(means, variances)
@@ -373,7 +373,7 @@ def cat(tensors: Sequence[Gaussian | Tensor], dim: int = 0, **kwargs: Any) -> Ga
 @rule(*aliases("hstack"))
 def hstack(tensors: Sequence[Gaussian | Tensor]) -> Gaussian:
     """Join along the second axis, or the only one."""
-    return cat(tensors, 0 if tensors[0].ndim == 1 else 1)
+    return cat(tensors, 1)
 
 
 @rule(*aliases("stack"))
@@ -400,7 +400,7 @@ def pad(x: Gaussian, pad: Sequence[int], mode: str = "constant", value: float | 
             return Unknown("padding along the batch")
         if touched and (d == 1 or varies(x, d)):
             x = x.full([d])
-        elif x.mean.shape[d] == 1:
+        else:
             amounts[2 * k] = amounts[2 * k + 1] = 0
     if not any(amounts):
         return Gaussian(x.mean, x.var)

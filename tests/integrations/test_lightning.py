@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import kalmannorm as kn
-from kalmannorm.integrations.lightning import KalmanNormCallback
+from kalmannorm.integrations.lightning import KalmanNormCallback, annealing, network_of
 from kalmannorm.traversal import kalman_layers
 
 
@@ -82,7 +82,7 @@ def test_averages_of_weights_come_later(kind):
     def fit(averaging_first):
         callbacks = [KalmanNormCallback(), getattr(lightning.pytorch.callbacks, kind)(**options)]
         trainer = quiet_trainer(-1, *callbacks[:: -1 if averaging_first else 1], max_epochs=2)
-        trainer.fit(Nested(), loader())
+        trainer.fit(Nested(), pairs())
 
     with pytest.raises(ValueError, match=f"got {kind} before it .* expected KalmanNormCallback first"):
         fit(averaging_first=True)
@@ -253,7 +253,7 @@ SCRIPT = """
     import lightning
     from short_trainings import Nested, pairs, quiet_trainer
     from kalmannorm.traversal import kalman_layers
-    from kalmannorm.integrations.lightning import KalmanNormCallback
+    from kalmannorm.integrations.lightning import KalmanNormCallback, annealing, network_of
 
     class Ranks(lightning.Callback):
         def on_train_end(self, trainer, pl_module):
@@ -295,3 +295,82 @@ def test_nothing_is_warned_of():
         warnings.filterwarnings("ignore", ".*does not have many workers.*")
         warnings.filterwarnings("ignore", ".*no `val_dataloader`.*")
         trainer_of(KalmanNormCallback(recalibrate=2, log_gains=True, online=True), 2).fit(Nested(), pairs())
+
+
+
+
+def test_online_prediction_uses_batches():
+    module = kn.convert(Nested())
+    module.predict_step = lambda batch, batch_idx: module(batch[0])
+    got = torch.cat(trainer_of(KalmanNormCallback(online=True), 1).predict(module, pairs()))
+    module.eval()
+    with torch.no_grad(), kn.online_statistics(module):
+        expected = torch.cat([module(images) for images, _ in pairs()])
+    torch.testing.assert_close(got, expected)
+
+
+class Gains(lightning.Callback):
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.seen.append(pl_module.net[1].gain.item())
+
+
+def test_the_first_half_of_the_steps_goes_before_the_first_factor():
+    seen = {}
+    for factor in (1.0, 10.0):
+        gains = Gains()
+        trainer_of(KalmanNormCallback(anneal=factor, anneal_from=0.5), 4, gains).fit(Nested(), pairs())
+        seen[factor] = gains.seen
+    assert seen[10.0][:2] == seen[1.0][:2]
+    assert seen[10.0][3] - seen[1.0][3] == pytest.approx(math.log(10), abs=0.05)
+
+
+def test_annealing_goes_on_from_a_checkpoint_without_its_state(tmp_path):
+    module = kn.convert(Nested())
+    trainer = quiet_trainer(2)
+    trainer.fit(module, pairs())
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    gains = {}
+    for factor in (1.0, 10.0):
+        module = kn.convert(Nested())
+        callback = KalmanNormCallback(anneal=factor, anneal_from=0.5)
+        trainer_of(callback, 4).fit(module, pairs(), ckpt_path=tmp_path / "half.ckpt")
+        gains[factor] = module.net[1].gain.item()
+    assert gains[10.0] - gains[1.0] == pytest.approx(math.log(10), abs=0.05)
+
+
+def test_the_logged_gain_is_that_of_one_map():
+    module = Nested()
+    trainer = trainer_of(KalmanNormCallback(log_gains=True), -1, max_epochs=1)
+    trainer.fit(module, pairs())
+    gains = [float(layer.kalman_gain(1)) for _, layer in kalman_layers(module)]
+    assert float(trainer.logged_metrics["kalman_gain"]) == pytest.approx(sum(gains) / 2)
+
+
+def test_a_training_may_go_on_behind_a_loss_that_is_not_finite():
+    trainer = trainer_of(KalmanNormCallback(stop_at_nonfinite=False), 4, Breaking())
+    trainer.fit(Nested(), pairs())
+    assert trainer.global_step == 4
+
+
+def test_arguments_of_annealing():
+    with pytest.raises(ValueError, match="anneal must be above 0; got inf"):
+        KalmanNormCallback(anneal=math.inf)
+    assert [annealing(step, 3, 8.0, 0.5) for step in range(3)] == [1.0, 1.0, 8.0]
+
+
+def test_several_parts_are_one_network():
+    module = nn.ModuleDict({"one": nn.Sequential(nn.BatchNorm1d(2)), "two": nn.Sequential(nn.BatchNorm1d(2))})
+    assert network_of(module, lambda layer: isinstance(layer, nn.BatchNorm1d)) is module
+
+
+def test_recalibration_runs_in_the_trainers_precision():
+    seen = []
+    module = Nested()
+    trainer = trainer_of(KalmanNormCallback(recalibrate=2), 2, precision="bf16-mixed")
+    module.net[0].register_forward_hook(lambda layer, args, output: seen.append(output.dtype))
+    trainer.fit(module, pairs())
+    assert seen == [torch.bfloat16] * len(seen)
+    assert len(seen) >= 4

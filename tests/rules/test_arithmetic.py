@@ -249,3 +249,8 @@ def test_dropout_at_its_ends(function):
     nothing = RULES[function](x, 1.0, True)
     assert not nothing.mean.any()
     assert not nothing.var.any()
+
+
+def test_a_difference_of_packed_beliefs():
+    x, y = believe((4, 3)).packed(), believe((4, 3), 1).packed()
+    torch.testing.assert_close(RULES[torch.sub](x, y).mean, x.mean - y.mean)

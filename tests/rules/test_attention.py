@@ -285,3 +285,86 @@ def test_networks_with_multi_head_attention_have_priors_behind_it():
     model = kn.convert(Block(), input_stats=(0.0, 1.0))
     description = kn.describe(model, torch.randn(2, 5, 8))
     assert description.with_prior == 1, description
+
+
+def test_glu_halves_the_last_axis_by_default():
+    check_draws(F.glu, believe((2**12, 3, 8), axes=(1, 2)))
+
+
+def test_softmin_counts_alike_elements():
+    x = believe((8, 3, 5))
+    torch.testing.assert_close(RULES[F.softmin](x, 2).mean, torch.full((1, 3, 1), 0.2).double())
+
+
+def test_baddbmm_ignores_its_input_for_a_beta_of_zero():
+    nothing, x, y = torch.full((2, 3, 5), math.nan).double(), believe((2, 3, 4)), values(2, 4, 5)
+    torch.testing.assert_close(RULES[torch.baddbmm](nothing, x, y, beta=0).mean, RULES[torch.bmm](x, y).mean)
+
+
+def _heads(bias=0.0, **options):
+    torch.manual_seed(0)
+    layer = nn.MultiheadAttention(8, 2).double()
+    nn.init.normal_(layer.in_proj_bias, 1, bias)
+    nn.init.normal_(layer.out_proj.bias, 1, bias)
+    x = believe((16, 2**8, 8), axes=(2,))
+    arguments = {"bias_k": None, "bias_v": None, "add_zero_attn": False, "dropout_p": 0.0, **options}
+    return x, lambda f, q: f(
+        q,
+        q,
+        q,
+        8,
+        2,
+        layer.in_proj_weight,
+        layer.in_proj_bias,
+        **arguments,
+        out_proj_weight=layer.out_proj.weight,
+        out_proj_bias=layer.out_proj.bias,
+    )
+
+
+def test_biases_of_multi_head_attention():
+    """The weights add up to 1, so a bias of the values passes unchanged."""
+    x, _ = _heads()
+    bias, out = values(8), values(8, seed=1)
+    torch.manual_seed(0)
+    layer = nn.MultiheadAttention(8, 2).double()
+    rest = (None, None, False, 0.0, layer.out_proj.weight)
+    plain, _ = RULES[F.multi_head_attention_forward](x, x, x, 8, 2, layer.in_proj_weight, None, *rest, None)
+    biased, _ = RULES[F.multi_head_attention_forward](
+        x, x, x, 8, 2, layer.in_proj_weight, torch.cat([torch.zeros(16).double(), bias]), *rest, out
+    )
+    torch.testing.assert_close(biased.mean[0, 0] - plain.mean[0, 0], layer.out_proj.weight @ bias + out)
+
+
+@pytest.mark.parametrize(
+    "options", [{"bias_k": torch.zeros(1, 1, 8), "bias_v": torch.zeros(1, 1, 8)}, {"add_zero_attn": True}]
+)
+def test_added_keys_are_unknown(options):
+    x, call = _heads(**options)
+    assert "with added ones" in call(RULES[F.multi_head_attention_forward], x).reason
+
+
+def test_multi_head_attention_drops_nothing_in_evaluation():
+    x, call = _heads()
+    _, dropping = _heads(dropout_p=0.5, training=False)
+    plain, _ = call(RULES[F.multi_head_attention_forward], x)
+    assert torch.equal(dropping(RULES[F.multi_head_attention_forward], x)[0].var, plain.var)
+
+
+def test_grouped_queries_are_unknown():
+    q, k = believe((2, 4, 4, 3), axes=(1, 3)), believe((2, 2, 4, 3), axes=(1, 3))
+    check_unknown("grouped", F.scaled_dot_product_attention, q, k, k, enable_gqa=True)
+
+
+def test_a_penalty_that_leaves_no_key_out_is_a_bias():
+    x = believe((2, 2, 4, 3), axes=(1, 3))
+    penalty = torch.zeros(4, 4).double().index_fill(1, torch.tensor([0]), -500.0)
+    assert isinstance(RULES[F.scaled_dot_product_attention](x, x, x, attn_mask=penalty), Gaussian)
+
+
+def test_dropout_of_attention_scales_the_values_common_mean():
+    q, k, v = (believe((2**10, 2, 16, 4), seed=s, axes=(1, 3)) for s in range(3))
+    v = Gaussian(v.mean + 10, v.var, v.shape)
+    belief = RULES[F.scaled_dot_product_attention](q, k, v, dropout_p=0.5)
+    output = draw_through(F.scaled_dot_product_attention, (q, k, v), {"dropout_p": 0.5})
+    assert ((belief.var / output.var((0, 2), keepdim=True)).log2().abs() < 0.5).all()

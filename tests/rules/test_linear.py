@@ -196,3 +196,52 @@ def test_rows_of_a_table(function):
     torch.testing.assert_close(belief.var[0], rows.var(0, correction=0))
     assert RULES[function](index.view(3, 7), weight).mean.shape == (1, 1, 4)
     assert RULES[function](index, weight.bfloat16()).mean.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("function", "weight"), [(F.conv2d, values(4, 2, 3, 3)), (F.conv_transpose2d, values(4, 2, 3, 3))]
+)
+def test_grouped_filters_pool_a_belief_that_varies_over_space(function, weight):
+    x = believe((6, 4, 4, 4), axes=(1, 2, 3))
+    got, expected = (RULES[function](each, weight, groups=2) for each in (x, x.pool([2, 3])))
+    assert torch.equal(got.mean, expected.mean)
+    assert torch.equal(got.var, expected.var)
+
+
+def test_tables_and_indices_from_the_input():
+    x = believe((4, 3))
+    for index, table in ((x, values(5, 2)), (torch.zeros(4, dtype=torch.long), x)):
+        check_unknown("computed from the input", F.embedding, index, table)
+
+
+def test_moments_of_different_shapes_through_a_filter_and_a_matrix():
+    mean, var = believe((6, 4, 5)).mean, believe((6, 4, 5)).var
+    x, want = Gaussian(mean, var[:, :1], (6, 4, 5)), Gaussian(mean, var[:, :1].expand_as(mean), (6, 4, 5))
+    weight = values(2, 4, 3)
+    torch.testing.assert_close(RULES[F.conv1d](x, weight).var, RULES[F.conv1d](want, weight).var)
+    mean, var = torch.zeros(1, 1, 5).double(), torch.rand(1, 4, 5).double()
+    x, want = Gaussian(mean, var, (6, 4, 5)), Gaussian(mean.expand(1, 4, 5), var, (6, 4, 5))
+    torch.testing.assert_close(RULES[F.linear](x, values(2, 5)).var, RULES[F.linear](want, values(2, 5)).var)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_filter_pools_a_belief_that_varies_over_space(packed):
+    x = believe((6, 4, 4, 4), axes=(1, 2, 3))
+    x = x.packed().of(x.shape) if packed else x
+    got, expected = (RULES[F.conv2d](each, values(3, 4, 3, 3)) for each in (x, x.pool([2, 3])))
+    torch.testing.assert_close((got.mean, got.var), (expected.mean, expected.var))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_blocks_of_channels_that_vary_over_space(packed):
+    x = believe((6, 2, 2), axes=(1, 2)).of((6, 4, 2))
+    x = x.packed().of(x.shape) if packed else x
+    got, expected = (RULES[F.conv1d](each, values(3, 4, 1)) for each in (x, x.full([1]).pool([2])))
+    torch.testing.assert_close((got.mean, got.var), (expected.mean, expected.var))
+
+
+def test_one_variance_for_all_channels_through_a_filter():
+    x = Gaussian(torch.randn(1, 4, 1), torch.rand(1, 1, 1), (6, 4, 5))
+    torch.testing.assert_close(
+        RULES[F.conv1d](x, values(2, 4, 1).float()).var, RULES[F.conv1d](x.full([1]), values(2, 4, 1).float()).var
+    )

@@ -128,3 +128,41 @@ def test_normalize_along_several_axes():
     squares = [(b.mean.square() + b.var).expand(2, 3, 4, 5) for b in (one, both)]
     torch.testing.assert_close(squares[0].sum(1), torch.ones(2, 4, 5).double())
     torch.testing.assert_close(squares[1].sum((1, 2)), torch.ones(2, 5).double())
+
+
+def test_normalize_goes_along_the_channels_by_default():
+    x = believe((6, 4, 5), axes=(1, 2))
+    torch.testing.assert_close(RULES[F.normalize](x).mean, RULES[F.normalize](x, dim=1).mean, rtol=0, atol=0)
+
+
+def test_normalize_of_nothing_is_finite_and_of_little_has_unit_norm():
+    zero = Gaussian(torch.zeros(1, 3), torch.zeros(1, 3), (4, 3))
+    assert RULES[F.normalize](zero).mean.isfinite().all()
+    little = Gaussian(torch.full((1, 4), 1e-8).double(), torch.zeros(1, 4).double(), (4, 4))
+    torch.testing.assert_close(RULES[F.normalize](little).mean, torch.full((1, 4), 0.5).double())
+
+
+def test_rms_norm_of_nothing_is_finite():
+    y = RULES[torch.rms_norm](Gaussian(torch.zeros(1, 3), torch.zeros(1, 3), (4, 3)), [3])
+    assert y.mean.isfinite().all()
+    assert y.var.isfinite().all()
+
+
+def test_instance_norm_uses_the_samples_own_statistics_by_default():
+    x = believe((4, 3, 8))
+    y = RULES[F.instance_norm](x, torch.full((3,), 5.0).double(), torch.full((3,), 9.0).double())
+    assert (y.mean == 0).all()
+    assert (y.var == 1).all()
+
+
+def test_frozen_instance_norm_takes_its_epsilon():
+    x, mean, var = believe((4, 3, 8)), values(3), values(3).square()
+    y = RULES[F.instance_norm](x, mean, var, use_input_stats=False, eps=0.5)
+    expected = RULES[F.batch_norm](x, mean, var, eps=0.5)
+    torch.testing.assert_close((y.mean, y.var), (expected.mean, expected.var))
+
+
+def test_running_variance_of_a_half_is_widened_before_its_root():
+    x, mean, var = believe((4, 3, 8)), torch.zeros(3).bfloat16(), values(3).square().bfloat16()
+    got, expected = RULES[F.batch_norm](x, mean, var), RULES[F.batch_norm](x, mean, var.double())
+    torch.testing.assert_close((got.mean, got.var), (expected.mean, expected.var))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from drawing import DRAWS, believe, check_alias, check_draws, check_unknown, covers
+from drawing import DRAWS, believe, check_alias, check_draws, check_unknown, covers, values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -293,3 +293,46 @@ def test_bounds_in_the_wrong_order_clamp_to_the_upper_one():
     y = RULES[torch.clamp](believe((4, 3)), 1.0, -1.0)
     torch.testing.assert_close(y.mean, torch.full_like(y.mean, -1.0))
     torch.testing.assert_close(y.var, torch.zeros_like(y.var), atol=1e-6, rtol=0)
+
+
+DEFAULTS = [F.leaky_relu, F.hardtanh, F.hardshrink, F.softshrink, F.elu, F.celu, F.rrelu, F.dropout]
+
+
+@pytest.mark.parametrize("function", DEFAULTS, ids=lambda f: f.__name__)
+def test_defaults_are_torchs(function):
+    check_draws(function, believe((2**17, 2)))
+
+
+def test_exponentials_of_a_wide_belief_are_finite():
+    for function in (torch.exp, torch.expm1):
+        y = RULES[function](Gaussian(torch.tensor([[1.0, 90.0]]), torch.tensor([[200.0, 1.0]])))
+        assert y.mean.isfinite().all()
+        assert y.var.isfinite().all()
+
+
+def test_fractional_powers_of_a_belief_that_reaches_below_zero():
+    x = Gaussian(torch.zeros(1, 1), torch.ones(1, 1))
+    for exponent in (0.5, torch.tensor(1.7)):
+        y = RULES[torch.pow](x, exponent)
+        assert y.mean.isfinite().all()
+        assert y.var.isfinite().all()
+
+
+def test_a_learned_exponent_of_a_belief_that_reaches_below_zero_has_a_gradient():
+    learned = torch.tensor(2.0, requires_grad=True)
+    y = RULES[torch.pow](Gaussian(torch.zeros(1, 1), torch.ones(1, 1)), learned)
+    (y.mean + y.var).sum().backward()
+    assert learned.grad.isfinite()
+
+
+def test_a_negative_exponent_of_a_negative_mean_is_finite():
+    y = RULES[torch.pow](Gaussian(torch.tensor([[-2.0]]), torch.ones(1, 1)), torch.tensor(-4.0))
+    assert y.mean.isfinite().all()
+    assert y.var.isfinite().all()
+
+
+def test_prelu_of_blocks_of_channels_in_the_beliefs_own_type():
+    x = believe((4, 2, 3), dtype=torch.float32).of((4, 4, 3))
+    y = RULES[F.prelu](x, values(4))
+    assert y.mean.shape == (1, 4, 1)
+    assert y.mean.dtype == torch.float32

@@ -136,3 +136,10 @@ def test_the_largest_of_many(count):
     n = len(draws)
     assert abs(y.mean.item() - draws.mean().item()) < 5 * math.sqrt(y.var.item() / n)
     assert y.var.item() == pytest.approx(draws.var().item(), rel=5 * math.sqrt(4 / n))
+
+
+def test_adaptive_max_pooling_pools_a_belief_that_varies_over_space():
+    x = believe((6, 2, 4, 4), axes=(1, 2, 3))
+    got, expected = RULES[F.adaptive_max_pool2d](x, 2), RULES[F.adaptive_max_pool2d](x.pool([2, 3]).of(x.shape), 2)
+    assert torch.equal(got.mean, expected.mean)
+    assert torch.equal(got.var, expected.var)

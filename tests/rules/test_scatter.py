@@ -136,3 +136,46 @@ def test_masked_fill_of_as_good_as_minus_infinity(value):
     """As networks write it before a softmax."""
     x = believe((4, 3, 16))
     assert RULES[torch.masked_fill](x, torch.arange(16) % 4 == 0, value) is x
+
+
+def test_index_add_with_a_factor():
+    index, into, x = torch.tensor([0, 0, 1]), torch.zeros(2, 3).double(), believe((3, 3))
+    once, thrice = (RULES[torch.index_add](into, 0, index, x, alpha=a) for a in (1.0, -3.0))
+    torch.testing.assert_close((thrice.mean, thrice.var), (-3 * once.mean, 9 * once.var))
+
+
+def test_known_rows_keep_the_values_of_their_channels():
+    index, x = torch.zeros(4, 3, dtype=torch.long), believe((4, 3))
+    into = torch.tensor([[1.0, 5.0, -7.0]]).double().expand(4, 3)
+    moved, alone = (RULES[torch.scatter_add](t, 0, index, x) for t in (into, torch.zeros(4, 3).double()))
+    torch.testing.assert_close((moved.mean, moved.var), (alone.mean + into[:1], alone.var))
+
+
+def test_few_rows_of_different_numbers_of_terms():
+    index, x = torch.tensor([0, 0, 0, 1]), believe((4, 3))
+    y = RULES[torch.index_add](torch.zeros(2, 3).double(), 0, index, x)
+    torch.testing.assert_close(y.var, 2 * x.var + x.mean.square())
+
+
+def test_reductions_along_another_axis_are_unknown():
+    zeros, index = torch.zeros(4, 3).double(), torch.zeros(4, 3, dtype=torch.long)
+    check_unknown(
+        "other than a sum", torch.scatter_reduce, zeros, 1, index, believe((4, 3)), "mean", include_self=False
+    )
+
+
+def test_masked_fill_by_sample_in_groups():
+    ragged = torch.arange(16) < torch.randint(1, 17, (2**12, 1, 1), generator=torch.Generator().manual_seed(0))
+    check_draws(torch.masked_fill, believe((2**12, 3, 16), groups=2), ragged, -1.0, groups=2)
+
+
+def test_masked_fill_of_plus_infinity():
+    x = believe((4, 3, 16))
+    assert RULES[torch.masked_fill](x, torch.arange(16) > 3, math.inf) is x
+
+
+def test_rows_of_three_axes_keep_the_values_of_their_channels():
+    index, x = torch.zeros(4, dtype=torch.long), believe((4, 3, 2))
+    into = torch.tensor([1.0, 5.0, -7.0]).double()[:, None] + torch.tensor([0.0, 2.0]).double()
+    y = RULES[torch.index_add](into.expand(4, 3, 2), 0, index, x)
+    assert y.mean.shape == (1, 3, 1)

@@ -636,3 +636,41 @@ def test_padding_along_an_axis_that_channels_were_flattened_into():
     padded = RULES[F.pad](y, (16, 0), value=100.0).per_channel(1)
     mean = (16 * 100 + 16 * 28) / (9 * 16)
     torch.testing.assert_close(padded.mean, torch.full((1, 1), mean))  # of each of the four
+
+
+def test_antialiased_resizing():
+    check_draws(
+        F.interpolate, believe((2**9, 2, 12, 12)), scale_factor=0.5, mode="bilinear", antialias=True, effective=0.3
+    )
+
+
+def test_resizing_pools_a_belief_that_varies_over_space():
+    x = believe((6, 2, 4, 4), axes=(1, 2, 3))
+    got, expected = (
+        RULES[F.interpolate](each.of(x.shape), scale_factor=2, mode="bilinear") for each in (x, x.pool([2, 3]))
+    )
+    torch.testing.assert_close((got.mean, got.var), (expected.mean, expected.var))
+
+
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+def test_padding_by_pixels_where_the_belief_varies(mode):
+    check_unknown(mode, F.pad, believe((4, 2, 6, 6), axes=(1, 2, 3)), (1, 1, 1, 1), mode)
+
+
+def test_a_type_that_rounds_by_its_name():
+    check_unknown("rounded", torch.Tensor.to, believe((4, 3)), dtype=torch.int64)
+
+
+def test_types_by_their_names():
+    x = believe((4, 3))
+    for kind in ("torch.DoubleTensor", "torch.HalfTensor", "torch.FloatTensor"):
+        assert RULES[torch.Tensor.type](x, kind) is x
+
+
+def test_channels_of_samples_with_one_belief_are_picked():
+    check_moved(torch.index_select, believe((4, 3, 2)), 1, torch.tensor([2, 0]))
+
+
+def test_axis_is_another_name_for_dim():
+    x, y = believe((4, 3)), believe((4, 2), 1)
+    assert RULES[torch.cat]([x, y], axis=1).mean.shape == (1, 5)
