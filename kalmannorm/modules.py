@@ -120,7 +120,8 @@ class KalmanLayer(CorrectedPrior):
         self.register_parameter("process_noise", noise)
         self.calibrates = None
         for name in ("prior_shift", "prior_scale"):
-            self.register_buffer(name, torch.empty(channels, device=device, dtype=dtype))
+            empty = torch.empty(channels, device=device, dtype=dtype)
+            self.register_buffer(name, empty, persistent=not self.ignores_prior)
         self.drop_correction()
         # On the layer, as a compiler's guards look at instances and not at their class.
         self.online = False  # set by `kalmannorm.online_statistics`

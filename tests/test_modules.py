@@ -476,6 +476,8 @@ def test_state_dict_keys_are_the_stock_layers_and_four():
     own = {"gain", "process_noise", "prior_shift", "prior_scale"}
     assert set(kn.KalmanNorm2d(4).state_dict()) == {*nn.BatchNorm2d(4).state_dict(), *own}
     assert set(kn.GroupKalmanNorm(2, 4).state_dict()) == {*nn.GroupNorm(2, 4).state_dict(), *own}
+    stock = kn.KalmanNorm2d(4, gain=1.0, process_noise=False)
+    assert set(stock.state_dict()) == set(nn.BatchNorm2d(4).state_dict())
 
 
 def test_a_batch_norm_checkpoint_loads_strictly():
