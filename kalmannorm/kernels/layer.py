@@ -194,15 +194,8 @@ def layer(x: Tensor, given: Given, options: Options, *, running: Running | None 
         given = given._replace(prior=given.prior.contiguous())
     if compiled:
         return _compiled(x, given, posterior, options, running)
-    backend = backend_for(x, *given)
-    if running is not None and not _can_be_moved(running, x, backend):
-        backend = on_torch
+    backend = backend_for(x, *given, *(() if running is None else running[:2]))
+    if running is not None and any([t.dtype is not torch.int64 or t.device != x.device for t in running[2:4]]):
+        backend = on_torch  # a compiled kernel could not count
     call = _Call(backend, posterior, options, running)
     return Layer(*_Layer.apply(call, x, *given))  # type: ignore[no-untyped-call]
-
-
-def _can_be_moved(running: Running, x: Tensor, backend: ModuleType) -> bool:
-    """Whether a compiled kernel can change running statistics, and count, in place."""
-    mean, var, *counters, _ = running
-    counts = all(t.dtype is torch.int64 and t.device == x.device for t in counters)
-    return counts and backend_for(x, mean, var) is backend
