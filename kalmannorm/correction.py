@@ -42,6 +42,17 @@ def _state(t: Tensor | None) -> tuple[int, int] | None:
     return id(t), t._version
 
 
+def _is_batched(t: Tensor) -> bool:
+    """Whether ``torch.vmap`` goes over it, so that nobody can look at its numbers."""
+    if torch.compiler.is_compiling():
+        return False
+    while torch._C._functorch.is_functorch_wrapped_tensor(t):
+        if torch._C._functorch.is_batchedtensor(t):
+            return True
+        t = torch._C._functorch.get_unwrapped(t)
+    return False
+
+
 class CorrectedPrior(nn.Module):
     """The buffers ``prior_shift`` and ``prior_scale``, ``(C,)``, and how they are found and loaded.
 
@@ -99,6 +110,19 @@ class CorrectedPrior(nn.Module):
         self.is_corrected = bool((shift != 0).any()) or bool(((scale - 1).abs() > 1e-3).any())
         self._settled = _state(scale)
 
+    def _look_at_correction(self) -> None:
+        """Read the correction if another tensor, or other numbers, may have taken the place of those that were read
+        last: an older state may be restored, DistributedDataParallel sends the first process's, and
+        ``torch.func.functional_call`` puts tensors in for one call.
+        """
+        now, before = _state(self.prior_scale), self._settled
+        if now == before or now is None or _is_batched(self.prior_scale) or "_is_replica" in self.__dict__:
+            return
+        # DistributedDataParallel writes its buffers at each call, the same numbers; to look makes a device wait.
+        is_written = self.prior_scale.device.type != "cpu" and dist.is_available() and dist.is_initialized()
+        if not is_written or before is None or now[0] != before[0]:
+            self._read_correction()
+
     @torch.no_grad()
     def correction_to(self, prior: Gaussian, target: Gaussian) -> tuple[Tensor, Tensor]:
         """Shift and scale that turn a prior into a target.
@@ -123,15 +147,17 @@ class CorrectedPrior(nn.Module):
         statistics.
         """
         shift, scale = self.prior_shift, self.prior_scale
-        compiling = torch.compiler.is_compiling()
-        # Buffers cannot be changed in place inside of torch.func, nor read where they are put in for one call.
-        is_derived = scale.is_meta or (is_transformed() and not compiling)
-        if not (self.awaits_correction or (is_derived and self._has_target and _state(scale) != self._settled)):
+        compiling, is_batched = torch.compiler.is_compiling(), _is_batched(scale)
+        if not (self.awaits_correction or is_batched):
             return (shift, scale) if self.is_corrected else ()
+        if is_batched and not self._has_target:
+            return shift, scale
         given = prior.detach().per_channel(1)
         found = self.correction_to(given, self.correction_target().map(lambda t: t.to(given.mean.device)))
-        if is_derived:
+        if is_batched:
             return torch.where(scale < 0, found[0], shift), torch.where(scale < 0, found[1], scale)
+        if scale.is_meta or (is_transformed() and not compiling):  # buffers cannot be changed in place there
+            return found
         # A batch that is not finite may make priors so; the next one corrects them.
         if not (compiling or all(bool(t.isfinite().all()) for t in (given.mean, given.var))):
             return found
@@ -142,18 +168,6 @@ class CorrectedPrior(nn.Module):
         self.awaits_correction = False
         self._settled = _state(scale)
         return shift, scale
-
-    def _was_overwritten(self) -> bool:
-        """Whether another tensor, or other numbers, may have taken the place of the scale that was read last: an older
-        state may be restored, DistributedDataParallel sends the first process's, and ``torch.func.functional_call``
-        puts tensors in for one call.
-        """
-        now, before = _state(self.prior_scale), self._settled
-        if now == before or now is None or is_transformed():
-            return False
-        # DistributedDataParallel writes its buffers at each call, the same numbers; to look makes a device wait.
-        is_written = self.prior_scale.device.type != "cpu" and dist.is_available()
-        return not (is_written and dist.is_initialized()) or before is None or now[0] != before[0]
 
     def correction_target(self) -> Gaussian:
         """The statistics that a correction leads to, ``(1, C)``."""

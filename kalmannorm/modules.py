@@ -167,7 +167,7 @@ class KalmanLayer(CorrectedPrior):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name in on_meta:
             getattr(self, name).data.zero_()
-        if was_on_meta:
+        if was_on_meta and not self.prior_scale.is_meta:
             self._begin_again()
         return self
 
@@ -269,8 +269,7 @@ class KalmanLayer(CorrectedPrior):
                 f"{self._label()} sees no propagation and acts as {self._stock_name()}: no module above it was "
                 "connected. Build the model with kalmannorm.convert(model), or call kalmannorm.connect(model) once."
             )
-        if self._was_overwritten():
-            self._read_correction()
+        self._look_at_correction()
         belief = self.belief(x, groups)
         if not isinstance(belief, Unknown):
             return Prior(belief, self.process_noise, *self._correction(belief))
@@ -480,6 +479,7 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
 
     def drop_running_stats(self) -> None:
         """Keep no running statistics any more: fuse in ``eval()`` too."""
+        self._look_at_correction()
         if self.awaits_correction:
             self.dropped_statistics = self.correction_target()
         self.track_running_stats = False
@@ -492,8 +492,10 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
         """
         if self.frozen:
             return
-        if self.__dict__.get("awaits_correction"):  # unset in the constructor
-            self.dropped_statistics = self.correction_target().map(Tensor.clone)
+        if "prior_scale" in self._buffers:  # not in torch's constructor
+            self._look_at_correction()
+            if self.awaits_correction:
+                self.dropped_statistics = self.correction_target().map(Tensor.clone)
         super().reset_running_stats()
         nonfinite = self._buffers.get("nonfinite_batches")
         if nonfinite is not None:

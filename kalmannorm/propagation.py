@@ -24,8 +24,8 @@ from kalmannorm.rules.table import BELIEF_FIRST, as_rule_is_called
 from kalmannorm.steps import Step, computed_in, may_use, replace, step_of
 
 __all__ = [
-    "FAILURES", "NO_INPUT", "belief_for", "evaluate", "exact", "first_line", "function_name", "operands", "settle",
-    "true_depth", "without_autocast",
+    "FAILURES", "NO_INPUT", "belief_for", "evaluate", "exact", "first_line", "function_name", "let_go_of_graph",
+    "operands", "settle", "true_depth", "without_autocast",
 ]  # fmt: skip
 
 NO_INPUT = Unknown("its input does not depend on a floating-point input, or went through torch.jit, vmap or DTensor")
@@ -93,9 +93,9 @@ def exact(step: Step) -> Belief:
     return belief
 
 
-def settle(step: Step, source: str) -> None:
-    """Evaluate a step, and let it forget how it came about: a tensor that the network keeps would keep all calls that
-    led to it, and a state that it passes to itself those of all earlier passes. Autocast must be off.
+def settle(step: Step) -> None:
+    """Evaluate a step of an earlier pass, and let it forget how it came about: a state that a network passes to itself
+    would keep all earlier passes. Autocast must be off.
 
     Not inside of a checkpointed region, which runs again.
     """
@@ -103,7 +103,38 @@ def settle(step: Step, source: str) -> None:
         return
     belief = exact(step)
     step.belief = belief.evaluate().of(step.shape) if isinstance(belief, Rectified) else belief
-    step.function, step.args, step.kwargs, step.parents, step.source = None, (), {}, (), source
+    step.function, step.args, step.kwargs, step.parents, step.source = None, (), {}, (), "an earlier pass"
+
+
+def let_go_of_graph(step: Step, copies: dict[Step, Step]) -> None:
+    """Let a step that is a constant come from copies of its parents that are constants too: a tensor that the network
+    has detached and keeps would keep the autograd graph of its pass.
+
+    Args:
+        step: the step of a `detach`.
+        copies: those that were made before, to which new ones are added.
+    """
+
+    def known(step: Step) -> Step | None:
+        if step not in copies and step.belief is not None:
+            belief = step.belief.detach() if isinstance(step.belief, Gaussian) else step.belief
+            source = step.source or "an earlier pass"
+            copies[step] = Step(None, (), {}, step.shape, source=source, belief=belief, parents=())
+        return copies.get(step)
+
+    def copied(step: Step) -> Step:
+        args = replace(step.args, Step, copies.__getitem__)
+        kwargs = {name: replace(value, Step, copies.__getitem__) for name, value in step.kwargs.items()}
+        copies[step] = Step(step.function, args, kwargs, step.shape, step.index)
+        copies[step].recorded_in = step.recorded_in
+        return copies[step]
+
+    if step.hooks is not None:  # a checkpointed region runs again
+        return
+    with torch.no_grad():
+        constant = evaluate(step, known, copied)
+    for name in ("function", "args", "kwargs", "parents", "source", "belief"):
+        setattr(step, name, getattr(constant, name))
 
 
 def true_depth(step: Step) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ from kalmannorm.gaussian import Gaussian, Unknown
 from kalmannorm.kernels.autograd import alias
 from kalmannorm.kernels.layer import rectify_output
 from kalmannorm.priors import KeptPriors
-from kalmannorm.propagation import settle, true_depth, without_autocast
+from kalmannorm.propagation import let_go_of_graph, settle, true_depth, without_autocast
 from kalmannorm.rules import RULES, Belief
 from kalmannorm.rules.table import FACTORIES, LIKE, OVERWRITING, SOURCES, aliases
 from kalmannorm.steps import SCALARS, Step, detached, put, state_of, step_of
@@ -62,6 +63,7 @@ class Recorder(TorchFunctionMode):
         self.waiting: dict[int, Gaussian] = {}  # of each thread, `input_stats` whose tensor has not been found yet
         self.opener: Any = None  # the module that was entered
         self.passes: dict[int, object] = {}  # of each thread, another object in each forward pass
+        self.detached: dict[int, list[weakref.ref[Step]]] = {}  # of each thread's pass
         self.of_threads: dict[int, KeptPriors] = {}
 
     @property
@@ -81,7 +83,7 @@ class Recorder(TorchFunctionMode):
         return before
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "of_threads": {}, "waiting": {}, "passes": {}}
+        return {**self.__dict__, "of_threads": {}, "waiting": {}, "passes": {}, "detached": {}}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -133,25 +135,28 @@ class Recorder(TorchFunctionMode):
         mark = self.this_pass()
         for parent in parents:
             if parent.recorded_in is not mark and parent.recorded_in is not None:
-                _settle(parent, output, "an earlier pass")
+                with without_autocast(output.device):
+                    settle(parent)
         unknown = _why_unknown(func, args, recorded, output, parents)
         if unknown is not None:
             attach(output, unknown, "")
             return
         step = Step(func, recorded, keywords, tuple(output.shape), index, parents=parents)
         step.recorded_in = mark
-        if func in _DETACH and mark is not None:  # it is likely to be kept
-            _settle(step, output, "a detached tensor")
+        if func in _DETACH and mark is not None:
+            self.detached.setdefault(threading.get_ident(), []).append(weakref.ref(step))
         put(output, step)
+
+    def end_pass(self) -> None:
+        """Let what was detached in this thread's pass, and is kept, keep no graph of it."""
+        copies: dict[Step, Step] = {}
+        for noted in self.detached.pop(threading.get_ident(), ()):
+            if (step := noted()) is not None:
+                let_go_of_graph(step, copies)
 
     def this_pass(self) -> object:
         """The mark of the pass that this thread is in; None to a compiler."""
         return None if torch.compiler.is_dynamo_compiling() else self.passes.get(threading.get_ident())
-
-
-def _settle(step: Step, tensor: Tensor, source: str) -> None:
-    with without_autocast(tensor.device):
-        settle(step, source)
 
 
 def _why_unknown(func: Any, args: Any, recorded: Any, output: Tensor, parents: Sequence[Step]) -> Unknown | None:

@@ -54,7 +54,7 @@ class Step:
     """
 
     __slots__ = (
-        "args", "belief", "belief_in", "depth", "draws", "draws_in", "function", "grad", "groups_drawn",
+        "__weakref__", "args", "belief", "belief_in", "depth", "draws", "draws_in", "function", "grad", "groups_drawn",
         "hooks", "index", "is_used", "kwargs", "parents", "recorded_in", "shape", "source",
     )  # fmt: skip
 

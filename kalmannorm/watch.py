@@ -71,6 +71,7 @@ class Watch:
             self.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             if torch.compiler.is_compiling():
                 return
+            self.mode.end_pass()
             waiting = self.mode.await_input(None)
             if output is not None and waiting is not None:
                 self._warn_of_unused_belief(waiting, module)

@@ -462,21 +462,35 @@ def test_a_fresh_networks_checkpoint_drops_a_correction(trained):
     torch.testing.assert_close(model(x), fresh(x), rtol=0, atol=0)
 
 
-def test_inside_of_torch_func_it_is_as_the_given_buffers_say(trained):
+def loss_with(weights, buffers, model, x):
+    copies = {name: buffer.clone() for name, buffer in buffers.items()}
+    return torch.func.functional_call(model, (weights, copies), (x,)).square().sum()
+
+
+@pytest.mark.parametrize("stats", [INPUT_STATS, None])
+def test_inside_of_torch_func_it_is_as_the_given_buffers_say(trained, stats):
     """Of a network that has found its corrections, with the buffers from before; and the other way round."""
-    model, x = converted(trained), images(2)
+    model, x = converted(trained, input_stats=stats), images(2)
     weights, waiting = dict(model.named_parameters()), {k: b.clone() for k, b in model.named_buffers()}
-    expected = model(x)
+    model(x)
     found = {name: buffer.clone() for name, buffer in model.named_buffers()}
-
-    def loss(weights, model, buffers):
-        copies = {name: buffer.clone() for name, buffer in buffers.items()}
-        return torch.func.functional_call(model, (weights, copies), (x,)).square().sum()
-
     for buffers in (waiting, found):
-        for network_ in (model, converted(trained), converted(network())):
-            _, value = torch.func.grad_and_value(loss)(weights, network_, buffers)
-            torch.testing.assert_close(value, expected.square().sum())
+        expected = loss_with(weights, buffers, copy.deepcopy(model), x)
+        for other in (model, converted(trained, input_stats=stats), converted(network(), input_stats=stats)):
+            _, value = torch.func.grad_and_value(loss_with)(weights, buffers, other, x)
+            torch.testing.assert_close(value, expected)
+
+
+def test_inside_of_torch_func_layers_without_running_statistics_are_as_the_given_buffers_say():
+    model, fresh = (converted(network(lambda c: nn.GroupNorm(2, c)), layers=("group",)) for _ in range(2))
+    kn.calibrate(model, images(8))
+    weights, buffers, x = dict(model.named_parameters()), dict(model.named_buffers()), images(2)
+    expected = model(x).square().sum()
+    _, value = torch.func.grad_and_value(loss_with)(weights, buffers, fresh, x)
+    torch.testing.assert_close(value, expected)
+    both = {name: torch.stack([buffer, buffer]) for name, buffer in buffers.items()}
+    values = torch.vmap(loss_with, (None, 0, None, None))(weights, both, fresh, x)
+    torch.testing.assert_close(values, torch.stack([expected, expected]))
 
 
 def test_averages_of_a_fresh_network_correct_nothing():

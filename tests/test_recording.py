@@ -13,7 +13,7 @@ from torch import nn
 import kalmannorm as kn
 from kalmannorm import rules
 from kalmannorm.gaussian import Gaussian
-from kalmannorm.propagation import exact
+from kalmannorm.propagation import belief_for, exact
 from kalmannorm.recording import Recorder, attach, is_open
 from kalmannorm.steps import Step, step_of
 
@@ -131,7 +131,7 @@ def test_a_state_that_is_passed_on_does_not_keep_earlier_passes(how, estimator, 
         found.add(step)
         waiting += step.parents
     assert len(found) < 9
-    monkeypatch.setattr("kalmannorm.recording.settle", lambda step, source: None)
+    monkeypatch.setattr("kalmannorm.recording.settle", lambda step: None)
     if estimator == "exact":
         for one, other in zip(ended, outputs(keeping), strict=True):
             assert torch.equal(one, other)
@@ -148,12 +148,40 @@ def test_a_detached_tensor_that_is_kept_keeps_nothing_of_its_pass():
             self.kept.append(y.detach())
             return self.last(2 * self.kept[-1])
 
-    model = kn.convert(Keeps(), input_stats=(0.0, 1.0))
-    assert model(torch.randn(2, 3, 8, 8)).grad_fn is not None
-    step = step_of(model.kept[0])
-    assert len(step.parents) == 0
-    assert not step.belief.mean.requires_grad
-    assert kn.describe(model, torch.randn(2, 3, 8, 8)).rows[1].prior_from == ("a detached tensor",)
+    model, x = kn.convert(Keeps(), input_stats=(0.0, 1.0)), torch.randn(2, 3, 8, 8)
+    assert kn.describe(model, x).rows[1].prior_from == ("norm",)
+    model(x).sum().backward()
+    assert step_of(model.kept[1]).function is None  # a layer has asked for its belief
+    assert not step_of(model.kept[1]).belief.mean.requires_grad
+
+
+class KeepsFar(nn.Module):
+    """What it keeps is behind its last layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.head, self.kept = nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1), []
+
+    def forward(self, x):
+        y = self.head(self.norm(x).relu())
+        self.kept.append(2 * y.detach())
+        return y
+
+
+@pytest.mark.parametrize("estimator", ["exact", "monte_carlo"])
+def test_a_kept_tensor_keeps_no_graph_and_costs_no_rule(estimator):
+    model = kn.convert(KeepsFar(), input_stats=(0.0, 1.0), estimator=estimator)
+    model(torch.randn(2, 3, 8, 8)).sum().backward()
+    (kept,) = model.kept
+    waiting, beliefs = [step_of(kept)], []
+    while waiting:
+        step = waiting.pop()
+        waiting += step.parents
+        beliefs += [step.belief] if step.belief is not None else []
+    assert [belief.mean.requires_grad for belief in beliefs] == [False]  # the layer's
+    constant = belief_for(kept, 1)
+    assert isinstance(constant, Gaussian)
+    assert not constant.mean.requires_grad
 
 
 def test_a_state_that_is_read_before_its_belief_is_known_does_not_end_the_belief(monkeypatch):

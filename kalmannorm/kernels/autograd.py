@@ -75,7 +75,7 @@ def differentiable_gradients(plain: Callable[..., Any], inputs: Sequence[Any],
         inputs: tensors and other arguments.
         upstream: gradients of the outputs; None for zero.
     """
-    # Of views, as one input may have been computed from another one: a layer's input from its link's filter.
+    # Of views, as one input may have been computed from another one.
     inputs = [t.view_as(t) if isinstance(t, Tensor) and t.requires_grad else t for t in inputs]
     sent = [(o, d) for o, d in zip(plain(*inputs), upstream, strict=False) if d is not None and o.requires_grad]
     wanted = [t for t in inputs if isinstance(t, Tensor) and t.requires_grad]
