@@ -65,7 +65,7 @@ class CorrectedPrior(nn.Module):
     prior_shift: Tensor
     prior_scale: Tensor
     is_corrected: bool
-    """Whether the prior is corrected, or will be. See :meth:`_read_correction`."""
+    """Whether the prior is corrected, or will be."""
     awaits_correction: bool
     """Whether the next call that computes a prior finds the correction. Until then the scale is below 0."""
     calibrates: bool | None = None
