@@ -25,14 +25,14 @@ _NO_BATCH = Unknown("a convolution without a batch axis")
 
 def _through_filter(x: Gaussian, weight: Tensor, bias: Tensor | None) -> Gaussian:
     """Through a matrix or an ungrouped filter, in one step with a ReLU before it."""
-    if type(x) is Rectified and not x.is_known and x.is_per_channel(weight.shape[1]):
-        moments, after = link(x.below.packed().moments, weight, bias, relu=True)
-        if after is not None:
-            x.keep(Packed(after))
-        return Packed(moments)
     if not x.is_per_channel(weight.shape[1]):
         x = in_one_shape(x.full([1]).pool(range(2, x.ndim)))
-    return Packed(link(x.packed().moments, weight, bias).moments)
+    rectified = x if isinstance(x, Rectified) and not x.is_known else None
+    below = x if rectified is None else rectified.below
+    moments, after = link(below.packed().moments, weight, bias, relu=rectified is not None)
+    if rectified is not None and after is not None:
+        rectified.keep(Packed(after))
+    return Packed(moments)
 
 
 def _by_blocks(moment: Tensor, matrix: Tensor, groups: int) -> Tensor:
