@@ -101,13 +101,13 @@ class CorrectedPrior(nn.Module):
         self._settled = None
 
     def _read_correction(self) -> None:
-        """Take the correction as the buffers have it: averages of weights leave ones near one, and zeros zero."""
+        """Take the correction as the buffers have it."""
         shift, scale = self.prior_shift, self.prior_scale
         waits = scale < 0
         if waits.is_meta or type(waits) is not Tensor:  # a compiler's or exporter's stand-in
             return
         self.awaits_correction = bool(waits.any())
-        self.is_corrected = bool((shift != 0).any()) or bool(((scale - 1).abs() > 1e-3).any())
+        self.is_corrected = bool((shift != 0).any()) or bool((scale != 1).any())
         self._settled = _state(scale)
 
     def _look_at_correction(self) -> None:

@@ -493,8 +493,38 @@ def test_inside_of_torch_func_layers_without_running_statistics_are_as_the_given
     torch.testing.assert_close(values, torch.stack([expected, expected]))
 
 
+@pytest.mark.parametrize("change", ["drop_running_stats", "reset_running_stats"])
+def test_a_correction_is_looked_at_before_its_target_goes(trained, change):
+    """One call with found buffers says that nothing is awaited; the layers' own buffers still wait."""
+    model, found = converted(trained), converted(trained)
+    x = images(2)
+    found(x)
+    torch.func.functional_call(model, {k: b.clone() for k, b in found.named_buffers()}, (x,))
+    for layer in kalman_layers(model):
+        getattr(layer, change)()
+        assert layer.awaits_correction
+        assert layer.dropped_statistics is not None
+
+
+def test_a_replica_of_data_parallel_does_not_read_its_copies_of_buffers(trained, monkeypatch):
+    model = converted(trained)
+    model(images(2))
+    for layer in kalman_layers(model):
+        layer.__dict__["_is_replica"] = True
+        layer.prior_shift, layer.prior_scale = layer.prior_shift.clone(), layer.prior_scale.clone()
+        monkeypatch.setattr(layer, "_read_correction", lambda: pytest.fail("read"))
+    model(images(2))
+
+
+def test_an_exported_training_that_still_waits_has_gradients(trained):
+    x = images(2)
+    exported = torch.export.export(converted(trained).train(), (x,)).module()
+    for _ in range(2):
+        exported(x).square().sum().backward()
+    assert all(weight.grad.isfinite().all() for weight in exported.parameters())
+
+
 def test_averages_of_a_fresh_network_correct_nothing():
-    """In float32 the average of ones is not one."""
     model = converted(network())
     average = torch.optim.swa_utils.AveragedModel(
         model, avg_fn=lambda old, new, _: 0.7 * old + 0.3 * new, use_buffers=True

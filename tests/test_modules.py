@@ -564,6 +564,14 @@ def test_a_model_from_the_meta_device_trains():
     torch.testing.assert_close(model[1].running_mean, stock[1].running_mean)
 
 
+def test_a_layer_that_leaves_the_meta_device_corrects_nothing():
+    with torch.device("meta"):
+        layer = kn.KalmanNorm2d(8).half()
+    layer.to_empty(device="cpu")
+    assert torch.equal(layer.prior_scale, torch.ones(8))
+    assert torch.equal(layer.prior_shift, torch.zeros(8))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int32])
 def test_a_counter_of_another_type_counts(dtype):
     """As from a checkpoint whose tensors were averaged, with `assign=True`."""

@@ -368,3 +368,10 @@ def test_dropout_of_attention_scales_the_values_common_mean():
     belief = RULES[F.scaled_dot_product_attention](q, k, v, dropout_p=0.5)
     output = draw_through(F.scaled_dot_product_attention, (q, k, v), {"dropout_p": 0.5})
     assert ((belief.var / output.var((0, 2), keepdim=True)).log2().abs() < 0.5).all()
+
+
+def test_softmax_of_scores_of_a_large_deviation():
+    """There the nodes of the integral would be too far apart: a part of the variance would be lost."""
+    x = Gaussian(torch.zeros(1, 1).double(), torch.full((1, 1), 15.0**2).double(), (2**12, 64))
+    drawn = torch.softmax(15 * torch.randn(2**12, 64, generator=torch.Generator().manual_seed(0)), 1).var()
+    assert 0.8 < float(RULES[torch.softmax](x, 1).var / drawn) < 1.2
