@@ -162,8 +162,8 @@ class CorrectedPrior(nn.Module):
         if not (compiling or all(bool(t.isfinite().all()) for t in (given.mean, given.var))):
             return found
         with torch.no_grad():
-            shift.copy_(found[0].detach())  # an exported graph forgets that there are no gradients here
-            scale.copy_(found[1].detach())
+            shift.copy_(found[0])
+            scale.copy_(found[1].detach())  # from the process noise: an exported graph forgets `no_grad`
         self.dropped_statistics = None
         self.awaits_correction = False
         self._settled = _state(scale)
