@@ -41,7 +41,7 @@ Estimator = Literal["exact", "monte_carlo"]
 
 # The released code's gain at 2 samples a group is 0.1: a prior worth 18 samples.
 _INITIAL_STRENGTH = 18.0
-_INITIAL_GAIN = 0.1
+_INITIAL_LOGIT = math.log(0.1 / 0.9)
 
 
 def is_stock_batchnorm(layer: nn.Module) -> bool:
@@ -212,21 +212,17 @@ class KalmanLayer(CorrectedPrior):
             return self.gain
         parameter = self.gain.to(torch.promote_types(self.gain.dtype, torch.float32))
         if self.gain_rule == "learned":
-            return torch.sigmoid(parameter + math.log(_INITIAL_GAIN / (1 - _INITIAL_GAIN)))
+            return torch.sigmoid(parameter + _INITIAL_LOGIT)
         return samples / (samples + _INITIAL_STRENGTH * parameter.exp())
 
-    def _gain_line(self, samples: int) -> tuple[Tensor | None, float, float]:
-        """The gain for a kernel: parameter, slope and offset, see :class:`~kalmannorm.kernels.arguments.Options`."""
+    def _gain_line(self, samples: int) -> tuple[Tensor | None, int, float, float]:
+        """The gain for a kernel: parameter, samples, slope and offset, see `kalmannorm.kernels.arguments.Options`."""
         gain = self.gain
         if not isinstance(gain, Tensor):
-            return None, 0.0, gain
+            return None, 1, 0.0, gain
         if self.gain_rule == "learned":
-            return gain, 1.0, math.log(_INITIAL_GAIN / (1 - _INITIAL_GAIN))
-        if torch.compiler.is_compiling():  # for any number of samples, whose logarithm would be a constant
-            gain = self.kalman_gain(samples)
-            assert isinstance(gain, Tensor)
-            return gain, 0.0, 0.0
-        return gain, -1.0, math.log(samples / _INITIAL_STRENGTH)
+            return gain, 1, 1.0, _INITIAL_LOGIT
+        return gain, samples, -1.0, -math.log(_INITIAL_STRENGTH)
 
     def observed_maps(self, samples: int) -> int:
         """The ``n`` of :meth:`kalman_gain` for a batch: how many feature maps a statistic is taken over."""
@@ -577,7 +573,7 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
     def _by_kernel(self, x: Tensor, groups: int, relu: bool = False) -> Tensor:
         """The same in one autograd function, which also updates the running statistics and may rectify."""
         mode = current()
-        gain, slope, offset = self._gain_line(x.shape[0] // groups)
+        gain, samples, slope, offset = self._gain_line(x.shape[0] // groups)
         with without_autocast(x.device):
             prior = self._prior(x, groups, mode)
             known = prior.belief
@@ -589,7 +585,7 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
             moments = None if known is None else known.packed().moments
             out = layer(
                 x, Given(moments, prior.shift, prior.scale, gain, prior.noise, self.weight, bias),
-                Options(groups, slope, offset, INITIAL_NOISE, self.spread, self.eps, relu),
+                Options(groups, samples, slope, offset, INITIAL_NOISE, self.spread, self.eps, relu),
                 running=self._running() if self.training else None, posterior=self.carry == "posterior",
             )  # fmt: skip
         if self.collect is not None:

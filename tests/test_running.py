@@ -104,6 +104,20 @@ def test_inductor(graphs):
 
 
 @pytest.mark.slow
+def test_a_compiler_transposes_no_activation_for_the_layers():
+    """It keeps activations channels-last, and would, for an operator that asked for the strides of eager mode."""
+    from torch._inductor.utils import run_and_get_code
+
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.Conv2d(16, 16, 3))
+    written = []
+    for each in (model, kn.convert(copy.deepcopy(model), input_stats=([0.0] * 3, [1.0] * 3))):
+        run = torch.compile(each)
+        _, code = run_and_get_code(lambda run=run: run(images()).sum().backward())
+        written.append("".join(code).count("transpose_mxn"))
+    assert 0 < written[1] <= written[0]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"stats_batch_size": 1}], ids=str)
 def test_compiled_for_any_batch_size(graphs, options):
     inputs = [images(n, torch.float64) for n in (2, 3, 5)]

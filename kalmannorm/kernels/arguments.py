@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from torch import Tensor
@@ -34,8 +35,10 @@ class Options(NamedTuple):
 
     groups: int = 1
     """``S``: statistic groups, consecutive blocks of ``N / S`` samples."""
+    gain_samples: int = 1
+    """``n``, whose logarithm is added to the offset. Kernels get it there: see :meth:`for_kernels`."""
     gain_slope: float = 0.0
-    """0 where the gain is given as it is; else it is ``sigmoid(slope * gain + offset)``."""
+    """0 where the gain is given as it is; else it is ``sigmoid(slope * gain + offset + log n)``."""
     gain_offset: float = 0.0
     """Where no gain is given, the gain itself."""
     noise_scale: float = 0.0
@@ -43,6 +46,10 @@ class Options(NamedTuple):
     spread: bool = True
     eps: float = 1e-5
     relu: bool = False
+
+    def for_kernels(self) -> Options:
+        """With ``n`` in the offset. Before that a compiler may vary it with the batch."""
+        return self._replace(gain_samples=1, gain_offset=self.gain_offset + math.log(self.gain_samples))
 
 
 class Running(NamedTuple):

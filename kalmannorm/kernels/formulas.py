@@ -18,8 +18,8 @@ from kalmannorm.kernels.rectify import rectified
 from kalmannorm.kernels.standardize import standardize
 
 __all__ = [
-    "at_least_float32", "by_sample", "fold_taps", "for_samples", "fuse", "gain_of", "layer_forward", "link_forward",
-    "move_running", "noise_of", "normalize", "observe", "predicted",
+    "at_least_float32", "by_sample", "fold_taps", "for_samples", "fuse", "gain_of", "handed_on", "layer_forward",
+    "link_forward", "move_running", "noise_of", "normalize", "observe", "predicted", "to_groups",
 ]  # fmt: skip
 
 
@@ -74,7 +74,8 @@ def gain_of(given: Given, options: Options) -> Tensor | float:
         return 1.0
     if given.gain is None or not options.gain_slope:
         return options.gain_offset if given.gain is None else given.gain
-    return torch.sigmoid(options.gain_slope * given.gain + options.gain_offset)
+    others = torch.exp(-options.gain_slope * given.gain - options.gain_offset)
+    return options.gain_samples / (options.gain_samples + others)
 
 
 def noise_of(noise: Tensor, options: Options) -> Tensor:
@@ -181,6 +182,27 @@ def layer_forward(x: Tensor, given: Given, running: Running | None, options: Opt
     output_var = shrinkage if weight is None else shrinkage * weight.square()
     output_mean = torch.zeros_like(mean) if bias is None else bias.expand_as(mean)
     return y, torch.stack([mean, var, output_mean, output_var, observed.mean, observed.var])
+
+
+def handed_on(statistics: Tensor, x: Tensor, posterior: bool) -> Tensor:
+    """The belief among the statistics of :func:`layer_forward`. The output's is averaged over groups, which differ by
+    the factor ``v / (v + eps)`` alone; the functions between two layers are then evaluated once, not once a group.
+
+    Returns:
+        Mean and variance of the output, ``(2, 1, C, 1, ...)``, or of the posterior, ``(2, S, C, 1, ...)``, with the
+        rank of ``x`` behind the first axis.
+    """
+    rows = statistics[:2] if posterior else statistics[2:4]
+    if rows.shape[1] > 1 and not posterior:
+        rows = rows.mean(1, keepdim=True)
+    return rows.view(*rows.shape, *[1] * (x.ndim - 2))
+
+
+def to_groups(d_belief: Tensor, groups: int, posterior: bool) -> Tensor:
+    """The gradient of each group's belief, ``(2, S, C, ...)``, from that of :func:`handed_on`."""
+    if groups == 1 or posterior:
+        return d_belief
+    return (d_belief / groups).expand(-1, groups, *d_belief.shape[2:])
 
 
 def fold_taps(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -44,7 +44,7 @@ from kalmannorm.kernels import on_cpu, on_torch, operators
 from kalmannorm.kernels.arguments import Given, Options, Running
 from kalmannorm.kernels.autograd import alias, differentiable_gradients, is_exporting, is_transformed
 from kalmannorm.kernels.backends import backend_for
-from kalmannorm.kernels.formulas import at_least_float32, gain_of, move_running
+from kalmannorm.kernels.formulas import at_least_float32, gain_of, handed_on, move_running, to_groups
 from kalmannorm.kernels.memory_format import as_dense
 
 __all__ = ["Layer", "layer", "rectify_output"]
@@ -62,30 +62,19 @@ class Layer(NamedTuple):
     """``(6, S, C)``, without a gradient: posterior mean and variance, the output's, the observed ones."""
 
 
-def _handed_on(statistics: Tensor, x: Tensor, posterior: bool) -> Tensor:
-    """The belief among the statistics. The output's is averaged over groups, which differ by the factor
-    ``v / (v + eps)`` alone; the functions between two layers are then evaluated once, not once a group.
-    """
-    rows = statistics[:2] if posterior else statistics[2:4]
-    if rows.shape[1] > 1 and not posterior:
-        rows = rows.mean(1, keepdim=True)
-    return rows.view(*rows.shape, *[1] * (x.ndim - 2))
-
-
 def _plain(x: Tensor, given: Given, posterior: bool, options: Options, running: Running | None) -> Layer:
     """In functions that autograd can differentiate: for the gradient of a gradient, transforms and torch.compile."""
     y, statistics = on_torch.layer_forward(at_least_float32(x), given, running, options)
-    return Layer(y.to(x.dtype), _handed_on(statistics, x, posterior), statistics.detach())
+    return Layer(y.to(x.dtype), handed_on(statistics, x, posterior), statistics.detach())
 
 
 def _compiled(x: Tensor, given: Given, posterior: bool, options: Options, running: Running | None) -> Layer:
     """By an operator that torch.compile keeps whole."""
-    y, statistics = operators.layer(x, *given, posterior, *options)
-    seen = statistics.detach()
+    y, belief, statistics = operators.layer(x, *given, posterior, *options)
     if running is not None:
         count = x.numel() // (options.groups * x.shape[1])
-        move_running(running, Gaussian(seen[0], seen[1]), gain_of(given, options), seen[5], count)
-    return Layer(alias(y), _handed_on(statistics, x, posterior), seen)
+        move_running(running, Gaussian(statistics[0], statistics[1]), gain_of(given, options), statistics[5], count)
+    return Layer(alias(y), alias(belief), statistics.detach())
 
 
 class _Call(NamedTuple):
@@ -105,7 +94,7 @@ class _Layer(torch.autograd.Function):
         ctx.call = call
         ctx.mark_non_differentiable(statistics)
         ctx.set_materialize_grads(False)
-        return y, _handed_on(statistics, x, call.posterior), statistics
+        return y, handed_on(statistics, x, call.posterior), statistics
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, d_belief: Tensor | None, _: Any) -> Any:  # type: ignore[override]
@@ -118,8 +107,7 @@ class _Layer(torch.autograd.Function):
 
             return None, *differentiable_gradients(plain, (x, *vectors), (dy, d_belief))
         dy = torch.zeros_like(x) if dy is None else dy
-        if d_belief is not None and options.groups > 1 and not posterior:
-            d_belief = (d_belief / options.groups).expand(-1, options.groups, *d_belief.shape[2:])
+        d_belief = None if d_belief is None else to_groups(d_belief, options.groups, posterior)
         dx, d_prior, *rest = backend.layer_backward(dy, x, Given(*vectors), statistics, d_belief, posterior, options)
         return None, dx, d_prior, None, None, *rest
 
@@ -189,13 +177,13 @@ def layer(x: Tensor, given: Given, options: Options, *, running: Running | None 
     compiled = compiled and not is_exporting()  # to ONNX, for one, which has torch's functions only
     if is_transformed() and not compiled:
         return _plain(x, given, posterior, options, running)
+    if compiled:
+        return _compiled(x, given, posterior, options, running)
     x = as_dense(x)
     if given.prior is not None and not given.prior.is_contiguous():
         given = given._replace(prior=given.prior.contiguous())
-    if compiled:
-        return _compiled(x, given, posterior, options, running)
     backend = backend_for(x, *given, *(() if running is None else running[:2]))
     if running is not None and any([t.dtype is not torch.int64 or t.device != x.device for t in running[2:4]]):
         backend = on_torch  # a compiled kernel could not count
-    call = _Call(backend, posterior, options, running)
+    call = _Call(backend, posterior, options.for_kernels(), running)
     return Layer(*_Layer.apply(call, x, *given))  # type: ignore[no-untyped-call]

@@ -79,9 +79,9 @@ def link(moments: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool
     bias = None if bias is None else bias.to(moments.dtype)
     if is_transformed() and not torch.compiler.is_compiling():
         return Link(*on_torch.link_forward(moments, weight, bias, relu))
-    moments, weight = moments.contiguous(), as_dense(weight)
     if torch.compiler.is_compiling():
         out, after = operators.link(moments, weight, bias, relu)
         return Link(out, after if relu else None)
+    moments, weight = moments.contiguous(), as_dense(weight)
     backend = backend_for(moments, weight, bias)
     return Link(*_Link.apply(moments, weight, bias, relu, backend))  # type: ignore[no-untyped-call]

@@ -43,7 +43,7 @@ def _both_at(t: Tensor | None) -> tuple[int, int]:
 
 
 def _layer(x: Tensor, given: Given, options: Options) -> tuple[Any, ...]:
-    groups, slope, offset, noise_scale, spread, eps, relu = options
+    groups, _, slope, offset, noise_scale, spread, eps, relu = options
     samples, channels, *_ = shape = x.shape
     prior = given.prior
     return (

@@ -173,7 +173,7 @@ def _merging(walk: _Walk, groups: int) -> tuple[int, int, int, int]:
 def layer_forward(x: Tensor, given: Given, running: Running | None, options: Options) -> tuple[Tensor, Tensor]:
     """See :func:`kalmannorm.kernels.formulas.layer_forward`."""
     kernels = _kernels("triton_layer")
-    groups, slope, offset, noise_scale, spread, eps, relu = options
+    groups, _, slope, offset, noise_scale, spread, eps, relu = options
     walk = _walk(x.shape, is_channels_last(x), groups, x.itemsize)
     channels, pixels, rows = walk.shape
     y = torch.empty_like(x)
@@ -221,7 +221,7 @@ def layer_backward(dy: Tensor, x: Tensor, given: Given, statistics: Tensor, d_be
                    posterior: bool, options: Options) -> tuple[Tensor | None, ...]:  # fmt: skip
     """See :func:`kalmannorm.kernels.on_torch.layer_backward`."""
     kernels = _kernels("triton_layer")
-    groups, *constants, relu = options
+    groups, _, *constants, relu = options
     eps = options.eps
     walk = _walk(x.shape, is_channels_last(x), groups, x.itemsize)
     channels, pixels, rows = walk.shape
