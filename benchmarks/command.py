@@ -82,8 +82,10 @@ def prepare(case, method, options):
     if case.kind in ("step", "layer", "groups") and case.mode != "graph":
         if case.mode == "eager":
             seen["saved_bytes"] = memory.saved_bytes(step, persistent())
-        peak = memory.peak_cuda(step, before) if on_gpu else memory.peak_cpu(step, persistent())
-        seen["peak_bytes"] = peak
+        if not on_gpu:
+            seen["peak_bytes"] = memory.peak_cpu(step, persistent())
+        elif not method.endswith("_captured"):  # of a graph's own memory the allocator does not see what is in use
+            seen["peak_bytes"] = memory.peak_cuda(step, before)
     return step, seen
 
 

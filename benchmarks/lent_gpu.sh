@@ -9,36 +9,40 @@
 #     OUT=/tmp/out bash benchmarks/lent_gpu.sh study batch-sizes-gpu 500 14
 #
 # tests: what only a GPU can show. overhead: what a step costs the CPU, by part. throughput: how many steps a second, by
-# how many processes. speed SECONDS PATTERN...: cases of `python -m benchmarks`, added to what OUT has. study NAME SECONDS WORKERS: goes on with the study in RUNS
+# how many processes. speed SECONDS PATTERN...: cases of `python -m benchmarks`, added to those in RUNS/cuda.csv. study
+# NAME SECONDS WORKERS: goes on with the study in RUNS
 # (default runs/gpu), with CUDA's multi-process service, and packs its runs; the checkpoints of those that have not
 # ended are in pieces, to be laid together (cat) and unpacked into RUNS before a later session goes on. Elsewhere
 # `kalmannorm run NAME --collect --output RUNS`, with the same torch, makes the tables.
 # ONLY='kn-1*,brn-2' are the arms, if not all. GROW=1 believes what docs/results tells of runs that ended before, and
 # trains what it does not tell of (there too, --collect then wants --grow, and that folder's CSV files). SCALE=tiny
-# rehearses a study on a CPU. KALMANNORM_COMMIT names the commit where files travel without their history.
+# rehearses a study on a CPU. KALMANNORM_COMMIT names the commit where files travel without their history. Wheels in
+# .whl are installed first.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 : "${OUT:?a folder for what is to be kept}" "${PYTHON:=python3}" "${RUNS:=runs/gpu}" "${SCALE:=1}" "${ONLY:=*}"
 : "${GROW:=}"
 export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 mkdir -p "$OUT" "$RUNS"
+if [ -d .whl ]; then "$PYTHON" -m pip install -q --no-deps .whl/*.whl; fi
 part=${1:?tests, overhead, throughput, speed or study}
 shift
 
 case $part in
 tests)
-    "$PYTHON" -m pytest -o addopts="" -q -n 8 -k "not interpreted and not compiles" \
-        tests/test_cuda.py tests/kernels/test_on_gpu.py tests/lab/test_training.py 2>&1 | tee "$OUT/tests.log" | tail -40
+    timeout -k 5 240 "$PYTHON" -m pytest -o addopts="" -q -n 8 -k "not interpreted and not compiles" \
+        tests/test_cuda.py tests/kernels/test_on_gpu.py 2>&1 | tee "$OUT/tests.log" | tail -40
     ;;
 overhead)
-    "$PYTHON" -m benchmarks.overhead --device cuda --seconds 5 --output "$OUT/overhead.csv"
+    timeout -k 5 240 "$PYTHON" -m benchmarks.overhead --device cuda --seconds 5 --output "$OUT/overhead.csv"
     ;;
 throughput)
-    "$PYTHON" -m benchmarks.throughput 2>&1 | tee "$OUT/throughput.txt"
+    timeout -k 5 240 "$PYTHON" -m benchmarks.throughput 2>&1 | tee "$OUT/throughput.txt"
     ;;
 speed)
     seconds=$1
     shift
+    [ -e "$RUNS/cuda.csv" ] && cp "$RUNS/cuda.csv" "$OUT"
     timeout -k 5 "$seconds" "$PYTHON" -m benchmarks --device cuda --seconds 5 --resume --output "$OUT/cuda.csv" --only "$@"
     ;;
 study)

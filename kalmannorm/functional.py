@@ -192,8 +192,8 @@ def synchronize(x: Tensor, process_group: dist.ProcessGroup) -> SharedObservatio
         observation = Gaussian(nothing, nothing)
     else:
         observation = observe(x)
-    sizes = observation.mean.new_tensor([[float(x.shape[0]), float(x.numel() // channels)]])
-    mine = torch.cat([sizes, observation.mean, observation.var], 1)
+    sizes = [observation.mean.new_full((1, 1), size) for size in (x.shape[0], x.numel() // channels)]
+    mine = torch.cat([*sizes, observation.mean, observation.var], 1)
     rank, world_size = dist.get_rank(process_group), dist.get_world_size(process_group)
     rows = F.pad(mine, (0, 0, rank, world_size - rank - 1))
     rows = all_reduce(rows, process_group)

@@ -6,8 +6,9 @@ import inspect
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -126,8 +127,8 @@ class _Replayed:
         tensors = _tensors(leaves)
         if not _is_capturable(leaves, tensors) or not any(p.requires_grad for p in self.module.parameters()):
             return self.as_it_is(*args, **kwargs)
-        self._forget_after_changes()
         with paused():
+            self._forget_after_changes()
             beliefs = [_belief_of(t) for t in tensors]
             key = _key(leaves, form, beliefs)
         if key not in self.graphs:
@@ -221,13 +222,13 @@ class _Graph:
 
     def __init__(self, replayed: _Replayed, leaves: Sequence[Any], form: TreeSpec,
                  beliefs: Sequence[Belief | None]) -> None:  # fmt: skip
-        self.parameters = [p for p in replayed.module.parameters() if p.requires_grad]
+        self.parameters = _trained(replayed.module)
         self.awaited: weakref.ref[Any] | None = None  # the last replay's autograd node
         run = self._function(replayed, leaves, form, beliefs)
         with paused():
             given = [*_tensors(leaves), *_moments(beliefs)]
             samples = [t.detach().clone().requires_grad_(t.requires_grad) for t in given]
-        self.replay = _recorded(replayed.module, run, (*samples, *self.parameters))
+        self.replay = _recorded(replayed.module, run, samples)
 
     def _function(self, replayed: _Replayed, leaves: Sequence[Any], form: TreeSpec,
                   beliefs: Sequence[Belief | None]) -> _Function:  # fmt: skip
@@ -253,7 +254,9 @@ class _Graph:
             # A graph must not read copies of parameters that autocast cached outside of it.
             with watched, torch.autocast("cuda", amp[1], enabled=amp[0], cache_enabled=False):
                 outputs, self.form = tree_flatten(replayed.as_it_is(*args, **kwargs))
+            self.found_input = waiting is not None and mode is not None and mode.await_input(None) is None
             tensors = _tensors(outputs)
+            _check_parameters(tensors, self.parameters)
             self.outputs = [_TENSOR if isinstance(t, Tensor) else t for t in outputs]
             self.are_derived = [t.requires_grad for t in tensors]
             with paused():
@@ -269,6 +272,8 @@ class _Graph:
         return node is not None and not node.is_done
 
     def __call__(self, tensors: Sequence[Tensor], beliefs: Sequence[Belief | None]) -> Any:
+        if self.found_input and (mode := current()) is not None:
+            mode.await_input(None)
         with paused():
             given = [*tensors, *_moments(beliefs), *self.parameters]
             places = [place for place, t in enumerate(given) if t.requires_grad]
@@ -314,39 +319,94 @@ class _WithOwnGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, graph: _Graph, *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         ctx.set_materialize_grads(False)
-        ctx.is_done = False
+        ctx.is_done, ctx.graph = False, graph
         graph.awaited = weakref.ref(ctx)
         return tuple([t.view_as(t) for t in tensors])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         ctx.is_done = True
+        if ctx.graph.awaited() is not ctx:
+            raise RuntimeError(
+                "kalmannorm.capture got another backward pass of a call after a later call, expected it before: the "
+                "later call has overwritten what it needs"
+            )
         given = [g for g in gradients if g is not None]
         copies = iter(torch._foreach_mul(given, 1.0) if given else [])
         return None, *[None if g is None else next(copies) for g in gradients]
 
 
-def _recorded(module: nn.Module, run: _Function, samples: tuple[Tensor, ...]) -> _Function:
-    """Record a function. Buffers and the random state are restored, as the batch itself still has to run."""
-    hooked = [t for t in samples if t._backward_hooks]  # the hooks run when a replay's gradients come
+def _trained(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+@contextmanager
+def _twins(module: nn.Module) -> Iterator[list[nn.Parameter]]:
+    """Put other parameters of the same memory in the place of those that are trained.
+
+    Autograd keeps a node for a parameter, with the stream that it was made on, for as long as a loss or
+    `DistributedDataParallel` refers to it. A recording that used this node would wait for that stream, which CUDA does
+    not allow. Hooks of the parameters run when a replay's gradients come, and not in the recording.
+    """
+    twins = {p: nn.Parameter(p.detach()) for p in _trained(module)}
+    places = [(each, name, p) for each in module.modules() for name, p in each._parameters.items() if p in twins]
+    try:
+        for each, name, p in places:
+            setattr(each, name, twins[p])
+        yield [*twins.values()]
+    finally:
+        for each, name, p in places:
+            setattr(each, name, p)
+
+
+def _check_parameters(outputs: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> None:
+    """Refuse a module that refers to a parameter by other ways than its attribute: the graph would have no gradient.
+
+    Raises:
+        RuntimeError: it does.
+    """
+    waiting: list[Any] = [t.grad_fn for t in outputs]
+    seen = set()
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [below for below, _ in node.next_functions]
+    used = {id(getattr(node, "variable", None)) for node in seen}
+    if any(id(p) in used for p in parameters):
+        raise RuntimeError("a parameter is used by way of a list or a closure, and not as an attribute of its module")
+
+
+def _recorded(module: nn.Module, run: _Function, samples: Sequence[Tensor]) -> _Function:
+    """Record a function of samples and the module's parameters. Buffers and the random state are restored, as the batch
+    itself still has to run.
+    """
     try:
         # A backward pass runs without autocast.
-        with (random_state_kept(module), buffers_kept(module), attributes_kept(hooked, "_backward_hooks"),
+        with (random_state_kept(module), buffers_kept(module), _twins(module) as twins,
               torch.autocast("cuda", enabled=False)):  # fmt: skip
-            for tensor in hooked:
-                tensor._backward_hooks = None
-            return _graphed(run, samples)
+            return _graphed(run, (*samples, *twins))
     except RuntimeError as error:
+        cause = error.__context__ if isinstance(error.__context__, Exception) else error
         raise RuntimeError(
-            f"kalmannorm.capture cannot record {type(module).__name__} ({first_line(error)}): expected a "
+            f"kalmannorm.capture cannot record {type(module).__name__} ({first_line(cause)}): expected a "
             "forward pass that asks for no tensor's value, as .item(), .cpu(), print and boolean masks do. Capture a "
             "part of the model, or undo it: del model.forward"
         ) from error
 
 
 def _graphed(run: _Function, samples: tuple[Tensor, ...]) -> _Function:
-    # Other threads, a data loader's or NCCL's, may go on; torch 2.11 lacks the argument for it.
-    known = inspect.signature(torch.cuda.make_graphed_callables).parameters
-    mode: dict[str, Any] = {"capture_error_mode": "thread_local"} if "capture_error_mode" in known else {}
-    graphed: Any = torch.cuda.make_graphed_callables(run, samples, allow_unused_input=True, **mode)
+    before = torch.cuda.current_stream()
+    graph: Any = torch.cuda.graph
+    # Other threads, a data loader's or NCCL's, may go on; torch 2.11 takes the mode where it makes the graph alone.
+    mode: dict[str, Any] = {"capture_error_mode": "thread_local"}
+    with (torch.cuda.device(samples[0].device), attributes_kept([graph], "default_capture_stream"),
+          attributes_kept([torch.cuda], "graph")):  # fmt: skip
+        graph.default_capture_stream = None  # may be another device's
+        if "capture_error_mode" not in inspect.signature(torch.cuda.make_graphed_callables).parameters:
+            torch.cuda.graph, mode = partial(graph, **mode), {}  # type: ignore[misc, assignment]
+        try:
+            graphed: Any = torch.cuda.make_graphed_callables(run, samples, allow_unused_input=True, **mode)
+        finally:
+            torch.cuda.set_stream(before)  # a recording that failed leaves its own
     return graphed  # type: ignore[no-any-return]

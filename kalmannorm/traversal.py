@@ -52,10 +52,9 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                if name in before:  # not one that was registered since
-                    buffer.copy_(before[name])
+        for name, buffer in model.named_buffers():
+            if name in before:  # not one that was registered since
+                buffer.data.copy_(before[name])  # no change to autograd, which may have saved it
 
 
 def random_state_kept(model: nn.Module) -> AbstractContextManager[None]:

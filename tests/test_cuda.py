@@ -173,6 +173,30 @@ def test_captured_in_one_line(autocast):
             torch.testing.assert_close(a, b, **close)
 
 
+@pytest.mark.parametrize("method", ["bn", "gn", "brn", "mabn", "kn", "kn-paper"])
+def test_a_captured_training_of_the_laboratory(method):
+    if DEVICE != "cuda":
+        pytest.skip("graphs are CUDA's")
+    lightning = pytest.importorskip("lightning")
+    from short_trainings import loader, quiet_trainer
+
+    from kalmannorm.lab.curve import Curve
+    from kalmannorm.lab.models.small import SmallConvNet
+    from kalmannorm.lab.training import Classifier
+
+    images, labels = torch.randn(32, 1, 32, 32), torch.randint(0, 10, (32,))
+    losses = []
+    for capture in (False, True):
+        lightning.seed_everything(0, verbose=False)
+        curve = Curve()
+        options = {"normalization": method, "rate": 0.02, "steps": 12, "statistics_batch": 2, "capture": capture}
+        module = Classifier(SmallConvNet(), num_classes=10, **options)
+        quiet_trainer(12, curve, accelerator="gpu").fit(module, loader(images, labels, 8, 0))
+        losses.append(torch.tensor(curve.losses))
+    tolerance = 0.2 if method == "kn-paper" else 1e-2  # its draws differ
+    torch.testing.assert_close(losses[1], losses[0], rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.skipif(not torch.distributed.is_nccl_available(), reason="no NCCL")
 def test_nccl_with_one_process(tmp_path):
     if DEVICE != "cuda":

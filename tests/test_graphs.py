@@ -1,9 +1,10 @@
-"""Passes replayed as CUDA graphs; without a GPU, functions that write to one place stand in for graphs."""
+"""Passes replayed as CUDA graphs, without a GPU: `fake_cuda` captures and replays on the CPU."""
 
 import copy
 import pickle
 import warnings
 
+import fake_cuda
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,64 +18,23 @@ from kalmannorm.steps import step_of
 STATS = ([0.0] * 3, [1.0] * 3)
 
 
-class Graph(torch.autograd.Function):
-    """What torch's graphed callables do: inputs are copied, outputs and gradients overwritten."""
-
-    @staticmethod
-    def forward(ctx, recorded, *inputs):
-        for mine, given in zip(recorded.samples, inputs, strict=True):
-            if mine.data_ptr() != given.data_ptr():
-                mine.detach().copy_(given)
-        # A graph is replayed where nothing watches; what Python did then, this does again.
-        with torch.enable_grad(), torch._C._EnableTorchFunction():
-            recorded.found = recorded.run(*recorded.samples)
-        ctx.recorded = recorded
-        return recorded.kept("outputs", recorded.found)
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        # Of the last replay, whichever call it was.
-        sent = [(o, g) for o, g in zip(ctx.recorded.found, gradients, strict=True) if o.requires_grad]
-        outputs, sent = zip(*sent, strict=True)
-        asked = [t for t in ctx.recorded.samples if t.requires_grad]
-        hooks = [t._backward_hooks for t in asked]  # a graph has those that ran when it was recorded
-        for t in asked:
-            t._backward_hooks = None
-        found = iter(ctx.recorded.kept("gradients", torch.autograd.grad(outputs, asked, sent, allow_unused=True)))
-        for t, each in zip(asked, hooks, strict=True):
-            t._backward_hooks = each
-        return None, *[next(found) if t.requires_grad else None for t in ctx.recorded.samples]
-
-
-class Recorded:
-    def __init__(self, run, samples):
-        self.run, self.samples, self.memory = run, samples, {}
-        assert not any(t._backward_hooks for t in samples)
-        for _ in range(3):
-            outputs = [o for o in run(*samples) if o.requires_grad]
-            torch.autograd.grad(outputs, [t for t in samples if t.requires_grad], outputs, allow_unused=True)
-
-    def kept(self, name, tensors):
-        mine = self.memory.setdefault(name, [None if t is None else t.detach().clone() for t in tensors])
-        for here, t in zip(mine, tensors, strict=True):
-            if t is not None:
-                here.copy_(t.detach())
-        return tuple(None if t is None else t.detach() for t in mine)
-
-    def __call__(self, *inputs):
-        return Graph.apply(self, *inputs)
+@pytest.fixture
+def streams(monkeypatch):
+    """Which CUDA streams were current."""
+    return fake_cuda.install(monkeypatch)
 
 
 @pytest.fixture
-def recorded(monkeypatch):
-    """What was recorded, in the order in which it was."""
+def recorded(streams, monkeypatch):
+    """The samples of each recording, in the order in which they were recorded."""
     found = []
+    record = graphs._graphed
 
     def graphed(run, samples):
-        found.append(Recorded(run, samples))
-        return found[-1]
+        function = record(run, samples)
+        found.append(samples)
+        return function
 
-    monkeypatch.setattr(graphs, "_is_on_gpu", lambda t: True)
     monkeypatch.setattr(graphs, "_graphed", graphed)
     return found
 
@@ -153,7 +113,7 @@ def test_shapes_have_graphs_of_their_own_up_to_a_number(recorded):
     for samples in (2, 3, 4):
         for seed in range(4):
             torch.testing.assert_close(captured(images(samples, seed)), plain(images(samples, seed)))
-    assert [len(each.samples[0]) for each in recorded] == [2, 3]
+    assert [len(samples[0]) for samples in recorded] == [2, 3]
     assert_same_state(captured, plain)
 
 
@@ -404,19 +364,82 @@ def test_what_is_no_model_or_no_number_is_refused():
         kn.capture(kn.capture(net()))
 
 
-def test_what_cannot_be_recorded_says_what_to_change(recorded, monkeypatch):
-    def fails(run, samples):
-        run(*samples)
-        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+class Asks(nn.Module):
+    """Asks for the value of a tensor, now and then."""
 
-    monkeypatch.setattr(graphs, "_graphed", fails)
-    _, captured = pair(warm_up=1)
+    def __init__(self):
+        super().__init__()
+        self.body, self.asks = net(), True
+
+    def forward(self, x):
+        return self.body(x) * (1.0 if not self.asks or x.mean() > 0 else 2.0)
+
+
+def test_what_cannot_be_recorded_says_what_to_change(recorded, streams):
+    _, captured = pair(Asks, warm_up=1)
     captured(images())
     before = copy.deepcopy(captured.state_dict())
-    with pytest.raises(RuntimeError, match=r"cannot record Sequential \(operation not .*\): expected .*\.item"):
+    parameters = [*captured.parameters()]
+    with pytest.raises(RuntimeError, match=r"cannot record Asks \(operation not .*_scalar_dense\): expected .*\.item"):
         captured(images())
     for name, tensor in before.items():
         assert torch.equal(captured.state_dict()[name], tensor), name
+    assert all(p is q for p, q in zip(captured.parameters(), parameters, strict=True))
+    assert streams[-1] == "default"
+    captured.asks = False
+    captured(images())
+    assert len(recorded) == 1
+
+
+def test_a_parameter_that_is_used_by_another_way_is_refused(recorded):
+    class Kept(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+            self.kept = [self.conv.weight]
+
+        def forward(self, x):
+            return F.conv2d(x, self.kept[0])
+
+    captured = kn.capture(Kept(), warm_up=1)
+    captured(images())
+    with pytest.raises(RuntimeError, match=r"cannot record Kept \(a parameter is used by way of a list or a closure"):
+        captured(images())
+
+
+def test_a_second_backward_pass_after_a_later_call_is_refused(recorded):
+    _, captured = pair(warm_up=1)
+    captured(images())
+    loss = captured(images()).sum()
+    for _ in range(2):
+        loss.backward(retain_graph=True)
+    captured(images(seed=1)).sum().backward()
+    with pytest.raises(RuntimeError, match="got another backward pass of a call after a later call"):
+        loss.backward()
+
+
+def test_a_recording_leaves_an_earlier_call_its_backward_pass(recorded):
+    captured = kn.capture(net(), warm_up=2)
+    captured(images())
+    waiting = captured(images()).sum()
+    (waiting + captured(images(seed=1)).sum()).backward()
+    assert len(recorded) == 1
+
+
+def test_numbers_that_meet_a_belief_are_no_copies(recorded):
+    class Moved(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv, self.plain, self.norm = nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4, affine=False), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return self.norm(1 - self.plain(self.conv(x)) + 3.0)
+
+    plain, captured = pair(Moved, warm_up=1)
+    for seed in range(3):
+        torch.testing.assert_close(captured(images(seed=seed)), plain(images(seed=seed)))
+    assert len(recorded) == 1
 
 
 def test_without_a_gpu_it_is_the_model_itself():

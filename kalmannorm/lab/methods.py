@@ -39,7 +39,8 @@ class Method:
             smaller statistics batches take a forward pass each.
         samples: The option of ``replace`` that says how many images a group has.
         timed: The options that fit a training of so many steps.
-        capturable: A CUDA graph of one training step stands for all: no layer counts steps in Python.
+        capturable: A CUDA graph of one training step stands for all: no layer counts steps in Python, or asks for the
+            value of a tensor.
         warmup: Its paper asks for a rate that rises at the start, which it gets with every schedule.
     """
 
@@ -117,7 +118,7 @@ METHODS = {
     "gn": Method("GroupNorm", "#8c8c8c", to_groupnorm),
     "ln": Method("LayerNorm", "#ccb974", to_layernorm),
     "in": Method("InstanceNorm", "#64b5cd", to_instancenorm),
-    "wn": Method("WeightNorm", "#937860", to_weight_norm),
+    "wn": Method("WeightNorm", "#937860", to_weight_norm, capturable=False),
     "frozen": Method("BatchNorm, frozen", "#e3a8aa", to_frozen),
     "ghost": Method("Ghost BatchNorm", "#da8bc3", to_ghost, "groups"),
     "sync": Method("SyncBatchNorm", "#7a1f2b", to_sync, "batch"),

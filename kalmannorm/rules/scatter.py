@@ -32,8 +32,9 @@ def _terms_by_row(index: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
 
 def _rows(into: Tensor, like: Gaussian, counted: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
     """First two moments of known rows along the axes where ``like`` does not vary; rows not counted are zero."""
-    counted = torch.as_tensor(counted, dtype=like.mean.dtype, device=into.device)
-    values = into * counted.view(-1, *[1] * (into.ndim - 1))
+    if isinstance(counted, Tensor):
+        counted = counted.to(like.mean.dtype).view(-1, *[1] * (into.ndim - 1))
+    values = into * counted
     axes = [d for d in range(values.ndim) if like.mean.shape[d] == 1]
     return values.mean(axes, keepdim=True), values.square().mean(axes, keepdim=True)
 

@@ -29,7 +29,8 @@ def summarize(constant: Tensor | float, like: Gaussian) -> Gaussian:
     ``like`` does not vary, by its mean and variance there. Minus infinity removes an element from a
     softmax that follows, and counts as zero.
     """
-    values = torch.as_tensor(constant, dtype=like.mean.dtype, device=like.mean.device)
+    # A number is written by the device: a copy would wait for it, which no CUDA graph allows.
+    values = constant.to(like.mean) if isinstance(constant, Tensor) else like.mean.new_full((), constant)
     values = values.reshape(*[1] * (like.ndim - values.ndim), *values.shape)
     long = [d for d in range(values.ndim) if values.shape[d] > 1]
     if len(long) <= 1:

@@ -2,10 +2,12 @@
 
 import copy
 
+import fake_cuda
 import pytest
 import torch
 from torch import nn
 
+import kalmannorm as kn
 from kalmannorm import GroupKalmanNorm, KalmanNorm
 from kalmannorm.lab.baselines.moving_average import MovingAverageNorm
 from kalmannorm.lab.baselines.renorm import BatchRenorm, RenormSchedule
@@ -35,6 +37,23 @@ def test_groups_do_not_see_each_other(method):
         logits.append(copy.deepcopy(network)(batch))
     assert torch.allclose(logits[0][:2], logits[1][:2], atol=1e-6)
     assert not torch.allclose(logits[0][2:], logits[1][2:], atol=1e-3)
+
+
+@pytest.mark.parametrize("method", [name for name, each in METHODS.items() if each.capturable and name != "sync"])
+def test_what_is_capturable_is_captured(method, monkeypatch):
+    fake_cuda.install(monkeypatch)
+    torch.manual_seed(0)
+    plain = normalize(small(), method, statistics_batch=2, steps=100).train()
+    captured = kn.capture(copy.deepcopy(plain), warm_up=1)
+    for _ in range(3):
+        images, losses = torch.randn(4, 1, 16, 16), []
+        for model in (plain, captured):
+            torch.manual_seed(1)  # for methods that draw
+            loss = model(images).square().mean()
+            loss.backward()
+            losses.append(loss.detach())
+        torch.testing.assert_close(*losses)
+    assert len(captured.forward.graphs) == 1
 
 
 def test_batchnorm_stays_what_it_is_without_groups():

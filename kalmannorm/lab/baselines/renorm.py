@@ -123,7 +123,7 @@ class BatchRenorm(AnyBatchNorm):
         if isinstance(self.schedule, RenormSchedule):
             return self.schedule.limits(step)
         r_max, d_max = self.schedule
-        return step.new_tensor(r_max, dtype=torch.float32), step.new_tensor(d_max, dtype=torch.float32)
+        return step.new_full((), r_max, dtype=torch.float32), step.new_full((), d_max, dtype=torch.float32)
 
 
 def to_batch_renorm(model: nn.Module, **options: Any) -> nn.Module:
