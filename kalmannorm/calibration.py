@@ -75,7 +75,7 @@ def calibrate(model: nn.Module, inputs_or_loader: Any = None, *, source: Literal
     :func:`kalmannorm.convert` asks for it in pretrained networks. Call this to see how far priors are off; for layers
     without running statistics, such as :class:`GroupKalmanNorm`, which need data; or again later in a training. If
     blocks are dropped at random (stochastic depth), call it with an input before the first step, whose correction
-    would otherwise hold for the blocks that it kept.
+    otherwise fits only the blocks that it kept.
 
     The correction is constant from then on, part of the state dict (``prior_shift``, ``prior_scale``), and dropped by
     :func:`kalmannorm.to_batchnorm`. A layer that is called several times has one, for the mean of its priors. If
@@ -86,11 +86,11 @@ def calibrate(model: nn.Module, inputs_or_loader: Any = None, *, source: Literal
         inputs_or_loader: an input (a tensor, or a mapping that is called as ``model(**inputs)``), or batches as
             :func:`kalmannorm.recalibrate` takes them. The network runs in ``eval()``. None: nothing runs, and
             each layer with running statistics corrects its prior at the next call that computes one.
-        source: ``"running"``: by running statistics, or by the data's in layers without those of a training.
-            ``"data"``: by the data's in all layers; each batch is normalized by its own statistics then, so take
-            batches of 32 and more. A Kalman layer's running statistics are fused ones: after a training with this
-            library, take data.
-        forward: ``forward(model, batch)`` makes the call, for other batches.
+        source: ``"running"``: by running statistics, or by the data in layers without trained ones.
+            ``"data"``: by the data in all layers; each batch is normalized by its own statistics then, so take
+            batches of 32 and more. A Kalman layer's running statistics are posteriors: after training with this
+            library, use data.
+        forward: ``forward(model, batch)`` calls the model on other batches.
         max_batches: stop after so many; None for all.
         progress: show a progress bar of rich or tqdm, if one of them is installed.
         process_group: merge the data of its processes, all of which must call this; all get the same corrections.

@@ -45,13 +45,13 @@ def convert(model: _M, *, layers: Sequence[str] = ("batch",), input_stats: Input
 
     The new layers hold the same parameter and buffer objects, so an existing optimizer keeps working; add the new
     gains and process noises to it. Device, dtype, training flags and ``requires_grad`` stay. The output in ``eval()``
-    is bit-equal; that of FrozenBatchNorm2d, whose formula is another, but for rounding. Layers without running
+    is bit-equal (up to rounding for FrozenBatchNorm2d, whose formula differs). Layers without running
     statistics fuse in ``eval()`` too.
 
     The running statistics of a *pretrained* network correct each layer's prior, channel by channel, at the first call
     that computes priors (:func:`kalmannorm.calibrate`). So the first training step sees the network as it was trained.
 
-    Of a model that is converted already, only the beliefs about its inputs change, if ``input_stats`` are given.
+    On a converted model, only the beliefs about its inputs change, if ``input_stats`` are given.
 
     Args:
         model: any network.
@@ -63,14 +63,14 @@ def convert(model: _M, *, layers: Sequence[str] = ("batch",), input_stats: Input
             ones for an input that was normalized as usual. Single numbers describe an input whichever of its axes has
             the channels. The first layer gets its prior from them. For several floating-point inputs: a mapping from
             names of the forward's arguments to such pairs.
-        calibrate: correct priors by running statistics. None: in each layer with running statistics of a training.
+        calibrate: correct priors by running statistics. None: in each layer with trained running statistics.
             True: in every layer, or raise. False: in none. The first call that computes priors makes the correction.
             For a network that drops blocks at random, call :func:`kalmannorm.calibrate`; a warning says so.
         weight_standardization: also give the filters below normalization layers zero mean and unit norm, to train from
             scratch: see :func:`standardize_weights`. This changes the output in ``eval()``.
         track_running_stats: False drops running statistics: in ``eval()`` too, each sample (or each
-            ``stats_batch_size`` samples) is normalized by its own statistics fused with the prior. This is the most
-            accurate way to train at one sample a step. The first layer's prior then needs ``input_stats``. In
+            ``stats_batch_size`` samples) is normalized by its own statistics fused with the prior. The first layer's
+            prior then needs ``input_stats``. In
             ``eval()`` without gradients, priors are computed once, and again after parameters, the inputs' shape or
             the mode have changed (a write through ``.data`` is not seen). Layers cannot be folded into convolutions.
         options: keyword options of :class:`KalmanNorm2d`, for every layer. Layers that replace SyncBatchNorm share
@@ -81,7 +81,7 @@ def convert(model: _M, *, layers: Sequence[str] = ("batch",), input_stats: Input
 
     Raises:
         ValueError: for unknown kinds or options; without a layer to convert; for options of a model that is converted
-            already; with ``calibrate=True``, for a layer without running statistics of a training; and as
+            already; with ``calibrate=True``, for a layer without trained running statistics; and as
             :func:`standardize_weights`. The model is then unchanged.
 
     Example:
@@ -232,8 +232,8 @@ def to_batchnorm(model: _M) -> _M:
 
     Raises:
         ValueError: for a :class:`GroupKalmanNorm` or a layer without running statistics, unless its gain is 1: it fuses
-            in ``eval()``, which no stock layer does. For one whose weight or bias is pruned or parametrized. A warning
-            lists standardized filters that are.
+            in ``eval()``, which no stock layer does. Also for a pruned or parametrized weight or bias. A warning
+            lists such standardized filters.
 
     Example:
         >>> import torch, kalmannorm as kn

@@ -43,7 +43,7 @@ class DiagnosisRow:
     running: float
     """The running variance over that of the statistics which training normalizes by."""
     mean: float
-    """The root mean square distance of the running mean from theirs, in standard deviations."""
+    """The RMS distance of the running mean from the training mean, in standard deviations."""
     spread: float
     """How much these statistics differ from batch to batch: the standard deviation of the variances over their mean or,
     if it is larger, of the means in the data's standard deviations."""
@@ -100,8 +100,8 @@ def diagnose(model: nn.Module, loader: Iterable[Any], validation: Iterable[Any] 
         model: a network with BatchNorm or Kalman layers that track running statistics.
         loader: training batches, of the training's batch size, as :func:`recalibrate` takes them.
         validation: batches to run with running statistics in place of the training batches. The first layers show
-            whether these are prepared in another way.
-        forward: ``forward(model, batch)`` makes the call, for other batches.
+            whether their preprocessing differs.
+        forward: ``forward(model, batch)`` calls the model on other batches.
         max_batches: stop after so many; None for all.
         progress: show a progress bar of rich or tqdm, if one of them is installed.
 

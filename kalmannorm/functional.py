@@ -82,7 +82,7 @@ def trusted_gain(prior: Gaussian, observation: Gaussian, gain: Tensor | float, g
         prior: predicted moments, ``(S, C)``.
         observation: the batch's moments, ``(S, C)``.
         gain: ``q``.
-        guard: a prior is ignored whose variance is, in the mean over channels, at least this many
+        guard: ignore a prior whose variance is, averaged over channels, at least this many
             times the observed one (the authors' code: 100); None trusts every prior.
 
     Returns:
@@ -129,13 +129,13 @@ def kalman_norm(x: Tensor, prior: Gaussian | None, weight: Tensor | None = None,
         prior: predicted moments ``(S, C)``, or None: then this is batch normalization.
         weight: ``(C,)`` or None.
         bias: ``(C,)`` or None.
-        gain: see :func:`kalman_update`, as are ``process_noise``, ``spread`` and ``guard``.
+        gain: see :func:`kalman_update`.
         process_noise: ``(C,)`` or None.
         spread: see :func:`kalman_update`.
         guard: see :func:`kalman_update`.
         groups: ``S``; ``N`` is a multiple of it.
         eps: added to the variance.
-        observation: the moments to fuse with the prior, where they are not just those of ``x``:
+        observation: the moments to fuse with the prior, if not those of ``x`` alone:
             see :func:`synchronize`.
         relu: rectify the result.
 
@@ -170,7 +170,7 @@ class SharedObservation(NamedTuple):
     observation: Gaussian
     """The moments of all processes' elements, ``(1, C)``."""
     samples: Tensor
-    """How many samples these are, a scalar."""
+    """The number of samples, a scalar."""
     elements: Tensor
     """How many elements a channel, a scalar."""
 
@@ -218,7 +218,7 @@ def group_kalman_norm(x: Tensor, prior: Gaussian | None, num_groups: int, weight
         num_groups: ``G``, divides ``C``.
         weight: ``(C,)`` or None.
         bias: ``(C,)`` or None.
-        gain: see :func:`kalman_update`, as are ``process_noise``, ``spread`` and ``guard``.
+        gain: see :func:`kalman_update`.
         process_noise: ``(C,)`` or None.
         spread: see :func:`kalman_update`.
         guard: see :func:`kalman_update`.

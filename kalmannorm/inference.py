@@ -78,11 +78,11 @@ def recalibrate(model: _M, loader: Iterable[Any], *, forward: Callable[[nn.Modul
     training. Training flags are restored. Buffers change at the very end, so an error leaves the model unchanged.
 
     Args:
-        model: the network, changed in place. Of ``DistributedDataParallel``, the module inside is run.
+        model: the network, changed in place. For ``DistributedDataParallel``, its inner module runs.
         loader: its batches. Each is an input (a tensor); or a tuple or list that begins with the input (a tensor, or a
             list of them, as torchvision's detection models take); or a mapping, called as ``model(**batch)``. Tensors
             are moved to the device of the model's first tensor. Use training batches of the training's batch size.
-        forward: ``forward(model, batch)`` makes the call, for other batches.
+        forward: ``forward(model, batch)`` calls the model on other batches.
         max_batches: stop after so many; None for all.
         progress: show a progress bar of rich or tqdm, if one of them is installed.
         process_group: merge over its processes, each with other data; all must call this. Layers with a

@@ -206,7 +206,7 @@ class KalmanLayer(CorrectedPrior):
         """The gain ``q`` in (0, 1] that fuses an observation of ``samples`` feature maps.
 
         ``"prior-strength"``: ``q = n / (n + kappa)`` with ``kappa = 18 exp(gain)``.
-        ``"learned"``: ``q = sigmoid(gain + logit(0.1))``. A fixed gain is itself.
+        ``"learned"``: ``q = sigmoid(gain + logit(0.1))``. A fixed gain stays.
         """
         if not isinstance(self.gain, Tensor):
             return self.gain
@@ -408,9 +408,9 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
     """Kalman normalization of 2-d to 5-d inputs; :class:`KalmanNorm2d` and the like check the rank.
 
     In training, each channel is normalized by the batch's statistics fused with what the layers below
-    predict of them (Eq. 7 of the paper). In ``eval()``, by moving averages of the fused statistics, as
-    BatchNorm: the layer then costs what BatchNorm costs. With ``gain=1.0``, or where there is no prior,
-    it is BatchNorm in every number.
+    predict (Eq. 7 of the paper). In ``eval()``, by moving averages of the fused statistics, as in
+    BatchNorm. With ``gain=1.0``, or where there is no prior,
+    it equals BatchNorm exactly.
 
     Args:
         num_features: channels ``C`` of an input ``(N, C, *)``.
@@ -422,12 +422,12 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
             ``"prior-strength"``, ``q = n / (n + kappa)`` at ``n`` samples a group, with one learned
             ``kappa``, the number of samples that the prior is worth.
         process_noise: learn ``R``, ``(C,)``, added to the prior's variance.
-        spread: count the distance of the two means into the fused variance.
-        carry: attach to the output the belief about the ``"output"``, or the ``"posterior"`` of the input.
-        estimator: move beliefs by ``"exact"`` rules, or by ``"monte_carlo"`` draws, as the paper.
+        spread: add the distance of the two means to the fused variance.
+        carry: pass on the belief about the ``"output"``, or the ``"posterior"`` of the input.
+        estimator: move beliefs by ``"exact"`` rules, or ``"monte_carlo"`` draws as in the paper.
         stats_batch_size: normalize groups of so many consecutive samples; None for the whole batch.
         guard: see :func:`kalmannorm.functional.trusted_gain`.
-        process_group: share statistics between its processes, as ``SyncBatchNorm``.
+        process_group: share statistics in this group, like ``SyncBatchNorm``.
         device: where parameters and buffers live.
         dtype: their type.
         bias: with ``affine``, learn a ``bias`` too.
@@ -711,7 +711,7 @@ class GroupKalmanNorm(KalmanLayer, nn.GroupNorm):
 
     Each sample's channel groups are normalized by their own statistics, fused with what the layers
     below predict. There are no running statistics, so it fuses in ``eval()`` too. With ``gain=1.0``, or
-    where there is no prior, it is GroupNorm in every number.
+    where there is no prior, it equals GroupNorm exactly.
 
     Args:
         num_groups: ``G``; ``C`` groups make it instance normalization.
@@ -720,13 +720,13 @@ class GroupKalmanNorm(KalmanLayer, nn.GroupNorm):
         affine: learn ``weight`` and ``bias``, each ``(C,)``.
         gain: as :class:`KalmanNorm`'s; the ``n`` of ``"prior-strength"`` is the ``C / G`` feature
             maps that a group observes.
-        process_noise: as :class:`KalmanNorm`'s, as are ``spread``, ``carry``, ``estimator``, ``guard``.
-        spread: see ``process_noise``.
-        carry: see ``process_noise``.
-        estimator: see ``process_noise``.
+        process_noise: as :class:`KalmanNorm`'s.
+        spread: as ``KalmanNorm``'s.
+        carry: as ``KalmanNorm``'s.
+        estimator: as ``KalmanNorm``'s.
         stats_batch_size: only None: a group never has more than one sample.
-        guard: see ``process_noise``.
-        process_group: only None, likewise.
+        guard: as ``KalmanNorm``'s.
+        process_group: only None.
         device: where parameters live.
         dtype: their type.
         bias: with ``affine``, learn a ``bias`` too.
@@ -826,7 +826,7 @@ class _ThenActivation(nn.Module):
 
 
 class KalmanNormAct2d(_ThenActivation, KalmanNorm2d):
-    """:class:`KalmanNorm2d` and the activation behind it: stands in for timm's ``BatchNormAct2d``.
+    """:class:`KalmanNorm2d` and the activation after it: stands in for timm's ``BatchNormAct2d``.
 
     Args:
         args: as :class:`KalmanNorm2d`'s.
@@ -852,7 +852,7 @@ class KalmanNormAct2d(_ThenActivation, KalmanNorm2d):
 
 
 class GroupKalmanNormAct(_ThenActivation, GroupKalmanNorm):
-    """:class:`GroupKalmanNorm` and the activation behind it: stands in for timm's ``GroupNormAct``.
+    """:class:`GroupKalmanNorm` and the activation after it: stands in for timm's ``GroupNormAct``.
 
     Args:
         args: as :class:`GroupKalmanNorm`'s.

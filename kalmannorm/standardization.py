@@ -109,14 +109,14 @@ def standardize_weights(model: _M, names: Iterable[str] | None = None, *, inputs
     """Give the convolutions and linear layers below normalization layers filters of zero mean and unit norm, in place.
 
     Layers keep their parameters, hooks and names. ``weight`` is still the raw filter in the ``state_dict`` and for the
-    optimizer; each call standardizes it (Qiao et al. 2019). Priors are then right without a correction, from the first
-    step on. This is for training from scratch, as it changes a trained network's outputs.
+    optimizer; each call standardizes it (Qiao et al. 2019). Priors are then closer to right, from the first step on. This
+    is for training from scratch, as it changes a trained network's outputs.
 
     A layer is standardized if its output reaches a Kalman, batch, group or instance normalization layer through sums,
     concatenation, pooling, dropout and changes of shape, without an activation or another weight in between. So
     classifiers, predictors and squeeze-and-excitation stay. The model's graph is found by ``torch.fx``, or by one call
     with ``inputs``, which works for every model. :func:`to_batchnorm` writes the standardized filters into the
-    parameters of stock layers; call it before code of others reads ``weight`` to fold a normalization layer into it.
+    parameters of stock layers; call it before other code reads ``weight`` to fold a normalization layer into it.
 
     Args:
         model: the network, with or without Kalman layers.

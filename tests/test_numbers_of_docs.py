@@ -112,8 +112,6 @@ def numbers_of(path):
         return decimals((path / "tables.md").read_text()) | {100 * value for value in found.values()}
     if path.name == "converted.csv":
         return {float(row[column]) for row in rows(path) for column in ("accuracy_eval", "accuracy_own_statistics")}
-    if path.name == "speed-standardized.csv":
-        return {float(row["ratio_to_batch_norm"]) for row in rows(path) if row["ratio_to_batch_norm"]}
     if path.name == "first-steps.csv":
         from benchmarks.first_steps import summary
 

@@ -47,8 +47,8 @@ class KalmanNormCallback(lightning.Callback):
     `configure_model`: call `kalmannorm.convert` there. Callbacks that average weights come after it. With
     `Trainer(sync_batchnorm=True)`, Kalman layers without `stats_batch_size` share statistics between processes.
 
-    Without a trainer, `load_from_checkpoint(path, strict=False)` gives the BatchNorm network to deploy; so do
-    the strategies that spawn processes, in the main process.
+    Without a trainer, `load_from_checkpoint(path, strict=False)` gives the BatchNorm network to deploy. After
+    a strategy that spawns, the main process has it too.
 
     Args:
         online: Validate, test and predict by the statistics of each batch, see `kalmannorm.online_statistics`.
@@ -58,7 +58,7 @@ class KalmanNormCallback(lightning.Callback):
         anneal: The factor on the samples that priors are worth, over the whole training; each optimizer step takes
             its share, see `kalmannorm.anneal`. 1 leaves gains to the optimizer. With manual optimization, each
             optimizer is expected to make one step a batch.
-        anneal_from: The share of the steps before the first of these: until the learning rate is low.
+        anneal_from: The share of the steps before annealing starts: until the learning rate is low.
         log_gains: Log the layers' mean gain for a single feature map, as `kalman_gain`, after each epoch: near
             0 if the network trusts its priors, near 1 if it trusts the batch.
         stop_at_nonfinite: End training at a loss that is not finite; checked as often as the trainer logs.
@@ -68,7 +68,7 @@ class KalmanNormCallback(lightning.Callback):
     Raises:
         ValueError: In `setup`, from `kalmannorm.convert`, for example without a layer to convert, and for a callback
             before it that averages weights. For an ``anneal`` not above 0 or an ``anneal_from`` outside [0, 1); in
-            training, for an ``anneal`` without a last step.
+            training, if the number of steps is unknown.
         FloatingPointError: In training, for a loss that is not finite; it names the layer where it began.
 
     Example:

@@ -18,7 +18,7 @@ NEEDED = (
 # argument `settings`, if there is one. Functions are loaded when they are called for: their modules take seconds.
 COMMANDS = {
     "run": ("kalmannorm.lab.run:run", "Run an experiment: a table of the paper, or a comparison with a search."),
-    "list": ("kalmannorm.lab.commands:show", "Tell what there is: experiments, methods, networks and data sets."),
+    "list": ("kalmannorm.lab.commands:show", "List experiments, normalizations and data sets."),
     "compare": ("kalmannorm.lab.compare:compare", "Find out which normalization to use on your images."),
     "fit": ("kalmannorm.lab.commands:fit", "Train one network and score it."),
     "validate": ("kalmannorm.lab.commands:on_validation", "Score a run's last checkpoint on validation images."),
@@ -28,7 +28,7 @@ COMMANDS = {
 }
 # Other names of a subcommand, with what comes before the arguments that are given.
 ALIASES = {"study": ["run"], "reproduce": ["run"], "demo": ["run", "demo"]}
-USAGE = "usage: kalmannorm COMMAND ...; kalmannorm COMMAND --help tells all of it"
+USAGE = "usage: kalmannorm COMMAND ...; kalmannorm COMMAND --help for details"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -82,7 +82,7 @@ def _usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {words}" for name, (_, words) in COMMANDS.items()]
     others = [f"{name} ({' '.join(['kalmannorm', *instead])})" for name, instead in ALIASES.items()]
-    about = [USAGE, "", "The laboratory of Kalman Normalization.", "", *lines, "", f"Also: {', '.join(others)}."]
+    about = [USAGE, "", "Experiments with Kalman Normalization.", "", *lines, "", f"Also: {', '.join(others)}."]
     return "\n".join(about)
 
 

@@ -24,14 +24,14 @@ def fit(
     longer: bool = False,
     settings: Sequence[str] = (),
 ) -> None:
-    """Train one network and score it; an interrupted run goes on where it was.
+    """Train one network and score it; an interrupted run resumes.
 
     Args:
         config: An arm of an experiment, such as table8/resnet32-kn-bs2, or a file.
         output: Folder for the checkpoint, the curve and the scores.
         split: Which images are scored at the end: test, or validation where there are no others.
-        longer: Go on from the end of a run that the folder holds, of the same configuration but fewer steps.
-        settings: Any setting of the configuration in its place, such as --trainer.max_steps 10.
+        longer: Continue the finished run in the folder, of the same configuration but fewer steps.
+        settings: Override any setting of the configuration, such as --trainer.max_steps 10.
     """
     chosen = experiments.config_of(config, settings)
     shown = fitting.is_first_process()
@@ -57,7 +57,7 @@ def on_validation(*, output: Path, settings: Sequence[str] = ()) -> None:
 
     Args:
         output: The run's folder.
-        settings: Any setting of its configuration in its place, such as --trainer.accelerator cpu.
+        settings: Override any setting of its configuration, such as --trainer.accelerator cpu.
     """
     _score(output, "validation", settings)
 
@@ -67,7 +67,7 @@ def on_test(*, output: Path, settings: Sequence[str] = ()) -> None:
 
     Args:
         output: The run's folder.
-        settings: Any setting of its configuration in its place, such as --trainer.accelerator cpu.
+        settings: Override any setting of its configuration, such as --trainer.accelerator cpu.
     """
     _score(output, "test", settings)
 
@@ -89,7 +89,7 @@ def export(run: Path, file: Path, *, stock: bool = False) -> None:
     Args:
         run: The folder of a finished run.
         file: Where to write the state dict, such as model.pt.
-        stock: As torch's own layers, where the run trained Kalman layers: they give the same outputs in eval().
+        stock: Replace Kalman layers by torch's own, which give the same outputs in eval().
     """
     module: Any = fitting.load(run)
     network, given = module.network, fitting.configuration(run)["model"]["init_args"]
@@ -114,9 +114,9 @@ def export(run: Path, file: Path, *, stock: bool = False) -> None:
 
 
 def show() -> None:
-    """Tell what there is: experiments, with their runs and steps, normalizations and data sets.
+    """List experiments with their runs and steps, normalizations and data sets.
 
-    `kalmannorm run NAME --list` tells of one experiment what it would take on this machine, and what is missing for it.
+    `kalmannorm run NAME --list` shows what one experiment would take on this machine, and what is missing.
     """
     rows = [["experiment", "arms", "runs", "steps", ""]]
     for name in experiments.names():

@@ -132,7 +132,7 @@ def run(
     """Run an experiment: a table or a figure of the paper again, or a comparison with a fair search for each arm.
 
     Searches the settings of each arm alike, where there are some to search, trains each arm from several seeds, and
-    compares. What is finished is not trained again, and what was interrupted goes on where it was. The files of runs
+    compares. What is finished is not trained again, and interrupted runs resume. The files of runs
     and curves keep what they say of arms that were not asked for. Arms whose data are not here are listed as such.
     Where arms start from another experiment's weights, these are trained first, in the same output folder.
 
@@ -152,7 +152,7 @@ def run(
         report: Only make the table, the figure and the page again, from the files of runs in the output folder.
         collect: Train nothing: tell what has come to an end in the output folder, as of an experiment that was
             interrupted or that ran elsewhere, and what its runs.csv tells of runs whose own folders are gone.
-        grow: Believe what the output folder's runs.csv tells of runs whose own folders are gone, as where only that
+        grow: Trust the output folder's runs.csv for runs whose own folders are gone, for example if only that
             file was kept, and train what it does not tell of: new values of a search, more seeds. Nobody can check that
             these runs were of the same configuration.
 

@@ -86,12 +86,12 @@ def _help(capsys, command):
 
 def test_help_tells_all_of_an_option(capsys):
     text = _help(capsys, "study")
-    assert "Believe what the output folder's runs.csv tells of runs whose own folders are gone" in text
+    assert "Trust the output folder's runs.csv for runs whose own folders are gone" in text
     assert "Nobody can check that these runs were of the same configuration. (default: False) --list Only say" in text
 
 
 def test_help_tells_of_the_settings_of_the_configuration(capsys):
-    assert "Any setting of the configuration in its place, such as --trainer.max_steps 10." in _help(capsys, "fit")
+    assert "Override any setting of the configuration, such as --trainer.max_steps 10." in _help(capsys, "fit")
     assert "such as --trainer.accelerator cpu" in _help(capsys, "test")
 
 
