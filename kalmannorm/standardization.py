@@ -109,8 +109,8 @@ def standardize_weights(model: _M, names: Iterable[str] | None = None, *, inputs
     """Give the convolutions and linear layers below normalization layers filters of zero mean and unit norm, in place.
 
     Layers keep their parameters, hooks and names. ``weight`` is still the raw filter in the ``state_dict`` and for the
-    optimizer; each call standardizes it (Qiao et al. 2019). Priors are then closer to right, from the first step on. This
-    is for training from scratch, as it changes a trained network's outputs.
+    optimizer; each call standardizes it (Qiao et al. 2019). Priors are then closer to right, from the first step on.
+    This is for training from scratch, as it changes a trained network's outputs.
 
     A layer is standardized if its output reaches a Kalman, batch, group or instance normalization layer through sums,
     concatenation, pooling, dropout and changes of shape, without an activation or another weight in between. So
