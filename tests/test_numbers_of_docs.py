@@ -179,7 +179,7 @@ def facts():
     corrected, uncorrected = (sorted(layer_ratios(name, "prior")) for name in ("pretrained-corrected", "pretrained"))
     volumes = [difference("volumes-standardized", "in-ws", "kn-ws", "dice_running")]
     return {
-        "README.md": [*at_one, *deeper, *steps, difference(small, "gn-2-ws-proxy", "kn-1-ws-fixed")],
+        "README.md": [*at_one, *deeper, *steps],
         "start.md": steps,
         "which-normalization.md": [
             *without_filters, *gpu.values(), *steps, ratio(cuda, eager, "group_norm"),
@@ -193,15 +193,13 @@ def facts():
             difference(small, "kn-2", "bn-2"), difference(small, "bn-128", "bn-2"), difference(small, "bn-128", "kn-2"),
             difference(small, "bn-128", "kn-1"), difference(small, "bn-128", "kn-1-annealed"),
             difference(small, "bn-128-ws", "kn-2-ws"), difference(small, "kn-2-ws", "bn-128"),
-            difference(small, "kn-2-ws", "gn-2-ws-proxy"),
+            *(difference(small, f"kn-{n}-ws-proxy", "gn-2-ws-proxy") for n in (1, 2)),
             *(abs(difference("gains-cpu", f"fixed-{arm}", f"learned-{arm}")) for arm in ("ws-1", "ws-2", "ws-8", "2")),
             observed[0], observed[-1], corrected[0], corrected[-1], uncorrected[0], uncorrected[-1],
             difference("detection-cpu", "gn-ws", "kn", "box_ap"), *volumes,
             difference("detection-cpu", "kn", "bn-recalibrated", "box_ap_online"),
             *(difference("detection-pretrained-cpu", "kn", "frozen", of) for of in ("box_ap", "mask_ap")),
-            *(score(small, f"{arm}-proxy", first=3) - score(small, arm, first=3) for arm in ("kn-2-ws", "bn-128-ws")),
             *(score(small, arm, first=3) - score(small, arm) for arm in ("kn-2-ws", "kn-1-ws-fixed")),
-            difference(small, "gn-2-ws-proxy", "kn-1-ws-fixed"),
         ],
         "speed.md": [
             *steps, ratio(cpu, compiled), ratio(cpu, "step/resnet18/b32/64/eager/float32"), min(act), max(act),
