@@ -143,7 +143,7 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
     """Call a model eagerly, and restore buffers, training flags and the random state afterwards."""
     layers = [layer for _, layer in kalman_layers(model)]
     flags = attributes_kept(model.modules(), "training")
-    waiting = attributes_kept(layers, "awaits_correction", "dropped_statistics")
+    waiting = attributes_kept(layers, "awaits_correction", "dropped_statistics", "_settled")
     eager = torch.compiler.set_stance("force_eager")
     with random_state_kept(model), flags, waiting, buffers_kept(model), eager:
         yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 import warnings
 import weakref
 from collections import Counter
@@ -30,6 +31,8 @@ _M = TypeVar("_M", bound=nn.Module)
 _Function = Callable[..., tuple[Tensor, ...]]
 # Calls in a row whose parameters had moved before a warning; and kinds of calls to count for each graph.
 _MANY = 20
+# Whether this thread records: a captured module inside of another one runs as it is then.
+_recording = threading.local()
 
 
 def capture(model: _M, *, warm_up: int = 3, shapes: int = 4) -> _M:
@@ -159,11 +162,13 @@ class _Replayed:
         if len(self.seen) > _MANY * self.shapes:
             self.seen.clear()
         self.seen[key] += 1
-        return self.seen[key] > self.warm_up and len(self.graphs) < self.shapes
+        # A graph would not find corrections; but a layer that is never called may await one for ever.
+        awaits = any(layer.awaits_correction for _, layer in kalman_layers(self.module))
+        return self.seen[key] > self.warm_up + awaits * _MANY and len(self.graphs) < self.shapes
 
 
 def _is_capturable(leaves: Sequence[Any], tensors: Sequence[Tensor]) -> bool:
-    if not tensors or is_transformed() or saved_tensor_hooks() is not None:
+    if not tensors or is_transformed() or saved_tensor_hooks() is not None or getattr(_recording, "is_on", False):
         return False
     if not all(isinstance(leaf, Tensor) or type(leaf) in SCALARS for leaf in leaves):
         return False
@@ -184,7 +189,7 @@ def _state(module: nn.Module) -> tuple[Any, ...]:
     return (
         tuple([(each.training, getattr(each, "momentum", None)) for each in module.modules()]),
         tuple([(t.data_ptr(), t.requires_grad) for t in tensors_of(module)]),
-        tuple([(each.frozen, each.online, each.is_corrected) for each in layers]),
+        tuple([(each.frozen, each.online, each.is_corrected, each.awaits_correction) for each in layers]),
     )
 
 
@@ -224,23 +229,26 @@ class _Graph:
                  beliefs: Sequence[Belief | None]) -> None:  # fmt: skip
         self.parameters = _trained(replayed.module)
         self.awaited: weakref.ref[Any] | None = None  # the last replay's autograd node
-        run = self._function(replayed, leaves, form, beliefs)
+        mode = current()
+        waiting = None if mode is None else mode.await_input(None)
+        run = self._function(replayed, leaves, form, beliefs, waiting)
         with paused():
             given = [*_tensors(leaves), *_moments(beliefs)]
             samples = [t.detach().clone().requires_grad_(t.requires_grad) for t in given]
-        self.replay = _recorded(replayed.module, run, samples)
+        try:
+            self.replay = _recorded(replayed.module, run, samples)
+        finally:
+            if mode is not None:
+                mode.await_input(waiting)
 
-    def _function(self, replayed: _Replayed, leaves: Sequence[Any], form: TreeSpec,
-                  beliefs: Sequence[Belief | None]) -> _Function:  # fmt: skip
+    def _function(self, replayed: _Replayed, leaves: Sequence[Any], form: TreeSpec, beliefs: Sequence[Belief | None],
+                  waiting: Gaussian | None) -> _Function:  # fmt: skip
         """The call as a function of input tensors, moments of beliefs about them, and the module's parameters. It
         returns the output's tensors and the moments of beliefs about them.
         """
         mode = current()
         layers = [layer for _, layer in kalman_layers(replayed.module)] if mode is None else mode.layers
         is_part = mode is not None and mode.opener is not replayed.module
-        waiting = None if mode is None else mode.await_input(None)
-        if mode is not None:
-            mode.await_input(waiting)
         count, with_moments = len(beliefs), len(beliefs) + len(_moments(beliefs))
         amp = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
 
@@ -325,12 +333,12 @@ class _WithOwnGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        ctx.is_done = True
-        if ctx.graph.awaited() is not ctx:
+        if ctx.is_done or ctx.graph.awaited() is not ctx:
             raise RuntimeError(
-                "kalmannorm.capture got another backward pass of a call after a later call, expected it before: the "
-                "later call has overwritten what it needs"
+                "kalmannorm.capture got a second backward pass of a call, or one after a later call, expected one "
+                "before the next call: the graph's memory is used again"
             )
+        ctx.is_done = True
         given = [g for g in gradients if g is not None]
         copies = iter(torch._foreach_mul(given, 1.0) if given else [])
         return None, *[None if g is None else next(copies) for g in gradients]
@@ -348,15 +356,26 @@ def _twins(module: nn.Module) -> Iterator[list[nn.Parameter]]:
     `DistributedDataParallel` refers to it. A recording that used this node would wait for that stream, which CUDA does
     not allow. Hooks of the parameters run when a replay's gradients come, and not in the recording.
     """
-    twins = {p: nn.Parameter(p.detach()) for p in _trained(module)}
-    places = [(each, name, p) for each in module.modules() for name, p in each._parameters.items() if p in twins]
-    try:
-        for each, name, p in places:
-            setattr(each, name, twins[p])
-        yield [*twins.values()]
-    finally:
-        for each, name, p in places:
-            setattr(each, name, p)
+    twins: dict[Tensor, nn.Parameter] = {}
+    for p in _trained(module):
+        twins[p] = nn.Parameter(p.detach())
+        twins[p].__class__ = type(p)
+        twins[p].__dict__.update(p.__dict__)
+    places = [(each._parameters, name, p) for each in module.modules() for name, p in each._parameters.items()
+              if p in twins]  # fmt: skip
+    recurrent = [each for each in module.modules() if isinstance(each, nn.RNNBase)]  # have lists of their parameters
+    with attributes_kept(recurrent, "_flat_weights", "_flat_weight_refs"):
+        for each in recurrent:
+            flat: list[Any] = [p if p is None else twins.get(p, p) for p in each._flat_weights]
+            each._flat_weights = flat
+            each._flat_weight_refs = [p if p is None else weakref.ref(p) for p in flat]
+        try:
+            for parameters, name, p in places:
+                parameters[name] = twins[p]
+            yield [*twins.values()]
+        finally:
+            for parameters, name, p in places:
+                parameters[name] = p
 
 
 def _check_parameters(outputs: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> None:
@@ -374,29 +393,36 @@ def _check_parameters(outputs: Sequence[Tensor], parameters: Sequence[nn.Paramet
             waiting += [below for below, _ in node.next_functions]
     used = {id(getattr(node, "variable", None)) for node in seen}
     if any(id(p) in used for p in parameters):
-        raise RuntimeError("a parameter is used by way of a list or a closure, and not as an attribute of its module")
+        raise RuntimeError("a parameter is used by way of a list, closure or hook, and not as its module's attribute")
 
 
 def _recorded(module: nn.Module, run: _Function, samples: Sequence[Tensor]) -> _Function:
     """Record a function of samples and the module's parameters. Buffers and the random state are restored, as the batch
     itself still has to run.
     """
+    layers = [layer for _, layer in kalman_layers(module)]
+    flags = attributes_kept(layers, "awaits_correction", "dropped_statistics", "_settled")
     try:
+        _recording.is_on = True
         # A backward pass runs without autocast.
-        with (random_state_kept(module), buffers_kept(module), _twins(module) as twins,
+        with (random_state_kept(module), buffers_kept(module), flags, _twins(module) as twins,
               torch.autocast("cuda", enabled=False)):  # fmt: skip
             return _graphed(run, (*samples, *twins))
     except RuntimeError as error:
-        cause = error.__context__ if isinstance(error.__context__, Exception) else error
+        # What invalidated a capture is told first, and then that it was invalidated.
+        is_told = "previous error during capture" in str(error) and isinstance(error.__context__, Exception)
+        cause: Any = error.__context__ if is_told else error
         raise RuntimeError(
             f"kalmannorm.capture cannot record {type(module).__name__} ({first_line(cause)}): expected a "
             "forward pass that asks for no tensor's value, as .item(), .cpu(), print and boolean masks do. Capture a "
             "part of the model, or undo it: del model.forward"
         ) from error
+    finally:
+        _recording.is_on = False
 
 
 def _graphed(run: _Function, samples: tuple[Tensor, ...]) -> _Function:
-    before = torch.cuda.current_stream()
+    before = torch.cuda.current_stream(samples[0].device)
     graph: Any = torch.cuda.graph
     # Other threads, a data loader's or NCCL's, may go on; torch 2.11 takes the mode where it makes the graph alone.
     mode: dict[str, Any] = {"capture_error_mode": "thread_local"}

@@ -45,14 +45,14 @@ class _Graph:
                 if func.overloadpacket.__name__ in _LEAVES_ALONE:
                     continue
                 for mine, new in zip(tree_leaves(found), tree_leaves(func(*args, **kwargs)), strict=True):
-                    if isinstance(mine, torch.Tensor) and mine.numel() and mine.data_ptr() != new.data_ptr():
+                    if isinstance(new, torch.Tensor) and new.numel() and mine.data_ptr() != new.data_ptr():
                         mine.copy_(new)
 
 
 class _Capture:
     """As `torch.cuda.graph`, which leaves its stream current when the capture has failed."""
 
-    default_capture_stream = None
+    default_capture_stream = "of another device"
     now = None  # the graph that is being captured
 
     def __init__(self, graph, pool=None, stream=None, capture_error_mode="global", **_):
@@ -77,11 +77,13 @@ class _Capture:
 def install(monkeypatch):
     """Let `kalmannorm.capture` capture on the CPU; return the list of streams that were current, the last one now."""
     monkeypatch.setattr(graphs, "_is_on_gpu", lambda t: True)
+    monkeypatch.setattr(graphs, "_is_being_captured", lambda: _Capture.now is not None)
     monkeypatch.setattr(on_cpu, "is_available", lambda: False)  # its kernels are no operators of torch's
     streams = ["default"]
     fakes = {
         "CUDAGraph": _Graph, "graph": _Capture, "graph_pool_handle": lambda: (0, 0), "synchronize": lambda: None,
-        "Stream": lambda: types.SimpleNamespace(wait_stream=lambda other: None), "current_stream": lambda: streams[-1],
+        "Stream": lambda: types.SimpleNamespace(wait_stream=lambda other: None),
+        "current_stream": lambda device: streams[-1],
         "stream": lambda stream: contextlib.nullcontext(), "device": lambda device: contextlib.nullcontext(),
         "set_stream": streams.append,
         "is_current_stream_capturing": lambda: _Capture.now is not None,

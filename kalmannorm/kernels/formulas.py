@@ -74,7 +74,7 @@ def gain_of(given: Given, options: Options) -> Tensor | float:
         return 1.0
     if given.gain is None or not options.gain_slope:
         return options.gain_offset if given.gain is None else given.gain
-    others = torch.exp(-options.gain_slope * given.gain - options.gain_offset)
+    others = torch.exp((-options.gain_slope * given.gain - options.gain_offset).clamp_max(80))  # no infinity
     return options.gain_samples / (options.gain_samples + others)
 
 
