@@ -400,12 +400,10 @@ def _recorded(module: nn.Module, run: _Function, samples: Sequence[Tensor]) -> _
     """Record a function of samples and the module's parameters. Buffers and the random state are restored, as the batch
     itself still has to run.
     """
-    layers = [layer for _, layer in kalman_layers(module)]
-    flags = attributes_kept(layers, "awaits_correction", "dropped_statistics", "_settled")
     try:
         _recording.is_on = True
         # A backward pass runs without autocast.
-        with (random_state_kept(module), buffers_kept(module), flags, _twins(module) as twins,
+        with (random_state_kept(module), buffers_kept(module), _twins(module) as twins,
               torch.autocast("cuda", enabled=False)):  # fmt: skip
             return _graphed(run, (*samples, *twins))
     except RuntimeError as error:
