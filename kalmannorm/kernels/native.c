@@ -247,10 +247,14 @@ void layer_forward(const Forward *a) {
     float *y = a->y, *statistics = a->statistics, q = gain_of(f);
     if (shape->channels_last) {
         int64_t S = shape->groups, all = shape->samples * shape->pixels * shape->channels;
-        int inside = S == 1 && all > SMALL ? shape->threads : 1;
-#pragma omp parallel for schedule(static) num_threads(shape->threads) if (S > 1 && all > SMALL)
-        for (int64_t s = 0; s < S; s++)
-            forward_group_channels_last(x, y, f, shape, q, statistics, s, inside);
+        int threads = all > SMALL ? shape->threads : 1;
+        /* One loop in threads, not one in another, even of one turn: threads inside of it are made anew each time. */
+        if (S == 1) {
+            forward_group_channels_last(x, y, f, shape, q, statistics, 0, threads);
+        } else {
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+            for (int64_t s = 0; s < S; s++) forward_group_channels_last(x, y, f, shape, q, statistics, s, 1);
+        }
     } else {
         forward_channels_first(x, y, f, shape, q, statistics);
     }
@@ -461,10 +465,14 @@ void layer_backward(const Backward *a) {
     int64_t S = shape->groups, all = shape->samples * shape->pixels * shape->channels;
     float *terms = malloc(5 * S * shape->channels * sizeof(float));
     if (shape->channels_last) {
-        int inside = S == 1 && all > SMALL ? shape->threads : 1;
-#pragma omp parallel for schedule(static) num_threads(shape->threads) if (S > 1 && all > SMALL)
-        for (int64_t s = 0; s < S; s++)
-            backward_group_channels_last(dy, x, dx, f, g, shape, q, statistics, terms, s, inside);
+        int threads = all > SMALL ? shape->threads : 1;
+        if (S == 1) { /* as above */
+            backward_group_channels_last(dy, x, dx, f, g, shape, q, statistics, terms, 0, threads);
+        } else {
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+            for (int64_t s = 0; s < S; s++)
+                backward_group_channels_last(dy, x, dx, f, g, shape, q, statistics, terms, s, 1);
+        }
     } else {
         backward_channels_first(dy, x, dx, f, g, shape, q, statistics, terms);
     }

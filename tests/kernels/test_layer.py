@@ -1,5 +1,8 @@
 """The layer in one step, against the plain functions it stands for. The backends have tests of their own."""
 
+import statistics
+import time
+
 import pytest
 import torch
 from torch import nn
@@ -232,3 +235,23 @@ def test_gradgradcheck_of_a_network():
             return model(x)
 
     assert gradgradcheck(run, values)
+
+
+def test_channels_last_in_threads_takes_no_new_threads():
+    """To make them takes a hundred times as long as to use those that wait."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        x, *rest = inputs((2, 64, 32, 32), torch.float32)
+        taken = []
+        for layout in (torch.contiguous_format, torch.channels_last):
+            each = x.detach().to(memory_format=layout)
+            times = []
+            for _ in range(30):
+                start = time.perf_counter()
+                layer(each, given(*rest), Options())
+                times.append(time.perf_counter() - start)
+            taken.append(statistics.median(times))
+    finally:
+        torch.set_num_threads(before)
+    assert taken[1] < 20 * taken[0]
