@@ -76,10 +76,16 @@ def input_beliefs(model: nn.Module, input_stats: InputStats | None) -> dict[str 
     """The beliefs that ``input_stats`` describe, by names of arguments; None for the first floating-point tensor.
 
     Raises:
-        ValueError: for a name that is no argument, or for what is not one mean and positive deviation a channel.
+        ValueError: for a name that is no argument, for what is not one mean and positive deviation a channel, or for a
+            module without a forward.
     """
     if input_stats is None:
         return {}
+    if isinstance(model, nn.ModuleList | nn.ModuleDict):
+        raise ValueError(
+            f"kalmannorm.convert got input_stats for {type(model).__name__}, whose parts are called and not itself, "
+            "expected a module with a forward"
+        )
     if not isinstance(input_stats, Mapping):
         return {None: _belief(input_stats, "input_stats")}
     arguments = _arguments(model)

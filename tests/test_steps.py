@@ -128,3 +128,45 @@ def test_a_users_function_decides_on_all_gradients(copies):
         assert model.domain[1].gain.grad != 0
     assert (gradients[0] == 0).all()
     torch.testing.assert_close(gradients[2], -2 * gradients[1])
+
+
+class CopiesAttributes(torch.Tensor):
+    """What functions return has the attributes of what they get, as MONAI's MetaTensor."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        found = super().__torch_function__(func, types, args, kwargs or {})
+        if isinstance(found, cls) and args and isinstance(args[0], cls):
+            found.__dict__.update(args[0].__dict__)
+        return found
+
+
+def test_a_copied_attribute_is_no_belief():
+    seen = []
+    first, second = (kn.convert(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))) for _ in range(2))
+    second[1].register_forward_pre_hook(lambda layer, args: seen.append(layer.belief(args[0], 1)))
+    x = torch.randn(2, 4, 8, 8).as_subclass(CopiesAttributes)
+    second(first(x))
+    second(first(x) * 10 + 5)  # where nothing watches
+    assert isinstance(seen[0], kn.Gaussian)
+    assert isinstance(seen[1], kn.Unknown)
+
+
+def test_a_constant_made_like_an_activation_is_a_constant():
+    class Padded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv, self.norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+            self.mix, self.last = nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            h = self.norm(self.conv(x))
+            return self.last(self.mix(torch.cat([h, torch.zeros_like(h)], 1)))
+
+    outputs = []
+    for kind in (torch.Tensor, CopiesAttributes):
+        torch.manual_seed(1)
+        x = torch.randn(2, 4, 8, 8).as_subclass(kind)
+        outputs.append(kn.convert(Padded())(x).as_subclass(torch.Tensor))
+    torch.testing.assert_close(*outputs)
