@@ -129,8 +129,9 @@ def step_of(tensor: Tensor, as_it_was: bool = False) -> Step | None:
     step = getattr(tensor, _STEP, None)
     if step is None and type(tensor) is nn.Parameter:
         return None
-    if step is not None and _may_copy_attributes(tensor) and getattr(tensor, _OWNER, None) != id(tensor):
-        return None  # another tensor's
+    # Functions of a subclass may copy attributes to what they return, as those of MONAI's MetaTensor do.
+    if step is not None and type(tensor) is not Tensor and not torch.compiler.is_compiling():
+        step = step if getattr(tensor, _OWNER, None) == id(tensor) else None
     if step is None and not torch.compiler.is_compiling() and (base := tensor._base) is not None:
         # Outside of the mode, FSDP and DDP pass a tensor through an autograd function that returns it.
         step = getattr(base, _STEP, None) if _place(tensor) == _place(base) else None
@@ -176,13 +177,8 @@ def put(tensor: Tensor, step: Step | None) -> None:
     """Record a step on a tensor, as it is now."""
     setattr(tensor, _STEP, step)
     setattr(tensor, _STATE, state_of(tensor))
-    if _may_copy_attributes(tensor):
+    if type(tensor) is not Tensor and not torch.compiler.is_compiling():
         setattr(tensor, _OWNER, id(tensor))
-
-
-def _may_copy_attributes(tensor: Tensor) -> bool:
-    """Whether functions may copy its attributes to what they return, as those of MONAI's MetaTensor do."""
-    return type(tensor) is not Tensor and not torch.compiler.is_compiling()
 
 
 def found_in(values: Any, kind: type[_T] | UnionType) -> Iterator[_T]:
