@@ -9,11 +9,11 @@
 #     OUT=/tmp/out bash benchmarks/lent_gpu.sh study batch-sizes-gpu 500 14
 #
 # tests: what only a GPU can show. overhead: what a step costs the CPU, by part. throughput: how many steps a second, by
-# how many processes. speed SECONDS PATTERN...: cases of `python -m benchmarks`, added to those in RUNS/cuda.csv. study
-# NAME SECONDS WORKERS: goes on with the study in RUNS
-# (default runs/gpu), with CUDA's multi-process service, and packs its runs; the checkpoints of those that have not
-# ended are in pieces, to be laid together (cat) and unpacked into RUNS before a later session goes on. Elsewhere
-# `kalmannorm run NAME --collect --output RUNS`, with the same torch, makes the tables.
+# how many processes. speed SECONDS PATTERN...: cases of `python -m benchmarks`, added to those in RUNS/cuda.csv.
+# study NAME SECONDS WORKERS: goes on with the study in RUNS (default runs/gpu), with CUDA's multi-process service, and
+# packs its runs; the checkpoints of those that have not ended are in pieces, to be laid together (cat) and unpacked
+# into RUNS before a later session goes on. Elsewhere `kalmannorm run NAME --collect --output RUNS`, with the same
+# torch, makes the tables.
 # ONLY='kn-1*,brn-2' are the arms, if not all. GROW=1 believes what docs/results tells of runs that ended before, and
 # trains what it does not tell of (there too, --collect then wants --grow, and that folder's CSV files). SCALE=tiny
 # rehearses a study on a CPU. KALMANNORM_COMMIT names the commit where files travel without their history. Wheels in

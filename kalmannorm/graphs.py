@@ -231,7 +231,7 @@ class _Graph:
         self.awaited: weakref.ref[Any] | None = None  # the last replay's autograd node
         mode = current()
         waiting = None if mode is None else mode.await_input(None)
-        run = self._function(replayed, leaves, form, beliefs, waiting)
+        run = self._function(replayed, leaves, form, beliefs, mode, waiting)
         with paused():
             given = [*_tensors(leaves), *_moments(beliefs)]
             samples = [t.detach().clone().requires_grad_(t.requires_grad) for t in given]
@@ -242,11 +242,10 @@ class _Graph:
                 mode.await_input(waiting)
 
     def _function(self, replayed: _Replayed, leaves: Sequence[Any], form: TreeSpec, beliefs: Sequence[Belief | None],
-                  waiting: Gaussian | None) -> _Function:  # fmt: skip
+                  mode: Recorder | None, waiting: Gaussian | None) -> _Function:  # fmt: skip
         """The call as a function of input tensors, moments of beliefs about them, and the module's parameters. It
         returns the output's tensors and the moments of beliefs about them.
         """
-        mode = current()
         layers = [layer for _, layer in kalman_layers(replayed.module)] if mode is None else mode.layers
         is_part = mode is not None and mode.opener is not replayed.module
         count, with_moments = len(beliefs), len(beliefs) + len(_moments(beliefs))

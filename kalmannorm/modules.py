@@ -409,8 +409,7 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
 
     In training, each channel is normalized by the batch's statistics fused with what the layers below
     predict (Eq. 7 of the paper). In ``eval()``, by moving averages of the fused statistics, as in
-    BatchNorm. With ``gain=1.0``, or where there is no prior,
-    it equals BatchNorm exactly.
+    BatchNorm. With ``gain=1.0``, or where there is no prior, it equals BatchNorm exactly.
 
     Args:
         num_features: channels ``C`` of an input ``(N, C, *)``.

@@ -716,7 +716,6 @@ def test_a_container_whose_parts_are_called_takes_no_input_stats():
         kn.convert(nn.ModuleDict({"body": nn.BatchNorm2d(3)}), input_stats=([0.0] * 3, [1.0] * 3))
 
 
-
 def test_input_stats_by_name_that_do_not_fit():
     with pytest.raises(ValueError, match=r"input_stats of 'y', expected names of what Graph's forward takes: \['x'"):
         kn.convert(Graph(), input_stats={"y": (0.0, 1.0)})
