@@ -75,7 +75,8 @@ def recalibrate(model: _M, loader: Iterable[Any], *, forward: Callable[[nn.Modul
     cut into batches. After Wu and Johnson, *Rethinking "Batch" in BatchNorm* (2021), section 3 (Precise BatchNorm).
 
     Frozen layers keep their statistics and normalize by them. ``num_batches_tracked`` stays: it counts the batches of
-    training. Training flags are restored. Buffers change at the very end, so an error leaves the model unchanged.
+    training. Training flags and all other buffers are restored. Running statistics change at the very end, so an error
+    leaves the model unchanged.
 
     Args:
         model: the network, changed in place. For ``DistributedDataParallel``, its inner module runs.

@@ -262,14 +262,17 @@ class KalmanLayer(CorrectedPrior):
             )
         if self.training and mode is None:
             self._warn_once(
-                f"{self._label()} sees no propagation and acts as {self._stock_name()}: no module above it was "
-                "connected. Build the model with kalmannorm.convert(model), or call kalmannorm.connect(model) once."
+                f"{self._label()} sees no propagation and acts as {self._stock_name()}: no connected module was called "
+                "around it. Call model(x) and not its parts or model.forward(x), which leave out the hooks; a model "
+                "that kalmannorm.convert did not make needs kalmannorm.connect(model) once"
             )
         self._look_at_correction()
         belief = self.belief(x, groups)
         if not isinstance(belief, Unknown):
             return Prior(belief, self.process_noise, *self._correction(belief))
         if not self.is_corrected or getattr(self, "running_mean", None) is None:
+            if mode is not None and not torch.compiler.is_compiling():
+                mode.without_prior[self.layer_name] = belief.reason
             return Prior(None, self.process_noise)
         # A corrected layer then takes its running statistics, without process noise. In the logarithm, so that the
         # parameter keeps a gradient, of zero, for DistributedDataParallel.

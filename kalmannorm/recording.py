@@ -64,6 +64,7 @@ class Recorder(TorchFunctionMode):
         self.opener: Any = None  # the module that was entered
         self.passes: dict[int, object] = {}  # of each thread, another object in each forward pass
         self.detached: dict[int, list[weakref.ref[Step]]] = {}  # of each thread's pass
+        self.without_prior: dict[str, str] = {}  # layers of this pass, and why
         self.of_threads: dict[int, KeptPriors] = {}
 
     @property

@@ -64,11 +64,12 @@ def random_state_kept(model: nn.Module) -> AbstractContextManager[None]:
 
 @contextmanager
 def in_eval(model: nn.Module) -> Iterator[None]:
-    """Run a model in ``eval()`` without gradients; training flags are restored afterwards.
+    """Run a model in ``eval()`` without gradients; training flags and buffers (a queue, say) are restored afterwards.
 
     Compiled parts run eagerly, as a single pass does not pay for another compilation.
     """
-    with attributes_kept(model.modules(), "training"), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+    flags, eager = attributes_kept(model.modules(), "training"), torch.compiler.set_stance("force_eager")
+    with flags, buffers_kept(model), torch.no_grad(), eager:
         model.eval()
         yield
 

@@ -20,6 +20,9 @@ from kalmannorm.steps import found_in, placed_in, step_of
 
 __all__ = ["Watch"]
 
+# So many layers may be without a prior in a small network.
+_FEW = 2
+
 
 class Watch:
     """Opens the mode when a module is entered and closes it when the module is left.
@@ -34,12 +37,13 @@ class Watch:
         arguments: the names of its forward's positional arguments.
     """
 
+    _warned = _looked = _counted = False  # what is said once
+
     def __init__(self, layers: list[Any], given: Mapping[str | None, Gaussian], arguments: Sequence[str] = ()) -> None:
         self.layers = layers
         self.arguments = tuple(arguments)
         self.given = dict(given)
         self.known = self.given  # on the inputs' device, and of their type
-        self._warned = self._looked = False
         # Made once, as torch.compile looks for the mode again when it breaks a graph inside.
         self.mode = Recorder(layers)
 
@@ -75,6 +79,9 @@ class Watch:
             waiting = self.mode.await_input(None)
             if output is not None and waiting is not None:
                 self._warn_of_unused_belief(waiting, module)
+            if output is not None and module.training and not self._counted:
+                self._warn_of_few_priors(module)
+            self.mode.without_prior.clear()
 
     def _begin(self, module: nn.Module, values: Any) -> None:
         """Find out which kept priors this pass may use. A network that only trains never keeps any."""
@@ -100,11 +107,23 @@ class Watch:
         gone = [layer for layer in self.layers if layer not in inside]
         if gone:
             remedy = "connect" if len(gone) < len(self.layers) else "to_batchnorm"
+            acts = ", with the activations they had; kalmannorm.freeze keeps those" if hasattr(gone[0], "act") else ""
             warnings.warn(
                 f"{len(gone)} of {len(self.layers)} Kalman layers of {type(module).__name__} were replaced after "
-                f"kalmannorm.convert, the first is {gone[0].layer_name!r}. SyncBatchNorm.convert_sync_batchnorm does "
+                f"kalmannorm.convert, the first is {gone[0].layer_name!r}{acts}. SyncBatchNorm.convert_sync_batchnorm does "
                 "so: call it before kalmannorm.convert, which then shares statistics between processes. If the "
                 f"replacement is meant, call kalmannorm.{remedy}(model)",
+                stacklevel=2,
+            )
+
+    def _warn_of_few_priors(self, module: nn.Module) -> None:
+        """Warn at the first call in training, as a function without a rule may end the beliefs of a whole network."""
+        without, self._counted = self.mode.without_prior, True
+        if len(without) > max(_FEW, len(self.layers) / 2):
+            name, reason = next(reversed(without.items()))
+            warnings.warn(
+                f"{len(without)} of {len(self.layers)} Kalman layers of {type(module).__name__} have no prior and act as "
+                f"stock layers, such as {name!r}: {reason}. kalmannorm.describe(model, x) shows all",
                 stacklevel=2,
             )
 

@@ -67,7 +67,7 @@ def test_reasons():
         "unused": "the layer was not called",
     }
     alone = nn.Sequential(kn.KalmanNorm2d(3), kn.KalmanNorm2d(3))
-    with pytest.warns(UserWarning, match="no module above it was connected"):
+    with pytest.warns(UserWarning, match="no connected module was called around it"):
         rows = kn.describe(alone, torch.randn(2, 3, 4, 4)).rows
     assert rows[1].reason == "no module above it is connected"
     with pytest.raises(ValueError, match="Linear has no Kalman layer to describe"):

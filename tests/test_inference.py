@@ -474,3 +474,28 @@ def test_two_processes_equal_one_with_all_data(tmp_path):
         assert found[rank]["error"].startswith("kalmannorm.recalibrate got an empty loader")
     for name in expected:
         torch.testing.assert_close(found[0][name], found[1][name], rtol=0, atol=0)
+
+
+class WithQueue(nn.Sequential):
+    """A network that keeps its latest outputs, as MoCo does, in `eval()` too."""
+
+    def __init__(self, *modules):
+        super().__init__(*modules)
+        self.register_buffer("queue", torch.zeros(4))
+
+    def forward(self, x):
+        y = super().forward(x)
+        self.queue.copy_(y.detach().mean((0, 2, 3)))
+        return y
+
+
+@pytest.mark.parametrize("run", [kn.recalibrate, kn.calibrate, kn.diagnose])
+def test_other_buffers_stay(run):
+    model = kn.convert(WithQueue(*small()))
+    model(torch.randn(2, 3, 8, 8))
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    assert before["queue"].any()
+    run(model, [torch.randn(2, 3, 8, 8)], progress=False)
+    changed = {name for name, buffer in model.named_buffers() if not torch.equal(buffer, before[name])}
+    allowed = {kn.recalibrate: ("running_mean", "running_var"), kn.calibrate: ("prior_shift", "prior_scale")}
+    assert {name.split(".")[-1] for name in changed} == set(allowed.get(run, ()))

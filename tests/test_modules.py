@@ -470,6 +470,8 @@ def test_a_lone_layer_warns_once_by_name_and_is_batch_norm():
         warnings.simplefilter("error")
         layer(x)
     torch.testing.assert_close(y, nn.BatchNorm2d(4)(x), rtol=1e-5, atol=1e-5)
+    with pytest.warns(UserWarning, match=r"'1' .*Call model\(x\) and not its parts or model.forward\(x\)"):
+        model.forward(torch.randn(2, 2, 9, 9))
 
 
 def test_state_dict_keys_are_the_stock_layers_and_four():

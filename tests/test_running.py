@@ -905,7 +905,8 @@ def test_a_strict_export_of_operators_without_a_rule(last):
     model = kn.convert(Between([*functions.values()]), input_stats=([0.0] * 3, [1.0] * 3), calibrate=False)
     model = kn.connect(Last(model)) if last else model
     x = images()
-    expected = copy.deepcopy(model)(x)
+    with pytest.warns(UserWarning, match="7 of 8 Kalman layers of .* have no prior"):
+        expected = copy.deepcopy(model)(x)
     equal_by_name(torch.export.export(model, (x,), strict=True).module()(x), expected, functions)
 
 
@@ -996,6 +997,10 @@ def test_layers_that_were_replaced_are_reported():
         half(images())
     half(images())  # a second warning would be an error here
     kn.connect(half)(images())  # as the warning says: no other one comes
+    activated = kn.connect(nn.Sequential(nn.Conv2d(3, 4, 1), kn.KalmanNormAct2d(4, act=nn.ReLU())))
+    activated[1] = nn.BatchNorm2d(4)
+    with pytest.warns(UserWarning, match=r"'1', with the activations they had; kalmannorm\.freeze keeps those"):
+        activated(images())
 
 
 def test_a_fused_convolution():

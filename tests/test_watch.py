@@ -849,3 +849,32 @@ def test_replicas_are_no_replaced_layers(recwarn):
         replica._modules[name]._parameters = module._parameters
     replica(torch.randn(2, 3, 10, 10))
     assert not [str(each.message) for each in recwarn if "were replaced" in str(each.message)]
+
+
+def without_rules(layers, unconnected):
+    """Blocks of a convolution and a norm, the last ones behind a function that has no rule."""
+    blocks = [nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)) for _ in range(layers)]
+
+    class Net(nn.Sequential):
+        def forward(self, x):
+            for i, block in enumerate(self):
+                x = block(x.cumsum(3) if i >= layers - unconnected else x)
+            return x
+
+    return kn.convert(Net(*blocks), input_stats=([0.0] * 4, [1.0] * 4))
+
+
+def test_a_network_of_few_priors_is_told_of_once():
+    model, x = without_rules(5, 3), torch.randn(2, 4, 6, 6)
+    model.eval()(x)  # its layers use no prior
+    with pytest.warns(UserWarning, match=r"3 of 5 Kalman layers of Net have no prior.* '4.1': .*cumsum.*describe"):
+        model.train()(x)
+    model(x)  # another warning would be an error here
+    assert kn.describe(model, x).with_prior == 2
+
+
+@pytest.mark.parametrize(("layers", "unconnected"), [(6, 3), (3, 2)])
+def test_some_layers_may_be_without_a_prior(layers, unconnected):
+    model = without_rules(layers, unconnected)
+    model(torch.randn(2, 4, 6, 6))
+    assert kn.describe(model, torch.randn(2, 4, 6, 6)).with_prior == layers - unconnected

@@ -22,11 +22,11 @@ from kalmannorm.rules.table import Belief, belief_rule, belief_rules
 
 __all__ = ["piecewise", "quadrature"]
 
-# The trapezoid rule on [-8, 8] integrates over the standard normal. For smooth integrands it converges as fast as
+# The trapezoid rule on [-7, 7] integrates over the standard normal. For smooth integrands it converges as fast as
 # Gauss-Hermite quadrature (its error is exp(-2 pi^2 / step^2)); for those with corners (ELU, CELU) it is better, since
 # its nodes lie closer. And its nodes are made on the device without a copy.
-_REACH = 8.0
-_NODES = 129
+_REACH = 7.0
+_NODES = 65
 # The square of a larger number overflows float32.
 _FAR = 1e18
 # Of an activation that is not negative a belief may reach below zero.
