@@ -29,9 +29,8 @@ from kalmannorm.traversal import kalman_layers, untraceable
 __all__ = ["convert", "fuse", "to_batchnorm", "with_stock_norms"]
 
 _M = TypeVar("_M", bound=nn.Module)
-# Modules that drop whole blocks at random, and their attributes with the rate.
-_RANDOM_DEPTH = {"StochasticDepth": ("p",), "DropPath": ("drop_prob", "p"), "DropBlock2d": ("drop_prob", "p"),
-                 "DropBlock3d": ("p",)}  # fmt: skip
+# How the names of modules end that drop whole blocks at random, such as transformers' `SwiftFormerDropPath`.
+_RANDOM_DEPTH = ("StochasticDepth", "DropPath", "DropBlock2d", "DropBlock3d")
 _FOLDED_INTO = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 _OPTIONS = ("gain", "process_noise", "spread", "carry", "estimator", "stats_batch_size", "guard", "process_group")
 # A channel group has one sample.
@@ -177,7 +176,7 @@ def _no_statistics(layer: nn.Module, name: str) -> ValueError:
 def _warn_of_random_depth(model: nn.Module) -> None:
     """The first training step would correct priors for the blocks that it happens to keep."""
     for name, module in model.named_modules():
-        if any(getattr(module, share, 0) for share in _RANDOM_DEPTH.get(type(module).__name__, ())):
+        if type(module).__name__.endswith(_RANDOM_DEPTH) and any(getattr(module, n, 0) for n in ("p", "drop_prob")):
             warnings.warn(
                 f"{type(module).__name__} {name!r} drops its input at random in training: before the first step call "
                 "kalmannorm.calibrate(model, inputs), which corrects priors in eval(), or convert with calibrate=False",

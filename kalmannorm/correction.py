@@ -61,6 +61,8 @@ class CorrectedPrior(nn.Module):
     """
 
     weight: Any
+    _label: Any
+    _warn_once: Any
     process_noise: nn.Parameter | None
     prior_shift: Tensor
     prior_scale: Tensor
@@ -150,8 +152,8 @@ class CorrectedPrior(nn.Module):
         compiling, is_batched = torch.compiler.is_compiling(), _is_batched(scale)
         if not (self.awaits_correction or is_batched):
             return (shift, scale) if self.is_corrected else ()
-        if is_batched and not self._has_target:
-            return shift, scale
+        if not self._has_target:
+            return (shift, scale) if is_batched else self._without_target()
         given = prior.detach().per_channel(1)
         found = self.correction_to(given, self.correction_target().map(lambda t: t.to(given.mean.device)))
         if is_batched:
@@ -168,6 +170,16 @@ class CorrectedPrior(nn.Module):
         self.awaits_correction = False
         self._settled = _state(scale)
         return shift, scale
+
+    def _without_target(self) -> tuple[()]:
+        """Give up the correction, whose running statistics were taken away, as by `replace_all_batch_norm_modules_`."""
+        if not torch.compiler.is_compiling():
+            self._warn_once(
+                f"{self._label()} lost its running statistics before they corrected its prior, which stays "
+                "uncorrected. Call the network once, or kalmannorm.calibrate(model, inputs), before you set them to None"
+            )
+            self.drop_correction()
+        return ()
 
     def correction_target(self) -> Gaussian:
         """The statistics that a correction leads to, ``(1, C)``."""

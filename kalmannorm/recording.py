@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from kalmannorm.checkpoints import enter_again
@@ -27,9 +27,12 @@ from kalmannorm.priors import KeptPriors
 from kalmannorm.propagation import let_go_of_graph, settle, true_depth, without_autocast
 from kalmannorm.rules import RULES, Belief
 from kalmannorm.rules.table import FACTORIES, LIKE, OVERWRITING, SOURCES, aliases
-from kalmannorm.steps import SCALARS, Step, detached, put, state_of, step_of
+from kalmannorm.steps import SCALARS, Step, detached, found_in, put, state_of, step_of
 
-__all__ = ["Recorder", "attach", "attach_step", "current", "is_open", "is_resting", "paused"]
+__all__ = [
+    "Recorder", "attach", "attach_step", "current", "fits", "is_open", "is_resting", "laid_out", "paused",
+    "started_on_first",
+]  # fmt: skip
 
 _BASE = Tensor._base.__get__  # type: ignore[union-attr]
 
@@ -65,6 +68,7 @@ class Recorder(TorchFunctionMode):
         self.passes: dict[int, object] = {}  # of each thread, another object in each forward pass
         self.detached: dict[int, list[weakref.ref[Step]]] = {}  # of each thread's pass
         self.without_prior: dict[str, str] = {}  # layers of this pass, and why
+        self.learned: list[Tensor] = []  # what parameters have made while `input_stats` wait for their tensor
         self.of_threads: dict[int, KeptPriors] = {}
 
     @property
@@ -83,8 +87,19 @@ class Recorder(TorchFunctionMode):
             self.waiting[thread] = given
         return before
 
+    def _meet_input(self, args: Any, kwargs: Any) -> bool:
+        """Give the belief that waits for its tensor to the one that meets parameters, if it fits; whether any do."""
+        tensors = list(found_in((*args, *kwargs.values()), Tensor))
+        others = [each for each in tensors if not isinstance(each, nn.Parameter) and not _is_made(each, self.learned)]
+        if len(others) == len(tensors):
+            return False
+        given = self.await_input(None)
+        if given is not None:
+            self.await_input(started_on_first(given, others))
+        return True
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "of_threads": {}, "waiting": {}, "passes": {}, "detached": {}}
+        return {**self.__dict__, "of_threads": {}, "waiting": {}, "passes": {}, "detached": {}, "learned": []}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -92,6 +107,7 @@ class Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         if torch.compiler.is_dynamo_compiling():
             func, args = _as_in_eager_mode(func, args)
+        learns = bool(self.waiting) and self._meet_input(args, kwargs)
         # Before the call, as a function that works in place would hide an earlier change that was not recorded.
         of_tensor = args and isinstance(args[0], Tensor)
         first, before = (step_of(args[0]), state_of(args[0])) if of_tensor else (None, None)
@@ -99,6 +115,8 @@ class Recorder(TorchFunctionMode):
             output = args[0]
         else:
             output = func(*args, **kwargs)
+        if learns and self.waiting and not torch.compiler.is_dynamo_compiling():  # which cannot write to the list
+            self.learned += found_in((output,), Tensor)
         if isinstance(output, Tensor):
             if of_tensor and output is args[0] and before is not None and before == state_of(output):
                 return output  # such as `float` of what is float already
@@ -150,6 +168,7 @@ class Recorder(TorchFunctionMode):
 
     def end_pass(self) -> None:
         """Let what was detached in this thread's pass, and is kept, keep no graph of it."""
+        self.learned.clear()
         copies: dict[Step, Step] = {}
         for noted in self.detached.pop(threading.get_ident(), ()):
             if (step := noted()) is not None:
@@ -276,3 +295,52 @@ def attach_step(tensor: Tensor, func: Any, mode: Recorder) -> None:
     step = Step(func, (step_of(tensor),), {}, tuple(tensor.shape))
     step.recorded_in = mode.this_pass()
     put(tensor, step)
+
+
+def started_on_first(given: Gaussian, values: Any, learned: Sequence[Tensor] | None = None) -> Gaussian | None:
+    """Attach a belief about the network's input to the first tensor of so many channels, unless that has a belief;
+    return the belief if there is no such tensor. Single numbers go to the first argument of two or more axes. With
+    ``learned``, what the network's parameters or layers have made is no input.
+    """
+    anywhere = given.mean.ndim == 0
+    for tensor in values if anywhere else found_in(values, Tensor):
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            continue
+        if learned is not None and _is_made(tensor, learned):
+            continue
+        if tensor.ndim < 2 or not fits(given, tensor):
+            return given
+        step = step_of(tensor)
+        if step is None or step.belief is None or isinstance(step.belief, Unknown):
+            attach(tensor, laid_out(given, tensor), "input")
+        return None
+    return given
+
+
+def _is_made(tensor: Tensor, learned: Sequence[Tensor]) -> bool:
+    """Whether a tensor is one of those that parameters have made, or comes from a normalization layer."""
+    if any(each is tensor for each in learned):
+        return True
+    below = [step for step in (step_of(tensor),) if step is not None]
+    seen = set(below)
+    while below:
+        step = below.pop()
+        if step.function is None and step.source not in ("", "input"):
+            return True
+        new = [parent for parent in step.parents if parent not in seen]
+        seen.update(new)
+        below += new
+    return False
+
+
+def fits(given: Gaussian, tensor: Tensor) -> bool:
+    """Whether a belief about channels, ``(C,)``, or about all of them, suits an input ``(N, C, *)``."""
+    return given.mean.ndim == 0 or (tensor.ndim >= 2 and tensor.shape[1] == len(given.mean))
+
+
+def laid_out(given: Gaussian, tensor: Tensor) -> Gaussian:
+    """``(C,)`` as ``(1, C, 1, ...)``, of the tensor's rank; one number as size 1 along each axis."""
+    dtype, shape = torch.promote_types(tensor.dtype, torch.float32), [1] * tensor.ndim
+    if given.mean.ndim:
+        shape[1] = -1
+    return given.map(lambda t: t.to(tensor.device, dtype).view(shape))

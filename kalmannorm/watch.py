@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +13,9 @@ from torch import Tensor, fx, nn
 
 from kalmannorm.gaussian import Gaussian, Unknown
 from kalmannorm.kernels.autograd import is_transformed
+from kalmannorm.modules import is_stock_batchnorm
 from kalmannorm.priors import may_be_kept
-from kalmannorm.recording import Recorder, attach, current, is_resting
+from kalmannorm.recording import Recorder, attach, current, fits, is_resting, laid_out, started_on_first
 from kalmannorm.shards import watch_shards
 from kalmannorm.steps import found_in, placed_in, step_of
 
@@ -67,7 +68,7 @@ class Watch:
         elif mode is not None and self.given and _are_unknown_inputs((*args, *kwargs.values())):
             self._start_beliefs(module, args, kwargs, mode)  # `input_stats` were given to this part alone
         elif mode is not None and mode.waiting and (waiting := mode.await_input(None)) is not None:
-            mode.await_input(_started_on_first(waiting, (*args, *kwargs.values())))
+            mode.await_input(started_on_first(waiting, (*args, *kwargs.values()), mode.learned))
 
     def close(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook; runs after an error too."""
@@ -103,18 +104,21 @@ class Watch:
         if self._looked or getattr(module, "_is_replica", False):  # of DataParallel, whose layers are copies
             return
         self._looked = True
-        inside = set(module.modules())
-        gone = [layer for layer in self.layers if layer not in inside]
-        if gone:
-            remedy = "connect" if len(gone) < len(self.layers) else "to_batchnorm"
-            acts = ", with the activations they had; kalmannorm.freeze keeps those" if hasattr(gone[0], "act") else ""
-            warnings.warn(
-                f"{len(gone)} of {len(self.layers)} Kalman layers of {type(module).__name__} were replaced after "
-                f"kalmannorm.convert, the first is {gone[0].layer_name!r}{acts}. SyncBatchNorm.convert_sync_batchnorm does "
-                "so: call it before kalmannorm.convert, which then shares statistics between processes. If the "
-                f"replacement is meant, call kalmannorm.{remedy}(model)",
-                stacklevel=2,
-            )
+        inside = dict(module.named_modules())
+        gone = [layer for layer in self.layers if layer not in set(inside.values())]
+        if not any(_is_at(layer.layer_name, inside) for layer in gone):
+            return  # removed, as a head that is not wanted
+        has_stock = any(map(is_stock_batchnorm, inside.values()))
+        new = "kalmannorm.convert(model) converts the new ones. " if has_stock else ""
+        remedy = "connect" if len(gone) < len(self.layers) else "to_batchnorm"
+        acts = ", with their activations, which kalmannorm.freeze would keep" if hasattr(gone[0], "act") else ""
+        warnings.warn(
+            f"{len(gone)} of {len(self.layers)} Kalman layers of {type(module).__name__} were replaced after "
+            f"kalmannorm.convert, the first is {gone[0].layer_name!r}{acts}. SyncBatchNorm.convert_sync_batchnorm does "
+            f"so: call it before kalmannorm.convert, which then shares statistics between processes. {new}If the "
+            f"replacement is meant to stay, call kalmannorm.{remedy}(model)",
+            stacklevel=2,
+        )
 
     def _warn_of_few_priors(self, module: nn.Module) -> None:
         """Warn at the first call in training, as a function without a rule may end the beliefs of a whole network."""
@@ -122,8 +126,8 @@ class Watch:
         if len(without) > max(_FEW, len(self.layers) / 2):
             name, reason = next(reversed(without.items()))
             warnings.warn(
-                f"{len(without)} of {len(self.layers)} Kalman layers of {type(module).__name__} have no prior and act as "
-                f"stock layers, such as {name!r}: {reason}. kalmannorm.describe(model, x) shows all",
+                f"{len(without)} of {len(self.layers)} Kalman layers of {type(module).__name__} have no prior and act "
+                f"as stock layers, such as {name!r}: {reason}. kalmannorm.describe(model, x) shows all",
                 stacklevel=2,
             )
 
@@ -158,7 +162,7 @@ class Watch:
         if unmet and None not in self.known and len(unmet) == len(self.known):
             self._warn_of_unused_belief(next(iter(unmet.values())), module)
         if None in self.known:
-            waiting = _started_on_first(self.known[None], values)
+            waiting = started_on_first(self.known[None], values)
             direct = [t for t in values if isinstance(t, Tensor) and t.is_floating_point()]
             if waiting is not None and direct and waiting.mean.ndim:
                 raise _misfit(waiting, direct[0], "an input", module)
@@ -185,39 +189,23 @@ class Watch:
 
 def _start_belief(tensor: Tensor, given: Gaussian | None, place: str) -> bool:
     """Attach a belief about an input, :class:`Unknown` if it is None or does not fit; whether it is None or fits."""
-    fits = given is None or _fits(given, tensor)
+    can = given is None or fits(given, tensor)
     step = step_of(tensor)
     if step is not None and step.source != "input":
         return True  # the output of another part of the network
-    known = None if given is None or not fits else _laid_out(given, tensor)
+    known = None if given is None or not can else laid_out(given, tensor)
     attach(tensor, known or Unknown(f"the network's input {place!r}"), "input")
-    return fits
+    return can
 
 
-def _started_on_first(given: Gaussian, values: Any) -> Gaussian | None:
-    """Attach a belief about the network's input to the first tensor of so many channels, unless that has a belief;
-    return the belief if there is no such tensor. Single numbers go to the first argument of two or more axes.
-    """
-    anywhere = given.mean.ndim == 0
-    for tensor in values if anywhere else found_in(values, Tensor):
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            continue
-        if tensor.ndim < 2 or not _fits(given, tensor):
-            return given
-        step = step_of(tensor)
-        if step is None or step.belief is None or isinstance(step.belief, Unknown):
-            attach(tensor, _laid_out(given, tensor), "input")
-        return None
-    return given
+def _is_at(name: str, modules: Iterable[str]) -> bool:
+    """Whether a module stands where one of that name stood, in the network or in a part of it."""
+    return any(name == each or name.endswith(f".{each}") for each in modules if each)
 
 
 def _are_unknown_inputs(values: Any) -> bool:
     steps = [step_of(tensor) for tensor in found_in(values, Tensor)]
     return any(step is not None and step.source == "input" and isinstance(step.belief, Unknown) for step in steps)
-
-
-def _fits(given: Gaussian, tensor: Tensor) -> bool:
-    return given.mean.ndim == 0 or (tensor.ndim >= 2 and tensor.shape[1] == len(given.mean))
 
 
 def _misfit(given: Gaussian, tensor: Tensor, which: str, module: nn.Module) -> ValueError:
@@ -226,14 +214,6 @@ def _misfit(given: Gaussian, tensor: Tensor, which: str, module: nn.Module) -> V
         f"input_stats given to kalmannorm.convert describe {channels} channels, but {type(module).__name__} got "
         f"{which} of shape {tuple(tensor.shape)}, expected (N, {channels}, ...)"
     )
-
-
-def _laid_out(given: Gaussian, tensor: Tensor) -> Gaussian:
-    """``(C,)`` as ``(1, C, 1, ...)``, of the tensor's rank; one number as size 1 along each axis."""
-    dtype, shape = torch.promote_types(tensor.dtype, torch.float32), [1] * tensor.ndim
-    if given.mean.ndim:
-        shape[1] = -1
-    return given.map(lambda t: t.to(tensor.device, dtype).view(shape))
 
 
 def _calls_on_the_stack(module: nn.Module) -> int:

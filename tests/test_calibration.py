@@ -658,6 +658,23 @@ def test_a_batchnorm_checkpoint_loads_where_running_statistics_are_dropped(train
         model.load_state_dict({**trained.state_dict(), "1.other": torch.zeros(1)})
 
 
+def test_running_statistics_that_are_taken_away_correct_nothing(trained):
+    """As `torch.func.replace_all_batch_norm_modules_` and test-time adaptation do, before any call."""
+    model, late, x = converted(trained), converted(trained), images(2)
+    late(x)
+    for each in (model, late):
+        torch.func.replace_all_batch_norm_modules_(each)
+        each.eval()
+    late(x)  # is corrected already: a warning would be an error here
+    with pytest.warns(UserWarning, match="'1' lost its running statistics before they corrected its prior"):
+        model(x)
+    assert not any(layer.is_corrected for layer in model if isinstance(layer, kn.KalmanNorm))
+    model(x)
+    for _, layer in kn.traversal.kalman_layers(late):
+        layer.drop_correction()
+    torch.testing.assert_close(model(x), late(x))
+
+
 def test_a_checkpoint_that_waits_says_so_where_nothing_can_correct(trained):
     waiting = one_at_a_time(trained).state_dict()
     fresh = one_at_a_time(network())
@@ -713,6 +730,9 @@ def test_random_depth_asks_for_a_correction_in_eval(trained):
         warnings.simplefilter("error")
         converted(model)
         converted(nn.Sequential(network(), StochasticDepth(0.2, "row")))  # nothing to correct
+    of_transformers = type("SwiftFormerDropPath", (StochasticDepth,), {})
+    with pytest.warns(UserWarning, match="SwiftFormerDropPath '1' drops its input at random"):
+        converted(nn.Sequential(copy.deepcopy(trained), of_transformers(0.2, "row")))
 
 
 def test_a_network_that_was_only_tried_is_not_pretrained():

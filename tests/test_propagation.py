@@ -1,6 +1,7 @@
 """What a chain of steps comes to: by rules, by draws, with gradients."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 import kalmannorm as kn
 from kalmannorm.gaussian import Gaussian
+from kalmannorm.recording import Recorder, attach
 from kalmannorm.rules import RULES
 
 
@@ -211,3 +213,57 @@ def test_draws_that_lose_an_axis_give_no_prior(name):
     model = kn.convert(model, **kn.preset(name))
     reason = kn.describe(model, torch.randn(2, 4, 6, 6)).rows[1].reason
     assert reason == "torch.Tensor.squeeze gives draws of another rank than the activation's"
+
+
+@pytest.mark.parametrize(
+    ("by_hand", "function"),
+    [
+        (lambda x: x * torch.sigmoid(x), F.silu),
+        (lambda x: x.mul_(x.sigmoid()), F.silu),
+        (lambda x: torch.mul(input=torch.sigmoid(x), other=x), F.silu),
+        (lambda x: x * F.relu6(x + 3, inplace=True) / 6, F.hardswish),
+        (lambda x: x * torch.tanh(F.softplus(x)), F.mish),
+        (lambda x: 0.5 * x * (1 + torch.erf(x / math.sqrt(2))), F.gelu),
+    ],
+)
+def test_a_gate_by_hand_is_as_torchs_own_function(by_hand, function):
+    """The factors of ``x * sigmoid(x)`` are one activation's functions, and no independent ones."""
+    x = torch.randn(2, 3, 8, 8)
+    found = []
+    for activation in (by_hand, function):
+        torch.manual_seed(0)
+        model = between(activation)
+        y = model(x)
+        y.square().sum().backward()
+        found.append((y, [model[0].weight.grad, model[1].weight.grad]))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=3e-2, atol=2e-2)
+
+
+def between(activation):
+    """A function of an activation, between two layers."""
+    function = nn.Module()
+    function.forward = activation
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), function, nn.Conv2d(5, 4, 1), nn.BatchNorm2d(4))
+    return kn.convert(model, input_stats=([0.0] * 3, [1.0] * 3))
+
+
+@pytest.mark.parametrize(
+    "gate", [lambda h: torch.sigmoid(F.conv2d(h, torch.ones(3, 3, 1, 1))), F.dropout, lambda h: h * torch.ones(3, 1, 1)]
+)
+def test_a_gate_of_more_than_the_activation_counts_as_independent(gate):
+    h = torch.randn(2, 3, 4, 4)
+    with Recorder():
+        attach(h, Gaussian(torch.ones(1, 3, 1, 1), torch.ones(1, 3, 1, 1)), "layer")
+        factor = gate(h)
+        product = h * factor
+    expected = RULES[torch.mul](prior_of(h, 1), prior_of(factor, 1))
+    found = prior_of(product, 1)
+    torch.testing.assert_close((found.mean, found.var), (expected.mean, expected.var))
+
+
+def test_a_compiled_gate_by_hand():
+    torch.manual_seed(0)
+    model, x = between(lambda h: h * torch.sigmoid(h)), torch.randn(2, 3, 8, 8)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), model(x))

@@ -999,8 +999,24 @@ def test_layers_that_were_replaced_are_reported():
     kn.connect(half)(images())  # as the warning says: no other one comes
     activated = kn.connect(nn.Sequential(nn.Conv2d(3, 4, 1), kn.KalmanNormAct2d(4, act=nn.ReLU())))
     activated[1] = nn.BatchNorm2d(4)
-    with pytest.warns(UserWarning, match=r"'1', with the activations they had; kalmannorm\.freeze keeps those"):
+    with pytest.warns(UserWarning, match=r"'1', with their activations, which kalmannorm\.freeze would keep"):
         activated(images())
+
+
+def test_a_new_head_is_to_be_converted():
+    model = net()
+    model[4] = nn.Sequential(nn.Conv2d(5, 5, 1), nn.BatchNorm2d(5))
+    with pytest.warns(UserWarning, match=r"first is '4'.* kalmannorm\.convert\(model\) converts the new ones"):
+        model(images())
+    kn.convert(model)(images()[:1])
+
+
+def test_layers_that_were_only_removed_are_not_reported():
+    model = nn.Sequential()
+    model.body, model.head = stock_net(), nn.Sequential(nn.Conv2d(5, 2, 1), nn.BatchNorm2d(2))
+    kn.convert(model)
+    model.head = nn.Identity()
+    model(images())  # a warning would be an error here
 
 
 def test_a_fused_convolution():

@@ -13,6 +13,7 @@ from networks import Checkpointed, conv_net, conv_net_like, prior_of
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.func import functional_call, grad
+from torch.nn.utils.parametrizations import weight_norm
 
 import kalmannorm as kn
 from kalmannorm.recording import is_open
@@ -194,6 +195,57 @@ def test_threads_have_inputs_of_their_own():
     results = called_meanwhile(model.body, lambda: model(images))
     torch.testing.assert_close(model(images), expected)
     torch.testing.assert_close(results[0], expected)
+
+
+class Batch:
+    """A container that nobody knows, such as torch_geometric's."""
+
+    def __init__(self, images):
+        self.images = images
+
+
+class Opened(nn.Module):
+    """A network that finds its images, and whose stem is in no part with a normalization layer."""
+
+    def __init__(self, stem, body, images_of):
+        super().__init__()
+        self.stem, self.body, self.images_of = stem, body, images_of
+
+    def forward(self, batch):
+        return self.body(self.stem(self.images_of(batch)))
+
+
+@pytest.mark.parametrize("input_stats", [([0.0] * 4, [1.0] * 4), (0.0, 1.0)])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    ("wrapped", "images_of"),
+    [(Batch, lambda batch: batch.images), (list, torch.stack), (Batch, lambda batch: batch.images - 0.0)],
+)
+def test_images_inside_of_something_meet_the_stem(input_stats, compiled, wrapped, images_of):
+    """Not the stem's output, which has as many channels, becomes the input."""
+    torch.manual_seed(0)
+    stem, body = nn.Conv2d(4, 4, 3), nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+    nn.init.constant_(stem.weight, 3.0)
+    images = torch.randn(2, 4, 8, 8)
+    plain = kn.convert(copy.deepcopy(nn.Sequential(stem, body)), input_stats=input_stats)
+    model = kn.convert(Opened(stem, body, images_of), input_stats=input_stats)
+    called = torch.compile(model, backend="eager") if compiled else model
+    torch.testing.assert_close(called(wrapped(images)), plain(images))
+
+
+@pytest.mark.parametrize(
+    "features",
+    [nn.Linear(5, 8), weight_norm(nn.Linear(5, 8)), nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Linear(7, 8))],
+)
+def test_what_a_stem_makes_is_no_input(features):
+    """The input has five features, and no belief fits it; the hidden ones are eight, as many as `input_stats` tell."""
+    body = nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 8), nn.BatchNorm1d(8))
+    model = kn.convert(Opened(features, body, lambda batch: batch.images), input_stats=([5.0] * 8, [1.0] * 8))
+    batch = Batch(torch.randn(4, 5))
+    with pytest.warns(UserWarning, match="describe 8 channels, but Opened got no tensor"):
+        rows = kn.describe(model, batch).rows
+    assert [row.prior_from for row in rows][-2:] in ([(), ("body.0",)], [("stem.1",), ("body.0",)])
+    assert not any("input" in row.prior_from for row in rows)
 
 
 @torch.no_grad()

@@ -17,7 +17,9 @@ from kalmannorm.rules.pointwise import quadrature
 from kalmannorm.rules.pooling import largest_of
 from kalmannorm.rules.rectified import Rectified
 from kalmannorm.rules.shape import align, axes_of, drop, of_rank, summarize, varies
-from kalmannorm.rules.table import Belief, aliases, belief_rule, rule
+from kalmannorm.rules.table import RULES, Belief, aliases, belief_rule, rule
+
+__all__ = ["ELEMENTWISE", "PRODUCTS"]
 
 _Operand = Gaussian | Tensor | float
 
@@ -158,3 +160,11 @@ def dropout(x: Gaussian, p: float = 0.5, training: bool = True, inplace: bool = 
     if p == 1:
         return x.map(lambda t: t * 0)
     return Gaussian(x.mean, (x.var + p * x.mean.square()) / (1 - p))
+
+
+PRODUCTS = frozenset(function for function, its in RULES.items() if its is mul)
+# Functions of one tensor, or of one and numbers, each of whose outputs depends on one element.
+ELEMENTWISE = frozenset(
+    function for function, its in RULES.items()
+    if its.__module__ == quadrature.__module__ or its in (add, sub, rsub, neg, mul, div)
+) - frozenset(aliases("rrelu", "rrelu_", "float_power"))  # fmt: skip
