@@ -176,7 +176,7 @@ class CorrectedPrior(nn.Module):
         if not torch.compiler.is_compiling():
             self._warn_once(
                 f"{self._label()} lost its running statistics before they corrected its prior, which stays "
-                "uncorrected. Call the network once, or kalmannorm.calibrate(model, inputs), before you set them to None"
+                "uncorrected. Call the network, or kalmannorm.calibrate(model, inputs), before you set them to None"
             )
             self.drop_correction()
         return ()

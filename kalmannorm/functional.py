@@ -82,7 +82,7 @@ def trusted_gain(prior: Gaussian, observation: Gaussian, gain: Tensor | float, g
         prior: predicted moments, ``(S, C)``.
         observation: the batch's moments, ``(S, C)``.
         gain: ``q``.
-        guard: ignore a prior whose variance is, averaged over channels, at least this many
+        guard: ignore a prior whose variance is, averaged over channels that are not constant, at least this many
             times the observed one (the authors' code: 100); None trusts every prior.
 
     Returns:
@@ -97,8 +97,9 @@ def trusted_gain(prior: Gaussian, observation: Gaussian, gain: Tensor | float, g
     """
     if guard is None:
         return gain
-    smallest = torch.finfo(observation.var.dtype).tiny
-    ratio = (prior.var / observation.var.clamp_min(smallest)).mean(-1, keepdim=True)
+    varies = observation.var > 0
+    ratios = torch.where(varies, prior.var / torch.where(varies, observation.var, 1.0), 0.0)
+    ratio = ratios.sum(-1, keepdim=True) / varies.sum(-1, keepdim=True).clamp_min(1)
     return torch.where(ratio < guard, gain, torch.ones_like(ratio))
 
 

@@ -560,7 +560,7 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
             guard=self.guard, groups=groups, eps=self.eps, observation=observation,
         )  # fmt: skip
         if self.training:
-            self._remember(out, count)
+            self._remember(out, count, least=1 if prior is None else 0)
         if self.collect is not None:
             self.collect(out.posterior, groups * samples)
         self._attach_belief(out.output, self._lasting(out.posterior, prior, noise))
@@ -579,16 +579,18 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
         with without_autocast(x.device):
             prior = self._prior(x, groups, mode)
             known = prior.belief
-            bias = self.bias
+            bias, moves = self.bias, self.training
             if known is None:
-                self._check_values(x.numel() // (groups * self.num_features))
+                count = x.numel() // (groups * self.num_features)
+                self._check_values(count)
+                moves = moves and count > 1
                 if torch.compiler.is_compiling():  # elsewhere the kernel gives zero gradients
                     bias = self._bias_without_prior()
             moments = None if known is None else known.packed().moments
             out = layer(
                 x, Given(moments, prior.shift, prior.scale, gain, prior.noise, self.weight, bias),
                 Options(groups, samples, slope, offset, INITIAL_NOISE, self.spread, self.eps, relu),
-                running=self._running() if self.training else None, posterior=self.carry == "posterior",
+                running=self._running() if moves else None, posterior=self.carry == "posterior",
             )  # fmt: skip
         if self.collect is not None:
             self.collect(_posterior(out.statistics), x.shape[0])
@@ -608,9 +610,9 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
         """Warn of one value a channel without a prior, which is its own mean. BatchNorm raises its error there."""
         if count == 1 and (self.training or self.running_mean is None):
             self._warn_once(
-                f"{self._label()} got one value a channel, and nothing is believed of its input: its output "
-                "is its bias, whatever comes in. Give kalmannorm.convert input_stats, or the layer more samples; "
-                "kalmannorm.describe says why there is no prior"
+                f"{self._label()} got one value a channel, and nothing is believed of its input: its output is its "
+                "bias, whatever comes in, and its running statistics stay. Give kalmannorm.convert input_stats, or the "
+                "layer more samples; kalmannorm.describe says why there is no prior"
             )
 
     def _running(self) -> Running | None:
@@ -656,13 +658,13 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
             self._attach_belief(y, self._running_belief())
         return y
 
-    def _remember(self, out: KalmanNormOutput, count: int | Tensor) -> None:
+    def _remember(self, out: KalmanNormOutput, count: int | Tensor, least: int) -> None:
         """Move the running averages, of the fused mean and (unbiased, as BatchNorm's) variance."""
         running = self._running()
         if running is None:
             return
         try:
-            move_running(running, out.posterior, out.gain, out.observation.var, count)
+            move_running(running, out.posterior, out.gain, out.observation.var, count, least)
         except RuntimeError as error:
             if not is_transformed():
                 raise

@@ -389,3 +389,20 @@ def test_training_goes_on_after_a_process_was_killed(data_parallel, tmp_path):
     for killed, spared in zip(results(tmp_path), data_parallel, strict=True):
         assert (spared["spared"]["began"], killed["began"]) == (0, KILLED_AT)
         assert_same(killed["state"], spared["spared"]["state"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("input_stats", [None, ([0.0] * 3, [1.0] * 3)])
+def test_a_batch_that_is_empty_everywhere_moves_no_shared_statistics(mesh, input_stats, dtype):
+    model = kn.convert(nn.Sequential(nn.BatchNorm2d(3)), input_stats=input_stats, process_group=dist.group.WORLD)
+    model.to(dtype)(torch.randn(2, 3, 4, 4, dtype=dtype))
+    before = copy.deepcopy(dict(model.named_buffers()))
+    model(torch.randn(0, 3, 4, 4, dtype=dtype))
+    torch.testing.assert_close(dict(model.named_buffers()), before, rtol=0, atol=0)
+
+
+def test_one_shared_value_a_channel_without_a_prior_moves_nothing(mesh):
+    model = kn.convert(nn.Sequential(nn.BatchNorm2d(3)), process_group=dist.group.WORLD)
+    before = copy.deepcopy(dict(model.named_buffers()))
+    model(torch.randn(1, 3, 1, 1))
+    torch.testing.assert_close(dict(model.named_buffers()), before, rtol=0, atol=0)

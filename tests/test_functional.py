@@ -40,6 +40,14 @@ def test_guard_ignores_a_prior_a_hundred_times_too_wide():
     torch.testing.assert_close(posterior.var, observation.var)
 
 
+def test_a_constant_channel_tells_the_guard_nothing():
+    """One value a channel has a variance of 0, beside which each prior would be too wide."""
+    prior = belief([1.0, 1.0], [50.0, 50.0])
+    assert trusted_gain(prior, belief([0.0, 0.0], [0.0, 0.0]), 0.1, 100.0).item() == pytest.approx(0.1)
+    assert trusted_gain(prior, belief([0.0, 0.0], [0.0, 1.0]), 0.1, 100.0).item() == pytest.approx(0.1)
+    assert trusted_gain(prior, belief([0.0, 0.0], [0.0, 0.5]), 0.1, 100.0).item() == 1.0
+
+
 def test_a_prior_that_the_guard_ignores_leaves_no_rounding():
     x, far = torch.randn(4, 3, 5), Gaussian(torch.full((1, 3), 1e9), torch.full((1, 3), 1e12))
     output = kalman_norm(x, far, gain=0.1, guard=100.0).output

@@ -593,6 +593,9 @@ def test_one_value_a_channel_without_a_prior_is_told_of_once():
     with pytest.warns(UserWarning, match="KalmanNorm1d '1' got one value a channel, and nothing is believed"):
         model(torch.randn(1, 3))
     model(torch.randn(1, 3))  # a second warning would be an error here
+    tracked = model[1].running_mean, model[1].running_var, model[1].num_batches_tracked
+    assert [(t.min().item(), t.max().item()) for t in tracked] == [(0, 0), (1, 1), (0, 0)]
+    assert model[4].running_var.max() < 1  # it has a prior, and learns
     kn.convert(network(), input_stats=([0.0] * 3, [1.0] * 3))(torch.randn(1, 3))
 
 

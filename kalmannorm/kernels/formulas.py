@@ -131,7 +131,7 @@ def normalize(x: Tensor, statistics: Gaussian, weight: Tensor | None, bias: Tens
 
 @torch.no_grad()
 def move_running(running: Running, posterior: Gaussian, gain: Tensor | float, observed_var: Tensor,
-                 count: int | Tensor) -> None:  # fmt: skip
+                 count: int | Tensor, least: int = 0) -> None:  # fmt: skip
     """Move running statistics towards the posterior's, averaged over groups.
 
     The observed share of the variance is made unbiased, as BatchNorm's is. Channels whose new statistics are not
@@ -143,18 +143,19 @@ def move_running(running: Running, posterior: Gaussian, gain: Tensor | float, ob
         gain: the observed share.
         observed_var: ``(S, C)``, biased.
         count: elements a channel of a group.
+        least: nothing moves if there are no more than so many.
     """
-    dtype = running.mean.dtype
+    dtype, counts = running.mean.dtype, count > least
     others = (count - 1).clamp_min(1) if isinstance(count, Tensor) else max(count - 1, 1)
     newest = posterior.mean, posterior.var + gain * observed_var / others
     # Detached, as an exported graph forgets that gradients were switched off here.
     mean, var = ((t[0] if t.shape[0] == 1 else t.mean(0)).detach().to(dtype) for t in newest)
     finite = (mean + var).isfinite()
-    running.batches.add_(1)
+    running.batches.add_(counts)
     running.nonfinite.add_(finite.all().logical_not())
-    momentum = running.momentum.to(dtype) if isinstance(running.momentum, Tensor) else running.momentum
+    momentum, share = ((t.to(dtype) if isinstance(t, Tensor) else t) for t in (running.momentum, counts))
     for average, new in ((running.mean, mean), (running.var, var)):
-        average.lerp_(torch.where(finite, new, average), momentum)
+        average.lerp_(torch.where(finite, new, average), momentum * share)
 
 
 def layer_forward(x: Tensor, given: Given, running: Running | None, options: Options) -> tuple[Tensor, Tensor]:
