@@ -23,7 +23,7 @@ def connect(model: _M, *, input_stats: InputStats | None = None) -> _M:
     """Let beliefs flow between a network's Kalman layers, as :func:`convert` does.
 
     You need it for a model that you write with Kalman layers, and after layers were added or replaced. It puts two
-    forward hooks on each module that contains a Kalman layer, and sets the layers' names.
+    forward hooks on the model and on each module that contains a Kalman layer, and sets the layers' names.
 
     Args:
         model: the network.
@@ -51,7 +51,7 @@ def connect(model: _M, *, input_stats: InputStats | None = None) -> _M:
         layer.layer_name = name
     for module in model.modules():
         known = disconnect(module)
-        inside = [layer for _, layer in kalman_layers(module) if layer is not module]
+        inside = [layer for _, layer in kalman_layers(module) if layer is not module or module is model]
         if inside:
             watch = Watch(inside, (module is model and given) or known, _positional(module))
             module.register_forward_pre_hook(watch.open, with_kwargs=True, prepend=True)
@@ -99,8 +99,11 @@ def input_beliefs(model: nn.Module, input_stats: InputStats | None) -> dict[str 
 
 
 def _belief(stats: tuple[Any, Any], what: str) -> Gaussian:
-    given = (torch.as_tensor(t, dtype=torch.float64, device="cpu").detach() for t in stats)
-    mean, std = (t.flatten() if t.ndim else t for t in given)
+    try:
+        mean, std = (torch.as_tensor(t, dtype=torch.float64, device="cpu").detach() for t in stats)
+    except (TypeError, ValueError, RuntimeError):  # not two of numbers
+        mean, std = torch.zeros(1), torch.zeros(1)
+    mean, std = (t.flatten() if t.ndim else t for t in (mean, std))
     if mean.shape != std.shape or not bool((std > 0).all()) or not bool(mean.isfinite().all()):
         raise ValueError(
             f"kalmannorm.convert got {what}={stats!r}, expected (mean, std), one number a channel each, std above 0"

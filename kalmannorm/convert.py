@@ -73,7 +73,8 @@ def convert(model: _M, *, layers: Sequence[str] = ("batch",), input_stats: Input
             parameters, the inputs' shape or the mode have changed (a write through ``.data`` is not seen). Layers
             cannot be folded into convolutions.
         options: keyword options of :class:`KalmanNorm2d`, for every layer. Layers that replace SyncBatchNorm share
-            statistics if ``torch.distributed`` is initialized, unless ``stats_batch_size`` is given.
+            statistics if ``torch.distributed`` is initialized, unless ``stats_batch_size`` is given or
+            ``track_running_stats`` is False.
 
     Returns:
         The model, or the replacement of a model that is itself a layer.

@@ -206,7 +206,8 @@ def first_nonfinite(model: nn.Module) -> str | None:
 
     You need it when a loss has become NaN. Each layer counts the batches whose statistics were not finite; its running
     statistics keep their last value. The trouble began in the first of the layers with the largest count: once the
-    weights are NaN, all layers count alike. A layer that is called several times a pass counts each of its calls.
+    weights are NaN, all layers count alike; of equal ones it names the first in the order in which the model lists its
+    modules. A layer that is called several times a pass counts each of its calls.
 
     Args:
         model: a network with :class:`KalmanNorm` layers that track running statistics.

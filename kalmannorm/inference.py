@@ -32,7 +32,7 @@ def online_statistics(model: nn.Module) -> Iterator[None]:
 
     Inside the ``with``, :class:`KalmanNorm` layers in ``eval()`` fuse each batch with its prior as in training, in
     groups of ``stats_batch_size`` if they have one; stock BatchNorm layers use the batch's statistics. No buffer
-    changes. Layers in training and frozen ones are unchanged.
+    changes, but for a correction of priors that is still to come. Layers in training and frozen ones are unchanged.
 
     Args:
         model: the network.
@@ -76,7 +76,7 @@ def recalibrate(model: _M, loader: Iterable[Any], *, forward: Callable[[nn.Modul
 
     Frozen layers keep their statistics and normalize by them. ``num_batches_tracked`` stays: it counts the batches of
     training. Training flags and all other buffers are restored. Running statistics change at the very end, so an error
-    leaves the model unchanged.
+    leaves them unchanged.
 
     Args:
         model: the network, changed in place. For ``DistributedDataParallel``, its inner module runs.

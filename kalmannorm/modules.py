@@ -412,7 +412,8 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
 
     In training, each channel is normalized by the batch's statistics fused with what the layers below
     predict (Eq. 7 of the paper). In ``eval()``, by moving averages of the fused statistics, as in
-    BatchNorm. With ``gain=1.0``, or where there is no prior, it equals BatchNorm exactly.
+    BatchNorm. With ``gain=1.0``, or where there is no prior, it equals BatchNorm to
+    rounding; one value a channel gives the bias in place of BatchNorm's error.
 
     Args:
         num_features: channels ``C`` of an input ``(N, C, *)``.
@@ -711,11 +712,12 @@ class KalmanNorm3d(KalmanNorm, nn.BatchNorm3d):
 class GroupKalmanNorm(KalmanLayer, nn.GroupNorm):
     """Group Kalman normalization (section 3.3 of the paper): stands in for ``torch.nn.GroupNorm``.
 
-    You need it where batches vary, or where an output may not depend on other samples.
+    You need it where batches vary, or where an output may not depend on other samples. In training, gradients may,
+    a little: the beliefs of the layers above are means over the samples.
 
     Each sample's channel groups are normalized by their own statistics, fused with what the layers
     below predict. There are no running statistics, so it fuses in ``eval()`` too. With ``gain=1.0``, or
-    where there is no prior, it equals GroupNorm exactly.
+    where there is no prior, it equals GroupNorm to rounding.
 
     Args:
         num_groups: ``G``; ``C`` groups make it instance normalization.

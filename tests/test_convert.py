@@ -528,6 +528,24 @@ def test_connecting_again_keeps_what_was_said_of_the_input():
     assert watch.given[None].mean.tolist() == [5.0] * 3
 
 
+def test_a_layer_alone_takes_input_stats():
+    x = torch.randn(2, 3, 4, 4)
+    layer = kn.convert(nn.BatchNorm2d(3), input_stats=([0.0] * 3, [1.0] * 3))
+    assert kn.describe(layer, x).rows[0].prior_from == ("input",)
+    whole = kn.convert(nn.Sequential(nn.BatchNorm2d(3)), input_stats=([0.0] * 3, [1.0] * 3))
+    torch.testing.assert_close(layer(x), whole(x))
+    nested = nn.Sequential(nn.Conv2d(3, 3, 1), layer)
+    assert kn.describe(kn.connect(nested), x).rows[0].prior_from == ()
+
+
+@pytest.mark.parametrize(
+    "stats", [(0.485, 0.456, 0.406), 3, ([0.0] * 3,), ("a", "b"), (None, None), {"input": (0.0,)}, ([0.0, [1.0]], 1.0)]
+)
+def test_input_stats_that_are_no_mean_and_deviation(stats):
+    with pytest.raises(ValueError, match=r"kalmannorm.convert got input_stats.*=.*, expected \(mean, std\)"):
+        kn.convert(small(), input_stats=stats)
+
+
 def test_input_stats_are_of_the_inputs_type():
     model = conv_net(input_stats=([0.1] * 3, [0.3] * 3)).double()
     seen = []

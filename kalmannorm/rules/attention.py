@@ -158,7 +158,7 @@ def _leaves_out(mask: Tensor) -> bool:
     unseen = is_transformed() or (mask.is_cuda and torch.cuda.is_current_stream_capturing())
     if mask.dtype == torch.bool or unseen:
         return mask.dtype == torch.bool
-    return bool((mask < _LEAVES_OUT).any())
+    return bool((mask <= _LEAVES_OUT).any())
 
 
 def _softmax(x: Gaussian, dim: int) -> Gaussian:

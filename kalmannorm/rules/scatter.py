@@ -141,8 +141,8 @@ def scatter(x: Gaussian | Tensor, *args: Any, **kwargs: Any) -> Belief:
 def masked_fill(x: Gaussian, mask: Tensor, value: Any) -> Belief:
     """A mixture of the value, where the mask is true, and of the belief.
 
-    Minus infinity, or nearly so, removes elements from a softmax that follows: the belief is then about
-    the others.
+    Infinity, or nearly so, removes elements from a softmax, maximum or minimum that follows: the belief is then
+    about the others.
     """
     if isinstance(mask, Gaussian) or isinstance(value, Gaussian):
         return Unknown("a mask computed from the input")

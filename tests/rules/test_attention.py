@@ -13,6 +13,7 @@ from torch import nn
 import kalmannorm as kn
 from kalmannorm.gaussian import Gaussian
 from kalmannorm.rules import RULES, aliases
+from kalmannorm.rules.attention import _leaves_out
 
 
 @covers(*aliases("matmul", "__matmul__", "mm"))
@@ -360,6 +361,12 @@ def test_a_penalty_that_leaves_no_key_out_is_a_bias():
     x = believe((2, 2, 4, 3), axes=(1, 3))
     penalty = torch.zeros(4, 4).double().index_fill(1, torch.tensor([0]), -500.0)
     assert isinstance(RULES[F.scaled_dot_product_attention](x, x, x, attn_mask=penalty), Gaussian)
+
+
+@pytest.mark.parametrize(("penalty", "leaves_out"), [(-9999.0, False), (-1e4, True), (-math.inf, True)])
+def test_a_penalty_from_ten_thousand_on_leaves_out_keys(penalty, leaves_out):
+    """As BERT's masks have it, and those of half precision."""
+    assert _leaves_out(torch.tensor([0.0, penalty])) == leaves_out
 
 
 def test_dropout_of_attention_scales_the_values_common_mean():
