@@ -47,3 +47,12 @@ def test_a_belief_asked_for_inside_a_checkpoint_and_after_it():
         model(x).square().mul(torch.arange(64).view(8, 8)).sum().backward()
     for (name, a), b in zip(plain.named_parameters(), saving.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_network_in_a_hook_of_a_backward_pass_is_no_checkpoint():
+    model = kn.convert(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
+    y = torch.randn(2, 3, 4, 4, requires_grad=True)
+    found = []
+    y.register_hook(lambda gradient: found.append(model(gradient)))
+    y.square().sum().backward()
+    assert found[0].shape == (2, 4, 4, 4)

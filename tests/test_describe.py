@@ -126,3 +126,28 @@ def test_a_compiled_network_is_not_compiled_again():
     assert len(graphs) == 1
     kn.describe(compiled, x)
     assert len(graphs) == 1
+
+
+def test_described_between_a_forward_and_its_backward_pass():
+    """Autograd has saved running statistics, which it must find as they were."""
+    model, x = kn.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))).eval(), torch.randn(2, 3, 6, 6)
+    y = model(x)
+    kn.describe(model, x)
+    y.sum().backward()
+    assert model[0].weight.grad.isfinite().all()
+
+
+def test_a_hook_before_the_network_comes_after_the_belief_about_its_input():
+    """`input_stats` tell of what the network is called with."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    model.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    row = kn.describe(kn.convert(model, input_stats=([0.0] * 3, [1.0] * 3)), torch.randn(2, 3, 6, 6)).rows[0]
+    assert row.through[0] == "torch.Tensor.mul"
+
+
+def test_a_part_by_itself_has_no_belief_about_the_networks_input():
+    part = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    model = kn.convert(nn.Sequential(part, nn.Flatten()), input_stats=([0.0] * 3, [1.0] * 3))
+    x = torch.randn(2, 3, 6, 6)
+    assert kn.describe(model, x).rows[0].prior_from == ("input",)
+    assert kn.describe(model[0], x).rows[0].reason.startswith("the network's input")

@@ -166,3 +166,9 @@ def test_running_variance_of_a_half_is_widened_before_its_root():
     x, mean, var = believe((4, 3, 8)), torch.zeros(3).bfloat16(), values(3).square().bfloat16()
     got, expected = RULES[F.batch_norm](x, mean, var), RULES[F.batch_norm](x, mean, var.double())
     torch.testing.assert_close((got.mean, got.var), (expected.mean, expected.var))
+
+
+def test_rms_norm_of_a_weight_that_varies_where_the_belief_does_not():
+    weight = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]).double()
+    y = RULES[torch.rms_norm](Gaussian(torch.zeros(1, 2, 1), torch.ones(1, 2, 1), (4, 2, 3)), [2, 3], weight)
+    torch.testing.assert_close(y.var.expand(1, 2, 3)[0], weight.square().to(y.var))

@@ -20,7 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kalmannorm.gaussian import Gaussian
+from kalmannorm.propagation import exact
 from kalmannorm.rules import RULES, aliases
+from kalmannorm.steps import Step
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*upsample.*:UserWarning", "ignore:The use of.*T:UserWarning")
 
@@ -674,3 +676,14 @@ def test_channels_of_samples_with_one_belief_are_picked():
 def test_axis_is_another_name_for_dim():
     x, y = believe((4, 3)), believe((4, 2), 1)
     assert RULES[torch.cat]([x, y], axis=1).mean.shape == (1, 5)
+
+
+def test_groups_stay_where_samples_are_repeated():
+    y = RULES[torch.repeat_interleave](believe((4, 2), groups=2), 3, 0)
+    assert y.mean.shape == (2, 2)
+
+
+def test_unfold_by_keywords():
+    unfolded = exact(Step(torch.Tensor.unfold, (believe((1, 6, 3), axes=(1,)),), {"dimension": 1, "size": 3, "step": 2},
+                          (1, 2, 3, 3)))  # fmt: skip
+    assert unfolded.mean.shape == (1, 2, 1, 3)

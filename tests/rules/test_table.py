@@ -83,3 +83,8 @@ def test_aliases_are_functions_and_methods():
     assert set(aliases("relu")) == {torch.relu, torch.Tensor.relu, F.relu}
     assert len(aliases("relu", "relu")) == 3
     assert aliases("no such function") == []
+
+
+def test_more_arguments_than_a_rule_takes():
+    belief = Gaussian(torch.zeros(1, 3), torch.ones(1, 3))
+    assert "arguments that its rule does not take" in exact(Step(torch.neg, (belief, 1, 2, 3), {}, (2, 3))).reason
