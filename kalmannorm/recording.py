@@ -142,8 +142,7 @@ class Recorder(TorchFunctionMode):
         if unknown is not None:
             attach(output, unknown, "")
             return
-        step = Step(func, recorded, keywords, tuple(output.shape), index, parents=parents)
-        step.recorded_in = mark
+        step = Step(func, recorded, keywords, tuple(output.shape), index, parents=parents, recorded_in=mark)
         if func in _DETACH and mark is not None:
             self.detached.setdefault(threading.get_ident(), []).append(weakref.ref(step))
         put(output, step)
@@ -273,6 +272,4 @@ def attach(tensor: Tensor, belief: Belief, source: str) -> None:
 
 def attach_step(tensor: Tensor, func: Any, mode: Recorder) -> None:
     """Record a function that was applied to a tensor with a belief where the mode was paused."""
-    step = Step(func, (step_of(tensor),), {}, tuple(tensor.shape))
-    step.recorded_in = mode.this_pass()
-    put(tensor, step)
+    put(tensor, Step(func, (step_of(tensor),), {}, tuple(tensor.shape), recorded_in=mode.this_pass()))
