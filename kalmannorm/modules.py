@@ -95,7 +95,10 @@ class KalmanLayer(CorrectedPrior):
     times_switched = 0
 
     def _init_filter(self, channels: int, gain: Gain, process_noise: bool, spread: bool, carry: Carry,
-                     estimator: Estimator, guard: float | None, device: Any, dtype: Any) -> None:  # fmt: skip
+                     estimator: Estimator, guard: float | None, device: Any, dtype: Any,
+                     bias: bool) -> None:  # fmt: skip
+        if not bias:
+            self.register_parameter("bias", None)
         self.layer_name = ""
         self.spread = bool(spread)
         self.carry = self._one_of("carry", carry, ("output", "posterior"))
@@ -155,7 +158,11 @@ class KalmanLayer(CorrectedPrior):
         frozen, self.frozen = self.frozen, False
         super().reset_parameters()  # type: ignore[misc]
         self.frozen = frozen
-        self._reset_filter()
+        for parameter in (self._parameters.get("gain"), self._parameters.get("process_noise")):
+            if parameter is not None:
+                nn.init.zeros_(parameter)
+        if "prior_scale" in self._buffers:  # not in torch's constructor
+            self.drop_correction()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """As torch's, for ``to`` and the like. ``to_empty`` of a layer on the meta device leaves what no BatchNorm
@@ -176,14 +183,6 @@ class KalmanLayer(CorrectedPrior):
         if self.awaits_correction:
             self.await_correction()
         else:
-            self.drop_correction()
-
-    def _reset_filter(self) -> None:
-        """Reset gain and process noise to their initial values, and drop a correction of the prior."""
-        for parameter in (self._parameters.get("gain"), self._parameters.get("process_noise")):
-            if parameter is not None:
-                nn.init.zeros_(parameter)
-        if "prior_scale" in self._buffers:  # not in torch's constructor
             self.drop_correction()
 
     def _one_of(self, option: str, value: Any, allowed: tuple[str, ...]) -> Any:
@@ -403,6 +402,9 @@ class KalmanLayer(CorrectedPrior):
             if parameter is not None and parameter.is_meta:
                 zeros = torch.zeros_like(parameter, device=there.device)
                 self._parameters[name] = nn.Parameter(zeros, parameter.requires_grad)
+        counter = self._buffers.get("nonfinite_batches")
+        if counter is not None and counter.is_meta:
+            self._buffers["nonfinite_batches"] = torch.zeros_like(counter, device=there.device)
         if self.prior_scale.is_meta:
             self._begin_again()
 
@@ -458,9 +460,7 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
                  process_group: dist.ProcessGroup | None = None, device: Any = None, dtype: Any = None,
                  bias: bool = True) -> None:  # fmt: skip
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
-        if not bias:
-            self.register_parameter("bias", None)
-        self._init_filter(num_features, gain, process_noise, spread, carry, estimator, guard, device, dtype)
+        self._init_filter(num_features, gain, process_noise, spread, carry, estimator, guard, device, dtype, bias)
         if stats_batch_size is not None and (type(stats_batch_size) is not int or stats_batch_size < 1):
             raise ValueError(
                 f"{self._label()} got stats_batch_size={stats_batch_size!r}, expected None or an integer above 0"
@@ -498,13 +498,6 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
         nonfinite = self._buffers.get("nonfinite_batches")
         if nonfinite is not None:
             nonfinite.zero_()
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """A counter that no checkpoint has must not stay behind on the meta device."""
-        super()._load_from_state_dict(*args, **kwargs)
-        mean, counter = self.running_mean, self.nonfinite_batches
-        if mean is not None and counter is not None and counter.is_meta and not mean.is_meta:
-            self.nonfinite_batches = torch.zeros_like(counter, device=mean.device)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KalmanNorm:
         """A copy shares its process group, which cannot be copied."""
@@ -766,9 +759,7 @@ class GroupKalmanNorm(KalmanLayer, nn.GroupNorm):
                 "expected None: its statistics are of one sample"
             )
         super().__init__(num_groups, num_channels, eps, affine, device, dtype)
-        if not bias:
-            self.register_parameter("bias", None)
-        self._init_filter(num_channels, gain, process_noise, spread, carry, estimator, guard, device, dtype)
+        self._init_filter(num_channels, gain, process_noise, spread, carry, estimator, guard, device, dtype, bias)
 
     @property
     def is_fusing(self) -> bool:
