@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from kalmannorm.checkpoints import is_recomputing, is_reentrant
 from kalmannorm.correction import CorrectedPrior, is_trained
@@ -85,7 +85,9 @@ class KalmanLayer(CorrectedPrior):
     layer_name: str
     _ranks: tuple[int, ...]  # of inputs
     _channels: Any
+    _stock_name = "BatchNorm"
     statistic_groups: Callable[[int], int]
+    _normalize: Callable[[Tensor], Tensor]
     # The layer whose place it took, emptied of its tensors, where that is not a plain torch.nn one: in a
     # tuple, so that it is no submodule.
     replaces: tuple[nn.Module, ...] = ()
@@ -144,9 +146,6 @@ class KalmanLayer(CorrectedPrior):
     def forward(self, input: Tensor) -> Tensor:
         """Normalize ``(N, C, *)``; the output is of the input's type, for subclasses of tensors too."""
         return self._normalize(input) if type(input) is Tensor else _by_its_type(self, input)  # type: ignore[no-any-return]
-
-    def _normalize(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
 
     def train(self: _L, mode: bool = True) -> _L:
         """As :meth:`torch.nn.Module.train`; ``eval()`` calls it too. Priors that were kept are computed again."""
@@ -261,7 +260,7 @@ class KalmanLayer(CorrectedPrior):
             )
         if self.training and mode is None:
             self._warn_once(
-                f"{self._label()} sees no propagation and acts as {self._stock_name()}: no connected module was called "
+                f"{self._label()} sees no propagation and acts as {self._stock_name}: no connected module was called "
                 "around it. Call model(x) and not its parts or model.forward(x), which leave out the hooks; a model "
                 "that kalmannorm.convert did not make needs kalmannorm.connect(model) once"
             )
@@ -286,9 +285,6 @@ class KalmanLayer(CorrectedPrior):
         if not torch.compiler.is_compiling() and message not in self._warned:
             self._warned.add(message)
             warnings.warn(message, stacklevel=4)
-
-    def _stock_name(self) -> str:
-        return "BatchNorm"
 
     def _attach_belief(self, y: Tensor, statistics: Gaussian) -> None:
         """Attach the belief about the output.
@@ -357,12 +353,15 @@ class KalmanLayer(CorrectedPrior):
             y = y + parameter[:0].sum().to(x.dtype)
         return y
 
-    def _options_repr(self) -> str:
+    def extra_repr(self) -> str:
+        """The stock layer's options, and those of the filter."""
         gain = self.gain if self.gain_rule == "fixed" else repr(self.gain_rule)
-        text = f"gain={gain}, process_noise={self.process_noise is not None}, spread={self.spread}, "
-        text += f"carry={self.carry!r}, estimator={self.estimator!r}"
+        text = f"{super().extra_repr()}, gain={gain}, process_noise={self.process_noise is not None}, "
+        text += f"spread={self.spread}, carry={self.carry!r}, estimator={self.estimator!r}"
         text += f", guard={self.guard}" if self.guard is not None else ""
-        return text + (", frozen=True" if self.frozen else "")
+        text += ", frozen=True" if self.frozen else ""
+        size = getattr(self, "stats_batch_size", None)
+        return text + (f", stats_batch_size={size}" if size is not None else "")
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any],
                               strict: bool, missing_keys: list[str], unexpected_keys: list[str],
@@ -664,11 +663,6 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
                 "eval(), track_running_stats=False, or buffers that are the transformed function's own"
             ) from error
 
-    def extra_repr(self) -> str:
-        """The options, in the order of the constructor."""
-        text = f"{_NormBase.extra_repr(self)}, {self._options_repr()}"
-        return text + (f", stats_batch_size={self.stats_batch_size}" if self.stats_batch_size is not None else "")
-
 
 def _posterior(statistics: Tensor) -> Gaussian:
     return Gaussian(statistics[0], statistics[1])
@@ -741,6 +735,7 @@ class GroupKalmanNorm(KalmanLayer, nn.GroupNorm):
         'GroupKalmanNorm'
     """
 
+    _stock_name = "GroupNorm"
     # Fewer where it replaces instance normalization, which also takes inputs without a batch axis.
     _ranks: tuple[int, ...] = (2, 3, 4, 5)
 
@@ -778,9 +773,6 @@ class GroupKalmanNorm(KalmanLayer, nn.GroupNorm):
         """As the batch layers': the feature maps of a channel group."""
         return self.num_channels // self.num_groups
 
-    def _stock_name(self) -> str:
-        return "GroupNorm"
-
     def _normalize(self, x: Tensor) -> Tensor:
         with paused():
             self._check_input(x)
@@ -795,11 +787,6 @@ class GroupKalmanNorm(KalmanLayer, nn.GroupNorm):
             )  # fmt: skip
             self._attach_belief(out.output, self._lasting(out.posterior, prior, noise))
             return out.output
-
-    def extra_repr(self) -> str:
-        """The options, in the order of the constructor."""
-        text = f"{self.num_groups}, {self.num_channels}, eps={self.eps}, affine={self.affine}"
-        return f"{text}, {self._options_repr()}"
 
 
 class _ThenActivation(nn.Module):
