@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kalmannorm.describe import geometric_mean, in_columns, mean_distance
+from kalmannorm.describe import geometric_mean, in_columns, mean_distance, or_dash
 from kalmannorm.functional import add_process_noise, observe
 from kalmannorm.gaussian import Gaussian, Unknown
 from kalmannorm.modules import KalmanLayer
@@ -60,7 +60,7 @@ class Calibration:
     def __str__(self) -> str:
         lines = [("layer", "variance, prior / true", "mean, off by", "corrected by")]
         for row in self.rows:
-            numbers = ("-", "-") if row.variance != row.variance else (f"{row.variance:.3g}", f"{row.mean:.3g} std")
+            numbers = or_dash("{:.3g}", row.variance), or_dash("{:.3g} std", row.mean)
             said = f"{row.source}, {row.reason}" if row.source and row.reason else row.source or f"no: {row.reason}"
             lines.append((row.name, *numbers, said))
         corrected = sum(bool(row.source) for row in self.rows)
