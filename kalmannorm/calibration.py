@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kalmannorm.describe import geometric_mean, in_columns, mean_distance
+from kalmannorm.describe import geometric_mean, in_columns, mean_distance, or_dash
 from kalmannorm.functional import add_process_noise, observe
 from kalmannorm.gaussian import Gaussian, Unknown
 from kalmannorm.modules import KalmanLayer
@@ -42,10 +42,10 @@ class CalibrationRow:
     """Its qualified name in the model."""
     source: str
     """The statistics that its prior was corrected by: "running statistics" or "data"; empty without a correction."""
-    variance: float
+    variance: float = math.nan
     """The prior's variance, process noise included, over the true one, before the correction: the geometric mean over
     channels that are not constant. NaN if it is not known yet."""
-    mean: float
+    mean: float = math.nan
     """The root mean square distance of the two means over these channels, in true standard deviations."""
     reason: str = ""
     """Why it was not corrected, or not yet."""
@@ -60,7 +60,7 @@ class Calibration:
     def __str__(self) -> str:
         lines = [("layer", "variance, prior / true", "mean, off by", "corrected by")]
         for row in self.rows:
-            numbers = ("-", "-") if row.variance != row.variance else (f"{row.variance:.3g}", f"{row.mean:.3g} std")
+            numbers = or_dash("{:.3g}", row.variance), or_dash("{:.3g} std", row.mean)
             said = f"{row.source}, {row.reason}" if row.source and row.reason else row.source or f"no: {row.reason}"
             lines.append((row.name, *numbers, said))
         corrected = sum(bool(row.source) for row in self.rows)
@@ -141,19 +141,15 @@ def _at_next_call(model: nn.Module, layers: Mapping[str, KalmanLayer]) -> Calibr
     for name, layer in layers.items():
         if layer.has_known_statistics:
             layer.await_correction()
-            rows.append(_unmeasured(name, "running statistics", "at the next call"))
+            rows.append(CalibrationRow(name, "running statistics", reason="at the next call"))
         else:
-            rows.append(_unmeasured(name, "", "it has no running statistics of a training"))
+            rows.append(CalibrationRow(name, "", reason="it has no running statistics of a training"))
     if not any(row.source for row in rows):
         raise ValueError(
             f"{type(model).__name__} has no Kalman layer with running statistics of a training, expected one, or data: "
             "kalmannorm.calibrate(model, loader)"
         )
     return Calibration(rows)
-
-
-def _unmeasured(name: str, source: str, reason: str) -> CalibrationRow:
-    return CalibrationRow(name, source, math.nan, math.nan, reason)
 
 
 class _Observed(Population):
@@ -194,13 +190,13 @@ class _Observed(Population):
         """Set the layer's correction; return how far its prior was off."""
         layer, source = self.layer, "data" if self.target is None else "running statistics"
         if not self.samples:
-            return _unmeasured(name, "", self.reason)
+            return CalibrationRow(name, "", reason=self.reason)
         if not self.priors and self.target is not None and getattr(layer, "running_mean", None) is not None:
             layer.await_correction()
-            return _unmeasured(name, source, f"which are its prior: {self.reason}")
+            return CalibrationRow(name, source, reason=f"which are its prior: {self.reason}")
         if not self.priors:
             layer.drop_correction()
-            return _unmeasured(name, "", self.reason)
+            return CalibrationRow(name, "", reason=self.reason)
         target = self.statistics if self.target is None else self.target
         means, variances = zip(*[(prior.mean, prior.var) for prior in self.priors], strict=True)
         prior = Gaussian(torch.stack(means).mean(0), torch.stack(variances).mean(0))
@@ -208,7 +204,7 @@ class _Observed(Population):
         var = add_process_noise(prior, layer.process_variance()).var.detach()
         alive = target.var > 0
         if not bool(alive.any()):
-            return _unmeasured(name, source, "all of its channels are constant")
+            return CalibrationRow(name, source, reason="all of its channels are constant")
         ratio = geometric_mean(var / target.var, alive)
         return CalibrationRow(name, source, ratio, mean_distance(prior.mean, target, alive))
 

@@ -152,7 +152,7 @@ class CorrectedPrior(nn.Module):
         compiling, is_batched = torch.compiler.is_compiling(), _is_batched(scale)
         if not (self.awaits_correction or is_batched):
             return (shift, scale) if self.is_corrected else ()
-        if not self._has_target:
+        if self.dropped_statistics is None and getattr(self, "running_mean", None) is None:
             return (shift, scale) if is_batched else self._without_target()
         given = prior.detach().per_channel(1)
         found = self.correction_to(given, self.correction_target().map(lambda t: t.to(given.mean.device)))
@@ -184,10 +184,6 @@ class CorrectedPrior(nn.Module):
     def correction_target(self) -> Gaussian:
         """The statistics that a correction leads to, ``(1, C)``."""
         return self._running_belief() if self.dropped_statistics is None else self.dropped_statistics
-
-    @property
-    def _has_target(self) -> bool:
-        return self.dropped_statistics is not None or getattr(self, "running_mean", None) is not None
 
     def _running_belief(self) -> Gaussian:
         """The running statistics, ``(1, C)``."""

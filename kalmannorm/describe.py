@@ -21,7 +21,7 @@ from kalmannorm.traversal import attributes_kept, buffers_kept, inputs_seen, kal
 
 __all__ = [
     "Description", "Row", "describe", "first_nonfinite", "geometric_mean", "in_columns", "left_as_it_was",
-    "mean_distance",
+    "mean_distance", "or_dash",
 ]  # fmt: skip
 
 
@@ -77,6 +77,11 @@ def in_columns(lines: Sequence[Sequence[str]]) -> list[str]:
     """Lines of a table whose columns, but for the last, have one width each."""
     widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
     return ["  ".join([*map(str.ljust, line[:-1], widths), line[-1]]) for line in lines]
+
+
+def or_dash(form: str, value: float) -> str:
+    """A number in a cell of a table; a dash for NaN."""
+    return "-" if math.isnan(value) else form.format(value)
 
 
 def geometric_mean(values: Tensor, among: Tensor) -> float:

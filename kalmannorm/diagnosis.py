@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kalmannorm.describe import geometric_mean, in_columns, left_as_it_was, mean_distance
+from kalmannorm.describe import geometric_mean, in_columns, left_as_it_was, mean_distance, or_dash
 from kalmannorm.functional import add_process_noise, observe
 from kalmannorm.gaussian import Gaussian
 from kalmannorm.inference import collecting, layers_to_recalibrate
@@ -65,11 +65,11 @@ class Diagnosis:
     latter; NaN without a floating-point output."""
 
     def __str__(self) -> str:
-        lines = [("layer", "running var", "mean off by", "spread", "prior var", "in eval()", "")]
+        lines: list[tuple[str, ...]] = [("layer", "running var", "mean off by", "spread", "prior var", "in eval()", "")]
+        forms = ("x {:.3g}", "{:.3g} std", "{:.3g} %", "x {:.3g}", "x {:.3g}")
         for row in self.rows:
-            ratios = (_times(row.running), _or_dash(row.mean, "std"), _or_dash(100 * row.spread, "%"),
-                      _times(row.prior), _times(row.in_eval))  # fmt: skip
-            lines.append((row.name, *ratios, row.advice))
+            numbers = row.running, row.mean, 100 * row.spread, row.prior, row.in_eval
+            lines.append((row.name, *map(or_dash, forms, numbers), row.advice))
         wrong = sum(bool(row.advice) for row in self.rows)
         said = f"{wrong} of {len(self.rows)} layers need attention"
         if self.outputs == self.outputs:
@@ -77,14 +77,6 @@ class Diagnosis:
         if not wrong and self.outputs > _OUTPUTS:
             said += ": the network uses what batches' own statistics tell, see kalmannorm.online_statistics(model)"
         return "\n".join([*(line.rstrip() for line in in_columns(lines)), said])
-
-
-def _times(value: float) -> str:
-    return "-" if math.isnan(value) else f"x {value:.3g}"
-
-
-def _or_dash(value: float, unit: str) -> str:
-    return "-" if math.isnan(value) else f"{value:.3g} {unit}"
 
 
 def diagnose(model: nn.Module, loader: Iterable[Any], validation: Iterable[Any] | None = None, *,

@@ -54,7 +54,9 @@ def freeze(model: _M, frozen: bool = True) -> _M:
         if isinstance(layer, KalmanLayer):
             layer.frozen = frozen
         elif frozen:
-            _hold_in_eval(layer)
+            layer.training = False
+            if not is_frozen(layer):
+                layer.register_forward_pre_hook(_to_eval)
         elif is_frozen(layer):
             remove_freezing_hook(layer)
             layer.training = model.training
@@ -78,12 +80,6 @@ def _to_eval(layer: nn.Module, args: Any) -> None:
     """Forward pre-hook of a frozen stock layer."""
     if layer.training:
         layer.training = False
-
-
-def _hold_in_eval(layer: nn.Module) -> None:
-    layer.training = False
-    if not is_frozen(layer):
-        layer.register_forward_pre_hook(_to_eval)
 
 
 def remove_freezing_hook(layer: nn.Module) -> None:

@@ -115,13 +115,12 @@ class _Replayed:
     @property
     def __signature__(self) -> inspect.Signature:
         """That of the module's own forward, by whose names `input_stats` may be given."""
-        return inspect.signature(self.own or type(self.module).forward.__get__(self.module))
+        return inspect.signature(self.as_it_is)
 
-    def as_it_is(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the module without a graph."""
-        if self.own is not None:
-            return self.own(*args, **kwargs)
-        return type(self.module).forward(self.module, *args, **kwargs)
+    @property
+    def as_it_is(self) -> Callable[..., Any]:
+        """The module's forward, without a graph."""
+        return self.own or partial(type(self.module).forward, self.module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or not self.module.training or not torch.is_grad_enabled():

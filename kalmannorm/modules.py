@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from kalmannorm.checkpoints import is_recomputing, is_reentrant
 from kalmannorm.correction import CorrectedPrior, is_trained
@@ -85,7 +85,9 @@ class KalmanLayer(CorrectedPrior):
     layer_name: str
     _ranks: tuple[int, ...]  # of inputs
     _channels: Any
+    _stock_name = "BatchNorm"
     statistic_groups: Callable[[int], int]
+    _normalize: Callable[[Tensor], Tensor]
     # The layer whose place it took, emptied of its tensors, where that is not a plain torch.nn one: in a
     # tuple, so that it is no submodule.
     replaces: tuple[nn.Module, ...] = ()
@@ -95,7 +97,10 @@ class KalmanLayer(CorrectedPrior):
     times_switched = 0
 
     def _init_filter(self, channels: int, gain: Gain, process_noise: bool, spread: bool, carry: Carry,
-                     estimator: Estimator, guard: float | None, device: Any, dtype: Any) -> None:  # fmt: skip
+                     estimator: Estimator, guard: float | None, device: Any, dtype: Any,
+                     bias: bool) -> None:  # fmt: skip
+        if not bias:
+            self.register_parameter("bias", None)
         self.layer_name = ""
         self.spread = bool(spread)
         self.carry = self._one_of("carry", carry, ("output", "posterior"))
@@ -142,9 +147,6 @@ class KalmanLayer(CorrectedPrior):
         """Normalize ``(N, C, *)``; the output is of the input's type, for subclasses of tensors too."""
         return self._normalize(input) if type(input) is Tensor else _by_its_type(self, input)  # type: ignore[no-any-return]
 
-    def _normalize(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
-
     def train(self: _L, mode: bool = True) -> _L:
         """As :meth:`torch.nn.Module.train`; ``eval()`` calls it too. Priors that were kept are computed again."""
         self.times_switched += 1
@@ -155,7 +157,11 @@ class KalmanLayer(CorrectedPrior):
         frozen, self.frozen = self.frozen, False
         super().reset_parameters()  # type: ignore[misc]
         self.frozen = frozen
-        self._reset_filter()
+        for parameter in (self._parameters.get("gain"), self._parameters.get("process_noise")):
+            if parameter is not None:
+                nn.init.zeros_(parameter)
+        if "prior_scale" in self._buffers:  # not in torch's constructor
+            self.drop_correction()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """As torch's, for ``to`` and the like. ``to_empty`` of a layer on the meta device leaves what no BatchNorm
@@ -176,14 +182,6 @@ class KalmanLayer(CorrectedPrior):
         if self.awaits_correction:
             self.await_correction()
         else:
-            self.drop_correction()
-
-    def _reset_filter(self) -> None:
-        """Reset gain and process noise to their initial values, and drop a correction of the prior."""
-        for parameter in (self._parameters.get("gain"), self._parameters.get("process_noise")):
-            if parameter is not None:
-                nn.init.zeros_(parameter)
-        if "prior_scale" in self._buffers:  # not in torch's constructor
             self.drop_correction()
 
     def _one_of(self, option: str, value: Any, allowed: tuple[str, ...]) -> Any:
@@ -262,7 +260,7 @@ class KalmanLayer(CorrectedPrior):
             )
         if self.training and mode is None:
             self._warn_once(
-                f"{self._label()} sees no propagation and acts as {self._stock_name()}: no connected module was called "
+                f"{self._label()} sees no propagation and acts as {self._stock_name}: no connected module was called "
                 "around it. Call model(x) and not its parts or model.forward(x), which leave out the hooks; a model "
                 "that kalmannorm.convert did not make needs kalmannorm.connect(model) once"
             )
@@ -287,9 +285,6 @@ class KalmanLayer(CorrectedPrior):
         if not torch.compiler.is_compiling() and message not in self._warned:
             self._warned.add(message)
             warnings.warn(message, stacklevel=4)
-
-    def _stock_name(self) -> str:
-        return "BatchNorm"
 
     def _attach_belief(self, y: Tensor, statistics: Gaussian) -> None:
         """Attach the belief about the output.
@@ -358,12 +353,15 @@ class KalmanLayer(CorrectedPrior):
             y = y + parameter[:0].sum().to(x.dtype)
         return y
 
-    def _options_repr(self) -> str:
+    def extra_repr(self) -> str:
+        """The stock layer's options, and those of the filter."""
         gain = self.gain if self.gain_rule == "fixed" else repr(self.gain_rule)
-        text = f"gain={gain}, process_noise={self.process_noise is not None}, spread={self.spread}, "
-        text += f"carry={self.carry!r}, estimator={self.estimator!r}"
+        text = f"{super().extra_repr()}, gain={gain}, process_noise={self.process_noise is not None}, "
+        text += f"spread={self.spread}, carry={self.carry!r}, estimator={self.estimator!r}"
         text += f", guard={self.guard}" if self.guard is not None else ""
-        return text + (", frozen=True" if self.frozen else "")
+        text += ", frozen=True" if self.frozen else ""
+        size = getattr(self, "stats_batch_size", None)
+        return text + (f", stats_batch_size={size}" if size is not None else "")
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any],
                               strict: bool, missing_keys: list[str], unexpected_keys: list[str],
@@ -403,6 +401,9 @@ class KalmanLayer(CorrectedPrior):
             if parameter is not None and parameter.is_meta:
                 zeros = torch.zeros_like(parameter, device=there.device)
                 self._parameters[name] = nn.Parameter(zeros, parameter.requires_grad)
+        counter = self._buffers.get("nonfinite_batches")
+        if counter is not None and counter.is_meta:
+            self._buffers["nonfinite_batches"] = torch.zeros_like(counter, device=there.device)
         if self.prior_scale.is_meta:
             self._begin_again()
 
@@ -459,9 +460,7 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
                  process_group: dist.ProcessGroup | None = None, device: Any = None, dtype: Any = None,
                  bias: bool = True) -> None:  # fmt: skip
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
-        if not bias:
-            self.register_parameter("bias", None)
-        self._init_filter(num_features, gain, process_noise, spread, carry, estimator, guard, device, dtype)
+        self._init_filter(num_features, gain, process_noise, spread, carry, estimator, guard, device, dtype, bias)
         if stats_batch_size is not None and (type(stats_batch_size) is not int or stats_batch_size < 1):
             raise ValueError(
                 f"{self._label()} got stats_batch_size={stats_batch_size!r}, expected None or an integer above 0"
@@ -499,13 +498,6 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
         nonfinite = self._buffers.get("nonfinite_batches")
         if nonfinite is not None:
             nonfinite.zero_()
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """A counter that no checkpoint has must not stay behind on the meta device."""
-        super()._load_from_state_dict(*args, **kwargs)
-        mean, counter = self.running_mean, self.nonfinite_batches
-        if mean is not None and counter is not None and counter.is_meta and not mean.is_meta:
-            self.nonfinite_batches = torch.zeros_like(counter, device=mean.device)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KalmanNorm:
         """A copy shares its process group, which cannot be copied."""
@@ -674,11 +666,6 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
                 "eval(), track_running_stats=False, or buffers that are the transformed function's own"
             ) from error
 
-    def extra_repr(self) -> str:
-        """The options, in the order of the constructor."""
-        text = f"{_NormBase.extra_repr(self)}, {self._options_repr()}"
-        return text + (f", stats_batch_size={self.stats_batch_size}" if self.stats_batch_size is not None else "")
-
 
 def _posterior(statistics: Tensor) -> Gaussian:
     return Gaussian(statistics[0], statistics[1])
@@ -752,6 +739,7 @@ class GroupKalmanNorm(KalmanLayer, nn.GroupNorm):
         'GroupKalmanNorm'
     """
 
+    _stock_name = "GroupNorm"
     # Fewer where it replaces instance normalization, which also takes inputs without a batch axis.
     _ranks: tuple[int, ...] = (2, 3, 4, 5)
 
@@ -770,9 +758,7 @@ class GroupKalmanNorm(KalmanLayer, nn.GroupNorm):
                 "expected None: its statistics are of one sample"
             )
         super().__init__(num_groups, num_channels, eps, affine, device, dtype)
-        if not bias:
-            self.register_parameter("bias", None)
-        self._init_filter(num_channels, gain, process_noise, spread, carry, estimator, guard, device, dtype)
+        self._init_filter(num_channels, gain, process_noise, spread, carry, estimator, guard, device, dtype, bias)
 
     @property
     def is_fusing(self) -> bool:
@@ -791,9 +777,6 @@ class GroupKalmanNorm(KalmanLayer, nn.GroupNorm):
         """As the batch layers': the feature maps of a channel group."""
         return self.num_channels // self.num_groups
 
-    def _stock_name(self) -> str:
-        return "GroupNorm"
-
     def _normalize(self, x: Tensor) -> Tensor:
         with paused():
             self._check_input(x)
@@ -808,11 +791,6 @@ class GroupKalmanNorm(KalmanLayer, nn.GroupNorm):
             )  # fmt: skip
             self._attach_belief(out.output, self._lasting(out.posterior, prior, noise))
             return out.output
-
-    def extra_repr(self) -> str:
-        """The options, in the order of the constructor."""
-        text = f"{self.num_groups}, {self.num_channels}, eps={self.eps}, affine={self.affine}"
-        return f"{text}, {self._options_repr()}"
 
 
 class _ThenActivation(nn.Module):

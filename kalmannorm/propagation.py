@@ -127,8 +127,7 @@ def let_go_of_graph(step: Step, copies: dict[Step, Step]) -> None:
     def copied(step: Step) -> Step:
         args = replace(step.args, Step, copies.__getitem__)
         kwargs = {name: replace(value, Step, copies.__getitem__) for name, value in step.kwargs.items()}
-        copies[step] = Step(step.function, args, kwargs, step.shape, step.index)
-        copies[step].recorded_in = step.recorded_in
+        copies[step] = Step(step.function, args, kwargs, step.shape, step.index, recorded_in=step.recorded_in)
         return copies[step]
 
     if step.hooks is not None:  # a checkpointed region runs again

@@ -160,8 +160,7 @@ class Recorder(TorchFunctionMode):
         if unknown is not None:
             attach(output, unknown, "")
             return
-        step = Step(func, recorded, keywords, tuple(output.shape), index, parents=parents)
-        step.recorded_in = mark
+        step = Step(func, recorded, keywords, tuple(output.shape), index, parents=parents, recorded_in=mark)
         if func in _DETACH and mark is not None:
             self.detached.setdefault(threading.get_ident(), []).append(weakref.ref(step))
         put(output, step)
@@ -292,9 +291,7 @@ def attach(tensor: Tensor, belief: Belief, source: str) -> None:
 
 def attach_step(tensor: Tensor, func: Any, mode: Recorder) -> None:
     """Record a function that was applied to a tensor with a belief where the mode was paused."""
-    step = Step(func, (step_of(tensor),), {}, tuple(tensor.shape))
-    step.recorded_in = mode.this_pass()
-    put(tensor, step)
+    put(tensor, Step(func, (step_of(tensor),), {}, tuple(tensor.shape), recorded_in=mode.this_pass()))
 
 
 def started_on_first(given: Gaussian, values: Any, learned: Sequence[Tensor] | None = None) -> Gaussian | None:

@@ -199,8 +199,7 @@ def _share_tensors(new: nn.Module, old: nn.Module) -> None:
 def _copy_frozen(new: nn.Module, frozen: nn.Module) -> None:
     """Copy the buffers of a FrozenBatchNorm2d, as its own must not move with those of the new layer."""
     for name in _FROZEN:
-        if (own := getattr(new, name)) is not None:
-            own.copy_(frozen._buffers[name])
+        getattr(new, name).copy_(frozen._buffers[name])
 
 
 def _without_tensors(layer: nn.Module) -> nn.Module:

@@ -50,6 +50,7 @@ class Step:
         source: where the belief starts: the layer's name, or "input".
         belief: the belief that starts there.
         parents: the steps among the arguments; None searches the arguments for them.
+        recorded_in: the mark of the forward pass in which it was recorded.
 
     Its ``depth`` is the length of the longest chain below it that was not evaluated yet.
     """
@@ -61,7 +62,8 @@ class Step:
 
     def __init__(self, function: Callable[..., Any] | None, args: tuple[Any, ...], kwargs: dict[str, Any],
                  shape: tuple[int, ...], index: int | None = None, source: str = "",
-                 belief: Belief | None = None, parents: Sequence[Step] | None = None) -> None:  # fmt: skip
+                 belief: Belief | None = None, parents: Sequence[Step] | None = None,
+                 recorded_in: object = None) -> None:  # fmt: skip
         self.function = function
         self.args = args
         self.kwargs = kwargs
@@ -72,7 +74,7 @@ class Step:
         self.draws: Tensor | Unknown | None = None
         self.groups_drawn = 0
         self.is_used = False  # by a function that was called with its tensor
-        self.recorded_in: object = None  # the mark of a forward pass
+        self.recorded_in = recorded_in
         self.grad = torch.is_grad_enabled()
         self.hooks = self.belief_in = self.draws_in = saved_tensor_hooks()
         self.parents = list(found_in((*args, *kwargs.values()), Step)) if parents is None else parents
@@ -154,9 +156,7 @@ def step_of(tensor: Tensor, as_it_was: bool = False) -> Step | None:
 def detached(step: Step) -> Step:
     """The same, as a constant to autograd."""
     with torch.no_grad():
-        constant = Step(Tensor.detach, (step,), {}, step.shape)
-    constant.recorded_in = step.recorded_in
-    return constant
+        return Step(Tensor.detach, (step,), {}, step.shape, recorded_in=step.recorded_in)
 
 
 def state_of(tensor: Tensor) -> tuple[int, bool] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -78,14 +79,11 @@ def in_eval(model: nn.Module) -> Iterator[None]:
 def inputs_seen(looks: Iterable[tuple[nn.Module, Look]]) -> Iterator[None]:
     """Call a function with each input of its layer before the layer runs; what it computes moves no beliefs."""
 
-    def hook_of(look: Look) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            with paused():
-                look(args[0] if args else kwargs["input"])
+    def hook(look: Look, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        with paused():
+            look(args[0] if args else kwargs["input"])
 
-        return hook
-
-    handles = [layer.register_forward_pre_hook(hook_of(look), with_kwargs=True) for layer, look in looks]
+    handles = [layer.register_forward_pre_hook(partial(hook, look), with_kwargs=True) for layer, look in looks]
     try:
         yield
     finally:

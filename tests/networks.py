@@ -1,5 +1,6 @@
 """Small networks that several tests run."""
 
+import io
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,14 @@ def conv_net_like(channels):
     return kn.convert(nn.Sequential(nn.Conv2d(channels, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4)))
 
 
+def made_of(forward, **parts):
+    """A network with these parts, whose forward is a function of itself and its inputs."""
+    network = type("Net", (nn.Module,), {"forward": forward})()
+    for name, part in parts.items():
+        setattr(network, name, part)
+    return network
+
+
 class Net(nn.Module):
     """Two norms with ``between`` applied in the middle."""
 
@@ -35,6 +44,14 @@ class Net(nn.Module):
 
     def forward(self, x):
         return self.second(self.between(self, self.first(x)))
+
+
+def through_a_file(what, weights_only=False):
+    """What torch.load gives of what torch.save has written."""
+    file = io.BytesIO()
+    torch.save(what, file)
+    file.seek(0)
+    return torch.load(file, weights_only=weights_only)
 
 
 def prior_of(tensor, groups):

@@ -1,13 +1,13 @@
 """Priors corrected by running statistics, or by data."""
 
 import copy
-import io
 import math
 import warnings
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from networks import made_of, through_a_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
@@ -216,20 +216,12 @@ def test_nothing_known_of_the_input(trained):
     assert kn.describe(before, images(2)).with_prior == 2
 
 
-class Shared(nn.Module):
-    """One normalization layer behind two convolutions."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.second, self.norm = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)
-
-    def forward(self, x):
-        return self.norm(self.first(x)) + self.norm(self.second(x))
-
-
 def test_a_layer_called_twice_has_one_correction():
-    model = Shared()
+    torch.manual_seed(0)
+    model = made_of(
+        lambda self, x: self.norm(self.first(x)) + self.norm(self.second(x)),
+        first=nn.Conv2d(3, 4, 1), second=nn.Conv2d(3, 4, 3, padding=1), norm=nn.BatchNorm2d(4),
+    )  # fmt: skip
     for _ in range(30):
         model(images())
     model = converted(model)
@@ -277,10 +269,7 @@ def test_state_dict_round_trip(trained):
     waiting = converted(network())
     waiting.load_state_dict(converted(trained).state_dict())
     assert all(layer.awaits_correction for layer in kalman_layers(waiting))
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    assert_same_corrections(torch.load(buffer, weights_only=False), model)
+    assert_same_corrections(through_a_file(model), model)
 
 
 def test_a_checkpoint_leaves_the_tensors_of_a_correction_in_place(trained):
@@ -870,16 +859,11 @@ def test_calibrated_in_inference_mode_it_trains(trained, data):
 
 
 def test_a_layer_that_eval_leaves_out_keeps_its_correction():
-    class Auxiliary(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.body, self.head = network()[:5], network()[3:5]
+    def forward(self, x):
+        x = self.body(x)
+        return self.head(x) if self.training else x
 
-        def forward(self, x):
-            x = self.body(x)
-            return self.head(x) if self.training else x
-
-    model = Auxiliary()
+    model = made_of(forward, body=network()[:5], head=network()[3:5])
     for _ in range(30):
         model(images())
     kn.convert(model, input_stats=INPUT_STATS)(images())

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from networks import conv_net, prior_of
+from networks import conv_net, made_of, prior_of
 from torch import nn
 from torch.nn.utils import prune
 from torchvision.ops.misc import FrozenBatchNorm2d
@@ -159,16 +159,10 @@ def test_copies_of_frozen_batch_norm_convert():
 @pytest.mark.parametrize("shape", [(2, 40), (2, 5, 3), (2, 3, 4, 4)])
 def test_single_numbers_describe_an_input_of_any_layout(shape):
     """Waveforms, sequences with their channels on the last axis, and images."""
-
-    class First(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.norm = nn.BatchNorm2d(1)
-
-        def forward(self, x, scale):
-            return self.norm((x * scale).reshape(len(x), 1, 1, -1))
-
-    model = kn.convert(First(), input_stats=(2.0, 3.0))
+    stock = made_of(
+        lambda self, x, scale: self.norm((x * scale).reshape(len(x), 1, 1, -1)), norm=nn.BatchNorm2d(1)
+    )  # fmt: skip
+    model = kn.convert(copy.deepcopy(stock), input_stats=(2.0, 3.0))
     (row,) = kn.describe(model, torch.randn(shape), 2.0).rows
     assert row.prior_from == ("input",)
     found = []
@@ -176,7 +170,7 @@ def test_single_numbers_describe_an_input_of_any_layout(shape):
     model(torch.randn(shape), 2.0)
     assert (found[0].mean.item(), found[0].var.item()) == (4.0, 36.0)
     with pytest.raises(ValueError, match="std above 0"):
-        kn.convert(First(), input_stats=(0.0, 0.0))
+        kn.convert(stock, input_stats=(0.0, 0.0))
 
 
 def test_a_layer_without_bias_stays_without():
@@ -211,16 +205,8 @@ def test_group_and_instance_layers_convert_when_asked():
 
 
 def test_a_layer_used_twice_stays_one():
-    class Twice(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a = nn.BatchNorm2d(3)
-            self.b = self.a
-
-        def forward(self, x):
-            return self.b(self.a(x))
-
-    model = kn.convert(Twice())
+    norm = nn.BatchNorm2d(3)
+    model = kn.convert(made_of(lambda self, x: self.b(self.a(x)), a=norm, b=norm))
     assert model.a is model.b
     assert isinstance(model.b, kn.KalmanNorm2d)
 
@@ -606,19 +592,14 @@ def test_group_layers_have_no_running_statistics_to_drop():
     assert not kn.convert(small(), track_running_stats=False)[1].track_running_stats
 
 
-class TwoInputs(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
-        self.second = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8))
-
-    def forward(self, x, y):
-        return self.first(x) + self.second(y)
+def two_inputs():
+    first, second = (nn.Sequential(nn.Linear(inputs, 8), nn.BatchNorm1d(8)) for inputs in (4, 5))
+    return made_of(lambda self, x, y: self.first(x) + self.second(y), first=first, second=second)
 
 
 def test_input_stats_by_name_of_what_was_compiled():
     """What torch.compile gives has a forward of any arguments."""
-    model = torch.compile(TwoInputs(), backend="eager")
+    model = torch.compile(two_inputs(), backend="eager")
     with pytest.raises(ValueError, match="input_stats of 'z'"):
         kn.convert(model, input_stats={"z": (0.0, 1.0)})
     model = kn.convert(model, input_stats={"x": (0.0, 1.0), "y": (0.0, 2.0)})
@@ -677,7 +658,7 @@ def test_hooks_stay_where_a_later_layer_cannot_be_converted(convert):
 
 def test_input_stats_of_a_network_that_is_made_on_the_meta_device():
     with torch.device("meta"):
-        model = kn.convert(TwoInputs(), input_stats={"x": (0.0, 1.0), "y": ([0.0] * 5, [1.0] * 5)})
+        model = kn.convert(two_inputs(), input_stats={"x": (0.0, 1.0), "y": ([0.0] * 5, [1.0] * 5)})
     model = model.to_empty(device="cpu")
     for module in model.modules():
         if hasattr(module, "reset_parameters"):

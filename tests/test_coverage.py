@@ -4,6 +4,7 @@ import pandas as pd
 import pytest
 import timm
 import torch
+from networks import made_of
 from torch import nn
 
 import kalmannorm as kn
@@ -65,17 +66,11 @@ def test_timm_knows_the_models():
     assert len(set(TIMM)) == len(TIMM)
 
 
-class Broken(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.norm, self.unused = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
-
-    def forward(self, x):
-        return self.norm(x) * float("inf")
-
-
 def test_a_model_that_fails_is_reported(monkeypatch):
-    monkeypatch.setattr(Subject, "build", lambda self: Broken())
+    def build(subject):
+        return made_of(lambda self, x: self.norm(x) * float("inf"), norm=nn.BatchNorm2d(3), unused=nn.BatchNorm2d(3))
+
+    monkeypatch.setattr(Subject, "build", build)
     found = cover(Subject("mine", "broken", "classification"))
     assert "is not finite" in found.step
     assert found.not_called == 1

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torchvision
+from networks import made_of
 from torch import nn
 
 import kalmannorm as kn
@@ -50,17 +51,11 @@ def test_nothing_is_left_changed():
 
 
 def test_reasons():
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.unused = kn.KalmanNorm2d(3)
-            self.first = kn.KalmanNorm2d(3)
-            self.fixed = kn.KalmanNorm2d(3, gain=1.0)
-
-        def forward(self, x):
-            return self.fixed(self.first(x))
-
-    rows = kn.describe(kn.connect(Net()), torch.randn(2, 3, 4, 4)).rows
+    model = made_of(
+        lambda self, x: self.fixed(self.first(x)),
+        unused=kn.KalmanNorm2d(3), first=kn.KalmanNorm2d(3), fixed=kn.KalmanNorm2d(3, gain=1.0),
+    )  # fmt: skip
+    rows = kn.describe(kn.connect(model), torch.randn(2, 3, 4, 4)).rows
     assert {row.name: row.reason for row in rows} == {
         "first": "the network's input 'x'",
         "fixed": "its gain is 1",
@@ -100,17 +95,12 @@ def test_a_network_whose_layers_all_use_running_statistics_says_so():
 
 
 def test_a_buffer_that_the_call_makes_is_no_trouble():
-    class Caching(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.norm = nn.BatchNorm1d(2)
+    def forward(self, x):
+        if not hasattr(self, "cache"):
+            self.register_buffer("cache", torch.ones(2))
+        return self.norm(x * self.cache)
 
-        def forward(self, x):
-            if not hasattr(self, "cache"):
-                self.register_buffer("cache", torch.ones(2))
-            return self.norm(x * self.cache)
-
-    assert len(kn.describe(kn.convert(Caching()), torch.randn(4, 2)).rows) == 1
+    assert len(kn.describe(kn.convert(made_of(forward, norm=nn.BatchNorm1d(2))), torch.randn(4, 2)).rows) == 1
 
 
 def test_a_compiled_network_is_not_compiled_again():

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from networks import made_of
 from torch import nn
 
 import kalmannorm as kn
@@ -136,15 +137,11 @@ def test_a_correction_that_is_awaited_still_is():
 
 
 def test_a_layer_that_no_batch_came_through_and_one_that_is_frozen():
-    class Partly(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net, self.unused, self.frozen = network(), nn.BatchNorm2d(3), kn.freeze(nn.BatchNorm2d(3))
-
-        def forward(self, x):
-            return {"logits": self.net(self.frozen(x)), "size": 3}
-
-    found = kn.diagnose(Partly(), batches(), progress=False, max_batches=2)
+    model = made_of(
+        lambda self, x: {"logits": self.net(self.frozen(x)), "size": 3},
+        net=network(), unused=nn.BatchNorm2d(3), frozen=kn.freeze(nn.BatchNorm2d(3)),
+    )  # fmt: skip
+    found = kn.diagnose(model, batches(), progress=False, max_batches=2)
     assert [row.name for row in found.rows] == ["net.1", "net.4", "unused"]
     assert found.rows[2].advice == "no batch came through it"
     assert found.outputs > 0  # found in the mapping

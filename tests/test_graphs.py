@@ -8,6 +8,7 @@ import fake_cuda
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import made_of
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -47,9 +48,9 @@ def net():
     )  # fmt: skip
 
 
-def pair(make=net, **options):
+def pair(network=None, **options):
     """The same network twice, the second one captured."""
-    plain = kn.convert(make(), input_stats=STATS)
+    plain = kn.convert(net() if network is None else network, input_stats=STATS)
     return plain, kn.capture(copy.deepcopy(plain), **options)
 
 
@@ -170,7 +171,7 @@ class Arguments(nn.Module):
 
 
 def test_arguments_and_results_keep_their_form(recorded):
-    plain, captured = pair(Arguments, warm_up=1)
+    plain, captured = pair(Arguments(), warm_up=1)
     for seed in range(3):
         given = {"image": images(seed=seed), "other": torch.randn(3)}
         keywords = {"scale": 0.5, "mask": torch.ones(6, 6), "name": "z"}
@@ -258,19 +259,9 @@ def test_hooks_of_parameters_run_once(recorded):
         torch.testing.assert_close(captured[0].weight.grad, plain[0].weight.grad)
 
 
-class Bytes(nn.Module):
-    """Turns what it gets into images."""
-
-    def __init__(self):
-        super().__init__()
-        self.body = net()
-
-    def forward(self, x):
-        return self.body(x.permute(0, 3, 1, 2).float() / 255)
-
-
 def test_what_is_said_of_an_input_inside_is_recorded_too(recorded, monkeypatch):
-    _, captured = pair(Bytes, warm_up=1)
+    # From bytes to images.
+    _, captured = pair(made_of(lambda self, x: self.body(x.permute(0, 3, 1, 2).float() / 255), body=net()), warm_up=1)
     belief_of_first = []
     captured.body[0].register_forward_hook(lambda _, args, y: belief_of_first.append(step_of(args[0]).belief))
     x = torch.randint(256, (2, 8, 8, 3), dtype=torch.uint8)
@@ -318,7 +309,7 @@ def test_who_never_comes_to_a_recording_is_told(recorded):
 
 
 def test_calls_of_ever_new_kinds_are_forgotten(recorded):
-    _, captured = pair(Arguments, warm_up=2)
+    _, captured = pair(Arguments(), warm_up=2)
     for number in range(200):
         captured({"image": images(), "other": images()}, scale=number / 7)
     assert len(captured.forward.seen) < 100
@@ -343,7 +334,7 @@ def test_a_copy_records_its_own_graphs(recorded):
 
 
 def test_a_pretrained_network_fills_its_corrections_first(recorded):
-    plain, captured = pair(pretrained, warm_up=1)
+    plain, captured = pair(pretrained(), warm_up=1)
     for seed in range(4):
         torch.testing.assert_close(captured(images(seed=seed)), plain(images(seed=seed)))
     assert_same_state(captured, plain)
@@ -361,23 +352,15 @@ def test_what_is_no_model_or_no_number_is_refused():
         kn.capture(kn.capture(net()))
 
 
-class Asks(nn.Module):
-    """Asks for the value of a tensor, now and then."""
-
-    def __init__(self):
-        super().__init__()
-        self.body, self.asks = net(), True
-
-    def forward(self, x):
+def test_what_cannot_be_recorded_says_what_to_change(recorded, streams):
+    def forward(self, x):  # asks for the value of a tensor, now and then
         return self.body(x) * (1.0 if not self.asks or x.mean() > 0 else 2.0)
 
-
-def test_what_cannot_be_recorded_says_what_to_change(recorded, streams):
-    _, captured = pair(Asks, warm_up=1)
+    _, captured = pair(made_of(forward, body=net(), asks=True), warm_up=1)
     captured(images())
     before = copy.deepcopy(captured.state_dict())
     parameters = [*captured.parameters()]
-    with pytest.raises(RuntimeError, match=r"cannot record Asks \(operation not .*_scalar_dense\): expected .*\.item"):
+    with pytest.raises(RuntimeError, match=r"cannot record Net \(operation not .*_scalar_dense\): expected .*\.item"):
         captured(images())
     for name, tensor in before.items():
         assert torch.equal(captured.state_dict()[name], tensor), name
@@ -389,18 +372,10 @@ def test_what_cannot_be_recorded_says_what_to_change(recorded, streams):
 
 
 def test_a_parameter_that_is_used_by_another_way_is_refused(recorded):
-    class Kept(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = nn.Conv2d(3, 4, 3)
-            self.kept = [self.conv.weight]
-
-        def forward(self, x):
-            return F.conv2d(x, self.kept[0])
-
-    captured = kn.capture(Kept(), warm_up=1)
+    conv = nn.Conv2d(3, 4, 3)
+    captured = kn.capture(made_of(lambda self, x: F.conv2d(x, self.kept[0]), conv=conv, kept=[conv.weight]), warm_up=1)
     captured(images())
-    with pytest.raises(RuntimeError, match=r"cannot record Kept \(a parameter is used by way of a list"):
+    with pytest.raises(RuntimeError, match=r"cannot record Net \(a parameter is used by way of a list"):
         captured(images())
 
 
@@ -427,7 +402,7 @@ def pretrained():
 
 @pytest.mark.parametrize("awaits_again", ["by its state", "by a batch"])
 def test_a_correction_that_is_awaited_is_found_before_a_recording(recorded, awaits_again):
-    plain, captured = pair(pretrained, warm_up=1)
+    plain, captured = pair(pretrained(), warm_up=1)
     for model in (plain, captured):
         first = copy.deepcopy(model.state_dict())
         if awaits_again == "by a batch":
@@ -444,15 +419,7 @@ def test_a_correction_that_is_awaited_is_found_before_a_recording(recorded, awai
 
 
 def test_a_layer_that_is_never_called_does_not_keep_others_from_a_graph(recorded):
-    class Two(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.body, self.unused = pretrained(), pretrained()
-
-        def forward(self, x):
-            return self.body(x)
-
-    _, captured = pair(Two, warm_up=1)
+    _, captured = pair(made_of(lambda self, x: self.body(x), body=pretrained(), unused=pretrained()), warm_up=1)
     for seed in range(graphs._MANY + 4):
         captured(images(seed=seed)).sum().backward()
     assert len(recorded) == 1
@@ -476,16 +443,12 @@ def test_a_captured_part_of_what_is_captured(recorded, inner_first):
 
 
 def test_a_recurrent_layer_keeps_its_weights(recorded):
-    class Recurrent(nn.Module):
-        def __init__(self):
-            super().__init__()
-            torch.manual_seed(0)
-            self.stem, self.gru = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), nn.GRU(6, 5)
-
-        def forward(self, x):
-            return self.gru(self.stem(x)[:, 0])[0]
-
-    plain, captured = pair(Recurrent, warm_up=1)
+    torch.manual_seed(0)
+    model = made_of(
+        lambda self, x: self.gru(self.stem(x)[:, 0])[0],
+        stem=nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), gru=nn.GRU(6, 5),
+    )  # fmt: skip
+    plain, captured = pair(model, warm_up=1)
     for seed in range(4):
         for model in (plain, captured):
             model.zero_grad()
@@ -501,31 +464,19 @@ class Scaled(nn.Parameter):
 
 
 def test_parameters_keep_their_class_and_attributes(recorded):
-    class Uses(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.scale = Scaled(torch.ones(3, 1, 1))
-            self.scale.by = 2.0
+    def forward(self, x):
+        return x * self.scale * (self.scale.by if isinstance(self.scale, Scaled) else 1.0)
 
-        def forward(self, x):
-            return x * self.scale * (self.scale.by if isinstance(self.scale, Scaled) else 1.0)
-
-    captured = kn.capture(Uses(), warm_up=1)
+    scale = Scaled(torch.ones(3, 1, 1))
+    scale.by = 2.0
+    captured = kn.capture(made_of(forward, scale=scale), warm_up=1)
     for seed in range(3):
         torch.testing.assert_close(captured(images(seed=seed)), 2 * images(seed=seed))
     assert len(recorded) == 1
 
 
 def test_a_part_that_no_loss_needs_is_no_reason_to_fail(recorded):
-    class Two(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.body, self.unused = net(), nn.Linear(2, 2)
-
-        def forward(self, x):
-            return self.body(x)
-
-    _, captured = pair(Two, warm_up=1)
+    _, captured = pair(made_of(lambda self, x: self.body(x), body=net(), unused=nn.Linear(2, 2)), warm_up=1)
     for seed in range(3):
         captured(images(seed=seed)).sum().backward()
     assert len(recorded) == 1
@@ -533,16 +484,12 @@ def test_a_part_that_no_loss_needs_is_no_reason_to_fail(recorded):
 
 
 def test_statistics_of_an_input_are_left_for_who_needs_them(recorded):
-    class Images(nn.Module):
-        def __init__(self):
-            super().__init__()
-            torch.manual_seed(0)
-            self.side, self.body = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), net()
+    def forward(self, given):
+        return self.side(torch.ones(2, 2)).sum() + self.body(torch.stack(given))
 
-        def forward(self, given):
-            return self.side(torch.ones(2, 2)).sum() + self.body(torch.stack(given))
-
-    plain, captured = (kn.convert(Images(), input_stats=STATS) for _ in range(2))
+    side = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    plain = kn.convert(made_of(forward, side=side, body=net()), input_stats=STATS)
+    captured = copy.deepcopy(plain)
     kn.capture(captured.side, warm_up=1)
     for seed in range(4):
         torch.testing.assert_close(captured([*images(seed=seed)]), plain([*images(seed=seed)]))
@@ -558,16 +505,12 @@ def test_a_recording_leaves_an_earlier_call_its_backward_pass(recorded):
 
 
 def test_numbers_that_meet_a_belief_are_no_copies(recorded):
-    class Moved(nn.Module):
-        def __init__(self):
-            super().__init__()
-            torch.manual_seed(0)
-            self.conv, self.plain, self.norm = nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4, affine=False), nn.BatchNorm2d(4)
-
-        def forward(self, x):
-            return self.norm(1 - self.plain(self.conv(x)) + 3.0)
-
-    plain, captured = pair(Moved, warm_up=1)
+    torch.manual_seed(0)
+    model = made_of(
+        lambda self, x: self.norm(1 - self.plain(self.conv(x)) + 3.0),
+        conv=nn.Conv2d(3, 4, 3), plain=nn.GroupNorm(2, 4, affine=False), norm=nn.BatchNorm2d(4),
+    )  # fmt: skip
+    plain, captured = pair(model, warm_up=1)
     for seed in range(3):
         torch.testing.assert_close(captured(images(seed=seed)), plain(images(seed=seed)))
     assert len(recorded) == 1
@@ -581,15 +524,10 @@ def test_without_a_gpu_it_is_the_model_itself():
 
 
 def test_its_arguments_have_the_names_of_the_networks_own(recorded):
-    class Two(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.body = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
-
-        def forward(self, mask, image):
-            return self.body(image) * mask
-
-    model = kn.connect(kn.capture(kn.convert(Two())), input_stats={"image": ([0.0] * 3, [1.0] * 3)})
+    model = made_of(
+        lambda self, mask, image: self.body(image) * mask, body=nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    )
+    model = kn.connect(kn.capture(kn.convert(model)), input_stats={"image": ([0.0] * 3, [1.0] * 3)})
     assert kn.describe(model, torch.ones(1), torch.randn(2, 3, 6, 6)).with_prior == 1
 
 
@@ -601,7 +539,7 @@ def steps_of(model, *args, times=4, **kwargs):
 
 
 def test_a_recording_leaves_the_random_state(recorded):
-    plain, captured = pair(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout()), warm_up=1)
+    plain, captured = pair(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout()), warm_up=1)
     outputs = []
     for model in (plain, captured):
         torch.manual_seed(3)
@@ -652,15 +590,8 @@ def test_inputs_with_and_without_gradients_have_graphs_of_their_own(recorded):
 
 
 def test_numbers_of_other_types_have_graphs_of_their_own(recorded):
-    class Scaled(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.norm = nn.BatchNorm2d(3)
-
-        def forward(self, x, by):
-            return self.norm(x) if by is True else self.norm(x) * 2
-
-    _, captured = pair(Scaled, warm_up=1)
+    model = made_of(lambda self, x, by: self.norm(x) if by is True else self.norm(x) * 2, norm=nn.BatchNorm2d(3))
+    _, captured = pair(model, warm_up=1)
     steps_of(captured, images(), True)
     steps_of(captured, images(), 1)
     assert len(recorded) == 2
@@ -684,14 +615,6 @@ def test_other_strides_have_graphs_of_their_own(recorded):
 
 
 def test_inputs_of_other_types_have_graphs_of_their_own(recorded):
-    class Widened(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.norm = nn.BatchNorm2d(3)
-
-        def forward(self, x):
-            return self.norm(x.float()).to(x.dtype)
-
-    _, captured = pair(Widened, warm_up=1)
+    _, captured = pair(made_of(lambda self, x: self.norm(x.float()).to(x.dtype), norm=nn.BatchNorm2d(3)), warm_up=1)
     assert steps_of(captured, images()).dtype == torch.float32
     assert steps_of(captured, images().bfloat16()).dtype == torch.bfloat16

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import Net, conv_net, prior_after, prior_of
+from networks import Net, conv_net, made_of, prior_after, prior_of
 from torch import nn
 
 import kalmannorm as kn
@@ -129,17 +129,14 @@ def test_a_rule_of_the_wrong_kind_is_named():
 
 
 def test_layers_may_draw_in_groups_of_different_sizes():
-    class Branches(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.conv = nn.BatchNorm2d(2), nn.Conv2d(2, 4, 1)
-            self.batch, self.group = nn.BatchNorm2d(4), nn.GroupNorm(2, 4)
+    def forward(self, x):
+        x = self.conv(self.first(x))
+        return self.batch(x), self.group(x)
 
-        def forward(self, x):
-            x = self.conv(self.first(x))
-            return self.batch(x), self.group(x)
-
-    model = kn.convert(Branches(), layers=("batch", "group"), estimator="monte_carlo")
+    model = made_of(
+        forward, first=nn.BatchNorm2d(2), conv=nn.Conv2d(2, 4, 1), batch=nn.BatchNorm2d(4), group=nn.GroupNorm(2, 4)
+    )
+    model = kn.convert(model, layers=("batch", "group"), estimator="monte_carlo")
     for y in model(torch.randn(3, 2, 8, 8)):
         assert y.isfinite().all()
 

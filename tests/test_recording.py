@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import Checkpointed, Net, conv_net_like, prior_after, prior_of
+from networks import Checkpointed, Net, conv_net_like, made_of, prior_after, prior_of
 from torch import nn
 
 import kalmannorm as kn
@@ -138,17 +138,13 @@ def test_a_state_that_is_passed_on_does_not_keep_earlier_passes(how, estimator, 
 
 
 def test_a_detached_tensor_that_is_kept_keeps_nothing_of_its_pass():
-    class Keeps(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.norm, self.kept, self.last = nn.BatchNorm2d(3), [], nn.BatchNorm2d(3)
+    def forward(self, x):
+        y = self.norm(x).relu()
+        self.kept.append(y.detach())
+        return self.last(2 * self.kept[-1])
 
-        def forward(self, x):
-            y = self.norm(x).relu()
-            self.kept.append(y.detach())
-            return self.last(2 * self.kept[-1])
-
-    model, x = kn.convert(Keeps(), input_stats=(0.0, 1.0)), torch.randn(2, 3, 8, 8)
+    model = made_of(forward, norm=nn.BatchNorm2d(3), kept=[], last=nn.BatchNorm2d(3))
+    model, x = kn.convert(model, input_stats=(0.0, 1.0)), torch.randn(2, 3, 8, 8)
     assert kn.describe(model, x).rows[1].prior_from == ("norm",)
     model(x).sum().backward()
     assert step_of(model.kept[1]).function is None  # a layer has asked for its belief
@@ -194,17 +190,14 @@ def test_a_state_that_is_read_before_its_belief_is_known_does_not_end_the_belief
 
 
 def test_draws_need_no_rule_where_another_layer_has_asked_for_one():
-    class Both(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.exact = kn.KalmanNorm2d(3), kn.KalmanNorm2d(3)
-            self.drawn = kn.KalmanNorm2d(3, **kn.preset("paper"))
+    def forward(self, x):
+        y = torch.sinc(self.first(x))
+        return self.exact(y) + self.drawn(2 * y)
 
-        def forward(self, x):
-            y = torch.sinc(self.first(x))
-            return self.exact(y) + self.drawn(2 * y)
-
-    rows = kn.describe(kn.connect(Both(), input_stats=(0.0, 1.0)), torch.randn(2, 3, 8, 8)).rows
+    model = made_of(
+        forward, first=kn.KalmanNorm2d(3), exact=kn.KalmanNorm2d(3), drawn=kn.KalmanNorm2d(3, **kn.preset("paper"))
+    )
+    rows = kn.describe(kn.connect(model, input_stats=(0.0, 1.0)), torch.randn(2, 3, 8, 8)).rows
     assert [bool(row.reason) for row in rows] == [False, True, False]
 
 
@@ -237,18 +230,13 @@ def test_compiles_as_one_graph_without_recompiling(carry):
 def test_what_does_not_depend_on_values_is_a_constant():
     """Stochastic depth draws its mask by ``x.new_empty``."""
 
-    class Dropped(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.second = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+    def forward(self, x):
+        x = self.first(x)
+        mask = x.new_empty((2, 1, 1, 1)).fill_(1.0)
+        mask[0] = 0.0
+        return self.second(x * mask + torch.zeros_like(x))
 
-        def forward(self, x):
-            x = self.first(x)
-            mask = x.new_empty((2, 1, 1, 1)).fill_(1.0)
-            mask[0] = 0.0
-            return self.second(x * mask + torch.zeros_like(x))
-
-    model = kn.convert(Dropped())
+    model = kn.convert(made_of(forward, first=nn.BatchNorm2d(4), second=nn.BatchNorm2d(4)))
     assert kn.describe(model, torch.randn(2, 4, 5, 5)).rows[1].through == (
         "torch.Tensor.mul", "torch.Tensor.add",
     )  # fmt: skip
@@ -463,12 +451,8 @@ def test_a_graph_that_is_let_go_is_gone(way):
     ids=["conv2d", "relu", "linear"],
 )
 def test_the_input_by_its_name(call):
-    class Named(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.conv, self.second = nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
-
-        def forward(self, x):
-            return self.second(call(self.first(x), self.conv))
-
-    assert kn.describe(kn.convert(Named()), torch.randn(2, 3, 4, 4)).rows[1].prior_from == ("first",)
+    model = made_of(
+        lambda self, x: self.second(call(self.first(x), self.conv)),
+        first=nn.BatchNorm2d(3), conv=nn.Conv2d(3, 4, 1), second=nn.BatchNorm2d(4),
+    )  # fmt: skip
+    assert kn.describe(kn.convert(model), torch.randn(2, 3, 4, 4)).rows[1].prior_from == ("first",)

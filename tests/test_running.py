@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import io
 import operator
 import pickle
 import weakref
@@ -10,7 +9,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import prior_of
+from networks import made_of, prior_of, through_a_file
 from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jacfwd, jacrev, jvp, stack_module_state, vmap
@@ -345,22 +344,16 @@ def test_a_checkpointed_function_finds_its_beliefs_when_it_runs_again(options):
 
 def test_checkpoint_sequential():
     plain = net(torch.float64)
-    layers = list(copy.deepcopy(plain))
-    saving = kn.connect(Segments(layers))
+    saving = made_of(
+        lambda self, x: checkpoint_sequential(list(self.layers), 3, x, use_reentrant=False),
+        layers=copy.deepcopy(plain),
+    )
+    kn.connect(saving)
     x = images(2, torch.float64).requires_grad_()
     y, gradients = step(plain, x)
     saving_y, saving_gradients = step(saving, x)
     equal(saving_y, y)
     equal(list(saving_gradients.values()), list(gradients.values()), 1e-12)
-
-
-class Segments(nn.Module):
-    def __init__(self, layers):
-        super().__init__()
-        self.layers = nn.Sequential(*layers)
-
-    def forward(self, x):
-        return checkpoint_sequential(list(self.layers), 3, x, use_reentrant=False)
 
 
 def test_a_reentrant_checkpoint_of_a_function_says_what_to_use():
@@ -372,15 +365,11 @@ def test_a_reentrant_checkpoint_of_a_function_says_what_to_use():
 
 
 def test_a_reentrant_checkpoint_of_a_module_says_what_to_use():
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.stem, self.block = nn.BatchNorm2d(4), Block(call_in_checkpoint)
-
-        def forward(self, x):
-            return checkpoint(self.block, self.stem(x), use_reentrant=True)
-
-    model = kn.convert(Net())
+    model = made_of(
+        lambda self, x: checkpoint(self.block, self.stem(x), use_reentrant=True),
+        stem=nn.BatchNorm2d(4), block=Block(call_in_checkpoint),
+    )  # fmt: skip
+    model = kn.convert(model)
     y = model(torch.randn(2, 4, 8, 8))
     with pytest.raises(RuntimeError, match="use_reentrant=False"):
         y.sum().backward()
@@ -403,16 +392,11 @@ def test_a_reentrant_checkpoint_is_allowed_where_no_belief_is_needed(mode):
 
 
 def test_a_checkpoint_that_ends_in_a_kalman_layer_is_not_taken_for_a_reentrant_one():
-    class Ends(nn.Module):
-        def __init__(self, use):
-            super().__init__()
-            model = stock_net()
-            self.stem, self.block, self.use = model[:2], model[3:5], use
+    def ending(use):
+        model = stock_net()
+        return kn.convert(made_of(lambda self, x: use(self.block, self.stem(x)), stem=model[:2], block=model[3:5]))
 
-        def forward(self, x):
-            return self.use(self.block, self.stem(x))
-
-    plain, saving = (kn.convert(Ends(use)) for use in (call, call_in_checkpoint))
+    plain, saving = ending(call), ending(call_in_checkpoint)
     x = images()
     equal(step(saving, x), step(plain, x), 1e-5)
 
@@ -643,15 +627,8 @@ def train(model, steps=2):
 COPIES = {
     "deepcopy": copy.deepcopy,
     "pickle": lambda model: pickle.loads(pickle.dumps(model)),
-    "torch.save": lambda model: torch.load(saved(model), weights_only=False),
+    "torch.save": through_a_file,
 }
-
-
-def saved(what):
-    file = io.BytesIO()
-    torch.save(what, file)
-    file.seek(0)
-    return file
 
 
 @pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
@@ -683,7 +660,7 @@ def test_a_copy_in_the_middle_of_training_trains_on_alone(copied):
 def test_a_state_dict_goes_through_a_file_of_weights_alone():
     model = train(net())
     fresh = net()
-    fresh.load_state_dict(torch.load(saved(model.state_dict()), weights_only=True))
+    fresh.load_state_dict(through_a_file(model.state_dict(), weights_only=True))
     x = images()
     equal(step(fresh, x), step(model, x))
     equal(fresh.state_dict(), model.state_dict())
@@ -844,17 +821,6 @@ class Between(nn.Module):
         return [second(function(x)) for function, second in zip(self.functions, self.seconds, strict=True)]
 
 
-class Last(nn.Module):
-    """Functions behind a network."""
-
-    def __init__(self, network):
-        super().__init__()
-        self.network = network
-
-    def forward(self, x):
-        return [function(y) for function, y in zip(self.network.functions, self.network(x), strict=True)]
-
-
 def equal_by_name(found, expected, names):
     for name, one, other in zip(names, found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
@@ -903,7 +869,11 @@ def test_a_strict_export_of_operators_without_a_rule(last):
     }  # fmt: skip
     torch.manual_seed(0)
     model = kn.convert(Between([*functions.values()]), input_stats=([0.0] * 3, [1.0] * 3), calibrate=False)
-    model = kn.connect(Last(model)) if last else model
+    if last:  # functions behind a network
+        model = kn.connect(made_of(
+            lambda self, x: [function(y) for function, y in zip(functions.values(), self.network(x), strict=True)],
+            network=model,
+        ))  # fmt: skip
     x = images()
     with pytest.warns(UserWarning, match="7 of 8 Kalman layers of .* have no prior"):
         expected = copy.deepcopy(model)(x)

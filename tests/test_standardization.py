@@ -1,7 +1,6 @@
 """Filters of zero mean and unit norm: which layers get them, what they compute, and where they work."""
 
 import copy
-import io
 import pickle
 import re
 import warnings
@@ -11,7 +10,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from network import in_two_processes
-from networks import Checkpointed
+from networks import Checkpointed, made_of, through_a_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations, prune
@@ -279,18 +278,10 @@ def test_layers_by_name():
             kn.standardize_weights(model, names=wrong)
 
 
-class Branching(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.backbone = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
-
-    def forward(self, x):
-        return self.backbone(x if x.sum() > 0 else -x)
-
-
 def test_a_model_that_cannot_be_traced():
-    model = Branching().eval()
-    with pytest.raises(ValueError, match=r"Branching cannot be traced .*inputs=images"):
+    backbone = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    model = made_of(lambda self, x: self.backbone(x if x.sum() > 0 else -x), backbone=backbone).eval()
+    with pytest.raises(ValueError, match=r"Net cannot be traced .*inputs=images"):
         kn.convert(model, weight_standardization=True)
     assert not model.training
     assert type(model.backbone[1]) is nn.BatchNorm2d
@@ -402,10 +393,7 @@ def test_traced_by_torch_fx_as_it_is():
 @pytest.mark.parametrize("convert", [both, lambda: kn.standardize_weights(built())])
 def test_copied_and_pickled(convert):
     model = train(convert())
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)]
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), through_a_file(model)]
     for each in copies:
         assert names(each) == ["0", "3"]
     expected = train(model)(IMAGES)

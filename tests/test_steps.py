@@ -5,7 +5,7 @@ import gc
 
 import pytest
 import torch
-from networks import conv_net
+from networks import conv_net, made_of
 from torch import Tensor, nn
 
 import kalmannorm as kn
@@ -48,18 +48,12 @@ def test_a_tensor_with_a_belief_can_be_saved_and_copied(tmp_path):
 
 
 def test_a_state_that_feeds_itself_does_not_grow_without_end():
-    class Recurrent(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.norm = nn.BatchNorm1d(4)
-            self.state = torch.zeros(2, 4)
+    def forward(self, x):
+        y = self.norm(x)
+        self.state = (self.state + y).detach()
+        return y
 
-        def forward(self, x):
-            y = self.norm(x)
-            self.state = (self.state + y).detach()
-            return y
-
-    model = kn.convert(Recurrent())
+    model = kn.convert(made_of(forward, norm=nn.BatchNorm1d(4), state=torch.zeros(2, 4)))
     for _ in range(1500):  # two calls each
         model(torch.randn(2, 4))
     assert step_of(model.state).depth <= 2000
@@ -153,20 +147,17 @@ def test_a_copied_attribute_is_no_belief():
 
 
 def test_a_constant_made_like_an_activation_is_a_constant():
-    class Padded(nn.Module):
-        def __init__(self):
-            super().__init__()
-            torch.manual_seed(0)
-            self.conv, self.norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
-            self.mix, self.last = nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4)
-
-        def forward(self, x):
-            h = self.norm(self.conv(x))
-            return self.last(self.mix(torch.cat([h, torch.zeros_like(h)], 1)))
+    def forward(self, x):
+        h = self.norm(self.conv(x))
+        return self.last(self.mix(torch.cat([h, torch.zeros_like(h)], 1)))
 
     outputs = []
     for kind in (torch.Tensor, CopiesAttributes):
         torch.manual_seed(1)
         x = torch.randn(2, 4, 8, 8).as_subclass(kind)
-        outputs.append(kn.convert(Padded())(x).as_subclass(torch.Tensor))
+        torch.manual_seed(0)
+        model = made_of(
+            forward, conv=nn.Conv2d(4, 4, 1), norm=nn.BatchNorm2d(4), mix=nn.Conv2d(8, 4, 1), last=nn.BatchNorm2d(4)
+        )
+        outputs.append(kn.convert(model)(x).as_subclass(torch.Tensor))
     torch.testing.assert_close(*outputs)

@@ -3,13 +3,12 @@
 import collections
 import copy
 import dataclasses
-import io
 import threading
 import types
 
 import pytest
 import torch
-from networks import Checkpointed, conv_net, conv_net_like, prior_of
+from networks import Checkpointed, conv_net, conv_net_like, made_of, prior_of, through_a_file
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.func import functional_call, grad
@@ -130,16 +129,12 @@ def test_kept_priors_are_those_of_the_shape_and_have_no_part_in_training():
 
 @torch.no_grad()
 def test_a_layer_called_twice_keeps_a_prior_for_each_call():
-    class Twice(nn.Module):
-        def __init__(self):
-            super().__init__()
-            torch.manual_seed(0)
-            self.first, self.second, self.norm = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
-
-        def forward(self, x):
-            return self.norm(self.second(self.norm(self.first(x)).relu()))
-
-    model = kn.convert(Twice(), input_stats=([0.0] * 3, [1.0] * 3), track_running_stats=False).eval()
+    torch.manual_seed(0)
+    model = made_of(
+        lambda self, x: self.norm(self.second(self.norm(self.first(x)).relu())),
+        first=nn.Conv2d(3, 4, 1), second=nn.Conv2d(4, 4, 3), norm=nn.BatchNorm2d(4),
+    )  # fmt: skip
+    model = kn.convert(model, input_stats=([0.0] * 3, [1.0] * 3), track_running_stats=False).eval()
     x = torch.randn(2, 3, 8, 8)
     expected = model(x)
     for _ in range(3):
@@ -180,16 +175,8 @@ def test_threads_keep_priors_of_their_own():
 @torch.no_grad()
 def test_threads_have_inputs_of_their_own():
     """Images in a list: the belief about them waits for the batch that is made of them, in each thread by itself."""
-
-    class Stacks(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.body = one_at_a_time()
-
-        def forward(self, images):
-            return self.body(torch.stack(images))
-
-    model = kn.convert(Stacks(), input_stats=([0.0] * 3, [1.0] * 3))
+    model = made_of(lambda self, images: self.body(torch.stack(images)), body=one_at_a_time())
+    model = kn.convert(model, input_stats=([0.0] * 3, [1.0] * 3))
     images = [*torch.randn(2, 3, 10, 10)]
     expected = copy.deepcopy(model)(images)
     results = called_meanwhile(model.body, lambda: model(images))
@@ -250,16 +237,9 @@ def test_what_a_stem_makes_is_no_input(features):
 
 @torch.no_grad()
 def test_a_network_that_is_no_part_of_another_keeps_no_priors_in_it():
-    class Holds(nn.Module):
-        def __init__(self, other):
-            super().__init__()
-            self.norm, self.others = nn.BatchNorm2d(3), [other]
-
-        def forward(self, x):
-            return self.others[0](self.norm(x))
-
     other, x = one_at_a_time(), torch.randn(2, 3, 10, 10)
-    model = kn.convert(Holds(other), input_stats=([0.0] * 3, [1.0] * 3), track_running_stats=False).eval()
+    model = made_of(lambda self, x: self.others[0](self.norm(x)), norm=nn.BatchNorm2d(3), others=[other])
+    model = kn.convert(model, input_stats=([0.0] * 3, [1.0] * 3), track_running_stats=False).eval()
     model(x)
     other[0].weight.mul_(5)
     found = model(x)
@@ -283,10 +263,7 @@ def test_each_sample_normalizes_itself():
 def test_kept_priors_do_not_travel():
     model, x = one_at_a_time(), torch.randn(2, 3, 10, 10)
     expected = model(x)
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    loaded = torch.load(buffer, weights_only=False)
+    loaded = through_a_file(model)
     assert not one_watch(loaded).mode.priors.kept
     torch.testing.assert_close(loaded(x), expected)
 
@@ -323,17 +300,12 @@ def test_an_interrupt_leaves_the_mode_open_no_longer_than_to_the_next_call():
 
 
 def test_a_module_that_calls_itself():
-    class Recursive(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.norms = nn.ModuleList(nn.BatchNorm2d(3) for _ in range(4))
+    def forward(self, x, depth=2):
+        if depth:
+            x = self(self.norms[depth](x), depth - 1)
+        return self.norms[0](x)
 
-        def forward(self, x, depth=2):
-            if depth:
-                x = self(self.norms[depth](x), depth - 1)
-            return self.norms[0](x)
-
-    model = kn.convert(Recursive())
+    model = kn.convert(made_of(forward, norms=nn.ModuleList(nn.BatchNorm2d(3) for _ in range(4))))
     rows = {row.name: row for row in kn.describe(model, torch.randn(2, 3, 4, 4)).rows}
     assert rows["norms.1"].prior_from == ("norms.2",)
     assert not is_open()
@@ -374,16 +346,11 @@ def test_two_threads_do_not_see_each_other():
 
 def test_input_stats_reach_the_batch_of_a_detector():
     """Which gets a list of images of different sizes, and gives its first part a batch."""
-
-    class Detector(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.backbone = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4))
-
-        def forward(self, images):
-            return self.backbone(torch.stack([image[:, :8, :8] for image in images]))
-
-    model = kn.convert(Detector(), input_stats=([0.0] * 3, [1.0] * 3))
+    model = made_of(
+        lambda self, images: self.backbone(torch.stack([image[:, :8, :8] for image in images])),
+        backbone=nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4)),
+    )  # fmt: skip
+    model = kn.convert(model, input_stats=([0.0] * 3, [1.0] * 3))
     rows = kn.describe(model, [torch.randn(3, 8, 9), torch.randn(3, 9, 8)]).rows
     assert [row.prior_from for row in rows] == [("input",), ("backbone.1",)]
     model([torch.randn(3, 8, 9)])  # the mode does not keep it
@@ -443,15 +410,8 @@ def test_input_stats_that_no_tensor_was_found_for_are_told_of_once():
     class Hidden:
         image = torch.randn(2, 3, 8, 8)
 
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.norm = nn.BatchNorm2d(3)
-
-        def forward(self, batch):
-            return self.norm(batch.image)
-
-    model = kn.convert(Net(), input_stats=([0.0] * 3, [1.0] * 3))
+    model = made_of(lambda self, batch: self.norm(batch.image), norm=nn.BatchNorm2d(3))
+    model = kn.convert(model, input_stats=([0.0] * 3, [1.0] * 3))
     with pytest.warns(UserWarning, match="describe 3 channels, but Net got no tensor of shape"):
         model(Hidden())
     model(Hidden())  # a second warning would be an error here
@@ -464,18 +424,11 @@ def test_one_number_for_an_input_without_channels_is_told_of():
 
 
 def test_input_stats_are_of_the_first_of_several_images():
-    class Masked(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.norm = nn.BatchNorm2d(3)
-
-        def forward(self, *images):
-            return self.norm(images[0] * images[1])
-
     image, mask = torch.randn(2, 3, 8, 8), torch.rand(2, 1, 8, 8)
-    model = kn.convert(Masked(), input_stats=([0.0] * 3, [1.0] * 3))
+    model = made_of(lambda self, *images: self.norm(images[0] * images[1]), norm=nn.BatchNorm2d(3))
+    model = kn.convert(model, input_stats=([0.0] * 3, [1.0] * 3))
     assert kn.describe(model, image, mask).rows[0].reason == "the network's input '1'"
-    with pytest.raises(ValueError, match=r"describe 3 channels, but Masked got an input of shape \(2, 1, 8, 8\)"):
+    with pytest.raises(ValueError, match=r"describe 3 channels, but Net got an input of shape \(2, 1, 8, 8\)"):
         model(mask, image)
 
 
@@ -485,31 +438,19 @@ def test_input_stats_are_of_the_first_of_several_images():
     pytest.param("mask", lambda model, images: model(images, mask=images > 0), id="no floating-point tensor"),
 ])  # fmt: skip
 def test_named_input_stats_that_no_tensor_was_found_for_are_told_of_once(given, call):
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.norm = nn.BatchNorm2d(3)
-
-        def forward(self, images, **options):
-            return self.norm(images if isinstance(images, torch.Tensor) else torch.stack(images).repeat(1, 3, 1, 1))
+    def forward(self, images, **options):
+        return self.norm(images if isinstance(images, torch.Tensor) else torch.stack(images).repeat(1, 3, 1, 1))
 
     images = torch.randn(2, 3, 8, 8)
-    model = kn.convert(Net(), input_stats={given: ([0.0] * 3, [1.0] * 3)})
+    model = kn.convert(made_of(forward, norm=nn.BatchNorm2d(3)), input_stats={given: ([0.0] * 3, [1.0] * 3)})
     with pytest.warns(UserWarning, match="describe 3 channels, but Net got no tensor of shape"):
         call(model, images)
     call(model, images)  # a second warning would be an error here
 
 
 def test_named_input_stats_of_an_argument_that_is_left_out_are_kept():
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.norm = nn.BatchNorm2d(3)
-
-        def forward(self, images, depth=None):
-            return self.norm(images)
-
-    model = kn.convert(Net(), input_stats={"images": ([0.0] * 3, [1.0] * 3), "depth": ([0.0], [1.0])})
+    model = made_of(lambda self, images, depth=None: self.norm(images), norm=nn.BatchNorm2d(3))
+    model = kn.convert(model, input_stats={"images": ([0.0] * 3, [1.0] * 3), "depth": ([0.0], [1.0])})
     model(torch.randn(2, 3, 8, 8))  # a warning would be an error here
 
 
@@ -571,18 +512,14 @@ def test_kept_priors_are_those_of_the_course_that_a_forward_takes(first):
 @torch.no_grad()
 @pytest.mark.parametrize("by_key", [False, True])
 def test_kept_priors_are_those_of_the_argument_that_is_given(by_key):
-    class Modal(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.ways = nn.ModuleDict({"rgb": nn.Conv2d(3, 4, 3), "depth": nn.Conv2d(3, 4, 3)})
-            self.ways["depth"].weight.mul_(10)
-            self.norm = nn.BatchNorm2d(4)
+    def forward(self, inputs=None, **named):
+        way, x = next((name, x) for name, x in (inputs or named).items() if x is not None)
+        return self.norm(self.ways[way](x))
 
-        def forward(self, inputs=None, **named):
-            way, x = next((name, x) for name, x in (inputs or named).items() if x is not None)
-            return self.norm(self.ways[way](x))
-
-    model = kn.convert(Modal(), input_stats=([0.0] * 3, [1.0] * 3), track_running_stats=False).eval()
+    ways = nn.ModuleDict({"rgb": nn.Conv2d(3, 4, 3), "depth": nn.Conv2d(3, 4, 3)})
+    ways["depth"].weight.mul_(10)
+    model = made_of(forward, ways=ways, norm=nn.BatchNorm2d(4))
+    model = kn.convert(model, input_stats=([0.0] * 3, [1.0] * 3), track_running_stats=False).eval()
     x = torch.randn(2, 3, 8, 8)
 
     def run(model, way):
@@ -776,45 +713,24 @@ def test_input_stats_by_name_that_do_not_fit():
     model = kn.convert(Graph(), input_stats={"x": ([0.0] * 2, [1.0] * 2)})
     with pytest.raises(ValueError, match=r"describe 2 channels, but Graph got an input 'x' of shape \(5, 3\)"):
         model(torch.randn(5, 3), torch.rand(5, 5))
-    kn.convert(Keywords(), input_stats={"image": ([0.0] * 3, [1.0] * 3)})  # it may take any name
-
-
-class Keywords(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.norm = nn.BatchNorm2d(3)
-
-    def forward(self, **batch):
-        return self.norm(batch["image"])
+    model = made_of(lambda self, **batch: self.norm(batch["image"]), norm=nn.BatchNorm2d(3))
+    kn.convert(model, input_stats={"image": ([0.0] * 3, [1.0] * 3)})  # it may take any name
 
 
 def test_input_stats_of_a_part_hold_in_the_whole():
     x, adj = torch.randn(5, 3), torch.rand(5, 5)
     part = kn.convert(Graph(), input_stats={"x": ([0.0] * 3, [1.0] * 3), "adj": (0.5, 0.3)})
-
-    class Whole(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.part = part
-
-        def forward(self, features, edges):
-            return self.part(features, adj=edges)
-
-    assert kn.describe(kn.connect(Whole()), x, adj).with_prior == 2
+    model = made_of(lambda self, features, edges: self.part(features, adj=edges), part=part)
+    assert kn.describe(kn.connect(model), x, adj).with_prior == 2
     unnamed = kn.convert(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), input_stats=([0.0] * 3, [1.0] * 3))
     assert kn.describe(kn.connect(nn.Sequential(unnamed)), torch.randn(2, 3, 4, 4)).with_prior == 1
 
 
 def test_named_input_stats_reach_the_batch_of_a_detector():
-    class Detector(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.body = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
-
-        def forward(self, images):
-            return self.body(torch.stack(images))
-
-    model = kn.convert(Detector(), input_stats={"images": ([0.0] * 3, [1.0] * 3)})
+    model = made_of(
+        lambda self, images: self.body(torch.stack(images)), body=nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    )
+    model = kn.convert(model, input_stats={"images": ([0.0] * 3, [1.0] * 3)})
     assert kn.describe(model, [torch.randn(3, 8, 8) for _ in range(2)]).with_prior == 1
 
 
@@ -852,15 +768,8 @@ def changed_within():
     pytest.param(lambda flag: 5 if flag is True else 1, lambda: (1, 1, True), id="another type"),
 ])  # fmt: skip
 def test_kept_priors_are_not_those_of_another_argument(factor, arguments):
-    class Scaled(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = one_at_a_time()
-
-        def forward(self, x, argument):
-            return self.net(x * factor(argument))
-
-    model, x = kn.connect(Scaled().eval(), input_stats=([0.0] * 3, [1.0] * 3)), torch.randn(2, 3, 10, 10)
+    model = made_of(lambda self, x, argument: self.net(x * factor(argument)), net=one_at_a_time())
+    model, x = kn.connect(model.eval(), input_stats=([0.0] * 3, [1.0] * 3)), torch.randn(2, 3, 10, 10)
     for argument in arguments():
         torch.testing.assert_close(model(x, argument), copy.deepcopy(model)(x, argument), rtol=0, atol=0)
 

@@ -173,12 +173,11 @@ def layer(x: Tensor, given: Given, options: Options, *, running: Running | None 
     _check_sizes(x, given, running, options.groups)
     dtype = torch.promote_types(x.dtype, torch.float32)
     given = Given(*[t if t is None or t.dtype is dtype else t.to(dtype) for t in given])
-    compiled = torch.compiler.is_compiling() and x.device.type == "cpu" and on_cpu.is_available()
-    compiled = compiled and not is_exporting()  # to ONNX, for one, which has torch's functions only
-    if is_transformed() and not compiled:
-        return _plain(x, given, posterior, options, running)
-    if compiled:
-        return _compiled(x, given, posterior, options, running)
+    if is_transformed():
+        # An export, to ONNX for one, has torch's functions only.
+        compiled = torch.compiler.is_compiling() and not is_exporting()
+        compiled = compiled and x.device.type == "cpu" and on_cpu.is_available()
+        return (_compiled if compiled else _plain)(x, given, posterior, options, running)
     x = as_dense(x)
     if given.prior is not None and not given.prior.is_contiguous():
         given = given._replace(prior=given.prior.contiguous())

@@ -24,10 +24,6 @@ __all__ = ["ELEMENTWISE", "PRODUCTS"]
 _Operand = Gaussian | Tensor | float
 
 
-def _are_alike(x: Gaussian, y: Gaussian) -> bool:
-    return x.mean.shape == x.var.shape == y.mean.shape == y.var.shape
-
-
 def _pair(x: _Operand, y: _Operand) -> tuple[Gaussian, Gaussian]:
     """Both operands as beliefs that broadcast. At least one is a belief."""
     if not isinstance(x, Gaussian):
@@ -35,7 +31,7 @@ def _pair(x: _Operand, y: _Operand) -> tuple[Gaussian, Gaussian]:
         x = summarize(x, y)
     elif not isinstance(y, Gaussian):
         y = summarize(y, x)
-    elif x.shape == y.shape and _are_alike(x, y):
+    elif x.shape == y.shape and x.mean.shape == x.var.shape == y.mean.shape == y.var.shape:
         return x, y
     rank = max(x.ndim, y.ndim)
     first, second = align([b if b.ndim == rank else of_rank(b, rank) for b in (x, y)])

@@ -251,8 +251,7 @@ def multi_head_attention(
         split = projected.full([2]).map(lambda t: t.unflatten(2, (num_heads, -1)).transpose(1, 2))
         heads.append(split.of((samples, num_heads, time, weight.shape[0] // num_heads)))
     mixed = attention(heads[0], heads[1], heads[2], dropout_p=dropout_p if training else 0.0)
-    if isinstance(mixed, Unknown):
-        return mixed
+    assert isinstance(mixed, Gaussian)  # without a mask, of activations
     merged = mixed.full([1, 3]).map(lambda t: t.transpose(1, 2).flatten(2))
     output = through_matrix(merged.of((samples, query.shape[0], embed_dim_to_check)), out_proj_weight, out_proj_bias)
     return output.map(lambda t: t.transpose(0, 1)), Unknown("the weights of an attention")

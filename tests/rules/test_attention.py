@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from drawing import agree, believe, check_alias, check_draws, check_unknown, covers, draw_through, values
 from hypothesis import given
 from hypothesis import strategies as st
+from networks import made_of
 from torch import nn
 
 import kalmannorm as kn
@@ -260,30 +261,21 @@ def test_multi_head_attention(function, need_weights):
     lambda x, mask: torch.softmax(x @ x.transpose(-1, -2) + mask[0], -1) @ x,
 ])  # fmt: skip
 def test_a_mask_of_minus_infinity_leaves_the_prior_finite(masked):
-    class Causal(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.query, self.norm = nn.Linear(8, 8), nn.BatchNorm1d(8)
+    def forward(self, x):
+        mask = torch.full((5, 5), -math.inf).triu(1)
+        return self.norm(masked(self.query(x), mask).transpose(1, 2))
 
-        def forward(self, x):
-            mask = torch.full((5, 5), -math.inf).triu(1)
-            return self.norm(masked(self.query(x), mask).transpose(1, 2))
-
-    model = kn.convert(Causal(), input_stats=(0.0, 1.0))
+    model = kn.convert(made_of(forward, query=nn.Linear(8, 8), norm=nn.BatchNorm1d(8)), input_stats=(0.0, 1.0))
     assert model(torch.randn(4, 5, 8)).isfinite().all()
     assert kn.describe(model, torch.randn(4, 5, 8)).with_prior == 1
 
 
 def test_networks_with_multi_head_attention_have_priors_behind_it():
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.attention, self.norm = nn.MultiheadAttention(8, 2, batch_first=True), nn.BatchNorm1d(8)
-
-        def forward(self, x):
-            return self.norm((x + self.attention(x, x, x)[0]).transpose(1, 2))
-
-    model = kn.convert(Block(), input_stats=(0.0, 1.0))
+    model = made_of(
+        lambda self, x: self.norm((x + self.attention(x, x, x)[0]).transpose(1, 2)),
+        attention=nn.MultiheadAttention(8, 2, batch_first=True), norm=nn.BatchNorm1d(8),
+    )  # fmt: skip
+    model = kn.convert(model, input_stats=(0.0, 1.0))
     description = kn.describe(model, torch.randn(2, 5, 8))
     assert description.with_prior == 1, description
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from drawing import believe, check_draws, check_unknown, covers, values
+from networks import made_of
 from torch import nn
 
 import kalmannorm as kn
@@ -60,16 +61,10 @@ def test_reductions_without_a_rule(function):
 
 def test_reductions_in_place_say_why_they_are_unknown():
     """The zeros that a graph layer sends its messages to are not "changed in place by an activation"."""
-
-    class Messages(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.norm = nn.BatchNorm1d(3)
-
-        def forward(self, x, index):
-            return self.norm(torch.zeros(4, 3).scatter_reduce_(0, index, x, "prod"))
-
-    model = kn.convert(Messages(), input_stats=([0.0] * 3, [1.0] * 3))
+    model = made_of(
+        lambda self, x, index: self.norm(torch.zeros(4, 3).scatter_reduce_(0, index, x, "prod")), norm=nn.BatchNorm1d(3)
+    )
+    model = kn.convert(model, input_stats=([0.0] * 3, [1.0] * 3))
     (row,) = kn.describe(model, torch.randn(6, 3), torch.zeros(6, 3, dtype=torch.long)).rows
     assert "other than a sum" in row.reason
 
