@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from kalmannorm.gaussian import Gaussian, Unknown
 from kalmannorm.kernels.autograd import is_transformed
-from kalmannorm.modules import is_stock_batchnorm
 from kalmannorm.priors import may_be_kept
 from kalmannorm.recording import Recorder, attach, current, fits, is_resting, laid_out, started_on_first
 from kalmannorm.shards import watch_shards
@@ -108,7 +108,7 @@ class Watch:
         gone = [layer for layer in self.layers if layer not in set(inside.values())]
         if not any(_is_at(layer.layer_name, inside) for layer in gone):
             return  # removed, as a head that is not wanted
-        has_stock = any(map(is_stock_batchnorm, inside.values()))
+        has_stock = any(isinstance(each, _BatchNorm) and not hasattr(each, "layer_name") for each in inside.values())
         new = "kalmannorm.convert(model) converts the new ones. " if has_stock else ""
         remedy = "connect" if len(gone) < len(self.layers) else "to_batchnorm"
         acts = ", with their activations, which kalmannorm.freeze would keep" if hasattr(gone[0], "act") else ""
