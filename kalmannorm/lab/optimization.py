@@ -50,11 +50,7 @@ def sgd(
         momentum: SGD's.
         weight_decay: On weights alone, see `parameter_groups`.
         warmup: Let the rate of any schedule rise as in ``"warmup"``.
-
-    Raises:
-        ValueError: See `check_schedule`.
     """
-    check_schedule(rate, steps, schedule, milestones)
     optimizer = torch.optim.SGD(parameter_groups(model, weight_decay), lr=rate, momentum=momentum)
     factor = partial(share_of_rate, steps=steps, schedule=schedule, milestones=milestones, warmup=warmup)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
@@ -62,7 +58,7 @@ def sgd(
 
 
 def check_schedule(rate: float, steps: int, schedule: Schedule, milestones: dict[float, float] | None) -> None:
-    """Refuse what `sgd` cannot do.
+    """Refuse what `sgd` cannot do, when a module is made.
 
     Raises:
         ValueError: An unknown schedule, milestones without their schedule or the reverse, shares outside of 0 to 1,
