@@ -27,7 +27,7 @@ def data_at(place: Path | None, configs: Sequence[Mapping[str, Any]], output: Pa
         place: The folder with the data sets; None for the one that ``KALMANNORM_DATA`` names.
         configs: Of what is to be trained.
         output: For the tiny scale, data sets are generated in there.
-        scale: See `kalmannorm.lab.experiments.scaled`.
+        scale: See `kalmannorm.lab.experiments.Arm.scaled`.
 
     Raises:
         ValueError: A place that is no folder, or one for the tiny scale.

@@ -58,7 +58,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CONFIGS", "FORMS", "STUDIES", "Arm", "Experiment", "Scale", "Start", "check_search_seed", "config_of", "merge",
-    "names", "nested", "read", "scaled", "shown", "tables",
+    "names", "nested", "read", "shown", "tables",
 ]  # fmt: skip
 
 CONFIGS, STUDIES = Path(__file__).parent / "configs", Path(__file__).parent / "studies"
@@ -160,11 +160,23 @@ class Arm:
         """What `kalmannorm.lab.fitting.fit` takes.
 
         Args:
-            scale: See `scaled`.
+            scale: A share of the steps, schedules and intervals with them; or ``"tiny"``, for what `tiny` changes.
             settings: Of the searched ones.
             seed: Of weights and order.
+
+        Raises:
+            ValueError: A share that is not above 0.
         """
-        config = scaled(self.config, self.tiny, scale)
+        if scale == "tiny":
+            config = merge(self.config, self.tiny)
+        elif 0 < scale < math.inf:
+            config = copy.deepcopy(self.config)
+            for section, key in _LENGTHS:
+                place = config.get(section, {}) if section else config
+                if key in place and scale != 1:
+                    place[key] = max(1, round(place[key] * scale))
+        else:
+            raise ValueError(f"scale must be 'tiny' or a number above 0; got {scale}")
         for setting, value in (settings or {}).items():
             config = merge(config, nested(setting, value))
         return merge(config, {"seed_everything": seed})
@@ -222,29 +234,6 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def scaled(config: Mapping[str, Any], tiny: Mapping[str, Any], scale: Scale) -> dict[str, Any]:
-    """The configuration of a shorter training.
-
-    Args:
-        config: Of the training in full.
-        tiny: What is merged onto it for the scale ``"tiny"``.
-        scale: A share of the steps, schedules and intervals with them; or ``"tiny"``.
-
-    Raises:
-        ValueError: A share that is not above 0.
-    """
-    if scale == "tiny":
-        return merge(config, tiny)
-    if not 0 < scale < float("inf"):
-        raise ValueError(f"scale must be 'tiny' or a number above 0; got {scale}")
-    shorter = dict(copy.deepcopy(config))
-    for section, key in _LENGTHS:
-        place = shorter.get(section, {}) if section else shorter
-        if key in place and scale != 1:
-            place[key] = max(1, round(place[key] * scale))
-    return shorter
-
-
 def tables() -> list[str]:
     """The tables and figures of the paper, and what is laid out like them."""
     return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
@@ -281,13 +270,9 @@ def read(name: str | Path) -> Experiment:
         ['inception-v2-kn', 'resnet101-kn', 'resnet50-kn']
     """
     path = path_of(name)
-    # Those that come along do not change.
-    return _known(path) if path.parent in (CONFIGS, STUDIES) else _read(path)
-
-
-def _read(path: Path) -> Experiment:
     try:
-        return _parsed(path)
+        # Those that come along do not change.
+        return _known(path) if path.parent in (CONFIGS, STUDIES) else _parsed(path)
     except (TypeError, AttributeError, KeyError, RecursionError) as error:  # a value of another kind
         raise ValueError(f"{path} is no experiment's file: {type(error).__name__}: {error}") from error
 
@@ -315,7 +300,7 @@ def _parsed(path: Path) -> Experiment:
     return experiment
 
 
-_known = functools.cache(_read)
+_known = functools.cache(_parsed)
 
 
 def config_of(name: str | Path, settings: Sequence[str] = ()) -> dict[str, Any]:

@@ -44,8 +44,8 @@ class SignalNet(nn.Sequential):
             modules += [conv, norm_layer(channels), nn.ReLU()]
             in_channels = channels
         super().__init__(*modules, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(in_channels, num_classes))
-        for conv in modules[::3]:
-            nn.init.kaiming_normal_(conv.weight)  # type: ignore[arg-type]
+        for layer in modules[::3]:
+            nn.init.kaiming_normal_(layer.weight)  # type: ignore[arg-type]
 
 
 class TabularNet(nn.Sequential):
@@ -72,5 +72,5 @@ class TabularNet(nn.Sequential):
             modules += [nn.Linear(in_features, width, bias=False), norm_layer(width), nn.ReLU()]
             in_features = width
         super().__init__(*modules, nn.Linear(in_features, num_classes))
-        for linear in modules[::3]:
-            nn.init.kaiming_normal_(linear.weight)  # type: ignore[arg-type]
+        for layer in modules[::3]:
+            nn.init.kaiming_normal_(layer.weight)  # type: ignore[arg-type]
