@@ -181,14 +181,11 @@ def run_experiment(whole: Experiment, plan: Plan, *, report: bool, collect: bool
         if not grow and all(missing.get(arm.name) for arm in arms):
             raise MissingDataError(missing[arms[0].name])
     _check_unchanged(plan)
-    trials: Sequence[Trial] = []
-    if collect:
-        trials = _told(whole, plan, missing, collect=True, grow=grow)
-    elif not report:
-        with ExitStack() as locks:
-            for name in sorted({plan.experiment.name, *(arm.run[0] for arm in arms)}):
-                locks.enter_context(alone(plan.output / name))
-            trials = _told(whole, plan, missing, collect=False, grow=grow)
+    trains = set() if report or collect else {plan.experiment.name, *(arm.run[0] for arm in arms)}
+    with ExitStack() as locks:
+        for name in sorted(trains):
+            locks.enter_context(alone(plan.output / name))
+        trials = _told(whole, plan, missing, collect=collect, grow=grow) if collect or not report else []
     plan.console.print(tables.write_table(whole, plan.folder), soft_wrap=True, highlight=False, markup=False)
     written = page.write_page(whole, plan.folder)
     plan.console.print(f"Report: {written}", soft_wrap=True, highlight=False, markup=False)
@@ -299,7 +296,7 @@ def _of_data(plan: Plan, ask: Callable[[Mapping[str, Any]], str]) -> dict[str, s
 def _listed(plan: Plan) -> str:
     """What there is to do, a line an arm: runs, steps, hours on one device of this machine, and what is missing."""
     rows = [["arm", "runs of the search", "runs that count", "steps a run", "steps", "hours", "data"]]
-    searches, finals, steps, seconds = 0, 0, 0, 0.0
+    counts: list[tuple[int, int, int, float]] = []  # of each arm the runs of both kinds, the steps and the seconds
     times: dict[str, float | None] = {}
     missing = _of_data(plan, not_at_hand)
     notes = [f"- Data: {text}" for text in dict.fromkeys(missing.values()) if text]
@@ -316,9 +313,7 @@ def _listed(plan: Plan) -> str:
             with single_thread():  # as each training would have
                 times[like] = seconds_per_step(config)
         step = times[like]
-        searches, finals, steps, seconds = (
-            searches + len(searched), finals + seeds, steps + own, seconds + (step or 0.0) * own,
-        )  # fmt: skip
+        counts.append((len(searched), seeds, own, (step or 0.0) * own))
         there = "see below" if missing[arm.name] else "here"
         start = None if _is_fresh(arm, plan.amount) else arm.start
         if start and not _weights_of(plan, start.path.stem, start.arm):
@@ -330,6 +325,7 @@ def _listed(plan: Plan) -> str:
     text = f"{plan.experiment.title}\n\n{as_markdown(rows)}"
     if not missing:
         return f"{text}\nNothing is trained."
+    searches, finals, steps, seconds = map(sum, zip(*counts, strict=True))
     text += "".join(f"{note}\n" for note in ("", *notes)) if notes else ""
     known = f"{seconds / 3600:,.1f} hours" if None not in times.values() else "hours unknown where they are '?'"
     return (
