@@ -244,18 +244,6 @@ def names() -> list[str]:
     return tables() + sorted(path.stem for path in STUDIES.glob("*.yaml"))
 
 
-def path_of(name: str | Path) -> Path:
-    """The file of an experiment, by its name or itself.
-
-    Raises:
-        ValueError: There is none.
-    """
-    for path in (CONFIGS / f"{name}.yaml", STUDIES / f"{name}.yaml", Path(name)):
-        if path.is_file():
-            return path
-    raise ValueError(f"no experiment or file {str(name)!r}; experiments are {', '.join(names())}")
-
-
 def read(name: str | Path) -> Experiment:
     """Read an experiment.
 
@@ -269,7 +257,10 @@ def read(name: str | Path) -> Experiment:
         >>> [arm.name for arm in read("table2").arms if arm.form == "paper"]
         ['inception-v2-kn', 'resnet101-kn', 'resnet50-kn']
     """
-    path = path_of(name)
+    places = (CONFIGS / f"{name}.yaml", STUDIES / f"{name}.yaml", Path(name))
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        raise ValueError(f"no experiment or file {str(name)!r}; experiments are {', '.join(names())}")
     try:
         # Those that come along do not change.
         return _known(path) if path.parent in (CONFIGS, STUDIES) else _parsed(path)
