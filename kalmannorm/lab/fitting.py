@@ -20,8 +20,7 @@ from kalmannorm.lab.experiments import merge
 from kalmannorm.lab.results import Result, environment, finished, write_atomically
 
 __all__ = [
-    "Result", "Split", "configuration", "ended_run", "finished", "fit", "is_first_process", "load", "load_with_data",
-    "score", "steps",
+    "Result", "Split", "ended_run", "finished", "fit", "is_first_process", "load", "load_with_data", "score", "steps",
 ]  # fmt: skip
 
 Split = Literal["validation", "test"]
@@ -197,15 +196,6 @@ def load_with_data(folder: Path) -> tuple[LightningModule, Any]:
     _, module, data = _loaded(_stored(folder), folder)
     data.setup()
     return module.eval(), data
-
-
-def configuration(folder: Path) -> dict[str, Any]:
-    """All that a run was configured by.
-
-    Raises:
-        ValueError: The folder holds no run.
-    """
-    return _stored(folder).complete()
 
 
 def score(folder: Path, split: Split, overrides: Sequence[str] = ()) -> dict[str, float]:
