@@ -39,8 +39,6 @@ An arm has a ``config`` of its own (or ``model``, the ``init_args`` of the model
 ``label`` and ``column`` may also stand outside of the arms, for all that have none.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 import itertools
@@ -49,16 +47,13 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import yaml
 
-if TYPE_CHECKING:
-    from kalmannorm.lab.fitting import Split
-
 __all__ = [
-    "CONFIGS", "FORMS", "STUDIES", "Arm", "Experiment", "Scale", "Start", "check_search_seed", "config_of", "merge",
-    "names", "nested", "read", "shown", "tables",
+    "CONFIGS", "FORMS", "STUDIES", "Arm", "Experiment", "Scale", "Split", "Start", "check_search_seed", "config_of",
+    "merge", "names", "nested", "read", "shown", "tables",
 ]  # fmt: skip
 
 CONFIGS, STUDIES = Path(__file__).parent / "configs", Path(__file__).parent / "studies"
@@ -103,6 +98,7 @@ _ANALYSES = ("", "parameters", "speed", "variance_gap")
 _KEYS_OF_BASE = ("base", "tiny", "note", "input_stats")
 
 Scale = float | Literal["tiny"]
+Split = Literal["validation", "test"]
 Place = str | dict[str, str]
 
 

@@ -6,7 +6,7 @@ import statistics
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import yaml
@@ -15,15 +15,11 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from kalmannorm.lab.configuration import Run, check_same
 from kalmannorm.lab.curve import Curve, RandomState
+from kalmannorm.lab.experiments import Split, merge
 from kalmannorm.lab.experiments import load as read
-from kalmannorm.lab.experiments import merge
 from kalmannorm.lab.results import Result, environment, finished, write_atomically
 
-__all__ = [
-    "Result", "Split", "ended_run", "finished", "fit", "is_first_process", "load", "load_with_data", "score", "steps",
-]  # fmt: skip
-
-Split = Literal["validation", "test"]
+__all__ = ["Result", "ended_run", "finished", "fit", "is_first_process", "load", "load_with_data", "score", "steps"]
 
 
 class _Folder(Callback):

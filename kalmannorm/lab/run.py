@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 from rich.console import Console
@@ -20,15 +20,12 @@ from kalmannorm.lab.computed import COMPUTED, measured_gaps
 from kalmannorm.lab.configuration import Run, check_same
 from kalmannorm.lab.costs import seconds_per_step, single_thread, where
 from kalmannorm.lab.data.roots import MissingDataError
-from kalmannorm.lab.experiments import FORMS, Arm, Experiment, Scale, merge, shown
+from kalmannorm.lab.experiments import FORMS, Arm, Experiment, Scale, Split, merge, shown
 from kalmannorm.lab.formatting import as_markdown
 from kalmannorm.lab.jobs import Job, divergence, run_jobs
 from kalmannorm.lab.results import ENVIRONMENT, Result, finished
 from kalmannorm.lab.rows import MEASURED, PLANNED, Key, Row, Rows, Told, key_of, settings_of, table
 from kalmannorm.lab.training import quiet
-
-if TYPE_CHECKING:
-    from kalmannorm.lab.fitting import Split
 
 __all__ = ["Plan", "Trial", "alone", "run", "run_experiment"]
 
