@@ -38,12 +38,9 @@ def written(writes):
     return writes(STUDY)
 
 
-def test_every_table_and_figure_of_the_paper_is_there():
+def test_every_table_and_figure_of_the_paper_is_there_under_a_name_of_its_own():
     assert set(PAPER) | {"arxiv-v1", "peers-inception", "variants"} <= set(tables())
     assert len([arm for arm in read("table8").arms if arm.form in ("", "paper")]) == 24
-
-
-def test_no_two_experiments_have_one_name():
     assert len(set(names())) == len(names())
 
 

@@ -31,12 +31,9 @@ def test_sizes_at_224():
 def test_parameters_are_those_of_table_2():
     model = InceptionV2()
     count = parameters(model)
-    assert count == 11_285_224
-    assert f"{count / 1e6:.2f}M" == "11.29M"
+    assert count == 11_285_224  # 11.29M
     assert parameters(InceptionV2(norm_layer=group_norm)) == count
-    kalman = parameters(kalmannorm.convert(model))
-    assert kalman == 11_295_309
-    assert f"{kalman / 1e6:.2f}M" == "11.30M"
+    assert parameters(kalmannorm.convert(model)) == 11_295_309  # 11.30M
 
 
 def test_width_multiplies_the_channels():
