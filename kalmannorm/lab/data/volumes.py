@@ -20,7 +20,6 @@ __all__ = ["Split", "VolumeData", "generate_volumes"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 NUM_CLASSES = 3
 
-
 # How hard the task is. Lengths are in voxels of a volume with 24 a side, and grow with it; counts are of one volume,
 # and a pair is the smallest and the largest value.
 ELLIPSOIDS, HALF_AXES = 3, (2.5, 5.0)
