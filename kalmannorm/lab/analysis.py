@@ -9,8 +9,6 @@ from torch import Tensor, nn
 from kalmannorm.gaussian import Gaussian
 from kalmannorm.lab.seen import Seen, calls_of
 
-__all__ = ["PriorError", "errors_of", "prior_errors", "variance_gaps"]
-
 
 def variance_gaps(network: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
     """How far each batch's variance is from the moving variance, layer by layer (Fig. 5).

@@ -16,8 +16,6 @@ from kalmannorm.lab.data.images import SOURCES
 from kalmannorm.lab.data.roots import VARIABLE, find
 from kalmannorm.lab.experiments import Scale
 
-__all__ = ["data_at", "missing_data", "not_at_hand"]
-
 
 @contextmanager
 def data_at(place: Path | None, configs: Sequence[Mapping[str, Any]], output: Path, scale: Scale) -> Iterator[None]:

@@ -23,8 +23,6 @@ from kalmannorm.lab.results import write_atomically
 from kalmannorm.lab.run import alone, run
 from kalmannorm.lab.workers import available_cpus
 
-__all__ = ["classifier", "compare"]
-
 # Of images that are normalized as `folders.image_transform` does, about.
 _INPUT_STATS = [[0.0, 0.0, 0.0], [1.0, 1.0, 1.0]]
 # Settings of the configuration that an option gives.

@@ -51,11 +51,6 @@ from typing import Any, Literal
 
 import yaml
 
-__all__ = [
-    "CONFIGS", "FORMS", "STUDIES", "Arm", "Experiment", "Scale", "Split", "Start", "check_search_seed", "config_of",
-    "merge", "names", "nested", "read", "shown", "tables",
-]  # fmt: skip
-
 CONFIGS, STUDIES = Path(__file__).parent / "configs", Path(__file__).parent / "studies"
 # The forms of Kalman Normalization, by the option --kalman: an arm's method and options, and what is added to its name
 # and its label. The paper's number stands beside the first two: it does not say which of them it is of.

@@ -13,8 +13,6 @@ from kalmannorm.lab.results import csv_text, write_atomically
 from kalmannorm.lab.seen import calls_of, is_watched
 from kalmannorm.modules import KalmanNorm
 
-__all__ = ["FilterHistory"]
-
 
 class FilterHistory(Callback):
     """Keeps, every so many steps, the gain and process noise of each Kalman layer, and its prior's errors.

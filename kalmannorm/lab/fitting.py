@@ -19,8 +19,6 @@ from kalmannorm.lab.experiments import Split, merge
 from kalmannorm.lab.experiments import load as read
 from kalmannorm.lab.results import Result, environment, finished, write_atomically
 
-__all__ = ["Result", "ended_run", "finished", "fit", "is_first_process", "load", "load_with_data", "score", "steps"]
-
 
 class _Folder(Callback):
     """Writes a run's configuration when it starts, and then its checkpoints."""

@@ -19,8 +19,6 @@ from kalmannorm.lab.experiments import Split
 from kalmannorm.lab.results import Result
 from kalmannorm.lab.workers import Tell, available_cpus, in_turn, run_all
 
-__all__ = ["Job", "divergence", "fit_on_devices", "run_jobs"]
-
 
 @dataclass(frozen=True)
 class Job:

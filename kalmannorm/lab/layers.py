@@ -17,8 +17,6 @@ from kalmannorm.lab.results import csv_text, write_atomically
 from kalmannorm.lab.scoring import online_logits
 from kalmannorm.lab.seen import calls_of, statistics_batches
 
-__all__ = ["COLUMNS", "layers"]
-
 COLUMNS = ("layer", "estimate", "reference", "mean", "log_ratio", "log_ratio_rms", "variance_gap")
 
 

@@ -7,8 +7,6 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-__all__ = ["Schedule", "check_schedule", "parameter_groups", "sgd", "share_of_rate"]
-
 Schedule = Literal["cosine", "warmup", "milestones"]
 
 # What torch calls the `g` of ``w = g v / |v|``.

@@ -11,11 +11,6 @@ import pandas as pd
 
 from kalmannorm.lab.results import write_atomically
 
-__all__ = [
-    "CURVES", "DIVERGED", "MEASURED", "PLANNED", "RUNS", "Key", "Row", "Rows", "Told", "ToldRun", "key_of",
-    "settings_of",
-]  # fmt: skip
-
 RUNS, CURVES = "runs.csv", "curves.csv"
 # The searched settings are columns before the last two of the first, the scores between the two.
 PLANNED = ("study", "arm", "label", "column", "kind", "seed", "chosen", "split")

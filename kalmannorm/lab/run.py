@@ -27,8 +27,6 @@ from kalmannorm.lab.results import ENVIRONMENT, Result, finished
 from kalmannorm.lab.rows import MEASURED, PLANNED, Key, Row, Rows, Told, key_of, settings_of, table
 from kalmannorm.lab.training import quiet
 
-__all__ = ["Plan", "Trial", "alone", "run", "run_experiment"]
-
 WINDOWS = 50
 
 

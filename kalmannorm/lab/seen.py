@@ -14,8 +14,6 @@ from kalmannorm.inference import collecting
 from kalmannorm.modules import KalmanNorm
 from kalmannorm.traversal import device_of, inputs_seen, random_state_kept
 
-__all__ = ["Seen", "calls_of", "is_watched", "statistics_batches", "watched"]
-
 
 class Seen(NamedTuple):
     """One call of a normalization layer; moments are ``(S, C)``, a row a statistic group."""

@@ -14,8 +14,6 @@ from kalmannorm.lab.formatting import as_markdown, format_value, is_share
 from kalmannorm.lab.rows import CURVES, DIVERGED, MEASURED, PLANNED, RUNS, Row, read_table, settings_of
 from kalmannorm.lab.verdict import verdict_of
 
-__all__ = ["ArmRuns", "Runs", "grids", "notes", "read_runs", "said", "summary", "write_table"]
-
 # Columns that follow, of `results.environment`, that a reader of the table is told.
 _TOLD = ("commit", "torch", "machine", "accelerator", "date")
 

@@ -10,8 +10,6 @@ from kalmannorm.lab.data.augmentation import Scaling
 from kalmannorm.lab.data.digits import Split, cluttered_digits
 from kalmannorm.lab.data.memory import MemoryData, Splits
 
-__all__ = ["ClutterData", "SignalData"]
-
 # Inputs, classes, and the shape of one input.
 SETS: dict[str, tuple[int, int, tuple[int, ...]]] = {"digits": (1797, 10, (1, 64)), "breast_cancer": (569, 2, (30,))}
 

@@ -15,8 +15,6 @@ from torch.nn import functional as F
 from kalmannorm.lab.data.digits import Split
 from kalmannorm.lab.data.memory import MemoryData, Splits
 
-__all__ = ["Split", "VolumeData", "generate_volumes"]
-
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 NUM_CLASSES = 3
 

@@ -22,8 +22,6 @@ from torch import Tensor, nn
 
 from kalmannorm.lab.models.branches import Norm, inception, unit
 
-__all__ = ["CifarInception"]
-
 # Of each module's branches, the filters of each convolution and its size; the last branch begins with pooling.
 MODULES = (
     (((64, 1),), ((96, 1), (128, 3)), ((16, 1), (32, 5)), ((32, 1),)),

@@ -10,8 +10,6 @@ from torch.nn import functional as F
 
 from kalmannorm.lab.models.branches import Norm
 
-__all__ = ["CifarResNet"]
-
 
 def _conv3x3(in_channels: int, channels: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)

@@ -18,8 +18,6 @@ from torchvision.ops import MultiScaleRoIAlign
 
 from kalmannorm.lab.models.branches import Norm
 
-__all__ = ["mask_rcnn_c4", "mask_rcnn_fpn"]
-
 # Sides of the anchors, in pixels, and their height to width.
 SIZES = (32, 64, 128, 256, 512)
 RATIOS = (0.5, 1.0, 2.0)

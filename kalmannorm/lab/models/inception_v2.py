@@ -15,9 +15,6 @@ from torch import Tensor, nn
 
 from kalmannorm.lab.models.branches import Norm, Row, inception, unit
 
-__all__ = ["InceptionV2"]
-
-
 # Of each module the branches, the stride, and whether the pooling is the maximum.
 FIGURE_5: dict[str, tuple[Row, int, bool]] = {
     "3a": ((((64, 1),), ((64, 1), (64, 3)), ((64, 1), (96, 3), (96, 3)), ((32, 1),)), 1, False),

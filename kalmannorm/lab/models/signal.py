@@ -6,8 +6,6 @@ from torch import nn
 
 from kalmannorm.lab.models.branches import Norm
 
-__all__ = ["SignalNet", "TabularNet"]
-
 # (channels, stride) of each convolution: signals of length 64 shrink to 8 steps.
 LAYERS = ((16, 1), (32, 2), (32, 1), (64, 2), (64, 1), (64, 2))
 
