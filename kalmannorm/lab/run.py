@@ -409,22 +409,18 @@ def _collected(plan: Plan, told: Told, grow: bool) -> list[Trial]:
 
 def _nowhere_else(before: Rows, trials: Sequence[Trial], runs: Path) -> Rows:
     """What the files tell of other runs of these arms than these, and of which there is no folder."""
-    arms = {trial.arm.name: trial.arm for trial in trials}
-    names = settings_of(before.runs.columns)
-    here, kept = {trial.key for trial in trials}, set()
-    for row in before.runs.to_dict("records"):
+    arms, here = {trial.arm.name: trial.arm for trial in trials}, {trial.key for trial in trials}
+    names, kept = settings_of(before.runs.columns), []
+    for key, (row, curve) in before.told(failed=True).items():
         arm = arms.get(row["arm"])
-        if arm is None or (key := key_of(row, names)) in here:
+        if arm is None or key in here:
             continue
         # In the order of the search, as the folder is named.
         given = {name: row[name] for name in dict.fromkeys([*arm.search, *names]) if row.get(name)}
         if not _place(runs, arm.name, given, row["split"], row["seed"]).exists():
-            kept.add(key)
-    found = before.among(kept)
-    if len(found.runs):
-        words = [_words(arms[name]) | {"chosen": ""} for name in found.runs["arm"]]
-        found.runs = found.runs.assign(**{key: [each[key] for each in words] for key in words[0]})
-    return found
+            kept.append((row | _words(arm) | {"chosen": ""}, curve))
+    runs_kept, curves = [row for row, _ in kept], [each for _, curve in kept for each in curve]
+    return Rows(table(runs_kept, before.runs.columns), table(curves, before.curves.columns))
 
 
 def _run(plan: Plan, trials: Sequence[Trial]) -> list[Trial]:
