@@ -175,8 +175,8 @@ NETWORKS = {
     "before the activation": (lambda: CifarResNet(14, width=4), "classifier"),
     "behind it": (lambda: CifarResNet(14, width=4, preactivation=False), "classifier"),
     "volumes": (lambda: UNet3d(4, 2), "up|head"),
-    "signals": (SignalNet, "classifier"),
-    "rows": (lambda: TabularNet(8, (4, 4)), "classifier"),
+    "signals": (SignalNet, "20"),
+    "rows": (lambda: TabularNet(8, (4, 4)), "6"),
 }
 
 

@@ -7,21 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from kalmannorm.gaussian import Gaussian
-from kalmannorm.lab.seen import Forward, Seen, calls_of, first_element
-
-__all__ = ["PriorError", "errors_of", "prior_errors", "variance_gaps"]
+from kalmannorm.lab.seen import Seen, calls_of
 
 
-def variance_gaps(
-    network: nn.Module, batches: Iterable[Any], *, forward: Forward = first_element
-) -> dict[str, Tensor]:
+def variance_gaps(network: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
     """How far each batch's variance is from the moving variance, layer by layer (Fig. 5).
 
     Args:
         network: A trained network with BatchNorm or Kalman layers; it is left as it was, see `watched`.
         batches: Inputs, or tuples that begin with them. A BatchNorm layer takes each as one batch; the groups
             of a Kalman layer with ``stats_batch_size`` are batches of their own.
-        forward: ``forward(network, batch)`` makes the call, for other batches.
 
     Returns:
         For each layer with running statistics ``|variance - running_var|``, ``(batches, C)``.
@@ -30,7 +25,7 @@ def variance_gaps(
         ValueError: No such layer, or no batch.
     """
     gaps = {}
-    for name, calls in calls_of(network, batches, forward).items():
+    for name, calls in calls_of(network, batches).items():
         moving = network.get_submodule(name).running_var
         if isinstance(moving, Tensor):
             gaps[name] = (torch.cat([call.posterior.var for call in calls]) - moving).abs().cpu()
@@ -56,16 +51,15 @@ class PriorError(NamedTuple):
     """Root of the mean of its square."""
 
 
-def prior_errors(network: nn.Module, batches: Iterable[Any], *, forward: Forward = first_element) -> list[PriorError]:
+def prior_errors(network: nn.Module, batches: Iterable[Any]) -> list[PriorError]:
     """How good prior, observation and posterior are, layer by layer.
 
     The population is what the layer's observations are together, by the law of total variance, each sample
     counting the same. All moments of all batches are kept until the end: a few hundred batches are enough.
 
     Args:
-        network: See `variance_gaps`; as are ``batches`` and ``forward``.
-        batches: See `network`.
-        forward: See `network`.
+        network: See `variance_gaps`.
+        batches: See `variance_gaps`.
 
     Returns:
         For each layer, in the order of the calls: where it has a prior the prior's, the observation's and the
@@ -75,7 +69,7 @@ def prior_errors(network: nn.Module, batches: Iterable[Any], *, forward: Forward
     Raises:
         ValueError: No such layer, or no batch.
     """
-    return errors_of(network, calls_of(network, batches, forward))
+    return errors_of(network, calls_of(network, batches))
 
 
 def errors_of(network: nn.Module, layers: dict[str, list[Seen]]) -> list[PriorError]:

@@ -16,8 +16,6 @@ from kalmannorm.lab.data.images import SOURCES
 from kalmannorm.lab.data.roots import VARIABLE, find
 from kalmannorm.lab.experiments import Scale
 
-__all__ = ["data_at", "missing_data", "not_at_hand"]
-
 
 @contextmanager
 def data_at(place: Path | None, configs: Sequence[Mapping[str, Any]], output: Path, scale: Scale) -> Iterator[None]:
@@ -27,7 +25,7 @@ def data_at(place: Path | None, configs: Sequence[Mapping[str, Any]], output: Pa
         place: The folder with the data sets; None for the one that ``KALMANNORM_DATA`` names.
         configs: Of what is to be trained.
         output: For the tiny scale, data sets are generated in there.
-        scale: See `kalmannorm.lab.experiments.scaled`.
+        scale: See `kalmannorm.lab.experiments.Arm.scaled`.
 
     Raises:
         ValueError: A place that is no folder, or one for the tiny scale.

@@ -92,7 +92,7 @@ def export(run: Path, file: Path, *, stock: bool = False) -> None:
         stock: Replace Kalman layers by torch's own, which give the same outputs in eval().
     """
     module: Any = fitting.load(run)
-    network, given = module.network, fitting.configuration(run)["model"]["init_args"]
+    network, given = module.network, experiments.load(run / "config.yaml")["model"]["init_args"]
     if stock:
         if given["normalization"] != "bn" and next(kalman_layers(network), None) is None:
             raise ValueError(f"--stock: {run} trained {given['normalization']}, expected Kalman layers")

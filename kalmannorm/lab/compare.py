@@ -23,8 +23,6 @@ from kalmannorm.lab.results import write_atomically
 from kalmannorm.lab.run import alone, run
 from kalmannorm.lab.workers import available_cpus
 
-__all__ = ["classifier", "compare"]
-
 # Of images that are normalized as `folders.image_transform` does, about.
 _INPUT_STATS = [[0.0, 0.0, 0.0], [1.0, 1.0, 1.0]]
 # Settings of the configuration that an option gives.
@@ -137,7 +135,8 @@ def compare(
     _check_pictures(data)
     config = _config(network, data, statistics_batch, start, steps)
     words = _words(network, start, weights, images, statistics_batch, size, steps, flat(more))
-    arms = {key: {"label": METHODS[key].label, "model": _model(key)} for key in keys}
+    known = {"normalization_options": {"input_stats": _INPUT_STATS}}
+    models = {key: {"normalization": key, **(known if key.startswith("kn") else {})} for key in keys}
     content: dict[str, Any] = {
         "title": f"Which normalization for {Path(folder).name}?",
         "question": words,
@@ -145,9 +144,9 @@ def compare(
         "seeds": seeds,
         "verdict": {"guessing": _largest_share(data), "images": len(data.test_set)},
         "config": merge(config, more),
-        "arms": arms,
+        "arms": {key: {"label": METHODS[key].label, "model": model} for key, model in models.items()},
     }
-    Run(merge(content["config"], {"model": {"init_args": arms[keys[0]]["model"]}}))  # or a setting is wrong
+    Run(merge(content["config"], {"model": {"init_args": models[keys[0]]}}))  # or a setting is wrong
     with alone(output / "compare"):
         return run(str(_written(output, content)), seeds=seeds, workers=workers, output=output)
 
@@ -171,11 +170,6 @@ def _config(network: str, data: FolderData, group: int, start: Path | None, step
         "trainer": {"max_steps": steps, "val_check_interval": steps + 1},
         "checkpoint_every": min(1000, steps),
     }
-
-
-def _model(method: str) -> dict[str, Any]:
-    options = {"normalization_options": {"input_stats": _INPUT_STATS}} if method.startswith("kn") else {}
-    return {"normalization": method, **options}
 
 
 def _words(

@@ -12,8 +12,6 @@ from torch import Tensor
 from kalmannorm.lab.costs import build, device, image_size, random_batch, timed_step
 from kalmannorm.lab.experiments import merge
 
-__all__ = ["COMPUTED", "measured_gaps", "parameters", "relative_gap", "speed", "without_memory"]
-
 ROUNDS = 20
 BATCHES = 1000
 

@@ -14,8 +14,6 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from kalmannorm.lab.experiments import load
 from kalmannorm.lab.training import quiet
 
-__all__ = ["Run", "check_same", "difference", "flat", "reason"]
-
 # A run is so many steps, whatever an epoch is; and what its folder keeps, the callbacks here write.
 _TRAINER: dict[str, Any] = {
     "max_epochs": -1,

@@ -14,8 +14,6 @@ from jsonargparse import ArgumentError, ArgumentParser
 from kalmannorm.lab.configuration import reason
 from kalmannorm.lab.experiments import merge
 
-__all__ = ["build", "device", "image_size", "random_batch", "seconds_per_step", "single_thread", "timed_step", "where"]
-
 # Images of so many pixels together are timed on a CPU; a step of more is taken to cost in proportion.
 PIXELS = 8 * 32 * 32
 BASES = {"model": lightning.LightningModule, "data": lightning.LightningDataModule}

@@ -10,8 +10,6 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-__all__ = ["Curve", "RandomState"]
-
 
 class Curve(Callback):
     """Keeps the loss and the duration of each gradient step, and each validation.

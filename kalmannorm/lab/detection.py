@@ -19,8 +19,6 @@ from kalmannorm.lab.pretrained import resnet, started
 from kalmannorm.lab.scoring import has_running_statistics, online
 from kalmannorm.modules import is_trained
 
-__all__ = ["Detector"]
-
 Batch = tuple[list[Tensor], list[Target]]
 
 # Ours, and torchmetrics' names for them.

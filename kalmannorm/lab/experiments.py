@@ -39,8 +39,6 @@ An arm has a ``config`` of its own (or ``model``, the ``init_args`` of the model
 ``label`` and ``column`` may also stand outside of the arms, for all that have none.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 import itertools
@@ -49,17 +47,9 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import yaml
-
-if TYPE_CHECKING:
-    from kalmannorm.lab.fitting import Split
-
-__all__ = [
-    "CONFIGS", "FORMS", "STUDIES", "Arm", "Experiment", "Scale", "Start", "check_search_seed", "config_of", "merge",
-    "names", "nested", "read", "scaled", "shown", "tables",
-]  # fmt: skip
 
 CONFIGS, STUDIES = Path(__file__).parent / "configs", Path(__file__).parent / "studies"
 # The forms of Kalman Normalization, by the option --kalman: an arm's method and options, and what is added to its name
@@ -103,6 +93,7 @@ _ANALYSES = ("", "parameters", "speed", "variance_gap")
 _KEYS_OF_BASE = ("base", "tiny", "note", "input_stats")
 
 Scale = float | Literal["tiny"]
+Split = Literal["validation", "test"]
 Place = str | dict[str, str]
 
 
@@ -160,11 +151,23 @@ class Arm:
         """What `kalmannorm.lab.fitting.fit` takes.
 
         Args:
-            scale: See `scaled`.
+            scale: A share of the steps, schedules and intervals with them; or ``"tiny"``, for what `tiny` changes.
             settings: Of the searched ones.
             seed: Of weights and order.
+
+        Raises:
+            ValueError: A share that is not above 0.
         """
-        config = scaled(self.config, self.tiny, scale)
+        if scale == "tiny":
+            config = merge(self.config, self.tiny)
+        elif 0 < scale < math.inf:
+            config = copy.deepcopy(self.config)
+            for section, key in _LENGTHS:
+                place = config.get(section, {}) if section else config
+                if key in place and scale != 1:
+                    place[key] = max(1, round(place[key] * scale))
+        else:
+            raise ValueError(f"scale must be 'tiny' or a number above 0; got {scale}")
         for setting, value in (settings or {}).items():
             config = merge(config, nested(setting, value))
         return merge(config, {"seed_everything": seed})
@@ -222,29 +225,6 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def scaled(config: Mapping[str, Any], tiny: Mapping[str, Any], scale: Scale) -> dict[str, Any]:
-    """The configuration of a shorter training.
-
-    Args:
-        config: Of the training in full.
-        tiny: What is merged onto it for the scale ``"tiny"``.
-        scale: A share of the steps, schedules and intervals with them; or ``"tiny"``.
-
-    Raises:
-        ValueError: A share that is not above 0.
-    """
-    if scale == "tiny":
-        return merge(config, tiny)
-    if not 0 < scale < float("inf"):
-        raise ValueError(f"scale must be 'tiny' or a number above 0; got {scale}")
-    shorter = dict(copy.deepcopy(config))
-    for section, key in _LENGTHS:
-        place = shorter.get(section, {}) if section else shorter
-        if key in place and scale != 1:
-            place[key] = max(1, round(place[key] * scale))
-    return shorter
-
-
 def tables() -> list[str]:
     """The tables and figures of the paper, and what is laid out like them."""
     return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
@@ -253,18 +233,6 @@ def tables() -> list[str]:
 def names() -> list[str]:
     """All experiments that come with the laboratory."""
     return tables() + sorted(path.stem for path in STUDIES.glob("*.yaml"))
-
-
-def path_of(name: str | Path) -> Path:
-    """The file of an experiment, by its name or itself.
-
-    Raises:
-        ValueError: There is none.
-    """
-    for path in (CONFIGS / f"{name}.yaml", STUDIES / f"{name}.yaml", Path(name)):
-        if path.is_file():
-            return path
-    raise ValueError(f"no experiment or file {str(name)!r}; experiments are {', '.join(names())}")
 
 
 def read(name: str | Path) -> Experiment:
@@ -280,14 +248,13 @@ def read(name: str | Path) -> Experiment:
         >>> [arm.name for arm in read("table2").arms if arm.form == "paper"]
         ['inception-v2-kn', 'resnet101-kn', 'resnet50-kn']
     """
-    path = path_of(name)
-    # Those that come along do not change.
-    return _known(path) if path.parent in (CONFIGS, STUDIES) else _read(path)
-
-
-def _read(path: Path) -> Experiment:
+    places = (CONFIGS / f"{name}.yaml", STUDIES / f"{name}.yaml", Path(name))
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        raise ValueError(f"no experiment or file {str(name)!r}; experiments are {', '.join(names())}")
     try:
-        return _parsed(path)
+        # Those that come along do not change.
+        return _known(path) if path.parent in (CONFIGS, STUDIES) else _parsed(path)
     except (TypeError, AttributeError, KeyError, RecursionError) as error:  # a value of another kind
         raise ValueError(f"{path} is no experiment's file: {type(error).__name__}: {error}") from error
 
@@ -315,7 +282,7 @@ def _parsed(path: Path) -> Experiment:
     return experiment
 
 
-_known = functools.cache(_read)
+_known = functools.cache(_parsed)
 
 
 def config_of(name: str | Path, settings: Sequence[str] = ()) -> dict[str, Any]:

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["arms", "empty", "plain", "search", "variance_gaps"]
-
 # The estimates' colours, the same in all figures of the documentation.
 COLOURS = {"prior": "#dd8452", "observation": "#8c8c8c", "posterior": "#4c72b0"}
 

@@ -10,10 +10,8 @@ from torch import nn
 from kalmannorm.integrations.lightning import network_of
 from kalmannorm.lab.analysis import errors_of
 from kalmannorm.lab.results import csv_text, write_atomically
-from kalmannorm.lab.seen import calls_of, first_element, is_watched
+from kalmannorm.lab.seen import calls_of, is_watched
 from kalmannorm.modules import KalmanNorm
-
-__all__ = ["FilterHistory"]
 
 
 class FilterHistory(Callback):
@@ -74,7 +72,7 @@ class FilterHistory(Callback):
 
 
 def _rows(network: nn.Module, batch: Any) -> list[dict[str, Any]]:
-    layers = calls_of(network, [batch], first_element)
+    layers = calls_of(network, [batch])
     errors = errors_of(network, layers)
     rows = []
     for name, calls in layers.items():

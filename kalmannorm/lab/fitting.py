@@ -6,7 +6,7 @@ import statistics
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import yaml
@@ -15,16 +15,9 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from kalmannorm.lab.configuration import Run, check_same
 from kalmannorm.lab.curve import Curve, RandomState
+from kalmannorm.lab.experiments import Split, merge
 from kalmannorm.lab.experiments import load as read
-from kalmannorm.lab.experiments import merge
 from kalmannorm.lab.results import Result, environment, finished, write_atomically
-
-__all__ = [
-    "Result", "Split", "configuration", "ended_run", "finished", "fit", "is_first_process", "load", "load_with_data",
-    "score", "steps",
-]  # fmt: skip
-
-Split = Literal["validation", "test"]
 
 
 class _Folder(Callback):
@@ -197,15 +190,6 @@ def load_with_data(folder: Path) -> tuple[LightningModule, Any]:
     _, module, data = _loaded(_stored(folder), folder)
     data.setup()
     return module.eval(), data
-
-
-def configuration(folder: Path) -> dict[str, Any]:
-    """All that a run was configured by.
-
-    Raises:
-        ValueError: The folder holds no run.
-    """
-    return _stored(folder).complete()
 
 
 def score(folder: Path, split: Split, overrides: Sequence[str] = ()) -> dict[str, float]:

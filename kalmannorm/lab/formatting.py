@@ -8,8 +8,6 @@ from typing import Any
 
 import jinja2
 
-__all__ = ["as_markdown", "filled", "format_value", "mean_and_deviation", "with_spread"]
-
 # Numbers after the point, by the beginning of a metric's name; what is none of these is a share, shown in per cent.
 DIGITS = {"steps": 0, "parameters": 2, "images_per_second": 2, "ratio": 3, "variance_gap": 3}
 

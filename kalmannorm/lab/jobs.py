@@ -1,7 +1,5 @@
 """Trainings in a pool of processes, or one after another on several devices each."""
 
-from __future__ import annotations
-
 import math
 import os
 import re
@@ -11,19 +9,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import yaml
 from rich.console import Console
 
+from kalmannorm.lab.experiments import Split
 from kalmannorm.lab.results import Result
 from kalmannorm.lab.workers import Tell, available_cpus, in_turn, run_all
-
-if TYPE_CHECKING:
-    from kalmannorm.lab.fitting import Split
-
-__all__ = ["Job", "divergence", "fit_on_devices", "run_jobs"]
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,7 @@ from kalmannorm.lab.analysis import errors_of
 from kalmannorm.lab.formatting import as_markdown
 from kalmannorm.lab.results import csv_text, write_atomically
 from kalmannorm.lab.scoring import online_logits
-from kalmannorm.lab.seen import calls_of, first_element, statistics_batches
-
-__all__ = ["COLUMNS", "layers"]
+from kalmannorm.lab.seen import calls_of, statistics_batches
 
 COLUMNS = ("layer", "estimate", "reference", "mean", "log_ratio", "log_ratio_rms", "variance_gap")
 
@@ -58,7 +56,7 @@ def layers(
         for line in _accuracies(network, data.val_dataloader(), size):
             console.print(line, highlight=False)
     groups = statistics_batches(data.val_dataloader(), size)
-    seen = calls_of(network, islice(groups, batches), first_element)
+    seen = calls_of(network, islice(groups, batches))
     rows: list[dict[str, Any]] = []
     for error in errors_of(network, seen):
         row = error._asdict()

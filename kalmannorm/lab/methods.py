@@ -19,8 +19,6 @@ from kalmannorm.modules import is_stock_batchnorm
 from kalmannorm.steps import detached, put, step_of
 from kalmannorm.traversal import kalman_layers
 
-__all__ = ["METHODS", "Method", "normalize"]
-
 # Training steps of the papers whose schedules are given in steps.
 _RENORM_STEPS = 130_000
 

@@ -7,8 +7,6 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-__all__ = ["Schedule", "check_schedule", "parameter_groups", "sgd", "share_of_rate"]
-
 Schedule = Literal["cosine", "warmup", "milestones"]
 
 # What torch calls the `g` of ``w = g v / |v|``.
@@ -50,11 +48,7 @@ def sgd(
         momentum: SGD's.
         weight_decay: On weights alone, see `parameter_groups`.
         warmup: Let the rate of any schedule rise as in ``"warmup"``.
-
-    Raises:
-        ValueError: See `check_schedule`.
     """
-    check_schedule(rate, steps, schedule, milestones)
     optimizer = torch.optim.SGD(parameter_groups(model, weight_decay), lr=rate, momentum=momentum)
     factor = partial(share_of_rate, steps=steps, schedule=schedule, milestones=milestones, warmup=warmup)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
@@ -62,7 +56,7 @@ def sgd(
 
 
 def check_schedule(rate: float, steps: int, schedule: Schedule, milestones: dict[float, float] | None) -> None:
-    """Refuse what `sgd` cannot do.
+    """Refuse what `sgd` cannot do, when a module is made.
 
     Raises:
         ValueError: An unknown schedule, milestones without their schedule or the reverse, shares outside of 0 to 1,

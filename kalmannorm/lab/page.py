@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["GAPS", "curves", "render", "write_page"]
-
 # How files of figures of variance gaps begin.
 GAPS = "variance-gaps-"
 # What matplotlib writes into an SVG unless it is told not to.

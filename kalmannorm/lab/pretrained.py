@@ -9,8 +9,6 @@ import torch
 from torch import Tensor, nn
 from torchvision.models._utils import IntermediateLayerGetter
 
-__all__ = ["Part", "classifier", "load_trunk", "resnet", "started", "trained_weights"]
-
 
 def trained_weights(file: Path) -> dict[str, Tensor]:
     """The state dict of a trained network.

@@ -21,8 +21,6 @@ import kalmannorm
 from kalmannorm.lab.experiments import load
 from kalmannorm.lab.workers import available_cpus
 
-__all__ = ["ENVIRONMENT", "Result", "csv_text", "environment", "finished", "write_atomically"]
-
 # What `environment` says.
 ENVIRONMENT = ("commit", "kalmannorm", "torch", "lightning", "python", "machine", "accelerator", "date")
 

@@ -11,11 +11,6 @@ import pandas as pd
 
 from kalmannorm.lab.results import write_atomically
 
-__all__ = [
-    "CURVES", "DIVERGED", "MEASURED", "PLANNED", "RUNS", "Key", "Row", "Rows", "Told", "ToldRun", "key_of",
-    "settings_of",
-]  # fmt: skip
-
 RUNS, CURVES = "runs.csv", "curves.csv"
 # The searched settings are columns before the last two of the first, the scores between the two.
 PLANNED = ("study", "arm", "label", "column", "kind", "seed", "chosen", "split")
@@ -94,24 +89,16 @@ class Rows:
         """All but these arms' runs."""
         return Rows(*(each if each.empty else each[~each["arm"].isin(arms)] for each in (self.runs, self.curves)))
 
-    def among(self, keys: Collection[Key]) -> Rows:
-        """The runs of these keys alone."""
-        settings = settings_of(self.runs.columns)
-        return Rows(*(
-            each[[key_of(row, settings) in keys for row in each.to_dict("records")]] if len(each) else each
-            for each in (self.runs, self.curves)
-        ))  # fmt: skip
-
     def __add__(self, other: Rows) -> Rows:
         """The runs of both."""
         return Rows(_together(self.runs, other.runs), _together(self.curves, other.curves))
 
-    def told(self) -> Told:
-        """Of each run that came to an end or diverged, its row and those of its curve."""
+    def told(self, *, failed: bool = False) -> Told:
+        """Of each run that came to an end or diverged, or also of those that failed, its row and those of its curve."""
         settings = settings_of(self.runs.columns)
         found: Told = {}
         for row in self.runs.to_dict("records"):
-            if not row["error"] or row["error"].startswith(DIVERGED):
+            if failed or not row["error"] or row["error"].startswith(DIVERGED):
                 found[key_of(row, settings)] = ({name: text for name, text in row.items() if text}, [])
         for row in self.curves.to_dict("records"):
             if (key := key_of(row, settings)) in found:

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 from rich.console import Console
@@ -20,17 +20,12 @@ from kalmannorm.lab.computed import COMPUTED, measured_gaps
 from kalmannorm.lab.configuration import Run, check_same
 from kalmannorm.lab.costs import seconds_per_step, single_thread, where
 from kalmannorm.lab.data.roots import MissingDataError
-from kalmannorm.lab.experiments import FORMS, Arm, Experiment, Scale, merge, shown
+from kalmannorm.lab.experiments import FORMS, Arm, Experiment, Scale, Split, merge, shown
 from kalmannorm.lab.formatting import as_markdown
 from kalmannorm.lab.jobs import Job, divergence, run_jobs
 from kalmannorm.lab.results import ENVIRONMENT, Result, finished
 from kalmannorm.lab.rows import MEASURED, PLANNED, Key, Row, Rows, Told, key_of, settings_of, table
 from kalmannorm.lab.training import quiet
-
-if TYPE_CHECKING:
-    from kalmannorm.lab.fitting import Split
-
-__all__ = ["Plan", "Trial", "alone", "run", "run_experiment"]
 
 WINDOWS = 50
 
@@ -181,14 +176,11 @@ def run_experiment(whole: Experiment, plan: Plan, *, report: bool, collect: bool
         if not grow and all(missing.get(arm.name) for arm in arms):
             raise MissingDataError(missing[arms[0].name])
     _check_unchanged(plan)
-    trials: Sequence[Trial] = []
-    if collect:
-        trials = _told(whole, plan, missing, collect=True, grow=grow)
-    elif not report:
-        with ExitStack() as locks:
-            for name in sorted({plan.experiment.name, *(arm.run[0] for arm in arms)}):
-                locks.enter_context(alone(plan.output / name))
-            trials = _told(whole, plan, missing, collect=False, grow=grow)
+    trains = set() if report or collect else {plan.experiment.name, *(arm.run[0] for arm in arms)}
+    with ExitStack() as locks:
+        for name in sorted(trains):
+            locks.enter_context(alone(plan.output / name))
+        trials = _told(whole, plan, missing, collect=collect, grow=grow) if collect or not report else []
     plan.console.print(tables.write_table(whole, plan.folder), soft_wrap=True, highlight=False, markup=False)
     written = page.write_page(whole, plan.folder)
     plan.console.print(f"Report: {written}", soft_wrap=True, highlight=False, markup=False)
@@ -299,7 +291,7 @@ def _of_data(plan: Plan, ask: Callable[[Mapping[str, Any]], str]) -> dict[str, s
 def _listed(plan: Plan) -> str:
     """What there is to do, a line an arm: runs, steps, hours on one device of this machine, and what is missing."""
     rows = [["arm", "runs of the search", "runs that count", "steps a run", "steps", "hours", "data"]]
-    searches, finals, steps, seconds = 0, 0, 0, 0.0
+    counts: list[tuple[int, int, int, float]] = []  # of each arm the runs of both kinds, the steps and the seconds
     times: dict[str, float | None] = {}
     missing = _of_data(plan, not_at_hand)
     notes = [f"- Data: {text}" for text in dict.fromkeys(missing.values()) if text]
@@ -316,9 +308,7 @@ def _listed(plan: Plan) -> str:
             with single_thread():  # as each training would have
                 times[like] = seconds_per_step(config)
         step = times[like]
-        searches, finals, steps, seconds = (
-            searches + len(searched), finals + seeds, steps + own, seconds + (step or 0.0) * own,
-        )  # fmt: skip
+        counts.append((len(searched), seeds, own, (step or 0.0) * own))
         there = "see below" if missing[arm.name] else "here"
         start = None if _is_fresh(arm, plan.amount) else arm.start
         if start and not _weights_of(plan, start.path.stem, start.arm):
@@ -330,6 +320,7 @@ def _listed(plan: Plan) -> str:
     text = f"{plan.experiment.title}\n\n{as_markdown(rows)}"
     if not missing:
         return f"{text}\nNothing is trained."
+    searches, finals, steps, seconds = map(sum, zip(*counts, strict=True))
     text += "".join(f"{note}\n" for note in ("", *notes)) if notes else ""
     known = f"{seconds / 3600:,.1f} hours" if None not in times.values() else "hours unknown where they are '?'"
     return (
@@ -418,22 +409,18 @@ def _collected(plan: Plan, told: Told, grow: bool) -> list[Trial]:
 
 def _nowhere_else(before: Rows, trials: Sequence[Trial], runs: Path) -> Rows:
     """What the files tell of other runs of these arms than these, and of which there is no folder."""
-    arms = {trial.arm.name: trial.arm for trial in trials}
-    names = settings_of(before.runs.columns)
-    here, kept = {trial.key for trial in trials}, set()
-    for row in before.runs.to_dict("records"):
+    arms, here = {trial.arm.name: trial.arm for trial in trials}, {trial.key for trial in trials}
+    names, kept = settings_of(before.runs.columns), []
+    for key, (row, curve) in before.told(failed=True).items():
         arm = arms.get(row["arm"])
-        if arm is None or (key := key_of(row, names)) in here:
+        if arm is None or key in here:
             continue
         # In the order of the search, as the folder is named.
         given = {name: row[name] for name in dict.fromkeys([*arm.search, *names]) if row.get(name)}
         if not _place(runs, arm.name, given, row["split"], row["seed"]).exists():
-            kept.add(key)
-    found = before.among(kept)
-    if len(found.runs):
-        words = [_words(arms[name]) | {"chosen": ""} for name in found.runs["arm"]]
-        found.runs = found.runs.assign(**{key: [each[key] for each in words] for key in words[0]})
-    return found
+            kept.append((row | _words(arm) | {"chosen": ""}, curve))
+    runs_kept, curves = [row for row, _ in kept], [each for _, curve in kept for each in curve]
+    return Rows(table(runs_kept, before.runs.columns), table(curves, before.curves.columns))
 
 
 def _run(plan: Plan, trials: Sequence[Trial]) -> list[Trial]:

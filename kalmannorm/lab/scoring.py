@@ -10,8 +10,6 @@ from kalmannorm.freezing import unfrozen_layers
 from kalmannorm.inference import tracking_layers
 from kalmannorm.traversal import attributes_kept
 
-__all__ = ["has_running_statistics", "online", "online_logits"]
-
 
 def online(network: nn.Module) -> AbstractContextManager[None]:
     """As `kalmannorm.online_statistics`; nothing where a network has no running statistics, or frozen ones alone."""

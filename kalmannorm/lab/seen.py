@@ -1,6 +1,6 @@
 """What each normalization layer sees: its prior, its observation, its posterior."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -13,10 +13,6 @@ from kalmannorm.gaussian import Gaussian
 from kalmannorm.inference import collecting
 from kalmannorm.modules import KalmanNorm
 from kalmannorm.traversal import device_of, inputs_seen, random_state_kept
-
-__all__ = ["Forward", "Seen", "calls_of", "first_element", "is_watched", "statistics_batches", "watched"]
-
-Forward = Callable[[nn.Module, Any], object]
 
 
 class Seen(NamedTuple):
@@ -96,17 +92,12 @@ class _Watcher:
         self.seen[-1] = self.seen[-1]._replace(posterior=posterior)
 
 
-def first_element(network: nn.Module, batch: Any) -> object:
-    """Call a network on a batch that is its input, or begins with it."""
-    images = batch if isinstance(batch, Tensor) else batch[0]
-    return network(images.to(device_of(network)))
-
-
-def calls_of(network: nn.Module, batches: Iterable[Any], forward: Forward) -> dict[str, list[Seen]]:
-    """Everything each layer saw, in the order of the layers' first calls."""
+def calls_of(network: nn.Module, batches: Iterable[Any]) -> dict[str, list[Seen]]:
+    """Everything each layer saw, in the order of the layers' first calls; of inputs, or tuples that begin with them."""
     with watched(network) as seen:
         for batch in batches:
-            forward(network, batch)
+            images = batch if isinstance(batch, Tensor) else batch[0]
+            network(images.to(device_of(network)))
     layers: dict[str, list[Seen]] = {}
     for each in seen:
         layers.setdefault(each.layer, []).append(each)

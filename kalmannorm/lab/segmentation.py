@@ -10,8 +10,6 @@ from torchmetrics.segmentation import DiceScore
 
 from kalmannorm.lab.training import Classifier
 
-__all__ = ["Segmenter", "soft_dice_loss"]
-
 
 class Segmenter(Classifier):
     """Trains a network to classify voxels, by SGD with momentum, on the sum of cross entropy and `soft_dice_loss`.

@@ -1,7 +1,7 @@
 """An experiment's table and figure, from the files of its runs alone."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,8 +13,6 @@ from kalmannorm.lab.experiments import Arm, Experiment
 from kalmannorm.lab.formatting import as_markdown, format_value, is_share
 from kalmannorm.lab.rows import CURVES, DIVERGED, MEASURED, PLANNED, RUNS, Row, read_table, settings_of
 from kalmannorm.lab.verdict import verdict_of
-
-__all__ = ["ArmRuns", "Runs", "grids", "notes", "read_runs", "said", "summary", "write_table"]
 
 # Columns that follow, of `results.environment`, that a reader of the table is told.
 _TOLD = ("commit", "torch", "machine", "accelerator", "date")
@@ -65,13 +63,15 @@ class ArmRuns:
         whole = len(values) == len(self.final) or score == "steps_to_baseline"
         return found if whole else f"{found} ({len(values)} of {len(self.final)} runs)"
 
+    def points(self, name: str) -> pd.DataFrame:
+        """Of the loss, or of a score in validation, the ``seed`` and ``step`` of each number of the runs that count."""
+        seeds = [row["seed"] for row in self.counted]
+        own = self.curves.reindex(columns=["seed", "step", name], fill_value="")
+        return own[own["seed"].isin(seeds) & (own[name] != "")].astype({name: float, "step": int})
+
     def curve(self, name: str) -> pd.Series:
         """The loss, or a score in validation, by step: the mean over the runs that count."""
-        seeds = [row["seed"] for row in self.counted]
-        if name not in self.curves or not seeds:
-            return pd.Series(dtype=float)
-        own = self.curves[self.curves["seed"].isin(seeds) & (self.curves[name] != "")]
-        return own.astype({name: float, "step": int}).groupby("step")[name].mean()
+        return self.points(name).groupby("step")[name].mean()
 
 
 @dataclass(frozen=True)
@@ -95,13 +95,6 @@ class Runs:
     @cached_property
     def columns(self) -> list[str]:
         return list(dict.fromkeys(arm.column for arm in self.arms))
-
-    @cached_property
-    def labels(self) -> list[str]:
-        return list(dict.fromkeys(arm.label for arm in self.arms))
-
-    def at(self, label: str, column: str) -> ArmRuns | None:
-        return next((arm for arm in self.arms if (arm.label, arm.column) == (label, column)), None)
 
     def title(self, arm: ArmRuns) -> str:
         """Where an arm is in the table."""
@@ -196,12 +189,10 @@ def _steps_to(baseline: ArmRuns, arm: ArmRuns, metric: str) -> list[float]:
     """The first validation of each run at which it was as good as the baseline is at its end, both on validation
     images; nothing of a run that never was.
     """
-    goal = baseline.curve(metric)
-    if goal.empty or metric not in arm.curves:
+    goal, own = baseline.curve(metric), arm.points(metric)
+    if goal.empty:
         return []
-    own = arm.curves[arm.curves[metric] != ""].astype({metric: float, "step": int})
-    counted = [row["seed"] for row in arm.counted]
-    good = own[own["seed"].isin(counted) & (own[metric] >= float(goal.iloc[-1]))]
+    good = own[own[metric] >= float(goal.iloc[-1])]
     return [float(step) for step in good.groupby("seed")["step"].min()]
 
 
@@ -240,34 +231,34 @@ def said(experiment: Experiment, runs: Runs) -> str:
 def grids(experiment: Experiment, runs: Runs) -> list[tuple[str, list[list[str]]]]:
     """The tables, each with its title: a number in each place, or a table for each score."""
     if experiment.is_table:
-        return [("", _places(experiment, runs))]
+        # A form of KN stands below the row that it is a form of.
+        return [("", _grid(_places(experiment, runs), experiment.rows))]
     scores = sorted(runs.scores, key=lambda name: name != experiment.metric) or [experiment.metric]
     if len(runs.columns) == 1:
         rows = [["", *(name.replace("_", " ") for name in scores)]]
         return [("", rows + [[arm.label, *(arm.text(score) for score in scores)] for arm in runs.arms])]
-    return [(score.replace("_", " "), _grid(runs, score)) for score in scores]
+    places = {score: {(arm.label, arm.column): arm.text(score) for arm in runs.arms} for score in scores}
+    return [(score.replace("_", " "), _grid(texts)) for score, texts in places.items()]
 
 
-def _grid(runs: Runs, score: str) -> list[list[str]]:
-    found = [[runs.at(label, column) for column in runs.columns] for label in runs.labels]
-    body = [[arm.text(score) if arm else "" for arm in row] for row in found]
-    return [["", *runs.columns], *([label, *row] for label, row in zip(runs.labels, body, strict=True))]
+def _grid(texts: Mapping[tuple[str, str], str], order: Sequence[str] = ()) -> list[list[str]]:
+    """The header and the rows of texts by row and column; rows are in the order of these beginnings of their names."""
+    columns = list(dict.fromkeys(column for _, column in texts))
+    rows = list(dict.fromkeys(row for row, _ in texts))
+    places = {known: place for place, known in enumerate(order)}
+    rows.sort(key=lambda row: next((places[known] for known in order if row.startswith(known)), len(order)))
+    return [["", *columns], *([row, *(texts.get((row, column), "") for column in columns)] for row in rows)]
 
 
-def _places(experiment: Experiment, runs: Runs) -> list[list[str]]:
-    """The header and the rows: measured, and in brackets what the paper reports."""
+def _places(experiment: Experiment, runs: Runs) -> dict[tuple[str, str], str]:
+    """By row and column what was measured, and in brackets what the paper reports."""
     texts: dict[tuple[str, str], str] = {}
     for arm in runs.arms:
         for metric, row, column in arm.arm.places(_metric(experiment, arm.arm)):
             reported = arm.arm.reported.get(metric)
             measured = arm.text(metric) if arm.values(metric) else _why_not(arm)
             texts[row, column] = measured if reported is None else f"{measured} ({reported:,})"
-    columns = list(dict.fromkeys(column for _, column in texts))
-    # A form of KN stands below the row that it is a form of.
-    order = {row: place for place, row in enumerate(experiment.rows)}
-    rows = list(dict.fromkeys(row for row, _ in texts))
-    rows.sort(key=lambda row: next((order[known] for known in order if row.startswith(known)), len(order)))
-    return [["", *columns], *([row, *(texts.get((row, column), "") for column in columns)] for row in rows)]
+    return texts
 
 
 def _why_not(arm: ArmRuns) -> str:

@@ -27,8 +27,6 @@ from kalmannorm.lab.pretrained import started
 from kalmannorm.lab.scoring import online_logits
 from kalmannorm.modules import is_stock_batchnorm
 
-__all__ = ["Batch", "Classifier", "quiet"]
-
 Batch = tuple[Tensor, Tensor]
 # Warnings that a run is not the place for.
 UNWANTED = (

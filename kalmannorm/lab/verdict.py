@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from kalmannorm.lab.experiments import Experiment
     from kalmannorm.lab.tables import Runs
 
-__all__ = ["verdict", "verdict_of"]
-
 # A difference of means counts where it is more than so many times the deviation between seeds.
 BEYOND = 2.0
 

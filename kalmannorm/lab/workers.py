@@ -21,8 +21,6 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-__all__ = ["Tell", "available_cpus", "bars", "in_turn", "run_all"]
-
 J = TypeVar("J")
 R = TypeVar("R")
 Tell = Callable[[int], None]

@@ -7,7 +7,7 @@ import yaml
 
 from kalmannorm.lab.computed import parameters, without_memory
 from kalmannorm.lab.configuration import Run, flat
-from kalmannorm.lab.experiments import config_of, merge, names, read, scaled, tables
+from kalmannorm.lab.experiments import config_of, merge, names, read, tables
 from kalmannorm.lab.optimization import share_of_rate
 
 PAPER = [*(f"table{number}" for number in range(1, 9)), "figure3", "figure4", "figure5"]
@@ -38,12 +38,9 @@ def written(writes):
     return writes(STUDY)
 
 
-def test_every_table_and_figure_of_the_paper_is_there():
+def test_every_table_and_figure_of_the_paper_is_there_under_a_name_of_its_own():
     assert set(PAPER) | {"arxiv-v1", "peers-inception", "variants"} <= set(tables())
     assert len([arm for arm in read("table8").arms if arm.form in ("", "paper")]) == 24
-
-
-def test_no_two_experiments_have_one_name():
     assert len(set(names())) == len(names())
 
 
@@ -184,14 +181,14 @@ def test_merging_replaces_all_but_mappings_of_names_and_changes_neither():
 
 
 def test_a_scale_multiplies_lengths_and_nothing_else():
-    whole = config_of("table8/resnet32-kn-bs2")
-    shorter = scaled(whole, {}, 0.05)
+    arm = EVERY["table8/resnet32-kn-bs2"]
+    shorter = arm.scaled(0.05)
     assert (shorter["trainer"]["max_steps"], shorter["trainer"]["val_check_interval"]) == (7812, 100)
     assert shorter["checkpoint_every"] == 100
-    assert shorter["model"] == whole["model"]
-    assert scaled(whole, {}, 1e-9)["trainer"]["max_steps"] == 1
+    assert shorter["model"] == arm.config["model"]
+    assert arm.scaled(1e-9)["trainer"]["max_steps"] == 1
     with pytest.raises(ValueError, match=r"above 0; got -1"):
-        scaled(whole, {}, -1)
+        arm.scaled(-1)
 
 
 def test_an_experiment_may_be_another_one_at_another_size(written, tmp_path):

@@ -10,7 +10,8 @@ import torch
 import yaml
 
 from kalmannorm.lab.configuration import Run
-from kalmannorm.lab.fitting import Result, _Folder, finished, fit, load, score, steps
+from kalmannorm.lab.fitting import _Folder, fit, load, score, steps
+from kalmannorm.lab.results import Result, finished
 from kalmannorm.lab.rows import read_table
 
 

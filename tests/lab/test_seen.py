@@ -8,7 +8,7 @@ from torch import nn
 
 import kalmannorm as kn
 from kalmannorm.functional import kalman_update
-from kalmannorm.lab.seen import calls_of, first_element, statistics_batches, watched
+from kalmannorm.lab.seen import calls_of, statistics_batches, watched
 
 
 def network(**options):
@@ -124,12 +124,12 @@ def test_frozen_layers_and_empty_batches_are_not_seen():
 
 def test_calls_are_sorted_by_layer_and_batches_may_be_tuples():
     model = network(gain=0.5)
-    calls = calls_of(model, [(inputs(2), "label"), inputs(3)], first_element)
+    calls = calls_of(model, [(inputs(2), "label"), inputs(3)])
     assert {name: [call.samples for call in of] for name, of in calls.items()} == {"0": [2, 3], "2": [2, 3]}
     with pytest.raises(ValueError, match="Sequential saw no batch"):
-        calls_of(model, [], first_element)
+        calls_of(model, [])
     with pytest.raises(ValueError, match="no KalmanNorm and no BatchNorm"):
-        calls_of(nn.Sequential(nn.GroupNorm(1, 3)), [inputs()], first_element)
+        calls_of(nn.Sequential(nn.GroupNorm(1, 3)), [inputs()])
 
 
 def test_statistics_batches_are_full():

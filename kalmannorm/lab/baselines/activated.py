@@ -12,8 +12,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from kalmannorm.lab.baselines.replacing import replace_batchnorm
 
-__all__ = ["Activation", "replace_batchnorm_relu"]
-
 Activation = Callable[[Tensor], Tensor]
 
 _MODULES = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.Hardswish, nn.GELU, nn.ELU)

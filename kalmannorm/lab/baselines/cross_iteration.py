@@ -11,8 +11,6 @@ from torch.nn.modules.conv import _ConvNd
 
 from kalmannorm.lab.baselines.replacing import AnyBatchNorm, replace_batchnorm
 
-__all__ = ["CrossIterationNorm", "announce", "to_cross_iteration"]
-
 
 @dataclass(frozen=True)
 class _Iteration:

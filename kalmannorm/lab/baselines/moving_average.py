@@ -10,8 +10,6 @@ from torch.nn.utils import parametrize
 
 from kalmannorm.lab.baselines.replacing import in_groups, replace_batchnorm
 
-__all__ = ["MovingAverageNorm", "centralize", "to_moving_average"]
-
 
 class MovingAverageNorm(nn.Module):
     """MABN: BatchNorm without means, whose statistics are averaged over steps, in the backward pass too.

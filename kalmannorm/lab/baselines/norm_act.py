@@ -12,8 +12,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from kalmannorm.lab.baselines.activated import replace_batchnorm_relu
 
-__all__ = ["to_evonorm", "to_frn"]
-
 
 def _channels(norm: _BatchNorm) -> int:
     """Of a BatchNorm of images: timm's layers take nothing else."""

@@ -11,8 +11,6 @@ from kalmannorm import Gaussian
 from kalmannorm.lab.baselines.activated import Activation, replace_batchnorm_relu
 from kalmannorm.rules.table import RULES, as_rule_is_called
 
-__all__ = ["ProxyNormalized", "to_proxy"]
-
 # A function of torch, and the arguments of its rule behind the belief.
 _Call = tuple[Any, tuple[Any, ...], dict[str, Any]]
 

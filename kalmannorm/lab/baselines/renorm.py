@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from kalmannorm.lab.baselines.replacing import AnyBatchNorm, in_groups, replace_batchnorm
 
-__all__ = ["BatchRenorm", "RenormSchedule", "to_batch_renorm"]
-
 
 @dataclass(frozen=True)
 class RenormSchedule:

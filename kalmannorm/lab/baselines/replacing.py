@@ -8,8 +8,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from kalmannorm.modules import is_stock_batchnorm
 
-__all__ = ["AnyBatchNorm", "count_in_steps", "in_groups", "replace_batchnorm"]
-
 # A new layer takes these over, where it has a tensor of this name and shape.
 _TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 

@@ -13,8 +13,6 @@ from torch import nn
 import kalmannorm
 from kalmannorm.lab.baselines.replacing import replace_batchnorm
 
-__all__ = ["to_frozen", "to_ghost", "to_groupnorm", "to_instancenorm", "to_layernorm", "to_sync"]
-
 
 def _to_groups(model: nn.Module, groups_of: Callable[[int], int]) -> nn.Module:
     return replace_batchnorm(

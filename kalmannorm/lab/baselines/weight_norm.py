@@ -10,8 +10,6 @@ from torch.nn.utils import parametrizations
 from kalmannorm.lab.baselines.replacing import replace_batchnorm
 from kalmannorm.traversal import attributes_kept
 
-__all__ = ["initialize", "to_weight_norm"]
-
 
 def to_weight_norm(model: nn.Module) -> nn.Module:
     """Weight-normalize every convolution and linear layer inside ``model``, in place, and remove BatchNorm.

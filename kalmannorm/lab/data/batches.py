@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-__all__ = ["Batches", "DiskData", "OrderedBatches", "ShuffledBatches", "images_a_process"]
-
 
 def images_a_process(gradient_batch: int, trainer: lightning.Trainer | None) -> int:
     """Images that one process takes at a time, so that all of them together make a gradient step.

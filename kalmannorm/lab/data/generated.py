@@ -19,8 +19,6 @@ from kalmannorm.lab.data.images import source
 from kalmannorm.lab.data.objects import SOURCES, Files
 from kalmannorm.lab.results import write_atomically
 
-__all__ = ["generate_folders", "generate_for", "generate_images", "generate_objects", "pictures"]
-
 PATCHES = 4
 COLOURS = ((220, 40, 40), (40, 60, 220))
 CATEGORIES = {"coco": {1: "rectangle", 2: "ellipse"}, "pennfudan": {1: "person"}}

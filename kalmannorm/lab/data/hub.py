@@ -7,8 +7,6 @@ from typing import Any
 import datasets
 from torch.utils.data import Dataset
 
-__all__ = ["HubImages", "hub_parts", "local_parts"]
-
 
 class HubImages(Dataset[tuple[Any, int]]):
     """Pictures, decoded one by one, and labels, as torchvision's ``ImageFolder`` gives them.

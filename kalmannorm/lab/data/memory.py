@@ -11,8 +11,6 @@ from torch import Tensor
 from kalmannorm.lab.data.augmentation import Scaling, crop_and_flip, draw_moves, standardization
 from kalmannorm.lab.data.batches import Batches
 
-__all__ = ["Labelled", "MemoryBatches", "MemoryData", "Splits"]
-
 Labelled = tuple[Tensor, Tensor]
 
 

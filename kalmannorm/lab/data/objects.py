@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +18,6 @@ from kalmannorm.lab.data.batches import DiskData
 from kalmannorm.lab.data.roots import find, missing
 
 Target = dict[str, Any]
-Transform = Callable[[Any, Target], tuple[Tensor, Target]]
 
 
 class Files(NamedTuple):
@@ -60,41 +58,34 @@ SOURCES = {
 class DetectionSet(Dataset[tuple[Tensor, Target]]):
     """Images with what is to be found on them.
 
-    An item is an image ``(3, H, W)`` and a target, as torchvision's detectors take them: ``boxes`` ``(K, 4)``,
-    float32, left, top, right, bottom in pixels; ``labels`` ``(K,)``, int64, COCO's category ids (0 is the background);
-    ``masks`` ``(K, H, W)``, uint8; ``image_id``, int; ``iscrowd`` ``(K,)``, int64. Boxes without area are left out.
+    An item is an image ``(3, H, W)``, float32, 0 to 1, and a target, as torchvision's detectors take them: ``boxes``
+    ``(K, 4)``, float32, left, top, right, bottom in pixels; ``labels`` ``(K,)``, int64, COCO's category ids (0 is the
+    background); ``masks`` ``(K, H, W)``, uint8; ``image_id``, int; ``iscrowd`` ``(K,)``, int64. Boxes without area are
+    left out.
 
     Args:
-        images: Folder of the images.
-        annotations: Annotations in COCO's format, their masks as polygons or as run lengths.
-        transform: Takes and returns an image and its target; see torchvision's v2.
-        crowds: Keep crowds (one box around many objects), which a score needs, so as not to count against a network
-            what it finds there. In training they are left out.
-        drop_empty: Leave out images on which nothing is to be found.
+        folder: Of the data set.
+        files: In there, the images, and annotations in COCO's format, their masks as polygons or as run lengths.
+        train: Flip half of the images, and leave out crowds (one box around many objects) and images on which nothing
+            is to be found. A score needs crowds, so as not to count against a network what it finds there.
         limit: Keep the first so many images.
     """
 
-    def __init__(
-        self,
-        images: Path | str,
-        annotations: Path | str,
-        transform: Transform,
-        *,
-        crowds: bool = False,
-        drop_empty: bool = False,
-        limit: int | None = None,
-    ) -> None:
+    def __init__(self, folder: Path, files: Files, train: bool, limit: int | None = None) -> None:
         with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
-            self.files = CocoDetection(str(images), str(annotations))
+            self.files = CocoDetection(str(folder / files.images), str(folder / files.annotations))
         self.coco = self.files.coco
-        self.transform, self.crowds = transform, crowds
-        kept = [place for place, image in enumerate(self.files.ids) if not drop_empty or self._annotations(image)]
+        # Detectors resize and normalize by themselves.
+        flip = [v2.RandomHorizontalFlip()] if train else []
+        self.transform: Any = v2.Compose([v2.ToImage(), *flip, v2.ToDtype(torch.float32, scale=True)])
+        self.train = train
+        kept = [place for place, image in enumerate(self.files.ids) if not train or self._annotations(image)]
         self.places = kept[:limit]
 
     def _annotations(self, image: int) -> list[dict[str, Any]]:
         """Those to be found; a box without area has no logarithm of its size to learn."""
         known = self.coco.imgToAnns.get(image, [])
-        return [each for each in known if (self.crowds or not each.get("iscrowd", 0)) and min(each["bbox"][2:]) > 0]
+        return [each for each in known if not (self.train and each.get("iscrowd", 0)) and min(each["bbox"][2:]) > 0]
 
     def __len__(self) -> int:
         return len(self.places)
@@ -102,7 +93,8 @@ class DetectionSet(Dataset[tuple[Tensor, Target]]):
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
         """An image and its target."""
         (picture, _), image = self.files[self.places[index]], self.files.ids[self.places[index]]
-        return self.transform(picture, self._target(self._annotations(image), image, picture.size[::-1]))
+        target = self._target(self._annotations(image), image, picture.size[::-1])
+        return self.transform(picture, target)  # type: ignore[no-any-return]
 
     def _target(self, annotations: list[dict[str, Any]], image: int, size: tuple[int, int]) -> Target:
         boxes = torch.tensor([annotation["bbox"] for annotation in annotations], dtype=torch.float32).view(-1, 4)
@@ -116,13 +108,6 @@ class DetectionSet(Dataset[tuple[Tensor, Target]]):
             "image_id": image,
             "iscrowd": torch.tensor([annotation.get("iscrowd", 0) for annotation in annotations], dtype=torch.int64),
         }
-
-
-def detection_transform(train: bool) -> Transform:
-    """Images to float32, 0 to 1; in training half of them flipped. Detectors resize and normalize by themselves."""
-    flip = [v2.RandomHorizontalFlip()] if train else []
-    transform: Transform = v2.Compose([v2.ToImage(), *flip, v2.ToDtype(torch.float32, scale=True)])
-    return transform
 
 
 def as_lists(items: list[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:
@@ -171,11 +156,6 @@ class DetectionData(DiskData):
         folder = find(self.dataset, source.layout, source.origin)
         if folder is None:
             raise missing(self.dataset, source.layout, source.origin)
-        self.train_set = self._open(folder, source.train, train=True)
-        self.validation_set = self._open(folder, source.validation, train=False)
+        self.train_set = DetectionSet(folder, source.train, True, self.limit)
+        self.validation_set = DetectionSet(folder, source.validation, False, self.limit)
         self.num_classes = max(self.train_set.coco.getCatIds()) + 1
-
-    def _open(self, folder: Path, files: Files, train: bool) -> DetectionSet:
-        images, annotations = (folder / place for place in files)
-        options: dict[str, Any] = {"drop_empty": train, "crowds": not train, "limit": self.limit}
-        return DetectionSet(images, annotations, detection_transform(train), **options)

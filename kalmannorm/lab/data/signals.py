@@ -10,8 +10,6 @@ from kalmannorm.lab.data.augmentation import Scaling
 from kalmannorm.lab.data.digits import Split, cluttered_digits
 from kalmannorm.lab.data.memory import MemoryData, Splits
 
-__all__ = ["ClutterData", "SignalData"]
-
 # Inputs, classes, and the shape of one input.
 SETS: dict[str, tuple[int, int, tuple[int, ...]]] = {"digits": (1797, 10, (1, 64)), "breast_cancer": (569, 2, (30,))}
 
@@ -93,7 +91,7 @@ class ClutterData(MemoryData):
     """The demo's images, see `kalmannorm.lab.data.digits.cluttered_digits`; they are given as they are.
 
     Args:
-        gradient_batch: See `MemoryData`; ``score_batch``, ``seed`` and ``device`` too.
+        gradient_batch: See `MemoryData`; its other options too.
         train: How many images to train on.
         scored: How many to validate on, and as many others to test on.
         split_seed: Decides which digits go into which split, and how the images are composed.
@@ -102,17 +100,9 @@ class ClutterData(MemoryData):
     num_classes = 10
 
     def __init__(
-        self,
-        gradient_batch: int = 2,
-        *,
-        train: int = 8000,
-        scored: int = 2000,
-        split_seed: int = 0,
-        score_batch: int = 500,
-        seed: int = 0,
-        device: str | torch.device | None = None,
+        self, gradient_batch: int = 2, *, train: int = 8000, scored: int = 2000, split_seed: int = 0, **options: Any
     ) -> None:
-        super().__init__(gradient_batch, score_batch=score_batch, seed=seed, device=device)
+        super().__init__(gradient_batch, **options)
         self.counts: dict[Split, int] = {"train": train, "validation": scored, "test": scored}
         self.split_seed = split_seed
 

@@ -5,7 +5,6 @@ field and noise are each volume's own. What is to be found differs from the clut
 1), tubes (class 2), and, left to the background (class 0), sheets and small balls of the same brightness.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,50 +15,23 @@ from torch.nn import functional as F
 from kalmannorm.lab.data.digits import Split
 from kalmannorm.lab.data.memory import MemoryData, Splits
 
-__all__ = ["Scan", "Split", "VolumeData", "generate_volumes"]
-
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 NUM_CLASSES = 3
 
-
-@dataclass(frozen=True)
-class Scan:
-    """How hard the task is. Lengths are in voxels of a volume with 24 a side, and grow with it.
-
-    Attributes:
-        ellipsoids: How many a volume has.
-        axes: Smallest and largest half axis of an ellipsoid.
-        tubes: How many a volume has.
-        radius: Smallest and largest radius of a tube.
-        sheets: How many a volume has.
-        thickness: Half of a sheet's.
-        balls: How many small ones a volume has.
-        ball: Their radius.
-        texture: Standard deviation of the smooth structure of all tissue, where objects are 1 brighter than it.
-        brightness: Standard deviation of a volume's offset.
-        contrast: Smallest and largest contrast of a volume, spread evenly on a logarithmic scale.
-        bias: Standard deviation of the logarithm of the bias field.
-        noise: Smallest and largest standard deviation of a volume's noise, where its contrast is 1.
-    """
-
-    ellipsoids: int = 3
-    axes: tuple[float, float] = (2.5, 5.0)
-    tubes: int = 2
-    radius: tuple[float, float] = (1.2, 1.8)
-    sheets: int = 1
-    thickness: float = 0.7
-    balls: int = 4
-    ball: float = 1.2
-    texture: float = 0.3
-    brightness: float = 1.0
-    contrast: tuple[float, float] = (0.3, 2.0)
-    bias: float = 0.2
-    noise: tuple[float, float] = (0.1, 0.4)
+# How hard the task is. Lengths are in voxels of a volume with 24 a side, and grow with it; counts are of one volume,
+# and a pair is the smallest and the largest value.
+ELLIPSOIDS, HALF_AXES = 3, (2.5, 5.0)
+TUBES, TUBE_RADIUS = 2, (1.2, 1.8)
+SHEETS, HALF_THICKNESS = 1, 0.7
+BALLS, BALL_RADIUS = 4, 1.2
+TEXTURE = 0.3  # standard deviation of the smooth structure of all tissue, where objects are 1 brighter than it
+BRIGHTNESS = 1.0  # standard deviation of a volume's offset
+CONTRAST = (0.3, 2.0)  # spread evenly on a logarithmic scale
+BIAS = 0.2  # standard deviation of the logarithm of the bias field
+NOISE = (0.1, 0.4)  # standard deviation of a volume's noise, where its contrast is 1
 
 
-def generate_volumes(
-    split: Split, count: int, size: int = 24, seed: int = 0, scan: Scan | None = None
-) -> tuple[Tensor, Tensor]:
+def generate_volumes(split: Split, count: int, size: int = 24, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Make ``count`` volumes; the same arguments give the same ones, and the first are the same whatever their count.
 
     Args:
@@ -67,7 +39,6 @@ def generate_volumes(
         count: Number of volumes, at least 1.
         size: Voxels a side, at least 8.
         seed: Of the whole set.
-        scan: How hard the task is.
 
     Returns:
         Volumes ``(count, 1, size, size, size)``, float32, and classes ``(count, size, size, size)``, int64, 0 to 2.
@@ -84,35 +55,34 @@ def generate_volumes(
         raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")
     if count < 1 or size < 8:
         raise ValueError(f"expected at least 1 volume of at least 8 voxels a side; got count={count}, size={size}")
-    how = scan or Scan()
-    made = [_volume(np.random.default_rng([seed, SPLITS.index(split), index]), size, how) for index in range(count)]
+    made = [_volume(np.random.default_rng([seed, SPLITS.index(split), index]), size) for index in range(count)]
     volumes, classes = zip(*made, strict=True)
     return torch.from_numpy(np.stack(volumes))[:, None], torch.from_numpy(np.stack(classes))
 
 
-def _volume(rng: np.random.Generator, size: int, how: Scan) -> tuple[np.ndarray, np.ndarray]:
+def _volume(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
     """One volume ``(size, size, size)``, float32, and its classes, int64."""
     unit = size / 24
     sides = (np.arange(size) + 0.5) / unit
     place = np.stack(np.meshgrid(sides, sides, sides, indexing="ij"), -1)  # (size, size, size, 3), 0 to 24
     clutter = np.zeros((size,) * 3, dtype=bool)
     classes = np.zeros((size,) * 3, dtype=np.int64)
-    for _ in range(how.sheets):
+    for _ in range(SHEETS):
         normal = _direction(rng)
-        clutter |= np.abs((place - rng.uniform(6, 18, 3)) @ normal) < how.thickness
-    for _ in range(how.balls):
-        clutter |= np.square(place - rng.uniform(2, 22, 3)).sum(-1) < how.ball**2
-    for _ in range(how.ellipsoids):
+        clutter |= np.abs((place - rng.uniform(6, 18, 3)) @ normal) < HALF_THICKNESS
+    for _ in range(BALLS):
+        clutter |= np.square(place - rng.uniform(2, 22, 3)).sum(-1) < BALL_RADIUS**2
+    for _ in range(ELLIPSOIDS):
         turn = np.linalg.qr(rng.standard_normal((3, 3)))[0]
-        off = (place - rng.uniform(5, 19, 3)) @ turn / rng.uniform(*how.axes, 3)
+        off = (place - rng.uniform(5, 19, 3)) @ turn / rng.uniform(*HALF_AXES, 3)
         classes[np.square(off).sum(-1) < 1] = 1
-    for _ in range(how.tubes):
-        classes[_tube(rng, place) < rng.uniform(*how.radius)] = 2
-    tissue = ((classes > 0) | clutter) + how.texture * _smooth(rng, size, 6)
-    tissue += rng.uniform(*how.noise) * rng.standard_normal(tissue.shape)
-    low, high = np.log(how.contrast)
-    field = np.exp(rng.uniform(low, high) + how.bias * _smooth(rng, size, 3))
-    return (tissue * field + how.brightness * rng.standard_normal()).astype(np.float32), classes
+    for _ in range(TUBES):
+        classes[_tube(rng, place) < rng.uniform(*TUBE_RADIUS)] = 2
+    tissue = ((classes > 0) | clutter) + TEXTURE * _smooth(rng, size, 6)
+    tissue += rng.uniform(*NOISE) * rng.standard_normal(tissue.shape)
+    low, high = np.log(CONTRAST)
+    field = np.exp(rng.uniform(low, high) + BIAS * _smooth(rng, size, 3))
+    return (tissue * field + BRIGHTNESS * rng.standard_normal()).astype(np.float32), classes
 
 
 def _direction(rng: np.random.Generator) -> np.ndarray:

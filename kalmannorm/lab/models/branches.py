@@ -5,8 +5,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Branches", "Norm", "Row", "chain", "inception", "unit"]
-
 Norm = Callable[[int], nn.Module]
 Row = Sequence[Sequence[tuple[int, int]]]
 """Of each branch the convolutions, by their filters and size; the last one's stand behind the pooling."""

@@ -22,8 +22,6 @@ from torch import Tensor, nn
 
 from kalmannorm.lab.models.branches import Norm, inception, unit
 
-__all__ = ["CifarInception"]
-
 # Of each module's branches, the filters of each convolution and its size; the last branch begins with pooling.
 MODULES = (
     (((64, 1),), ((96, 1), (128, 3)), ((16, 1), (32, 5)), ((32, 1),)),
@@ -52,7 +50,6 @@ class CifarInception(nn.Module):
         self, num_classes: int = 10, norm_layer: Norm = nn.BatchNorm2d, in_channels: int = 3, width: float = 1.0
     ) -> None:
         super().__init__()
-
         channels = round(32 * width)
         if round(width * LEAST) < 1:
             raise ValueError(f"width must leave 1 or more of {LEAST} filters; got {width}")
@@ -61,13 +58,10 @@ class CifarInception(nn.Module):
         for row in MODULES:
             module, channels = inception(channels, row, norm_layer, width)
             modules.append(module)
-        self.inceptions = nn.ModuleList(modules)
+        self.inceptions = nn.Sequential(*modules)
         self.classifier = nn.Linear(channels, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images ``(N, in_channels, 32, 32)`` to logits ``(N, num_classes)``."""
-        x = self.conv(images)
-        for module in self.inceptions:
-            x = module(x)
-        logits: Tensor = self.classifier(x.mean((2, 3)))
+        logits: Tensor = self.classifier(self.inceptions(self.conv(images)).mean((2, 3)))
         return logits

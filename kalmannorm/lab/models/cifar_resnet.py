@@ -10,8 +10,6 @@ from torch.nn import functional as F
 
 from kalmannorm.lab.models.branches import Norm
 
-__all__ = ["CifarResNet"]
-
 
 def _conv3x3(in_channels: int, channels: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
@@ -104,7 +102,7 @@ class CifarResNet(nn.Module):
             raise ValueError(f"CifarResNet got depth {depth}, expected 6n + 2 for n >= 1: 8, 14, 20, 26, 32, ...")
         self.conv = _conv3x3(in_channels, width)
         self.norm = norm_layer(width)
-        self.stages = nn.ModuleList(_stages(n, width, preactivation, norm_layer))
+        self.stages = nn.Sequential(*_stages(n, width, preactivation, norm_layer))
         self.last_norm = norm_layer(4 * width) if preactivation else None
         self.classifier = nn.Linear(4 * width, num_classes)
         for module in self.modules():
@@ -113,9 +111,7 @@ class CifarResNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images ``(N, in_channels, H, W)`` to logits ``(N, num_classes)``."""
-        x = F.relu(self.norm(self.conv(images)))
-        for stage in self.stages:
-            x = stage(x)
+        x = self.stages(F.relu(self.norm(self.conv(images))))
         if self.last_norm is not None:
             x = F.relu(self.last_norm(x))
         logits: Tensor = self.classifier(x.mean((2, 3)))

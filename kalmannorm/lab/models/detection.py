@@ -18,8 +18,6 @@ from torchvision.ops import MultiScaleRoIAlign
 
 from kalmannorm.lab.models.branches import Norm
 
-__all__ = ["mask_rcnn_c4", "mask_rcnn_fpn"]
-
 # Sides of the anchors, in pixels, and their height to width.
 SIZES = (32, 64, 128, 256, 512)
 RATIOS = (0.5, 1.0, 2.0)
@@ -39,9 +37,7 @@ class MeanOverSpace(nn.Module):
         return features.mean((2, 3))
 
 
-def mask_rcnn_c4(
-    num_classes: int = 91, norm_layer: Norm = nn.BatchNorm2d, resnet: nn.Module | None = None, **options: Any
-) -> nn.Module:
+def mask_rcnn_c4(num_classes: int = 91, norm_layer: Norm = nn.BatchNorm2d, **options: Any) -> nn.Module:
     """Mask R-CNN with the conv4 backbone of the paper's Table 6.
 
     Regions of 14x14 pixels are cut from the features at stride 16. The last stage of the ResNet takes them to
@@ -52,22 +48,20 @@ def mask_rcnn_c4(
     Args:
         num_classes: Number of classes, the background's included.
         norm_layer: Makes a normalization layer of so many channels.
-        resnet: A torchvision ResNet-50 to take the stages from, such as one trained on ImageNet; then
-            ``norm_layer`` is not used.
         options: Arguments of torchvision's ``MaskRCNN``, such as ``min_size``.
     """
-    resnet50_: Any = resnet50(norm_layer=norm_layer) if resnet is None else resnet
+    resnet: Any = resnet50(norm_layer=norm_layer)
     # Stride 16: conv4 in the paper's count.
-    backbone: Any = IntermediateLayerGetter(resnet50_, {"layer3": "0"})
+    backbone: Any = IntermediateLayerGetter(resnet, {"layer3": "0"})
     backbone.out_channels = 1024
     region = {"featmap_names": ["0"], "output_size": 14, "sampling_ratio": 2}
     parts = {
         "rpn_anchor_generator": AnchorGenerator((SIZES,), (RATIOS,)),
         "box_roi_pool": MultiScaleRoIAlign(**region),
-        "box_head": MeanOverSpace(resnet50_.layer4),
+        "box_head": MeanOverSpace(resnet.layer4),
         "box_predictor": FastRCNNPredictor(2048, num_classes),
         "mask_roi_pool": MultiScaleRoIAlign(**region),
-        "mask_head": resnet50_.layer4,
+        "mask_head": resnet.layer4,
         "mask_predictor": MaskRCNNPredictor(2048, 256, num_classes),
         "box_batch_size_per_image": BOXES_PER_IMAGE,
     }
@@ -75,9 +69,7 @@ def mask_rcnn_c4(
     return model
 
 
-def mask_rcnn_fpn(
-    num_classes: int = 91, norm_layer: Norm = nn.BatchNorm2d, resnet: nn.Module | None = None, **options: Any
-) -> nn.Module:
+def mask_rcnn_fpn(num_classes: int = 91, norm_layer: Norm = nn.BatchNorm2d, **options: Any) -> nn.Module:
     """Mask R-CNN with a feature pyramid (arXiv:1612.03144), with norms in the pyramid and in both heads.
 
     The heads have four 3x3 convolutions of 256 channels each; the box head ends in a linear layer of 1,024, as where
@@ -86,12 +78,11 @@ def mask_rcnn_fpn(
     Args:
         num_classes: Number of classes, the background's included.
         norm_layer: Makes a normalization layer of so many channels.
-        resnet: A torchvision ResNet-50 to take the stages from; then ``norm_layer`` is for the rest only.
         options: Arguments of torchvision's ``MaskRCNN``, such as ``min_size``.
     """
-    resnet50_: Any = resnet50(norm_layer=norm_layer) if resnet is None else resnet
+    resnet: Any = resnet50(norm_layer=norm_layer)
     stages = {f"layer{i + 1}": str(i) for i in range(4)}
-    backbone = BackboneWithFPN(resnet50_, stages, [256, 512, 1024, 2048], 256, norm_layer=norm_layer)
+    backbone = BackboneWithFPN(resnet, stages, [256, 512, 1024, 2048], 256, norm_layer=norm_layer)
     parts = {
         "rpn_anchor_generator": AnchorGenerator(tuple((size,) for size in SIZES), (RATIOS,) * len(SIZES)),
         "box_head": FastRCNNConvFCHead((256, 7, 7), [256] * 4, [1024], norm_layer=norm_layer),

@@ -16,8 +16,6 @@ from torchvision.ops import MultiScaleRoIAlign
 from kalmannorm.lab.models.detection import RATIOS, SIZES
 from kalmannorm.lab.pretrained import load_trunk
 
-__all__ = ["efficientnet_lite0", "mask_rcnn_lite0"]
-
 
 def efficientnet_lite0(num_classes: int = 10, size: int | None = 112) -> nn.Module:
     """The network, trained on ImageNet but for its last layer.

@@ -15,9 +15,6 @@ from torch import Tensor, nn
 
 from kalmannorm.lab.models.branches import Norm, Row, inception, unit
 
-__all__ = ["InceptionV2"]
-
-
 # Of each module the branches, the stride, and whether the pooling is the maximum.
 FIGURE_5: dict[str, tuple[Row, int, bool]] = {
     "3a": ((((64, 1),), ((64, 1), (64, 3)), ((64, 1), (96, 3), (96, 3)), ((32, 1),)), 1, False),
@@ -60,16 +57,14 @@ class InceptionV2(nn.Module):
             unit(first, channels, 3, norm_layer),
             nn.MaxPool2d(3, 2, 1),
         )
-        self.inceptions = nn.ModuleDict()
+        self.inceptions = nn.Sequential()
         for name, (row, stride, maximum) in FIGURE_5.items():
             pool = None if maximum else nn.AvgPool2d(3, stride, 1, count_include_pad=False)
-            self.inceptions[name], channels = inception(channels, row, norm_layer, width, stride, pool)
+            module, channels = inception(channels, row, norm_layer, width, stride, pool)
+            self.inceptions.add_module(name, module)
         self.classifier = nn.Linear(channels, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images ``(N, in_channels, H, W)``, 224 x 224 in the paper, to logits ``(N, num_classes)``."""
-        x = self.stem(images)
-        for module in self.inceptions.values():
-            x = module(x)
-        logits: Tensor = self.classifier(x.mean((2, 3)))
+        logits: Tensor = self.classifier(self.inceptions(self.stem(images)).mean((2, 3)))
         return logits

@@ -1,21 +1,19 @@
 """Small networks for what is no image: signals of one dimension, and rows of a table."""
 
-import itertools
 from collections.abc import Sequence
 
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from kalmannorm.lab.models.branches import Norm
-
-__all__ = ["SignalNet", "TabularNet"]
 
 # (channels, stride) of each convolution: signals of length 64 shrink to 8 steps.
 LAYERS = ((16, 1), (32, 2), (32, 1), (64, 2), (64, 1), (64, 2))
 
 
-class SignalNet(nn.Module):
+class SignalNet(nn.Sequential):
     """Convolution over time, norm and ReLU, as often as ``layers`` says, then the mean over time and a classifier.
+
+    Signals ``(N, in_channels, L)`` to logits ``(N, num_classes)``.
 
     Args:
         layers: Channels and stride of each convolution.
@@ -36,30 +34,22 @@ class SignalNet(nn.Module):
         in_channels: int = 1,
         norm_layer: Norm = nn.BatchNorm1d,
     ) -> None:
-        super().__init__()
         if kernel < 1 or kernel % 2 == 0:
             raise ValueError(f"SignalNet got kernel={kernel}, expected an odd number of steps")
-        widths = [in_channels, *(channels for channels, _ in layers)]
-        self.convs = nn.ModuleList(
-            nn.Conv1d(before, channels, kernel, stride, kernel // 2, bias=False)
-            for before, (channels, stride) in zip(widths, layers, strict=False)
-        )
-        self.norms = nn.ModuleList(norm_layer(channels) for channels in widths[1:])
-        self.classifier = nn.Linear(widths[-1], num_classes)
-        for conv in self.convs:
-            nn.init.kaiming_normal_(conv.weight)  # type: ignore[arg-type]
-
-    def forward(self, signals: Tensor) -> Tensor:
-        """Signals ``(N, in_channels, L)`` to logits ``(N, num_classes)``."""
-        x = signals
-        for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = F.relu(norm(conv(x)))
-        logits: Tensor = self.classifier(x.mean(2))
-        return logits
+        modules: list[nn.Module] = []
+        for channels, stride in layers:
+            conv = nn.Conv1d(in_channels, channels, kernel, stride, kernel // 2, bias=False)
+            modules += [conv, norm_layer(channels), nn.ReLU()]
+            in_channels = channels
+        super().__init__(*modules, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(in_channels, num_classes))
+        for layer in modules[::3]:
+            nn.init.kaiming_normal_(layer.weight)  # type: ignore[arg-type]
 
 
-class TabularNet(nn.Module):
+class TabularNet(nn.Sequential):
     """A multi-layer perceptron: linear, norm and ReLU, as often as there are hidden widths, and a classifier.
+
+    Rows ``(N, in_features)`` to logits ``(N, num_classes)``.
 
     Args:
         in_features: Numbers a row.
@@ -75,18 +65,10 @@ class TabularNet(nn.Module):
         num_classes: int = 2,
         norm_layer: Norm = nn.BatchNorm1d,
     ) -> None:
-        super().__init__()
-        widths = [in_features, *hidden]
-        self.linears = nn.ModuleList(nn.Linear(a, b, bias=False) for a, b in itertools.pairwise(widths))
-        self.norms = nn.ModuleList(norm_layer(width) for width in hidden)
-        self.classifier = nn.Linear(widths[-1], num_classes)
-        for linear in self.linears:
-            nn.init.kaiming_normal_(linear.weight)  # type: ignore[arg-type]
-
-    def forward(self, rows: Tensor) -> Tensor:
-        """Rows ``(N, in_features)`` to logits ``(N, num_classes)``."""
-        x = rows
-        for linear, norm in zip(self.linears, self.norms, strict=True):
-            x = F.relu(norm(linear(x)))
-        logits: Tensor = self.classifier(x)
-        return logits
+        modules: list[nn.Module] = []
+        for width in hidden:
+            modules += [nn.Linear(in_features, width, bias=False), norm_layer(width), nn.ReLU()]
+            in_features = width
+        super().__init__(*modules, nn.Linear(in_features, num_classes))
+        for layer in modules[::3]:
+            nn.init.kaiming_normal_(layer.weight)  # type: ignore[arg-type]

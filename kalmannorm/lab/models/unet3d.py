@@ -12,8 +12,6 @@ from torch import Tensor, fx, nn
 
 from kalmannorm.lab.models.branches import Norm
 
-__all__ = ["UNet3d"]
-
 
 class UNet3d(nn.Module):
     """A 3-d U-Net, wider inside a level than the paper's.

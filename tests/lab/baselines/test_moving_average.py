@@ -104,10 +104,13 @@ def test_errors():
         MovingAverageNorm(3, buffer_size=0)
 
 
-def step_apart(copies, x, direction):
-    """Output and input gradient where each part of a batch goes through a layer of its own."""
-    y = torch.cat([each(part) for each, part in zip(copies, x.split(len(x) // len(copies)), strict=True)])
-    return y, torch.autograd.grad(y, x, direction)[0]
+def assert_as_apart(layer, copies, x, direction):
+    """Output and input gradient are as where each part of a batch goes through a layer of its own."""
+    expected = torch.cat([each(part) for each, part in zip(copies, x.split(len(x) // len(copies)), strict=True)])
+    y = layer(x)
+    assert torch.allclose(y, expected)
+    gradients = (torch.autograd.grad(each, x, direction)[0] for each in (y, expected))
+    assert torch.allclose(*gradients)
 
 
 def batches_of_three(steps):
@@ -123,10 +126,7 @@ def test_statistics_batches_are_like_devices_of_their_own():
     layer = random_layer(samples=2, **OPTIONS)
     devices = [copy.deepcopy(layer) for _ in range(3)]
     for x, direction in batches_of_three(6):
-        expected, expected_gradient = step_apart(devices, x, direction)
-        y = layer(x)
-        assert torch.allclose(y, expected)
-        assert torch.allclose(torch.autograd.grad(y, x, direction)[0], expected_gradient)
+        assert_as_apart(layer, devices, x, direction)
     for name in ("squares", "responses", "running_square"):
         assert torch.allclose(getattr(layer, name), torch.cat([getattr(each, name) for each in devices], -2)), name
     x = torch.randn(2, 3, 4, 4).double()
@@ -141,10 +141,7 @@ def test_pooled_statistics_batches_share_their_past():
     shared.load_state_dict(layer.state_dict())
     for x, direction in batches_of_three(6):
         copies = [copy.deepcopy(shared) for _ in range(3)]
-        expected, expected_gradient = step_apart(copies, x, direction)
-        y = layer(x)
-        assert torch.allclose(y, expected)
-        assert torch.allclose(torch.autograd.grad(y, x, direction)[0], expected_gradient)
+        assert_as_apart(layer, copies, x, direction)
         for name, buffer in shared.named_buffers():
             buffer.copy_(torch.stack([dict(each.named_buffers())[name] for each in copies]).double().mean(0))
             assert torch.allclose(dict(layer.named_buffers())[name], buffer), name

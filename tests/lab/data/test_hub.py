@@ -69,7 +69,7 @@ def test_from_the_hub_if_it_is_nowhere(root, monkeypatch):
 
 
 def test_without_a_hub_it_says_where_to_get_it(root, asked_of_the_hub):
-    words = r"'imagenet' was not found.*image-net.org.*log in at the Hugging Face hub"
+    words = rf"(?s)'imagenet' was not found.*image-net.org.*log in at the Hugging Face hub.*{root}/imagenet/train/\*/\*"
     with pytest.raises(MissingDataError, match=words):
         ready()
     assert asked_of_the_hub == [REPOSITORY]

@@ -13,6 +13,20 @@ def parameters(model):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def shapes(model, stages, *shape):
+    """Of inputs of this shape, what each of these parts of a network gives, and then the network, a sample."""
+    found = []
+    hooks = [
+        stage.register_forward_hook(lambda _module, _args, out: found.append(tuple(out.shape[1:])))
+        for stage in (*stages, model)
+    ]
+    with torch.no_grad():
+        model(torch.randn(2, *shape))
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
 def image_and_target(size=64):
     """A bright rectangle on noise, with its box, class and mask."""
     image = torch.rand(3, size, size, generator=torch.Generator().manual_seed(0)) / 2

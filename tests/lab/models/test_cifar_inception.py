@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from model_checks import parameters
+from model_checks import parameters, shapes
 from torch import nn
 
 import kalmannorm
@@ -10,11 +10,9 @@ from kalmannorm.lab.models.cifar_inception import CifarInception
 
 
 def test_stages_have_the_sizes_of_the_table():
-    model, shapes = CifarInception(), []
-    for stage in (model.conv, *model.inceptions):
-        stage.register_forward_hook(lambda _module, _args, out: shapes.append(tuple(out.shape)))
-    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
-    assert shapes == [(2, 32, 16, 16), (2, 256, 16, 16), (2, 480, 16, 16), (2, 512, 16, 16)]
+    model = CifarInception()
+    found = shapes(model, (model.conv, *model.inceptions), 3, 32, 32)
+    assert found == [(32, 16, 16), (256, 16, 16), (480, 16, 16), (512, 16, 16), (10,)]
 
 
 def test_branches_have_the_filters_of_the_table():

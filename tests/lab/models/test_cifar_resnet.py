@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from model_checks import parameters
+from model_checks import parameters, shapes
 from torch import nn
 from torch.nn import functional as F
 
@@ -28,11 +28,8 @@ def test_depth_must_be_six_n_plus_two(depth):
 
 @both_forms
 def test_sizes_of_the_stages(preactivation):
-    model, shapes = CifarResNet(14, num_classes=7, preactivation=preactivation, width=8), []
-    for stage in model.stages:
-        stage.register_forward_hook(lambda _module, _args, out: shapes.append(tuple(out.shape[1:])))
-    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 7)
-    assert shapes == [(8, 32, 32), (16, 16, 16), (32, 8, 8)]
+    model = CifarResNet(14, num_classes=7, preactivation=preactivation, width=8)
+    assert shapes(model, model.stages, 3, 32, 32) == [(8, 32, 32), (16, 16, 16), (32, 8, 8), (7,)]
 
 
 @pytest.mark.parametrize("window", [1, 2])

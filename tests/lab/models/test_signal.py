@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from model_checks import shapes
+from torch import nn
 
 from kalmannorm.lab.models.signal import SignalNet, TabularNet
 
@@ -12,10 +14,8 @@ def test_shapes():
 
 
 def test_strides_shorten_a_signal_and_odd_kernels_do_not():
-    model, lengths = SignalNet(), []
-    for conv in model.convs:
-        conv.register_forward_hook(lambda _module, _args, out: lengths.append(tuple(out.shape[1:])))
-    model(torch.randn(2, 1, 64))
-    assert lengths == [(16, 64), (32, 32), (32, 32), (64, 16), (64, 16), (64, 8)]
+    model = SignalNet()
+    found = shapes(model, [layer for layer in model if isinstance(layer, nn.Conv1d)], 1, 64)
+    assert found == [(16, 64), (32, 32), (32, 32), (64, 16), (64, 16), (64, 8), (10,)]
     with pytest.raises(ValueError, match="kernel=4, expected an odd number"):
         SignalNet(kernel=4)

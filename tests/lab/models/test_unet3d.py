@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from model_checks import parameters
+from model_checks import parameters, shapes
 
 from kalmannorm.lab.models.unet3d import UNet3d
 
@@ -20,11 +20,9 @@ def test_what_the_papers_size_comes_to():
 
 
 def test_each_level_halves_the_sides_and_doubles_the_channels():
-    model, shapes = UNet3d(2, 3), []
-    for block in (*model.down, *model.merge):
-        block.register_forward_hook(lambda _module, _args, out: shapes.append(tuple(out.shape[1:])))
-    model(torch.randn(1, 1, 8, 8, 8))
-    assert shapes == [(2, 8, 8, 8), (4, 4, 4, 4), (8, 2, 2, 2), (4, 4, 4, 4), (2, 8, 8, 8)]
+    model = UNet3d(2, 3)
+    *found, _ = shapes(model, (*model.down, *model.merge), 1, 8, 8, 8)
+    assert found == [(2, 8, 8, 8), (4, 4, 4, 4), (8, 2, 2, 2), (4, 4, 4, 4), (2, 8, 8, 8)]
 
 
 def test_what_the_way_down_found_goes_beside_the_way_up():
