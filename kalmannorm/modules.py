@@ -580,11 +580,15 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
                 if torch.compiler.is_compiling():  # elsewhere the kernel gives zero gradients
                     bias = self._bias_without_prior()
             moments = None if known is None else known.packed().moments
-            out = layer(
-                x, Given(moments, prior.shift, prior.scale, gain, prior.noise, self.weight, bias),
-                Options(groups, samples, slope, offset, INITIAL_NOISE, self.spread, self.eps, relu),
-                running=self._running() if moves else None, posterior=self.carry == "posterior",
-            )  # fmt: skip
+            try:
+                out = layer(
+                    x, Given(moments, prior.shift, prior.scale, gain, prior.noise, self.weight, bias),
+                    Options(groups, samples, slope, offset, INITIAL_NOISE, self.spread, self.eps, relu),
+                    running=self._running() if moves else None, posterior=self.carry == "posterior",
+                )  # fmt: skip
+            except ValueError as error:  # a vector of another length
+                error.args = (f"{self._label()} {error}",)
+                raise
         if self.collect is not None:
             self.collect(_posterior(out.statistics), x.shape[0])
         if mode is None or is_resting(mode):

@@ -668,3 +668,11 @@ def test_the_output_is_of_the_type_of_the_input(training, kind):
     torch.testing.assert_close(output.as_subclass(torch.Tensor), expected, rtol=1e-4, atol=1e-5)
     described = kn.describe(model, named)
     assert described.with_prior == 3, described
+
+
+def test_vectors_of_another_length_name_the_layer():
+    """Pruning may shorten the stock parameters alone."""
+    model = kn.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    model[1].process_noise = nn.Parameter(torch.zeros(6))
+    with pytest.raises(ValueError, match=r"KalmanNorm2d '1' got process_noise of shape \(6,\), expected \(4,\), one a"):
+        model(torch.randn(2, 3, 6, 6))
