@@ -110,8 +110,12 @@ def _one_line(message: str) -> str:
     line = " ".join(message.split())
     # jsonargparse recounts every type it has tried; the option, one type and the value are what one needs.
     option = r"Parser key \"([\w.]+)\""
-    wrong = re.match(rf"{option}.*?Expected an? <class '(\w+)'>.* value: (.*)$", line)
-    return "--{}: expected {}; got {}".format(*wrong.groups()) if wrong else line
+    kind = r"(?:<class '(\w+)'>|typing\.Literal\[(.*?)\])"
+    wrong = re.match(rf"{option}.*?Expected an? {kind}.* value: (.*)$", line)
+    if wrong is None:
+        return line
+    name, of_type, among, value = wrong.groups()
+    return f"--{name}: expected {of_type or f'one of {among}'}; got {value}"
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import difflib
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,9 @@ def compare(
     if images % statistics_batch or images < 1:
         raise ValueError(f"--gradient_batch: expected a multiple of statistics_batch={statistics_batch}; got {images}")
     keys = tuple(dict.fromkeys(name.strip() for name in methods.split(",")))
+    for key in keys:
+        if key not in METHODS:
+            raise ValueError(f"--methods: unknown method {key!r}; expected some of {', '.join(METHODS)}")
     searched, more = _numbers(rates), _settings(settings)
     if Path(folder).is_dir():  # and not one of this name among the data sets
         folder = str(Path(folder).resolve())
@@ -221,7 +225,7 @@ def _settings(words: Sequence[str]) -> dict[str, Any]:
     """Settings as a command line gives them: ``--trainer.precision bf16-mixed``, or with an equals sign."""
     parts = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
     found: dict[str, Any] = {}
-    for name, value in zip(parts[::2], parts[1::2], strict=False):
+    for name, value in zip_longest(parts[::2], parts[1::2], fillvalue="--"):
         if "." not in name:
             raise ValueError(f"unknown option {name}")
         if value.startswith("--"):
@@ -230,8 +234,6 @@ def _settings(words: Sequence[str]) -> dict[str, Any]:
             if f"{name}.".startswith(f"--{setting}."):
                 raise ValueError(f"{name}: give {'FOLDER' if option == 'folder' else f'--{option}'} instead")
         found = merge(found, nested(name.removeprefix("--"), yaml.safe_load(value)))
-    if len(parts) % 2:
-        raise ValueError(f"{parts[-1]}: expected a value")
     return found
 
 
@@ -300,8 +302,6 @@ def _check_methods(
     if start is not None:
         load_trunk(network, trained_weights(start))
     for method in methods:
-        if method not in METHODS:
-            raise ValueError(f"--methods: unknown method {method!r}; expected some of {', '.join(METHODS)}")
         if method == "frozen" and start is None:
             raise ValueError("--methods: 'frozen' keeps the statistics of a trained network: give --weights")
         try:

@@ -93,3 +93,4 @@ def test_help_tells_of_the_settings_of_the_configuration(capsys):
 def test_a_wrong_setting_is_named_as_it_was_given(tmp_path, refused):
     given = ["--config", "table8/resnet32-kn-bs2", "--output", tmp_path, "--trainer.max_steps", "abc"]
     refused(["fit", *given], "kalmannorm: --trainer.max_steps: expected int; got abc\n")
+    refused(["fit", "--split", "all"], "kalmannorm: --split: expected one of 'validation', 'test'; got all\n")

@@ -83,6 +83,7 @@ def test_pictures_of_more_than_8_bits_are_refused(tmp_path, mode):
         (["--methods", "bn,frozen"], "--methods: 'frozen' keeps the statistics of a trained network: give --weights"),
         (["--weights", "gone.pt"], "--weights: expected default, none or a file; got gone.pt"),
         (["--speed", "9"], "unknown option --speed"),
+        (["--speed"], "unknown option --speed"),
         (["--trainer.max_steps", "9"], "--trainer.max_steps: give --steps instead"),
         (["--model.init_args.network.class_path=x"], "--model.init_args.network.class_path: give --network instead"),
         (["--data.init_args.folder", "x"], "--data.init_args.folder: give FOLDER instead"),
