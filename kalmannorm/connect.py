@@ -49,11 +49,14 @@ def connect(model: _M, *, input_stats: InputStats | None = None) -> _M:
     given = input_beliefs(model, input_stats)
     for name, layer in layers.items():
         layer.layer_name = name
-    for module in model.modules():
+    for name, module in model.named_modules():
         known = disconnect(module)
-        inside = [layer for _, layer in kalman_layers(module) if layer is not module or module is model]
+        if module is model and given:
+            known = given
+        # A layer alone needs hooks only for what it is told of its input.
+        inside = [layer for _, layer in kalman_layers(module) if layer is not module or (module is model and known)]
         if inside:
-            watch = Watch(inside, (module is model and given) or known, _positional(module))
+            watch = Watch(inside, known, _positional(module), name)
             module.register_forward_pre_hook(watch.open, with_kwargs=True, prepend=True)
             module.register_forward_hook(watch.close, always_call=True)
     return model

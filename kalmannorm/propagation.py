@@ -268,7 +268,8 @@ def _gated(step: Step, kept: Callable[[Step], Any]) -> Belief | None:
 
         for each in upwards:
             args, kwargs = replace(each.args, Step, of), {k: replace(v, Step, of) for k, v in each.kwargs.items()}
-            values[each] = each.function(*args, **kwargs)  # type: ignore[misc]
+            value: Tensor = each.function(*args, **kwargs)  # type: ignore[misc]
+            values[each] = value if each.grad else value.detach()
         return values[step]
 
     found: Belief = _asked(quadrature, step, (belief, product), {})

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from kalmannorm.checkpoints import enter_again
 from kalmannorm.gaussian import Gaussian, Unknown
@@ -43,6 +44,10 @@ _LONGEST = 2000
 
 _DETACH = frozenset(aliases("detach"))
 _IN_PLACE_RELUS = frozenset((F.relu, F.relu_, torch.relu_, Tensor.relu_))
+# Functions of an activation and weights.
+_OF_WEIGHTS = frozenset(
+    function for function, its in RULES.items() if its.__module__.endswith((".linear", ".normalization"))
+)
 # Methods that are written in Python, by name.
 _IN_PYTHON = {"__rsub__": torch.rsub, "pow": torch.pow, "__pow__": torch.pow}
 # The methods of tensors that have rules, under the names that `operator` gives them.
@@ -68,7 +73,8 @@ class Recorder(TorchFunctionMode):
         self.passes: dict[int, object] = {}  # of each thread, another object in each forward pass
         self.detached: dict[int, list[weakref.ref[Step]]] = {}  # of each thread's pass
         self.without_prior: dict[str, str] = {}  # layers of this pass, and why
-        self.learned: list[Tensor] = []  # what parameters have made while `input_stats` wait for their tensor
+        # What parameters have made while `input_stats` wait for their tensor.
+        self.learned = WeakTensorKeyDictionary()
         self.of_threads: dict[int, KeptPriors] = {}
 
     @property
@@ -87,19 +93,22 @@ class Recorder(TorchFunctionMode):
             self.waiting[thread] = given
         return before
 
-    def _meet_input(self, args: Any, kwargs: Any) -> bool:
-        """Give the belief that waits for its tensor to the one that meets parameters, if it fits; whether any do."""
+    def _meet_input(self, func: Any, args: Any, kwargs: Any) -> bool:
+        """Give the waiting belief to the tensor that meets weights, if it fits; whether there are any weights."""
         tensors = list(found_in((*args, *kwargs.values()), Tensor))
         others = [each for each in tensors if not isinstance(each, nn.Parameter) and not _is_made(each, self.learned)]
         if len(others) == len(tensors):
             return False
-        given = self.await_input(None)
-        if given is not None:
+        if func in _OF_WEIGHTS and (given := self.await_input(None)) is not None:
             self.await_input(started_on_first(given, others))
         return True
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "of_threads": {}, "waiting": {}, "passes": {}, "detached": {}, "learned": []}
+        return {"layers": self.layers}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Also of a model that an earlier version has pickled."""
+        self.__init__(state["layers"])  # type: ignore[misc]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -107,7 +116,7 @@ class Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         if torch.compiler.is_dynamo_compiling():
             func, args = _as_in_eager_mode(func, args)
-        learns = bool(self.waiting) and self._meet_input(args, kwargs)
+        learns = bool(self.waiting) and self._meet_input(func, args, kwargs)
         # Before the call, as a function that works in place would hide an earlier change that was not recorded.
         of_tensor = args and isinstance(args[0], Tensor)
         first, before = (step_of(args[0]), state_of(args[0])) if of_tensor else (None, None)
@@ -116,7 +125,7 @@ class Recorder(TorchFunctionMode):
         else:
             output = func(*args, **kwargs)
         if learns and self.waiting and not torch.compiler.is_dynamo_compiling():  # which cannot write to the list
-            self.learned += found_in((output,), Tensor)
+            self.learned.update(dict.fromkeys(found_in((output,), Tensor), True))
         if isinstance(output, Tensor):
             if of_tensor and output is args[0] and before is not None and before == state_of(output):
                 return output  # such as `float` of what is float already
@@ -167,7 +176,6 @@ class Recorder(TorchFunctionMode):
 
     def end_pass(self) -> None:
         """Let what was detached in this thread's pass, and is kept, keep no graph of it."""
-        self.learned.clear()
         copies: dict[Step, Step] = {}
         for noted in self.detached.pop(threading.get_ident(), ()):
             if (step := noted()) is not None:
@@ -294,7 +302,7 @@ def attach_step(tensor: Tensor, func: Any, mode: Recorder) -> None:
     put(tensor, Step(func, (step_of(tensor),), {}, tuple(tensor.shape), recorded_in=mode.this_pass()))
 
 
-def started_on_first(given: Gaussian, values: Any, learned: Sequence[Tensor] | None = None) -> Gaussian | None:
+def started_on_first(given: Gaussian, values: Any, learned: Any = None) -> Gaussian | None:
     """Attach a belief about the network's input to the first tensor of so many channels, unless that has a belief;
     return the belief if there is no such tensor. Single numbers go to the first argument of two or more axes. With
     ``learned``, what the network's parameters or layers have made is no input.
@@ -314,9 +322,9 @@ def started_on_first(given: Gaussian, values: Any, learned: Sequence[Tensor] | N
     return given
 
 
-def _is_made(tensor: Tensor, learned: Sequence[Tensor]) -> bool:
+def _is_made(tensor: Tensor, learned: Any) -> bool:
     """Whether a tensor is one of those that parameters have made, or comes from a normalization layer."""
-    if any(each is tensor for each in learned):
+    if tensor in learned:
         return True
     below = [step for step in (step_of(tensor),) if step is not None]
     seen = set(below)

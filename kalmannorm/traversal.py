@@ -48,14 +48,18 @@ def attributes_kept(objects: Iterable[Any], *names: str) -> Iterator[None]:
 
 @contextmanager
 def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Restore the values of a model's buffers afterwards."""
-    before = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    """Restore a model's buffers afterwards, those that other tensors have replaced too."""
+    before = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules() for name, buffer in module.named_buffers(recurse=False)
+    ]  # fmt: skip
     try:
         yield
     finally:
-        for name, buffer in model.named_buffers():
-            if name in before:  # not one that was registered since
-                buffer.data.copy_(before[name])  # no change to autograd, which may have saved it
+        for module, name, buffer, values in before:
+            setattr(module, name, buffer)
+            if all(step or size < 2 for step, size in zip(buffer.stride(), buffer.shape, strict=True)):  # not expanded
+                buffer.data.copy_(values)  # no change to autograd, which may have saved it
 
 
 def random_state_kept(model: nn.Module) -> AbstractContextManager[None]:

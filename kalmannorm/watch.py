@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,11 +36,15 @@ class Watch:
         given: the beliefs about the module's inputs, by the names of its forward's arguments; None as a name stands for
             the first floating-point tensor. Mean and variance are ``(C,)``, or one number for inputs of any shape.
         arguments: the names of its forward's positional arguments.
+        name: of the module in the network, which the layers' names begin with.
     """
 
     _warned = _looked = _counted = False  # what is said once
+    prefix = ""  # of a model that an earlier version has pickled
 
-    def __init__(self, layers: list[Any], given: Mapping[str | None, Gaussian], arguments: Sequence[str] = ()) -> None:
+    def __init__(self, layers: list[Any], given: Mapping[str | None, Gaussian], arguments: Sequence[str] = (),
+                 name: str = "") -> None:  # fmt: skip
+        self.prefix = f"{name}." if name else ""
         self.layers = layers
         self.arguments = tuple(arguments)
         self.given = dict(given)
@@ -62,6 +66,7 @@ class Watch:
                 self._start_beliefs(module, args, kwargs, self.mode)
             if not torch.compiler.is_compiling():
                 self.mode.opener = module
+                self.mode.without_prior.clear()  # where an interrupt has left some
                 self.mode.passes[threading.get_ident()] = object()
                 self._warn_of_replaced_layers(module)
             self.mode.__enter__()  # type: ignore[no-untyped-call]
@@ -106,7 +111,8 @@ class Watch:
         self._looked = True
         inside = dict(module.named_modules())
         gone = [layer for layer in self.layers if layer not in set(inside.values())]
-        if not any(_is_at(layer.layer_name, inside) for layer in gone):
+        there = (inside.get(layer.layer_name.removeprefix(self.prefix)) for layer in gone)
+        if not any(_is_norm(each) for part in there if part is not None for each in part.modules()):
             return  # removed, as a head that is not wanted
         has_stock = any(isinstance(each, _BatchNorm) and not hasattr(each, "layer_name") for each in inside.values())
         new = "kalmannorm.convert(model) converts the new ones. " if has_stock else ""
@@ -198,9 +204,8 @@ def _start_belief(tensor: Tensor, given: Gaussian | None, place: str) -> bool:
     return can
 
 
-def _is_at(name: str, modules: Iterable[str]) -> bool:
-    """Whether a module stands where one of that name stood, in the network or in a part of it."""
-    return any(name == each or name.endswith(f".{each}") for each in modules if each)
+def _is_norm(module: nn.Module) -> bool:
+    return isinstance(module, _BatchNorm) or "Norm" in type(module).__name__
 
 
 def _are_unknown_inputs(values: Any) -> bool:

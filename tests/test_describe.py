@@ -141,3 +141,32 @@ def test_a_part_by_itself_has_no_belief_about_the_networks_input():
     x = torch.randn(2, 3, 6, 6)
     assert kn.describe(model, x).rows[0].prior_from == ("input",)
     assert kn.describe(model[0], x).rows[0].reason.startswith("the network's input")
+
+
+class Keeps(nn.Module):
+    """A network whose buffers become its input, its weight and a longer one; and one that is expanded."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.register_buffer("last", torch.zeros(2, 3, 6, 6))
+        self.register_buffer("weight", torch.zeros(4, 3, 3, 3))
+        self.register_buffer("seen", torch.zeros(1))
+        self.register_buffer("same", torch.ones(1).expand(5))
+
+    def forward(self, x):
+        self.last, self.weight, self.seen = x, self.conv.weight.detach(), torch.cat([self.seen, torch.ones(3)])
+        return self.norm(self.conv(x))
+
+
+@pytest.mark.parametrize("run", [kn.describe, kn.calibrate, lambda model, x: kn.recalibrate(model, [x])])
+def test_buffers_that_forward_replaces_come_back_and_nothing_is_written_over(run):
+    model, x = kn.convert(Keeps()), torch.randn(2, 3, 6, 6)
+    kept, weight = x.clone(), model.conv.weight.detach().clone()
+    run(model, x)
+    assert torch.equal(x, kept)
+    assert torch.equal(model.conv.weight, weight)
+    assert not model.last.any()
+    assert not model.weight.any()
+    assert model.seen.tolist() == [0]
+    assert model.same.tolist() == [1] * 5

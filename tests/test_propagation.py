@@ -13,6 +13,7 @@ import kalmannorm as kn
 from kalmannorm.gaussian import Gaussian
 from kalmannorm.recording import Recorder, attach
 from kalmannorm.rules import RULES
+from kalmannorm.rules.pointwise import quadrature
 
 
 def test_rules_for_a_residual_block_add_up():
@@ -257,6 +258,28 @@ def test_a_gate_of_more_than_the_activation_counts_as_independent(gate):
     expected = RULES[torch.mul](prior_of(h, 1), prior_of(factor, 1))
     found = prior_of(product, 1)
     torch.testing.assert_close((found.mean, found.var), (expected.mean, expected.var))
+
+
+@pytest.mark.parametrize("gate", [lambda h: h.abs().sqrt(), lambda h: torch.exp(7 * h), lambda h: F.relu(h) ** 1.5])
+def test_gates_whose_slopes_or_values_are_not_finite_stay_products(gate):
+    model = between(lambda h: h * gate(h))
+    model(torch.randn(2, 3, 8, 8)).square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_a_gate_without_gradients_gives_none():
+    def gated(h):
+        with torch.no_grad():
+            gate = torch.sigmoid(h)
+        return h * gate
+
+    x = torch.randn(1, 5, 1, 1).requires_grad_()
+    with Recorder():
+        h = torch.zeros(2, 5, 4, 4)
+        attach(h, Gaussian(x, torch.ones(1, 5, 1, 1)), "layer")
+        found = prior_of(gated(h), 1)
+    slope, = torch.autograd.grad(found.mean.sum(), x)
+    torch.testing.assert_close(slope, quadrature(Gaussian(x, torch.ones_like(x)), torch.sigmoid).mean)
 
 
 def test_a_compiled_gate_by_hand():

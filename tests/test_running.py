@@ -985,8 +985,15 @@ def test_layers_that_were_only_removed_are_not_reported():
     model = nn.Sequential()
     model.body, model.head = stock_net(), nn.Sequential(nn.Conv2d(5, 2, 1), nn.BatchNorm2d(2))
     kn.convert(model)
-    model.head = nn.Identity()
+    model.head = nn.Sequential(nn.Dropout(0.0), nn.Linear(1, 1))
+    del model.head[1]
     model(images())  # a warning would be an error here
+    stem = nn.Sequential()
+    stem.bn1, stem.layer = nn.BatchNorm2d(3), nn.Sequential()
+    stem.layer.bn1 = nn.BatchNorm2d(3)
+    kn.convert(stem)
+    stem.layer = nn.Identity()  # where the stem has a layer of the same last name
+    stem(images())
 
 
 def test_a_fused_convolution():

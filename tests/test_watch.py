@@ -235,6 +235,39 @@ def test_what_a_stem_makes_is_no_input(features):
     assert not any("input" in row.prior_from for row in rows)
 
 
+@pytest.mark.parametrize("masked", [lambda mask, weight: mask * weight, lambda mask, weight: weight * mask])
+def test_a_mask_of_weights_is_no_input(masked):
+    """As pruning multiplies; it has as many input channels as the images."""
+
+    class Stem(nn.Conv2d):
+        def forward(self, x):
+            return self._conv_forward(x, masked(torch.ones(self.weight.shape), self.weight), self.bias)
+
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+    model = Opened(Stem(3, 4, 3), body, lambda batch: batch.images)
+    model = kn.convert(model, input_stats=([0.0] * 3, [1.0] * 3))
+    rows = kn.describe(model, Batch(torch.randn(2, 3, 8, 8))).rows
+    assert [row.prior_from for row in rows] == [("input",), ("body.0",)]
+
+
+def test_a_mode_of_an_earlier_version_is_unpickled_with_what_it_lacks():
+    model = kn.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), input_stats=([0.0] * 3, [1.0] * 3))
+    watch = next(iter(model._forward_hooks.values())).__self__
+    state = watch.mode.__getstate__()
+    assert set(state) == {"layers"}
+    old = type(watch.mode).__new__(type(watch.mode))
+    old.__setstate__({**state, "opener": None})
+    watch.mode = old
+    assert model(torch.randn(2, 3, 8, 8)).isfinite().all()
+
+
+def test_layers_converted_one_by_one_say_so():
+    body = nn.Sequential(nn.Conv2d(3, 4, 3), kn.convert(nn.BatchNorm2d(4)))
+    with pytest.warns(UserWarning, match="sees no propagation"):
+        body(torch.randn(2, 3, 8, 8))
+
+
 @torch.no_grad()
 def test_a_network_that_is_no_part_of_another_keeps_no_priors_in_it():
     other, x = one_at_a_time(), torch.randn(2, 3, 10, 10)

@@ -159,8 +159,12 @@ def dropout(x: Gaussian, p: float = 0.5, training: bool = True, inplace: bool = 
 
 
 PRODUCTS = frozenset(function for function, its in RULES.items() if its is mul)
-# Functions of one tensor, or of one and numbers, each of whose outputs depends on one element.
+# Functions of one tensor, or of one and numbers, each of whose outputs depends on one element. Their slopes are finite,
+# and they do not overflow.
 ELEMENTWISE = frozenset(
     function for function, its in RULES.items()
     if its.__module__ == quadrature.__module__ or its in (add, sub, rsub, neg, mul, div)
-) - frozenset(aliases("rrelu", "rrelu_", "float_power"))  # fmt: skip
+) - frozenset(
+    aliases("rrelu", "rrelu_", "exp", "exp_", "expm1", "expm1_", "sqrt", "sqrt_", "pow", "pow_", "__pow__",
+            "float_power")
+)  # fmt: skip
