@@ -983,10 +983,9 @@ def test_a_new_head_is_to_be_converted():
 
 def test_layers_that_were_only_removed_are_not_reported():
     model = nn.Sequential()
-    model.body, model.head = stock_net(), nn.Sequential(nn.Conv2d(5, 2, 1), nn.BatchNorm2d(2))
+    model.body, model.head = stock_net(), nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
     kn.convert(model)
-    model.head = nn.Sequential(nn.Dropout(0.0), nn.Linear(1, 1))
-    del model.head[1]
+    model.head = nn.Sequential(nn.Dropout(0.0), nn.Linear(2, 5))  # where a norm was is none
     model(images())  # a warning would be an error here
     stem = nn.Sequential()
     stem.bn1, stem.layer = nn.BatchNorm2d(3), nn.Sequential()
