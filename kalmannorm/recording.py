@@ -124,7 +124,7 @@ class Recorder(TorchFunctionMode):
             output = args[0]
         else:
             output = func(*args, **kwargs)
-        if learns and self.waiting and not torch.compiler.is_dynamo_compiling():  # which cannot write to the list
+        if learns and self.waiting and not torch.compiler.is_dynamo_compiling():  # which cannot write to it
             self.learned.update(dict.fromkeys(found_in((output,), Tensor), True))
         if isinstance(output, Tensor):
             if of_tensor and output is args[0] and before is not None and before == state_of(output):

@@ -110,11 +110,12 @@ class Watch:
             return
         self._looked = True
         inside = dict(module.named_modules())
-        gone = [layer for layer in self.layers if layer not in set(inside.values())]
+        stay = set(inside.values())
+        gone = [layer for layer in self.layers if layer not in stay]
         there = (inside.get(layer.layer_name.removeprefix(self.prefix)) for layer in gone)
         if not any(_is_norm(each) for part in there if part is not None for each in part.modules()):
             return  # removed, as a head that is not wanted
-        has_stock = any(isinstance(each, _BatchNorm) and not hasattr(each, "layer_name") for each in inside.values())
+        has_stock = any(isinstance(each, _BatchNorm) and not hasattr(each, "layer_name") for each in stay)
         new = "kalmannorm.convert(model) converts the new ones. " if has_stock else ""
         remedy = "connect" if len(gone) < len(self.layers) else "to_batchnorm"
         acts = ", with their activations, which kalmannorm.freeze would keep" if hasattr(gone[0], "act") else ""
