@@ -16,7 +16,7 @@ from kalmannorm.gaussian import Gaussian, Unknown
 from kalmannorm.modules import KalmanLayer
 from kalmannorm.propagation import function_name, without_autocast
 from kalmannorm.recording import is_open
-from kalmannorm.steps import Step, step_of
+from kalmannorm.steps import ancestors, step_of
 from kalmannorm.traversal import attributes_kept, buffers_kept, inputs_seen, kalman_layers, random_state_kept
 
 __all__ = [
@@ -173,7 +173,7 @@ def _row(name: str, layer: KalmanLayer, x: Tensor) -> Row:
             return Row(name, kind, _gain(layer, x), ("its running statistics",), (), "")
     if reason or step is None:
         return Row(name, kind, 1.0, (), (), reason)
-    steps = _ancestors(step)
+    steps = ancestors(step)
     sources = dict.fromkeys(each.source for each in steps if each.function is None)
     through = [function_name(each.function) for each in steps if each.function is not None]
     return Row(name, kind, _gain(layer, x), tuple(sources), tuple(through), "")
@@ -183,21 +183,6 @@ def _mean_scale(layer: KalmanLayer) -> float | None:
     scale = layer.prior_scale
     found = math.nan if not layer.is_corrected or scale.is_meta else geometric_mean(scale.double(), scale > 0)
     return None if math.isnan(found) else found
-
-
-def _ancestors(step: Step) -> list[Step]:
-    """The steps that lead to this one, itself included, each after its own ancestors."""
-    found: dict[Step, None] = {}
-    waiting = [step]
-    while waiting:
-        current = waiting[-1]
-        first = [parent for parent in current.parents if parent not in found]
-        if first:
-            waiting.extend(reversed(first))
-        else:
-            found[current] = None
-            waiting.pop()
-    return list(found)
 
 
 def _gain(layer: KalmanLayer, x: Tensor) -> float:

@@ -28,7 +28,7 @@ from kalmannorm.priors import KeptPriors
 from kalmannorm.propagation import let_go_of_graph, settle, true_depth, without_autocast
 from kalmannorm.rules import RULES, Belief
 from kalmannorm.rules.table import FACTORIES, LIKE, OVERWRITING, SOURCES, aliases
-from kalmannorm.steps import SCALARS, Step, detached, found_in, put, state_of, step_of
+from kalmannorm.steps import SCALARS, Step, ancestors, detached, found_in, put, state_of, step_of
 
 __all__ = [
     "Recorder", "attach", "attach_step", "current", "fits", "is_open", "is_resting", "laid_out", "paused",
@@ -326,16 +326,9 @@ def _is_made(tensor: Tensor, learned: Any) -> bool:
     """Whether a tensor is one of those that parameters have made, or comes from a normalization layer."""
     if tensor in learned:
         return True
-    below = [step for step in (step_of(tensor),) if step is not None]
-    seen = set(below)
-    while below:
-        step = below.pop()
-        if step.function is None and step.source not in ("", "input"):
-            return True
-        new = [parent for parent in step.parents if parent not in seen]
-        seen.update(new)
-        below += new
-    return False
+    step = step_of(tensor)
+    below = () if step is None else ancestors(step)
+    return any(each.function is None and each.source not in ("", "input") for each in below)
 
 
 def fits(given: Gaussian, tensor: Tensor) -> bool:

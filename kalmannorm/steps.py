@@ -21,8 +21,8 @@ from kalmannorm.kernels.autograd import saved_tensor_hooks
 from kalmannorm.rules import Belief
 
 __all__ = [
-    "SCALARS", "Step", "computed_in", "detached", "found_in", "may_use", "placed_in", "put", "replace", "state_of",
-    "step_of",
+    "SCALARS", "Step", "ancestors", "computed_in", "detached", "found_in", "may_use", "placed_in", "put", "replace",
+    "state_of", "step_of",
 ]  # fmt: skip
 
 _T = TypeVar("_T")
@@ -88,6 +88,21 @@ class Step:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Step:
         return self
+
+
+def ancestors(step: Step) -> list[Step]:
+    """The steps that lead to this one, itself included, each after its own ancestors."""
+    found: dict[Step, None] = {}
+    waiting = [step]
+    while waiting:
+        current = waiting[-1]
+        first = [parent for parent in current.parents if parent not in found]
+        if first:
+            waiting.extend(reversed(first))
+        else:
+            found[current] = None
+            waiting.pop()
+    return list(found)
 
 
 def may_use(where: Any, step: Step, now: Any) -> bool:
