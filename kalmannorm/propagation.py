@@ -19,7 +19,7 @@ from torch.overrides import resolve_name
 from kalmannorm.gaussian import Gaussian, Unknown
 from kalmannorm.kernels.autograd import in_grad_mode, is_transformed, saved_tensor_hooks
 from kalmannorm.rules import RULES, Belief, Rule
-from kalmannorm.rules.arithmetic import ELEMENTWISE, PRODUCTS
+from kalmannorm.rules.arithmetic import ELEMENTWISE, JOINT
 from kalmannorm.rules.pointwise import quadrature
 from kalmannorm.rules.rectified import Rectified
 from kalmannorm.rules.table import BELIEF_FIRST, as_rule_is_called
@@ -218,8 +218,8 @@ def _by_rule(step: Step, kept: Callable[[Step], Any]) -> Belief:
     called = operands(step, kept)
     if isinstance(called, Unknown):
         return called
-    if step.function in PRODUCTS and (gated := _gated(step, kept)) is not None:
-        return gated
+    if step.function in JOINT and (joint := _joint(step, kept)) is not None:
+        return joint
     args, kwargs = called
     if rule is None:
         return Unknown(f"no rule for {function_name(step.function)}")
@@ -247,9 +247,9 @@ def _by_rule(step: Step, kept: Callable[[Step], Any]) -> Belief:
     return belief
 
 
-def _gated(step: Step, kept: Callable[[Step], Any]) -> Belief | None:
-    """The belief about a product whose factors are functions of one activation, as in ``x * torch.sigmoid(x)``; None
-    about another product, whose factors the rule takes as independent.
+def _joint(step: Step, kept: Callable[[Step], Any]) -> Belief | None:
+    """The belief about a product, or the larger of two, of functions of one activation, as ``x * torch.sigmoid(x)``;
+    None about those of several, which the rule takes as independent.
     """
     if len(step.parents) != 2 or not _is_of_numbers(step) or step.parents[0] is step.parents[1]:
         return None
@@ -260,7 +260,7 @@ def _gated(step: Step, kept: Callable[[Step], Any]) -> Belief | None:
         return None
     upwards = (*first[: first.index(source)][::-1], *second[: second.index(source)][::-1], step)
 
-    def product(t: Tensor) -> Tensor:
+    def value(t: Tensor) -> Tensor:
         values = {source: t}
 
         def of(parent: Step) -> Tensor:
@@ -268,11 +268,11 @@ def _gated(step: Step, kept: Callable[[Step], Any]) -> Belief | None:
 
         for each in upwards:
             args, kwargs = replace(each.args, Step, of), {k: replace(v, Step, of) for k, v in each.kwargs.items()}
-            value: Tensor = each.function(*args, **kwargs)  # type: ignore[misc]
-            values[each] = value if each.grad else value.detach()
+            output: Tensor = each.function(*args, **kwargs)  # type: ignore[misc]
+            values[each] = output if each.grad else output.detach()
         return values[step]
 
-    found: Belief = _asked(quadrature, step, (belief, product), {})
+    found: Belief = _asked(quadrature, step, (belief, value), {})
     return found
 
 

@@ -27,7 +27,7 @@ from kalmannorm.kernels.layer import rectify_output
 from kalmannorm.priors import KeptPriors
 from kalmannorm.propagation import let_go_of_graph, settle, true_depth, without_autocast
 from kalmannorm.rules import RULES, Belief
-from kalmannorm.rules.table import FACTORIES, LIKE, OVERWRITING, SOURCES, aliases
+from kalmannorm.rules.table import BLANK, FACTORIES, LIKE, OVERWRITING, PICKING, SOURCES, aliases
 from kalmannorm.steps import SCALARS, Step, ancestors, detached, found_in, put, state_of, step_of
 
 __all__ = [
@@ -42,6 +42,8 @@ _BASE = Tensor._base.__get__  # type: ignore[union-attr]
 _LONGEST = 2000
 
 
+# The attribute of a tensor of zeros: its state then.
+_BLANK_AT = "_kalmannorm_blank"
 _DETACH = frozenset(aliases("detach"))
 _IN_PLACE_RELUS = frozenset((F.relu, F.relu_, torch.relu_, Tensor.relu_))
 # Functions of an activation and weights.
@@ -126,14 +128,15 @@ class Recorder(TorchFunctionMode):
             output = func(*args, **kwargs)
         if learns and self.waiting and not torch.compiler.is_dynamo_compiling():  # which cannot write to it
             self.learned.update(dict.fromkeys(found_in((output,), Tensor), True))
+        if func in FACTORIES or func == _BASE:  # `Tensor._base` computes nothing
+            return _blank_noted(func, output)
         if isinstance(output, Tensor):
             if of_tensor and output is args[0] and before is not None and before == state_of(output):
                 return output  # such as `float` of what is float already
-            if func not in FACTORIES and func != _BASE:  # `Tensor._base` computes nothing
-                self._record(func, args, kwargs, output, None)
+            self._record(func, args, kwargs, output, None)
         elif func is torch.Tensor.__setitem__:
-            _record_assignment(args)
-        elif isinstance(output, tuple | list) and not isinstance(output, torch.Size) and func not in FACTORIES:
+            self._record_assignment(args, before)
+        elif isinstance(output, tuple | list) and not isinstance(output, torch.Size):
             return self._record_each(func, args, kwargs, output)
         return output
 
@@ -148,8 +151,9 @@ class Recorder(TorchFunctionMode):
 
     def _record(self, func: Any, args: Any, kwargs: Any, output: Tensor, index: int | None) -> None:
         parents: list[Step] = []
-        recorded = tuple([a if type(a) in SCALARS else _recorded(a, parents, output) for a in args])
-        keywords = {k: _recorded(v, parents, output) for k, v in kwargs.items()} if kwargs else kwargs
+        recorded, keywords = _with_steps(args, kwargs, parents, output, picks := func in PICKING)
+        if picks and not parents:  # a known tensor, perhaps by an index computed from the input
+            recorded, keywords = _with_steps(args, kwargs, parents, output, False)
         if (not parents and func not in SOURCES) or (func in LIKE and not isinstance(recorded[0], Step)):
             return
         if func is Tensor.view_as and len(args) == 2 and args[0] is args[1]:
@@ -173,6 +177,26 @@ class Recorder(TorchFunctionMode):
         if func in _DETACH and mark is not None:
             self.detached.setdefault(threading.get_ident(), []).append(weakref.ref(step))
         put(output, step)
+
+    def _record_assignment(self, args: Any, before: Any) -> None:
+        """``target[index] = value``, of a tensor with a belief or of zeros, whose state was ``before``.
+
+        The belief about a tensor of which the target is a view is lost.
+        """
+        target, index, value = args
+        has_step = step_of(target, as_it_was=True) is not None
+        if not has_step and not (isinstance(value, Tensor) and step_of(value) is not None):
+            return
+        whole = None if torch.compiler.is_compiling() else target._base
+        blank = hasattr(target, _BLANK_AT) and getattr(target, _BLANK_AT) == before
+        if whole is None and (has_step or blank):
+            into = target if has_step else target.new_zeros(()).expand(target.shape)  # it must not hold itself
+            self._record(Tensor.__setitem__, (into, index, value), {}, target, None)
+            return
+        lost = Unknown("assigned in place, to a view or to what held no zeros")
+        for each in (target, whole):
+            if each is not None:
+                attach(each, lost, "")
 
     def end_pass(self) -> None:
         """Let what was detached in this thread's pass, and is kept, keep no graph of it."""
@@ -228,12 +252,31 @@ def _is_rectified_by_its_layer(func: Any, args: Any, kwargs: Any, step: Step) ->
     return rectify_output(args[0])
 
 
-def _recorded(value: Any, parents: list[Step], output: Tensor) -> Any:
-    """An argument with each tensor that has a step replaced by it; the steps are added to ``parents``."""
+def _blank_noted(func: Any, output: Any) -> Any:
+    """What a factory returned, noted if it holds zeros, or nothing yet."""
+    if func in BLANK:
+        setattr(output, _BLANK_AT, state_of(output))
+    return output
+
+
+def _with_steps(args: Any, kwargs: Any, parents: list[Step], output: Tensor, picks: bool) -> tuple[Any, Any]:
+    """The arguments of a call with each tensor that has a step replaced by it; the steps are added to ``parents``. With
+    ``picks``, tensors of whole numbers are indices, and stay.
+    """
+    recorded = tuple([a if type(a) in SCALARS else _recorded(a, parents, output, picks) for a in args])
+    return recorded, {k: _recorded(v, parents, output, picks) for k, v in kwargs.items()} if kwargs else kwargs
+
+
+def _recorded(value: Any, parents: list[Step], output: Tensor, picks: bool) -> Any:
+    """One argument of :func:`_with_steps`."""
     kind = type(value)
     if kind is tuple or kind is list:
-        return value if SCALARS.issuperset(map(type, value)) else kind([_recorded(v, parents, output) for v in value])
-    if isinstance(value, Tensor) and (step := step_of(value, as_it_was=value is output)) is not None:
+        if SCALARS.issuperset(map(type, value)):
+            return value
+        return kind([_recorded(v, parents, output, picks) for v in value])
+    if not isinstance(value, Tensor) or (picks and not value.is_floating_point()):
+        return value
+    if (step := step_of(value, as_it_was=value is output)) is not None:
         step.is_used = True
         parents.append(step)
         return step
@@ -246,16 +289,6 @@ def _is_called_by_torch() -> bool:
     while frame.f_globals.get("__name__") == "torch.autograd.function" and frame.f_back is not None:
         frame = frame.f_back
     return str(frame.f_globals.get("__name__")).startswith("torch.")
-
-
-def _record_assignment(args: Any) -> None:
-    """``x[i] = y``: the belief about ``x``, and about the tensor of which it is a view, is lost."""
-    target = args[0]
-    if any(isinstance(a, Tensor) and step_of(a) is not None for a in args):
-        lost = Unknown("assigned in place, element by element")
-        attach(target, lost, "")
-        if not torch.compiler.is_compiling() and target._base is not None:
-            attach(target._base, lost, "")
 
 
 def is_resting(mode: Recorder) -> bool:

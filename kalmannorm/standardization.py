@@ -36,8 +36,8 @@ _EPS = 1e-4
 
 # Functions between a filter and a norm: linear maps, maxima, and changes of shape.
 _FUNCTIONS = frozenset("""
-    add iadd sub isub neg cat concat stack chunk split tensor_split unbind getitem mean sum amax avg_pool1d avg_pool2d
-    avg_pool3d max_pool1d max_pool2d max_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
+    add iadd sub isub neg cat concat stack chunk split tensor_split unbind getitem mean sum amax amin max min avg_pool1d
+    avg_pool2d avg_pool3d max_pool1d max_pool2d max_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
     adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d dropout dropout1d dropout2d dropout3d stochastic_depth
     drop_path reshape view flatten unflatten permute transpose swapaxes movedim squeeze unsqueeze contiguous clone
     roll flip pad interpolate upsample pixel_shuffle pixel_unshuffle channel_shuffle to float

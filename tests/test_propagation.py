@@ -222,6 +222,9 @@ def test_draws_that_lose_an_axis_give_no_prior(name):
         (lambda x: x * F.relu6(x + 3, inplace=True) / 6, F.hardswish),
         (lambda x: x * torch.tanh(F.softplus(x)), F.mish),
         (lambda x: 0.5 * x * (1 + torch.erf(x / math.sqrt(2))), F.gelu),
+        (lambda x: torch.max(x, 0.2 * x), lambda x: F.leaky_relu(x, 0.2)),
+        (lambda x: torch.maximum(-x, x), torch.abs),
+        (lambda x: torch.minimum(F.silu(x), x), lambda x: torch.min(x, F.silu(x))),
     ],
 )
 def test_a_gate_by_hand_is_as_torchs_own_function(by_hand, function):
@@ -282,8 +285,16 @@ def test_a_gate_without_gradients_gives_none():
     torch.testing.assert_close(slope, quadrature(Gaussian(x, torch.ones_like(x)), torch.sigmoid).mean)
 
 
-def test_a_compiled_gate_by_hand():
+@pytest.mark.parametrize("activation", [
+    lambda h: h * torch.sigmoid(h),
+    lambda h: torch.max(h, 0.2 * h),
+    lambda h: torch.maximum(h, h.max(1, keepdim=True)[0] - 1),
+    lambda h: h.tile(1, 1, 2, 1) * h.std((2, 3), keepdim=True),
+    lambda h: torch.where(torch.arange(6) > 2, h, h.amin((2, 3), keepdim=True)),
+    lambda h: F.max_unpool2d(*F.max_pool2d(h, 2, return_indices=True), 2),
+])  # fmt: skip
+def test_a_compiled_activation_by_hand(activation):
     torch.manual_seed(0)
-    model, x = between(lambda h: h * torch.sigmoid(h)), torch.randn(2, 3, 8, 8)
+    model, x = between(activation), torch.randn(2, 3, 8, 8)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), model(x))

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import weakref
 
 import numpy as np
 import pytest
@@ -21,7 +22,26 @@ from kalmannorm.steps import Step, step_of
 def assign(net, y):
     z = torch.zeros(y.shape)
     z[:, :2] = y[:, :2]
+    z[:, 2:3, 1:] = y[:, :1, :-1]
     return z
+
+
+def assign_into(z, number=None):
+    """Assign an activation to a part of ``z``, perhaps after a number."""
+
+    def between(net, y):
+        target = z.clone() if z.numel() > 0 else torch.zeros(y.shape)
+        if number is not None:
+            target[:, 3] = number
+        target[:, :2] = y[:, :2]
+        return target
+
+    return between
+
+
+def assign_by_a_tensor(net, y):
+    y[:, torch.tensor([0, 1])] = y[:, 2:] * 2
+    return y
 
 
 def assign_through_a_view(net, y):
@@ -50,6 +70,10 @@ def overwrite_in_place(net, y):
         (lambda net, y: y * torch.sigmoid(y.mean((2, 3), keepdim=True)), "Tensor.mul"),
         (lambda net, y: F.channel_shuffle(y, 2), "nn.functional.channel_shuffle"),
         (lambda net, y: y.view(2, 2, 2, 6, 6).transpose(1, 2).reshape(2, 4, 6, 6), "Tensor.reshape"),
+        (assign, "Tensor.__setitem__"),
+        (lambda net, y: y[y.mean((1, 2, 3)).argsort()], "Tensor.__getitem__"),
+        (lambda net, y: y.gather(3, index=y.argsort(3)), "Tensor.gather"),
+        (lambda net, y: y.max(3, keepdim=True)[0], "Tensor.max"),
     ],
 )
 def test_a_belief_crosses(between, expected):
@@ -63,8 +87,11 @@ def test_a_belief_crosses(between, expected):
     [
         (lambda net, y: torch.cumsum(y, 1), "no rule for torch.cumsum"),
         (lambda net, y: 1 / y, "no rule for torch.Tensor.__rtruediv__"),
-        (assign, "assigned in place"),
-        (assign_through_a_view, "assigned in place"),
+        (assign_into(torch.ones(2, 4, 6, 6)), "what held no zeros"),
+        (assign_into(torch.empty(0), 5.0), "what held no zeros"),
+        (assign_through_a_view, "to a view"),
+        (assign_by_a_tensor, "other than by numbers and slices"),
+        (lambda net, y: torch.ones(2, 4, 6, 6)[y.mean((1, 2, 3)).argsort()], "no rule for torch.Tensor.argsort"),
         (relu_on_a_view, "a view of it was changed in place"),
         (lambda net, y: torch.ones(2, 4, 6, 6), "does not depend on a floating-point input"),
         (lambda net, y: y + (y.cumsum(1) > 0), "no rule for torch.Tensor.cumsum"),
@@ -74,6 +101,25 @@ def test_what_cannot_be_followed_says_why(between, reason):
     row = prior_after(between)
     assert row.prior_from == ()
     assert reason in row.reason
+
+
+def test_an_assignment_is_believed_as_it_was_made():
+    """Zeros where nothing was assigned, and a tensor that does not hold itself."""
+    seen = []
+
+    def between(net, y):
+        z = assign(net, y)
+        seen.append((prior_of(y, 1), prior_of(z, 1), weakref.ref(z)))
+        return z
+
+    model = kn.convert(Net(between))
+    nn.init.normal_(model.first.bias)
+    model(torch.randn(2, 4, 6, 6))
+    before, after, target = seen.pop()
+    assert target() is None
+    torch.testing.assert_close(after.mean[0, :2], before.mean[0, :2])
+    torch.testing.assert_close(after.mean[0, 2], before.mean[0, 0] * 5 / 6)
+    assert after.mean[0, 3] == after.var[0, 3] == 0
 
 
 def test_an_unknown_activation_is_not_taken_for_a_constant():

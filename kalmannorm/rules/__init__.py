@@ -1,9 +1,20 @@
 """How each torch function moves a belief: one pure function an operation, and a table of them."""
 
-from kalmannorm.rules import arithmetic, attention, linear, normalization, pointwise, pooling, rectified, scatter, shape
+from kalmannorm.rules import (
+    arithmetic,
+    attention,
+    linear,
+    normalization,
+    pointwise,
+    pooling,
+    rectified,
+    reductions,
+    scatter,
+    shape,
+)  # fmt: skip
 from kalmannorm.rules.table import RULES, Belief, Rule, aliases, rule
 
 __all__ = [
     "RULES", "Belief", "Rule", "aliases", "arithmetic", "attention", "linear", "normalization", "pointwise", "pooling",
-    "rectified", "rule", "scatter", "shape",
+    "rectified", "reductions", "rule", "scatter", "shape",
 ]  # fmt: skip

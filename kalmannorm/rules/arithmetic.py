@@ -1,4 +1,4 @@
-"""Sums, products, means and dropout.
+"""Sums, products, the larger and the smaller of two, and dropout.
 
 Two activations are taken as independent of each other; one and the same activation on both sides
 is recognized. A known tensor or number brings no variance of its own, see
@@ -10,21 +10,21 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kalmannorm.gaussian import Gaussian, Packed, Unknown
 from kalmannorm.rules.pointwise import quadrature
-from kalmannorm.rules.pooling import largest_of
 from kalmannorm.rules.rectified import Rectified
-from kalmannorm.rules.shape import align, axes_of, drop, of_rank, summarize, varies
+from kalmannorm.rules.shape import align, of_rank, summarize
 from kalmannorm.rules.table import RULES, Belief, aliases, belief_rule, rule
 
-__all__ = ["ELEMENTWISE", "PRODUCTS"]
+__all__ = ["ELEMENTWISE", "JOINT", "add", "maximum", "minimum", "mul", "neg", "pair"]
 
 _Operand = Gaussian | Tensor | float
 
 
-def _pair(x: _Operand, y: _Operand) -> tuple[Gaussian, Gaussian]:
+def pair(x: _Operand, y: _Operand) -> tuple[Gaussian, Gaussian]:
     """Both operands as beliefs that broadcast. At least one is a belief."""
     if not isinstance(x, Gaussian):
         assert isinstance(y, Gaussian)
@@ -53,7 +53,7 @@ def add(x: _Operand, y: _Operand, *, alpha: float = 1, out: object = None) -> Ga
         return mul(x, 1 + alpha)
     if alpha == 1 and (both := _packed(x, y)) is not None:
         return Packed(both[0].moments + both[1].moments)
-    first, second = _pair(x, y)
+    first, second = pair(x, y)
     if alpha == 1:
         return Gaussian(first.mean + second.mean, first.var + second.var)
     return Gaussian(first.mean + alpha * second.mean, first.var + alpha**2 * second.var)
@@ -74,7 +74,7 @@ def rsub(x: _Operand, y: _Operand, *, alpha: float = 1) -> Gaussian:
 @belief_rule("neg", "neg_", "negative", "__neg__")
 def neg(x: Gaussian) -> Gaussian:
     """``-m`` and ``v``."""
-    return Gaussian(-x.mean, x.var)
+    return Gaussian(-x.mean, x.var, x.shape)
 
 
 @rule(*aliases("mul", "mul_", "multiply", "multiply_", "__mul__", "__rmul__", "__imul__"))
@@ -84,7 +84,7 @@ def mul(x: _Operand, y: _Operand, *, out: object = None) -> Gaussian:
         return quadrature(x, lambda t: t**2)
     if isinstance(y, int | float) and isinstance(x, Gaussian):
         return Gaussian(x.mean * y, x.var * y**2)
-    first, second = _pair(x, y)
+    first, second = pair(x, y)
     a, b = first.mean.square(), second.mean.square()
     return Gaussian(first.mean * second.mean, first.var * second.var + first.var * b + second.var * a)
 
@@ -117,35 +117,33 @@ def lerp(x: _Operand, end: _Operand, weight: Any) -> Belief:
     return add(first, second)
 
 
-def _over(x: Gaussian, dim: Any) -> tuple[list[int], int]:
-    """The axes of a reduction, and how many elements of the activation it reduces to one. ``[]`` means all axes."""
-    axes = axes_of(x, None if dim in ([], ()) else dim)
-    return axes, math.prod([x.shape[d] for d in axes])
+@rule(*aliases("maximum", "fmax"))
+def maximum(x: _Operand, y: _Operand, *, out: object = None) -> Gaussian:
+    """The larger of two: with ``t^2 = v1 + v2`` and ``a = (m1 - m2) / t``, ``E = m1 Phi(a) + m2 Phi(-a) + t phi(a)``.
+
+    Clark, "The greatest of a finite set of random variables", 1961, Eq. 2 to 4.
+    """
+    if x is y:
+        return add(x, 0.0)
+    first, second = pair(x, y)
+    apart = first.mean - second.mean
+    spread = Gaussian(apart, first.var + second.var).std
+    a = apart / torch.maximum(spread, apart.detach().abs() * 1e-6)  # finite slopes without a variance
+    more, less = torch.special.ndtr(a), torch.special.ndtr(-a)
+    tail = spread * torch.exp(-0.5 * a.square()) * (1 / math.sqrt(2 * math.pi))
+    mean = second.mean + apart * more + tail
+    # The variance of the two means, of which either may be the larger, without large numbers that cancel.
+    between = apart.square() * more * less + apart * tail * (less - more) - tail.square()
+    return Gaussian(mean, (first.var * more + second.var * less + between).clamp_min(0))
 
 
-@belief_rule("mean")
-def mean(x: Gaussian, dim: Any = None, keepdim: bool = False, *, dtype: object = None, axis: Any = None) -> Gaussian:
-    """The mean of independent elements: ``m`` and ``v / count``."""
-    axes, count = _over(x, dim if axis is None else axis)
-    averaged = Gaussian(x.mean.mean(axes, keepdim=True), x.var.mean(axes, keepdim=True) / count)
-    return averaged if keepdim else drop(averaged, axes)
-
-
-@belief_rule("sum")
-def sum_(x: Gaussian, dim: Any = None, keepdim: bool = False, *, dtype: object = None, axis: Any = None) -> Gaussian:
-    """The sum of independent elements: ``count m`` and ``count v``."""
-    dim = dim if axis is None else axis
-    return mul(mean(x, dim, keepdim), float(_over(x, dim)[1]))
-
-
-@belief_rule("amax")
-def amax(x: Gaussian, dim: Any = (), keepdim: bool = False) -> Belief:
-    """The largest of independent elements with one belief."""
-    axes, count = _over(x, dim)
-    if any(varies(x, d) for d in axes):
-        return Unknown("a maximum along an axis where the belief varies")
-    largest = largest_of(x, count)
-    return largest if keepdim else drop(largest, axes)
+@rule(*aliases("minimum", "fmin"))
+def minimum(x: _Operand, y: _Operand, *, out: object = None) -> Gaussian:
+    """The smaller of two, see :func:`maximum`."""
+    if x is y:
+        return add(x, 0.0)
+    first, second = (neg(t) if isinstance(t, Gaussian) else -t for t in (x, y))
+    return neg(maximum(first, second))
 
 
 @belief_rule("dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d", "feature_dropout")
@@ -158,7 +156,10 @@ def dropout(x: Gaussian, p: float = 0.5, training: bool = True, inplace: bool = 
     return Gaussian(x.mean, (x.var + p * x.mean.square()) / (1 - p))
 
 
-PRODUCTS = frozenset(function for function, its in RULES.items() if its is mul)
+# Functions of two activations that may be functions of one.
+JOINT = frozenset(function for function, its in RULES.items() if its in (mul, maximum, minimum)) | frozenset(
+    aliases("max", "min")
+)
 # Functions of one tensor, or of one and numbers, each of whose outputs depends on one element. Their slopes are finite,
 # and they do not overflow.
 ELEMENTWISE = frozenset(

@@ -111,6 +111,21 @@ def _define(spatial: int) -> None:
             windows[math.prod([k for k, _ in window])] += math.prod([n for _, n in window])
         return _maximum(x.pool(range(2, x.ndim)), windows)
 
+    @belief_rule(f"max_unpool{spatial}d")
+    def max_unpool(x: Gaussian, indices: object, kernel_size: int | Sequence[int],
+                   stride: int | Sequence[int] | None = None, padding: int | Sequence[int] = 0,
+                   output_size: Sequence[int] | None = None) -> Gaussian:  # fmt: skip
+        """One of ``k`` elements of the output is the input's, the others are zero: ``m / k``."""
+        inputs = x.shape[-spatial:]
+        if output_size is None:
+            each = (per_axis(given, spatial) for given in (kernel_size, stride or kernel_size, padding))
+            sizes = [(n - 1) * step + size - 2 * pad for n, size, step, pad in zip(inputs, *each, strict=True)]
+        else:
+            sizes = list(output_size)[-spatial:]
+        share = math.prod(inputs) / math.prod(sizes)
+        x = x.pool(range(2, x.ndim))
+        return Gaussian(x.mean * share, share * (x.var + (1 - share) * x.mean.square()))
+
 
 for _dimensions in (1, 2, 3):
     _define(_dimensions)

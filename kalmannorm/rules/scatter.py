@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from kalmannorm.gaussian import Gaussian, Unknown
-from kalmannorm.rules.shape import COMPUTED_INDEX, align
+from kalmannorm.rules.arithmetic import pair
+from kalmannorm.rules.shape import align, in_one_shape
 from kalmannorm.rules.table import Belief, Rule, aliases, belief_rule, rule
 
+_COMPUTED_MASK = Unknown("a mask computed from the input")
 _NOT_SUMMED = Unknown("what an index sends to a row, other than a sum, or a mean or an extreme into known rows")
 # Rows with more terms count as having this many: the largest of more lies hardly higher.
 _MOST = 64
@@ -45,8 +47,6 @@ def _sums(into: Gaussian | Tensor, dim: int, index: Tensor, terms: Gaussian | Te
 
     Their mean is ``m E[d]``, their variance ``v E[d] + m^2 Var[d]``.
     """
-    if isinstance(index, Gaussian):
-        return COMPUTED_INDEX
     if not isinstance(terms, Gaussian) or dim % terms.ndim != 0:
         return Unknown("a sum of as many terms as an index names, not along the first axis or of known ones")
     x = terms.pool([0])
@@ -100,8 +100,6 @@ def scatter_reduce(into: Gaussian | Tensor, dim: int, index: Tensor, src: Gaussi
     """The mean, the largest or the smallest of a row's neighbours in a graph; a row without any keeps its values."""
     if reduce == "sum" and (include_self or not isinstance(into, Gaussian)):
         return _sums(into, dim, index, src, include_self=include_self)
-    if isinstance(index, Gaussian):
-        return COMPUTED_INDEX
     if include_self or isinstance(into, Gaussian) or reduce not in ("mean", "amax", "amin"):
         return _NOT_SUMMED
     if not isinstance(src, Gaussian) or dim % src.ndim != 0:
@@ -137,21 +135,39 @@ def scatter(x: Gaussian | Tensor, *args: Any, **kwargs: Any) -> Belief:
     return _NOT_SUMMED
 
 
+@rule(torch.where)
+def where(mask: Gaussian | Tensor, x: Gaussian | Tensor | float, y: Gaussian | Tensor | float) -> Belief:
+    """The mixture of one belief, where a known mask is true, and of another elsewhere.
+
+    Infinity, or nearly so, removes elements from a softmax, maximum or minimum that follows: the belief is then about
+    the others.
+    """
+    if isinstance(mask, Gaussian):
+        return _COMPUTED_MASK
+    for number, other in ((x, y), (y, x)):
+        if isinstance(number, int | float) and isinstance(other, Gaussian) and abs(number) >= _AS_INFINITE:
+            return other
+    first, second = (  # blocks of channels are written out
+        in_one_shape(each.full([d for d in range(1, each.ndim) if each.mean.shape[d] not in (1, each.shape[d])]))
+        for each in pair(x, y)
+    )
+    rank, groups, dtype = first.ndim, max(first.groups, second.groups), first.mean.dtype
+    chosen = mask.to(dtype).reshape(*[1] * (rank - mask.ndim), *mask.shape)
+    alike = [d for d in range(rank) if first.mean.shape[d] == second.mean.shape[d] == 1]
+    share = Gaussian(chosen, torch.zeros_like(chosen)).pool(alike).mean
+    share = Gaussian(share, share).regroup(groups).mean
+    mean = share * first.mean + (1 - share) * second.mean
+    apart = (first.mean - second.mean).square()
+    return Gaussian(mean, share * first.var + (1 - share) * second.var + share * (1 - share) * apart)
+
+
+@rule(torch.Tensor.where)
+def where_of(x: Gaussian | Tensor, mask: Gaussian | Tensor, y: Gaussian | Tensor | float) -> Belief:
+    """:func:`where`, as a method."""
+    return where(mask, x, y)
+
+
 @belief_rule("masked_fill", "masked_fill_")
 def masked_fill(x: Gaussian, mask: Tensor, value: Any) -> Belief:
-    """A mixture of the value, where the mask is true, and of the belief.
-
-    Infinity, or nearly so, removes elements from a softmax, maximum or minimum that follows: the belief is then
-    about the others.
-    """
-    if isinstance(mask, Gaussian) or isinstance(value, Gaussian):
-        return Unknown("a mask computed from the input")
-    value = float(value)
-    if abs(value) >= _AS_INFINITE:
-        return x
-    x = x.full([d for d in range(1, x.ndim) if x.mean.shape[d] not in (1, x.shape[d])])  # blocks of channels
-    filled = mask.to(x.mean.dtype).reshape(*[1] * (x.ndim - mask.ndim), *mask.shape)
-    share = Gaussian(filled, torch.zeros_like(filled)).pool([d for d in range(x.ndim) if x.mean.shape[d] == 1]).mean
-    share = Gaussian(share, share).regroup(x.groups).mean
-    mean = (1 - share) * x.mean + share * value
-    return Gaussian(mean, (1 - share) * x.var + share * (1 - share) * (x.mean - value).square())
+    """A number where a known mask is true, see :func:`where`."""
+    return _COMPUTED_MASK if isinstance(value, Gaussian) else where(mask, float(value), x)

@@ -19,8 +19,6 @@ from kalmannorm.rules.table import Belief, aliases, belief_rule, belief_rules, r
 
 __all__ = ["align", "summarize"]
 
-COMPUTED_INDEX = Unknown("an index computed from the input")
-
 
 def summarize(constant: Tensor | float, like: Gaussian) -> Gaussian:
     """The belief of a known tensor that meets ``like``: its values, without variance.
@@ -159,6 +157,13 @@ def repeat(x: Gaussian, *sizes: Any) -> Gaussian:
     return x.map(lambda t: t.repeat(*(n if size > 1 else 1 for n, size in zip(times, t.shape, strict=True))))
 
 
+@belief_rule("tile")
+def tile(x: Gaussian, *sizes: Any, **kwargs: Any) -> Gaussian:
+    """As :func:`repeat`, where fewer sizes than axes are those of the last axes."""
+    times = _ints(sizes or (kwargs["dims"],))
+    return repeat(x, *[1] * (x.ndim - len(times)), *times)
+
+
 @belief_rule("repeat_interleave")
 def repeat_interleave(x: Gaussian, repeats: Any, dim: int | None = None, *, output_size: object = None) -> Belief:
     """Repeat each element along an axis; blocks of samples stay blocks."""
@@ -272,8 +277,6 @@ def getitem(x: Gaussian, index: Any) -> Belief:
     parts = list(index) if isinstance(index, tuple) else [index]
     if not torch.compiler.is_compiling():  # numpy's arrays and numbers
         parts = [p if isinstance(p, Tensor) or not hasattr(p, "__array__") else torch.as_tensor(p) for p in parts]
-    if any(isinstance(p, Gaussian) for p in parts):
-        return COMPUTED_INDEX
     if any(isinstance(p, Tensor) and p.dtype == torch.bool and p.ndim > 1 for p in parts):
         return Unknown("a mask over several axes")
     rest = x.ndim - sum(p is not None and p is not Ellipsis for p in parts)
@@ -296,6 +299,44 @@ def _index_of_axis(x: Gaussian, axis: int, part: Any) -> tuple[Gaussian, Any]:
     if axis == 0 and isinstance(part, Tensor) and part.ndim > 0 and not varies(x, 0):
         return x, torch.zeros([1] * part.ndim, dtype=torch.long, device=x.mean.device)
     return (x if isinstance(part, slice) and part == slice(None) else x.full([axis])), part
+
+
+@rule(torch.Tensor.__setitem__)
+def setitem(x: Gaussian | Tensor, index: Any, value: Gaussian | Tensor | float) -> Belief:
+    """The belief after ``x[index] = value``: video networks shift some channels by a frame so.
+
+    The rule takes numbers and slices for an index. A known ``x`` holds zeros.
+    """
+    parts = list(index) if isinstance(index, tuple) else [index]
+    if not all(p is Ellipsis or type(p) in (int, slice) for p in parts):
+        return Unknown("assigned in place, other than by numbers and slices")
+    place = parts.index(Ellipsis) if Ellipsis in parts else len(parts)
+    parts[place : place + 1] = [slice(None)] * (len(x.shape) - sum(p is not Ellipsis for p in parts))
+    sliced = [d for d, p in enumerate(parts) if isinstance(p, slice)]  # the axes of what is replaced
+    if not isinstance(x, Gaussian):
+        assert isinstance(value, Gaussian)
+        nothing = value.mean.new_zeros([1] * x.ndim)
+        x = Gaussian(nothing, nothing, x.shape)
+    x = in_one_shape(x.full([d for d, p in enumerate(parts) if p != slice(None)]))
+    shape = [len(range(*parts[d].indices(x.shape[d]))) for d in sliced]
+    if not isinstance(value, Gaussian):
+        value = summarize(value, x.map(lambda t: t[tuple(parts)]))
+    value = in_one_shape(of_rank(value, len(shape)).of(shape))
+    for i, d in enumerate(sliced):  # bring both to one size along each axis
+        have, its = x.mean.shape[d], value.mean.shape[i]
+        if parts[d] != slice(None):
+            value = value.full([i]) if its > 1 else value
+        elif have == 1:
+            x = Gaussian(lengthen(x.mean, d, its), lengthen(x.var, d, its), x.shape)
+        elif its not in (1, have):
+            x, value = x.full([d]), value.full([i])
+
+    def assigned(into: Tensor, part: Tensor) -> Tensor:
+        into = into.clone()
+        into[tuple(parts)] = part
+        return into
+
+    return Gaussian(assigned(x.mean, value.mean), assigned(x.var, value.var))
 
 
 def cut(function: Callable[..., Any], x: Gaussian, dim: int, /, *args: Any, **kwargs: Any) -> Any:
@@ -332,10 +373,8 @@ def index_select(x: Gaussian, dim: int, index: Tensor) -> Gaussian:
 
 
 @belief_rule("gather")
-def gather(x: Gaussian, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Belief:
+def gather(x: Gaussian, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Gaussian:
     """Elements that an index picks along an axis: a mixture of all of them."""
-    if isinstance(index, Gaussian):
-        return COMPUTED_INDEX
     mixture = x.pool([dim % x.ndim])
     return Gaussian(mixture.mean, mixture.var)
 

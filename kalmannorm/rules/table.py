@@ -12,8 +12,8 @@ import torch
 from kalmannorm.gaussian import Gaussian, Unknown
 
 __all__ = [
-    "BELIEF_FIRST", "FACTORIES", "LIKE", "OVERWRITING", "RULES", "SOURCES", "Belief", "Rule", "aliases",
-    "as_rule_is_called", "belief_rule", "belief_rules", "rule",
+    "BELIEF_FIRST", "BLANK", "FACTORIES", "LIKE", "OVERWRITING", "PICKING", "RULES", "SOURCES", "Belief", "Rule",
+    "aliases", "as_rule_is_called", "belief_rule", "belief_rules", "rule",
 ]  # fmt: skip
 
 Belief = Gaussian | Unknown
@@ -148,8 +148,20 @@ def aliases(*names: str) -> list[Callable[..., Any]]:
 # Their output has an activation's shape, type or device, but does not depend on its values: masks of dropped paths,
 # zeros to pad with.
 FACTORIES: frozenset[Callable[..., Any]] = frozenset(
-    aliases("new_empty", "new_full", "new_ones", "new_zeros", "empty_like", "full_like", "ones_like", "zeros_like",
-            "rand_like", "randn_like", "randint_like")
+    aliases("empty", "zeros", "new_empty", "new_full", "new_ones", "new_zeros", "empty_like", "full_like", "ones_like",
+            "zeros_like", "rand_like", "randn_like", "randint_like")
+)  # fmt: skip
+
+# Factories of tensors that hold zeros, or nothing yet: `x[i] = y` fills them.
+BLANK: frozenset[Callable[..., Any]] = frozenset(
+    aliases("empty", "empty_like", "new_empty", "new_zeros", "zeros", "zeros_like")
+)
+
+# Functions with an index. One that is computed from activations, such as that of the nearest neighbours, is taken as
+# independent of what it picks.
+PICKING: frozenset[Callable[..., Any]] = frozenset(
+    aliases("__getitem__", "gather", "index_add", "index_add_", "index_select", "max_unpool1d", "max_unpool2d",
+            "max_unpool3d", "scatter_add", "scatter_add_", "scatter_reduce", "scatter_reduce_", "take_along_dim")
 )  # fmt: skip
 
 # In-place functions whose rules work if the tensor that changes was a known one.

@@ -1,4 +1,4 @@
-"""Sums, products, means and dropout against draws."""
+"""Sums, products, the larger of two and dropout against draws."""
 
 import operator
 
@@ -159,65 +159,25 @@ def test_what_has_no_rule():
     check_unknown("rounds", torch.div, x, 2.0, rounding_mode="floor")
 
 
-# -- reductions --------------------------------------------------------------------------------------
-
-_dims = st.sampled_from([2, 3, -1, (2, 3), [-2, -1], (1,), (1, 2), (0,), (0, 2, 3), (-3, -1)])
-
-
-@covers(torch.mean, torch.sum)
-@given(dim=_dims, keepdim=st.booleans(), seed=_seeds, axes=st.sampled_from([(), (1,), (1, 2), (2, 3), (1, 2, 3)]))
-def test_reductions(function, dim, keepdim, seed, axes):
-    """Over a small axis: enough outputs are left to compare with. Over the batch, it is cut into many."""
-    dims = {d % 4 for d in ([dim] if isinstance(dim, int) else dim)}
-    groups = 1 if 0 in dims else 2
-    shape = (4, 40, 90, 70) if 0 in dims else (2**14, 3, 8, 4)
-    x = believe(shape, seed, groups, () if 0 in dims else axes)
-    if dims == {0, 2, 3}:
-        got = RULES[function](x, dim, keepdim)
-        count = 4 * 90 * 70 if function is torch.sum else 1
-        assert got.mean.ndim == (4 if keepdim else 1)
-        torch.testing.assert_close(got.mean.flatten()[0], count * x.mean.flatten()[0])
-        torch.testing.assert_close(got.var.flatten()[0], count**2 * x.var.flatten()[0] / (4 * 90 * 70))
-    else:
-        check_draws(function, x, dim, keepdim, groups=groups)
+@covers(*aliases("maximum", "fmax", "minimum", "fmin"))
+@given(kind=st.sampled_from([k for k in OPERANDS if k not in ("map", "pixels")]), seed=_seeds, groups=st.integers(1, 2))
+def test_the_larger_and_the_smaller_of_two(function, kind, seed, groups):
+    """But for known pixels, which are summarized: their values are not normal."""
+    x, y = believe(SHAPE, seed, groups), OPERANDS[kind](seed)
+    if isinstance(y, torch.Tensor | Gaussian):
+        check_draws(function, x, y, groups=2)
+        check_draws(function, y, x, groups=2)
+    itself = RULES[function](x, x)
+    assert torch.equal(itself.mean, x.mean)
+    assert torch.equal(itself.var, x.var)
 
 
-@covers(torch.Tensor.mean, torch.Tensor.sum)
-@pytest.mark.parametrize("args", [(), (1,), ((2, 3),), ((2, 3), True), ([],)])
-def test_reduction_methods(function, args):
-    main = torch.mean if function is torch.Tensor.mean else torch.sum
-    x = believe((6, 3, 4, 2), groups=2)
-    first, second = RULES[function](x, *args), RULES[main](x, *args)
-    assert torch.equal(first.var, second.var)
-    assert first.ndim == function(torch.zeros(6, 3, 4, 2), *args).ndim
-
-
-def test_reduction_of_everything():
-    x = believe((6, 3, 4, 2), axes=(1, 2, 3), groups=2)
-    mean, var = (t.mean() for t in (x.mean, x.var))
-    got = RULES[torch.mean](x)
-    torch.testing.assert_close((got.mean, got.var), (mean, var / 144))
-    got = RULES[torch.sum](x, dtype=torch.float64)
-    torch.testing.assert_close((got.mean, got.var), (mean * 144, var * 144))
-
-
-def test_axis_is_another_name_for_dim():
-    x = believe((6, 3, 4, 2))
-    for function in (torch.mean, torch.sum):
-        assert torch.equal(RULES[function](x, axis=1).var, RULES[function](x, 1).var)
-
-
-@covers(*aliases("amax"))
-@given(dim=st.sampled_from([2, (2, 3), [-1], (-2, -1)]), keepdim=st.booleans(), seed=_seeds)
-def test_largest(function, dim, keepdim, seed):
-    check_draws(function, believe((2**14, 3, 4, 6), seed, 2), dim, keepdim, groups=2)
-
-
-def test_largest_where_the_belief_varies():
-    for function in aliases("amax"):
-        check_unknown("belief varies", function, believe((4, 3, 5), axes=(1,)), 1)
-        check_unknown("belief varies", function, believe((4, 3, 5), axes=(1, 2)), (-1,))
-    check_draws(torch.amax, believe((2**17, 3, 5), axes=(2,)), 1, channel=-1)
+def test_the_larger_of_two_that_lie_far_apart_is_the_one():
+    far, near = believe((4, 3)), believe((4, 3), 1)
+    far = Gaussian((1e4 + far.mean).float(), far.var.float())
+    larger = RULES[torch.maximum](near.map(torch.Tensor.float), far)
+    assert torch.equal(larger.mean, far.mean)
+    torch.testing.assert_close(larger.var, far.var)
 
 
 # -- dropout -----------------------------------------------------------------------------------------

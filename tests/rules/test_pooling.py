@@ -143,3 +143,15 @@ def test_adaptive_max_pooling_pools_a_belief_that_varies_over_space():
     got, expected = RULES[F.adaptive_max_pool2d](x, 2), RULES[F.adaptive_max_pool2d](x.pool([2, 3]).of(x.shape), 2)
     assert torch.equal(got.mean, expected.mean)
     assert torch.equal(got.var, expected.var)
+
+
+@pytest.mark.parametrize(("arguments", "size"), [((2, 2), 8), ((2,), 8), ((2, 2, 1), 6), ((2, 2, 0), 9)])
+@covers(*aliases("max_unpool1d", "max_unpool2d", "max_unpool3d"))
+def test_unpooling(function, arguments, size):
+    """The inverse of a maximum, as SegNet uses it; of an odd size by its last argument."""
+    spatial = int(function.__name__[-2])
+    full = (2**10, 3, *[size] * spatial)
+    pooled, index = getattr(F, f"max_pool{spatial}d")(torch.randn(full), *arguments, return_indices=True)
+    x = believe(tuple(pooled.shape), groups=2)
+    for output_size in (full, full[2:]) if size == 9 else (None,):
+        check_draws(function, x, index, *arguments, groups=2, output_size=output_size)

@@ -352,7 +352,6 @@ def test_indices_that_cannot_be_followed():
     getitem = torch.Tensor.__getitem__
     check_unknown("mask over several axes", getitem, x, torch.ones(4, 4, dtype=torch.bool))
     check_unknown("mask over several axes", getitem, x, (slice(None), torch.ones(4, 3, dtype=torch.bool)))
-    check_unknown("computed from the input", getitem, x, believe((4,), axes=()))
 
 
 def test_slices_of_space_leave_the_belief_small():
@@ -608,7 +607,6 @@ def test_elements_that_an_index_picks(function):
 def test_picking_needs_an_axis_and_a_known_index():
     x = believe((6, 4))
     assert "all axes" in RULES[torch.take_along_dim](x, torch.zeros(3, dtype=torch.long)).reason
-    assert "from the input" in RULES[torch.gather](x, 0, believe((6, 4))).reason
 
 
 def test_samples_of_one_belief_stay_one_belief():
@@ -687,3 +685,58 @@ def test_unfold_by_keywords():
     unfolded = exact(Step(torch.Tensor.unfold, (believe((1, 6, 3), axes=(1,)),), {"dimension": 1, "size": 3, "step": 2},
                           (1, 2, 3, 3)))  # fmt: skip
     assert unfolded.mean.shape == (1, 2, 1, 3)
+
+
+@covers(*aliases("tile"))
+def test_tile(function):
+    x = believe((4, 3, 2), axes=(1, 2))
+    check_moved(function, x, (2, 3))
+    check_moved(function, x, (2, 1, 2, 3))
+    assert torch.equal(RULES[torch.tile](x, dims=(2,)).mean, x.mean.repeat(1, 1, 2))
+
+
+# -- assignment --------------------------------------------------------------------------------------
+
+_WHOLE = slice(None)
+
+
+def _assigned(x, index, value):
+    x = x.clone()
+    x[index] = value
+    return x
+
+
+@pytest.mark.parametrize(("index", "value"), [
+    ((_WHOLE, _WHOLE, slice(0, 4)), believe((2**12, 6, 4, 4), 2, 2, axes=(1, 2))),
+    ((..., slice(0, 4), _WHOLE), believe((2**12, 6, 4, 4), 2, 2)),
+    ((_WHOLE, _WHOLE, 2), believe((2**12, 6, 4), 2, 2)),
+    ((_WHOLE, -1), believe((2**12, 5, 4), 2, 2, axes=())),
+    ((_WHOLE, _WHOLE, 2), 0.5),
+    ((_WHOLE, _WHOLE, 2), values(6, 1)),
+    (slice(0, 2**11), believe((2**11, 6, 5, 4), 3)),
+    ((_WHOLE, slice(None, None, 2)), believe((2**12, 3, 5, 4), 3, 4)),
+    (..., believe((2**12, 6, 5, 4), 3, 2)),
+    ((_WHOLE, _WHOLE, _WHOLE, slice(1, 3)), believe((5, 2), 3, axes=())),
+])  # fmt: skip
+@covers(torch.Tensor.__setitem__)
+def test_assignment(function, index, value, monkeypatch):
+    monkeypatch.setitem(RULES, _assigned, RULES[function])
+    effective = 2**-12 if isinstance(value, Gaussian) and value.ndim == 2 else 1.0
+    for x in (believe((2**12, 6, 5, 4), 1, 2, axes=(2,)), believe((2**12, 6, 5, 4), 1, axes=())):
+        check_draws(_assigned, x, index, value, groups=2, effective=effective)
+    if isinstance(value, Gaussian):
+        check_draws(_assigned, torch.zeros(2**12, 6, 5, 4).double(), index, value, groups=2, effective=effective)
+
+
+def test_assignment_by_an_index_without_a_rule():
+    x = believe((4, 3, 5))
+    for index in (torch.tensor([1]), (_WHOLE, [0, 2]), None, True):
+        check_unknown("other than by numbers and slices", torch.Tensor.__setitem__, x, index, x)
+
+
+def test_assignment_leaves_the_belief_before():
+    """Other steps may need it."""
+    x = believe((4, 3, 5), axes=(1, 2))
+    before = x.mean.clone()
+    RULES[torch.Tensor.__setitem__](x, (_WHOLE, 0), 7.0)
+    assert torch.equal(x.mean, before)
