@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import resolve_name
 
+from kalmannorm.composed import as_one_function
 from kalmannorm.gaussian import Gaussian, Unknown
 from kalmannorm.kernels.autograd import in_grad_mode, is_transformed, saved_tensor_hooks
 from kalmannorm.rules import RULES, Belief, Rule
 from kalmannorm.rules.arithmetic import ELEMENTWISE, JOINT
-from kalmannorm.rules.pointwise import quadrature
 from kalmannorm.rules.rectified import Rectified
 from kalmannorm.rules.table import BELIEF_FIRST, as_rule_is_called
-from kalmannorm.steps import SCALARS, Step, computed_in, may_use, replace, step_of
+from kalmannorm.steps import Step, computed_in, may_use, replace, step_of
 
 __all__ = [
     "FAILURES", "NO_INPUT", "belief_for", "evaluate", "exact", "first_line", "function_name", "let_go_of_graph",
@@ -214,13 +214,17 @@ def _is_freed(value: Any) -> bool:
 
 
 def _by_rule(step: Step, kept: Callable[[Step], Any]) -> Belief:
-    rule = RULES.get(step.function)  # type: ignore[arg-type]
     called = operands(step, kept)
     if isinstance(called, Unknown):
         return called
-    if step.function in JOINT and (joint := _joint(step, kept)) is not None:
-        return joint
-    args, kwargs = called
+    whole: Belief | None = None
+    if step.function in ELEMENTWISE or step.function in JOINT:
+        whole = _asked(as_one_function, step, (step, kept), {})
+    return _by_its_own_rule(step, *called) if whole is None else whole
+
+
+def _by_its_own_rule(step: Step, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Belief:
+    rule = RULES.get(step.function)  # type: ignore[arg-type]
     if rule is None:
         return Unknown(f"no rule for {function_name(step.function)}")
     known = as_rule_is_called(rule, args, kwargs)
@@ -245,49 +249,6 @@ def _by_rule(step: Step, kept: Callable[[Step], Any]) -> Belief:
             f"an output of shape {step.shape}, expected the same rank: size 1 along the axes where it does not vary"
         )
     return belief
-
-
-def _joint(step: Step, kept: Callable[[Step], Any]) -> Belief | None:
-    """The belief about a product, or the larger of two, of functions of one activation, as ``x * torch.sigmoid(x)``;
-    None about those of several, which the rule takes as independent.
-    """
-    if len(step.parents) != 2 or not _is_of_numbers(step) or step.parents[0] is step.parents[1]:
-        return None
-    first, second = map(_elementwise_chain, step.parents)
-    source = next((each for each in first if each in second), None)
-    belief = None if source is None else kept(source)
-    if source is None or not isinstance(belief, Gaussian):
-        return None
-    upwards = (*first[: first.index(source)][::-1], *second[: second.index(source)][::-1], step)
-
-    def value(t: Tensor) -> Tensor:
-        values = {source: t}
-
-        def of(parent: Step) -> Tensor:
-            return values[parent].clone()  # which the function may change in place
-
-        for each in upwards:
-            args, kwargs = replace(each.args, Step, of), {k: replace(v, Step, of) for k, v in each.kwargs.items()}
-            output: Tensor = each.function(*args, **kwargs)  # type: ignore[misc]
-            values[each] = output if each.grad else output.detach()
-        return values[step]
-
-    found: Belief = _asked(quadrature, step, (belief, value), {})
-    return found
-
-
-def _elementwise_chain(step: Step) -> list[Step]:
-    """A step and those below it, as long as each is an element-by-element function of the next one alone."""
-    chain = [step]
-    while step.function in ELEMENTWISE and len(step.parents) == 1 and _is_of_numbers(step):
-        (step,) = step.parents
-        chain.append(step)
-    return chain
-
-
-def _is_of_numbers(step: Step) -> bool:
-    """Whether a function was called with activations and numbers alone."""
-    return all(type(each) is Step or type(each) in SCALARS for each in (*step.args, *step.kwargs.values()))
 
 
 def _asked(rule: Rule, step: Step, args: Any, kwargs: dict[str, Any]) -> Any:

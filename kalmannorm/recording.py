@@ -51,7 +51,7 @@ _OF_WEIGHTS = frozenset(
     function for function, its in RULES.items() if its.__module__.endswith((".linear", ".normalization"))
 )
 # Methods that are written in Python, by name.
-_IN_PYTHON = {"__rsub__": torch.rsub, "pow": torch.pow, "__pow__": torch.pow}
+_IN_PYTHON = {"__rsub__": torch.rsub, "pow": torch.pow, "__pow__": torch.pow, "unflatten": torch.unflatten}
 # The methods of tensors that have rules, under the names that `operator` gives them.
 _OPERATORS = frozenset(
     name for name in dir(Tensor) if name.startswith("__") and getattr(Tensor, name) in (Tensor.__setitem__, *RULES)

@@ -124,7 +124,7 @@ def computed_in(kept: Any, now: Any) -> Any:
     return now if kept is None else (_AGAIN, now)
 
 
-def replace(value: Any, kind: type, by: Callable[[Any], Any]) -> Any:
+def replace(value: Any, kind: type | UnionType, by: Callable[[Any], Any]) -> Any:
     """Replace each object of one kind, in lists and tuples too."""
     if isinstance(value, kind):
         return by(value)

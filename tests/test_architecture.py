@@ -11,8 +11,8 @@ PACKAGE = ROOT / "kalmannorm"
 
 # Each may import what stands before it.
 ORDER = """
-    gaussian kernels rules steps propagation paper checkpoints priors recording shards watch functional correction
-    modules freezing traversal passes standardization annealing stand_ins connect convert describe inference
+    gaussian kernels rules steps composed propagation paper checkpoints priors recording shards watch functional
+    correction modules freezing traversal passes standardization annealing stand_ins connect convert describe inference
     calibration diagnosis graphs integrations lab
 """.split()  # noqa: SIM905 - as the page has it
 

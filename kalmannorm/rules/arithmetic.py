@@ -19,7 +19,7 @@ from kalmannorm.rules.rectified import Rectified
 from kalmannorm.rules.shape import align, of_rank, summarize
 from kalmannorm.rules.table import RULES, Belief, aliases, belief_rule, rule
 
-__all__ = ["ELEMENTWISE", "JOINT", "add", "maximum", "minimum", "mul", "neg", "pair"]
+__all__ = ["CURVED", "ELEMENTWISE", "JOINT", "add", "maximum", "minimum", "mul", "neg", "pair"]
 
 _Operand = Gaussian | Tensor | float
 
@@ -156,16 +156,14 @@ def dropout(x: Gaussian, p: float = 0.5, training: bool = True, inplace: bool = 
     return Gaussian(x.mean, (x.var + p * x.mean.square()) / (1 - p))
 
 
-# Functions of two activations that may be functions of one.
-JOINT = frozenset(function for function, its in RULES.items() if its in (mul, maximum, minimum)) | frozenset(
-    aliases("max", "min")
+_OF_TWO = frozenset(function for function, its in RULES.items() if its in (add, sub, rsub, mul, maximum, minimum))
+_LINES = frozenset(function for function, its in RULES.items() if its in (neg, div))
+_THE_SAME = frozenset(aliases("clone", "contiguous", "detach"))
+# Functions of two activations, which may be functions of one.
+JOINT = _OF_TWO | frozenset(aliases("max", "min"))
+# Functions of one activation that are applied element by element and are no lines; but for random ones.
+CURVED = frozenset(f for f, its in RULES.items() if its.__module__ == quadrature.__module__) - frozenset(
+    aliases("rrelu", "rrelu_")
 )
-# Functions of one tensor, or of one and numbers, each of whose outputs depends on one element. Their slopes are finite,
-# and they do not overflow.
-ELEMENTWISE = frozenset(
-    function for function, its in RULES.items()
-    if its.__module__ == quadrature.__module__ or its in (add, sub, rsub, neg, mul, div)
-) - frozenset(
-    aliases("rrelu", "rrelu_", "exp", "exp_", "expm1", "expm1_", "sqrt", "sqrt_", "pow", "pow_", "__pow__",
-            "float_power")
-)  # fmt: skip
+# Functions each of whose outputs depends on one element of an activation, whatever their arguments.
+ELEMENTWISE = CURVED | _OF_TWO | _LINES | _THE_SAME

@@ -112,7 +112,7 @@ def _product(x: Gaussian | Tensor, other: Gaussian | Tensor) -> Gaussian:
     return contraction(_without_ellipsis("...ab,...bc->...ac", [x.ndim, other.ndim]), *_in_one_type(x, other))
 
 
-@rule(*aliases("baddbmm"))
+@rule(*aliases("baddbmm", "addmm"))
 def baddbmm(input: Gaussian | Tensor, batch1: Gaussian | Tensor, batch2: Gaussian | Tensor, *,
             beta: float = 1, alpha: float = 1) -> Belief:  # fmt: skip
     """``beta input + alpha batch1 batch2``."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kalmannorm.gaussian import Gaussian, Unknown
 from kalmannorm.rules.arithmetic import add, mul
-from kalmannorm.rules.shape import axes_of, summarize
+from kalmannorm.rules.shape import axes_of, in_one_shape, summarize
 from kalmannorm.rules.table import Belief, belief_rule, rule
 
 
@@ -42,11 +42,21 @@ def batch_norm(x: Gaussian, running_mean: Tensor | None, running_var: Tensor | N
     return _affine(x, scale, shift)
 
 
+def _standardized_along(x: Gaussian, dims: Sequence[int], eps: float) -> Gaussian:
+    """``(x - M) / sqrt(V + eps)`` with mean and variance of the mixture along ``dims``, as if of many elements."""
+    x = in_one_shape(x.full(dims))
+    mixture = x.pool(dims)
+    scale = (mixture.var + eps).rsqrt()
+    return Gaussian((x.mean - mixture.mean) * scale, x.var * scale.square())
+
+
 @belief_rule("group_norm")
 def group_norm(x: Gaussian, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None,
-               *args: Any, **kwargs: Any) -> Gaussian:  # fmt: skip
-    """Each channel is taken as standardized: ``beta`` and ``gamma^2``."""
-    return _standardized(x, _along_channels(weight, x, 1.0), _along_channels(bias, x, 0.0))
+               eps: float = 1e-5, *args: Any) -> Gaussian:  # fmt: skip
+    """Standardized by the mixture of a group's channels and pixels; then the affine map."""
+    groups = x.full([1]).map(lambda t: t.unflatten(1, (num_groups, -1)))
+    each = _standardized_along(groups, range(2, groups.ndim), eps).map(lambda t: t.flatten(1, 2))
+    return _affine(each, _along_channels(weight, x, 1.0), _along_channels(bias, x, 0.0))
 
 
 @rule(F.instance_norm, belief_first=True)  # here too
@@ -60,8 +70,9 @@ def instance_norm(x: Gaussian, running_mean: Tensor | None = None, running_var: 
 @belief_rule("layer_norm")
 def layer_norm(x: Gaussian, normalized_shape: Sequence[int], weight: Tensor | None = None,
                bias: Tensor | None = None, eps: float = 1e-5, *args: Any) -> Gaussian:  # fmt: skip
-    """Each feature is taken as standardized: ``beta`` and ``gamma^2``."""
-    return _standardized(x, 1.0 if weight is None else weight, 0.0 if bias is None else bias)
+    """Standardized by the mixture along the last axes; then the affine map."""
+    each = _standardized_along(x, range(x.ndim - len(normalized_shape), x.ndim), eps)
+    return _affine(each, 1.0 if weight is None else weight, 0.0 if bias is None else bias)
 
 
 def _sum_of_squares(x: Gaussian, dims: list[int]) -> Tensor:

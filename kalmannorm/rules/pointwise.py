@@ -18,9 +18,9 @@ from kalmannorm.gaussian import Gaussian, Unknown
 from kalmannorm.kernels.autograd import differentiable_gradients, is_transformed
 from kalmannorm.kernels.rectify import rectify
 from kalmannorm.rules.rectified import Rectified
-from kalmannorm.rules.table import Belief, belief_rule, belief_rules
+from kalmannorm.rules.table import Belief, aliases, belief_rule, belief_rules
 
-__all__ = ["piecewise", "quadrature"]
+__all__ = ["GUARDED", "piecewise", "quadrature"]
 
 # The trapezoid rule on [-7, 7] integrates over the standard normal. For smooth integrands it converges as fast as
 # Gauss-Hermite quadrature (its error is exp(-2 pi^2 / step^2)); for those with corners (ELU, CELU) it is better, since
@@ -31,6 +31,8 @@ _NODES = 65
 _FAR = 1e18
 # Of an activation that is not negative a belief may reach below zero.
 _ABOVE_ZERO = 1e-12
+# Exponents are cut: infinity would end in the output.
+_LARGEST_EXPONENT = 20.0
 
 
 def _phi(z: Tensor) -> Tensor:
@@ -253,9 +255,8 @@ belief_rules("in closed form", {
 @belief_rule("exp", "exp_")
 def exp(x: Gaussian) -> Gaussian:
     """A log-normal, of mean ``e^(m + v / 2)`` and variance ``(e^v - 1) e^(2 m + v)``."""
-    # The exponents of a wide belief are cut at 20: infinity would end in the output.
-    mean = torch.exp((x.mean + x.var / 2).clamp_max(20))
-    return Gaussian(mean, torch.expm1(x.var.clamp_max(20)) * mean.square())
+    mean = torch.exp((x.mean + x.var / 2).clamp_max(_LARGEST_EXPONENT))
+    return Gaussian(mean, torch.expm1(x.var.clamp_max(_LARGEST_EXPONENT)) * mean.square())
 
 
 @belief_rule("expm1", "expm1_")
@@ -263,6 +264,28 @@ def expm1(x: Gaussian) -> Gaussian:
     """The log-normal less one."""
     grown = exp(x)
     return Gaussian(grown.mean - 1, grown.var)
+
+
+@belief_rule("sin", "sin_")
+def sin(x: Gaussian) -> Gaussian:
+    """``e^(-v / 2) sin m`` and ``(1 - e^-v) (1 + e^-v cos 2 m) / 2``: at any width, where nodes would miss waves."""
+    kept, lost = torch.exp(-x.var), -torch.expm1(-x.var)
+    return Gaussian(torch.exp(-0.5 * x.var) * x.mean.sin(), 0.5 * lost * (1 + kept * torch.cos(2 * x.mean)))
+
+
+@belief_rule("cos", "cos_")
+def cos(x: Gaussian) -> Gaussian:
+    """As :func:`sin`: ``e^(-v / 2) cos m`` and ``(1 - e^-v) (1 - e^-v cos 2 m) / 2``."""
+    kept, lost = torch.exp(-x.var), -torch.expm1(-x.var)
+    return Gaussian(torch.exp(-0.5 * x.var) * x.mean.cos(), 0.5 * lost * (1 - kept * torch.cos(2 * x.mean)))
+
+
+def _raised(base: Any, exponent: Any) -> Any:
+    """A power; by a fraction or a tensor, of what is not negative; of a number, by what is not too large."""
+    if not isinstance(base, Tensor):
+        return base ** exponent.clamp_max(_LARGEST_EXPONENT)
+    whole = isinstance(exponent, Real) and float(exponent).is_integer()
+    return (base if whole else base.clamp_min(_ABOVE_ZERO)) ** exponent
 
 
 @belief_rule("pow", "pow_", "__pow__", "float_power")
@@ -273,10 +296,7 @@ def power(x: Gaussian, exponent: Any) -> Belief:
     negative one the belief is cut at a tenth of its mean, so that it stays finite.
     """
     if isinstance(exponent, Real):
-        number = float(exponent)
-        if number < 0:
-            return Unknown(f"power {exponent}")
-        return quadrature(x, lambda t: (t if number.is_integer() else t.clamp_min(_ABOVE_ZERO)) ** number)
+        return Unknown(f"power {exponent}") if exponent < 0 else quadrature(x, lambda t: _raised(t, exponent))
     if not isinstance(exponent, Tensor) or exponent.numel() > 1:
         return Unknown("power with several exponents, or with one computed from the input")
     n = exponent.reshape(()).to(x.mean.dtype)
@@ -291,7 +311,6 @@ belief_rules("by quadrature", {
     "asinh asinh_": lambda x: quadrature(x, torch.asinh),
     "atan atan_": lambda x: quadrature(x, torch.atan),
     "celu celu_": lambda x, alpha=1.0, inplace=False: quadrature(x, lambda t: F.celu(t, alpha)),
-    "cos cos_": lambda x: quadrature(x, torch.cos),
     "elu elu_": lambda x, alpha=1.0, inplace=False: quadrature(x, lambda t: F.elu(t, alpha)),
     "erf erf_": lambda x: quadrature(x, torch.erf),
     "gelu": lambda x, approximate="none": quadrature(x, lambda t: F.gelu(t, approximate=approximate)),
@@ -300,7 +319,6 @@ belief_rules("by quadrature", {
     "selu selu_": lambda x, inplace=False: quadrature(x, F.selu),
     "sigmoid sigmoid_": lambda x: quadrature(x, torch.sigmoid),
     "silu": lambda x, inplace=False: quadrature(x, F.silu),
-    "sin sin_": lambda x: quadrature(x, torch.sin),
     "softplus": lambda x, beta=1.0, threshold=20.0: quadrature(x, lambda t: F.softplus(t, beta, threshold)),
     "softsign": lambda x: quadrature(x, F.softsign),
     "sqrt sqrt_": lambda x: quadrature(x, lambda t: t.clamp_min(_ABOVE_ZERO).sqrt()),
@@ -308,3 +326,14 @@ belief_rules("by quadrature", {
     "tanh tanh_": lambda x: quadrature(x, torch.tanh),
     "tanhshrink": lambda x: quadrature(x, F.tanhshrink),
 })  # fmt: skip
+
+
+# What to call for functions whose values or slopes may be infinite, or that take a tensor of channels.
+_GUARDED: dict[str, Callable[..., Any]] = {
+    "exp exp_": lambda t: t.clamp_max(_LARGEST_EXPONENT).exp(),
+    "expm1 expm1_": lambda t: t.clamp_max(_LARGEST_EXPONENT).expm1(),
+    "pow pow_ __pow__ float_power": _raised,
+    "prelu": lambda t, weight: torch.where(t > 0, t, weight * t),
+    "sqrt sqrt_": lambda t: t.clamp_min(_ABOVE_ZERO).sqrt(),
+}
+GUARDED = {function: by for names, by in _GUARDED.items() for function in aliases(*names.split())}

@@ -189,7 +189,7 @@ def roll(x: Gaussian, shifts: Any, dims: Any = None) -> Belief:
     shifts, dims = ([v] if isinstance(v, int) else v for v in (shifts, dims))
     moved = [(shift, d % x.ndim) for shift, d in zip(shifts, dims, strict=True) if varies(x, d)]
     if not moved:
-        return x
+        return Gaussian(x.mean, x.var)  # of other elements: not `x` itself, of which a sum would be twice
     shifts, dims = zip(*moved, strict=True)
     return x.full(dims).map(lambda t: t.roll(shifts, dims))
 

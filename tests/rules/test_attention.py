@@ -55,12 +55,14 @@ def test_products_without_a_rule():
     check_unknown("1-d", torch.matmul, believe((6, 4)), values(4))
 
 
-@covers(*aliases("baddbmm"))
+@covers(*aliases("baddbmm", "addmm"))
 @pytest.mark.parametrize("beta", [0.0, 0.5])
 def test_baddbmm(function, beta):
-    x, y = believe((2**15, 3, 4)), believe((2**15, 4, 5), seed=1)
-    given_ = believe((2**15, 3, 5), seed=2)
-    check_draws(function, given_, x, y, beta=beta, alpha=0.7, effective=1 / 15)
+    if "baddbmm" in function.__name__:
+        x, y, given_ = believe((2**15, 3, 4)), believe((2**15, 4, 5), seed=1), believe((2**15, 3, 5), seed=2)
+        check_draws(function, given_, x, y, beta=beta, alpha=0.7, effective=1 / 15)
+    else:  # GPT-2's linear layer
+        check_draws(function, values(5), believe((2**16, 4)), values(4, 5), beta=beta, alpha=0.7, effective=1 / 5)
 
 
 @covers(*aliases("einsum"))

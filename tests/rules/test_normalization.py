@@ -59,6 +59,20 @@ def test_layer_norm(function, data, normalized):
     check_draws(function, believe(shape, axes=()).full([1]), axes, *_affine(data, *axes), _EPS)
 
 
+@covers(F.group_norm, F.layer_norm)
+def test_channels_of_unlike_means_keep_their_differences(function):
+    """They are standardized by all together."""
+    x = believe((2**10, 6, 8, 8))
+    for arguments in ((2,), (1,)) if function is F.group_norm else (((6, 8, 8),),):
+        belief, output = RULES[function](x, *arguments), draw_through(function, (x, *arguments), {})
+        var, mean = torch.var_mean(output.transpose(0, 1).flatten(1), 1)
+        each = belief.of(x.shape).per_channel(1)
+        torch.testing.assert_close(each.mean[0], mean, rtol=0.02, atol=0.02)
+        torch.testing.assert_close(each.var[0], var, rtol=0.02, atol=0)
+    small = RULES[function](x, *arguments, eps=1e6)
+    assert small.var.max() < 1e-5
+
+
 def test_torch_layer_norm_has_one_argument_more():
     x = believe((8, 6), axes=())
     y = RULES[torch.layer_norm](x, (6,), values(6), values(6), 1e-5, False)

@@ -336,3 +336,10 @@ def test_prelu_of_blocks_of_channels_in_the_beliefs_own_type():
     y = RULES[F.prelu](x, values(4))
     assert y.mean.shape == (1, 4, 1)
     assert y.mean.dtype == torch.float32
+
+
+@covers(*aliases("sin", "sin_", "cos", "cos_"))
+def test_waves_of_a_wide_belief(function):
+    """As of SIREN's `sin(30 x)`: no nodes would see them."""
+    x = believe((2**18, 3), groups=2)
+    check_draws(function, Gaussian(30 * x.mean, 900 * x.var, x.shape), groups=2)

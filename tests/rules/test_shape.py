@@ -225,6 +225,13 @@ def test_roll_of_the_flat_tensor():
         check_moved(torch.roll, x, shifts=2, dims=dim)
 
 
+def test_what_was_rolled_is_another_activation():
+    """Of which a difference is not zero, behind a ReLU too."""
+    for x in (believe((4, 3, 5)), RULES[F.relu](believe((4, 3, 5)))):
+        apart = RULES[torch.sub](x, RULES[torch.roll](x, 1, 2))
+        torch.testing.assert_close(apart.var, 2 * x.var)
+
+
 # -- reshaping ---------------------------------------------------------------------------------------
 
 
