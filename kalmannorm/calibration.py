@@ -28,11 +28,6 @@ from kalmannorm.traversal import attributes_kept, in_eval, inputs_seen, kalman_l
 
 __all__ = ["Calibration", "CalibrationRow", "calibrate"]
 
-# What a layer knows of its correction.
-_CORRECTION = (
-    "prior_shift", "prior_scale", "is_corrected", "awaits_correction", "dropped_statistics", "_settled",
-)  # fmt: skip
-
 
 @dataclass(frozen=True)
 class CalibrationRow:
@@ -214,14 +209,13 @@ def _observing(model: nn.Module, observed: Collection[_Observed]) -> Iterator[No
     """Run a model in ``eval()`` with beliefs, and observe its layers; their corrections are restored."""
     layers = [each.layer for each in observed]
     looks = [(each.layer, each.look) for each in observed]
-    with attributes_kept(layers, *_CORRECTION, "is_observed", "online"):
+    with attributes_kept(layers, "is_observed", "online"), in_eval(model), inputs_seen(looks):
         for each in observed:
             each.layer.is_observed = True
             if each.target is None:
                 each.layer.drop_correction()
                 each.layer.online = True
-        with in_eval(model), inputs_seen(looks):
-            yield
+        yield
 
 
 def _share_corrections(layers: Collection[KalmanLayer], group: dist.ProcessGroup | None) -> None:

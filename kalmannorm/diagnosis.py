@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kalmannorm.describe import geometric_mean, in_columns, left_as_it_was, mean_distance, or_dash
+from kalmannorm.describe import geometric_mean, in_columns, mean_distance, or_dash
 from kalmannorm.functional import add_process_noise, observe
 from kalmannorm.gaussian import Gaussian
 from kalmannorm.inference import collecting, layers_to_recalibrate
 from kalmannorm.modules import KalmanLayer, is_trained
 from kalmannorm.passes import Population, call_with, run_batches
 from kalmannorm.steps import found_in
-from kalmannorm.traversal import in_eval, inputs_seen
+from kalmannorm.traversal import in_eval, inputs_seen, random_state_kept
 
 __all__ = ["Diagnosis", "DiagnosisRow", "diagnose"]
 
@@ -131,7 +131,7 @@ def diagnose(model: nn.Module, loader: Iterable[Any], validation: Iterable[Any] 
             differences.extend(_differences(run_by_running(batch), expected))
 
     run = partial(run_batches, model, caller="diagnose", max_batches=max_batches, progress=progress)
-    with left_as_it_was(model):
+    with random_state_kept(model):
         run(loader, run_by_batch)
         if validation is not None:
             run(validation, run_by_running, title="validation")
