@@ -179,12 +179,8 @@ class SharedObservation(NamedTuple):
 def synchronize(x: Tensor, process_group: dist.ProcessGroup) -> SharedObservation:
     """The moments of all processes' elements together, by the law of total variance.
 
-    Every process of the group must call it. Their batches may differ in size, and be empty. Gradients
+    Every process of the group must call it. Their batches ``(N, C, *)`` may differ in size, and be empty. Gradients
     flow between processes.
-
-    Args:
-        x: this process's ``(N, C, *)``.
-        process_group: the processes.
     """
     channels = x.shape[1]
     if x.numel() == 0:

@@ -215,13 +215,8 @@ def _key(leaves: Sequence[Any], form: TreeSpec, beliefs: Sequence[Belief | None]
 
 
 class _Graph:
-    """A recorded call.
-
-    Args:
-        replayed: the module's forward.
-        leaves: the arguments of the call, flat.
-        form: their nesting.
-        beliefs: about each tensor among them.
+    """A recorded call: its arguments are ``leaves`` in a nesting ``form``, and ``beliefs`` are about the tensors among
+    them.
     """
 
     def __init__(self, replayed: _Replayed, leaves: Sequence[Any], form: TreeSpec,

@@ -236,10 +236,6 @@ class KalmanLayer(CorrectedPrior):
         """The corrected prior of an input, ``(S, C)``, and its process noise ``R``, ``(C,)`` or None.
 
         The prior is None where it is unknown, and where the gain is fixed at 1.
-
-        Args:
-            x: the input, ``(N, C, *)``.
-            groups: the number of statistic groups ``S``.
         """
         with without_autocast(x.device):
             return self._prior(x, groups, current()).corrected(groups)
@@ -292,10 +288,6 @@ class KalmanLayer(CorrectedPrior):
         ``carry="output"``: ``(beta, gamma^2 v / (v + eps))``, the output's own moments. In training they are the same
         for all groups; in ``eval()`` no group may depend on another.
         ``carry="posterior"``: ``(m, v)`` of the input, as the paper and the released code do.
-
-        Args:
-            y: the output.
-            statistics: the posterior ``(S, C)``, or the :meth:`_lasting` one.
         """
         if (mode := current()) is None or is_resting(mode):
             return
@@ -315,11 +307,6 @@ class KalmanLayer(CorrectedPrior):
     def _lasting(self, posterior: Gaussian, prior: Gaussian | None, noise: Tensor | None) -> Gaussian:
         """The statistics from which the output's belief follows: where priors are kept, the prior's and not the
         posterior's, so that the beliefs above do not depend on the batch.
-
-        Args:
-            posterior: ``(S, C)``.
-            prior: ``(1 or S, C)``, without process noise; None where it is unknown.
-            noise: the process noise ``R``, ``(C,)``, or None.
         """
         if not self.keeps_priors:
             return posterior
@@ -717,16 +704,8 @@ class GroupKalmanNorm(KalmanLayer, nn.GroupNorm):
         affine: learn ``weight`` and ``bias``, each ``(C,)``.
         gain: as :class:`KalmanNorm`'s; the ``n`` of ``"prior-strength"`` is the ``C / G`` feature
             maps that a group observes.
-        process_noise: as :class:`KalmanNorm`'s.
-        spread: as ``KalmanNorm``'s.
-        carry: as ``KalmanNorm``'s.
-        estimator: as ``KalmanNorm``'s.
-        stats_batch_size: only None: a group never has more than one sample.
-        guard: as ``KalmanNorm``'s.
-        process_group: only None.
-        device: where parameters live.
-        dtype: their type.
-        bias: with ``affine``, learn a ``bias`` too.
+        process_noise, spread, carry, estimator, guard, device, dtype, bias: as :class:`KalmanNorm`'s.
+        stats_batch_size, process_group: only None: a group never has more than one sample.
 
     Shape:
         ``(N, C, *)``, and the same out.
@@ -817,10 +796,9 @@ class KalmanNormAct2d(_ThenActivation, KalmanNorm2d):
     """:class:`KalmanNorm2d` and the activation after it: stands in for timm's ``BatchNormAct2d``.
 
     Args:
-        args: as :class:`KalmanNorm2d`'s.
+        args, kwargs: as :class:`KalmanNorm2d`'s.
         drop: a module between the two; None for nothing.
         act: the activation; None for nothing.
-        kwargs: as :class:`KalmanNorm2d`'s.
     """
 
     def _normalize(self, x: Tensor) -> Tensor:
@@ -843,8 +821,6 @@ class GroupKalmanNormAct(_ThenActivation, GroupKalmanNorm):
     """:class:`GroupKalmanNorm` and the activation after it: stands in for timm's ``GroupNormAct``.
 
     Args:
-        args: as :class:`GroupKalmanNorm`'s.
-        drop: a module between the two; None for nothing.
-        act: the activation; None for nothing.
-        kwargs: as :class:`GroupKalmanNorm`'s.
+        args, kwargs: as :class:`GroupKalmanNorm`'s.
+        drop, act: as :class:`KalmanNormAct2d`'s.
     """

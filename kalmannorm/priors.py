@@ -69,14 +69,11 @@ class KeptPriors:
         self.are_complete = False
 
     def begin(self, module: nn.Module, layers: Sequence[Any], values: Any, may_keep: bool) -> None:
-        """Begin a pass.
+        """Begin a pass: a call of a network with these values; ``may_keep`` is what :func:`may_be_kept` says of its
+        Kalman layers.
 
-        Args:
-            module: the network that is called.
-            layers: its Kalman layers. If the last pass called each that fuses once, it was not ended by an error, and
-                its course did not depend on the inputs.
-            values: the arguments of the call.
-            may_keep: what :func:`may_be_kept` says of the layers.
+        If the last pass called each layer that fuses once, it was not ended by an error, and its course did not depend
+        on the inputs.
         """
         tensors: list[Tensor] = []
         if not may_keep:

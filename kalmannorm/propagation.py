@@ -44,14 +44,9 @@ def __getattr__(name: str) -> Any:
 
 
 def belief_for(tensor: Tensor, groups: int) -> Belief:
-    """The belief about an activation: the prior of the layer that gets it. Autocast must be off.
+    """The belief about an activation ``(N, C, *)``: the prior of the layer that gets it. Autocast must be off.
 
-    Args:
-        tensor: the activation, ``(N, C, *)``.
-        groups: the layer's number of statistic groups ``S``.
-
-    Returns:
-        Mean and variance in the shape that the kernels take, ``(1 or S, C, 1, ...)``; or why they are unknown.
+    Returns mean and variance in the shape that the kernels take, ``(1 or S, C, 1, ...)``; or why they are unknown.
     """
     step = step_of(tensor)
     if step is None:
@@ -109,12 +104,8 @@ def settle(step: Step) -> None:
 
 
 def let_go_of_graph(step: Step, copies: dict[Step, Step]) -> None:
-    """Let a step that is a constant come from copies of its parents that are constants too: a tensor that the network
-    has detached and keeps would keep the autograd graph of its pass.
-
-    Args:
-        step: the step of a `detach`.
-        copies: those that were made before, to which new ones are added.
+    """Let the step of a `detach` come from copies of its parents that are constants too, and are added to ``copies``: a
+    tensor that the network has detached and keeps would keep the autograd graph of its pass.
     """
 
     def known(step: Step) -> Step | None:
@@ -156,12 +147,8 @@ def true_depth(step: Step) -> int:
 def evaluate(step: Step, kept: Callable[[Step], Any], compute: Callable[[Step], Any]) -> Any:
     """Compute the value of a step after the values of its ancestors.
 
-    Without recursion: a vision transformer makes a thousand calls between two batch normalizations.
-
-    Args:
-        step: any.
-        kept: returns a step's value if it was computed before, else None.
-        compute: computes and keeps a step's value, from its parents' kept values.
+    ``kept`` returns a step's value if it was computed before; ``compute`` computes and keeps it, from its parents' kept
+    values. Without recursion: a vision transformer makes a thousand calls between two batch normalizations.
     """
     waiting = [step]
     value = None

@@ -279,13 +279,7 @@ def current() -> Recorder | None:
 
 
 def attach(tensor: Tensor, belief: Belief, source: str) -> None:
-    """Attach a belief to a tensor: a step where a chain starts.
-
-    Args:
-        tensor: the activation.
-        belief: the belief about it.
-        source: its origin: a layer's name, or "input".
-    """
+    """Attach a belief to a tensor: a step where a chain starts. Its source is a layer's name, or "input"."""
     shape = tuple(tensor.shape)
     if isinstance(belief, Gaussian):
         belief = belief.of(shape)

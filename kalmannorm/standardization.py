@@ -51,16 +51,10 @@ _PASSED = frozenset({"ChannelShuffle", "DropBlock2d", "DropBlock3d", "DropPath",
 
 @fx.wrap
 def standardized(weight: Tensor) -> Tensor:
-    """Each filter with zero mean and unit norm: ``(W - mean) / sqrt(var * fan_in + 1e-4)``.
+    """Each filter of ``(C_out, ...)`` with zero mean and unit norm: ``(W - mean) / sqrt(var * fan_in + 1e-4)``.
 
     Qiao et al. 2019, arXiv:1903.10520, Eq. 7, with the unit norm of a filter in place of unit variance. Computed in
-    float32 at least.
-
-    Args:
-        weight: ``(C_out, C_in / groups, *taps)``, or ``(C_out, C_in)``.
-
-    Returns:
-        The same shape and type.
+    float32 at least; typed as the weight.
     """
     with paused():
         shape = weight.shape[1:]

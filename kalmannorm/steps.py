@@ -106,15 +106,11 @@ def ancestors(step: Step) -> list[Step]:
 
 
 def may_use(where: Any, step: Step, now: Any) -> bool:
-    """Whether a step's kept value may be used in the current checkpoint region.
+    """Whether a step's kept value, beside which :func:`computed_in` wrote ``where``, may be used in the region ``now``.
 
-    A region runs again in the backward pass and must then compute the same values again. So it uses a value from
-    outside only if that was there before any region asked for it.
-
-    Args:
-        where: the note of :func:`computed_in` beside the value.
-        step: the value's step.
-        now: the current region, from :func:`~kalmannorm.kernels.autograd.saved_tensor_hooks`.
+    A checkpoint region (:func:`~kalmannorm.kernels.autograd.saved_tensor_hooks`) runs again in the backward pass and
+    must then compute the same values again. So it uses a value from outside only if that was there before any region
+    asked for it.
     """
     return bool(where == now or where == step.hooks or where == (_AGAIN, now))
 
@@ -137,11 +133,8 @@ def replace(value: Any, kind: type, by: Callable[[Any], Any]) -> Any:
 def step_of(tensor: Tensor, as_it_was: bool = False) -> Step | None:
     """The step recorded on a tensor, or on the tensor of which it is an alias.
 
-    A change in place that was not recorded makes it unknown, and `detach_` makes it a constant.
-
-    Args:
-        tensor: any.
-        as_it_was: the step before the change in place that is being recorded now.
+    A change in place that was not recorded makes it unknown, and `detach_` makes it a constant. While a change in place
+    is being recorded, the step is taken ``as_it_was`` before.
     """
     step = getattr(tensor, _STEP, None)
     if step is None and type(tensor) is nn.Parameter:

@@ -25,11 +25,6 @@ class _AllReduce(torch.autograd.Function):
 
 
 def all_reduce(tensor: Tensor, process_group: dist.ProcessGroup) -> Tensor:
-    """The sum of a tensor over the processes of a group. Each must call it, and run its backward.
-
-    Args:
-        tensor: of one shape in all processes.
-        process_group: the processes.
-    """
+    """The sum of tensors of one shape over the processes of a group. Each must call it, and run its backward."""
     result: Tensor = _AllReduce.apply(tensor, process_group)  # type: ignore[no-untyped-call]
     return result

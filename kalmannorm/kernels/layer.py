@@ -113,17 +113,11 @@ class _Layer(torch.autograd.Function):
 
 
 def rectify_output(y: Tensor) -> bool:
-    """Rectify a layer's output in place, and apply the ReLU's mask in the layer's backward pass.
+    """Rectify a layer's output in place, and apply the ReLU's mask in the layer's backward pass: whether it was done.
 
     This saves the pass over the activation that a ReLU's backward takes. Nothing else may have been computed from the
-    output yet.
-
-    Args:
-        y: the output.
-
-    Returns:
-        Whether it was done. It is not if ``y`` has hooks on its gradient, or if the layer's backend would need a pass
-        of its own for the mask.
+    output yet. It is not done if the output has hooks on its gradient, or if the layer's backend would need a pass of
+    its own for the mask.
     """
     if type(y.grad_fn) is not _Layer._backward_cls or y.output_nr != 0 or y._version != 0:  # type: ignore[attr-defined]
         return False
@@ -158,14 +152,9 @@ def _check_sizes(x: Tensor, given: Given, running: Running | None, groups: int) 
 
 def layer(x: Tensor, given: Given, options: Options, *, running: Running | None = None,
           posterior: bool = False) -> Layer:  # fmt: skip
-    """Normalize by each group's statistics, fused with a prior.
+    """Normalize ``(N, C, *)``, which is not empty, by each group's statistics, fused with a prior.
 
-    Args:
-        x: ``(N, C, *)``, not empty.
-        given: the prior and the layer's vectors.
-        options: number of groups, gain, noise and the rest, see :class:`~kalmannorm.kernels.arguments.Options`.
-        running: running statistics to update in place.
-        posterior: return the posterior of the input as the belief, not the moments of the output.
+    Running statistics are moved in place. The belief is that of the output, or the ``posterior`` of the input.
 
     Raises:
         ValueError: for a tensor of another size. A compiled kernel would read and write beyond its end.

@@ -61,11 +61,8 @@ class _Link(torch.autograd.Function):
 def link(moments: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False) -> Link:
     """Mean and variance of sums of independent terms, weighted by a matrix or a convolution's filter.
 
-    Args:
-        moments: mean and variance, ``(2, S, C_in, 1, ...)``, at least float32.
-        weight: ``(C_out, C_in)``, or ``(C_out, C_in, *taps)``, whose taps all meet the same moments.
-        bias: ``(C_out,)`` or None.
-        relu: rectify the Gaussian before.
+    All taps of a weight ``(C_out, C_in, *taps)`` meet the same mean and variance, ``(2, S, C_in, 1, ...)``, which are
+    at least float32; with ``relu``, rectified ones.
 
     Raises:
         ValueError: for moments of another number of channels than the weight's.

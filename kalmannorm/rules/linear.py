@@ -99,13 +99,7 @@ def conv_transpose(x: Gaussian, weight: Tensor, bias: Tensor | None = None, stri
 
 
 def through_matrix(x: Gaussian, weight: Tensor, bias: Tensor | None = None) -> Gaussian:
-    """``m' = W m + b`` and ``v' = W^2 v`` along the last axis, for every position along the other axes.
-
-    Args:
-        x: ``(..., C_in)``.
-        weight: ``(C_out, C_in)``.
-        bias: ``(C_out,)`` or None.
-    """
+    """``m' = W m + b`` and ``v' = W^2 v`` along the last axis, for every position along the other axes."""
     if x.ndim == 2:
         return _through_filter(x, weight, bias)
     x = x.full([x.ndim - 1])
