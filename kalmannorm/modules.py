@@ -23,7 +23,7 @@ from kalmannorm.kernels.autograd import is_transformed
 from kalmannorm.kernels.formulas import move_running
 from kalmannorm.kernels.layer import layer
 from kalmannorm.paper import drawn_belief, preset
-from kalmannorm.priors import INITIAL_NOISE, Prior
+from kalmannorm.priors import INITIAL_NOISE, Prior, tensors_of
 from kalmannorm.propagation import belief_for, without_autocast
 from kalmannorm.recording import Recorder, attach, attach_step, current, is_open, is_resting, paused
 from kalmannorm.rules import Belief
@@ -164,8 +164,8 @@ class KalmanLayer(CorrectedPrior):
             self.drop_correction()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """As torch's, for ``to`` and the like. ``to_empty`` of a layer on the meta device leaves what no BatchNorm
-        checkpoint has at its initial values.
+        """As torch's, for ``to`` and the like. What no BatchNorm checkpoint has leaves the meta device with its initial
+        values.
         """
         added = ("gain", "process_noise", "nonfinite_batches")
         on_meta = [name for name in added if isinstance(t := getattr(self, name, None), Tensor) and t.is_meta]
@@ -174,15 +174,8 @@ class KalmanLayer(CorrectedPrior):
         for name in on_meta:
             getattr(self, name).data.zero_()
         if was_on_meta and not self.prior_scale.is_meta:
-            self._begin_again()
+            (self.await_correction if self.awaits_correction else self.drop_correction)()
         return self
-
-    def _begin_again(self) -> None:
-        """Give a correction that was on the meta device numbers."""
-        if self.awaits_correction:
-            self.await_correction()
-        else:
-            self.drop_correction()
 
     def _one_of(self, option: str, value: Any, allowed: tuple[str, ...]) -> Any:
         if value not in allowed:
@@ -377,22 +370,12 @@ class KalmanLayer(CorrectedPrior):
             )
 
     def _leave_meta(self) -> None:
-        """Give tensors that a BatchNorm checkpoint lacks their initial values, if its own were assigned to this layer
-        on the meta device.
+        """Bring tensors that a BatchNorm checkpoint lacks to its own, if those were assigned to this layer on the meta
+        device.
         """
         there = self._of_checkpoints
-        if there is None or there.is_meta:
-            return
-        for name in ("gain", "process_noise"):
-            parameter = self._parameters.get(name)
-            if parameter is not None and parameter.is_meta:
-                zeros = torch.zeros_like(parameter, device=there.device)
-                self._parameters[name] = nn.Parameter(zeros, parameter.requires_grad)
-        counter = self._buffers.get("nonfinite_batches")
-        if counter is not None and counter.is_meta:
-            self._buffers["nonfinite_batches"] = torch.zeros_like(counter, device=there.device)
-        if self.prior_scale.is_meta:
-            self._begin_again()
+        if there is not None and not there.is_meta and any(t.is_meta for t in tensors_of(self)):
+            self._apply(lambda t: torch.empty_like(t, device=there.device) if t.is_meta else t, recurse=False)
 
 
 class KalmanNorm(KalmanLayer, _BatchNorm):

@@ -23,7 +23,7 @@ from kalmannorm.rules.arithmetic import ELEMENTWISE, PRODUCTS
 from kalmannorm.rules.pointwise import quadrature
 from kalmannorm.rules.rectified import Rectified
 from kalmannorm.rules.table import BELIEF_FIRST, as_rule_is_called
-from kalmannorm.steps import SCALARS, Step, computed_in, may_use, replace, step_of
+from kalmannorm.steps import SCALARS, Step, computed_in, found_in, may_use, replace, step_of
 
 __all__ = [
     "FAILURES", "NO_INPUT", "belief_for", "evaluate", "exact", "first_line", "function_name", "let_go_of_graph",
@@ -174,7 +174,7 @@ def operands(step: Step, value_of: Callable[[Step], Any]) -> tuple[tuple[Any, ..
     if sum([type(a) is Step for a in step.args]) != len(step.parents):  # some are in lists or keywords
         args = tuple([replace(a, Step, value_of) for a in args])
         kwargs = {k: replace(v, Step, value_of) for k, v in kwargs.items()}
-    if _may_be_freed() and _frees((*args, *kwargs.values())):
+    if _may_be_freed() and any(map(_is_freed, found_in((*args, *kwargs.values()), Tensor | Gaussian))):
         return Unknown("it depends on parameters that FSDP has freed")
     return args, kwargs
 
@@ -186,12 +186,8 @@ def _may_be_freed() -> bool:
     return torch.distributed.is_initialized()
 
 
-def _frees(values: Any) -> bool:
+def _is_freed(value: Tensor | Gaussian) -> bool:
     """Whether a parameter, or a belief that is one, has lost its elements: to read them would end the process."""
-    return any(_frees(v) if isinstance(v, tuple | list) else _is_freed(v) for v in values)
-
-
-def _is_freed(value: Any) -> bool:
     while isinstance(value, Rectified):
         value = value.below
     tensor = value.mean if isinstance(value, Gaussian) else value

@@ -105,7 +105,7 @@ def through_matrix(x: Gaussian, weight: Tensor, bias: Tensor | None = None) -> G
     x = x.full([x.ndim - 1])
     before = torch.broadcast_shapes(x.mean.shape, x.var.shape)[:-1]
     flat = x.map(lambda t: t.expand(*before, -1).reshape(math.prod(before), -1))
-    return Packed(link(flat.packed().moments, weight, bias).moments).map(lambda t: t.reshape(*before, -1))
+    return Packed(link(flat.packed().moments, weight, bias)[0]).map(lambda t: t.reshape(*before, -1))
 
 
 @belief_rule("linear")
