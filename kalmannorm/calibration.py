@@ -26,8 +26,6 @@ from kalmannorm.passes import Population, call_with, merge_over_processes, run_b
 from kalmannorm.propagation import without_autocast
 from kalmannorm.traversal import attributes_kept, in_eval, inputs_seen, kalman_layers
 
-__all__ = ["Calibration", "CalibrationRow", "calibrate"]
-
 
 @dataclass(frozen=True)
 class CalibrationRow:

@@ -11,8 +11,6 @@ import torch
 from torch.autograd.function import FunctionCtx
 from torch.utils import checkpoint
 
-__all__ = ["enter_again", "is_recomputing", "is_reentrant"]
-
 
 def is_recomputing() -> bool:
     """Whether a backward pass recomputes the forward pass."""

@@ -13,8 +13,6 @@ from kalmannorm.gaussian import Gaussian
 from kalmannorm.traversal import kalman_layers
 from kalmannorm.watch import Watch
 
-__all__ = ["InputStats", "connect", "disconnect", "input_beliefs"]
-
 _M = TypeVar("_M", bound=nn.Module)
 InputStats = tuple[Any, Any] | Mapping[str, tuple[Any, Any]]
 

@@ -20,8 +20,6 @@ from kalmannorm.gaussian import Gaussian
 from kalmannorm.kernels.autograd import is_transformed
 from kalmannorm.priors import process_variance
 
-__all__ = ["CorrectedPrior", "is_trained"]
-
 # The largest scale. Half precision holds it, and a gradient through the prior stays finite.
 _LARGEST_SCALE = 1e4
 

@@ -18,10 +18,6 @@ from kalmannorm.recording import is_open
 from kalmannorm.steps import ancestors, step_of
 from kalmannorm.traversal import inputs_seen, kalman_layers, random_state_kept, state_kept
 
-__all__ = [
-    "Description", "Row", "describe", "first_nonfinite", "geometric_mean", "in_columns", "mean_distance", "or_dash",
-]  # fmt: skip
-
 
 @dataclass(frozen=True)
 class Row:

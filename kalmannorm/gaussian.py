@@ -9,8 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Gaussian", "Packed", "Unknown", "lengthen"]
-
 
 class Unknown(NamedTuple):
     """No belief, and the reason: a rule returns it where it cannot compute the moments."""

@@ -25,8 +25,6 @@ from kalmannorm.rules import Belief
 from kalmannorm.steps import SCALARS, step_of
 from kalmannorm.traversal import attributes_kept, buffers_kept, kalman_layers, random_state_kept
 
-__all__ = ["capture"]
-
 _M = TypeVar("_M", bound=nn.Module)
 _Function = Callable[..., tuple[Tensor, ...]]
 # Calls in a row whose parameters had moved before a warning; and kinds of calls to count for each graph.

@@ -19,8 +19,6 @@ from kalmannorm.modules import KalmanNorm, is_stock_batchnorm
 from kalmannorm.passes import Population, call_with, merge_over_processes, run_batches
 from kalmannorm.traversal import attributes_kept, in_eval, inputs_seen
 
-__all__ = ["Collector", "collecting", "layers_to_recalibrate", "online_statistics", "recalibrate", "tracking_layers"]
-
 _M = TypeVar("_M", bound=nn.Module)
 
 

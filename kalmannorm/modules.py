@@ -15,24 +15,19 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kalmannorm.checkpoints import is_recomputing, is_reentrant
-from kalmannorm.correction import CorrectedPrior, is_trained
+from kalmannorm.correction import CorrectedPrior
 from kalmannorm.functional import KalmanNormOutput, add_process_noise, group_kalman_norm, kalman_norm, synchronize
 from kalmannorm.gaussian import Gaussian, Packed, Unknown
 from kalmannorm.kernels.arguments import Given, Options, Running
 from kalmannorm.kernels.autograd import is_transformed
 from kalmannorm.kernels.formulas import move_running
 from kalmannorm.kernels.layer import layer
-from kalmannorm.paper import drawn_belief, preset
+from kalmannorm.paper import drawn_belief
 from kalmannorm.priors import INITIAL_NOISE, Prior, tensors_of
 from kalmannorm.propagation import belief_for, without_autocast
 from kalmannorm.recording import Recorder, attach, attach_step, current, is_open, is_resting, paused
 from kalmannorm.rules import Belief
 from kalmannorm.steps import put, step_of
-
-__all__ = [
-    "GroupKalmanNorm", "GroupKalmanNormAct", "KalmanLayer", "KalmanNorm", "KalmanNorm1d", "KalmanNorm2d",
-    "KalmanNorm3d", "KalmanNormAct2d", "is_stock_batchnorm", "is_trained", "preset",
-]  # fmt: skip
 
 _L = TypeVar("_L", bound="KalmanLayer")
 Gain = float | Literal["prior-strength", "learned"]

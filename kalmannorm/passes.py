@@ -16,8 +16,6 @@ from kalmannorm.functional import kalman_update, observe
 from kalmannorm.gaussian import Gaussian
 from kalmannorm.traversal import device_of
 
-__all__ = ["Population", "call_with", "merge_over_processes", "run_batches"]
-
 
 def run_batches(model: nn.Module, loader: Iterable[Any], see: Callable[[Any], object], *, caller: str,
                 max_batches: int | None, progress: bool, process_group: dist.ProcessGroup | None = None,

@@ -13,8 +13,6 @@ from kalmannorm.gaussian import Gaussian
 from kalmannorm.kernels.autograd import is_exporting, is_transformed
 from kalmannorm.steps import SCALARS, found_in, step_of
 
-__all__ = ["INITIAL_NOISE", "KeptPriors", "Prior", "may_be_kept", "process_variance", "tensors_of"]
-
 # The process noise ``R`` that a layer begins with.
 INITIAL_NOISE = 0.01
 

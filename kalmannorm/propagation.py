@@ -25,11 +25,6 @@ from kalmannorm.rules.rectified import Rectified
 from kalmannorm.rules.table import BELIEF_FIRST, as_rule_is_called
 from kalmannorm.steps import SCALARS, Step, computed_in, found_in, may_use, replace, step_of
 
-__all__ = [
-    "FAILURES", "NO_INPUT", "belief_for", "evaluate", "exact", "first_line", "function_name", "let_go_of_graph",
-    "operands", "settle", "true_depth", "without_autocast",
-]  # fmt: skip
-
 NO_INPUT = Unknown("its input does not depend on a floating-point input, or went through torch.jit, vmap or DTensor")
 _NOTHING = nullcontext()
 # Errors of a rule that gets unexpected shapes, and of a torch function that gets draws.

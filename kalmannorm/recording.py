@@ -30,11 +30,6 @@ from kalmannorm.rules import RULES, Belief
 from kalmannorm.rules.table import FACTORIES, LIKE, OVERWRITING, SOURCES, aliases
 from kalmannorm.steps import SCALARS, Step, ancestors, detached, found_in, put, state_of, step_of
 
-__all__ = [
-    "Recorder", "attach", "attach_step", "current", "fits", "is_open", "is_resting", "laid_out", "paused",
-    "started_on_first",
-]  # fmt: skip
-
 _BASE = Tensor._base.__get__  # type: ignore[union-attr]
 
 # The longest chain. A state that a network passes to itself from call to call must not grow one without end. A vision

@@ -24,8 +24,6 @@ from kalmannorm.modules import (
     KalmanNormAct2d,
 )
 
-__all__ = ["KINDS", "device_and_dtype", "kalman_layer", "move_hooks", "stand_in", "stock_ancestor", "stock_layer"]
-
 # Stock layers and their Kalman layers; subclasses that override none of these methods are replaced likewise.
 _MUST_BE_STOCK = ("forward", "train", "__call__")
 _STOCK: dict[str, dict[type[nn.Module], type[KalmanLayer]]] = {

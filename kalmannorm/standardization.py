@@ -25,10 +25,6 @@ from kalmannorm.recording import paused
 from kalmannorm.steps import found_in
 from kalmannorm.traversal import attributes_kept, random_state_kept, untraceable
 
-__all__ = [
-    "bake", "filters_below_norms", "standardize_weights", "standardized", "use_standardized",
-]  # fmt: skip
-
 _M = TypeVar("_M", bound=nn.Module)
 _Filters = frozenset[str]  # names of convolutions and linear layers
 _Norms = defaultdict[str, list[str]]  # the normalization layers that a filter's output reaches, by names

@@ -20,11 +20,6 @@ from kalmannorm.gaussian import Unknown
 from kalmannorm.kernels.autograd import saved_tensor_hooks
 from kalmannorm.rules import Belief
 
-__all__ = [
-    "SCALARS", "Step", "ancestors", "computed_in", "detached", "found_in", "may_use", "placed_in", "put", "replace",
-    "state_of", "step_of",
-]  # fmt: skip
-
 _T = TypeVar("_T")
 
 _STEP = "_kalmannorm_step"

@@ -15,11 +15,6 @@ from kalmannorm.modules import KalmanLayer
 from kalmannorm.propagation import first_line
 from kalmannorm.recording import paused
 
-__all__ = [
-    "attributes_kept", "buffers_kept", "device_of", "in_eval", "inputs_seen", "kalman_layers", "random_state_kept",
-    "state_kept", "untraceable",
-]  # fmt: skip
-
 Look = Callable[[Tensor], None]
 
 

@@ -20,9 +20,6 @@ from kalmannorm.modules import KalmanNorm, is_stock_batchnorm
 from kalmannorm.stand_ins import stand_in
 from kalmannorm.traversal import kalman_layers
 
-__all__ = ["KalmanNormCallback", "annealing", "check_annealing", "network_of", "recalibrate_by_training_batches"]
-
-
 # Callbacks that copy the module in `setup`. By name, as the first is not in each release of Lightning.
 _AVERAGING = {"WeightAveraging", "StochasticWeightAveraging"}
 

@@ -8,8 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["all_reduce"]
-
 
 class _AllReduce(torch.autograd.Function):
     @staticmethod

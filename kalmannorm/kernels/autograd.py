@@ -10,9 +10,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["alias", "constant_to_compilers", "differentiable_gradients", "in_grad_mode", "is_exporting",
-           "is_transformed", "saved_tensor_hooks"]  # fmt: skip
-
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 _NOTHING = nullcontext()

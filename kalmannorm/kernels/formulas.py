@@ -17,11 +17,6 @@ from kalmannorm.kernels.moments import moments
 from kalmannorm.kernels.rectify import rectified
 from kalmannorm.kernels.standardize import standardize
 
-__all__ = [
-    "at_least_float32", "by_sample", "fold_taps", "for_samples", "fuse", "gain_of", "handed_on", "layer_forward",
-    "link_forward", "move_running", "noise_of", "normalize", "observe", "predicted", "to_groups",
-]  # fmt: skip
-
 
 def at_least_float32(x: Tensor) -> Tensor:
     """The tensor in the type that statistics have: float32, or float64."""

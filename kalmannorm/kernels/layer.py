@@ -47,8 +47,6 @@ from kalmannorm.kernels.backends import backend_for
 from kalmannorm.kernels.formulas import at_least_float32, gain_of, handed_on, move_running, to_groups
 from kalmannorm.kernels.memory_format import as_dense
 
-__all__ = ["Layer", "layer", "rectify_output"]
-
 
 class Layer(NamedTuple):
     """The results of :func:`layer`."""

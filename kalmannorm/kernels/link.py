@@ -24,8 +24,6 @@ from kalmannorm.kernels.autograd import differentiable_gradients, is_transformed
 from kalmannorm.kernels.backends import backend_for
 from kalmannorm.kernels.memory_format import as_dense
 
-__all__ = ["link"]
-
 
 class _Link(torch.autograd.Function):
     @staticmethod

@@ -15,8 +15,6 @@ from torch import Tensor
 
 from kalmannorm.kernels.autograd import is_transformed
 
-__all__ = ["moments"]
-
 
 def _observe(x: Tensor) -> tuple[Tensor, Tensor]:
     """:func:`moments` without the gradient; differentiable under a transform."""

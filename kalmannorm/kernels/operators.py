@@ -20,8 +20,6 @@ from kalmannorm.kernels.formulas import handed_on, to_groups
 from kalmannorm.kernels.memory_format import as_dense
 from kalmannorm.kernels.on_torch import link_bias_gradient
 
-__all__ = ["layer", "link"]
-
 _OPTIONS = (
     "SymInt groups, SymInt gain_samples, float gain_slope, float gain_offset, float noise_scale, bool spread, "
     "float eps, bool relu"

@@ -18,8 +18,6 @@ from torch import Tensor
 
 from kalmannorm.kernels.autograd import is_transformed
 
-__all__ = ["rectified", "rectified_gradients", "rectify"]
-
 
 def _standardize(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``s``, ``a``, ``Phi(a)`` and ``phi(a)``."""

@@ -17,8 +17,6 @@ from torch import Tensor
 
 from kalmannorm.kernels.autograd import differentiable_gradients, is_transformed
 
-__all__ = ["standardize"]
-
 
 def _plain(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     scale = weight * torch.rsqrt(var + eps)
