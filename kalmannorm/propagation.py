@@ -111,8 +111,7 @@ def let_go_of_graph(step: Step, copies: dict[Step, Step]) -> None:
         return copies.get(step)
 
     def copied(step: Step) -> Step:
-        args = replace(step.args, Step, copies.__getitem__)
-        kwargs = {name: replace(value, Step, copies.__getitem__) for name, value in step.kwargs.items()}
+        args, kwargs = replace((step.args, step.kwargs), Step, copies.__getitem__)
         copies[step] = Step(step.function, args, kwargs, step.shape, step.index, recorded_in=step.recorded_in)
         return copies[step]
 
@@ -167,8 +166,7 @@ def operands(step: Step, value_of: Callable[[Step], Any]) -> tuple[tuple[Any, ..
             return value
     args, kwargs = tuple([value_of(a) if type(a) is Step else a for a in step.args]), step.kwargs
     if sum([type(a) is Step for a in step.args]) != len(step.parents):  # some are in lists or keywords
-        args = tuple([replace(a, Step, value_of) for a in args])
-        kwargs = {k: replace(v, Step, value_of) for k, v in kwargs.items()}
+        args, kwargs = replace((args, kwargs), Step, value_of)
     if _may_be_freed() and any(map(_is_freed, found_in((*args, *kwargs.values()), Tensor | Gaussian))):
         return Unknown("it depends on parameters that FSDP has freed")
     return args, kwargs
@@ -245,7 +243,7 @@ def _gated(step: Step, kept: Callable[[Step], Any]) -> Belief | None:
             return values[parent].clone()  # which the function may change in place
 
         for each in upwards:
-            args, kwargs = replace(each.args, Step, of), {k: replace(v, Step, of) for k, v in each.kwargs.items()}
+            args, kwargs = replace((each.args, each.kwargs), Step, of)
             value: Tensor = each.function(*args, **kwargs)  # type: ignore[misc]
             values[each] = value if each.grad else value.detach()
         return values[step]

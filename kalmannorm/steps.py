@@ -116,12 +116,14 @@ def computed_in(kept: Any, now: Any) -> Any:
 
 
 def replace(value: Any, kind: type, by: Callable[[Any], Any]) -> Any:
-    """Replace each object of one kind, in lists and tuples too."""
+    """Replace each object of one kind, in lists, tuples and dicts too."""
     if isinstance(value, kind):
         return by(value)
     its = type(value)
     if its is list or its is tuple:
         return its([replace(v, kind, by) for v in value])
+    if its is dict:
+        return {key: replace(v, kind, by) for key, v in value.items()}
     return value
 
 
