@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from kalmannorm.functional import add_process_noise
 from kalmannorm.gaussian import Gaussian
 from kalmannorm.kernels.autograd import is_transformed
+from kalmannorm.kernels.formulas import at_least_float32
 from kalmannorm.priors import process_variance
 
 # The largest scale. Half precision holds it, and a gradient through the prior stays finite.
@@ -182,8 +183,7 @@ class CorrectedPrior(nn.Module):
         mean, var = getattr(self, "running_mean", None), getattr(self, "running_var", None)
         assert mean is not None
         assert var is not None
-        dtype = torch.promote_types(var.dtype, torch.float32)
-        return Gaussian(mean[None].to(dtype), var[None].to(dtype))
+        return Gaussian(at_least_float32(mean[None]), at_least_float32(var[None]))
 
     @property
     def _of_checkpoints(self) -> Tensor | None:

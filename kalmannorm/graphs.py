@@ -370,11 +370,7 @@ def _twins(module: nn.Module) -> Iterator[list[nn.Parameter]]:
 
 
 def _check_parameters(outputs: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> None:
-    """Refuse a module that refers to a parameter by other ways than its attribute: the graph would have no gradient.
-
-    Raises:
-        RuntimeError: it does.
-    """
+    """Refuse a module that refers to a parameter by other ways than its attribute: the graph would have no gradient."""
     waiting: list[Any] = [t.grad_fn for t in outputs]
     seen = set()
     while waiting:

@@ -20,7 +20,7 @@ from kalmannorm.functional import KalmanNormOutput, add_process_noise, group_kal
 from kalmannorm.gaussian import Gaussian, Packed, Unknown
 from kalmannorm.kernels.arguments import Given, Options, Running
 from kalmannorm.kernels.autograd import is_transformed
-from kalmannorm.kernels.formulas import move_running
+from kalmannorm.kernels.formulas import at_least_float32, move_running
 from kalmannorm.kernels.layer import layer
 from kalmannorm.paper import drawn_belief
 from kalmannorm.priors import INITIAL_NOISE, Prior, tensors_of
@@ -128,11 +128,7 @@ class KalmanLayer(CorrectedPrior):
         self.is_observed = False  # set by `kalmannorm.calibrate` while it looks at priors
 
     def __prepare_scriptable__(self) -> None:
-        """Called by torch.jit.script, which cannot compile a Kalman layer.
-
-        Raises:
-            TypeError: always.
-        """
+        """Called by torch.jit.script, which cannot compile a Kalman layer."""
         raise TypeError(
             f"torch.jit.script cannot compile {self._label()}, expected stock layers: kalmannorm.to_batchnorm(model) "
             "first, or torch.export in place of torch.jit.script"
@@ -196,7 +192,7 @@ class KalmanLayer(CorrectedPrior):
         """
         if not isinstance(self.gain, Tensor):
             return self.gain
-        parameter = self.gain.to(torch.promote_types(self.gain.dtype, torch.float32))
+        parameter = at_least_float32(self.gain)
         if self.gain_rule == "learned":
             return torch.sigmoid(parameter + _INITIAL_LOGIT)
         return samples / (samples + _INITIAL_STRENGTH * parameter.exp())
@@ -591,12 +587,7 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
         return Running(mean, var, batches, nonfinite, momentum)
 
     def statistic_groups(self, samples: int) -> int:
-        """The number ``S`` of groups in a batch of so many samples.
-
-        Raises:
-            ValueError: ``stats_batch_size`` does not divide it.
-            TypeError: inside of ``torch.jit.trace``, if there is a ``stats_batch_size``.
-        """
+        """The number ``S`` of groups in a batch of so many samples, which ``stats_batch_size`` must divide."""
         size = self.stats_batch_size
         if size is None:
             return 1

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from kalmannorm.gaussian import Gaussian
 from kalmannorm.kernels.autograd import is_exporting, is_transformed
+from kalmannorm.kernels.formulas import at_least_float32
 from kalmannorm.steps import SCALARS, found_in, step_of
 
 # The process noise ``R`` that a layer begins with.
@@ -19,7 +20,7 @@ INITIAL_NOISE = 0.01
 
 def process_variance(noise: Tensor | None) -> Tensor | None:
     """``R``, ``(C,)``, in float32 at least, from the parameter ``process_noise``, its logarithm; None without one."""
-    return None if noise is None else INITIAL_NOISE * noise.to(torch.promote_types(noise.dtype, torch.float32)).exp()
+    return None if noise is None else INITIAL_NOISE * at_least_float32(noise).exp()
 
 
 class Prior(NamedTuple):

@@ -205,7 +205,7 @@ def _by_rule(step: Step, kept: Callable[[Step], Any]) -> Belief:
     args, kwargs = known
     if args and isinstance(args[0], Tensor) and rule in BELIEF_FIRST:
         return Unknown(f"{function_name(step.function)} of a known tensor, by an activation")
-    belief = _asked(rule, step, args, kwargs)
+    belief = _call_rule(rule, step, args, kwargs)
     if type(belief) is tuple:
         belief = belief[step.index or 0]
     elif step.index:  # the indices of a pooling, say
@@ -248,7 +248,7 @@ def _gated(step: Step, kept: Callable[[Step], Any]) -> Belief | None:
             values[each] = value if each.grad else value.detach()
         return values[step]
 
-    found: Belief = _asked(quadrature, step, (belief, product), {})
+    found: Belief = _call_rule(quadrature, step, (belief, product), {})
     return found
 
 
@@ -266,7 +266,7 @@ def _is_of_numbers(step: Step) -> bool:
     return all(type(each) is Step or type(each) in SCALARS for each in (*step.args, *step.kwargs.values()))
 
 
-def _asked(rule: Rule, step: Step, args: Any, kwargs: dict[str, Any]) -> Any:
+def _call_rule(rule: Rule, step: Step, args: Any, kwargs: dict[str, Any]) -> Any:
     """Call a rule. If it raises, the moments are unknown; the network's own call succeeded, so training continues."""
     if torch.compiler.is_compiling():
         return rule(*args, **kwargs)

@@ -94,11 +94,7 @@ def device_and_dtype(tensors: Iterable[Tensor]) -> dict[str, Any]:
 
 
 def kalman_layer(layer: nn.Module, name: str, kalman: type[KalmanLayer], options: dict[str, Any]) -> KalmanLayer:
-    """A Kalman layer with the tensors, submodules and training flag of a stock layer, which keeps its hooks.
-
-    Raises:
-        ValueError: for a lazy layer, or instance normalization with running statistics.
-    """
+    """A Kalman layer with the tensors, submodules and training flag of a stock layer, which keeps its hooks."""
     _refuse(layer, name, kalman)
     options = options | device_and_dtype((*layer.parameters(recurse=False), *layer.buffers(recurse=False)))
     synchronizes = isinstance(layer, nn.SyncBatchNorm) and torch.distributed.is_initialized()

@@ -20,6 +20,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from kalmannorm.kernels.formulas import at_least_float32
 from kalmannorm.modules import KalmanLayer
 from kalmannorm.recording import paused
 from kalmannorm.steps import found_in
@@ -54,7 +55,7 @@ def standardized(weight: Tensor) -> Tensor:
     """
     with paused():
         shape = weight.shape[1:]
-        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        wide = at_least_float32(weight)
         unit = wide.new_full(shape, shape.numel() ** -0.5)
         return F.layer_norm(wide, shape, unit, None, _EPS / shape.numel()).to(weight.dtype)
 

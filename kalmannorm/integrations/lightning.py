@@ -230,11 +230,7 @@ def network_of(module: nn.Module, wanted: Callable[[nn.Module], bool]) -> nn.Mod
 
 
 def check_annealing(who: str, factor: float, start: float) -> None:
-    """Check the arguments of `annealing`; the error begins with ``who``.
-
-    Raises:
-        ValueError: For a factor not above 0, or a start outside [0, 1).
-    """
+    """Check the arguments of `annealing`; the error begins with ``who``."""
     if not 0 < factor < math.inf:
         raise ValueError(f"{who}anneal must be above 0; got {factor}")
     if not 0 <= start < 1:

@@ -158,7 +158,7 @@ def layer_forward(x: Tensor, given: Given, running: Running | None, options: Opt
     return y, torch.stack([mean, var, output_mean, output_var, observed.mean, observed.var])
 
 
-def handed_on(statistics: Tensor, x: Tensor, posterior: bool) -> Tensor:
+def carried(statistics: Tensor, x: Tensor, posterior: bool) -> Tensor:
     """The belief among the statistics of :func:`layer_forward`. The output's is averaged over groups, which differ by
     the factor ``v / (v + eps)`` alone; the functions between two layers are then evaluated once, not once a group.
 
@@ -172,7 +172,7 @@ def handed_on(statistics: Tensor, x: Tensor, posterior: bool) -> Tensor:
 
 
 def to_groups(d_belief: Tensor, groups: int, posterior: bool) -> Tensor:
-    """The gradient of each group's belief, ``(2, S, C, ...)``, from that of :func:`handed_on`."""
+    """The gradient of each group's belief, ``(2, S, C, ...)``, from that of :func:`carried`."""
     if groups == 1 or posterior:
         return d_belief
     return (d_belief / groups).expand(-1, groups, *d_belief.shape[2:])

@@ -44,7 +44,7 @@ from kalmannorm.kernels import on_cpu, on_torch, operators
 from kalmannorm.kernels.arguments import Given, Options, Running
 from kalmannorm.kernels.autograd import alias, differentiable_gradients, is_exporting, is_transformed
 from kalmannorm.kernels.backends import backend_for
-from kalmannorm.kernels.formulas import at_least_float32, gain_of, handed_on, move_running, to_groups
+from kalmannorm.kernels.formulas import at_least_float32, carried, gain_of, move_running, to_groups
 from kalmannorm.kernels.memory_format import as_dense
 
 
@@ -63,7 +63,7 @@ class Layer(NamedTuple):
 def _plain(x: Tensor, given: Given, posterior: bool, options: Options, running: Running | None) -> Layer:
     """In functions that autograd can differentiate: for the gradient of a gradient, transforms and torch.compile."""
     y, statistics = on_torch.layer_forward(at_least_float32(x), given, running, options)
-    return Layer(y.to(x.dtype), handed_on(statistics, x, posterior), statistics.detach())
+    return Layer(y.to(x.dtype), carried(statistics, x, posterior), statistics.detach())
 
 
 def _compiled(x: Tensor, given: Given, posterior: bool, options: Options, running: Running | None) -> Layer:
@@ -92,7 +92,7 @@ class _Layer(torch.autograd.Function):
         ctx.call = call
         ctx.mark_non_differentiable(statistics)
         ctx.set_materialize_grads(False)
-        return y, handed_on(statistics, x, call.posterior), statistics
+        return y, carried(statistics, x, call.posterior), statistics
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, d_belief: Tensor | None, _: Any) -> Any:  # type: ignore[override]
@@ -152,10 +152,8 @@ def layer(x: Tensor, given: Given, options: Options, *, running: Running | None 
           posterior: bool = False) -> Layer:  # fmt: skip
     """Normalize ``(N, C, *)``, which is not empty, by each group's statistics, fused with a prior.
 
-    Running statistics are moved in place. The belief is that of the output, or the ``posterior`` of the input.
-
-    Raises:
-        ValueError: for a tensor of another size. A compiled kernel would read and write beyond its end.
+    Running statistics are moved in place. The belief is that of the output, or the ``posterior`` of the input. A tensor
+    of another size is an error: a compiled kernel would read and write beyond its end.
     """
     _check_sizes(x, given, running, options.groups)
     dtype = torch.promote_types(x.dtype, torch.float32)

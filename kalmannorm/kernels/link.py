@@ -53,9 +53,6 @@ def link(moments: Tensor, weight: Tensor, bias: Tensor | None = None,
 
     All taps of a weight ``(C_out, C_in, *taps)`` meet the same mean and variance, ``(2, S, C_in, 1, ...)``, which are
     at least float32; with ``relu``, rectified ones. Returns as :func:`kalmannorm.kernels.formulas.link_forward`.
-
-    Raises:
-        ValueError: for moments of another number of channels than the weight's.
     """
     if moments.shape[0] != 2 or moments.shape[2] != weight.shape[1]:
         raise ValueError(

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kalmannorm.gaussian import Gaussian, Packed, Unknown
+from kalmannorm.kernels.formulas import at_least_float32
 from kalmannorm.kernels.link import link
 from kalmannorm.rules.rectified import Rectified
 from kalmannorm.rules.shape import in_one_shape, per_axis
@@ -123,8 +124,7 @@ def embedding(index: Tensor, weight: Tensor, *args: object, **kwargs: object) ->
     """Rows of a table, each as likely as the others: mean and variance of its columns."""
     if isinstance(index, Gaussian) or isinstance(weight, Gaussian):
         return _ACTIVATION_AS_WEIGHT
-    table = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    var, mean = torch.var_mean(table, 0, correction=0)
+    var, mean = torch.var_mean(at_least_float32(weight), 0, correction=0)
     return Gaussian(mean, var).map(lambda t: t.view(*[1] * index.ndim, -1))
 
 
