@@ -25,9 +25,9 @@ from kalmannorm.kernels.layer import layer
 from kalmannorm.paper import drawn_belief
 from kalmannorm.priors import INITIAL_NOISE, Prior, tensors_of
 from kalmannorm.propagation import belief_for, without_autocast
-from kalmannorm.recording import Recorder, attach, attach_step, current, is_open, is_resting, paused
+from kalmannorm.recording import Recorder, attach, current, is_open, is_resting, paused
 from kalmannorm.rules import Belief
-from kalmannorm.steps import put, step_of
+from kalmannorm.steps import Step, put, step_of
 
 _L = TypeVar("_L", bound="KalmanLayer")
 Gain = float | Literal["prior-strength", "learned"]
@@ -266,8 +266,10 @@ class KalmanLayer(CorrectedPrior):
             self._warned.add(message)
             warnings.warn(message, stacklevel=4)
 
-    def _attach_belief(self, y: Tensor, statistics: Gaussian) -> None:
-        """Attach the belief about the output.
+    def _attach_belief(self, y: Tensor, posterior: Gaussian, prior: Gaussian | None = None,
+                       noise: Tensor | None = None) -> None:  # fmt: skip
+        """Attach the belief about the output. Where priors are kept, it follows from the prior and not the posterior,
+        so that the beliefs above do not depend on the batch.
 
         ``carry="output"``: ``(beta, gamma^2 v / (v + eps))``, the output's own moments. In training they are the same
         for all groups; in ``eval()`` no group may depend on another.
@@ -275,9 +277,12 @@ class KalmanLayer(CorrectedPrior):
         """
         if (mode := current()) is None or is_resting(mode):
             return
-        belief = statistics
+        belief = posterior
+        if self.keeps_priors:
+            unit = Gaussian(torch.zeros_like(posterior.mean[:1]), torch.ones_like(posterior.var[:1]))
+            belief = unit if prior is None else add_process_noise(prior.map(lambda t: t[:1]), noise)
         if self.carry == "output":
-            scale = statistics.var / (statistics.var + self.eps)
+            scale = belief.var / (belief.var + self.eps)
             if self.training:
                 scale = scale.mean(0, keepdim=True)
             if self.weight is not None:
@@ -287,16 +292,6 @@ class KalmanLayer(CorrectedPrior):
             belief = Gaussian(mean, scale)
         pixels = [1] * (y.ndim - 2)
         attach(y, belief.map(lambda t: t.reshape(*t.shape, *pixels)), self.layer_name or type(self).__name__)
-
-    def _lasting(self, posterior: Gaussian, prior: Gaussian | None, noise: Tensor | None) -> Gaussian:
-        """The statistics from which the output's belief follows: where priors are kept, the prior's and not the
-        posterior's, so that the beliefs above do not depend on the batch.
-        """
-        if not self.keeps_priors:
-            return posterior
-        if prior is None:
-            return Gaussian(torch.zeros_like(posterior.mean[:1]), torch.ones_like(posterior.var[:1]))
-        return add_process_noise(prior.map(lambda t: t[:1]), noise)
 
     def _check_input(self, x: Tensor) -> None:
         channels = self._channels
@@ -517,7 +512,7 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
             self._remember(out, count, least=1 if prior is None else 0)
         if self.collect is not None:
             self.collect(out.posterior, groups * samples)
-        self._attach_belief(out.output, self._lasting(out.posterior, prior, noise))
+        self._attach_belief(out.output, out.posterior, prior, noise)
         return out.output
 
     def _has_kernel(self) -> bool:
@@ -555,13 +550,14 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
         if mode is None or is_resting(mode):
             return out.output
         if self.keeps_priors:
-            self._attach_belief(out.output, self._lasting(_posterior(out.statistics), *prior.corrected(groups)))
+            self._attach_belief(out.output, _posterior(out.statistics), *prior.corrected(groups))
         elif groups > 1 and not self.training and self.carry == "output":
             self._attach_belief(out.output, _posterior(out.statistics))
         else:
             attach(out.output, Packed(out.belief), self.layer_name or type(self).__name__)
         if relu:
-            attach_step(out.output, F.relu, mode)
+            below = step_of(out.output)
+            put(out.output, Step(F.relu, (below,), {}, tuple(x.shape), recorded_in=mode.this_pass()))
         return out.output
 
     def _check_values(self, count: int) -> None:
@@ -741,7 +737,7 @@ class GroupKalmanNorm(KalmanLayer, nn.GroupNorm):
                 gain=self.kalman_gain(self.observed_maps(x.shape[0])), process_noise=noise,
                 spread=self.spread, guard=self.guard, eps=self.eps,
             )  # fmt: skip
-            self._attach_belief(out.output, self._lasting(out.posterior, prior, noise))
+            self._attach_belief(out.output, out.posterior, prior, noise)
             return out.output
 
 

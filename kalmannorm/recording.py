@@ -286,11 +286,6 @@ def attach(tensor: Tensor, belief: Belief, source: str) -> None:
         enter_again(step.hooks, lambda: Recorder(mode.layers))
 
 
-def attach_step(tensor: Tensor, func: Any, mode: Recorder) -> None:
-    """Record a function that was applied to a tensor with a belief where the mode was paused."""
-    put(tensor, Step(func, (step_of(tensor),), {}, tuple(tensor.shape), recorded_in=mode.this_pass()))
-
-
 def started_on_first(given: Gaussian, values: Any, learned: Any = None) -> Gaussian | None:
     """Attach a belief about the network's input to the first tensor of so many channels, unless that has a belief;
     return the belief if there is no such tensor. Single numbers go to the first argument of two or more axes. With
