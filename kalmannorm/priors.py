@@ -179,10 +179,10 @@ def _course(value: Any) -> Any:
     return Tensor if isinstance(value, Tensor) else (type(value), value)
 
 
-def _switched(module: nn.Module, layers: Sequence[Any]) -> tuple[int, ...]:
-    """Differs once a layer's training flag was set, or a hook was added or removed."""
+def _switched(module: nn.Module, layers: Sequence[Any]) -> tuple[float, ...]:
+    """Differs once a layer's training flag or ``eps`` was set, or a hook was added or removed."""
     hooks = [key for each in module.modules() for key in (*each._forward_pre_hooks, *each._forward_hooks)]
-    return sum(layer.times_switched for layer in layers), *hooks
+    return sum(layer.times_switched for layer in layers), *[layer.eps for layer in layers], *hooks
 
 
 def _are_same(kept: Sequence[weakref.ref[Tensor]], tensors: Sequence[Tensor]) -> bool:
