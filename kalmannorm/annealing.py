@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from kalmannorm.traversal import kalman_layers
 
-__all__ = ["anneal"]
-
 _M = TypeVar("_M", bound=nn.Module)
 
 

@@ -8,7 +8,7 @@ weights move, so a constant corrects it (:mod:`kalmannorm.correction`); gradient
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,18 +20,11 @@ from torch import Tensor, nn
 
 from kalmannorm.describe import geometric_mean, in_columns, mean_distance, or_dash
 from kalmannorm.functional import add_process_noise, observe
-from kalmannorm.gaussian import Gaussian, Unknown
+from kalmannorm.gaussian import Gaussian, Packed, Unknown
 from kalmannorm.modules import KalmanLayer
 from kalmannorm.passes import Population, call_with, merge_over_processes, run_batches
 from kalmannorm.propagation import without_autocast
 from kalmannorm.traversal import attributes_kept, in_eval, inputs_seen, kalman_layers
-
-__all__ = ["Calibration", "CalibrationRow", "calibrate"]
-
-# What a layer knows of its correction.
-_CORRECTION = (
-    "prior_shift", "prior_scale", "is_corrected", "awaits_correction", "dropped_statistics", "_settled",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -130,9 +123,8 @@ def calibrate(model: nn.Module, inputs_or_loader: Any = None, *, source: Literal
             caller="calibrate", max_batches=max_batches, progress=progress and not single, process_group=process_group,
         )  # fmt: skip
     merge_over_processes(observed.values(), process_group)
-    rows = [each.correct(name) for name, each in observed.items()]
-    _share_corrections(layers.values(), process_group)
-    return Calibration(rows)
+    _share_priors(list(observed.values()), process_group)
+    return Calibration([each.correct(name) for name, each in observed.items()])
 
 
 def _at_next_call(model: nn.Module, layers: Mapping[str, KalmanLayer]) -> Calibration:
@@ -186,6 +178,10 @@ class _Observed(Population):
         layer.dropped_statistics = None
         layer._read_correction()
 
+    def mean_prior(self) -> Packed:
+        """The mean of the priors that the layer has had, ``(1, C)``."""
+        return Packed(torch.stack([prior.packed().moments for prior in self.priors]).mean(0))
+
     def correct(self, name: str) -> CalibrationRow:
         """Set the layer's correction; return how far its prior was off."""
         layer, source = self.layer, "data" if self.target is None else "running statistics"
@@ -198,8 +194,7 @@ class _Observed(Population):
             layer.drop_correction()
             return CalibrationRow(name, "", reason=self.reason)
         target = self.statistics if self.target is None else self.target
-        means, variances = zip(*[(prior.mean, prior.var) for prior in self.priors], strict=True)
-        prior = Gaussian(torch.stack(means).mean(0), torch.stack(variances).mean(0))
+        prior = self.mean_prior()
         self._set(*layer.correction_to(prior, target))
         var = add_process_noise(prior, layer.process_variance()).var.detach()
         alive = target.var > 0
@@ -214,20 +209,27 @@ def _observing(model: nn.Module, observed: Collection[_Observed]) -> Iterator[No
     """Run a model in ``eval()`` with beliefs, and observe its layers; their corrections are restored."""
     layers = [each.layer for each in observed]
     looks = [(each.layer, each.look) for each in observed]
-    with attributes_kept(layers, *_CORRECTION, "is_observed", "online"):
+    with attributes_kept(layers, "is_observed", "online"), in_eval(model), inputs_seen(looks):
         for each in observed:
             each.layer.is_observed = True
             if each.target is None:
                 each.layer.drop_correction()
                 each.layer.online = True
-        with in_eval(model), inputs_seen(looks):
-            yield
+        yield
 
 
-def _share_corrections(layers: Collection[KalmanLayer], group: dist.ProcessGroup | None) -> None:
-    """Give all processes the first one's corrections: priors may differ a little where batches differ in shape."""
+def _share_priors(observed: Sequence[_Observed], group: dist.ProcessGroup | None) -> None:
+    """Give all processes the priors of the first that has some: they may differ a little where batches differ in shape,
+    and a process may have no batch.
+    """
     if group is None:
         return
-    for layer in layers:
-        for buffer in (layer.prior_shift, layer.prior_scale):
-            dist.broadcast(buffer, dist.get_global_rank(group, 0), group=group)
+    own = torch.tensor([len(each.priors) for each in observed], device=observed[0].samples.device)
+    counts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(counts, own, group=group)
+    for each, has in zip(observed, zip(*[row.tolist() for row in counts], strict=True), strict=True):
+        if any(has):
+            prior = each.mean_prior() if each.priors else each.statistics.packed()
+            first = next(rank for rank, number in enumerate(has) if number)
+            dist.broadcast(prior.moments, dist.get_global_rank(group, first), group=group)
+            each.priors = [prior]

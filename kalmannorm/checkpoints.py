@@ -11,8 +11,6 @@ import torch
 from torch.autograd.function import FunctionCtx
 from torch.utils import checkpoint
 
-__all__ = ["enter_again", "is_recomputing", "is_reentrant"]
-
 
 def is_recomputing() -> bool:
     """Whether a backward pass recomputes the forward pass."""
@@ -51,12 +49,7 @@ class _Within:
 
 
 def enter_again(hooks: Any, context: Callable[[], AbstractContextManager[Any]]) -> None:
-    """Enter a context when the present region is recomputed.
-
-    Args:
-        hooks: the topmost hooks for saved tensors, which identify the region.
-        context: makes the context.
-    """
+    """Enter a context whenever the region that these hooks for saved tensors identify is recomputed."""
     for cell in hooks[0].__closure__ or () if hasattr(hooks[0], "__closure__") else ():
         region = cell.cell_contents
         if isinstance(region, checkpoint._CheckpointFrame) and not isinstance(region.recompute_fn, _Within):

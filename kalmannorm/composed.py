@@ -16,9 +16,6 @@ from kalmannorm.rules.arithmetic import CURVED, ELEMENTWISE, JOINT
 from kalmannorm.rules.pointwise import GUARDED, quadrature
 from kalmannorm.steps import SCALARS, Step, replace
 
-__all__ = ["as_one_function"]
-
-
 # How many sums and products of two a chain passes through: more would cost time at each residual sum.
 _NESTED = 2
 
@@ -93,8 +90,7 @@ def _function(step: Step, source: Step, belief: Gaussian) -> Callable[[Tensor], 
             return value.to(t.dtype).unsqueeze(-1)
 
         for each in upwards:
-            args = replace(each.args, Step | Tensor, of)
-            kwargs = {name: replace(value, Step | Tensor, of) for name, value in each.kwargs.items()}
+            args, kwargs = replace((each.args, each.kwargs), Step | Tensor, of)
             function: Any = GUARDED.get(each.function, each.function)  # type: ignore[arg-type]
             output: Tensor = function(*args, **kwargs)
             values[each] = output if each.grad else output.detach()

@@ -13,8 +13,6 @@ from kalmannorm.gaussian import Gaussian
 from kalmannorm.traversal import kalman_layers
 from kalmannorm.watch import Watch
 
-__all__ = ["InputStats", "connect", "disconnect", "input_beliefs"]
-
 _M = TypeVar("_M", bound=nn.Module)
 InputStats = tuple[Any, Any] | Mapping[str, tuple[Any, Any]]
 
@@ -76,12 +74,7 @@ def disconnect(module: nn.Module) -> dict[str | None, Gaussian]:
 
 
 def input_beliefs(model: nn.Module, input_stats: InputStats | None) -> dict[str | None, Gaussian]:
-    """The beliefs that ``input_stats`` describe, by names of arguments; None for the first floating-point tensor.
-
-    Raises:
-        ValueError: for a name that is no argument, for what is not one mean and positive deviation a channel, or for a
-            module without a forward.
-    """
+    """The beliefs that ``input_stats`` describe, by names of arguments; None for the first floating-point tensor."""
     if input_stats is None:
         return {}
     if isinstance(model, nn.ModuleList | nn.ModuleDict):

@@ -26,8 +26,6 @@ from kalmannorm.stand_ins import (
 from kalmannorm.standardization import bake, filters_below_norms, use_standardized
 from kalmannorm.traversal import kalman_layers, untraceable
 
-__all__ = ["convert", "fuse", "to_batchnorm", "with_stock_norms"]
-
 _M = TypeVar("_M", bound=nn.Module)
 # How the names of modules end that drop whole blocks at random, such as transformers' `SwiftFormerDropPath`.
 _RANDOM_DEPTH = ("StochasticDepth", "DropPath", "DropBlock2d", "DropBlock3d")

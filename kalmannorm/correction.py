@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from kalmannorm.functional import add_process_noise
 from kalmannorm.gaussian import Gaussian
 from kalmannorm.kernels.autograd import is_transformed
+from kalmannorm.kernels.formulas import at_least_float32
 from kalmannorm.priors import process_variance
-
-__all__ = ["CorrectedPrior", "is_trained"]
 
 # The largest scale. Half precision holds it, and a gradient through the prior stays finite.
 _LARGEST_SCALE = 1e4
@@ -129,14 +128,8 @@ class CorrectedPrior(nn.Module):
     def correction_to(self, prior: Gaussian, target: Gaussian) -> tuple[Tensor, Tensor]:
         """Shift and scale that turn a prior into a target.
 
-        A channel whose prior or target is not finite is left as it is, with shift 0 and scale 1.
-
-        Args:
-            prior: ``(1, C)``, without process noise.
-            target: ``(1, C)``.
-
-        Returns:
-            Each ``(C,)``. The scale is at most 10,000.
+        Both are ``(1, C)``, the prior without process noise; the results are ``(C,)``, the scale at most 10,000. A
+        channel whose prior or target is not finite is left as it is, with shift 0 and scale 1.
         """
         var = add_process_noise(prior, self.process_variance()).var[0]
         shift = target.mean[0] - prior.mean[0]
@@ -190,8 +183,7 @@ class CorrectedPrior(nn.Module):
         mean, var = getattr(self, "running_mean", None), getattr(self, "running_var", None)
         assert mean is not None
         assert var is not None
-        dtype = torch.promote_types(var.dtype, torch.float32)
-        return Gaussian(mean[None].to(dtype), var[None].to(dtype))
+        return Gaussian(at_least_float32(mean[None]), at_least_float32(var[None]))
 
     @property
     def _of_checkpoints(self) -> Tensor | None:
@@ -205,12 +197,7 @@ class CorrectedPrior(nn.Module):
         return self.dropped_statistics is not None or is_trained(mean, var)
 
     def _prepare_correction(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """Without a correction in a checkpoint, drop the layer's, and await one if it has BatchNorm's statistics.
-
-        Args:
-            state_dict: the checkpoint.
-            prefix: of this layer's keys in it.
-        """
+        """Without a correction in a checkpoint, drop the layer's, and await one if it has BatchNorm's statistics."""
         if prefix + "prior_scale" in state_dict:
             return
         if not any(prefix + name in state_dict for name in ("weight", "running_mean", "gain", "process_noise")):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -17,12 +16,7 @@ from kalmannorm.modules import KalmanLayer
 from kalmannorm.propagation import function_name, without_autocast
 from kalmannorm.recording import is_open
 from kalmannorm.steps import ancestors, step_of
-from kalmannorm.traversal import attributes_kept, buffers_kept, inputs_seen, kalman_layers, random_state_kept
-
-__all__ = [
-    "Description", "Row", "describe", "first_nonfinite", "geometric_mean", "in_columns", "left_as_it_was",
-    "mean_distance", "or_dash",
-]  # fmt: skip
+from kalmannorm.traversal import inputs_seen, kalman_layers, random_state_kept, state_kept
 
 
 @dataclass(frozen=True)
@@ -133,7 +127,7 @@ def describe(model: nn.Module, *inputs: Any, **kwargs: Any) -> Description:
             rows[name] = _row(name, layers[name], x)
 
     looks = [(layer, partial(look, name)) for name, layer in layers.items()]
-    with left_as_it_was(model), torch.no_grad(), inputs_seen(looks):
+    with random_state_kept(model), state_kept(model), torch.no_grad(), inputs_seen(looks):
         model.train()
         model(*inputs, **kwargs)
         rows = {name: replace(row, correction=_mean_scale(layers[name])) for name, row in rows.items()}
@@ -141,17 +135,6 @@ def describe(model: nn.Module, *inputs: Any, **kwargs: Any) -> Description:
         if name not in rows:
             rows[name] = Row(name, type(layer).__name__, 1.0, (), (), "the layer was not called")
     return Description(list(rows.values()))
-
-
-@contextmanager
-def left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Call a model eagerly, and restore buffers, training flags and the random state afterwards."""
-    layers = [layer for _, layer in kalman_layers(model)]
-    flags = attributes_kept(model.modules(), "training")
-    waiting = attributes_kept(layers, "awaits_correction", "dropped_statistics", "_settled")
-    eager = torch.compiler.set_stance("force_eager")
-    with random_state_kept(model), flags, waiting, buffers_kept(model), eager:
-        yield
 
 
 def _row(name: str, layer: KalmanLayer, x: Tensor) -> Row:

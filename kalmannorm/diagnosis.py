@@ -11,16 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kalmannorm.describe import geometric_mean, in_columns, left_as_it_was, mean_distance, or_dash
+from kalmannorm.correction import is_trained
+from kalmannorm.describe import geometric_mean, in_columns, mean_distance, or_dash
 from kalmannorm.functional import add_process_noise, observe
 from kalmannorm.gaussian import Gaussian
 from kalmannorm.inference import collecting, layers_to_recalibrate
-from kalmannorm.modules import KalmanLayer, is_trained
+from kalmannorm.modules import KalmanLayer
 from kalmannorm.passes import Population, call_with, run_batches
 from kalmannorm.steps import found_in
-from kalmannorm.traversal import in_eval, inputs_seen
-
-__all__ = ["Diagnosis", "DiagnosisRow", "diagnose"]
+from kalmannorm.traversal import in_eval, inputs_seen, random_state_kept
 
 # The advice begins where a variance is off by this factor, or a mean by so many standard deviations;
 _FACTOR = 1.5
@@ -131,7 +130,7 @@ def diagnose(model: nn.Module, loader: Iterable[Any], validation: Iterable[Any] 
             differences.extend(_differences(run_by_running(batch), expected))
 
     run = partial(run_batches, model, caller="diagnose", max_batches=max_batches, progress=progress)
-    with left_as_it_was(model):
+    with random_state_kept(model):
         run(loader, run_by_batch)
         if validation is not None:
             run(validation, run_by_running, title="validation")

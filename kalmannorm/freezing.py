@@ -9,8 +9,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from kalmannorm.modules import KalmanLayer
 
-__all__ = ["freeze", "is_frozen", "remove_freezing_hook", "unfrozen_layers"]
-
 _M = TypeVar("_M", bound=nn.Module)
 
 

@@ -6,7 +6,7 @@ the number of statistic groups, ``C`` of channels. A group's samples are normali
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kalmannorm.gaussian import Gaussian, Packed
-from kalmannorm.kernels.all_reduce import all_reduce
 from kalmannorm.kernels.arguments import Given, Options
 from kalmannorm.kernels.formulas import at_least_float32, fuse, normalize, observe
 from kalmannorm.kernels.layer import layer
@@ -176,15 +175,26 @@ class SharedObservation(NamedTuple):
     """How many elements a channel, a scalar."""
 
 
+class _AllReduce(torch.autograd.Function):
+    """A sum over processes, each of which must run the backward too: the sum of the processes' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, process_group: dist.ProcessGroup) -> Tensor:  # type: ignore[override]
+        ctx.process_group = process_group
+        total = tensor.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=process_group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return _AllReduce.apply(d_total, ctx.process_group), None  # type: ignore[no-untyped-call]
+
+
 def synchronize(x: Tensor, process_group: dist.ProcessGroup) -> SharedObservation:
     """The moments of all processes' elements together, by the law of total variance.
 
-    Every process of the group must call it. Their batches may differ in size, and be empty. Gradients
+    Every process of the group must call it. Their batches ``(N, C, *)`` may differ in size, and be empty. Gradients
     flow between processes.
-
-    Args:
-        x: this process's ``(N, C, *)``.
-        process_group: the processes.
     """
     channels = x.shape[1]
     if x.numel() == 0:
@@ -196,8 +206,8 @@ def synchronize(x: Tensor, process_group: dist.ProcessGroup) -> SharedObservatio
     sizes = [observation.mean.new_full((1, 1), size) for size in (x.shape[0], x.numel() // channels)]
     mine = torch.cat([*sizes, observation.mean, observation.var], 1)
     rank, world_size = dist.get_rank(process_group), dist.get_world_size(process_group)
-    rows = F.pad(mine, (0, 0, rank, world_size - rank - 1))
-    rows = all_reduce(rows, process_group)
+    mine = F.pad(mine, (0, 0, rank, world_size - rank - 1))
+    rows: Tensor = _AllReduce.apply(mine, process_group)  # type: ignore[no-untyped-call]
     samples, counts, means, variances = rows.split([1, 1, channels, channels], 1)
     share = counts / counts.sum().clamp_min(1)
     mean = (share * means).sum(0, keepdim=True)

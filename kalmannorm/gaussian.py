@@ -9,8 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Gaussian", "Packed", "Unknown", "lengthen"]
-
 
 class Unknown(NamedTuple):
     """No belief, and the reason: a rule returns it where it cannot compute the moments."""
@@ -45,7 +43,7 @@ class Gaussian:
     @property
     def ndim(self) -> int:
         """Rank of the activation, and of ``mean`` and ``var``."""
-        return self.mean.ndim
+        return len(self.shape)
 
     @property
     def groups(self) -> int:
@@ -139,12 +137,7 @@ class Gaussian:
 
 
 class Packed(Gaussian):
-    """A belief whose mean and variance are one tensor, ``(2, S, C, ...)``, as normalization layers take and return it.
-
-    Args:
-        moments: both.
-        shape: see :class:`Gaussian`.
-    """
+    """A belief whose mean and variance are one tensor, ``(2, S, C, ...)``, as layers take and return it."""
 
     __slots__ = ("moments",)
 
@@ -154,38 +147,26 @@ class Packed(Gaussian):
 
     @property
     def mean(self) -> Tensor:  # type: ignore[override]
-        """As :class:`Gaussian`'s."""
         return self.moments[0]
 
     @property
     def var(self) -> Tensor:  # type: ignore[override]
-        """As :class:`Gaussian`'s."""
         return self.moments[1]
 
     @property
-    def ndim(self) -> int:
-        """As :class:`Gaussian`'s."""
-        return self.moments.ndim - 1
-
-    @property
     def groups(self) -> int:
-        """As :class:`Gaussian`'s."""
         return self.moments.shape[1]
 
     def of(self, shape: Sequence[int]) -> Gaussian:
-        """As :class:`Gaussian`'s."""
         return Packed(self.moments, shape)
 
     def detach(self) -> Gaussian:
-        """As :class:`Gaussian`'s."""
         return Packed(self.moments.detach(), self.shape)
 
     def packed(self) -> Packed:
-        """Itself."""
         return self
 
     def is_per_channel(self, channels: int) -> bool:
-        """As :class:`Gaussian`'s."""
         shape = self.moments.shape
         return shape[2] == channels and shape.numel() == 2 * shape[1] * channels
 

@@ -25,8 +25,6 @@ from kalmannorm.rules import Belief
 from kalmannorm.steps import SCALARS, step_of
 from kalmannorm.traversal import attributes_kept, buffers_kept, kalman_layers, random_state_kept
 
-__all__ = ["capture"]
-
 _M = TypeVar("_M", bound=nn.Module)
 _Function = Callable[..., tuple[Tensor, ...]]
 # Calls in a row whose parameters had moved before a warning; and kinds of calls to count for each graph.
@@ -215,13 +213,8 @@ def _key(leaves: Sequence[Any], form: TreeSpec, beliefs: Sequence[Belief | None]
 
 
 class _Graph:
-    """A recorded call.
-
-    Args:
-        replayed: the module's forward.
-        leaves: the arguments of the call, flat.
-        form: their nesting.
-        beliefs: about each tensor among them.
+    """A recorded call: its arguments are ``leaves`` in a nesting ``form``, and ``beliefs`` are about the tensors among
+    them.
     """
 
     def __init__(self, replayed: _Replayed, leaves: Sequence[Any], form: TreeSpec,
@@ -377,11 +370,7 @@ def _twins(module: nn.Module) -> Iterator[list[nn.Parameter]]:
 
 
 def _check_parameters(outputs: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> None:
-    """Refuse a module that refers to a parameter by other ways than its attribute: the graph would have no gradient.
-
-    Raises:
-        RuntimeError: it does.
-    """
+    """Refuse a module that refers to a parameter by other ways than its attribute: the graph would have no gradient."""
     waiting: list[Any] = [t.grad_fn for t in outputs]
     seen = set()
     while waiting:

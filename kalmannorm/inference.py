@@ -19,8 +19,6 @@ from kalmannorm.modules import KalmanNorm, is_stock_batchnorm
 from kalmannorm.passes import Population, call_with, merge_over_processes, run_batches
 from kalmannorm.traversal import attributes_kept, in_eval, inputs_seen
 
-__all__ = ["Collector", "collecting", "layers_to_recalibrate", "online_statistics", "recalibrate", "tracking_layers"]
-
 _M = TypeVar("_M", bound=nn.Module)
 
 
@@ -129,11 +127,7 @@ def tracking_layers(model: nn.Module) -> dict[str, _BatchNorm]:
 
 
 def layers_to_recalibrate(model: nn.Module) -> dict[str, _BatchNorm]:
-    """As :func:`tracking_layers`.
-
-    Raises:
-        ValueError: where there is none.
-    """
+    """As :func:`tracking_layers`; an error where there is none."""
     layers = tracking_layers(model)
     if not layers:
         raise ValueError(
@@ -171,11 +165,7 @@ def collecting(model: nn.Module, collectors: Iterable[Collector]) -> Iterator[No
 
 
 def _finite_statistics(populations: Mapping[str, Population]) -> list[tuple[Tensor, Tensor]]:
-    """Running statistics, and the values to write to them.
-
-    Raises:
-        ValueError: for a value that is not finite in the buffer's type.
-    """
+    """Running statistics, and the values to write to them; an error if one is not finite in the buffer's type."""
     new = []
     for name, population in populations.items():
         layer, found = population.layer, population.statistics.map(lambda t: t[0])

@@ -15,24 +15,19 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kalmannorm.checkpoints import is_recomputing, is_reentrant
-from kalmannorm.correction import CorrectedPrior, is_trained
+from kalmannorm.correction import CorrectedPrior
 from kalmannorm.functional import KalmanNormOutput, add_process_noise, group_kalman_norm, kalman_norm, synchronize
 from kalmannorm.gaussian import Gaussian, Packed, Unknown
 from kalmannorm.kernels.arguments import Given, Options, Running
 from kalmannorm.kernels.autograd import is_transformed
-from kalmannorm.kernels.formulas import move_running
+from kalmannorm.kernels.formulas import at_least_float32, move_running
 from kalmannorm.kernels.layer import layer
-from kalmannorm.paper import drawn_belief, preset
-from kalmannorm.priors import INITIAL_NOISE, Prior
+from kalmannorm.paper import drawn_belief
+from kalmannorm.priors import INITIAL_NOISE, Prior, tensors_of
 from kalmannorm.propagation import belief_for, without_autocast
-from kalmannorm.recording import Recorder, attach, attach_step, current, is_open, is_resting, paused
+from kalmannorm.recording import Recorder, attach, current, is_open, is_resting, paused
 from kalmannorm.rules import Belief
-from kalmannorm.steps import put, step_of
-
-__all__ = [
-    "GroupKalmanNorm", "GroupKalmanNormAct", "KalmanLayer", "KalmanNorm", "KalmanNorm1d", "KalmanNorm2d",
-    "KalmanNorm3d", "KalmanNormAct2d", "is_stock_batchnorm", "is_trained", "preset",
-]  # fmt: skip
+from kalmannorm.steps import Step, put, step_of
 
 _L = TypeVar("_L", bound="KalmanLayer")
 Gain = float | Literal["prior-strength", "learned"]
@@ -133,11 +128,7 @@ class KalmanLayer(CorrectedPrior):
         self.is_observed = False  # set by `kalmannorm.calibrate` while it looks at priors
 
     def __prepare_scriptable__(self) -> None:
-        """Called by torch.jit.script, which cannot compile a Kalman layer.
-
-        Raises:
-            TypeError: always.
-        """
+        """Called by torch.jit.script, which cannot compile a Kalman layer."""
         raise TypeError(
             f"torch.jit.script cannot compile {self._label()}, expected stock layers: kalmannorm.to_batchnorm(model) "
             "first, or torch.export in place of torch.jit.script"
@@ -164,8 +155,8 @@ class KalmanLayer(CorrectedPrior):
             self.drop_correction()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """As torch's, for ``to`` and the like. ``to_empty`` of a layer on the meta device leaves what no BatchNorm
-        checkpoint has at its initial values.
+        """As torch's, for ``to`` and the like. What no BatchNorm checkpoint has leaves the meta device with its initial
+        values.
         """
         added = ("gain", "process_noise", "nonfinite_batches")
         on_meta = [name for name in added if isinstance(t := getattr(self, name, None), Tensor) and t.is_meta]
@@ -174,15 +165,8 @@ class KalmanLayer(CorrectedPrior):
         for name in on_meta:
             getattr(self, name).data.zero_()
         if was_on_meta and not self.prior_scale.is_meta:
-            self._begin_again()
+            (self.await_correction if self.awaits_correction else self.drop_correction)()
         return self
-
-    def _begin_again(self) -> None:
-        """Give a correction that was on the meta device numbers."""
-        if self.awaits_correction:
-            self.await_correction()
-        else:
-            self.drop_correction()
 
     def _one_of(self, option: str, value: Any, allowed: tuple[str, ...]) -> Any:
         if value not in allowed:
@@ -208,7 +192,7 @@ class KalmanLayer(CorrectedPrior):
         """
         if not isinstance(self.gain, Tensor):
             return self.gain
-        parameter = self.gain.to(torch.promote_types(self.gain.dtype, torch.float32))
+        parameter = at_least_float32(self.gain)
         if self.gain_rule == "learned":
             return torch.sigmoid(parameter + _INITIAL_LOGIT)
         return samples / (samples + _INITIAL_STRENGTH * parameter.exp())
@@ -236,10 +220,6 @@ class KalmanLayer(CorrectedPrior):
         """The corrected prior of an input, ``(S, C)``, and its process noise ``R``, ``(C,)`` or None.
 
         The prior is None where it is unknown, and where the gain is fixed at 1.
-
-        Args:
-            x: the input, ``(N, C, *)``.
-            groups: the number of statistic groups ``S``.
         """
         with without_autocast(x.device):
             return self._prior(x, groups, current()).corrected(groups)
@@ -286,22 +266,23 @@ class KalmanLayer(CorrectedPrior):
             self._warned.add(message)
             warnings.warn(message, stacklevel=4)
 
-    def _attach_belief(self, y: Tensor, statistics: Gaussian) -> None:
-        """Attach the belief about the output.
+    def _attach_belief(self, y: Tensor, posterior: Gaussian, prior: Gaussian | None = None,
+                       noise: Tensor | None = None) -> None:  # fmt: skip
+        """Attach the belief about the output. Where priors are kept, it follows from the prior and not the posterior,
+        so that the beliefs above do not depend on the batch.
 
         ``carry="output"``: ``(beta, gamma^2 v / (v + eps))``, the output's own moments. In training they are the same
         for all groups; in ``eval()`` no group may depend on another.
         ``carry="posterior"``: ``(m, v)`` of the input, as the paper and the released code do.
-
-        Args:
-            y: the output.
-            statistics: the posterior ``(S, C)``, or the :meth:`_lasting` one.
         """
         if (mode := current()) is None or is_resting(mode):
             return
-        belief = statistics
+        belief = posterior
+        if self.keeps_priors:
+            unit = Gaussian(torch.zeros_like(posterior.mean[:1]), torch.ones_like(posterior.var[:1]))
+            belief = unit if prior is None else add_process_noise(prior.map(lambda t: t[:1]), noise)
         if self.carry == "output":
-            scale = statistics.var / (statistics.var + self.eps)
+            scale = belief.var / (belief.var + self.eps)
             if self.training:
                 scale = scale.mean(0, keepdim=True)
             if self.weight is not None:
@@ -311,21 +292,6 @@ class KalmanLayer(CorrectedPrior):
             belief = Gaussian(mean, scale)
         pixels = [1] * (y.ndim - 2)
         attach(y, belief.map(lambda t: t.reshape(*t.shape, *pixels)), self.layer_name or type(self).__name__)
-
-    def _lasting(self, posterior: Gaussian, prior: Gaussian | None, noise: Tensor | None) -> Gaussian:
-        """The statistics from which the output's belief follows: where priors are kept, the prior's and not the
-        posterior's, so that the beliefs above do not depend on the batch.
-
-        Args:
-            posterior: ``(S, C)``.
-            prior: ``(1 or S, C)``, without process noise; None where it is unknown.
-            noise: the process noise ``R``, ``(C,)``, or None.
-        """
-        if not self.keeps_priors:
-            return posterior
-        if prior is None:
-            return Gaussian(torch.zeros_like(posterior.mean[:1]), torch.ones_like(posterior.var[:1]))
-        return add_process_noise(prior.map(lambda t: t[:1]), noise)
 
     def _check_input(self, x: Tensor) -> None:
         channels = self._channels
@@ -390,22 +356,12 @@ class KalmanLayer(CorrectedPrior):
             )
 
     def _leave_meta(self) -> None:
-        """Give tensors that a BatchNorm checkpoint lacks their initial values, if its own were assigned to this layer
-        on the meta device.
+        """Bring tensors that a BatchNorm checkpoint lacks to its own, if those were assigned to this layer on the meta
+        device.
         """
         there = self._of_checkpoints
-        if there is None or there.is_meta:
-            return
-        for name in ("gain", "process_noise"):
-            parameter = self._parameters.get(name)
-            if parameter is not None and parameter.is_meta:
-                zeros = torch.zeros_like(parameter, device=there.device)
-                self._parameters[name] = nn.Parameter(zeros, parameter.requires_grad)
-        counter = self._buffers.get("nonfinite_batches")
-        if counter is not None and counter.is_meta:
-            self._buffers["nonfinite_batches"] = torch.zeros_like(counter, device=there.device)
-        if self.prior_scale.is_meta:
-            self._begin_again()
+        if there is not None and not there.is_meta and any(t.is_meta for t in tensors_of(self)):
+            self._apply(lambda t: torch.empty_like(t, device=there.device) if t.is_meta else t, recurse=False)
 
 
 class KalmanNorm(KalmanLayer, _BatchNorm):
@@ -556,7 +512,7 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
             self._remember(out, count, least=1 if prior is None else 0)
         if self.collect is not None:
             self.collect(out.posterior, groups * samples)
-        self._attach_belief(out.output, self._lasting(out.posterior, prior, noise))
+        self._attach_belief(out.output, out.posterior, prior, noise)
         return out.output
 
     def _has_kernel(self) -> bool:
@@ -594,13 +550,14 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
         if mode is None or is_resting(mode):
             return out.output
         if self.keeps_priors:
-            self._attach_belief(out.output, self._lasting(_posterior(out.statistics), *prior.corrected(groups)))
+            self._attach_belief(out.output, _posterior(out.statistics), *prior.corrected(groups))
         elif groups > 1 and not self.training and self.carry == "output":
             self._attach_belief(out.output, _posterior(out.statistics))
         else:
             attach(out.output, Packed(out.belief), self.layer_name or type(self).__name__)
         if relu:
-            attach_step(out.output, F.relu, mode)
+            below = step_of(out.output)
+            put(out.output, Step(F.relu, (below,), {}, tuple(x.shape), recorded_in=mode.this_pass()))
         return out.output
 
     def _check_values(self, count: int) -> None:
@@ -626,12 +583,7 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
         return Running(mean, var, batches, nonfinite, momentum)
 
     def statistic_groups(self, samples: int) -> int:
-        """The number ``S`` of groups in a batch of so many samples.
-
-        Raises:
-            ValueError: ``stats_batch_size`` does not divide it.
-            TypeError: inside of ``torch.jit.trace``, if there is a ``stats_batch_size``.
-        """
+        """The number ``S`` of groups in a batch of so many samples, which ``stats_batch_size`` must divide."""
         size = self.stats_batch_size
         if size is None:
             return 1
@@ -717,16 +669,8 @@ class GroupKalmanNorm(KalmanLayer, nn.GroupNorm):
         affine: learn ``weight`` and ``bias``, each ``(C,)``.
         gain: as :class:`KalmanNorm`'s; the ``n`` of ``"prior-strength"`` is the ``C / G`` feature
             maps that a group observes.
-        process_noise: as :class:`KalmanNorm`'s.
-        spread: as ``KalmanNorm``'s.
-        carry: as ``KalmanNorm``'s.
-        estimator: as ``KalmanNorm``'s.
-        stats_batch_size: only None: a group never has more than one sample.
-        guard: as ``KalmanNorm``'s.
-        process_group: only None.
-        device: where parameters live.
-        dtype: their type.
-        bias: with ``affine``, learn a ``bias`` too.
+        process_noise, spread, carry, estimator, guard, device, dtype, bias: as :class:`KalmanNorm`'s.
+        stats_batch_size, process_group: only None: a group never has more than one sample.
 
     Shape:
         ``(N, C, *)``, and the same out.
@@ -793,7 +737,7 @@ class GroupKalmanNorm(KalmanLayer, nn.GroupNorm):
                 gain=self.kalman_gain(self.observed_maps(x.shape[0])), process_noise=noise,
                 spread=self.spread, guard=self.guard, eps=self.eps,
             )  # fmt: skip
-            self._attach_belief(out.output, self._lasting(out.posterior, prior, noise))
+            self._attach_belief(out.output, out.posterior, prior, noise)
             return out.output
 
 
@@ -817,10 +761,9 @@ class KalmanNormAct2d(_ThenActivation, KalmanNorm2d):
     """:class:`KalmanNorm2d` and the activation after it: stands in for timm's ``BatchNormAct2d``.
 
     Args:
-        args: as :class:`KalmanNorm2d`'s.
+        args, kwargs: as :class:`KalmanNorm2d`'s.
         drop: a module between the two; None for nothing.
         act: the activation; None for nothing.
-        kwargs: as :class:`KalmanNorm2d`'s.
     """
 
     def _normalize(self, x: Tensor) -> Tensor:
@@ -843,8 +786,6 @@ class GroupKalmanNormAct(_ThenActivation, GroupKalmanNorm):
     """:class:`GroupKalmanNorm` and the activation after it: stands in for timm's ``GroupNormAct``.
 
     Args:
-        args: as :class:`GroupKalmanNorm`'s.
-        drop: a module between the two; None for nothing.
-        act: the activation; None for nothing.
-        kwargs: as :class:`GroupKalmanNorm`'s.
+        args, kwargs: as :class:`GroupKalmanNorm`'s.
+        drop, act: as :class:`KalmanNormAct2d`'s.
     """

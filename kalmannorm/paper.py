@@ -18,8 +18,6 @@ from kalmannorm.propagation import FAILURES, NO_INPUT, evaluate, exact, first_li
 from kalmannorm.rules import Belief
 from kalmannorm.steps import Step, computed_in, may_use, replace, step_of
 
-__all__ = ["drawn", "drawn_belief", "preset"]
-
 _PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"gain": "learned", "process_noise": True, "spread": False, "carry": "posterior",
               "estimator": "monte_carlo", "guard": None},

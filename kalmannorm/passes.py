@@ -16,8 +16,6 @@ from kalmannorm.functional import kalman_update, observe
 from kalmannorm.gaussian import Gaussian
 from kalmannorm.traversal import device_of
 
-__all__ = ["Population", "call_with", "merge_over_processes", "run_batches"]
-
 
 def run_batches(model: nn.Module, loader: Iterable[Any], see: Callable[[Any], object], *, caller: str,
                 max_batches: int | None, progress: bool, process_group: dist.ProcessGroup | None = None,
@@ -25,10 +23,7 @@ def run_batches(model: nn.Module, loader: Iterable[Any], see: Callable[[Any], ob
     """Call ``see`` with the batches of a loader, at most ``max_batches``, moved to a model's device.
 
     The public function ``caller`` is named in errors and, without ``title``, in the progress bar, which the first of
-    the processes shows.
-
-    Raises:
-        ValueError: for ``max_batches`` below 1, or if no process of the group has a batch.
+    the processes shows. It is an error if no process of the group has a batch.
     """
     if max_batches is not None and max_batches < 1:
         raise ValueError(f"kalmannorm.{caller} got max_batches={max_batches}, expected None or a number above 0")
@@ -48,11 +43,7 @@ def run_batches(model: nn.Module, loader: Iterable[Any], see: Callable[[Any], ob
 
 
 def call_with(model: nn.Module, batch: Any) -> object:
-    """Call a model with a batch: a tensor, a sequence that begins with the input, or keyword arguments.
-
-    Raises:
-        TypeError: for another batch.
-    """
+    """Call a model with a batch: a tensor, a sequence that begins with the input, or keyword arguments."""
     if isinstance(batch, Mapping):
         return model(**batch)
     first = batch[0] if isinstance(batch, tuple | list) and batch else batch
@@ -107,11 +98,7 @@ def _progress_bar(title: str) -> Callable[[Iterable[Any], int | None], Iterable[
 
 
 class Population:
-    """Mean and variance of all samples that a layer saw, ``(1, C)`` in float64, and their number.
-
-    Args:
-        layer: a layer of ``num_features`` or ``num_channels`` channels.
-    """
+    """Mean and variance of all samples that a layer saw, ``(1, C)`` in float64, and their number."""
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer: Any = layer

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from kalmannorm.gaussian import Gaussian
 from kalmannorm.kernels.autograd import is_exporting, is_transformed
+from kalmannorm.kernels.formulas import at_least_float32
 from kalmannorm.steps import SCALARS, found_in, step_of
-
-__all__ = ["INITIAL_NOISE", "KeptPriors", "Prior", "may_be_kept", "process_variance", "tensors_of"]
 
 # The process noise ``R`` that a layer begins with.
 INITIAL_NOISE = 0.01
@@ -21,7 +20,7 @@ INITIAL_NOISE = 0.01
 
 def process_variance(noise: Tensor | None) -> Tensor | None:
     """``R``, ``(C,)``, in float32 at least, from the parameter ``process_noise``, its logarithm; None without one."""
-    return None if noise is None else INITIAL_NOISE * noise.to(torch.promote_types(noise.dtype, torch.float32)).exp()
+    return None if noise is None else INITIAL_NOISE * at_least_float32(noise).exp()
 
 
 class Prior(NamedTuple):
@@ -69,14 +68,11 @@ class KeptPriors:
         self.are_complete = False
 
     def begin(self, module: nn.Module, layers: Sequence[Any], values: Any, may_keep: bool) -> None:
-        """Begin a pass.
+        """Begin a pass: a call of a network with these values; ``may_keep`` is what :func:`may_be_kept` says of its
+        Kalman layers.
 
-        Args:
-            module: the network that is called.
-            layers: its Kalman layers. If the last pass called each that fuses once, it was not ended by an error, and
-                its course did not depend on the inputs.
-            values: the arguments of the call.
-            may_keep: what :func:`may_be_kept` says of the layers.
+        If the last pass called each layer that fuses once, it was not ended by an error, and its course did not depend
+        on the inputs.
         """
         tensors: list[Tensor] = []
         if not may_keep:
@@ -183,10 +179,10 @@ def _course(value: Any) -> Any:
     return Tensor if isinstance(value, Tensor) else (type(value), value)
 
 
-def _switched(module: nn.Module, layers: Sequence[Any]) -> tuple[int, ...]:
-    """Differs once a layer's training flag was set, or a hook was added or removed."""
+def _switched(module: nn.Module, layers: Sequence[Any]) -> tuple[float, ...]:
+    """Differs once a layer's training flag or ``eps`` was set, or a hook was added or removed."""
     hooks = [key for each in module.modules() for key in (*each._forward_pre_hooks, *each._forward_hooks)]
-    return sum(layer.times_switched for layer in layers), *hooks
+    return sum(layer.times_switched for layer in layers), *[layer.eps for layer in layers], *hooks
 
 
 def _are_same(kept: Sequence[weakref.ref[Tensor]], tensors: Sequence[Tensor]) -> bool:

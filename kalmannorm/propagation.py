@@ -23,12 +23,7 @@ from kalmannorm.rules import RULES, Belief, Rule
 from kalmannorm.rules.arithmetic import ELEMENTWISE, JOINT
 from kalmannorm.rules.rectified import Rectified
 from kalmannorm.rules.table import BELIEF_FIRST, as_rule_is_called
-from kalmannorm.steps import Step, computed_in, may_use, replace, step_of
-
-__all__ = [
-    "FAILURES", "NO_INPUT", "belief_for", "evaluate", "exact", "first_line", "function_name", "let_go_of_graph",
-    "operands", "settle", "true_depth", "without_autocast",
-]  # fmt: skip
+from kalmannorm.steps import Step, computed_in, found_in, may_use, replace, step_of
 
 NO_INPUT = Unknown("its input does not depend on a floating-point input, or went through torch.jit, vmap or DTensor")
 _NOTHING = nullcontext()
@@ -44,14 +39,9 @@ def __getattr__(name: str) -> Any:
 
 
 def belief_for(tensor: Tensor, groups: int) -> Belief:
-    """The belief about an activation: the prior of the layer that gets it. Autocast must be off.
+    """The belief about an activation ``(N, C, *)``: the prior of the layer that gets it. Autocast must be off.
 
-    Args:
-        tensor: the activation, ``(N, C, *)``.
-        groups: the layer's number of statistic groups ``S``.
-
-    Returns:
-        Mean and variance in the shape that the kernels take, ``(1 or S, C, 1, ...)``; or why they are unknown.
+    Returns mean and variance in the shape that the kernels take, ``(1 or S, C, 1, ...)``; or why they are unknown.
     """
     step = step_of(tensor)
     if step is None:
@@ -109,12 +99,8 @@ def settle(step: Step) -> None:
 
 
 def let_go_of_graph(step: Step, copies: dict[Step, Step]) -> None:
-    """Let a step that is a constant come from copies of its parents that are constants too: a tensor that the network
-    has detached and keeps would keep the autograd graph of its pass.
-
-    Args:
-        step: the step of a `detach`.
-        copies: those that were made before, to which new ones are added.
+    """Let the step of a `detach` come from copies of its parents that are constants too, and are added to ``copies``: a
+    tensor that the network has detached and keeps would keep the autograd graph of its pass.
     """
 
     def known(step: Step) -> Step | None:
@@ -125,8 +111,7 @@ def let_go_of_graph(step: Step, copies: dict[Step, Step]) -> None:
         return copies.get(step)
 
     def copied(step: Step) -> Step:
-        args = replace(step.args, Step, copies.__getitem__)
-        kwargs = {name: replace(value, Step, copies.__getitem__) for name, value in step.kwargs.items()}
+        args, kwargs = replace((step.args, step.kwargs), Step, copies.__getitem__)
         copies[step] = Step(step.function, args, kwargs, step.shape, step.index, recorded_in=step.recorded_in)
         return copies[step]
 
@@ -156,12 +141,8 @@ def true_depth(step: Step) -> int:
 def evaluate(step: Step, kept: Callable[[Step], Any], compute: Callable[[Step], Any]) -> Any:
     """Compute the value of a step after the values of its ancestors.
 
-    Without recursion: a vision transformer makes a thousand calls between two batch normalizations.
-
-    Args:
-        step: any.
-        kept: returns a step's value if it was computed before, else None.
-        compute: computes and keeps a step's value, from its parents' kept values.
+    ``kept`` returns a step's value if it was computed before; ``compute`` computes and keeps it, from its parents' kept
+    values. Without recursion: a vision transformer makes a thousand calls between two batch normalizations.
     """
     waiting = [step]
     value = None
@@ -185,9 +166,8 @@ def operands(step: Step, value_of: Callable[[Step], Any]) -> tuple[tuple[Any, ..
             return value
     args, kwargs = tuple([value_of(a) if type(a) is Step else a for a in step.args]), step.kwargs
     if sum([type(a) is Step for a in step.args]) != len(step.parents):  # some are in lists or keywords
-        args = tuple([replace(a, Step, value_of) for a in args])
-        kwargs = {k: replace(v, Step, value_of) for k, v in kwargs.items()}
-    if _may_be_freed() and _frees((*args, *kwargs.values())):
+        args, kwargs = replace((args, kwargs), Step, value_of)
+    if _may_be_freed() and any(map(_is_freed, found_in((*args, *kwargs.values()), Tensor | Gaussian))):
         return Unknown("it depends on parameters that FSDP has freed")
     return args, kwargs
 
@@ -199,12 +179,8 @@ def _may_be_freed() -> bool:
     return torch.distributed.is_initialized()
 
 
-def _frees(values: Any) -> bool:
+def _is_freed(value: Tensor | Gaussian) -> bool:
     """Whether a parameter, or a belief that is one, has lost its elements: to read them would end the process."""
-    return any(_frees(v) if isinstance(v, tuple | list) else _is_freed(v) for v in values)
-
-
-def _is_freed(value: Any) -> bool:
     while isinstance(value, Rectified):
         value = value.below
     tensor = value.mean if isinstance(value, Gaussian) else value
@@ -219,7 +195,7 @@ def _by_rule(step: Step, kept: Callable[[Step], Any]) -> Belief:
         return called
     whole: Belief | None = None
     if step.function in ELEMENTWISE or step.function in JOINT:
-        whole = _asked(as_one_function, step, (step, kept), {})
+        whole = _call_rule(as_one_function, step, (step, kept), {})
     return _by_its_own_rule(step, *called) if whole is None else whole
 
 
@@ -233,7 +209,7 @@ def _by_its_own_rule(step: Step, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     args, kwargs = known
     if args and isinstance(args[0], Tensor) and rule in BELIEF_FIRST:
         return Unknown(f"{function_name(step.function)} of a known tensor, by an activation")
-    belief = _asked(rule, step, args, kwargs)
+    belief = _call_rule(rule, step, args, kwargs)
     if type(belief) is tuple:
         belief = belief[step.index or 0]
     elif step.index:  # the indices of a pooling, say
@@ -251,7 +227,7 @@ def _by_its_own_rule(step: Step, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     return belief
 
 
-def _asked(rule: Rule, step: Step, args: Any, kwargs: dict[str, Any]) -> Any:
+def _call_rule(rule: Rule, step: Step, args: Any, kwargs: dict[str, Any]) -> Any:
     """Call a rule. If it raises, the moments are unknown; the network's own call succeeded, so training continues."""
     if torch.compiler.is_compiling():
         return rule(*args, **kwargs)

@@ -30,11 +30,6 @@ from kalmannorm.rules import RULES, Belief
 from kalmannorm.rules.table import BLANK, FACTORIES, LIKE, OVERWRITING, PICKING, SOURCES, aliases
 from kalmannorm.steps import SCALARS, Step, ancestors, detached, found_in, put, state_of, step_of
 
-__all__ = [
-    "Recorder", "attach", "attach_step", "current", "fits", "is_open", "is_resting", "laid_out", "paused",
-    "started_on_first",
-]  # fmt: skip
-
 _BASE = Tensor._base.__get__  # type: ignore[union-attr]
 
 # The longest chain. A state that a network passes to itself from call to call must not grow one without end. A vision
@@ -312,13 +307,7 @@ def current() -> Recorder | None:
 
 
 def attach(tensor: Tensor, belief: Belief, source: str) -> None:
-    """Attach a belief to a tensor: a step where a chain starts.
-
-    Args:
-        tensor: the activation.
-        belief: the belief about it.
-        source: its origin: a layer's name, or "input".
-    """
+    """Attach a belief to a tensor: a step where a chain starts. Its source is a layer's name, or "input"."""
     shape = tuple(tensor.shape)
     if isinstance(belief, Gaussian):
         belief = belief.of(shape)
@@ -328,11 +317,6 @@ def attach(tensor: Tensor, belief: Belief, source: str) -> None:
         # A checkpointed region that began with an open mode must run again with one. Converted modules open it
         # themselves, but a region may be any function.
         enter_again(step.hooks, lambda: Recorder(mode.layers))
-
-
-def attach_step(tensor: Tensor, func: Any, mode: Recorder) -> None:
-    """Record a function that was applied to a tensor with a belief where the mode was paused."""
-    put(tensor, Step(func, (step_of(tensor),), {}, tuple(tensor.shape), recorded_in=mode.this_pass()))
 
 
 def started_on_first(given: Gaussian, values: Any, learned: Any = None) -> Gaussian | None:

@@ -16,8 +16,6 @@ from kalmannorm.propagation import exact, without_autocast
 from kalmannorm.recording import current, paused
 from kalmannorm.steps import Step, found_in, put, step_of
 
-__all__ = ["watch_shards"]
-
 
 def watch_shards(module: nn.Module) -> None:
     """Evaluate the outputs' moments of each module whose parameters FSDP reshards.

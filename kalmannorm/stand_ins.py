@@ -24,8 +24,6 @@ from kalmannorm.modules import (
     KalmanNormAct2d,
 )
 
-__all__ = ["KINDS", "device_and_dtype", "kalman_layer", "move_hooks", "stand_in", "stock_ancestor", "stock_layer"]
-
 # Stock layers and their Kalman layers; subclasses that override none of these methods are replaced likewise.
 _MUST_BE_STOCK = ("forward", "train", "__call__")
 _STOCK: dict[str, dict[type[nn.Module], type[KalmanLayer]]] = {
@@ -96,11 +94,7 @@ def device_and_dtype(tensors: Iterable[Tensor]) -> dict[str, Any]:
 
 
 def kalman_layer(layer: nn.Module, name: str, kalman: type[KalmanLayer], options: dict[str, Any]) -> KalmanLayer:
-    """A Kalman layer with the tensors, submodules and training flag of a stock layer, which keeps its hooks.
-
-    Raises:
-        ValueError: for a lazy layer, or instance normalization with running statistics.
-    """
+    """A Kalman layer with the tensors, submodules and training flag of a stock layer, which keeps its hooks."""
     _refuse(layer, name, kalman)
     options = options | device_and_dtype((*layer.parameters(recurse=False), *layer.buffers(recurse=False)))
     synchronizes = isinstance(layer, nn.SyncBatchNorm) and torch.distributed.is_initialized()

@@ -20,14 +20,11 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from kalmannorm.kernels.formulas import at_least_float32
 from kalmannorm.modules import KalmanLayer
 from kalmannorm.recording import paused
 from kalmannorm.steps import found_in
 from kalmannorm.traversal import attributes_kept, random_state_kept, untraceable
-
-__all__ = [
-    "bake", "filters_below_norms", "standardize_weights", "standardized", "use_standardized",
-]  # fmt: skip
 
 _M = TypeVar("_M", bound=nn.Module)
 _Filters = frozenset[str]  # names of convolutions and linear layers
@@ -51,20 +48,14 @@ _PASSED = frozenset({"ChannelShuffle", "DropBlock2d", "DropBlock3d", "DropPath",
 
 @fx.wrap
 def standardized(weight: Tensor) -> Tensor:
-    """Each filter with zero mean and unit norm: ``(W - mean) / sqrt(var * fan_in + 1e-4)``.
+    """Each filter of ``(C_out, ...)`` with zero mean and unit norm: ``(W - mean) / sqrt(var * fan_in + 1e-4)``.
 
     Qiao et al. 2019, arXiv:1903.10520, Eq. 7, with the unit norm of a filter in place of unit variance. Computed in
-    float32 at least.
-
-    Args:
-        weight: ``(C_out, C_in / groups, *taps)``, or ``(C_out, C_in)``.
-
-    Returns:
-        The same shape and type.
+    float32 at least; typed as the weight.
     """
     with paused():
         shape = weight.shape[1:]
-        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        wide = at_least_float32(weight)
         unit = wide.new_full(shape, shape.numel() ** -0.5)
         return F.layer_norm(wide, shape, unit, None, _EPS / shape.numel()).to(weight.dtype)
 

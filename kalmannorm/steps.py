@@ -20,11 +20,6 @@ from kalmannorm.gaussian import Unknown
 from kalmannorm.kernels.autograd import saved_tensor_hooks
 from kalmannorm.rules import Belief
 
-__all__ = [
-    "SCALARS", "Step", "ancestors", "computed_in", "detached", "found_in", "may_use", "placed_in", "put", "replace",
-    "state_of", "step_of",
-]  # fmt: skip
-
 _T = TypeVar("_T")
 
 _STEP = "_kalmannorm_step"
@@ -106,15 +101,11 @@ def ancestors(step: Step) -> list[Step]:
 
 
 def may_use(where: Any, step: Step, now: Any) -> bool:
-    """Whether a step's kept value may be used in the current checkpoint region.
+    """Whether a step's kept value, beside which :func:`computed_in` wrote ``where``, may be used in the region ``now``.
 
-    A region runs again in the backward pass and must then compute the same values again. So it uses a value from
-    outside only if that was there before any region asked for it.
-
-    Args:
-        where: the note of :func:`computed_in` beside the value.
-        step: the value's step.
-        now: the current region, from :func:`~kalmannorm.kernels.autograd.saved_tensor_hooks`.
+    A checkpoint region (:func:`~kalmannorm.kernels.autograd.saved_tensor_hooks`) runs again in the backward pass and
+    must then compute the same values again. So it uses a value from outside only if that was there before any region
+    asked for it.
     """
     return bool(where == now or where == step.hooks or where == (_AGAIN, now))
 
@@ -125,23 +116,22 @@ def computed_in(kept: Any, now: Any) -> Any:
 
 
 def replace(value: Any, kind: type | UnionType, by: Callable[[Any], Any]) -> Any:
-    """Replace each object of one kind, in lists and tuples too."""
+    """Replace each object of one kind, in lists, tuples and dicts too."""
     if isinstance(value, kind):
         return by(value)
     its = type(value)
     if its is list or its is tuple:
         return its([replace(v, kind, by) for v in value])
+    if its is dict:
+        return {key: replace(v, kind, by) for key, v in value.items()}
     return value
 
 
 def step_of(tensor: Tensor, as_it_was: bool = False) -> Step | None:
     """The step recorded on a tensor, or on the tensor of which it is an alias.
 
-    A change in place that was not recorded makes it unknown, and `detach_` makes it a constant.
-
-    Args:
-        tensor: any.
-        as_it_was: the step before the change in place that is being recorded now.
+    A change in place that was not recorded makes it unknown, and `detach_` makes it a constant. While a change in place
+    is being recorded, the step is taken ``as_it_was`` before.
     """
     step = getattr(tensor, _STEP, None)
     if step is None and type(tensor) is nn.Parameter:

@@ -15,11 +15,6 @@ from kalmannorm.modules import KalmanLayer
 from kalmannorm.propagation import first_line
 from kalmannorm.recording import paused
 
-__all__ = [
-    "attributes_kept", "buffers_kept", "device_of", "in_eval", "inputs_seen", "kalman_layers", "random_state_kept",
-    "untraceable",
-]  # fmt: skip
-
 Look = Callable[[Tensor], None]
 
 
@@ -68,13 +63,22 @@ def random_state_kept(model: nn.Module) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def in_eval(model: nn.Module) -> Iterator[None]:
-    """Run a model in ``eval()`` without gradients; training flags and buffers (a queue, say) are restored afterwards.
+def state_kept(model: nn.Module) -> Iterator[None]:
+    """Restore training flags, buffers (a queue, say), and what layers know of their corrections afterwards.
 
     Compiled parts run eagerly, as a single pass does not pay for another compilation.
     """
     flags, eager = attributes_kept(model.modules(), "training"), torch.compiler.set_stance("force_eager")
-    with flags, buffers_kept(model), torch.no_grad(), eager:
+    layers = [layer for _, layer in kalman_layers(model)]
+    known = attributes_kept(layers, "is_corrected", "awaits_correction", "dropped_statistics", "_settled")
+    with flags, known, buffers_kept(model), eager:
+        yield
+
+
+@contextmanager
+def in_eval(model: nn.Module) -> Iterator[None]:
+    """Run a model in ``eval()`` without gradients, and restore its state afterwards."""
+    with state_kept(model), torch.no_grad():
         model.eval()
         yield
 

@@ -19,8 +19,6 @@ from kalmannorm.recording import Recorder, attach, current, fits, is_resting, la
 from kalmannorm.shards import watch_shards
 from kalmannorm.steps import found_in, placed_in, step_of
 
-__all__ = ["Watch"]
-
 # So many layers may be without a prior in a small network.
 _FEW = 2
 

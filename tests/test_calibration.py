@@ -1,12 +1,14 @@
 """Priors corrected by running statistics, or by data."""
 
 import copy
+import functools
 import math
 import warnings
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from network import in_two_processes
 from networks import made_of, through_a_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -795,6 +797,22 @@ def test_a_correction_for_one_call_is_not_the_layers_own(trained, options):
     other = converted(trained, **options)
     assert torch.equal(model(x), other(x))
     assert_same_corrections(model, other)
+
+
+def calibrated_where_one_has_no_data(rank, has_data):
+    model = kn.convert(network(), input_stats=INPUT_STATS)
+    data = [images()] if rank == has_data else []
+    group = torch.distributed.group.WORLD
+    table = kn.calibrate(model, data, source="data", progress=False, process_group=group)
+    return scales(model), [row.source for row in table.rows]
+
+
+@pytest.mark.parametrize("has_data", [0, 1])
+def test_a_process_without_data_gets_the_corrections_of_the_other(has_data, tmp_path):
+    first, second = in_two_processes(functools.partial(calibrated_where_one_has_no_data, has_data=has_data), tmp_path)
+    assert torch.equal(first[0], second[0])
+    assert (first[0] != 1).all()
+    assert first[1] == second[1] == ["data"] * 3
 
 
 @pytest.mark.usefixtures("a_process_group")

@@ -212,6 +212,23 @@ def test_all_else_keeps_its_state():
     assert [p.grad for p in model.parameters() if p.grad is not None] == []
 
 
+@pytest.mark.parametrize("run", [
+    lambda model, batches: kn.recalibrate(model, batches, progress=False),
+    lambda model, batches: kn.diagnose(model, batches, progress=False),
+])  # fmt: skip
+def test_a_correction_that_is_awaited_is_awaited_still(run):
+    model = small()
+    for _ in range(30):
+        model(torch.randn(8, 3, 8, 8))
+    model = kn.convert(model, input_stats=([0.0] * 3, [1.0] * 3))
+    batches = [torch.randn(8, 3, 8, 8) for _ in range(3)]
+    run(model, batches)
+    assert model[4].awaits_correction
+    assert model(batches[0]).isfinite().all()
+    assert not model[4].awaits_correction
+    assert model[4].prior_scale.min() > 0
+
+
 def test_frozen_layers_feed_the_others_by_their_running_statistics():
     torch.manual_seed(0)
     model = nn.Sequential(kn.freeze(nn.BatchNorm2d(3)), kn.KalmanNorm2d(3, gain=1.0))

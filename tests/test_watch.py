@@ -98,8 +98,9 @@ def test_nothing_is_recorded_for_a_layer_that_uses_running_statistics():
         lambda model: setattr(model, "3", nn.Conv2d(4, 4, 3)),
         lambda model: model[2].register_forward_hook(lambda layer, args, output: 3 * output),
         lambda model: model[3].register_forward_pre_hook(lambda layer, args: (3 * args[0],)),
+        lambda model: setattr(model[1], "eps", 1.0),
     ],
-    ids=["in place", "data", "load_state_dict", "noise", "converted", "another layer", "hook", "pre-hook"],
+    ids=["in place", "data", "load_state_dict", "noise", "converted", "another layer", "hook", "pre-hook", "eps"],
 )
 def test_kept_priors_follow_parameters(change):
     model, x = one_at_a_time(), torch.randn(2, 3, 10, 10)

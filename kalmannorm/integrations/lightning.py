@@ -20,9 +20,6 @@ from kalmannorm.modules import KalmanNorm, is_stock_batchnorm
 from kalmannorm.stand_ins import stand_in
 from kalmannorm.traversal import kalman_layers
 
-__all__ = ["KalmanNormCallback", "annealing", "check_annealing", "network_of", "recalibrate_by_training_batches"]
-
-
 # Callbacks that copy the module in `setup`. By name, as the first is not in each release of Lightning.
 _AVERAGING = {"WeightAveraging", "StochasticWeightAveraging"}
 
@@ -233,11 +230,7 @@ def network_of(module: nn.Module, wanted: Callable[[nn.Module], bool]) -> nn.Mod
 
 
 def check_annealing(who: str, factor: float, start: float) -> None:
-    """Check the arguments of `annealing`; the error begins with ``who``.
-
-    Raises:
-        ValueError: For a factor not above 0, or a start outside [0, 1).
-    """
+    """Check the arguments of `annealing`; the error begins with ``who``."""
     if not 0 < factor < math.inf:
         raise ValueError(f"{who}anneal must be above 0; got {factor}")
     if not 0 <= start < 1:

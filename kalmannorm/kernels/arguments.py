@@ -7,8 +7,6 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Given", "Options", "Running"]
-
 
 class Given(NamedTuple):
     """The prior and a layer's vectors, each None where there is none."""

@@ -10,9 +10,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["alias", "constant_to_compilers", "differentiable_gradients", "in_grad_mode", "is_exporting",
-           "is_transformed", "saved_tensor_hooks"]  # fmt: skip
-
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 _NOTHING = nullcontext()
@@ -68,12 +65,10 @@ def _outside_of_inference(grad: bool) -> Iterator[None]:
 
 def differentiable_gradients(plain: Callable[..., Any], inputs: Sequence[Any],
                              upstream: Sequence[Tensor | None]) -> Iterator[Tensor | None]:  # fmt: skip
-    """Gradients of a function that can be differentiated again, one for each input.
+    """Gradients of a function that can be differentiated again, one for each input, None for what is no tensor.
 
-    Args:
-        plain: from the inputs to a tuple that begins with one tensor, or None, for each of ``upstream``.
-        inputs: tensors and other arguments.
-        upstream: gradients of the outputs; None for zero.
+    The function ``plain`` returns a tuple that begins with an output, or None, for each gradient ``upstream``, which is
+    None for zero.
     """
     # Of views, as one input may have been computed from another one.
     inputs = [t.view_as(t) if isinstance(t, Tensor) and t.requires_grad else t for t in inputs]

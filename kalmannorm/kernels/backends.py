@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from kalmannorm.kernels import on_cpu, on_gpu, on_torch
 from kalmannorm.kernels.memory_format import is_channels_last
 
-__all__ = ["backend_for"]
-
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
 # Types of an activation that compiled kernels take.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

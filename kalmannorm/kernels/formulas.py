@@ -17,11 +17,6 @@ from kalmannorm.kernels.moments import moments
 from kalmannorm.kernels.rectify import rectified
 from kalmannorm.kernels.standardize import standardize
 
-__all__ = [
-    "at_least_float32", "by_sample", "fold_taps", "for_samples", "fuse", "gain_of", "handed_on", "layer_forward",
-    "link_forward", "move_running", "noise_of", "normalize", "observe", "predicted", "to_groups",
-]  # fmt: skip
-
 
 def at_least_float32(x: Tensor) -> Tensor:
     """The tensor in the type that statistics have: float32, or float64."""
@@ -103,17 +98,9 @@ def fuse(prior: Gaussian, observation: Gaussian, gain: Tensor | float, spread: b
 
 
 def normalize(x: Tensor, statistics: Gaussian, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """``y = gamma (x - m) / sqrt(v + eps) + beta``, in one pass over ``x``.
+    """``y = gamma (x - m) / sqrt(v + eps) + beta``, in one pass over ``x``, ``(N, C, *)``, and like it.
 
-    Args:
-        x: ``(N, C, *)``.
-        statistics: ``(S, C)``.
-        weight: ``gamma``, ``(C,)``, or None for ones.
-        bias: ``beta``, ``(C,)``, or None for zeros.
-        eps: added to the variance.
-
-    Returns:
-        Shaped and typed as ``x``, in its memory format.
+    The statistics are ``(S, C)``; ``weight`` and ``bias``, ``(C,)`` each, are ``gamma`` and ``beta``, or None.
     """
     mean, var = statistics.mean, statistics.var
     weight = torch.ones_like(mean[0]) if weight is None else weight.to(mean.dtype)
@@ -132,18 +119,11 @@ def normalize(x: Tensor, statistics: Gaussian, weight: Tensor | None, bias: Tens
 @torch.no_grad()
 def move_running(running: Running, posterior: Gaussian, gain: Tensor | float, observed_var: Tensor,
                  count: int | Tensor, least: int = 0) -> None:  # fmt: skip
-    """Move running statistics towards the posterior's, averaged over groups.
+    """Move running statistics in place towards the posterior's, ``(S, C)``, averaged over groups.
 
-    The observed share of the variance is made unbiased, as BatchNorm's is. Channels whose new statistics are not
-    finite keep their old ones.
-
-    Args:
-        running: changed in place.
-        posterior: ``(S, C)``.
-        gain: the observed share.
-        observed_var: ``(S, C)``, biased.
-        count: elements a channel of a group.
-        least: nothing moves if there are no more than so many.
+    The observed share of the variance, which is the gain's, is made unbiased, as BatchNorm's is: a group's channel has
+    ``count`` elements. If these are no more than ``least``, nothing moves. Channels whose new statistics are not finite
+    keep their old ones.
     """
     dtype, counts = running.mean.dtype, count > least
     others = (count - 1).clamp_min(1) if isinstance(count, Tensor) else max(count - 1, 1)
@@ -159,17 +139,10 @@ def move_running(running: Running, posterior: Gaussian, gain: Tensor | float, ob
 
 
 def layer_forward(x: Tensor, given: Given, running: Running | None, options: Options) -> tuple[Tensor, Tensor]:
-    """Observe, fuse, normalize, perhaps rectify.
+    """Observe, fuse, normalize, perhaps rectify ``(N, C, *)``, which is not empty; move running statistics in place.
 
-    Args:
-        x: ``(N, C, *)``, not empty.
-        given: the prior and the layer's vectors.
-        running: running statistics to move in place, or None.
-        options: see :class:`~kalmannorm.kernels.arguments.Options`.
-
-    Returns:
-        The output, like ``x``; and ``(6, S, C)``: posterior mean and variance, the output's mean and variance, observed
-        mean and (biased) variance.
+    Returns the output, like ``x``; and ``(6, S, C)``: posterior mean and variance, the output's mean and variance,
+    observed mean and (biased) variance.
     """
     weight, bias, eps = given.weight, given.bias, options.eps
     observed, q = observe(x, options.groups), gain_of(given, options)
@@ -185,13 +158,12 @@ def layer_forward(x: Tensor, given: Given, running: Running | None, options: Opt
     return y, torch.stack([mean, var, output_mean, output_var, observed.mean, observed.var])
 
 
-def handed_on(statistics: Tensor, x: Tensor, posterior: bool) -> Tensor:
+def carried(statistics: Tensor, x: Tensor, posterior: bool) -> Tensor:
     """The belief among the statistics of :func:`layer_forward`. The output's is averaged over groups, which differ by
     the factor ``v / (v + eps)`` alone; the functions between two layers are then evaluated once, not once a group.
 
-    Returns:
-        Mean and variance of the output, ``(2, 1, C, 1, ...)``, or of the posterior, ``(2, S, C, 1, ...)``, with the
-        rank of ``x`` behind the first axis.
+    Returns mean and variance of the output, ``(2, 1, C, 1, ...)``, or of the posterior, ``(2, S, C, 1, ...)``, with the
+    rank of ``x`` behind the first axis.
     """
     rows = statistics[:2] if posterior else statistics[2:4]
     if rows.shape[1] > 1 and not posterior:
@@ -200,7 +172,7 @@ def handed_on(statistics: Tensor, x: Tensor, posterior: bool) -> Tensor:
 
 
 def to_groups(d_belief: Tensor, groups: int, posterior: bool) -> Tensor:
-    """The gradient of each group's belief, ``(2, S, C, ...)``, from that of :func:`handed_on`."""
+    """The gradient of each group's belief, ``(2, S, C, ...)``, from that of :func:`carried`."""
     if groups == 1 or posterior:
         return d_belief
     return (d_belief / groups).expand(-1, groups, *d_belief.shape[2:])
@@ -218,14 +190,8 @@ def link_forward(moments: Tensor, weight: Tensor, bias: Tensor | None,
                  relu: bool) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The moments of a Gaussian, rectified or not, behind a convolution or linear map.
 
-    Args:
-        moments: mean and variance, ``(2, S, C_in, ...)``, with axes of size 1 behind.
-        weight: ``(C_out, C_in, *taps)``.
-        bias: ``(C_out,)`` or None.
-        relu: rectify the Gaussian before.
-
-    Returns:
-        Mean and variance, ``(2, S, C_out, ...)``; and the rectified moments, like ``moments``, or None.
+    From mean and variance, ``(2, S, C_in, ...)`` with axes of size 1 behind, and a weight ``(C_out, C_in, *taps)``:
+    mean and variance, ``(2, S, C_out, ...)``; and the rectified moments, like those given, or None.
     """
     after = torch.stack(rectified(*moments.unbind())) if relu else None
     mean, var = (moments if after is None else after).flatten(2).unbind()

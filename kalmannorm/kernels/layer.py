@@ -44,10 +44,8 @@ from kalmannorm.kernels import on_cpu, on_torch, operators
 from kalmannorm.kernels.arguments import Given, Options, Running
 from kalmannorm.kernels.autograd import alias, differentiable_gradients, is_exporting, is_transformed
 from kalmannorm.kernels.backends import backend_for
-from kalmannorm.kernels.formulas import at_least_float32, gain_of, handed_on, move_running, to_groups
+from kalmannorm.kernels.formulas import at_least_float32, carried, gain_of, move_running, to_groups
 from kalmannorm.kernels.memory_format import as_dense
-
-__all__ = ["Layer", "layer", "rectify_output"]
 
 
 class Layer(NamedTuple):
@@ -65,7 +63,7 @@ class Layer(NamedTuple):
 def _plain(x: Tensor, given: Given, posterior: bool, options: Options, running: Running | None) -> Layer:
     """In functions that autograd can differentiate: for the gradient of a gradient, transforms and torch.compile."""
     y, statistics = on_torch.layer_forward(at_least_float32(x), given, running, options)
-    return Layer(y.to(x.dtype), handed_on(statistics, x, posterior), statistics.detach())
+    return Layer(y.to(x.dtype), carried(statistics, x, posterior), statistics.detach())
 
 
 def _compiled(x: Tensor, given: Given, posterior: bool, options: Options, running: Running | None) -> Layer:
@@ -94,7 +92,7 @@ class _Layer(torch.autograd.Function):
         ctx.call = call
         ctx.mark_non_differentiable(statistics)
         ctx.set_materialize_grads(False)
-        return y, handed_on(statistics, x, call.posterior), statistics
+        return y, carried(statistics, x, call.posterior), statistics
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, d_belief: Tensor | None, _: Any) -> Any:  # type: ignore[override]
@@ -113,17 +111,11 @@ class _Layer(torch.autograd.Function):
 
 
 def rectify_output(y: Tensor) -> bool:
-    """Rectify a layer's output in place, and apply the ReLU's mask in the layer's backward pass.
+    """Rectify a layer's output in place, and apply the ReLU's mask in the layer's backward pass: whether it was done.
 
     This saves the pass over the activation that a ReLU's backward takes. Nothing else may have been computed from the
-    output yet.
-
-    Args:
-        y: the output.
-
-    Returns:
-        Whether it was done. It is not if ``y`` has hooks on its gradient, or if the layer's backend would need a pass
-        of its own for the mask.
+    output yet. It is not done if the output has hooks on its gradient, or if the layer's backend would need a pass of
+    its own for the mask.
     """
     if type(y.grad_fn) is not _Layer._backward_cls or y.output_nr != 0 or y._version != 0:  # type: ignore[attr-defined]
         return False
@@ -158,17 +150,10 @@ def _check_sizes(x: Tensor, given: Given, running: Running | None, groups: int) 
 
 def layer(x: Tensor, given: Given, options: Options, *, running: Running | None = None,
           posterior: bool = False) -> Layer:  # fmt: skip
-    """Normalize by each group's statistics, fused with a prior.
+    """Normalize ``(N, C, *)``, which is not empty, by each group's statistics, fused with a prior.
 
-    Args:
-        x: ``(N, C, *)``, not empty.
-        given: the prior and the layer's vectors.
-        options: number of groups, gain, noise and the rest, see :class:`~kalmannorm.kernels.arguments.Options`.
-        running: running statistics to update in place.
-        posterior: return the posterior of the input as the belief, not the moments of the output.
-
-    Raises:
-        ValueError: for a tensor of another size. A compiled kernel would read and write beyond its end.
+    Running statistics are moved in place. The belief is that of the output, or the ``posterior`` of the input. A tensor
+    of another size is an error: a compiled kernel would read and write beyond its end.
     """
     _check_sizes(x, given, running, options.groups)
     dtype = torch.promote_types(x.dtype, torch.float32)

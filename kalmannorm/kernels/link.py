@@ -14,7 +14,7 @@ The ReLU before is that of `kalmannorm.kernels.rectify`.
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,17 +23,6 @@ from kalmannorm.kernels import on_torch, operators
 from kalmannorm.kernels.autograd import differentiable_gradients, is_transformed
 from kalmannorm.kernels.backends import backend_for
 from kalmannorm.kernels.memory_format import as_dense
-
-__all__ = ["Link", "link"]
-
-
-class Link(NamedTuple):
-    """The results of :func:`link`."""
-
-    moments: Tensor
-    """Mean and variance, ``(2, S, C_out, 1, ...)``, with the rank of the moments that were given."""
-    rectified: Tensor | None
-    """The rectified moments, shaped as the given ones; None without a ReLU."""
 
 
 class _Link(torch.autograd.Function):
@@ -58,17 +47,12 @@ class _Link(torch.autograd.Function):
         return below, d_weight, None if bias is None else on_torch.link_bias_gradient(d_out), None, None
 
 
-def link(moments: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False) -> Link:
+def link(moments: Tensor, weight: Tensor, bias: Tensor | None = None,
+         relu: bool = False) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Mean and variance of sums of independent terms, weighted by a matrix or a convolution's filter.
 
-    Args:
-        moments: mean and variance, ``(2, S, C_in, 1, ...)``, at least float32.
-        weight: ``(C_out, C_in)``, or ``(C_out, C_in, *taps)``, whose taps all meet the same moments.
-        bias: ``(C_out,)`` or None.
-        relu: rectify the Gaussian before.
-
-    Raises:
-        ValueError: for moments of another number of channels than the weight's.
+    All taps of a weight ``(C_out, C_in, *taps)`` meet the same mean and variance, ``(2, S, C_in, 1, ...)``, which are
+    at least float32; with ``relu``, rectified ones. Returns as :func:`kalmannorm.kernels.formulas.link_forward`.
     """
     if moments.shape[0] != 2 or moments.shape[2] != weight.shape[1]:
         raise ValueError(
@@ -78,10 +62,10 @@ def link(moments: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool
     weight = weight.to(moments.dtype)
     bias = None if bias is None else bias.to(moments.dtype)
     if is_transformed() and not torch.compiler.is_compiling():
-        return Link(*on_torch.link_forward(moments, weight, bias, relu))
+        return on_torch.link_forward(moments, weight, bias, relu)
     if torch.compiler.is_compiling():
         out, after = operators.link(moments, weight, bias, relu)
-        return Link(out, after if relu else None)
+        return out, after if relu else None
     moments, weight = moments.contiguous(), as_dense(weight)
     backend = backend_for(moments, weight, bias)
-    return Link(*_Link.apply(moments, weight, bias, relu, backend))  # type: ignore[no-untyped-call]
+    return _Link.apply(moments, weight, bias, relu, backend)  # type: ignore[no-untyped-call, no-any-return]

@@ -15,8 +15,6 @@ from torch import Tensor
 
 from kalmannorm.kernels.autograd import is_transformed
 
-__all__ = ["moments"]
-
 
 def _observe(x: Tensor) -> tuple[Tensor, Tensor]:
     """:func:`moments` without the gradient; differentiable under a transform."""
@@ -55,14 +53,7 @@ class _Moments(torch.autograd.Function):
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel.
-
-    Args:
-        x: ``(N, C, *)``, float32 or float64, not empty.
-
-    Returns:
-        Each ``(C,)``.
-    """
+    """Mean and biased variance, ``(C,)`` each, of ``(N, C, *)``, which is float32 or float64 and not empty."""
     if is_transformed() or not torch.is_grad_enabled():
         return _observe(x)
     return _Moments.apply(x)  # type: ignore[no-untyped-call, no-any-return]

@@ -18,8 +18,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["library"]
-
 _SOURCE = Path(__file__).with_name("native.c")
 _FLAGS = (
     "-O3", "-march=native", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-shared",

@@ -16,8 +16,6 @@ from kalmannorm.kernels.autograd import constant_to_compilers
 from kalmannorm.kernels.memory_format import dense, is_channels_last
 from kalmannorm.kernels.native import library
 
-__all__ = ["is_available", "layer_backward", "layer_forward", "link_backward", "link_forward"]
-
 # The structures of native.c, members in their order: q is a pointer or an int64, f a float, i an int32.
 _LAYER = "9q4f2i4q2i"  # Inputs, Shape
 _FORWARD = struct.Struct(f"@{_LAYER}7qf")

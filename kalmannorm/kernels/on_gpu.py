@@ -26,8 +26,6 @@ from torch import Tensor
 from kalmannorm.kernels.arguments import Given, Options, Running
 from kalmannorm.kernels.memory_format import dense, is_channels_last
 
-__all__ = ["is_available", "layer_backward", "layer_forward", "link_backward", "link_forward"]
-
 # Elements that one program can hold in its registers, backward too, where there are two tensors of them.
 _HELD = 16384
 # Bytes of a tile where a channel has more: two loads of 16 bytes a thread, of 8 warps.

@@ -34,19 +34,11 @@ __all__ = ["layer_backward", "layer_forward", "link_backward", "link_bias_gradie
 
 def layer_backward(dy: Tensor, x: Tensor, given: Given, statistics: Tensor, d_belief: Tensor | None,
                    posterior: bool, options: Options) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """The gradients of :func:`layer_forward`; the formulas are in `kalmannorm.kernels.layer`.
+    """The gradients of :func:`layer_forward`, whose ``statistics`` these are, by the formulas of
+    `kalmannorm.kernels.layer`.
 
-    Args:
-        dy: like ``x``.
-        x: see :func:`layer_forward`.
-        given: see :func:`layer_forward`.
-        statistics: as :func:`layer_forward` returned them.
-        d_belief: of a mean and a variance, ``(2, S, C, ...)``, or None for zeros.
-        posterior: whether these are the posterior's, and not the output's.
-        options: see :func:`layer_forward`.
-
-    Returns:
-        Gradients of ``x``, prior, gain, noise, weight and bias, each like its tensor, and None where that is None.
+    ``d_belief``, ``(2, S, C, ...)`` or None for zeros, is of the posterior's mean and variance, or else the output's.
+    Returns gradients of ``x``, prior, gain, noise, weight and bias, each like its tensor, and None where that is None.
     """
     posterior_mean, posterior_var, _, _, mean, var = statistics
     gamma = torch.ones_like(mean[0]) if given.weight is None else given.weight
@@ -128,18 +120,8 @@ def _through_fusion(g_mean: Tensor, g_var: Tensor, mean: Tensor, var: Tensor, gi
 
 def link_backward(moments: Tensor, weight: Tensor, after: Tensor | None, d_out: Tensor, d_after: Tensor | None,
                   relu: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The gradients of :func:`link_forward`.
-
-    Args:
-        moments: see :func:`link_forward`, as ``weight``.
-        weight: see ``moments``.
-        after: the rectified moments, as returned, or None.
-        d_out: ``(2, S, C_out, ...)``.
-        d_after: the gradient of the rectified moments from their other users, like ``moments``, or None.
-        relu: see :func:`link_forward`.
-
-    Returns:
-        Gradients of the moments and of the weight.
+    """The gradients of moments and weight, from those of what :func:`link_forward` returned: ``d_out`` and, if the
+    rectified moments ``after`` have other users, ``d_after``.
     """
     (d_mean, d_var), (m, v) = d_out.flatten(2).unbind(), (moments if after is None else after).flatten(2).unbind()
     sums, squares = fold_taps(weight)

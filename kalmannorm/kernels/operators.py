@@ -16,11 +16,9 @@ from torch import Tensor
 
 from kalmannorm.kernels.arguments import Given, Options
 from kalmannorm.kernels.backends import backend_for
-from kalmannorm.kernels.formulas import handed_on, to_groups
+from kalmannorm.kernels.formulas import carried, to_groups
 from kalmannorm.kernels.memory_format import as_dense
 from kalmannorm.kernels.on_torch import link_bias_gradient
-
-__all__ = ["layer", "link"]
 
 _OPTIONS = (
     "SymInt groups, SymInt gain_samples, float gain_slope, float gain_offset, float noise_scale, bool spread, "
@@ -101,13 +99,13 @@ def _contiguous(vectors: Sequence[Tensor | None]) -> Given:
 def _layer(x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     x, given, (posterior, *options) = as_dense(x), _contiguous(others[:7]), others[7:]
     y, statistics = backend_for(x, *given).layer_forward(x, given, None, Options(*options).for_kernels())
-    return y, handed_on(statistics, x, posterior).clone(), statistics
+    return y, carried(statistics, x, posterior).clone(), statistics
 
 
 def _layer_shapes(x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.promote_types(x.dtype, torch.float32)
     statistics = x.new_empty((6, others[8], x.shape[1]), dtype=dtype)
-    return torch.empty_like(as_dense(x)), handed_on(statistics, x, others[7]).clone(), statistics
+    return torch.empty_like(as_dense(x)), carried(statistics, x, others[7]).clone(), statistics
 
 
 def _layer_backward(dy: Tensor, x: Tensor, *others: Any) -> list[Tensor]:

@@ -18,8 +18,6 @@ from torch import Tensor
 
 from kalmannorm.kernels.autograd import is_transformed
 
-__all__ = ["rectified", "rectified_gradients", "rectify"]
-
 
 def _standardize(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``s``, ``a``, ``Phi(a)`` and ``phi(a)``."""
@@ -60,12 +58,7 @@ class _Rectify(torch.autograd.Function):
 
 
 def rectify(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of ``max(x, 0)`` for a Gaussian ``x``.
-
-    Args:
-        mean: any shape.
-        var: the same shape.
-    """
+    """Mean and variance of ``max(x, 0)`` for a Gaussian ``x`` whose mean and variance have one shape."""
     if is_transformed() or not torch.is_grad_enabled():
         return rectified(mean, var)
     return _Rectify.apply(mean, var)  # type: ignore[no-untyped-call, no-any-return]

@@ -17,8 +17,6 @@ from torch import Tensor
 
 from kalmannorm.kernels.autograd import differentiable_gradients, is_transformed
 
-__all__ = ["standardize"]
-
 
 def _plain(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     scale = weight * torch.rsqrt(var + eps)
@@ -51,19 +49,7 @@ class _Standardize(torch.autograd.Function):
 
 
 def standardize(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Normalize each channel by given statistics.
-
-    Args:
-        x: ``(N, C, *)``.
-        mean: ``(C,)``, as are ``var``, ``weight`` and ``bias``; at least float32.
-        var: see ``mean``.
-        weight: see ``mean``.
-        bias: see ``mean``.
-        eps: added to the variance.
-
-    Returns:
-        Shaped and typed as ``x``.
-    """
+    """Normalize ``(N, C, *)`` by given vectors, ``(C,)`` each and at least float32; shaped and typed as ``x``."""
     if is_transformed() or x.numel() == 0:  # one of several processes may have nothing, which torch's kernel rejects
         return _plain(x, mean, var, weight, bias, eps)
     if torch.is_grad_enabled():

@@ -24,11 +24,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = [
-    "apply_kernel", "backward_kernel", "forward_kernel", "fuse_kernel", "gradients_kernel", "input_gradient_kernel",
-    "moments_kernel", "running_kernel", "sums_kernel",
-]  # fmt: skip
-
 # Sizes and small vectors vary from layer to layer without any gain from code of their own.
 _SIZES = ["channels", "pixels", "rows", "groups", "tiles", "chunk", "chunks", "prior_size", "count", "momentum"]
 _VECTORS = ["prior", "prior_shift", "prior_scale", "gain", "noise", "running_mean", "running_var", "d_belief"]

@@ -15,8 +15,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["contract_kernel", "moment_gradients_kernel", "weight_gradient_kernel"]
-
 _SIZES = ["rows", "channels", "groups", "chunks"]
 _TINY = tl.constexpr(1.0842e-19)  # the square root of the smallest normal float32
 

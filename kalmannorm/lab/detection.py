@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchmetrics.detection import MeanAveragePrecision
 
+from kalmannorm.correction import is_trained
 from kalmannorm.integrations.lightning import recalibrate_by_training_batches
 from kalmannorm.lab.data.objects import Target
 from kalmannorm.lab.methods import METHODS, normalize
 from kalmannorm.lab.optimization import Schedule, check_schedule, sgd
 from kalmannorm.lab.pretrained import resnet, started
 from kalmannorm.lab.scoring import has_running_statistics, online
-from kalmannorm.modules import is_trained
 
 Batch = tuple[list[Tensor], list[Target]]
 

@@ -19,7 +19,7 @@ from kalmannorm.rules.rectified import Rectified
 from kalmannorm.rules.shape import align, of_rank, summarize
 from kalmannorm.rules.table import RULES, Belief, aliases, belief_rule, rule
 
-__all__ = ["CURVED", "ELEMENTWISE", "JOINT", "add", "maximum", "minimum", "mul", "neg", "pair"]
+__all__ = ["CURVED", "ELEMENTWISE", "JOINT"]
 
 _Operand = Gaussian | Tensor | float
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kalmannorm.gaussian import Gaussian, Packed, Unknown
+from kalmannorm.kernels.formulas import at_least_float32
 from kalmannorm.kernels.link import link
 from kalmannorm.rules.rectified import Rectified
 from kalmannorm.rules.shape import in_one_shape, per_axis
@@ -99,19 +100,13 @@ def conv_transpose(x: Gaussian, weight: Tensor, bias: Tensor | None = None, stri
 
 
 def through_matrix(x: Gaussian, weight: Tensor, bias: Tensor | None = None) -> Gaussian:
-    """``m' = W m + b`` and ``v' = W^2 v`` along the last axis, for every position along the other axes.
-
-    Args:
-        x: ``(..., C_in)``.
-        weight: ``(C_out, C_in)``.
-        bias: ``(C_out,)`` or None.
-    """
+    """``m' = W m + b`` and ``v' = W^2 v`` along the last axis, for every position along the other axes."""
     if x.ndim == 2:
         return _through_filter(x, weight, bias)
     x = x.full([x.ndim - 1])
     before = torch.broadcast_shapes(x.mean.shape, x.var.shape)[:-1]
     flat = x.map(lambda t: t.expand(*before, -1).reshape(math.prod(before), -1))
-    return Packed(link(flat.packed().moments, weight, bias).moments).map(lambda t: t.reshape(*before, -1))
+    return Packed(link(flat.packed().moments, weight, bias)[0]).map(lambda t: t.reshape(*before, -1))
 
 
 @belief_rule("linear")
@@ -129,8 +124,7 @@ def embedding(index: Tensor, weight: Tensor, *args: object, **kwargs: object) ->
     """Rows of a table, each as likely as the others: mean and variance of its columns."""
     if isinstance(index, Gaussian) or isinstance(weight, Gaussian):
         return _ACTIVATION_AS_WEIGHT
-    table = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    var, mean = torch.var_mean(table, 0, correction=0)
+    var, mean = torch.var_mean(at_least_float32(weight), 0, correction=0)
     return Gaussian(mean, var).map(lambda t: t.view(*[1] * index.ndim, -1))
 
 

@@ -20,7 +20,7 @@ from kalmannorm.kernels.rectify import rectify
 from kalmannorm.rules.rectified import Rectified
 from kalmannorm.rules.table import Belief, aliases, belief_rule, belief_rules
 
-__all__ = ["GUARDED", "piecewise", "quadrature"]
+__all__ = ["piecewise", "quadrature"]
 
 # The trapezoid rule on [-7, 7] integrates over the standard normal. For smooth integrands it converges as fast as
 # Gauss-Hermite quadrature (its error is exp(-2 pi^2 / step^2)); for those with corners (ELU, CELU) it is better, since

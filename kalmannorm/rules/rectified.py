@@ -61,10 +61,6 @@ class Rectified(Gaussian):
         return self.evaluate().var
 
     @property
-    def ndim(self) -> int:
-        return self.below.ndim
-
-    @property
     def groups(self) -> int:
         return self.below.groups
 

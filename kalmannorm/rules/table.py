@@ -113,13 +113,7 @@ def as_rule_is_called(rule: Rule, args: tuple[Any, ...],
                       kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:  # fmt: skip
     """Translate the arguments of a call to those of its rule: ``add(input=x, other=y)`` is the rule's ``add(x, y)``.
 
-    Args:
-        rule: The rule of the called function.
-        args: Positional arguments of the call.
-        kwargs: Keyword arguments of the call.
-
-    Returns:
-        Positional and keyword arguments for the rule, or None if it does not take them.
+    Returns positional and keyword arguments for the rule, or None if it does not take them.
     """
     names, positions = _TAKES.get(rule, (None, None))
     if not kwargs:  # nearly always
