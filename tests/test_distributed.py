@@ -21,12 +21,14 @@ from torch import nn
 from torch.distributed import pipelining
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import kalmannorm as kn
 from kalmannorm.kernels import on_cpu
+from kalmannorm.shards import _leave_shard
 
 PROGRAMS = Path(__file__).parent / "torchrun"
 pytestmark = pytest.mark.slow
@@ -334,6 +336,16 @@ def test_a_tensor_of_many_devices_is_refused(mesh):
     model = distribute_module(three_norms(), mesh)
     with pytest.raises(TypeError, match=r"KalmanNorm2d '1' got a DTensor, expected a torch\.Tensor"):
         model(distribute_tensor(batch(0)[0], mesh, [Replicate()]))
+
+
+def test_each_step_of_a_sharded_network_computes_its_beliefs_once(mesh):
+    model = three_norms()
+    for module in (model[0], model[3], model):
+        fully_shard(module, mesh=mesh)
+    for step in range(3):
+        model(batch(step)[0]).square().sum().backward()
+    for module in (model[0], model[3], model):
+        assert list(module._forward_hooks.values()).count(_leave_shard) == 1
 
 
 def test_behind_a_tensor_parallel_layer_there_is_no_prior(mesh):
