@@ -6,7 +6,9 @@ import warnings
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from network import in_two_processes
 from networks import made_of, through_a_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -14,6 +16,7 @@ from torchvision.ops import StochasticDepth
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 import kalmannorm as kn
+from kalmannorm import passes
 
 INPUT_STATS = ([0.0] * 3, [1.0] * 3)
 
@@ -872,3 +875,107 @@ def test_a_layer_that_eval_leaves_out_keeps_its_correction():
     assert (row.source, row.reason) == ("", "it was not called, and stays as it was")
     assert model.head[1].prior_scale is before
     assert not model.head[1].awaits_correction
+
+
+def test_a_copy_that_is_made_in_inference_mode_knows_its_correction(trained):
+    """torch counts no changes of its tensors."""
+    model, x = converted(trained), images(2)
+    model(x)
+    with torch.inference_mode():
+        torch.testing.assert_close(copy.deepcopy(model)(x), model(x), rtol=0, atol=0)
+
+
+def test_the_correction_of_a_half_precision_network_is_float32(trained):
+    model = converted(copy.deepcopy(trained).half())
+    model(images(2).half())
+    for buffer in (buffer for both in corrections(model) for buffer in both):
+        assert buffer.dtype == torch.float32
+
+
+def test_a_target_is_forgotten_once_a_correction_has_led_to_it(trained):
+    model = converted(trained, track_running_stats=False)
+    model(images())
+    assert kn.calibrate(model, images()).rows[0].source == "data"
+
+
+def test_a_correction_that_is_loaded_takes_the_place_of_one_that_was_awaited(trained):
+    model, found = (converted(trained, track_running_stats=False) for _ in range(2))
+    found(images())
+    model.load_state_dict(found.state_dict())
+    assert kn.calibrate(model, images()).rows[0].source == "data"
+
+
+def test_a_checkpoint_of_a_kalman_layer_without_a_correction_asks_for_none(trained):
+    model = converted(trained)
+    state = {key: tensor for key, tensor in model.state_dict().items() if "prior_s" not in key}
+    assert any(key.endswith("gain") for key in state)
+    model.load_state_dict(state)
+    assert not any(layer.is_corrected for layer in kalman_layers(model))
+
+
+def test_a_checkpoint_of_a_fresh_batchnorm_network_drops_a_correction(trained):
+    model = converted(trained)
+    model(images())
+    model.load_state_dict(network().state_dict())
+    assert not any(layer.is_corrected for layer in kalman_layers(model))
+
+
+def test_a_target_does_not_move_with_the_network_that_it_was_loaded_from(trained):
+    model, other = (converted(network(), track_running_stats=False) for _ in range(2))
+    source, x = copy.deepcopy(trained), images()
+    model.load_state_dict(source.state_dict())
+    other.load_state_dict(source.state_dict())
+    other(x)
+    for layer in (source[1], source[4], source[7]):
+        layer.reset_running_stats()
+    model(x)
+    assert_same_corrections(model, other)
+
+
+def test_a_checkpoint_that_waits_loads_on_the_meta_device_without_a_word(trained):
+    """The values that could correct it come later."""
+    model = converted(trained).to("meta")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        model.load_state_dict(converted(trained).state_dict())
+    assert not any("its prior stays uncorrected" in str(warning.message) for warning in seen)
+
+
+def test_a_shift_alone_is_a_correction(trained):
+    model = converted(trained, calibrate=False)
+    state = copy.deepcopy(model.state_dict())
+    state["1.prior_shift"] += 1
+    model.load_state_dict(state)
+    assert [layer.is_corrected for layer in kalman_layers(model)] == [True, False, False]
+
+
+def test_a_single_input_has_no_progress_bar(trained, monkeypatch):
+    shown = []
+    monkeypatch.setattr(passes, "_progress_bar", shown.append)
+    kn.calibrate(converted(trained), images())
+    assert shown == []
+    kn.calibrate(converted(trained), [images()])
+    assert shown == ["calibrate"]
+
+
+def spread():
+    """A network and two batches of other sizes."""
+    model = converted(network())
+    x = images()
+    return model, [x[:6], x[6:, :, 1:, 1:]]
+
+
+def calibrated_by_two(rank):
+    model, batches = spread()
+    kn.calibrate(model, batches[rank], source="data", process_group=dist.group.WORLD, progress=False)
+    return [tensor for both in corrections(model) for tensor in both]
+
+
+@pytest.mark.slow
+def test_two_processes_get_the_corrections_of_all_data(tmp_path):
+    """The same to the bit. Above the first layer, each sees what its own batch makes of the network."""
+    first, second = in_two_processes(calibrated_by_two, tmp_path)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    alone, batches = spread()
+    kn.calibrate(alone, batches, source="data", progress=False)
+    torch.testing.assert_close(first[:2], [*corrections(alone)[0]], rtol=1e-4, atol=1e-5)
