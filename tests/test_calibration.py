@@ -892,9 +892,10 @@ def test_the_correction_of_a_half_precision_network_is_float32(trained):
         assert buffer.dtype == torch.float32
 
 
-def test_a_target_is_forgotten_once_a_correction_has_led_to_it(trained):
+@pytest.mark.parametrize("find", [nn.Module.__call__, kn.calibrate], ids=["by a call", "by calibrate"])
+def test_a_target_is_forgotten_once_a_correction_has_led_to_it(trained, find):
     model = converted(trained, track_running_stats=False)
-    model(images())
+    find(model, images())
     assert kn.calibrate(model, images()).rows[0].source == "data"
 
 
@@ -947,6 +948,24 @@ def test_a_shift_alone_is_a_correction(trained):
     state["1.prior_shift"] += 1
     model.load_state_dict(state)
     assert [layer.is_corrected for layer in kalman_layers(model)] == [True, False, False]
+
+
+def test_running_statistics_become_the_prior_of_a_layer_that_has_none(trained):
+    model = converted(trained, calibrate=False, input_stats=None)
+    row = kn.calibrate(model, images()).rows[0]
+    assert (row.source, row.reason[:21]) == ("running statistics", "which are its prior: ")
+    assert [layer.is_corrected for layer in kalman_layers(model)] == [True] * 3
+    prior, _ = priors(model, images())[0]
+    torch.testing.assert_close(prior, trained[1].running_mean)
+
+
+def test_a_layer_whose_prior_was_lost_loses_its_correction():
+    model = converted(network(lambda channels: nn.GroupNorm(2, channels)), layers="group")
+    kn.calibrate(model, images(), source="data")
+    assert model[4].is_corrected
+    model[2] = made_of(lambda self, x: torch.cumsum(x, 2))
+    assert kn.calibrate(model, images(), source="data").rows[1].source == ""
+    assert not model[4].is_corrected
 
 
 def test_a_single_input_has_no_progress_bar(trained, monkeypatch):
