@@ -968,6 +968,16 @@ def test_a_layer_whose_prior_was_lost_loses_its_correction():
     assert not model[4].is_corrected
 
 
+def test_statistics_of_no_counted_batch_or_of_a_plain_mean_are_converted_without_a_word(trained):
+    uncounted, plain = copy.deepcopy(trained), network(lambda channels: nn.BatchNorm2d(channels, momentum=None))
+    for layer in (uncounted[1], uncounted[4], uncounted[7]):
+        layer.num_batches_tracked.zero_()
+    plain(images())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert all(converted(model)[1].awaits_correction for model in (uncounted, plain))
+
+
 def test_a_single_input_has_no_progress_bar(trained, monkeypatch):
     shown = []
     monkeypatch.setattr(passes, "_progress_bar", shown.append)

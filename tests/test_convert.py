@@ -677,3 +677,13 @@ def test_a_layer_of_all_processes_is_saved_and_loaded(tmp_path):
     finally:
         torch.distributed.destroy_process_group()
     assert pickle.loads(saved)[0].process_group is None
+
+
+def test_layers_without_tensors_are_made_as_the_models_buffers():
+    model = nn.Sequential(nn.BatchNorm2d(4, affine=False), nn.InstanceNorm2d(4)).double()
+    assert kn.convert(model, layers="instance")[1].gain.dtype == torch.float64
+
+
+def test_groups_of_samples_may_be_larger_without_running_statistics():
+    model = nn.Sequential(nn.BatchNorm2d(4))
+    assert kn.convert(model, track_running_stats=False, stats_batch_size=2)[0].stats_batch_size == 2

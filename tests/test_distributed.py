@@ -355,6 +355,23 @@ def test_behind_a_tensor_parallel_layer_there_is_no_prior(mesh):
     assert kn.describe(model, torch.randn(2, 4)).rows[0].reason.endswith("vmap or DTensor")
 
 
+# -- SyncBatchNorm ---------------------------------------------------------------------------------
+
+
+def test_a_group_of_sync_batch_norm_stays(mesh):
+    group = dist.new_group([0])
+    model = kn.convert(nn.Sequential(nn.SyncBatchNorm(3, process_group=group), nn.SyncBatchNorm(3)))
+    assert model[0].process_group is group
+    assert model[1].process_group is dist.group.WORLD
+
+
+@pytest.mark.parametrize("options", [{"stats_batch_size": 2}, {"track_running_stats": False}], ids=str)
+def test_sync_batch_norm_that_is_to_have_groups_of_its_own_shares_nothing(mesh, options):
+    model = kn.convert(nn.Sequential(nn.SyncBatchNorm(3)), **options)
+    assert model[0].process_group is None
+    assert model[0].statistic_groups(4) == {2: 2}.get(options.get("stats_batch_size"), 4)
+
+
 # -- pipelines -------------------------------------------------------------------------------------
 
 
