@@ -372,6 +372,16 @@ def test_sync_batch_norm_that_is_to_have_groups_of_its_own_shares_nothing(mesh, 
     assert model[0].statistic_groups(4) == {2: 2}.get(options.get("stats_batch_size"), 4)
 
 
+def test_a_kind_of_sync_batch_norm_is_copied(mesh):
+    """No group of processes can be."""
+
+    class Mine(nn.SyncBatchNorm):
+        pass
+
+    model = kn.convert(nn.Sequential(Mine(3, process_group=dist.group.WORLD)), stats_batch_size=1)
+    assert type(kn.to_batchnorm(copy.deepcopy(model))[0]) is Mine
+
+
 # -- pipelines -------------------------------------------------------------------------------------
 
 
