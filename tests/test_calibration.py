@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from network import in_two_processes
 from networks import made_of, through_a_file
@@ -16,6 +17,7 @@ from torchvision.ops import StochasticDepth
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 import kalmannorm as kn
+from kalmannorm import passes
 
 INPUT_STATS = ([0.0] * 3, [1.0] * 3)
 
@@ -890,3 +892,136 @@ def test_a_layer_that_eval_leaves_out_keeps_its_correction():
     assert (row.source, row.reason) == ("", "it was not called, and stays as it was")
     assert model.head[1].prior_scale is before
     assert not model.head[1].awaits_correction
+
+
+def test_a_copy_that_is_made_in_inference_mode_knows_its_correction(trained):
+    """torch counts no changes of its tensors."""
+    model, x = converted(trained), images(2)
+    model(x)
+    with torch.inference_mode():
+        torch.testing.assert_close(copy.deepcopy(model)(x), model(x), rtol=0, atol=0)
+
+
+def test_the_correction_of_a_half_precision_network_is_float32(trained):
+    model = converted(copy.deepcopy(trained).half())
+    model(images(2).half())
+    for buffer in (buffer for both in corrections(model) for buffer in both):
+        assert buffer.dtype == torch.float32
+
+
+@pytest.mark.parametrize("find", [nn.Module.__call__, kn.calibrate], ids=["by a call", "by calibrate"])
+def test_a_target_is_forgotten_once_a_correction_has_led_to_it(trained, find):
+    model = converted(trained, track_running_stats=False)
+    find(model, images())
+    assert kn.calibrate(model, images()).rows[0].source == "data"
+
+
+def test_a_correction_that_is_loaded_takes_the_place_of_one_that_was_awaited(trained):
+    model, found = (converted(trained, track_running_stats=False) for _ in range(2))
+    found(images())
+    model.load_state_dict(found.state_dict())
+    assert kn.calibrate(model, images()).rows[0].source == "data"
+
+
+def test_a_checkpoint_of_a_kalman_layer_without_a_correction_asks_for_none(trained):
+    model = converted(trained)
+    state = {key: tensor for key, tensor in model.state_dict().items() if "prior_s" not in key}
+    assert any(key.endswith("gain") for key in state)
+    model.load_state_dict(state)
+    assert not any(layer.is_corrected for layer in kalman_layers(model))
+
+
+def test_a_checkpoint_of_a_fresh_batchnorm_network_drops_a_correction(trained):
+    model = converted(trained)
+    model(images())
+    model.load_state_dict(network().state_dict())
+    assert not any(layer.is_corrected for layer in kalman_layers(model))
+
+
+def test_a_target_does_not_move_with_the_network_that_it_was_loaded_from(trained):
+    model, other = (converted(network(), track_running_stats=False) for _ in range(2))
+    source, x = copy.deepcopy(trained), images()
+    model.load_state_dict(source.state_dict())
+    other.load_state_dict(source.state_dict())
+    other(x)
+    for layer in (source[1], source[4], source[7]):
+        layer.reset_running_stats()
+    model(x)
+    assert_same_corrections(model, other)
+
+
+def test_a_checkpoint_that_waits_loads_on_the_meta_device_without_a_word(trained):
+    """The values that could correct it come later."""
+    model = converted(trained).to("meta")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        model.load_state_dict(converted(trained).state_dict())
+    assert not any("its prior stays uncorrected" in str(warning.message) for warning in seen)
+
+
+def test_a_shift_alone_is_a_correction(trained):
+    model = converted(trained, calibrate=False)
+    state = copy.deepcopy(model.state_dict())
+    state["1.prior_shift"] += 1
+    model.load_state_dict(state)
+    assert [layer.is_corrected for layer in kalman_layers(model)] == [True, False, False]
+
+
+def test_running_statistics_become_the_prior_of_a_layer_that_has_none(trained):
+    model = converted(trained, calibrate=False, input_stats=None)
+    row = kn.calibrate(model, images()).rows[0]
+    assert (row.source, row.reason[:21]) == ("running statistics", "which are its prior: ")
+    assert [layer.is_corrected for layer in kalman_layers(model)] == [True] * 3
+    prior, _ = priors(model, images())[0]
+    torch.testing.assert_close(prior, trained[1].running_mean)
+
+
+def test_a_layer_whose_prior_was_lost_loses_its_correction():
+    model = converted(network(lambda channels: nn.GroupNorm(2, channels)), layers="group")
+    kn.calibrate(model, images(), source="data")
+    assert model[4].is_corrected
+    model[2] = made_of(lambda self, x: torch.cumsum(x, 2))
+    assert kn.calibrate(model, images(), source="data").rows[1].source == ""
+    assert not model[4].is_corrected
+
+
+def test_statistics_of_no_counted_batch_or_of_a_plain_mean_are_converted_without_a_word(trained):
+    uncounted, plain = copy.deepcopy(trained), network(lambda channels: nn.BatchNorm2d(channels, momentum=None))
+    for layer in (uncounted[1], uncounted[4], uncounted[7]):
+        layer.num_batches_tracked.zero_()
+    plain(images())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert all(converted(model)[1].awaits_correction for model in (uncounted, plain))
+
+
+def test_a_single_input_has_no_progress_bar(trained, monkeypatch):
+    shown = []
+    monkeypatch.setattr(passes, "_progress_bar", shown.append)
+    kn.calibrate(converted(trained), images())
+    assert shown == []
+    kn.calibrate(converted(trained), [images()])
+    assert shown == ["calibrate"]
+
+
+def spread():
+    """A network and two batches of other sizes."""
+    model = converted(network())
+    x = images()
+    return model, [x[:6], x[6:, :, 1:, 1:]]
+
+
+def calibrated_by_two(rank):
+    model, batches = spread()
+    kn.calibrate(model, batches[rank], source="data", process_group=dist.group.WORLD, progress=False)
+    return [tensor for both in corrections(model) for tensor in both]
+
+
+@pytest.mark.slow
+def test_two_processes_get_the_corrections_of_all_data(tmp_path):
+    """The same to the bit. Above the first layer, each sees what its own batch makes of the network."""
+    first, second = in_two_processes(calibrated_by_two, tmp_path)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    alone, batches = spread()
+    kn.calibrate(alone, batches, source="data", progress=False)
+    torch.testing.assert_close(first[:2], [*corrections(alone)[0]], rtol=1e-4, atol=1e-5)

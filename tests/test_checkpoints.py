@@ -3,11 +3,12 @@
 
 import pytest
 import torch
-from networks import Checkpointed, Residual
+from networks import Checkpointed, Residual, made_of
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import kalmannorm as kn
+from kalmannorm.recording import Recorder
 
 
 @pytest.mark.parametrize("estimator", ["exact", "monte_carlo"])
@@ -56,3 +57,57 @@ def test_a_network_in_a_hook_of_a_backward_pass_is_no_checkpoint():
     y.register_hook(lambda gradient: found.append(model(gradient)))
     y.square().sum().backward()
     assert found[0].shape == (2, 4, 4, 4)
+
+
+def test_a_rectified_belief_whose_moments_a_region_reads_first():
+    """A layer outside has asked for a belief further on, and got none: the moments behind the ReLU are still unread."""
+
+    def through(use):
+        def forward(self, x):
+            x = torch.relu(self.first(x))
+            self.side(torch.cumsum(x, 2))
+            return checkpoint(self.second, x, use_reentrant=False) if use else self.second(x)
+
+        model = kn.convert(made_of(forward, **{name: nn.BatchNorm2d(3) for name in ("first", "side", "second")}))
+        torch.manual_seed(1)
+        model(torch.randn(2, 3, 4, 4)).square().mul(torch.arange(16.0).view(4, 4)).sum().backward()
+        return [parameter.grad for parameter in (model.first.weight, model.first.bias, model.second.process_noise)]
+
+    for saving, plain in zip(through(True), through(False), strict=True):
+        torch.testing.assert_close(saving, plain, rtol=0, atol=0)
+
+
+def test_a_region_of_many_layers_runs_again_with_one_mode():
+    """A plain function, without hooks that open one. Two modes would record each call twice."""
+    layers, open_modes = nn.ModuleList(nn.BatchNorm2d(3) for _ in range(3)), []
+
+    def region(x):
+        for layer in layers:
+            modes = torch.overrides._get_current_function_mode_stack()
+            open_modes.append(sum(isinstance(mode, Recorder) for mode in modes))
+            x = layer(x)
+        return x
+
+    def forward(self, x):
+        return checkpoint(region, self.first(x), use_reentrant=False)
+
+    model = kn.convert(made_of(forward, first=nn.BatchNorm2d(3), layers=layers))
+    layers = model.layers
+    model(torch.randn(2, 3, 4, 4)).square().sum().backward()
+    assert open_modes == [1] * 6
+
+
+def test_a_network_compiled_in_a_backward_pass_moves_its_statistics():
+    """In later calls too: that a backward pass runs is no constant of its graph."""
+    model = kn.convert(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
+    compiled = torch.compile(model, backend="eager")
+    y = torch.randn(2, 3, 4, 4, requires_grad=True)
+
+    def hook(gradient):
+        with torch.enable_grad():
+            compiled(gradient.detach())
+
+    y.register_hook(hook)
+    y.square().sum().backward()
+    compiled(torch.randn(2, 3, 4, 4))
+    assert int(model[1].num_batches_tracked) == 2

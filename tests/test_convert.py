@@ -261,6 +261,8 @@ def test_input_stats_give_the_first_layer_a_prior():
         model(torch.randn(2, 4, 8, 8))
     with pytest.raises(ValueError, match="one number a channel each, std above 0"):
         kn.convert(small(), input_stats=([0.0], [0.0]))
+    with pytest.raises(ValueError, match="one number a channel each, std above 0"):
+        kn.convert(small(), input_stats=([float("nan")] * 3, [1.0] * 3))
     with pytest.raises(ValueError, match="one number a channel each"):
         kn.convert(small(), input_stats=([0.0, 0.0], [1.0]))
 
@@ -677,3 +679,27 @@ def test_a_layer_of_all_processes_is_saved_and_loaded(tmp_path):
     finally:
         torch.distributed.destroy_process_group()
     assert pickle.loads(saved)[0].process_group is None
+
+
+def test_layers_without_tensors_are_made_as_the_models_buffers():
+    model = nn.Sequential(nn.BatchNorm2d(4, affine=False), nn.InstanceNorm2d(4)).double()
+    assert kn.convert(model, layers="instance")[1].gain.dtype == torch.float64
+
+
+def test_groups_of_samples_may_be_larger_without_running_statistics():
+    model = nn.Sequential(nn.BatchNorm2d(4))
+    assert kn.convert(model, track_running_stats=False, stats_batch_size=2)[0].stats_batch_size == 2
+
+
+def test_a_frozen_layers_eps_is_kept():
+    frozen = FrozenBatchNorm2d(3, eps=0.5)
+    x = torch.randn(2, 3, 4, 4)
+    torch.testing.assert_close(kn.convert(nn.Sequential(frozen)).eval()(x), frozen(x))
+
+
+def test_input_stats_that_a_network_learns_are_taken_as_numbers():
+    mean = nn.Parameter(torch.zeros(3))
+    model = kn.convert(nn.Sequential(nn.BatchNorm2d(3)), input_stats=(mean, torch.ones(3)))
+    for _ in range(2):
+        model(torch.randn(2, 3, 4, 4)).square().sum().backward()
+    assert mean.grad is None

@@ -21,12 +21,14 @@ from torch import nn
 from torch.distributed import pipelining
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import kalmannorm as kn
 from kalmannorm.kernels import on_cpu
+from kalmannorm.shards import _leave_shard
 
 PROGRAMS = Path(__file__).parent / "torchrun"
 pytestmark = pytest.mark.slow
@@ -336,11 +338,48 @@ def test_a_tensor_of_many_devices_is_refused(mesh):
         model(distribute_tensor(batch(0)[0], mesh, [Replicate()]))
 
 
+def test_each_step_of_a_sharded_network_computes_its_beliefs_once(mesh):
+    model = three_norms()
+    for module in (model[0], model[3], model):
+        fully_shard(module, mesh=mesh)
+    for step in range(3):
+        model(batch(step)[0]).square().sum().backward()
+    for module in (model[0], model[3], model):
+        assert list(module._forward_hooks.values()).count(_leave_shard) == 1
+
+
 def test_behind_a_tensor_parallel_layer_there_is_no_prior(mesh):
     model = kn.convert(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4), nn.BatchNorm1d(4)),
                        input_stats=([0.0] * 4, [1.0] * 4))  # fmt: skip
     parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
     assert kn.describe(model, torch.randn(2, 4)).rows[0].reason.endswith("vmap or DTensor")
+
+
+# -- SyncBatchNorm ---------------------------------------------------------------------------------
+
+
+def test_a_group_of_sync_batch_norm_stays(mesh):
+    group = dist.new_group([0])
+    model = kn.convert(nn.Sequential(nn.SyncBatchNorm(3, process_group=group), nn.SyncBatchNorm(3)))
+    assert model[0].process_group is group
+    assert model[1].process_group is dist.group.WORLD
+
+
+@pytest.mark.parametrize("options", [{"stats_batch_size": 2}, {"track_running_stats": False}], ids=str)
+def test_sync_batch_norm_that_is_to_have_groups_of_its_own_shares_nothing(mesh, options):
+    model = kn.convert(nn.Sequential(nn.SyncBatchNorm(3)), **options)
+    assert model[0].process_group is None
+    assert model[0].statistic_groups(4) == {2: 2}.get(options.get("stats_batch_size"), 4)
+
+
+def test_a_kind_of_sync_batch_norm_is_copied(mesh):
+    """No group of processes can be."""
+
+    class Mine(nn.SyncBatchNorm):
+        pass
+
+    model = kn.convert(nn.Sequential(Mine(3, process_group=dist.group.WORLD)), stats_batch_size=1)
+    assert type(kn.to_batchnorm(copy.deepcopy(model))[0]) is Mine
 
 
 # -- pipelines -------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from drawing import DRAWS, agree, believe, written_out
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kalmannorm.gaussian import Gaussian, Unknown
+from kalmannorm.gaussian import Gaussian, Packed, Unknown
 
 SHAPE = (12, 4, 3, 2)
 _axes = st.sets(st.integers(1, 3))
@@ -53,6 +53,7 @@ def test_writing_out(groups, axes):
     assert torch.equal(mean, blocks)
     one = x.full([2])
     assert one.mean.shape == (groups, x.mean.shape[1], 3, x.mean.shape[3])
+    assert torch.equal(x.full([-2]).mean, one.mean)
 
 
 def test_writing_out_blocks_of_channels():
@@ -123,6 +124,35 @@ def test_what_a_layer_needs_of_a_vector_after_flatten():
     got = x.per_channel(2)
     assert got.mean.tolist() == [[1, 1, 1, 2, 2, 2]] * 2
     assert got.var.tolist() == [[3, 3, 3, 4, 4, 4]] * 2
+
+
+@pytest.mark.parametrize(
+    ("mean", "var", "ready"),
+    [
+        ((2, 4, 1, 1), (2, 4, 1, 1), True),
+        ((2, 4, 1, 1), (1, 4, 1, 1), False),
+        ((2, 4, 3, 1), (2, 4, 3, 1), False),
+        ((2, 2, 2, 1), (2, 2, 2, 1), False),
+        ((2, 1, 1, 1), (2, 1, 1, 1), False),
+    ],
+    ids=str,
+)
+def test_a_kernel_takes_one_number_a_channel_of_each_moment(mean, var, ready):
+    assert Gaussian(torch.zeros(mean), torch.ones(var), SHAPE).is_per_channel(4) == ready
+    if mean == var:
+        assert Packed(torch.zeros(2, *mean), SHAPE).is_per_channel(4) == ready
+
+
+def test_moments_in_one_tensor_are_the_same_belief():
+    x = Packed(torch.arange(12.0).view(2, 2, 3, 1).requires_grad_())
+    assert (x.shape, x.ndim, x.groups) == ((2, 3, 1), 3, 2)
+    assert x.mean.flatten().tolist() == [0, 1, 2, 3, 4, 5]
+    assert x.var.flatten().tolist() == [6, 7, 8, 9, 10, 11]
+    wide = x.of((4, 3, 5))
+    assert (wide.shape, wide.full([2]).mean.shape) == ((4, 3, 5), (2, 3, 5))
+    assert x.packed() is x
+    assert not wide.detach().mean.requires_grad
+    assert wide.detach().shape == (4, 3, 5)
 
 
 @given(groups=st.sampled_from([1, 2, 4]), seed=st.integers(0, 99))

@@ -15,8 +15,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import kalmannorm as kn
+from kalmannorm import passes
+from kalmannorm.gaussian import Gaussian
+from kalmannorm.passes import Population, run_batches
 from kalmannorm.propagation import exact
 from kalmannorm.steps import step_of
+from kalmannorm.traversal import device_of
 
 
 def small():
@@ -287,6 +291,7 @@ def test_batches_of_all_kinds(batch, options):
     [
         ("image", r"gave a batch of type str \(no tensor\), expected a tensor, a tuple or list that begins with"),
         (("label", torch.zeros(1)), r"gave a batch of type tuple \(of str, Tensor\)"),
+        ((["label"], torch.zeros(1)), r"gave a batch of type tuple \(of list, Tensor\)"),
         ([], r"gave a batch of type list \(of nothing\).*; or forward="),
     ],
     ids=repr,
@@ -312,6 +317,23 @@ def test_inputs_move_to_the_models_device():
     assert seen[0].label[1] == "label"
 
 
+def test_a_batch_that_can_move_itself_does():
+    """As those of transformers and torch_geometric do."""
+
+    class Batch:
+        def to(self, device):
+            return [torch.zeros(1, device=device)]
+
+    seen = []
+    run_batches(nn.Linear(1, 1, device="meta"), [Batch()], seen.extend, caller="f", max_batches=None, progress=False)
+    assert seen[0].is_meta
+
+
+def test_a_model_of_buffers_alone_is_where_they_are():
+    assert device_of(nn.BatchNorm2d(3, affine=False, device="meta")).type == "meta"
+    assert device_of(nn.ReLU()).type == "cpu"
+
+
 def test_max_batches():
     data = torch.randn(8, 3, 8, 8)
     model, expected = kn.convert(small()), kn.convert(small())
@@ -324,19 +346,57 @@ def test_max_batches():
         quiet(model, [data], max_batches=0)
 
 
-@pytest.mark.parametrize(("most", "total"), [(None, 4), (3, 3), (9, 4)])
-def test_progress_by_rich(monkeypatch, capsys, most, total):
+def bars_of_rich(monkeypatch):
+    """The titles and totals of the bars that are shown from here on."""
     progress = pytest.importorskip("rich.progress")
     shown = []
     track = progress.track
     monkeypatch.setattr(progress, "track", lambda batches, what, total, **options: shown.append((what, total))
                         or track(batches, what, total, **options))  # fmt: skip
+    return shown
+
+
+@pytest.mark.parametrize(("most", "total"), [(None, 4), (3, 3), (9, 4)])
+def test_progress_by_rich(monkeypatch, capsys, most, total):
+    shown = bars_of_rich(monkeypatch)
     kn.recalibrate(kn.convert(small()), torch.randn(8, 3, 8, 8).split(2), max_batches=most)
     assert shown == [("recalibrate", total)]
     kn.recalibrate(kn.convert(small()), iter(torch.randn(8, 3, 8, 8).split(2)))
     quiet(kn.convert(small()), torch.randn(2, 3, 8, 8).split(2))
     assert len(shown) == 2
     assert capsys.readouterr().out == ""
+
+
+def test_the_most_batches_are_the_total_where_the_loader_has_no_length(monkeypatch):
+    shown, batches = bars_of_rich(monkeypatch), (torch.randn(2, 3, 8, 8) for _ in range(4))
+    kn.recalibrate(kn.convert(small()), batches, max_batches=3)
+    assert shown == [("recalibrate", 3)]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_process_alone_shows_progress(monkeypatch, rank):
+    shown = bars_of_rich(monkeypatch)
+    monkeypatch.setattr(dist, "get_rank", lambda group: rank)
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, group: None)
+    run_batches(nn.ReLU(), [torch.zeros(1)], id, caller="f", max_batches=None, progress=True, process_group=object())
+    assert shown == [("f", 1)][rank:]
+
+
+def test_an_error_ends_the_progress_bar(monkeypatch):
+    """At once, though the error still holds the loop: rich shows no second bar beside one that is open."""
+    ended = []
+
+    def bar(batches, total):
+        try:
+            yield from batches
+        finally:
+            ended.append(total)
+
+    monkeypatch.setattr(passes, "_progress_bar", lambda title: bar)
+    with pytest.raises(ZeroDivisionError) as held:
+        kn.recalibrate(kn.convert(small()), [torch.zeros(1), torch.zeros(1)], forward=lambda model, batch: 1 / 0)
+    assert ended == [2]
+    assert held.tb is not None
 
 
 def test_progress_without_rich(monkeypatch, capsys):
@@ -416,6 +476,13 @@ def test_layers_that_no_batch_came_through_keep_theirs_and_are_named():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         quiet(model[0], [torch.randn(2, 3, 8, 8)])
+
+
+def test_a_process_that_saw_nothing_may_be_merged_first():
+    population, x = Population(nn.BatchNorm2d(3)), torch.randn(4, 3, 2, 2)
+    population.add(Gaussian(torch.zeros(1, 3), torch.zeros(1, 3)), 0)
+    population.observe(x)
+    torch.testing.assert_close(population.statistics.mean[0], x.double().mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
 
 
 def test_an_empty_batch_counts_for_nothing():

@@ -873,3 +873,24 @@ def test_some_layers_may_be_without_a_prior(layers, unconnected):
     model = without_rules(layers, unconnected)
     model(torch.randn(2, 4, 6, 6))
     assert kn.describe(model, torch.randn(2, 4, 6, 6)).with_prior == layers - unconnected
+
+
+@torch.no_grad()
+def test_kept_priors_are_those_of_the_inputs_type():
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.BatchNorm2d(3))
+    model = kn.convert(model, track_running_stats=False, input_stats=([0.1] * 3, [0.3] * 3)).eval()
+    x, fresh = torch.randn(2, 3, 4, 4), copy.deepcopy(model)
+    model(x)
+    torch.testing.assert_close(model(x.double()), fresh(x.double()), rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_no_priors_are_kept_of_many_networks_at_once():
+    """Those that ``torch.vmap`` puts in the place of one."""
+    model, x = one_at_a_time(), torch.randn(2, 3, 10, 10)
+    model(x)
+    weights = torch.stack([model[3].weight, 2 * model[3].weight])
+    many = torch.func.vmap(lambda weight: torch.func.functional_call(model, {"3.weight": weight}, (x,)))(weights)
+    torch.testing.assert_close(many[0], model(x))
+    model[3].weight.mul_(2)
+    torch.testing.assert_close(many[1], model(x))

@@ -363,6 +363,13 @@ def test_a_penalty_from_ten_thousand_on_leaves_out_keys(penalty, leaves_out):
     assert _leaves_out(torch.tensor([0.0, penalty])) == leaves_out
 
 
+def test_a_mask_inside_of_a_transform_is_not_looked_at():
+    """It has no one value there."""
+    masks = torch.full((2, 3), -math.inf)
+    assert not torch.func.vmap(lambda mask: torch.zeros(()) + _leaves_out(mask))(masks).any()
+    assert torch.func.vmap(lambda mask: torch.zeros(()) + _leaves_out(mask))(masks == 0).all()
+
+
 def test_dropout_of_attention_scales_the_values_common_mean():
     q, k, v = (believe((2**10, 2, 16, 4), seed=s, axes=(1, 3)) for s in range(3))
     v = Gaussian(v.mean + 10, v.var, v.shape)
