@@ -68,8 +68,8 @@ def convert(model: _M, *, layers: Sequence[str] = ("batch",), input_stats: Input
         track_running_stats: False drops running statistics: in ``eval()`` too, each sample (or each
             ``stats_batch_size`` samples) is normalized by its own statistics fused with the prior. The first layer's
             prior then needs ``input_stats``. In ``eval()`` without gradients, priors are computed once, and again after
-            parameters, the inputs' shape or the mode have changed (a write through ``.data`` is not seen). Layers
-            cannot be folded into convolutions.
+            parameters, the inputs' shape or the mode have changed (a write through ``.data``, or a fused optimizer's on
+            a CPU, is not seen). Layers cannot be folded into convolutions.
         options: keyword options of :class:`KalmanNorm2d`, for every layer. Layers that replace SyncBatchNorm share
             statistics if ``torch.distributed`` is initialized, unless ``stats_batch_size`` is given or
             ``track_running_stats`` is False.

@@ -171,6 +171,25 @@ class Packed(Gaussian):
         return shape[2] == channels and shape.numel() == 2 * shape[1] * channels
 
 
+class Shares(Gaussian):
+    """The belief about a softmax: elements along the axis ``dim`` add up to 1."""
+
+    __slots__ = ("dim",)
+
+    def __init__(self, belief: Gaussian, dim: int) -> None:
+        super().__init__(belief.mean, belief.var, belief.shape)
+        self.dim = dim
+
+    def of(self, shape: Sequence[int]) -> Gaussian:
+        """As :class:`Gaussian`'s."""
+        return Shares(super().of(shape), self.dim)
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> Shares:
+        """As :meth:`map`, for a function that only exchanges axes: ``dim`` goes along."""
+        marked = torch.empty([2 if d == self.dim else 1 for d in range(self.ndim)], device="cpu")
+        return Shares(self.map(move), move(marked).shape.index(2))
+
+
 def lengthen(t: Tensor, dim: int, size: int) -> Tensor:
     """Lengthen an axis to ``size`` by repeating each of its elements (consecutive blocks)."""
     have = t.shape[dim]

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -40,6 +41,7 @@ _LONGEST = 2000
 # The attribute of a tensor of zeros: its state then.
 _BLANK_AT = "_kalmannorm_blank"
 _DETACH = frozenset(aliases("detach"))
+_LAZY = frozenset((UninitializedBuffer, UninitializedParameter))  # which have no state yet
 _IN_PLACE_RELUS = frozenset((F.relu, F.relu_, torch.relu_, Tensor.relu_))
 # Functions of an activation and weights.
 _OF_WEIGHTS = frozenset(
@@ -115,7 +117,7 @@ class Recorder(TorchFunctionMode):
             func, args = _as_in_eager_mode(func, args)
         learns = bool(self.waiting) and self._meet_input(func, args, kwargs)
         # Before the call, as a function that works in place would hide an earlier change that was not recorded.
-        of_tensor = args and isinstance(args[0], Tensor)
+        of_tensor = args and isinstance(args[0], Tensor) and type(args[0]) not in _LAZY
         first, before = (step_of(args[0]), state_of(args[0])) if of_tensor else (None, None)
         if first is not None and func in _IN_PLACE_RELUS and _is_rectified_by_its_layer(func, args, kwargs, first):
             output = args[0]

@@ -502,3 +502,11 @@ def test_the_input_by_its_name(call):
         first=nn.BatchNorm2d(3), conv=nn.Conv2d(3, 4, 1), second=nn.BatchNorm2d(4),
     )  # fmt: skip
     assert kn.describe(kn.convert(model), torch.randn(2, 3, 4, 4)).rows[1].prior_from == ("first",)
+
+
+@pytest.mark.parametrize("options", [{}, {"track_running_stats": False}])
+def test_a_lazy_layer_gets_its_sizes_from_the_first_call(options):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.LazyLinear(5))
+    model = kn.convert(model, **options)
+    assert model(torch.randn(2, 3, 5, 5)).shape == (2, 5)
+    assert model[-1].in_features == 36

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kalmannorm.gaussian import Gaussian, Unknown
+from kalmannorm.gaussian import Gaussian, Shares, Unknown
 from kalmannorm.kernels.autograd import is_transformed
 from kalmannorm.rules.arithmetic import add, dropout, mul
 from kalmannorm.rules.linear import through_matrix
@@ -40,19 +40,30 @@ _MASKED = Unknown("attention that is causal, masked or grouped")
 def contraction(equation: str, x: Gaussian | Tensor, y: Gaussian | Tensor) -> Gaussian:
     """A sum of products, ``z = sum x y``, in Einstein's notation without an ellipsis.
 
-    Mean ``sum m1 m2`` and variance ``sum (v1 v2 + v1 m2^2 + v2 m1^2)``.
+    Mean ``sum m1 m2`` and variance ``sum (v1 v2 + v1 m2^2 + v2 m1^2)``. What all elements share passes unchanged where
+    the other factor is a softmax along an axis that is summed over, so ``m`` is then the deviation from their mean.
     """
     inputs, _, output = equation.partition("->")
     first, _, second = inputs.partition(",")
+    shared = [_shared_axes(*each, output) for each in ((y, second, first), (x, first, second))]
     x, y = (_factor(t, labels, output) for t, labels in ((x, first), (y, second)))
     for label in set(first) & set(second):
         d, e = first.index(label), second.index(label)
         if 1 not in (x.mean.shape[d], y.mean.shape[e]) and x.mean.shape[d] != y.mean.shape[e]:
             x, y = x.full([d]), y.full([e])
     mean = torch.einsum(equation, x.mean, y.mean)
+    a, b = (
+        t.mean - t.mean.mean(axes, keepdim=True) if axes else t.mean for t, axes in zip((x, y), shared, strict=True)
+    )
     # v1 (v2 + m2^2) + m1^2 v2: two sums and not three.
-    var = torch.einsum(equation, x.var, y.var + y.mean.square()) + torch.einsum(equation, x.mean.square(), y.var)
+    var = torch.einsum(equation, x.var, y.var + b.square()) + torch.einsum(equation, a.square(), y.var)
     return Gaussian(mean, var)
+
+
+def _shared_axes(factor: Gaussian | Tensor, labels: str, others: str, output: str) -> list[int]:
+    """The axis of the other factor along which this one adds up to 1, if it is summed over."""
+    label = labels[factor.dim] if isinstance(factor, Shares) else ""
+    return [others.index(label)] if label and label in others and label not in output else []
 
 
 def _factor(t: Gaussian | Tensor, labels: str, output: str) -> Gaussian:
@@ -144,7 +155,7 @@ def softmax(x: Gaussian, dim: int | None = None, *args: Any, **kwargs: Any) -> B
 
     In a large map, differences along ``dim`` count as variance, so that a row takes one integral.
     """
-    return Unknown("softmax without a dim") if dim is None else _softmax(x, dim)
+    return Unknown("softmax without a dim") if dim is None else Shares(_softmax(x, dim), dim % x.ndim)
 
 
 @belief_rule("softmin")

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kalmannorm.gaussian import Gaussian, Unknown, lengthen
+from kalmannorm.gaussian import Gaussian, Shares, Unknown, lengthen
 from kalmannorm.rules.table import Belief, aliases, belief_rule, belief_rules, rule
 
 __all__ = ["align", "summarize"]
@@ -128,7 +128,8 @@ def detach(x: Gaussian) -> Gaussian:
 def _on_both(function: Callable[..., Any]) -> Callable[..., Gaussian]:
     def moved(x: Gaussian, *args: Any, **kwargs: Any) -> Gaussian:
         """The function itself, of the mean and of the variance."""
-        return x.map(lambda t: function(t, *args, **kwargs))
+        moves = x.moved if isinstance(x, Shares) else x.map
+        return moves(lambda t: function(t, *args, **kwargs))
 
     return moved
 

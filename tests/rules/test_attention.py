@@ -8,11 +8,12 @@ import torch.nn.functional as F
 from drawing import agree, believe, check_alias, check_draws, check_unknown, covers, draw_through, values
 from hypothesis import given
 from hypothesis import strategies as st
-from networks import made_of
+from networks import made_of, prior_of
 from torch import nn
 
 import kalmannorm as kn
 from kalmannorm.gaussian import Gaussian
+from kalmannorm.recording import Recorder, attach
 from kalmannorm.rules import RULES, aliases
 from kalmannorm.rules.attention import _leaves_out
 
@@ -383,3 +384,33 @@ def test_softmax_of_scores_of_a_large_deviation():
     x = Gaussian(torch.zeros(1, 1).double(), torch.full((1, 1), 15.0**2).double(), (2**12, 64))
     drawn = torch.softmax(15 * torch.randn(2**12, 64, generator=torch.Generator().manual_seed(0)), 1).var()
     assert 0.8 < float(RULES[torch.softmax](x, 1).var / drawn) < 1.2
+
+
+@pytest.mark.parametrize("by_hand", [
+    lambda q, k, v: (q @ k.transpose(-1, -2) * 0.5).softmax(-1) @ v,
+    lambda q, k, v: torch.einsum("bqk,bkc->bqc", torch.einsum("bqc,bkc->bqk", q, k).mul(0.5).softmax(-1), v),
+    lambda q, k, v: (v.mT @ (q @ k.mT * 0.5).softmax(-1).transpose(1, 2)).permute(0, 2, 1),
+    lambda q, k, v: torch.einsum("bkc,qbk->bqc", v, F.softmax(q @ k.mT * 0.5, 2).cpu().movedim(1, 0)),
+])  # fmt: skip
+def test_attention_by_hand_is_as_torchs_own_function(by_hand):
+    """Its weights add up to 1, so what all values share passes unchanged."""
+    x = believe((2, 6, 4), axes=(2,))
+    with Recorder():
+        q, k, v = (F.linear(attached(x), values(4, 4, seed=s), values(4, seed=s + 5)) for s in range(3))
+        found = prior_of(by_hand(q, k, v).transpose(1, 2), 1)
+        expected = prior_of(F.scaled_dot_product_attention(q, k, v, scale=0.5).transpose(1, 2), 1)
+    torch.testing.assert_close((found.mean, found.var), (expected.mean, expected.var))
+
+
+def test_a_softmax_along_another_axis_is_no_weight():
+    """Its sum over the axis that is summed is not 1."""
+    scores, v = believe((2, 6, 5), axes=(1, 2)), believe((2, 5, 4), 1, axes=(1, 2))
+    weights = RULES[torch.softmax](scores, 1)
+    plain = Gaussian(weights.mean, weights.var, weights.shape)
+    assert torch.equal(RULES[torch.matmul](weights, v).var, RULES[torch.matmul](plain, v).var)
+
+
+def attached(x):
+    activation = torch.zeros(x.shape, dtype=x.mean.dtype)
+    attach(activation, x, "layer")
+    return activation
