@@ -98,7 +98,8 @@ def convert(model: _M, *, layers: Sequence[str] = ("batch",), input_stats: Input
     input_beliefs(model, input_stats)  # raises before anything is changed
     _check_names("option", options, _OPTIONS)
     filters = filters_below_norms(model) if weight_standardization else []
-    replaced = _stand_ins(model, kinds, options)
+    with torch.inference_mode(False):  # parameters of which could not be trained
+        replaced = _stand_ins(model, kinds, options)
     if not replaced:
         asked = {**options, "calibrate": calibrate, "weight_standardization": weight_standardization or None,
                  "track_running_stats": None if track_running_stats else False}  # fmt: skip

@@ -703,3 +703,11 @@ def test_input_stats_that_a_network_learns_are_taken_as_numbers():
     for _ in range(2):
         model(torch.randn(2, 3, 4, 4)).square().sum().backward()
     assert mean.grad is None
+
+
+def test_a_network_that_was_converted_in_inference_mode_can_be_trained():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+    with torch.inference_mode():
+        model = kn.convert(model, input_stats=(0.0, 1.0))
+    model(torch.randn(2, 3, 5, 5)).square().sum().backward()
+    assert all(p.grad is not None and not p.is_inference() for p in model.parameters())
