@@ -30,7 +30,8 @@ def as_one_function(step: Step, kept: Callable[[Step], Any]) -> Gaussian | None:
     if not any([parent.function in ELEMENTWISE or parent.function in JOINT for parent in step.parents]):
         return None  # mostly
     *own, source = _chain(step, _NESTED)
-    if len({*step.parents}) == 1 and (step.function not in CURVED or CURVED.isdisjoint(s.function for s in own[1:])):
+    below = (each.function in CURVED or len(each.parents) > 1 for each in own[1:])
+    if len({*step.parents}) == 1 and (step.function not in CURVED or not any(below)):
         return None  # lines leave their input Gaussian
     belief = None if source is step else kept(source)
     if not isinstance(belief, Gaussian):

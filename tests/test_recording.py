@@ -86,7 +86,7 @@ def test_a_belief_crosses(between, expected):
     ("between", "reason"),
     [
         (lambda net, y: torch.cumsum(y, 1), "no rule for torch.cumsum"),
-        (lambda net, y: 1 / y, "no rule for torch.Tensor.__rtruediv__"),
+        (lambda net, y: 1 // y, "no rule for torch.Tensor.__rfloordiv__"),
         (assign_into(torch.ones(2, 4, 6, 6)), "what held no zeros"),
         (assign_into(torch.empty(0), 5.0), "what held no zeros"),
         (assign_through_a_view, "to a view"),

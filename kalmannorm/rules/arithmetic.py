@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kalmannorm.gaussian import Gaussian, Packed, Unknown
-from kalmannorm.rules.pointwise import quadrature
+from kalmannorm.rules.pointwise import inverse, quadrature
 from kalmannorm.rules.rectified import Rectified
 from kalmannorm.rules.shape import align, of_rank, summarize
 from kalmannorm.rules.table import RULES, Belief, aliases, belief_rule, rule
@@ -91,12 +91,24 @@ def mul(x: _Operand, y: _Operand, *, out: object = None) -> Gaussian:
 
 @rule(*aliases("div", "div_", "divide", "divide_", "true_divide", "__truediv__", "__itruediv__"))
 def div(x: _Operand, y: _Operand, *, rounding_mode: str | None = None, out: object = None) -> Belief:
-    """``m / c`` and ``v / c^2`` for a known ``c``."""
-    if isinstance(y, Gaussian):
-        return Unknown("division by an activation, whose inverse has no mean")
+    """``m / c`` and ``v / c^2`` for a known ``c``. An activation counts as its root mean square, with its mean's sign.
+
+    What a network divides by is mostly a norm, a deviation or a sum of what is positive, which varies little, or
+    together with the numerator.
+    """
     if rounding_mode is not None:
         return Unknown("division that rounds")
-    return mul(x, 1 / y)
+    if not isinstance(y, Gaussian):
+        return mul(x, 1 / y)
+    square = (y.mean.square() + y.var).clamp_min(torch.finfo(y.mean.dtype).tiny)
+    scale = torch.where(y.mean < 0, -1.0, 1.0) * square.rsqrt()
+    return mul(x, Gaussian(scale, torch.zeros_like(scale), y.shape))
+
+
+@belief_rule("__rtruediv__")
+def rdiv(x: Gaussian, y: float) -> Gaussian:
+    """A number over an activation."""
+    return mul(inverse(x), y)
 
 
 @rule(*aliases("addcmul", "addcmul_"))
@@ -156,13 +168,13 @@ def dropout(x: Gaussian, p: float = 0.5, training: bool = True, inplace: bool = 
     return Gaussian(x.mean, (x.var + p * x.mean.square()) / (1 - p))
 
 
-_OF_TWO = frozenset(function for function, its in RULES.items() if its in (add, sub, rsub, mul, maximum, minimum))
-_LINES = frozenset(function for function, its in RULES.items() if its in (neg, div))
+_OF_TWO = frozenset(function for function, its in RULES.items() if its in (add, sub, rsub, mul, div, maximum, minimum))
+_LINES = frozenset(function for function, its in RULES.items() if its is neg)
 _THE_SAME = frozenset(aliases("clone", "contiguous", "detach"))
 # Functions of two activations, which may be functions of one.
 JOINT = _OF_TWO | frozenset(aliases("max", "min"))
 # Functions of one activation that are applied element by element and are no lines; but for random ones.
-CURVED = frozenset(f for f, its in RULES.items() if its.__module__ == quadrature.__module__) - frozenset(
+CURVED = frozenset(f for f, its in RULES.items() if its is rdiv or its.__module__ == quadrature.__module__) - frozenset(
     aliases("rrelu", "rrelu_")
 )
 # Functions each of whose outputs depends on one element of an activation, whatever their arguments.

@@ -31,6 +31,8 @@ _NODES = 65
 _FAR = 1e18
 # Of an activation that is not negative a belief may reach below zero.
 _ABOVE_ZERO = 1e-12
+# What a function that is written as several calls divides by is no nearer to zero.
+_NEAR_ZERO = 1e-3
 # Exponents are cut: infinity would end in the output.
 _LARGEST_EXPONENT = 20.0
 
@@ -242,6 +244,7 @@ belief_rules("in closed form", {
     "hardtanh hardtanh_": lambda x, min_val=-1.0, max_val=1.0, inplace=False: clamp(x, min_val, max_val),
     "leaky_relu leaky_relu_": lambda x, negative_slope=0.01, inplace=False: _two_slopes(x, negative_slope),
     "relu6": lambda x, inplace=False: clamp(x, 0.0, 6.0),
+    "sign sign_ sgn sgn_": lambda x: piecewise(x, [0.0], [(-1, 0, 0), (1, 0, 0)]),
     "softshrink": lambda x, lambd=0.5: piecewise(x, [-lambd, lambd], [(lambd, 1, 0), (0, 0, 0), (-lambd, 1, 0)]),
     "threshold threshold_": lambda x, threshold, value, inplace=False: piecewise(
         x, [threshold], [(value, 0, 0), (0, 1, 0)]
@@ -285,7 +288,33 @@ def _raised(base: Any, exponent: Any) -> Any:
     if not isinstance(base, Tensor):
         return base ** exponent.clamp_max(_LARGEST_EXPONENT)
     whole = isinstance(exponent, Real) and float(exponent).is_integer()
+    if isinstance(exponent, Real) and exponent < 0:
+        return _away_from_zero(base if whole else base.clamp_min(0), _NEAR_ZERO) ** exponent
     return (base if whole else base.clamp_min(_ABOVE_ZERO)) ** exponent
+
+
+def _quotient(x: Any, y: Any, **options: Any) -> Tensor:
+    """``x / y`` of numbers and tensors, of which one is of nodes."""
+    return torch.div(x, _away_from_zero(y, _NEAR_ZERO) if isinstance(y, Tensor) else y, **options)
+
+
+def inverse(x: Gaussian, power: float = -1.0) -> Gaussian:
+    """``1 / x``, or another negative power, of an ``x`` that is kept from zero, where it has no moments.
+
+    Nearer to zero than a third of its root mean square it counts as that.
+    """
+    least = (x.mean.square() + x.var).clamp_min(torch.finfo(x.mean.dtype).tiny).sqrt().unsqueeze(-1) / 3
+    return quadrature(x, lambda t: _away_from_zero(t if power.is_integer() else t.clamp_min(0), least) ** power)
+
+
+def _away_from_zero(t: Tensor, least: Tensor | float) -> Tensor:
+    return torch.where(t.abs() < least, torch.where(t < 0, -least, least), t)
+
+
+belief_rules("see `inverse`", {
+    "reciprocal reciprocal_": inverse,
+    "rsqrt rsqrt_": lambda x: inverse(x, -0.5),
+})
 
 
 @belief_rule("pow", "pow_", "__pow__", "float_power")
@@ -296,7 +325,7 @@ def power(x: Gaussian, exponent: Any) -> Belief:
     negative one the belief is cut at a tenth of its mean, so that it stays finite.
     """
     if isinstance(exponent, Real):
-        return Unknown(f"power {exponent}") if exponent < 0 else quadrature(x, lambda t: _raised(t, exponent))
+        return inverse(x, float(exponent)) if exponent < 0 else quadrature(x, lambda t: _raised(t, exponent))
     if not isinstance(exponent, Tensor) or exponent.numel() > 1:
         return Unknown("power with several exponents, or with one computed from the input")
     n = exponent.reshape(()).to(x.mean.dtype)
@@ -330,10 +359,14 @@ belief_rules("by quadrature", {
 
 # What to call for functions whose values or slopes may be infinite, or that take a tensor of channels.
 _GUARDED: dict[str, Callable[..., Any]] = {
+    "div div_ divide divide_ true_divide __truediv__ __itruediv__": _quotient,
     "exp exp_": lambda t: t.clamp_max(_LARGEST_EXPONENT).exp(),
     "expm1 expm1_": lambda t: t.clamp_max(_LARGEST_EXPONENT).expm1(),
     "pow pow_ __pow__ float_power": _raised,
     "prelu": lambda t, weight: torch.where(t > 0, t, weight * t),
+    "reciprocal reciprocal_": lambda t: _quotient(1.0, t),
+    "rsqrt rsqrt_": lambda t: t.clamp_min(_NEAR_ZERO).rsqrt(),
     "sqrt sqrt_": lambda t: t.clamp_min(_ABOVE_ZERO).sqrt(),
+    "__rtruediv__": lambda t, other: _quotient(other, t),
 }
 GUARDED = {function: by for names, by in _GUARDED.items() for function in aliases(*names.split())}

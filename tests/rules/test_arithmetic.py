@@ -5,7 +5,7 @@ import operator
 import pytest
 import torch
 import torch.nn.functional as F
-from drawing import believe, check_alias, check_draws, check_unknown, covers, values
+from drawing import believe, check_alias, check_draws, check_unknown, covers, draw_through, values
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.overrides import TorchFunctionMode
@@ -152,11 +152,27 @@ def test_negative(function):
     check_draws(function, believe((2**16, 3), groups=2), groups=2)
 
 
-def test_what_has_no_rule():
-    x, y = believe((4, 3)), believe((4, 3), 1)
-    for first, second in ((x, y), (x, x), (values(3), x), (2.0, x)):
-        check_unknown("division by an activation", torch.div, first, second)
-    check_unknown("rounds", torch.div, x, 2.0, rounding_mode="floor")
+@covers(torch.div)
+def test_division_by_an_activation(function):
+    """Right where it varies little, as norms and deviations do; finite where it passes through zero."""
+    x, y = believe((2**16, 3), groups=2), believe((2**16, 3), 1)
+    narrow = Gaussian(10 + y.mean.abs(), 0.01 * y.var, y.shape)
+    for numerator in (x, values(3), 2.0):
+        found, drawn = RULES[function](numerator, narrow), draw_through(function, (numerator, narrow), {})
+        torch.testing.assert_close(found.mean.mean(0), drawn.mean(0), rtol=0.02, atol=2e-3)
+        if numerator is x:
+            torch.testing.assert_close(found.var.mean(0), drawn.view(2, -1, 3).var(1).mean(0), rtol=0.05, atol=0)
+    under = RULES[function](x, Gaussian(-narrow.mean, narrow.var, y.shape))
+    torch.testing.assert_close(under.mean, -RULES[function](x, narrow).mean)
+    nothing = RULES[function](x, Gaussian(torch.zeros(1, 3), torch.zeros(1, 3), y.shape))
+    assert nothing.mean.isfinite().all()
+    check_unknown("rounds", function, x, 2.0, rounding_mode="floor")
+
+
+@covers(*aliases("__rtruediv__"))
+def test_a_number_over_an_activation(function):
+    x = believe((2**16, 3), groups=2)
+    check_draws(function, Gaussian(10 + x.mean.abs(), x.var, x.shape), 3.0, groups=2)
 
 
 @covers(*aliases("maximum", "fmax", "minimum", "fmin"))

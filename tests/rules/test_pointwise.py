@@ -200,7 +200,7 @@ def test_relu_is_the_textbook_formula(mean, std):
 
 
 @pytest.mark.parametrize(("exponent", "reason"), [
-    (-1, "power -1"), (-0.5, "power -0.5"), (torch.ones(2), "power with several exponents"),
+    (torch.ones(2), "power with several exponents"),
     (believe((4, 2)), "or with one computed from the input"),
 ])  # fmt: skip
 def test_powers_without_a_rule(exponent, reason):
@@ -343,3 +343,26 @@ def test_waves_of_a_wide_belief(function):
     """As of SIREN's `sin(30 x)`: no nodes would see them."""
     x = believe((2**18, 3), groups=2)
     check_draws(function, Gaussian(30 * x.mean, 900 * x.var, x.shape), groups=2)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@covers(*aliases("pow", "__pow__"), *aliases("reciprocal", "reciprocal_", "rsqrt", "rsqrt_"))
+def test_negative_powers(function, sign):
+    """Of what stays away from zero they are exact; of the rest they are finite."""
+    x = believe((2**16, 3), groups=2)
+    far = Gaussian(sign * (10 + x.mean.abs()), x.var, x.shape)
+    powers = [(-1,), (-2.0,), *([(-0.5,), (-1.5,)] if sign > 0 else [])] if "pow" in function.__name__ else [()]
+    if sign > 0 or "rsqrt" not in function.__name__:
+        for power in powers:
+            check_draws(function, far, *power, groups=2)
+    slopes = [x.mean.requires_grad_(), x.var.requires_grad_()]
+    around = RULES[function](Gaussian(*slopes), *powers[0])
+    assert all(g.isfinite().all() for g in torch.autograd.grad((around.mean + around.var).sum(), slopes))
+    nothing = RULES[function](Gaussian(torch.zeros(1, 3), torch.zeros(1, 3)), *powers[0])
+    assert nothing.mean.isfinite().all()
+
+
+@covers(*aliases("sign", "sign_", "sgn", "sgn_"))
+def test_signs(function):
+    """Of a binary network."""
+    check_draws(function, believe((2**18, 3), groups=2), groups=2)
