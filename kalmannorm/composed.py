@@ -12,12 +12,14 @@ from typing import Any
 from torch import Tensor
 
 from kalmannorm.gaussian import Gaussian
-from kalmannorm.rules.arithmetic import CURVED, ELEMENTWISE, JOINT
+from kalmannorm.rules.arithmetic import ELEMENTWISE, JOINT, LINES, PRELU
 from kalmannorm.rules.pointwise import GUARDED, quadrature
-from kalmannorm.steps import SCALARS, Step, replace
+from kalmannorm.steps import SCALARS, Step, ancestors, replace
 
 # How many sums and products of two a chain passes through: more would cost time at each residual sum.
 _NESTED = 2
+# How many calls are one function, at most: the time to find them grows with their square.
+_LONGEST = 8
 
 
 def as_one_function(step: Step, kept: Callable[[Step], Any]) -> Gaussian | None:
@@ -30,8 +32,7 @@ def as_one_function(step: Step, kept: Callable[[Step], Any]) -> Gaussian | None:
     if not any([parent.function in ELEMENTWISE or parent.function in JOINT for parent in step.parents]):
         return None  # mostly
     *own, source = _chain(step, _NESTED)
-    below = (each.function in CURVED or len(each.parents) > 1 for each in own[1:])
-    if len({*step.parents}) == 1 and (step.function not in CURVED or not any(below)):
+    if len({*step.parents}) == 1 and (_is_line(step) or all([_is_line(each) for each in own[1:]])):
         return None  # lines leave their input Gaussian
     belief = None if source is step else kept(source)
     if not isinstance(belief, Gaussian):
@@ -43,14 +44,14 @@ def as_one_function(step: Step, kept: Callable[[Step], Any]) -> Gaussian | None:
 def _chain(step: Step, nested: int) -> list[Step]:
     """A step and those below it, as long as each is an element-by-element function of the next one alone."""
     chain = [step]
-    while (below := _below(chain[-1], nested)) is not None:
+    while len(chain) <= _LONGEST and (below := _below(chain[-1], nested)) is not None:
         chain.append(below)
     return chain
 
 
 def _below(step: Step, nested: int) -> Step | None:
     """The activation of which alone a step is a function, element by element; None if there is none."""
-    if not all(_is_plain(each) for each in (*step.args, *step.kwargs.values())):
+    if "out" in step.kwargs or not all([_is_plain(each) for each in (*step.args, *step.kwargs.values())]):
         return None
     if step.function in ELEMENTWISE and len({*step.parents}) == 1:
         return step.parents[0]
@@ -60,27 +61,24 @@ def _below(step: Step, nested: int) -> Step | None:
     return next((each for each in first if each in second), None)
 
 
+def _is_line(step: Step) -> bool:
+    return step.function in LINES and len(step.parents) == 1
+
+
 def _is_plain(value: Any) -> bool:
-    return type(value) in SCALARS or isinstance(value, Step | Tensor)
+    return type(value) in SCALARS or isinstance(value, Step | Tensor | int | float)
 
 
 def _function(step: Step, source: Step, belief: Gaussian) -> Callable[[Tensor], Tensor] | None:
     """What a step computes from values of its source, which have one axis more than the belief about it; None if a
     known tensor in between has other elements than the belief.
     """
-    order: list[Step] = []
-    waiting = [step]
-    while waiting:
-        current = waiting.pop()
-        if current is not source:
-            order.append(current)
-            waiting.extend(current.parents)
-    upwards = list(dict.fromkeys(reversed(order)))  # each after its parents, as these come again behind it
-    known = [each for step in upwards for each in (*step.args, *step.kwargs.values()) if isinstance(each, Tensor)]
-    sizes = belief.mean.shape
-    for each in known:
-        if each.ndim > len(sizes) or any(n not in (1, m) for n, m in zip(each.shape[::-1], sizes[::-1], strict=False)):
-            return None
+    _, *upwards = ancestors(step, source)
+    if not all(
+        _fits(each, belief, of_channels=between.function in PRELU)
+        for between in upwards for each in (*between.args, *between.kwargs.values()) if isinstance(each, Tensor)
+    ):  # fmt: skip
+        return None
 
     def values_of(t: Tensor) -> Tensor:
         values = {source: t}
@@ -88,7 +86,7 @@ def _function(step: Step, source: Step, belief: Gaussian) -> Callable[[Tensor], 
         def of(value: Step | Tensor) -> Tensor:
             if isinstance(value, Step):
                 return values[value].clone()  # which the function may change in place
-            return value.to(t.dtype).unsqueeze(-1)
+            return value.to(t.dtype) if value.ndim == 0 else value.to(t.dtype).unsqueeze(-1)
 
         for each in upwards:
             args, kwargs = replace((each.args, each.kwargs), Step | Tensor, of)
@@ -98,3 +96,14 @@ def _function(step: Step, source: Step, belief: Gaussian) -> Callable[[Tensor], 
         return values[step]
 
     return values_of
+
+
+def _fits(known: Tensor, belief: Gaussian, of_channels: bool) -> bool:
+    """Whether a known tensor has one value for each element of a belief, or for all of them.
+
+    One ``of_channels`` lies along the second axis, and any other along the last ones.
+    """
+    sizes = belief.mean.shape
+    if known.numel() > 1 and (known.ndim > len(sizes) or (of_channels and len(sizes) > 2)):
+        return False
+    return all(n in (1, m) for n, m in zip(known.shape[::-1], sizes[::-1], strict=False))

@@ -184,6 +184,10 @@ class Shares(Gaussian):
         """As :class:`Gaussian`'s."""
         return Shares(super().of(shape), self.dim)
 
+    def detach(self) -> Gaussian:
+        """As :class:`Gaussian`'s."""
+        return Shares(super().detach(), self.dim)
+
     def moved(self, move: Callable[[Tensor], Tensor]) -> Shares:
         """As :meth:`map`, for a function that only exchanges axes: ``dim`` goes along."""
         marked = torch.empty([2 if d == self.dim else 1 for d in range(self.ndim)], device="cpu")

@@ -171,7 +171,7 @@ class Recorder(TorchFunctionMode):
             attach(output, unknown, "")
             return
         step = Step(func, recorded, keywords, tuple(output.shape), index, parents=parents, recorded_in=mark)
-        if func in _DETACH and mark is not None:
+        if mark is not None and (func in _DETACH or (func is Tensor.__setitem__ and not step.grad)):
             self.detached.setdefault(threading.get_ident(), []).append(weakref.ref(step))
         put(output, step)
 
@@ -182,11 +182,12 @@ class Recorder(TorchFunctionMode):
         """
         target, index, value = args
         has_step = step_of(target, as_it_was=True) is not None
-        if not has_step and not (isinstance(value, Tensor) and step_of(value) is not None):
+        if not has_step and not any([step_of(each) is not None for each in found_in((index, value), Tensor)]):
             return
         whole = None if torch.compiler.is_compiling() else target._base
-        blank = hasattr(target, _BLANK_AT) and getattr(target, _BLANK_AT) == before
-        if whole is None and (has_step or blank):
+        blank = before is not None and getattr(target, _BLANK_AT, None) == before
+        itself = isinstance(value, Tensor) and value._base is target and step_of(value) is None
+        if whole is None and not itself and (has_step or blank):
             into = target if has_step else target.new_zeros(()).expand(target.shape)  # it must not hold itself
             self._record(Tensor.__setitem__, (into, index, value), {}, target, None)
             return

@@ -85,9 +85,9 @@ class Step:
         return self
 
 
-def ancestors(step: Step) -> list[Step]:
-    """The steps that lead to this one, itself included, each after its own ancestors."""
-    found: dict[Step, None] = {}
+def ancestors(step: Step, source: Step | None = None) -> list[Step]:
+    """The steps that lead to this one, itself included, each after its own ancestors; those from ``source`` on."""
+    found: dict[Step, None] = {} if source is None else {source: None}
     waiting = [step]
     while waiting:
         current = waiting[-1]

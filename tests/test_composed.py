@@ -1,7 +1,9 @@
 """Functions of one activation that are written as several calls, against draws."""
 
 import math
+import time
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,10 @@ from kalmannorm.rules import RULES
 from kalmannorm.rules.pointwise import quadrature
 
 _ONE, _EACH = nn.Parameter(torch.tensor(1.7)), nn.Parameter(torch.tensor([0.5, 0.8, 1.1, 1.4, 1.7])[:, None, None])
+
+
+def _squared(y):
+    return y * y
 
 
 def prior_and_draws(activation):
@@ -57,6 +63,14 @@ def prior_and_draws(activation):
     "an inverse": lambda x: (2 + torch.tanh(x)).reciprocal(),
     "an inverse root": lambda x: (1 + x * x).rsqrt(),
     "a negative power": lambda x: (1 + x * x) ** -1.5,
+    "a product inside": lambda x: torch.exp(-x * torch.sigmoid(x)),
+    "a square by itself": lambda x: torch.exp(-(x * x)),
+    "a square of a ReLU": lambda x: _squared(F.relu(x)),
+    "an exponent in a tensor": lambda x: torch.tanh(x) ** torch.tensor(2.0),
+    "a ReLU of a gate": lambda x: F.relu(x * torch.sigmoid(x)),
+    "types between": lambda x: x * torch.sigmoid(x.double()).float(),
+    "a number of numpy's": lambda x: torch.tanh(x * np.float64(0.8)) ** 2,
+    "a number on another device": lambda x: x * torch.sigmoid(torch.tensor(1.7) * x),
     "a sum": lambda x: x + F.silu(x),
     "a difference": lambda x: F.softplus(x) - torch.tanh(x),
 }.items(), ids=lambda item: item[0])  # fmt: skip
@@ -82,6 +96,50 @@ def test_a_line_before_a_rule_keeps_its_closed_form():
         found = prior_of(F.relu(2 * h - 1), 1)
     expected = RULES[F.relu](Gaussian(2 * x.mean - 1, 4 * x.var))
     torch.testing.assert_close((found.mean, found.var), (expected.mean, expected.var), rtol=1e-6, atol=1e-7)
+
+
+def test_many_sums_of_one_activation_take_no_time():
+    """Of 26 the paths from the top to the bottom are 2^26."""
+    h = torch.randn(4, 5)
+    with Recorder():
+        attach(h, Gaussian(torch.zeros(1, 5), torch.ones(1, 5)), "layer")
+        for _ in range(26):
+            h = h + 0.1 * torch.tanh(h)
+        began = time.perf_counter()
+        assert prior_of(h, 1).mean.isfinite().all()
+    assert time.perf_counter() - began < 20
+
+
+@pytest.mark.parametrize("activation", [
+    lambda h: h.abs() ** -1, lambda h: torch.tanh(h) ** -1, lambda h: h.abs() ** -0.5, lambda h: 1 / torch.tanh(h),
+    lambda h: torch.tanh(h).reciprocal(), lambda h: h.square().rsqrt(), lambda h: h / torch.tanh(h - 0.1),
+])  # fmt: skip
+def test_what_divides_by_zero_at_a_node_has_finite_gradients(activation):
+    model = between(activation)
+    with torch.no_grad():
+        model[1].bias.zero_()
+    model(torch.randn(2, 3, 8, 8)).square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_an_output_that_was_given_is_not_written_again():
+    h, out = torch.randn(1, 5), torch.empty(1, 5)
+    with Recorder(), torch.no_grad():
+        attach(h, Gaussian(torch.zeros(1, 5), torch.ones(1, 5)), "layer")
+        product = torch.mul(h, torch.sigmoid(h), out=out)
+        before = product.clone()
+        prior_of(product, 1)
+    assert torch.equal(out, before)
+
+
+def test_slopes_of_channels_in_a_chain_lie_along_channels():
+    """Also where the last axis is as long."""
+    slopes = torch.linspace(0, 1, 5)
+    h = torch.randn(2, 5, 4, 5)
+    with Recorder():
+        attach(h, Gaussian(torch.zeros(1, 1, 1, 5), torch.ones(1, 1, 1, 5)), "layer")
+        belief = prior_of(F.prelu(torch.tanh(h), slopes) + 1, 1)
+    assert (belief.var[0].diff() > 0).all()
 
 
 def test_a_network_of_radial_bases_lives():
@@ -192,6 +250,7 @@ def test_a_gate_without_gradients_gives_none():
     lambda h: h.flatten(1).unflatten(dim=1, sizes=(5, 6, 6)),
     lambda h: torch.maximum(h, h.max(1, keepdim=True)[0] - 1),
     lambda h: h.tile(1, 1, 2, 1) * h.std((2, 3), keepdim=True),
+    lambda h: h * (h.std() + 1) + h.max(),
     lambda h: torch.where(torch.arange(6) > 2, h, h.amin((2, 3), keepdim=True)),
     lambda h: F.max_unpool2d(*F.max_pool2d(h, 2, return_indices=True), 2),
 ])  # fmt: skip

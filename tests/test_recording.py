@@ -13,10 +13,10 @@ from torch import nn
 
 import kalmannorm as kn
 from kalmannorm import rules
-from kalmannorm.gaussian import Gaussian
+from kalmannorm.gaussian import Gaussian, Unknown
 from kalmannorm.propagation import belief_for, exact
 from kalmannorm.recording import Recorder, attach, is_open
-from kalmannorm.steps import Step, step_of
+from kalmannorm.steps import Step, ancestors, step_of
 
 
 def assign(net, y):
@@ -120,6 +120,59 @@ def test_an_assignment_is_believed_as_it_was_made():
     torch.testing.assert_close(after.mean[0, :2], before.mean[0, :2])
     torch.testing.assert_close(after.mean[0, 2], before.mean[0, 0] * 5 / 6)
     assert after.mean[0, 3] == after.var[0, 3] == 0
+
+
+def mask_of_the_input(net, y):
+    mask = torch.ones_like(y)
+    mask[y < 0] = 0.0
+    return y * mask
+
+
+def one_hot_of_the_input(net, y):
+    zeros = torch.zeros(2, 4)
+    zeros[torch.arange(2), y.mean((2, 3)).argmax(1)] = 1.0
+    return y * zeros[:, :, None, None]
+
+
+def through_itself(net, y):
+    z = torch.zeros_like(y)
+    part = z[:, 1]
+    z[:, 0] = y[:, 0]
+    z[:, 2] = part
+    return z
+
+
+@pytest.mark.parametrize(
+    ("between", "reason"),
+    [(mask_of_the_input, "held no zeros"), (one_hot_of_the_input, "argmax"), (through_itself, "held no zeros")],
+)
+def test_what_was_assigned_by_an_activation_is_no_constant(between, reason):
+    assert reason in prior_after(between).reason
+
+
+def test_changed_zeros_are_not_zeros_in_inference_mode():
+    with torch.inference_mode(), Recorder():
+        y, z = torch.randn(2, 4, 6, 6), torch.zeros(2, 4, 6, 6)
+        attach(y, Gaussian(torch.zeros(1, 4, 1, 1), torch.ones(1, 4, 1, 1)), "layer")
+        z += 1
+        z[:, :2] = y[:, :2]
+        assert isinstance(prior_of(z, 1), Unknown)
+
+
+def test_a_memory_that_is_assigned_keeps_no_activations():
+    """Without gradients its step is a constant."""
+
+    def between(net, y):
+        net.memory = torch.zeros(2, 4)
+        with torch.no_grad():
+            net.memory[0] = y.mean((0, 2, 3))
+        return y + net.memory[0].view(1, -1, 1, 1)
+
+    model = kn.convert(Net(between))
+    model(torch.randn(2, 4, 6, 6))
+    step = step_of(model.memory)
+    assert step is not None
+    assert all(each.function is None or each.function is not torch.Tensor.mean for each in ancestors(step) if each.grad)
 
 
 def test_an_unknown_activation_is_not_taken_for_a_constant():

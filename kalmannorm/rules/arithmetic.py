@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from kalmannorm.gaussian import Gaussian, Packed, Unknown
-from kalmannorm.rules.pointwise import inverse, quadrature
+from kalmannorm.rules.pointwise import CASTS, inverse, prelu, quadrature
 from kalmannorm.rules.rectified import Rectified
 from kalmannorm.rules.shape import align, of_rank, summarize
 from kalmannorm.rules.table import RULES, Belief, aliases, belief_rule, rule
 
-__all__ = ["CURVED", "ELEMENTWISE", "JOINT"]
+__all__ = ["ELEMENTWISE", "JOINT", "LINES", "PRELU"]
 
 _Operand = Gaussian | Tensor | float
 
@@ -169,13 +169,15 @@ def dropout(x: Gaussian, p: float = 0.5, training: bool = True, inplace: bool = 
 
 
 _OF_TWO = frozenset(function for function, its in RULES.items() if its in (add, sub, rsub, mul, div, maximum, minimum))
-_LINES = frozenset(function for function, its in RULES.items() if its is neg)
-_THE_SAME = frozenset(aliases("clone", "contiguous", "detach"))
+PRELU = frozenset(function for function, its in RULES.items() if its is prelu)
+_THE_SAME = frozenset(aliases("clone", "contiguous", "detach", *CASTS))
+# Functions that are lines, if they have one argument that is an activation.
+LINES = _THE_SAME | frozenset(f for f, its in RULES.items() if its in (add, sub, rsub, neg, mul, div))
 # Functions of two activations, which may be functions of one.
 JOINT = _OF_TWO | frozenset(aliases("max", "min"))
 # Functions of one activation that are applied element by element and are no lines; but for random ones.
-CURVED = frozenset(f for f, its in RULES.items() if its is rdiv or its.__module__ == quadrature.__module__) - frozenset(
-    aliases("rrelu", "rrelu_")
-)
+_CURVED = frozenset(
+    f for f, its in RULES.items() if its is rdiv or its.__module__ == quadrature.__module__
+) - frozenset(aliases("rrelu", "rrelu_"))
 # Functions each of whose outputs depends on one element of an activation, whatever their arguments.
-ELEMENTWISE = CURVED | _OF_TWO | _LINES | _THE_SAME
+ELEMENTWISE = _CURVED | _OF_TWO | LINES

@@ -31,8 +31,6 @@ _NODES = 65
 _FAR = 1e18
 # Of an activation that is not negative a belief may reach below zero.
 _ABOVE_ZERO = 1e-12
-# What a function that is written as several calls divides by is no nearer to zero.
-_NEAR_ZERO = 1e-3
 # Exponents are cut: infinity would end in the output.
 _LARGEST_EXPONENT = 20.0
 
@@ -284,18 +282,28 @@ def cos(x: Gaussian) -> Gaussian:
 
 
 def _raised(base: Any, exponent: Any) -> Any:
-    """A power; by a fraction or a tensor, of what is not negative; of a number, by what is not too large."""
+    """A power; by a fraction, of what is not negative; of a number, by what is not too large."""
     if not isinstance(base, Tensor):
         return base ** exponent.clamp_max(_LARGEST_EXPONENT)
-    whole = isinstance(exponent, Real) and float(exponent).is_integer()
-    if isinstance(exponent, Real) and exponent < 0:
-        return _away_from_zero(base if whole else base.clamp_min(0), _NEAR_ZERO) ** exponent
+    if isinstance(exponent, Tensor):
+        cut = base.clamp_min(_ABOVE_ZERO)
+        return (cut if exponent.requires_grad else torch.where(exponent == exponent.round(), base, cut)) ** exponent
+    whole = float(exponent).is_integer()
+    if exponent < 0:
+        return _denominator(base if whole else base.clamp_min(0)) ** exponent
     return (base if whole else base.clamp_min(_ABOVE_ZERO)) ** exponent
+
+
+def _denominator(t: Tensor) -> Tensor:
+    """Values at nodes, kept from zero if they reach it."""
+    reach = (t.amin(-1, keepdim=True) <= 0) & (t.amax(-1, keepdim=True) >= 0)
+    least = t.square().mean(-1, keepdim=True).clamp_min(torch.finfo(t.dtype).tiny).sqrt() / 10
+    return _away_from_zero(t, torch.where(reach, least, 0.0))
 
 
 def _quotient(x: Any, y: Any, **options: Any) -> Tensor:
     """``x / y`` of numbers and tensors, of which one is of nodes."""
-    return torch.div(x, _away_from_zero(y, _NEAR_ZERO) if isinstance(y, Tensor) else y, **options)
+    return torch.div(x, _denominator(y) if isinstance(y, Tensor) and y.ndim > 1 else y, **options)
 
 
 def inverse(x: Gaussian, power: float = -1.0) -> Gaussian:
@@ -357,15 +365,18 @@ belief_rules("by quadrature", {
 })  # fmt: skip
 
 
+# Changes of type: a belief keeps its own precision.
+CASTS = ("float", "double", "half", "bfloat16")
 # What to call for functions whose values or slopes may be infinite, or that take a tensor of channels.
 _GUARDED: dict[str, Callable[..., Any]] = {
+    " ".join(CASTS): lambda t: t,
     "div div_ divide divide_ true_divide __truediv__ __itruediv__": _quotient,
     "exp exp_": lambda t: t.clamp_max(_LARGEST_EXPONENT).exp(),
     "expm1 expm1_": lambda t: t.clamp_max(_LARGEST_EXPONENT).expm1(),
     "pow pow_ __pow__ float_power": _raised,
     "prelu": lambda t, weight: torch.where(t > 0, t, weight * t),
     "reciprocal reciprocal_": lambda t: _quotient(1.0, t),
-    "rsqrt rsqrt_": lambda t: t.clamp_min(_NEAR_ZERO).rsqrt(),
+    "rsqrt rsqrt_": lambda t: _denominator(t.clamp_min(0)).rsqrt(),
     "sqrt sqrt_": lambda t: t.clamp_min(_ABOVE_ZERO).sqrt(),
     "__rtruediv__": lambda t, other: _quotient(other, t),
 }

@@ -29,7 +29,8 @@ def summarize(constant: Tensor | float, like: Gaussian) -> Gaussian:
     """
     # A number is written by the device: a copy would wait for it, which no CUDA graph allows.
     values = constant.to(like.mean) if isinstance(constant, Tensor) else like.mean.new_full((), constant)
-    values = values.reshape(*[1] * (like.ndim - values.ndim), *values.shape)
+    values = values.reshape([*[1] * (like.ndim - values.ndim), *values.shape])
+    like = of_rank(like, values.ndim)
     long = [d for d in range(values.ndim) if values.shape[d] > 1]
     if len(long) <= 1:
         return Gaussian(values, torch.zeros_like(values))
@@ -61,7 +62,7 @@ def in_one_shape(x: Gaussian) -> Gaussian:
 
 def of_rank(x: Gaussian, rank: int) -> Gaussian:
     """The same belief with axes of size 1 in front, as broadcasting adds them."""
-    return x.map(lambda t: t.reshape(*[1] * (rank - t.ndim), *t.shape))
+    return x.map(lambda t: t.reshape([*[1] * (rank - t.ndim), *t.shape]))
 
 
 def drop(x: Gaussian, axes: Sequence[int]) -> Gaussian:
@@ -322,6 +323,7 @@ def setitem(x: Gaussian | Tensor, index: Any, value: Gaussian | Tensor | float) 
     shape = [len(range(*parts[d].indices(x.shape[d]))) for d in sliced]
     if not isinstance(value, Gaussian):
         value = summarize(value, x.map(lambda t: t[tuple(parts)]))
+    value = drop(value, range(value.ndim - len(shape)))  # axes of size 1 in front
     value = in_one_shape(of_rank(value, len(shape)).of(shape))
     for i, d in enumerate(sliced):  # bring both to one size along each axis
         have, its = x.mean.shape[d], value.mean.shape[i]

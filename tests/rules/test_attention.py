@@ -402,6 +402,15 @@ def test_attention_by_hand_is_as_torchs_own_function(by_hand):
     torch.testing.assert_close((found.mean, found.var), (expected.mean, expected.var))
 
 
+def test_attention_by_hand_is_the_same_without_gradients():
+    found = []
+    for grad in (True, False):
+        with Recorder(), torch.set_grad_enabled(grad):
+            q = attached(believe((2, 6, 4), axes=(2,)))
+            found.append(prior_of(((q @ q.mT).softmax(-1) @ q).transpose(1, 2), 1).var)
+    assert torch.equal(*found)
+
+
 def test_a_softmax_along_another_axis_is_no_weight():
     """Its sum over the axis that is summed is not 1."""
     scores, v = believe((2, 6, 5), axes=(1, 2)), believe((2, 5, 4), 1, axes=(1, 2))

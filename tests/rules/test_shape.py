@@ -720,6 +720,7 @@ def _assigned(x, index, value):
     ((_WHOLE, -1), believe((2**12, 5, 4), 2, 2, axes=())),
     ((_WHOLE, _WHOLE, 2), 0.5),
     ((_WHOLE, _WHOLE, 2), values(6, 1)),
+    ((_WHOLE, 0), values(1, 1, 1, 5, 4)),
     (slice(0, 2**11), believe((2**11, 6, 5, 4), 3)),
     ((_WHOLE, slice(None, None, 2)), believe((2**12, 3, 5, 4), 3, 4)),
     (..., believe((2**12, 6, 5, 4), 3, 2)),
