@@ -22,7 +22,7 @@ from kalmannorm.kernels.autograd import in_grad_mode, is_transformed, saved_tens
 from kalmannorm.rules import RULES, Belief, Rule
 from kalmannorm.rules.arithmetic import ELEMENTWISE, JOINT
 from kalmannorm.rules.rectified import Rectified
-from kalmannorm.rules.table import BELIEF_FIRST, as_rule_is_called
+from kalmannorm.rules.table import BELIEF_ALONE, BELIEF_FIRST, LIKE, as_rule_is_called
 from kalmannorm.steps import Step, computed_in, found_in, may_use, replace, step_of
 
 NO_INPUT = Unknown("its input does not depend on a floating-point input, or went through torch.jit, vmap or DTensor")
@@ -207,8 +207,11 @@ def _by_its_own_rule(step: Step, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     if known is None:
         return Unknown(f"{function_name(step.function)} was called with arguments that its rule does not take")
     args, kwargs = known
-    if args and isinstance(args[0], Tensor) and rule in BELIEF_FIRST:
-        return Unknown(f"{function_name(step.function)} of a known tensor, by an activation")
+    refused = bool(args) and isinstance(args[0], Tensor) and rule in BELIEF_FIRST
+    if rule in BELIEF_ALONE and step.function not in LIKE:
+        refused = refused or any([isinstance(each, Gaussian) for each in (*args[1:], *kwargs.values())])
+    if refused:
+        return Unknown(f"{function_name(step.function)} with an argument that is computed from the input")
     belief = _call_rule(rule, step, args, kwargs)
     if type(belief) is tuple:
         belief = belief[step.index or 0]

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from kalmannorm.gaussian import Gaussian, Unknown
-from kalmannorm.propagation import function_name
+from kalmannorm.propagation import exact, function_name
 from kalmannorm.rules import RULES
+from kalmannorm.steps import Step
 
 # Elements to draw, as near as the shape allows.
 DRAWS = 2**20
@@ -152,6 +153,17 @@ def check_unknown(reason, function, *args, **kwargs):
     belief = RULES[function](*args, **kwargs)
     assert isinstance(belief, Unknown)
     assert reason in belief.reason
+
+
+def check_refused(function, *args, **kwargs):
+    """The rule is not called, as an argument that must be known is a belief."""
+    args, kwargs = replaced(args, _step), {name: replaced(value, _step) for name, value in kwargs.items()}
+    belief = exact(Step(function, args, kwargs, ()))
+    assert belief.reason == f"{function_name(function)} with an argument that is computed from the input"
+
+
+def _step(belief):
+    return Step(None, (), {}, belief.shape, belief=belief)
 
 
 def check_alias(function, main, *args, **kwargs):

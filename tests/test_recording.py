@@ -348,7 +348,7 @@ def test_a_known_tensor_in_an_activations_shape_is_a_constant():
     row = prior_after(lambda net, y: y + torch.index_select(net.constant, 0, y[0, :, 0, 0].argsort()))
     assert row.reason == "no rule for torch.Tensor.argsort"
     chosen = Step(torch.index_select, (torch.ones(4), 0, Step(None, (), {}, (4,), belief=_a_belief())), {}, (4,))
-    assert exact(chosen).reason == "torch.index_select of a known tensor, by an activation"
+    assert exact(chosen).reason == "torch.index_select with an argument that is computed from the input"
 
 
 def _a_belief():

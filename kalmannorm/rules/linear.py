@@ -18,9 +18,8 @@ from kalmannorm.kernels.formulas import at_least_float32
 from kalmannorm.kernels.link import link
 from kalmannorm.rules.rectified import Rectified
 from kalmannorm.rules.shape import in_one_shape, per_axis
-from kalmannorm.rules.table import SOURCES, Belief, belief_rule, rule
+from kalmannorm.rules.table import BELIEF_ALONE, SOURCES, Belief, belief_rule, rule
 
-_ACTIVATION_AS_WEIGHT = Unknown("the weight is computed from the input")
 _NO_BATCH = Unknown("a convolution without a batch axis")
 
 
@@ -52,8 +51,6 @@ def _of_pixels(mean: Tensor, var: Tensor, bias: Tensor | None, spatial: int) -> 
 def conv(x: Gaussian, weight: Tensor, bias: Tensor | None = None, stride: object = 1, padding: object = 0,
          dilation: object = 1, groups: int = 1) -> Belief:  # fmt: skip
     """``m' = sum W m + b`` and ``v' = sum W^2 v`` over input channels and taps, for ``x`` of ``(S, C, 1, ...)``."""
-    if isinstance(weight, Gaussian) or isinstance(bias, Gaussian):
-        return _ACTIVATION_AS_WEIGHT
     if x.ndim == weight.ndim - 1:
         return _NO_BATCH
     if groups == 1:
@@ -75,8 +72,6 @@ def conv_transpose(x: Gaussian, weight: Tensor, bias: Tensor | None = None, stri
     ``s``. The moments of each phase are those of a convolution by these taps; all phases are equally
     frequent, so the belief is their mixture.
     """
-    if isinstance(weight, Gaussian) or isinstance(bias, Gaussian):
-        return _ACTIVATION_AS_WEIGHT
     spatial = weight.ndim - 2
     if x.ndim == spatial + 1:
         return _NO_BATCH
@@ -110,22 +105,19 @@ def through_matrix(x: Gaussian, weight: Tensor, bias: Tensor | None = None) -> G
 
 
 @belief_rule("linear")
-def linear(x: Gaussian, weight: Tensor, bias: Tensor | None = None) -> Belief:
+def linear(x: Gaussian, weight: Tensor, bias: Tensor | None = None) -> Gaussian:
     """``m' = W m + b`` and ``v' = W^2 v`` along the last axis; see :func:`through_matrix`."""
-    if isinstance(weight, Gaussian) or isinstance(bias, Gaussian):
-        return _ACTIVATION_AS_WEIGHT
     if weight.ndim == 1:  # a single output, without an axis of its own
         return through_matrix(x, weight[None], bias).map(lambda t: t.squeeze(-1))
     return through_matrix(x, weight, bias)
 
 
 @rule(F.embedding)
-def embedding(index: Tensor, weight: Tensor, *args: object, **kwargs: object) -> Belief:
+def embedding(index: Tensor, weight: Tensor, *args: object, **kwargs: object) -> Gaussian:
     """Rows of a table, each as likely as the others: mean and variance of its columns."""
-    if isinstance(index, Gaussian) or isinstance(weight, Gaussian):
-        return _ACTIVATION_AS_WEIGHT
     var, mean = torch.var_mean(at_least_float32(weight), 0, correction=0)
     return Gaussian(mean, var).map(lambda t: t.view(*[1] * index.ndim, -1))
 
 
 SOURCES.add(F.embedding)
+BELIEF_ALONE.add(embedding)

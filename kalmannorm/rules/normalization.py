@@ -13,7 +13,7 @@ from torch import Tensor
 from kalmannorm.gaussian import Gaussian, Unknown
 from kalmannorm.rules.arithmetic import add, mul
 from kalmannorm.rules.shape import axes_of, in_one_shape, summarize
-from kalmannorm.rules.table import Belief, belief_rule, rule
+from kalmannorm.rules.table import Belief, belief_rule
 
 
 def _along_channels(vector: Tensor | None, x: Gaussian, default: float) -> Tensor | float:
@@ -29,7 +29,7 @@ def _standardized(x: Gaussian, weight: Tensor | float, bias: Tensor | float) -> 
     return _affine(Gaussian(torch.zeros_like(x.mean), torch.ones_like(x.var)), weight, bias)
 
 
-@rule(F.batch_norm, belief_first=True)  # torch.batch_norm takes its arguments in another order
+@belief_rule(F.batch_norm)  # torch.batch_norm takes its arguments in another order
 def batch_norm(x: Gaussian, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None = None,
                bias: Tensor | None = None, training: bool = False, momentum: float = 0.1,
                eps: float = 1e-5, *args: Any) -> Gaussian:  # fmt: skip
@@ -59,7 +59,7 @@ def group_norm(x: Gaussian, num_groups: int, weight: Tensor | None = None, bias:
     return _affine(each, _along_channels(weight, x, 1.0), _along_channels(bias, x, 0.0))
 
 
-@rule(F.instance_norm, belief_first=True)  # here too
+@belief_rule(F.instance_norm)  # here too
 def instance_norm(x: Gaussian, running_mean: Tensor | None = None, running_var: Tensor | None = None,
                   weight: Tensor | None = None, bias: Tensor | None = None, use_input_stats: bool = True,
                   momentum: float = 0.1, eps: float = 1e-5, *args: Any) -> Gaussian:  # fmt: skip
@@ -81,7 +81,7 @@ def _sum_of_squares(x: Gaussian, dims: list[int]) -> Tensor:
     return (full.mean.square() + full.var).sum(dims, keepdim=True)
 
 
-@rule(F.normalize, belief_first=True)
+@belief_rule(F.normalize)
 def normalize(x: Gaussian, p: float = 2.0, dim: int | Sequence[int] = 1, eps: float = 1e-12,
               out: object = None) -> Belief:  # fmt: skip
     """``x / |x|``: divided by the root of the norm's mean square."""

@@ -197,10 +197,8 @@ def _two_slopes(x: Gaussian, slope: Tensor | float, slope_var: float = 0.0) -> G
 
 
 @belief_rule("prelu")
-def prelu(x: Gaussian, weight: Tensor) -> Belief:
+def prelu(x: Gaussian, weight: Tensor) -> Gaussian:
     """Leaky ReLU with a learned slope, one or one a channel."""
-    if isinstance(weight, Gaussian):
-        return Unknown("the slope is computed from the input")
     slope = weight.to(x.mean.dtype)
     if slope.numel() > 1:
         x, slope = x.full([1]), slope.view(-1, *[1] * (x.ndim - 2))
@@ -220,7 +218,7 @@ def rrelu(x: Gaussian, lower: float = 1 / 8, upper: float = 1 / 3, training: boo
 @belief_rule("clamp", "clamp_", "clip", "clip_", "clamp_min", "clamp_min_")
 def clamp(x: Gaussian, min: Any = None, max: Any = None) -> Belief:
     """``clamp(x, min, max)`` with numbers for bounds, in closed form."""
-    if isinstance(min, Tensor | Gaussian) or isinstance(max, Tensor | Gaussian):
+    if isinstance(min, Tensor) or isinstance(max, Tensor):
         return Unknown("clamp between tensors")
     if min is not None and max is not None and min > max:
         min = max  # as torch does
@@ -335,7 +333,7 @@ def power(x: Gaussian, exponent: Any) -> Belief:
     if isinstance(exponent, Real):
         return inverse(x, float(exponent)) if exponent < 0 else quadrature(x, lambda t: _raised(t, exponent))
     if not isinstance(exponent, Tensor) or exponent.numel() > 1:
-        return Unknown("power with several exponents, or with one computed from the input")
+        return Unknown("power with several exponents")
     n = exponent.reshape(()).to(x.mean.dtype)
     least = torch.where(n < 0, x.mean.abs() / 10, _ABOVE_ZERO).clamp_min(_ABOVE_ZERO).unsqueeze(-1)
     if n.requires_grad:  # a learned one needs what is positive

@@ -17,7 +17,6 @@ from kalmannorm.rules.arithmetic import pair
 from kalmannorm.rules.shape import align, in_one_shape
 from kalmannorm.rules.table import Belief, Rule, aliases, belief_rule, rule
 
-_COMPUTED_MASK = Unknown("a mask computed from the input")
 _NOT_SUMMED = Unknown("what an index sends to a row, other than a sum, or a mean or an extreme into known rows")
 # Rows with more terms count as having this many: the largest of more lies hardly higher.
 _MOST = 64
@@ -143,7 +142,7 @@ def where(mask: Gaussian | Tensor, x: Gaussian | Tensor | float, y: Gaussian | T
     the others.
     """
     if isinstance(mask, Gaussian):
-        return _COMPUTED_MASK
+        return Unknown("a mask computed from the input")
     for number, other in ((x, y), (y, x)):
         if isinstance(number, int | float) and isinstance(other, Gaussian) and abs(number) >= _AS_INFINITE:
             return other
@@ -170,4 +169,4 @@ def where_of(x: Gaussian | Tensor, mask: Gaussian | Tensor, y: Gaussian | Tensor
 @belief_rule("masked_fill", "masked_fill_")
 def masked_fill(x: Gaussian, mask: Tensor, value: Any) -> Belief:
     """A number where a known mask is true, see :func:`where`."""
-    return _COMPUTED_MASK if isinstance(value, Gaussian) else where(mask, float(value), x)
+    return where(mask, float(value), x)

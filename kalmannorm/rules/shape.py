@@ -117,7 +117,7 @@ def of_type(x: Gaussian, kind: Any, *args: Any, **kwargs: Any) -> Belief:
     return x if floating else Unknown("rounded to another type")
 
 
-@rule(*aliases("detach", "detach_"), torch.Tensor.data.__get__, belief_first=True)  # type: ignore[attr-defined]
+@belief_rule("detach", "detach_", torch.Tensor.data.__get__)  # type: ignore[attr-defined]
 def detach(x: Gaussian) -> Gaussian:
     """Cut from the graph, as the activation is."""
     return x.detach()
@@ -148,7 +148,7 @@ _ALIKE |= {
     torch.Tensor.T.__get__: lambda t: t.permute(*reversed(range(t.ndim))),  # type: ignore[attr-defined]
 }
 for _function, _move in _ALIKE.items():
-    rule(_function, belief_first=True)(_on_both(_move))
+    belief_rule(_function)(_on_both(_move))
 
 
 @belief_rule("repeat")
@@ -363,7 +363,7 @@ def _cutting(function: Callable[..., Any], position: int) -> Callable[..., Any]:
 # With the position of `dim` among the arguments that follow the tensor.
 for _name, _position in [("chunk", 1), ("split", 1), ("tensor_split", 1), ("unbind", 0), ("narrow", 0), ("select", 0)]:
     for _function in aliases(_name):
-        rule(_function, belief_first=True)(_cutting(_function, _position))
+        belief_rule(_function)(_cutting(_function, _position))
 
 
 @belief_rule("index_select")
@@ -432,7 +432,7 @@ def stack(tensors: Sequence[Gaussian | Tensor], dim: int = 0) -> Gaussian:
     return cat([lifted(t) for t in tensors], dim)
 
 
-@rule(*aliases("pad", "constant_pad_nd"), torch._C._nn.pad, belief_first=True)  # F.pad calls the last when compiled
+@belief_rule("pad", "constant_pad_nd", torch._C._nn.pad)  # F.pad calls the last when compiled
 def pad(x: Gaussian, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Belief:
     """Padding: extra channels get the constant; a border around constant pixels is ignored."""
     amounts = list(pad)
@@ -497,7 +497,7 @@ def pixel_shuffle(x: Gaussian, upscale_factor: int) -> Gaussian:
 # -- sliding windows -------------------------------------------------------------------------------
 
 
-@rule(torch.Tensor.unfold, belief_first=True)
+@belief_rule(torch.Tensor.unfold)
 def windows(x: Gaussian, dimension: int, size: int, step: int) -> Gaussian:
     """Windows along one axis, each on a new last axis."""
     dim = dimension % x.ndim
@@ -506,7 +506,7 @@ def windows(x: Gaussian, dimension: int, size: int, step: int) -> Gaussian:
     return x.full([dim]).map(lambda t: t.unfold(dim, size, step))
 
 
-@rule(F.unfold, belief_first=True)
+@belief_rule(F.unfold)
 def im2col(x: Gaussian, kernel_size: int | Sequence[int], *args: object, **kwargs: object) -> Gaussian:
     """``(N, C, H, W)`` to ``(N, C k, L)``: each channel's belief, for each of ``k`` taps. Padding is ignored."""
     taps = math.prod(per_axis(kernel_size, 2))
@@ -514,7 +514,7 @@ def im2col(x: Gaussian, kernel_size: int | Sequence[int], *args: object, **kwarg
     return x.map(lambda t: t.flatten(2).repeat_interleave(taps, 1))
 
 
-@rule(F.fold, belief_first=True)
+@belief_rule(F.fold)
 def col2im(x: Gaussian, output_size: Any, *args: Any, **kwargs: Any) -> Belief:
     """``(N, C k, L)`` to ``(N, C, H, W)``: each pixel is the sum of the taps that meet there, taken as independent."""
     if x.ndim != 3:

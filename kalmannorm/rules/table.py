@@ -12,8 +12,8 @@ import torch
 from kalmannorm.gaussian import Gaussian, Unknown
 
 __all__ = [
-    "BELIEF_FIRST", "BLANK", "FACTORIES", "LIKE", "OVERWRITING", "PICKING", "RULES", "SOURCES", "Belief", "Rule",
-    "aliases", "as_rule_is_called", "belief_rule", "belief_rules", "rule",
+    "BELIEF_ALONE", "BELIEF_FIRST", "BLANK", "FACTORIES", "LIKE", "OVERWRITING", "PICKING", "RULES", "SOURCES",
+    "Belief", "Rule", "aliases", "as_rule_is_called", "belief_rule", "belief_rules", "rule",
 ]  # fmt: skip
 
 Belief = Gaussian | Unknown
@@ -23,6 +23,8 @@ _R = TypeVar("_R", bound=Rule)
 RULES: dict[Callable[..., Any], Rule] = {}
 # Rules whose first argument must carry a belief: they are not called if it is a known tensor.
 BELIEF_FIRST: set[Rule] = set()
+# Rules that take no belief in another place: they are not called with a weight that is computed from the input.
+BELIEF_ALONE: set[Rule] = set()
 # Functions whose output has a belief though no argument has one.
 SOURCES: set[Callable[..., Any]] = set()
 # The names of a rule's parameters and the number of positional ones; None for any. Stored at registration, since
@@ -81,9 +83,17 @@ def rule(*functions: Callable[..., Any], belief_first: bool = False) -> Callable
     return register
 
 
-def belief_rule(*names: str) -> Callable[[_R], _R]:
-    """As :func:`rule`, for all functions and methods of these names, whose first argument must carry a belief."""
-    return rule(*aliases(*names), belief_first=True)
+def belief_rule(*functions: str | Callable[..., Any]) -> Callable[[_R], _R]:
+    """As :func:`rule`, for functions whose first argument alone carries a belief; a name stands for all of its
+    :func:`aliases`.
+    """
+    listed = [f for each in functions for f in (aliases(each) if isinstance(each, str) else [each])]
+
+    def register(decorated: _R) -> _R:
+        BELIEF_ALONE.add(decorated)
+        return rule(*listed, belief_first=True)(decorated)
+
+    return register
 
 
 def belief_rules(how: str, rules: dict[str, Rule]) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from drawing import believe, check_draws, check_unknown, covers, draw_through, values
+from drawing import believe, check_draws, check_refused, check_unknown, covers, draw_through, values
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -118,6 +118,14 @@ def test_normalize_along_pixels_and_by_other_norms():
     assert belief.mean.shape == (1, 3, 1, 1)
     torch.testing.assert_close(belief.mean.square() + belief.var, torch.full((1, 3, 1, 1), 1 / 5).double())
     check_unknown("p=1", F.normalize, believe((2, 3)), p=1.0)
+
+
+def test_weights_from_the_input():
+    """As of layers whose scale and shift depend on a style."""
+    x, style = believe((4, 3, 5)), believe((3,), axes=())
+    check_refused(F.batch_norm, x, None, None, style, training=True)
+    check_refused(F.group_norm, x, 3, weight=style)
+    check_refused(F.layer_norm, x, [5], bias=style)
 
 
 @covers(*aliases("rms_norm"))

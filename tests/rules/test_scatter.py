@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from drawing import believe, check_draws, check_unknown, covers, values
+from drawing import believe, check_draws, check_refused, check_unknown, covers, values
 from networks import made_of
 from torch import nn
 
@@ -113,7 +113,8 @@ def test_masked_fill(function):
     ragged = torch.arange(16) < torch.randint(1, 17, (2**15, 1, 1), generator=torch.Generator().manual_seed(0))
     check_draws(function, believe((2**15, 3, 16)), ragged, -1.0)
     assert RULES[function](x, mask, -math.inf) is x
-    check_unknown("a mask computed", function, x, x, 0.0)
+    check_refused(function, x, x, 0.0)
+    check_refused(function, x, mask, x)
 
 
 @pytest.mark.parametrize("other", [0.5, "channels", "activation"])

@@ -66,9 +66,11 @@ def test_a_rule_says_whether_its_first_argument_is_a_belief(belief_first):
         return y
 
     known, belief = torch.zeros(4), Gaussian(torch.zeros(1), torch.ones(1), (4,))
-    result = exact(Step(torch.cumprod, (known, Step(None, (), {}, (4,), belief=belief)), {}, (4,)))
+    its = Step(None, (), {}, (4,), belief=belief)
+    assert torch.equal(exact(Step(torch.cumprod, (its, its), {}, (4,))).var, belief.var)
+    result = exact(Step(torch.cumprod, (known, its), {}, (4,)))
     if belief_first:
-        assert result.reason == "torch.cumprod of a known tensor, by an activation"
+        assert result.reason == "torch.cumprod with an argument that is computed from the input"
     else:
         assert torch.equal(result.var, belief.var)
 
