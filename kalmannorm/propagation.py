@@ -9,7 +9,6 @@ import sys
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -29,13 +28,6 @@ NO_INPUT = Unknown("its input does not depend on a floating-point input, or went
 _NOTHING = nullcontext()
 # Errors of a rule that gets unexpected shapes, and of a torch function that gets draws.
 FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-
-
-def __getattr__(name: str) -> Any:
-    """The class by its name before the first release, to which models that were pickled then refer."""
-    if name == "Propagation":
-        return import_module("kalmannorm.recording").Recorder
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def belief_for(tensor: Tensor, groups: int) -> Belief:

@@ -106,7 +106,6 @@ class Recorder(TorchFunctionMode):
         return {"layers": self.layers}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Also of a model that an earlier version has pickled."""
         self.__init__(state["layers"])  # type: ignore[misc]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -38,7 +38,6 @@ class Watch:
     """
 
     _warned = _looked = _counted = False  # what is said once
-    prefix = ""  # of a model that an earlier version has pickled
 
     def __init__(self, layers: list[Any], given: Mapping[str | None, Gaussian], arguments: Sequence[str] = (),
                  name: str = "") -> None:  # fmt: skip
@@ -111,7 +110,7 @@ class Watch:
         stay = set(inside.values())
         gone = [layer for layer in self.layers if layer not in stay]
         there = (inside.get(layer.layer_name.removeprefix(self.prefix)) for layer in gone)
-        if not any(_is_norm(each) for part in there if part is not None for each in part.modules()):
+        if not any(_looks_like_a_norm(each) for part in there if part is not None for each in part.modules()):
             return  # removed, as a head that is not wanted
         has_stock = any(isinstance(each, _BatchNorm) and not hasattr(each, "layer_name") for each in stay)
         new = "kalmannorm.convert(model) converts the new ones. " if has_stock else ""
@@ -203,7 +202,7 @@ def _start_belief(tensor: Tensor, given: Gaussian | None, place: str) -> bool:
     return can
 
 
-def _is_norm(module: nn.Module) -> bool:
+def _looks_like_a_norm(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm) or "Norm" in type(module).__name__
 
 

@@ -252,17 +252,6 @@ def test_a_mask_of_weights_is_no_input(masked):
     assert [row.prior_from for row in rows] == [("input",), ("body.0",)]
 
 
-def test_a_mode_of_an_earlier_version_is_unpickled_with_what_it_lacks():
-    model = kn.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), input_stats=([0.0] * 3, [1.0] * 3))
-    watch = next(iter(model._forward_hooks.values())).__self__
-    state = watch.mode.__getstate__()
-    assert set(state) == {"layers"}
-    old = type(watch.mode).__new__(type(watch.mode))
-    old.__setstate__({**state, "opener": None})
-    watch.mode = old
-    assert model(torch.randn(2, 3, 8, 8)).isfinite().all()
-
-
 def test_layers_converted_one_by_one_say_so():
     body = nn.Sequential(nn.Conv2d(3, 4, 3), kn.convert(nn.BatchNorm2d(4)))
     with pytest.warns(UserWarning, match="sees no propagation"):
@@ -766,15 +755,6 @@ def test_named_input_stats_reach_the_batch_of_a_detector():
     )
     model = kn.convert(model, input_stats={"images": ([0.0] * 3, [1.0] * 3)})
     assert kn.describe(model, [torch.randn(3, 8, 8) for _ in range(2)]).with_prior == 1
-
-
-def test_models_pickled_before_the_first_release_find_the_mode():
-    from kalmannorm import propagation
-    from kalmannorm.recording import Recorder
-
-    assert propagation.Propagation is Recorder
-    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
-        propagation.Nothing  # noqa: B018
 
 
 @torch.no_grad()
