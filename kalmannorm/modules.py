@@ -20,7 +20,7 @@ from kalmannorm.functional import KalmanNormOutput, add_process_noise, group_kal
 from kalmannorm.gaussian import Gaussian, Packed, Unknown
 from kalmannorm.kernels.arguments import Given, Options, Running
 from kalmannorm.kernels.autograd import is_transformed
-from kalmannorm.kernels.formulas import at_least_float32, move_running
+from kalmannorm.kernels.formulas import at_least_float32, gain_by, move_running
 from kalmannorm.kernels.layer import layer
 from kalmannorm.paper import drawn_belief
 from kalmannorm.priors import INITIAL_NOISE, Prior, tensors_of
@@ -190,21 +190,16 @@ class KalmanLayer(CorrectedPrior):
         ``"prior-strength"``: ``q = n / (n + kappa)`` with ``kappa = 18 exp(gain)``.
         ``"learned"``: ``q = sigmoid(gain + logit(0.1))``. A fixed gain stays.
         """
+        return gain_by(*self._gain_line(samples))
+
+    def _gain_line(self, samples: Any) -> tuple[Tensor | None, Any, float, float]:
+        """The gain as kernels take it: the arguments of :func:`~kalmannorm.kernels.formulas.gain_by`."""
         if not isinstance(self.gain, Tensor):
-            return self.gain
+            return None, 1, 0.0, self.gain
         parameter = at_least_float32(self.gain)
         if self.gain_rule == "learned":
-            return torch.sigmoid(parameter + _INITIAL_LOGIT)
-        return samples / (samples + _INITIAL_STRENGTH * parameter.exp())
-
-    def _gain_line(self, samples: int) -> tuple[Tensor | None, int, float, float]:
-        """The gain for a kernel: parameter, samples, slope and offset, see `kalmannorm.kernels.arguments.Options`."""
-        gain = self.gain
-        if not isinstance(gain, Tensor):
-            return None, 1, 0.0, gain
-        if self.gain_rule == "learned":
-            return gain, 1, 1.0, _INITIAL_LOGIT
-        return gain, samples, -1.0, -math.log(_INITIAL_STRENGTH)
+            return parameter, 1, 1.0, _INITIAL_LOGIT
+        return parameter, samples, -1.0, -math.log(_INITIAL_STRENGTH)
 
     def observed_maps(self, samples: int) -> int:
         """The ``n`` of :meth:`kalman_gain` for a batch: how many feature maps a statistic is taken over."""

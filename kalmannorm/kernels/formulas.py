@@ -67,10 +67,15 @@ def gain_of(given: Given, options: Options) -> Tensor | float:
     """``q`` in (0, 1], a number or ``(1,)``; 1 without a prior."""
     if given.prior is None:
         return 1.0
-    if given.gain is None or not options.gain_slope:
-        return options.gain_offset if given.gain is None else given.gain
-    others = torch.exp((-options.gain_slope * given.gain - options.gain_offset).clamp_max(80))  # no infinity
-    return options.gain_samples / (options.gain_samples + others)
+    return gain_by(given.gain, options.gain_samples, options.gain_slope, options.gain_offset)
+
+
+def gain_by(parameter: Tensor | None, samples: int | Tensor, slope: float, offset: float) -> Tensor | float:
+    """``q`` by its parameter, see :class:`~kalmannorm.kernels.arguments.Options`."""
+    if parameter is None or not slope:
+        return offset if parameter is None else parameter
+    others = torch.exp((-slope * parameter - offset).clamp_max(80))  # no infinity
+    return samples / (samples + others)
 
 
 def noise_of(noise: Tensor, options: Options) -> Tensor:
