@@ -141,7 +141,7 @@ def _what_they_depend_on(module: nn.Module, tensors: Sequence[Tensor], layers: S
         return None
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return None
-    if not _are_plain(values):
+    if (course := _course(values)) is None:
         return None
     given = list(found_in(values, Tensor))
     if any(type(t) not in (Tensor, nn.Parameter) for t in (*given, *tensors)):  # stand-ins
@@ -152,16 +152,7 @@ def _what_they_depend_on(module: nn.Module, tensors: Sequence[Tensor], layers: S
     if any(not t.is_floating_point() for t in given) or any(t.is_inference() for t in tensors):
         return None
     inputs = tuple((t.shape, t.dtype, t.device) for t in given)
-    return inputs, _course(values), _switched(module, layers), _states(tensors)
-
-
-def _are_plain(value: Any) -> bool:
-    """Whether all that arguments hold is seen: an object of another kind may change within."""
-    if isinstance(value, Mapping):
-        return all(_are_plain(each) for each in value.values())
-    if isinstance(value, tuple | list):
-        return all(_are_plain(each) for each in value)
-    return isinstance(value, Tensor) or type(value) in SCALARS
+    return inputs, course, _switched(module, layers), _states(tensors)
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:
@@ -171,12 +162,17 @@ def tensors_of(module: nn.Module) -> list[Tensor]:
 
 
 def _course(value: Any) -> Any:
-    """What of the arguments the course of a forward pass may depend on: all but the numbers in tensors."""
+    """What of the arguments the course of a forward pass may depend on: all but the numbers in tensors. None if one
+    holds an object of another kind, which may change within.
+    """
     if isinstance(value, Mapping):
-        return [(key, _course(each)) for key, each in value.items()]
+        return None if (course := _course([*value.values()])) is None else (*value, course)
     if isinstance(value, tuple | list):
-        return [_course(each) for each in value]
-    return Tensor if isinstance(value, Tensor) else (type(value), value)
+        courses = [_course(each) for each in value]
+        return None if None in courses else courses
+    if isinstance(value, Tensor):
+        return Tensor
+    return (type(value), value) if type(value) in SCALARS else None
 
 
 def _switched(module: nn.Module, layers: Sequence[Any]) -> tuple[float, ...]:
