@@ -14,7 +14,7 @@ from torch import Tensor
 from kalmannorm.gaussian import Gaussian
 from kalmannorm.rules.arithmetic import ELEMENTWISE, JOINT, LINES, PRELU
 from kalmannorm.rules.pointwise import GUARDED, quadrature
-from kalmannorm.steps import SCALARS, Step, ancestors, replace
+from kalmannorm.steps import Step, ancestors, replace
 
 # How many sums and products of two a chain passes through: more would cost time at each residual sum.
 _NESTED = 2
@@ -66,7 +66,7 @@ def _is_line(step: Step) -> bool:
 
 
 def _is_plain(value: Any) -> bool:
-    return type(value) in SCALARS or isinstance(value, Step | Tensor | int | float)
+    return value is None or isinstance(value, Step | Tensor | int | float | str)
 
 
 def _function(step: Step, source: Step, belief: Gaussian) -> Callable[[Tensor], Tensor] | None:

@@ -181,11 +181,9 @@ class Shares(Gaussian):
         self.dim = dim
 
     def of(self, shape: Sequence[int]) -> Gaussian:
-        """As :class:`Gaussian`'s."""
         return Shares(super().of(shape), self.dim)
 
     def detach(self) -> Gaussian:
-        """As :class:`Gaussian`'s."""
         return Shares(super().detach(), self.dim)
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> Shares:

@@ -143,7 +143,7 @@ def test_slopes_of_channels_in_a_chain_lie_along_channels():
 
 
 def test_a_network_of_radial_bases_lives():
-    """Call by call, its prior's variance would be 10^27 times too large."""
+    """Call by call, its prior would be of what no Gaussian reaches, and would shut it off."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.BatchNorm1d(4), RadialBasis(), nn.Linear(4, 4), nn.BatchNorm1d(4))
     output = kn.convert(model)(torch.randn(256, 4))
@@ -189,7 +189,7 @@ def test_a_gate_by_hand_is_as_torchs_own_function(by_hand, function):
     ],
 )
 def test_a_corner_by_hand_is_as_torchs_own_function(by_hand, function):
-    """Within what 65 nodes see of a corner. Of independent operands the mean would be 0.2 deviations off."""
+    """Within what 65 nodes see of a corner."""
     ours, torchs = (between(each) for each in (by_hand, function))
     torchs.load_state_dict(ours.state_dict())
     x = torch.randn(2, 3, 8, 8)

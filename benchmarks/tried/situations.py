@@ -10,6 +10,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -125,15 +126,14 @@ class PointNet(nn.Module):
 
     def __init__(self):
         super().__init__()
-        widths, deep = (3, 16, 32, 128), (128, 64, 32)
-        self.points = nn.Sequential(*(
-            layer for below, above in itertools.pairwise(widths)
-            for layer in (nn.Conv1d(below, above, 1), nn.BatchNorm1d(above), nn.ReLU())
-        ))  # fmt: skip
-        self.cloud = nn.Sequential(*(
-            layer for below, above in itertools.pairwise(deep)
-            for layer in (nn.Linear(below, above), nn.BatchNorm1d(above), nn.ReLU())
-        ), nn.Linear(32, 4))  # fmt: skip
+        self.points = nn.Sequential(*self.stacked(partial(nn.Conv1d, kernel_size=1), 3, 16, 32, 128))
+        self.cloud = nn.Sequential(*self.stacked(nn.Linear, 128, 64, 32), nn.Linear(32, 4))
+
+    @staticmethod
+    def stacked(linear, *widths):
+        """Linear maps, each with a norm and a ReLU."""
+        for below, above in itertools.pairwise(widths):
+            yield from (linear(below, above), nn.BatchNorm1d(above), nn.ReLU())
 
     def forward(self, x):
         return self.cloud(torch.max(self.points(x), 2)[0])

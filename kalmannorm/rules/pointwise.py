@@ -265,18 +265,16 @@ def expm1(x: Gaussian) -> Gaussian:
     return Gaussian(grown.mean - 1, grown.var)
 
 
-@belief_rule("sin", "sin_")
-def sin(x: Gaussian) -> Gaussian:
-    """``e^(-v / 2) sin m`` and ``(1 - e^-v) (1 + e^-v cos 2 m) / 2``: at any width, where nodes would miss waves."""
+def _wave(x: Gaussian, wave: Callable[[Tensor], Tensor], sign: float) -> Gaussian:
+    """``e^(-v / 2) wave(m)`` and ``(1 - e^-v) (1 + sign e^-v cos 2 m) / 2``: at any width, where nodes miss waves."""
     kept, lost = torch.exp(-x.var), -torch.expm1(-x.var)
-    return Gaussian(torch.exp(-0.5 * x.var) * x.mean.sin(), 0.5 * lost * (1 + kept * torch.cos(2 * x.mean)))
+    return Gaussian(torch.exp(-0.5 * x.var) * wave(x.mean), 0.5 * lost * (1 + sign * kept * torch.cos(2 * x.mean)))
 
 
-@belief_rule("cos", "cos_")
-def cos(x: Gaussian) -> Gaussian:
-    """As :func:`sin`: ``e^(-v / 2) cos m`` and ``(1 - e^-v) (1 - e^-v cos 2 m) / 2``."""
-    kept, lost = torch.exp(-x.var), -torch.expm1(-x.var)
-    return Gaussian(torch.exp(-0.5 * x.var) * x.mean.cos(), 0.5 * lost * (1 - kept * torch.cos(2 * x.mean)))
+belief_rules("in closed form", {
+    "sin sin_": lambda x: _wave(x, torch.sin, 1.0),
+    "cos cos_": lambda x: _wave(x, torch.cos, -1.0),
+})
 
 
 def _raised(base: Any, exponent: Any) -> Any:
