@@ -11,10 +11,12 @@ from networks import prior_of
 from torch import nn
 
 import kalmannorm as kn
+from kalmannorm.composed import _LONGEST, _chain
 from kalmannorm.gaussian import Gaussian
 from kalmannorm.recording import Recorder, attach
 from kalmannorm.rules import RULES
 from kalmannorm.rules.pointwise import quadrature
+from kalmannorm.steps import step_of
 
 _ONE, _EACH = nn.Parameter(torch.tensor(1.7)), nn.Parameter(torch.tensor([0.5, 0.8, 1.1, 1.4, 1.7])[:, None, None])
 
@@ -108,6 +110,16 @@ def test_many_sums_of_one_activation_take_no_time():
         began = time.perf_counter()
         assert prior_of(h, 1).mean.isfinite().all()
     assert time.perf_counter() - began < 20
+
+
+def test_a_long_chain_is_cut():
+    """The time to find the calls of one function grows with the square of their number."""
+    h = torch.randn(4, 5)
+    with Recorder():
+        attach(h, Gaussian(torch.zeros(1, 5), torch.ones(1, 5)), "layer")
+        for _ in range(30):
+            h = 0.5 * h
+        assert len(_chain(step_of(h), 2)) == _LONGEST + 1
 
 
 @pytest.mark.parametrize("activation", [
