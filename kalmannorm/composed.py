@@ -55,10 +55,10 @@ def _below(step: Step, nested: int) -> Step | None:
         return None
     if step.function in ELEMENTWISE and len({*step.parents}) == 1:
         return step.parents[0]
-    if step.function not in JOINT or len(step.parents) != 2 or nested == 0:
+    if step.function not in JOINT or len(step.parents) < 2 or nested == 0:
         return None
-    first, second = (_chain(parent, nested - 1) for parent in step.parents)
-    return next((each for each in first if each in second), None)
+    first, *others = (_chain(parent, nested - 1) for parent in step.parents)
+    return next((each for each in first if all([each in other for other in others])), None)
 
 
 def _is_line(step: Step) -> bool:
@@ -93,7 +93,7 @@ def _function(step: Step, source: Step, belief: Gaussian) -> Callable[[Tensor], 
             function: Any = GUARDED.get(each.function, each.function)  # type: ignore[arg-type]
             output: Tensor = function(*args, **kwargs)
             values[each] = output if each.grad else output.detach()
-        return values[step]
+        return values[step].to(t.dtype)
 
     return values_of
 

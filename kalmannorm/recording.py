@@ -28,7 +28,8 @@ from kalmannorm.kernels.layer import rectify_output
 from kalmannorm.priors import KeptPriors
 from kalmannorm.propagation import let_go_of_graph, settle, true_depth, without_autocast
 from kalmannorm.rules import RULES, Belief
-from kalmannorm.rules.table import BLANK, FACTORIES, LIKE, OVERWRITING, PICKING, SOURCES, aliases
+from kalmannorm.rules.sampling import know_torchvision
+from kalmannorm.rules.table import BLANK, FACTORIES, LIKE, OVERWRITING, PICKING, PLACES, SOURCES, aliases
 from kalmannorm.steps import SCALARS, Step, ancestors, detached, found_in, put, state_of, step_of
 
 _BASE = Tensor._base.__get__  # type: ignore[union-attr]
@@ -41,6 +42,7 @@ _LONGEST = 2000
 # The attribute of a tensor of zeros: its state then.
 _BLANK_AT = "_kalmannorm_blank"
 _DETACH = frozenset(aliases("detach"))
+_ASSIGNING = frozenset((Tensor.__setitem__, Tensor.index_put_))
 _LAZY = frozenset((UninitializedBuffer, UninitializedParameter))  # which have no state yet
 _IN_PLACE_RELUS = frozenset((F.relu, F.relu_, torch.relu_, Tensor.relu_))
 # Functions of an activation and weights.
@@ -66,6 +68,7 @@ class Recorder(TorchFunctionMode):
 
     def __init__(self, layers: Sequence[Any] = ()) -> None:
         super().__init__()
+        know_torchvision()
         self.layers = layers
         self.waiting: dict[int, Gaussian] = {}  # of each thread, `input_stats` whose tensor has not been found yet
         self.opener: Any = None  # the module that was entered
@@ -126,12 +129,12 @@ class Recorder(TorchFunctionMode):
             self.learned.update(dict.fromkeys(found_in((output,), Tensor), True))
         if func in FACTORIES or func == _BASE:  # `Tensor._base` computes nothing
             return _blank_noted(func, output)
-        if isinstance(output, Tensor):
+        if func in _ASSIGNING and len(args) == 3 and not kwargs.get("accumulate"):
+            self._record_assignment(args, before)
+        elif isinstance(output, Tensor):
             if of_tensor and output is args[0] and before is not None and before == state_of(output):
                 return output  # such as `float` of what is float already
             self._record(func, args, kwargs, output, None)
-        elif func is torch.Tensor.__setitem__:
-            self._record_assignment(args, before)
         elif isinstance(output, tuple | list) and not isinstance(output, torch.Size):
             return self._record_each(func, args, kwargs, output)
         return output
@@ -147,8 +150,9 @@ class Recorder(TorchFunctionMode):
 
     def _record(self, func: Any, args: Any, kwargs: Any, output: Tensor, index: int | None) -> None:
         parents: list[Step] = []
-        recorded, keywords = _with_steps(args, kwargs, parents, output, picks := func in PICKING)
-        if picks and not parents:  # a known tensor, perhaps by an index computed from the input
+        picks, place = func in PICKING, PLACES.get(func)
+        recorded, keywords = _with_steps(args, kwargs, parents, output, picks, place)
+        if not parents and (picks or place):  # a known tensor, perhaps by an index computed from the input
             recorded, keywords = _with_steps(args, kwargs, parents, output, False)
         if (not parents and func not in SOURCES) or (func in LIKE and not isinstance(recorded[0], Step)):
             return
@@ -180,6 +184,7 @@ class Recorder(TorchFunctionMode):
         The belief about a tensor of which the target is a view is lost.
         """
         target, index, value = args
+        index = tuple(index) if isinstance(index, list) else index
         has_step = step_of(target, as_it_was=True) is not None
         if not has_step and not any([step_of(each) is not None for each in found_in((index, value), Tensor)]):
             return
@@ -256,11 +261,14 @@ def _blank_noted(func: Any, output: Any) -> Any:
     return output
 
 
-def _with_steps(args: Any, kwargs: Any, parents: list[Step], output: Tensor, picks: bool) -> tuple[Any, Any]:
+def _with_steps(args: Any, kwargs: Any, parents: list[Step], output: Tensor, picks: bool,
+                place: int | None = None) -> tuple[Any, Any]:  # fmt: skip
     """The arguments of a call with each tensor that has a step replaced by it; the steps are added to ``parents``. With
-    ``picks``, tensors of whole numbers are indices, and stay.
+    ``picks``, tensors of whole numbers are indices, and stay; and so does the argument at ``place``.
     """
-    recorded = tuple([a if type(a) in SCALARS else _recorded(a, parents, output, picks) for a in args])
+    recorded = tuple(
+        [a if type(a) in SCALARS or i == place else _recorded(a, parents, output, picks) for i, a in enumerate(args)]
+    )
     return recorded, {k: _recorded(v, parents, output, picks) for k, v in kwargs.items()} if kwargs else kwargs
 
 

@@ -74,6 +74,12 @@ def prior_and_draws(activation):
     "a number of numpy's": lambda x: torch.tanh(x * np.float64(0.8)) ** 2,
     "a number on another device": lambda x: x * torch.sigmoid(torch.tensor(1.7) * x),
     "a sum": lambda x: x + F.silu(x),
+    "a hand-written leaky ReLU": lambda x: torch.where(x > 0, x, 0.1 * x),
+    "ELU by a mask": lambda x: torch.where(x < 0, torch.exp(x) - 1, x),
+    "a gate by a comparison": lambda x: x * (x > 0.3),
+    "a logarithm": lambda x: torch.log1p(F.relu(x)),
+    "a logarithm of a softplus": lambda x: torch.log2(F.softplus(x) + 0.1),
+    "a moving average": lambda x: torch.lerp(x, torch.tanh(x), 0.3),
     "a difference": lambda x: F.softplus(x) - torch.tanh(x),
 }.items(), ids=lambda item: item[0])  # fmt: skip
 def test_one_function(activation):
@@ -82,9 +88,14 @@ def test_one_function(activation):
     assert ((belief.var[0] / var).log().abs() < 0.06).all()
 
 
-def test_a_sign_with_a_straight_through_gradient():
-    """Of a binary network, within what 65 nodes see of a jump."""
-    belief, mean, var = prior_and_draws(lambda x: torch.sign(x).detach() + (x.clamp(-1, 1) - x.clamp(-1, 1).detach()))
+@pytest.mark.parametrize("activation", [
+    lambda x: torch.sign(x).detach() + (x.clamp(-1, 1) - x.clamp(-1, 1).detach()),
+    lambda x: x + (torch.round(2 * x) / 2 - x).detach(),
+    lambda x: x.masked_fill(x < 0.4, 0.0),
+], ids=["a sign", "rounding", "a threshold"])  # fmt: skip
+def test_jumps(activation):
+    """Of binary and quantized networks with a straight-through gradient, within what 65 nodes see of a jump."""
+    belief, mean, var = prior_and_draws(activation)
     torch.testing.assert_close(belief.mean[0], mean, rtol=0, atol=0.06)
     torch.testing.assert_close(belief.var[0], var, rtol=0, atol=0.1)
 

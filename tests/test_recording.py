@@ -90,7 +90,7 @@ def test_a_belief_crosses(between, expected):
         (assign_into(torch.ones(2, 4, 6, 6)), "what held no zeros"),
         (assign_into(torch.empty(0), 5.0), "what held no zeros"),
         (assign_through_a_view, "to a view"),
-        (assign_by_a_tensor, "other than by numbers and slices"),
+        (assign_by_a_tensor, "other than by numbers, slices"),
         (lambda net, y: torch.ones(2, 4, 6, 6)[y.mean((1, 2, 3)).argsort()], "no rule for torch.Tensor.argsort"),
         (relu_on_a_view, "a view of it was changed in place"),
         (lambda net, y: torch.ones(2, 4, 6, 6), "does not depend on a floating-point input"),

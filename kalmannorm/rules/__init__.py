@@ -9,6 +9,7 @@ from kalmannorm.rules import (
     pooling,
     rectified,
     reductions,
+    sampling,
     scatter,
     shape,
 )  # fmt: skip
@@ -16,5 +17,5 @@ from kalmannorm.rules.table import RULES, Belief, Rule, aliases, rule
 
 __all__ = [
     "RULES", "Belief", "Rule", "aliases", "arithmetic", "attention", "linear", "normalization", "pointwise", "pooling",
-    "rectified", "reductions", "rule", "scatter", "shape",
+    "rectified", "reductions", "rule", "sampling", "scatter", "shape",
 ]  # fmt: skip

@@ -158,6 +158,21 @@ def minimum(x: _Operand, y: _Operand, *, out: object = None) -> Gaussian:
     return neg(maximum(first, second))
 
 
+@rule(*aliases("gt", "ge", "greater", "greater_equal"), Tensor.__gt__, Tensor.__ge__)
+def greater(x: _Operand, y: _Operand) -> Gaussian:
+    """Whether ``x > y``, with ``p = Phi((m1 - m2) / sqrt(v1 + v2))``: mean ``p`` and variance ``p (1 - p)``."""
+    first, second = pair(x, y)
+    apart = Gaussian(first.mean - second.mean, first.var + second.var)
+    a = apart.mean / apart.std
+    return Gaussian(torch.special.ndtr(a), torch.special.ndtr(a) * torch.special.ndtr(-a))
+
+
+@rule(*aliases("lt", "le", "less", "less_equal"), Tensor.__lt__, Tensor.__le__)
+def less(x: _Operand, y: _Operand) -> Gaussian:
+    """Whether ``x < y``."""
+    return greater(y, x)
+
+
 @belief_rule("dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d", "feature_dropout")
 def dropout(x: Gaussian, p: float = 0.5, training: bool = True, inplace: bool = False) -> Gaussian:
     """Zero with probability ``p``, divide by ``1 - p``: ``m`` and ``(v + p m^2) / (1 - p)``."""
@@ -168,13 +183,15 @@ def dropout(x: Gaussian, p: float = 0.5, training: bool = True, inplace: bool = 
     return Gaussian(x.mean, (x.var + p * x.mean.square()) / (1 - p))
 
 
-_OF_TWO = frozenset(function for function, its in RULES.items() if its in (add, sub, rsub, mul, div, maximum, minimum))
+_OF_TWO = frozenset(
+    f for f, its in RULES.items() if its in (add, sub, rsub, mul, div, lerp, maximum, minimum, greater, less)
+)
 PRELU = frozenset(function for function, its in RULES.items() if its is prelu)
 _THE_SAME = frozenset(aliases("clone", "contiguous", "detach", *CASTS))
 # Functions that are lines, if they have one argument that is an activation.
 LINES = _THE_SAME | frozenset(f for f, its in RULES.items() if its in (add, sub, rsub, neg, mul, div))
-# Functions of two activations, which may be functions of one.
-JOINT = _OF_TWO | frozenset(aliases("max", "min"))
+# Functions of several activations, which may be functions of one.
+JOINT = _OF_TWO | frozenset(aliases("max", "min", "where", "masked_fill"))
 # Functions of one activation that are applied element by element and are no lines; but for random ones.
 _CURVED = frozenset(
     f for f, its in RULES.items() if its is rdiv or its.__module__ == quadrature.__module__

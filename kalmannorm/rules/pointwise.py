@@ -315,6 +315,22 @@ def _away_from_zero(t: Tensor, least: Tensor | float) -> Tensor:
     return torch.where(t.abs() < least, torch.where(t < 0, -least, least), t)
 
 
+def log(x: Gaussian, base: float = math.e) -> Gaussian:
+    """As if of a log-normal: the inverse of the rule for ``exp``."""
+    mean = torch.maximum(x.mean, x.std / 10)  # a belief about what is positive may still reach below zero
+    var = torch.log1p(x.var / mean.square())
+    unit = 1 / math.log(base)
+    return Gaussian((mean.log() - var / 2) * unit, var * unit**2)
+
+
+belief_rules("of a log-normal", {
+    "log log_": log,
+    "log1p log1p_": lambda x: log(Gaussian(x.mean + 1, x.var)),
+    "log2 log2_": lambda x: log(x, 2.0),
+    "log10 log10_": lambda x: log(x, 10.0),
+})  # fmt: skip
+
+
 belief_rules("see `inverse`", {
     "reciprocal reciprocal_": inverse,
     "rsqrt rsqrt_": lambda x: inverse(x, -0.5),
@@ -341,6 +357,11 @@ def power(x: Gaussian, exponent: Any) -> Belief:
 
 
 belief_rules("by quadrature", {
+    # Steps of a rounding are mostly smaller than a deviation.
+    "ceil ceil_": lambda x: quadrature(x, torch.ceil),
+    "floor floor_": lambda x: quadrature(x, torch.floor),
+    "round round_": lambda x, *, decimals=0: quadrature(x, lambda t: torch.round(t, decimals=decimals)),
+    "trunc trunc_ fix fix_": lambda x: quadrature(x, torch.trunc),
     "asinh asinh_": lambda x: quadrature(x, torch.asinh),
     "atan atan_": lambda x: quadrature(x, torch.atan),
     "celu celu_": lambda x, alpha=1.0, inplace=False: quadrature(x, lambda t: F.celu(t, alpha)),
@@ -368,6 +389,10 @@ _GUARDED: dict[str, Callable[..., Any]] = {
     " ".join(CASTS): lambda t: t,
     "div div_ divide divide_ true_divide __truediv__ __itruediv__": _quotient,
     "exp exp_": lambda t: t.clamp_max(_LARGEST_EXPONENT).exp(),
+    "log log_": lambda t: t.clamp_min(_ABOVE_ZERO).log(),
+    "log1p log1p_": lambda t: t.clamp_min(_ABOVE_ZERO - 1).log1p(),
+    "log2 log2_": lambda t: t.clamp_min(_ABOVE_ZERO).log2(),
+    "log10 log10_": lambda t: t.clamp_min(_ABOVE_ZERO).log10(),
     "expm1 expm1_": lambda t: t.clamp_max(_LARGEST_EXPONENT).expm1(),
     "pow pow_ __pow__ float_power": _raised,
     "prelu": lambda t, weight: torch.where(t > 0, t, weight * t),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kalmannorm.gaussian import Gaussian, Unknown
 from kalmannorm.rules.arithmetic import maximum, minimum, mul, neg
+from kalmannorm.rules.pointwise import exp, log, piecewise
 from kalmannorm.rules.pooling import largest_of
 from kalmannorm.rules.shape import axes_of, drop, in_one_shape, varies
 from kalmannorm.rules.table import Belief, aliases, belief_rule, rule
@@ -122,6 +123,46 @@ def _of_spread(*, root: bool, with_mean: bool) -> Callable[..., Any]:
         return (found, mean(x, dim, keepdim)) if with_mean else found
 
     return spread
+
+
+@belief_rule("norm")
+def norm(x: Gaussian, p: Any = "fro", dim: Any = None, keepdim: bool = False, out: object = None,
+         dtype: object = None) -> Belief:  # fmt: skip
+    """The Euclidean norm of independent elements; also the sum of their absolute values (``p = 1``).
+
+    With ``Q`` the sum of squares, ``E Q = sum m^2 + v``, ``Var Q = sum 2 v^2 + 4 m^2 v``. ``sqrt(Q)`` has the moments
+    of the root of a gamma distribution: with ``c = Var Q / (E Q)^2``, it loses the share ``c / 4 - c^2 / 32`` of the
+    mean square ``E Q`` to the variance.
+    """
+    axes, _ = _over(x, dim)
+    if p == 1:
+        return sum_(piecewise(x, [0.0], [(0, -1, 0), (0, 1, 0)]).of(x.shape), axes, keepdim)
+    if p not in (None, 2, "fro"):
+        return Unknown(f"a norm with p={p}")
+    squares = sum_(mul(x, x).of(x.shape), axes, True)
+    lost = squares.var / squares.mean.square().clamp_min(torch.finfo(x.mean.dtype).tiny)
+    lost = lost / 4 - lost.square() / 32
+    return _kept(Gaussian((squares.mean * (1 - lost)).sqrt(), squares.mean * lost), axes, keepdim)
+
+
+@belief_rule(torch.linalg.vector_norm)
+def vector_norm(x: Gaussian, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: object = None,
+                out: object = None) -> Belief:  # fmt: skip
+    """As :func:`norm`."""
+    return norm(x, ord, dim, keepdim)
+
+
+@belief_rule(torch.linalg.norm)
+def vector_or_matrix_norm(x: Gaussian, ord: Any = None, dim: Any = None, keepdim: bool = False, *,
+                          dtype: object = None, out: object = None) -> Belief:  # fmt: skip
+    """As :func:`norm`, unless it is a matrix norm."""
+    return norm(x, ord, dim, keepdim) if ord is None or isinstance(dim, int) else Unknown("a matrix norm")
+
+
+@belief_rule("logsumexp")
+def logsumexp(x: Gaussian, dim: Any, keepdim: bool = False) -> Belief:
+    """The logarithm of a sum of log-normals, itself taken as one."""
+    return log(sum_(exp(x).of(x.shape), dim, keepdim))
 
 
 for _name in ("var", "std", "var_mean", "std_mean"):

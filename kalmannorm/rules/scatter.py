@@ -1,4 +1,4 @@
-"""Sums, means and extremes of the terms that an index sends to each row, and elements that a mask replaces.
+"""Sums, means and extremes of the terms that an index sends to each row, and elements that are replaced.
 
 Graph networks sum the messages of a node's neighbours this way. Rows get different numbers of terms; the
 belief is the mixture over all rows. The rules read the index of the first column and use it for all.
@@ -7,14 +7,15 @@ belief is the mixture over all rows. The rules read the index of the first colum
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kalmannorm.gaussian import Gaussian, Unknown
+from kalmannorm.gaussian import Gaussian, Unknown, lengthen
 from kalmannorm.rules.arithmetic import pair
-from kalmannorm.rules.shape import align, in_one_shape
+from kalmannorm.rules.shape import align, drop, in_one_shape, of_rank, summarize
 from kalmannorm.rules.table import Belief, Rule, aliases, belief_rule, rule
 
 _NOT_SUMMED = Unknown("what an index sends to a row, other than a sum, or a mean or an extreme into known rows")
@@ -134,15 +135,85 @@ def scatter(x: Gaussian | Tensor, *args: Any, **kwargs: Any) -> Belief:
     return _NOT_SUMMED
 
 
+class _PartlyFilled(Gaussian):
+    """The belief about rows of which some are zero still, until an index assigns them."""
+
+    __slots__ = ()
+
+    def of(self, shape: Sequence[int]) -> Gaussian:
+        return _PartlyFilled(self.mean, self.var, shape)
+
+    def detach(self) -> Gaussian:
+        return _PartlyFilled(self.mean.detach(), self.var.detach(), self.shape)
+
+
+def _rows_assigned(x: Gaussian | Tensor, index: Tensor, value: Gaussian | Tensor | float) -> Gaussian:
+    """The mixture of rows that an index (or a mask) assigns and of the others.
+
+    Rows of zeros are taken to be assigned once: each time, others.
+    """
+    if not isinstance(x, Gaussian):
+        assert isinstance(value, Gaussian)
+        nothing = value.mean.new_zeros([1] * x.ndim)
+        x = _PartlyFilled(nothing, nothing, x.shape)
+    named = index.to(x.mean.dtype).mean() if index.dtype == torch.bool else index.shape[0] / x.shape[0]
+    value = summarize(value, x) if not isinstance(value, Gaussian) else of_rank(value, x.ndim)
+    before, part = align([x.pool([0]), value.pool([0])])
+    kept = 1.0 if isinstance(x, _PartlyFilled) else 1 - named
+    mean = kept * before.mean + named * part.mean
+    second = kept * (before.var + before.mean.square()) + named * (part.var + part.mean.square())
+    return type(x)(mean, (second - mean.square()).clamp_min(0))
+
+
+@rule(torch.Tensor.__setitem__)
+def setitem(x: Gaussian | Tensor, index: Any, value: Gaussian | Tensor | float) -> Belief:
+    """The belief after ``x[index] = value``: video networks shift some channels by a frame so.
+
+    The rule takes numbers and slices for an index, or one that names rows: detectors collect regions of interest from
+    several levels so. A known ``x`` holds zeros.
+    """
+    parts = list(index) if isinstance(index, tuple) else [index]
+    if len(parts) == 1 and isinstance(parts[0], Tensor) and parts[0].ndim == 1:
+        return _rows_assigned(x, parts[0], value)
+    if not all(p is Ellipsis or type(p) in (int, slice) for p in parts):
+        return Unknown("assigned in place, other than by numbers, slices and an index of rows")
+    place = parts.index(Ellipsis) if Ellipsis in parts else len(parts)
+    parts[place : place + 1] = [slice(None)] * (len(x.shape) - sum(p is not Ellipsis for p in parts))
+    sliced = [d for d, p in enumerate(parts) if isinstance(p, slice)]  # the axes of what is replaced
+    if not isinstance(x, Gaussian):
+        assert isinstance(value, Gaussian)
+        nothing = value.mean.new_zeros([1] * x.ndim)
+        x = Gaussian(nothing, nothing, x.shape)
+    x = in_one_shape(x.full([d for d, p in enumerate(parts) if p != slice(None)]))
+    shape = [len(range(*parts[d].indices(x.shape[d]))) for d in sliced]
+    if not isinstance(value, Gaussian):
+        value = summarize(value, x.map(lambda t: t[tuple(parts)]))
+    value = drop(value, range(value.ndim - len(shape)))  # axes of size 1 in front
+    value = in_one_shape(of_rank(value, len(shape)).of(shape))
+    for i, d in enumerate(sliced):  # bring both to one size along each axis
+        have, its = x.mean.shape[d], value.mean.shape[i]
+        if parts[d] != slice(None):
+            value = value.full([i]) if its > 1 else value
+        elif have == 1:
+            x = Gaussian(lengthen(x.mean, d, its), lengthen(x.var, d, its), x.shape)
+        elif its not in (1, have):
+            x, value = x.full([d]), value.full([i])
+
+    def assigned(into: Tensor, part: Tensor) -> Tensor:
+        into = into.clone()
+        into[tuple(parts)] = part
+        return into
+
+    return Gaussian(assigned(x.mean, value.mean), assigned(x.var, value.var))
+
+
 @rule(torch.where)
 def where(mask: Gaussian | Tensor, x: Gaussian | Tensor | float, y: Gaussian | Tensor | float) -> Belief:
-    """The mixture of one belief, where a known mask is true, and of another elsewhere.
+    """The mixture of one belief, where a mask is true, and of another elsewhere; the mask is independent of both.
 
     Infinity, or nearly so, removes elements from a softmax, maximum or minimum that follows: the belief is then about
     the others.
     """
-    if isinstance(mask, Gaussian):
-        return Unknown("a mask computed from the input")
     for number, other in ((x, y), (y, x)):
         if isinstance(number, int | float) and isinstance(other, Gaussian) and abs(number) >= _AS_INFINITE:
             return other
@@ -151,7 +222,8 @@ def where(mask: Gaussian | Tensor, x: Gaussian | Tensor | float, y: Gaussian | T
         for each in pair(x, y)
     )
     rank, groups, dtype = first.ndim, max(first.groups, second.groups), first.mean.dtype
-    chosen = mask.to(dtype).reshape(*[1] * (rank - mask.ndim), *mask.shape)
+    chosen = mask.mean if isinstance(mask, Gaussian) else mask.to(dtype)
+    chosen = chosen.reshape(*[1] * (rank - chosen.ndim), *chosen.shape)
     alike = [d for d in range(rank) if first.mean.shape[d] == second.mean.shape[d] == 1]
     share = Gaussian(chosen, torch.zeros_like(chosen)).pool(alike).mean
     share = Gaussian(share, share).regroup(groups).mean

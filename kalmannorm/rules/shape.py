@@ -183,6 +183,13 @@ def flip(x: Gaussian, *dims: Any, **kwargs: Any) -> Gaussian:
     return x.map(lambda t: t.flip(turned))
 
 
+@belief_rule("rot90")
+def rot90(x: Gaussian, k: int = 1, dims: Any = (0, 1)) -> Gaussian:
+    """Turn two axes by quarters of a circle."""
+    turned = x.full([d % x.ndim for d in dims]) if any(varies(x, d) for d in dims) else x
+    return turned.map(lambda t: t.rot90(k, dims))
+
+
 @belief_rule("roll")
 def roll(x: Gaussian, shifts: Any, dims: Any = None) -> Belief:
     """Shift the axes along which the belief varies."""
@@ -303,45 +310,6 @@ def _index_of_axis(x: Gaussian, axis: int, part: Any) -> tuple[Gaussian, Any]:
     return (x if isinstance(part, slice) and part == slice(None) else x.full([axis])), part
 
 
-@rule(torch.Tensor.__setitem__)
-def setitem(x: Gaussian | Tensor, index: Any, value: Gaussian | Tensor | float) -> Belief:
-    """The belief after ``x[index] = value``: video networks shift some channels by a frame so.
-
-    The rule takes numbers and slices for an index. A known ``x`` holds zeros.
-    """
-    parts = list(index) if isinstance(index, tuple) else [index]
-    if not all(p is Ellipsis or type(p) in (int, slice) for p in parts):
-        return Unknown("assigned in place, other than by numbers and slices")
-    place = parts.index(Ellipsis) if Ellipsis in parts else len(parts)
-    parts[place : place + 1] = [slice(None)] * (len(x.shape) - sum(p is not Ellipsis for p in parts))
-    sliced = [d for d, p in enumerate(parts) if isinstance(p, slice)]  # the axes of what is replaced
-    if not isinstance(x, Gaussian):
-        assert isinstance(value, Gaussian)
-        nothing = value.mean.new_zeros([1] * x.ndim)
-        x = Gaussian(nothing, nothing, x.shape)
-    x = in_one_shape(x.full([d for d, p in enumerate(parts) if p != slice(None)]))
-    shape = [len(range(*parts[d].indices(x.shape[d]))) for d in sliced]
-    if not isinstance(value, Gaussian):
-        value = summarize(value, x.map(lambda t: t[tuple(parts)]))
-    value = drop(value, range(value.ndim - len(shape)))  # axes of size 1 in front
-    value = in_one_shape(of_rank(value, len(shape)).of(shape))
-    for i, d in enumerate(sliced):  # bring both to one size along each axis
-        have, its = x.mean.shape[d], value.mean.shape[i]
-        if parts[d] != slice(None):
-            value = value.full([i]) if its > 1 else value
-        elif have == 1:
-            x = Gaussian(lengthen(x.mean, d, its), lengthen(x.var, d, its), x.shape)
-        elif its not in (1, have):
-            x, value = x.full([d]), value.full([i])
-
-    def assigned(into: Tensor, part: Tensor) -> Tensor:
-        into = into.clone()
-        into[tuple(parts)] = part
-        return into
-
-    return Gaussian(assigned(x.mean, value.mean), assigned(x.var, value.var))
-
-
 def cut(function: Callable[..., Any], x: Gaussian, dim: int, /, *args: Any, **kwargs: Any) -> Any:
     """A function that cuts along ``dim``, of a belief that is expanded there. Returns a tuple where it does."""
     x = x.full([dim % x.ndim])
@@ -453,38 +421,7 @@ def pad(x: Gaussian, pad: Sequence[int], mode: str = "constant", value: float | 
     return Gaussian(F.pad(x.mean, amounts, value=value or 0.0), F.pad(x.var, amounts))
 
 
-# -- resizing --------------------------------------------------------------------------------------
-
-
-@belief_rule("interpolate", "upsample")
-def interpolate(x: Gaussian, size: Any = None, scale_factor: Any = None, mode: str = "nearest",
-                align_corners: bool | None = None, recompute_scale_factor: bool | None = None,
-                antialias: bool = False) -> Gaussian:  # fmt: skip
-    """Resizing: nearest neighbours keep the belief; weights ``w`` scale ``v`` by ``sum w^2``.
-
-    That sum is taken axis by axis and averaged over output positions. Pixels are independent, so a
-    blend of two varies less than either.
-    """
-    inputs = x.shape[2:]
-    x = x.pool(range(2, x.ndim))
-    if mode in ("nearest", "nearest-exact"):
-        return Gaussian(x.mean, x.var)
-    var = x.var
-    sizes, scales = (per_axis(value, len(inputs)) for value in (size, scale_factor))
-    for length, out, scale in zip(inputs, sizes, scales, strict=True):
-        # Rows, not columns: at width 1, torch's antialiased kernel forgets the height.
-        each_pixel = torch.eye(length, dtype=var.dtype, device=var.device).view(length, 1, 1, length)
-        weights = F.interpolate(
-            each_pixel,
-            size=None if out is None else (1, out),
-            scale_factor=None if scale is None else (1.0, float(scale)),
-            mode={"linear": "bilinear", "trilinear": "bilinear"}.get(mode, mode),
-            align_corners=align_corners,
-            recompute_scale_factor=recompute_scale_factor,
-            antialias=antialias,
-        )
-        var = var * weights.square().sum(0).mean()
-    return Gaussian(x.mean, var)
+# -- sliding windows -------------------------------------------------------------------------------
 
 
 @belief_rule("pixel_shuffle")
@@ -492,9 +429,6 @@ def pixel_shuffle(x: Gaussian, upscale_factor: int) -> Gaussian:
     """Each output channel is the mixture of ``r^2`` input channels, one for each position."""
     blocks = x.full([1]).pool(range(2, x.ndim)).map(lambda t: t.unflatten(1, (-1, upscale_factor**2)))
     return blocks.pool([2]).map(lambda t: t.squeeze(2))
-
-
-# -- sliding windows -------------------------------------------------------------------------------
 
 
 @belief_rule(torch.Tensor.unfold)
@@ -526,6 +460,8 @@ belief_rules("which moves elements", {
     "contiguous clone alias requires_grad_ retain_grad as_tensor asarray": lambda x, *args, **kwargs: x,
     "float double half bfloat16": lambda x, *args, **kwargs: x,  # a belief keeps its own precision
     "nan_to_num nan_to_num_": lambda x, *args, **kwargs: x,
+    # Steps of a quantized network are small.
+    "fake_quantize_per_tensor_affine fake_quantize_per_channel_affine": lambda x, *args, **kwargs: x,
     "squeeze squeeze_": lambda x, dim=None: drop(x, [d for d in axes_of(x, dim) if x.shape[d] == 1]),
     "expand": lambda x, *sizes: of_rank(x, len(_ints(sizes))),  # axes of size 1 stay so
     "expand_as": lambda x, other: of_rank(x, len(other.shape)),

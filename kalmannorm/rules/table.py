@@ -12,8 +12,8 @@ import torch
 from kalmannorm.gaussian import Gaussian, Unknown
 
 __all__ = [
-    "BELIEF_ALONE", "BELIEF_FIRST", "BLANK", "FACTORIES", "LIKE", "OVERWRITING", "PICKING", "RULES", "SOURCES",
-    "Belief", "Rule", "aliases", "as_rule_is_called", "belief_rule", "belief_rules", "rule",
+    "BELIEF_ALONE", "BELIEF_FIRST", "BLANK", "FACTORIES", "LIKE", "OVERWRITING", "PICKING", "PLACES", "RULES",
+    "SOURCES", "Belief", "Rule", "aliases", "as_rule_is_called", "belief_rule", "belief_rules", "rule",
 ]  # fmt: skip
 
 Belief = Gaussian | Unknown
@@ -164,9 +164,13 @@ BLANK: frozenset[Callable[..., Any]] = frozenset(
 # Functions with an index. One that is computed from activations, such as that of the nearest neighbours, is taken as
 # independent of what it picks.
 PICKING: frozenset[Callable[..., Any]] = frozenset(
-    aliases("__getitem__", "gather", "index_add", "index_add_", "index_select", "max_unpool1d", "max_unpool2d",
-            "max_unpool3d", "scatter_add", "scatter_add_", "scatter_reduce", "scatter_reduce_", "take_along_dim")
+    aliases("__getitem__", "__setitem__", "gather", "index_add", "index_add_", "index_select",
+            "max_unpool1d", "max_unpool2d", "max_unpool3d", "scatter_add", "scatter_add_", "scatter_reduce",
+            "scatter_reduce_", "take_along_dim")
 )  # fmt: skip
+
+# Functions that read a map at places, and the position of that argument: it stays as it is, as an index does.
+PLACES: dict[Callable[..., Any], int] = {}
 
 # In-place functions whose rules work if the tensor that changes was a known one.
 OVERWRITING: frozenset[Callable[..., Any]] = frozenset(

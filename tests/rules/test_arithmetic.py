@@ -5,7 +5,7 @@ import operator
 import pytest
 import torch
 import torch.nn.functional as F
-from drawing import believe, check_alias, check_draws, check_unknown, covers, draw_through, values
+from drawing import agree, believe, check_alias, check_draws, check_unknown, covers, draw_through, values
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.overrides import TorchFunctionMode
@@ -230,3 +230,12 @@ def test_dropout_at_its_ends(function):
 def test_a_difference_of_packed_beliefs():
     x, y = believe((4, 3)).packed(), believe((4, 3), 1).packed()
     torch.testing.assert_close(RULES[torch.sub](x, y).mean, x.mean - y.mean)
+
+
+@covers(*aliases("gt", "ge", "greater", "greater_equal", "lt", "le", "less", "less_equal"),
+        *(getattr(torch.Tensor, name) for name in ("__gt__", "__ge__", "__lt__", "__le__")))  # fmt: skip
+def test_comparisons(function):
+    x = believe((2**16, 3), groups=2)
+    for other in (0.3, values(3), believe((2**16, 3), 5, groups=2)):
+        belief, drawn = RULES[function](x, other), draw_through(function, (x, other), {})
+        agree(Gaussian(belief.mean, belief.var, drawn.shape), drawn.double(), 2)

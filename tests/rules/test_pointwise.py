@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from drawing import DRAWS, believe, check_alias, check_draws, check_refused, check_unknown, covers, values
+from drawing import DRAWS, believe, check_alias, check_draws, check_refused, check_unknown, covers, draw_through, values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -363,3 +363,25 @@ def test_negative_powers(function, sign):
 def test_signs(function):
     """Of a binary network."""
     check_draws(function, believe((2**18, 3), groups=2), groups=2)
+
+
+@covers(*aliases("log", "log_", "log1p", "log1p_", "log2", "log2_", "log10", "log10_"))
+def test_logarithms(function):
+    """Of a log-normal they are exact. Of what reaches below zero they are finite, and so are their slopes."""
+    x = believe((2**16, 3), groups=2).map(lambda t: 0.4 * t)
+    grown = RULES[torch.exp](x)
+    belief = RULES[function](Gaussian(grown.mean - 1, grown.var) if "log1p" in function.__name__ else grown)
+    unit = {"log2": math.log(2), "log10": math.log(10)}.get(function.__name__.rstrip("_"), 1.0)
+    torch.testing.assert_close((belief.mean * unit, belief.var * unit**2), (x.mean, x.var))
+    slopes = [torch.tensor([[-3.0, 0.0]], requires_grad=True), torch.tensor([[0.5, 1.0]], requires_grad=True)]
+    below = RULES[function](Gaussian(*slopes))
+    assert all(g.isfinite().all() for g in torch.autograd.grad((below.mean + below.var).sum(), slopes))
+
+
+@covers(*aliases("ceil", "ceil_", "floor", "floor_", "round", "round_", "trunc", "trunc_", "fix", "fix_"))
+def test_rounding(function):
+    x = believe((2**18, 3), groups=2)
+    belief, drawn = RULES[function](x), draw_through(function, (x,), {})
+    var, mean = torch.var_mean(drawn.unflatten(0, (2, -1)), 1)
+    torch.testing.assert_close(belief.mean, mean, rtol=0, atol=0.06)  # of the jumps, the nodes see so much
+    torch.testing.assert_close(belief.var, var, rtol=0.15, atol=0)

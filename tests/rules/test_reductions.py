@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
-from drawing import believe, check_draws, check_unknown, covers, values
+from drawing import believe, check_draws, check_unknown, covers, draw_through, values
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kalmannorm.gaussian import Gaussian
 from kalmannorm.rules import RULES, aliases
 
 _seeds = st.integers(0, 1000)
@@ -142,3 +143,41 @@ def test_spread_of_very_many_elements():
     few, x, many = (believe((8, 3, 1)).of((8, 3, n)) for n in (1000, 1001, 10**9))
     torch.testing.assert_close(RULES[torch.std](x, 2).var * 1000, RULES[torch.std](few, 2).var * 999, rtol=1e-5, atol=0)
     torch.testing.assert_close(RULES[torch.std](many, 2).var * 2e9, many.var[..., 0])
+
+
+@covers(*aliases("norm"), torch.linalg.norm, torch.linalg.vector_norm)
+@pytest.mark.parametrize("dim", [2, (2, 3), -1])
+def test_norms(function, dim):
+    x = believe((2**12, 3, 8, 4), axes=(1, 2), groups=2)
+    belief, drawn = RULES[function](x, 2, dim, True), draw_through(function, (x, 2, dim, True), {})
+    if function is torch.linalg.norm and dim == (2, 3):
+        assert belief.reason == "a matrix norm"
+        belief, drawn = RULES[function](x, None, dim, True), draw_through(function, (x, None, dim, True), {})
+    var, mean = torch.var_mean(drawn.unflatten(0, (2, -1)), 1)
+    believed = belief.full([2]) if dim == -1 else belief
+    assert ((believed.mean - mean).abs() < 0.02 * mean).all()
+    # Squares of a few elements are no gamma distribution.
+    assert ((believed.var / var).log().abs() < 0.15).all()
+
+
+def test_other_norms():
+    check_draws(torch.norm, believe((2**14, 3, 8)), 1, 2)
+    check_unknown("a norm with p=3", torch.norm, believe((4, 3, 8)), 3, 2)
+
+
+def test_a_norm_of_one_element_is_a_folded_normal():
+    """Where the root of a gamma distribution fits worst: the variance is 1 - 2 / pi."""
+    x = Gaussian(torch.zeros(1, 3, 1), torch.ones(1, 3, 1), (4, 3, 1))
+    got = RULES[torch.norm](x, 2, 2)
+    torch.testing.assert_close(got.mean, torch.full((1, 3), math.sqrt(2 / math.pi)), rtol=0.02, atol=0)
+    torch.testing.assert_close(got.var, torch.full((1, 3), 1 - 2 / math.pi), rtol=0.04, atol=0)
+
+
+@covers(*aliases("logsumexp"))
+def test_logsumexp(function):
+    x = believe((2**14, 3, 32), groups=2).map(lambda t: t / 2)
+    x = Gaussian(x.mean, x.var, (2**14, 3, 32))
+    belief, drawn = RULES[function](x, 2, True), draw_through(function, (x, 2, True), {})
+    var, mean = torch.var_mean(drawn.unflatten(0, (2, -1)), 1)
+    torch.testing.assert_close(belief.mean, mean, rtol=0, atol=0.01)
+    torch.testing.assert_close(belief.var, var, rtol=0.1, atol=0)

@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
-from drawing import believe, check_draws, check_refused, check_unknown, covers, values
+from drawing import agree, believe, check_draws, check_refused, check_unknown, covers, draw_through, values
 from networks import made_of
 from torch import nn
 
 import kalmannorm as kn
+from kalmannorm.gaussian import Gaussian
 from kalmannorm.rules import RULES, aliases
 
 
@@ -127,11 +128,20 @@ def test_where(function, other):
         check_draws(function, *((mask, x) if function is torch.where else (x, mask)), y, groups=2)
 
 
+def test_where_by_a_mask_of_another_activation():
+    x, gate = believe((2**15, 3, 16)), believe((2**15, 3, 16), 3)
+
+    def chosen(gate, x):
+        return torch.where(gate > 0.3, x, 2.0)
+
+    belief = RULES[torch.where](RULES[torch.gt](gate, 0.3), x, 2.0)
+    agree(belief, draw_through(chosen, (gate, x), {}))
+
+
 def test_where_of_as_good_as_infinity():
     x, mask = believe((4, 3, 16)), torch.arange(16) % 4 == 0
     assert RULES[torch.where](mask, x, -1e9) is x
     assert RULES[torch.where](mask, math.inf, x) is x
-    check_unknown("a mask computed", torch.where, x, x, 0.0)
 
 
 def test_masked_fill_of_some_channels():
@@ -190,3 +200,78 @@ def test_rows_of_three_axes_keep_the_values_of_their_channels():
     into = torch.tensor([1.0, 5.0, -7.0]).double()[:, None] + torch.tensor([0.0, 2.0]).double()
     y = RULES[torch.index_add](into.expand(4, 3, 2), 0, index, x)
     assert y.mean.shape == (1, 3, 1)
+
+
+# -- assignment --------------------------------------------------------------------------------------
+
+_WHOLE = slice(None)
+
+
+def _assigned(x, index, value):
+    x = x.clone()
+    x[index] = value
+    return x
+
+
+@pytest.mark.parametrize(("index", "value"), [
+    ((_WHOLE, _WHOLE, slice(0, 4)), believe((2**12, 6, 4, 4), 2, 2, axes=(1, 2))),
+    ((..., slice(0, 4), _WHOLE), believe((2**12, 6, 4, 4), 2, 2)),
+    ((_WHOLE, _WHOLE, 2), believe((2**12, 6, 4), 2, 2)),
+    ((_WHOLE, -1), believe((2**12, 5, 4), 2, 2, axes=())),
+    ((_WHOLE, _WHOLE, 2), 0.5),
+    ((_WHOLE, _WHOLE, 2), values(6, 1)),
+    ((_WHOLE, 0), values(1, 1, 1, 5, 4)),
+    (slice(0, 2**11), believe((2**11, 6, 5, 4), 3)),
+    ((_WHOLE, slice(None, None, 2)), believe((2**12, 3, 5, 4), 3, 4)),
+    (..., believe((2**12, 6, 5, 4), 3, 2)),
+    ((_WHOLE, _WHOLE, _WHOLE, slice(1, 3)), believe((5, 2), 3, axes=())),
+])  # fmt: skip
+@covers(torch.Tensor.__setitem__)
+def test_assignment(function, index, value, monkeypatch):
+    monkeypatch.setitem(RULES, _assigned, RULES[function])
+    effective = 2**-12 if isinstance(value, Gaussian) and value.ndim == 2 else 1.0
+    for x in (believe((2**12, 6, 5, 4), 1, 2, axes=(2,)), believe((2**12, 6, 5, 4), 1, axes=())):
+        check_draws(_assigned, x, index, value, groups=2, effective=effective)
+    if isinstance(value, Gaussian):
+        check_draws(_assigned, torch.zeros(2**12, 6, 5, 4).double(), index, value, groups=2, effective=effective)
+
+
+def test_assignment_by_an_index_without_a_rule():
+    x = believe((4, 3, 5))
+    for index in (torch.tensor([[1]]), (_WHOLE, [0, 2]), None, True):
+        check_unknown("other than by numbers, slices", torch.Tensor.__setitem__, x, index, x)
+
+
+def test_assignment_leaves_the_belief_before():
+    """Other steps may need it."""
+    x = believe((4, 3, 5), axes=(1, 2))
+    before = x.mean.clone()
+    RULES[torch.Tensor.__setitem__](x, (_WHOLE, 0), 7.0)
+    assert torch.equal(x.mean, before)
+
+
+def test_rows_that_an_index_assigns():
+    """Of a known tensor, by two indices and a mask; of an activation, by one."""
+    drawn = [believe((n, 3, 4), seed) for n, seed in ((2**13, 0), (2**12, 1), (2**12, 2))]
+    order = torch.randperm(2**15, generator=torch.Generator().manual_seed(0))
+    rows = [order[: 2**13], order[2**13 : 2**13 + 2**12], torch.zeros(2**15, dtype=torch.bool)]
+    rows[2][order[-(2**12) :]] = True
+
+    def filled(x, *parts):
+        for index, part in zip(rows, parts, strict=False):
+            known = not isinstance(part, Gaussian)
+            x = _assigned(x, index, part) if known else RULES[torch.Tensor.__setitem__](x, index, part).of(x.shape)
+        return x
+
+    for x, parts in ((torch.zeros(2**15, 3, 4).double(), drawn), (believe((2**15, 3, 4), 5), drawn[:1])):
+        believed = filled(x, *parts)
+        generator = torch.Generator().manual_seed(1)
+        whole = x if isinstance(x, torch.Tensor) else x.draw(x.shape, generator)
+        agree(believed, filled(whole, *(part.draw(part.shape, generator) for part in parts)), scale=3)
+
+
+def test_rows_assigned_a_number():
+    x = believe((8, 3))
+    got = RULES[torch.Tensor.__setitem__](x, torch.tensor([0, 1]), 2.0)
+    torch.testing.assert_close(got.mean, 0.75 * x.mean + 0.5)
+    torch.testing.assert_close(got.var, 0.75 * x.var + 0.25 * 0.75 * (x.mean - 2).square())

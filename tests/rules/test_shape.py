@@ -12,7 +12,6 @@ from drawing import (
     check_moved,
     check_unknown,
     covers,
-    samples,
     values,
     written_out,
 )
@@ -527,38 +526,6 @@ def test_a_border_where_the_belief_varies():
 
 # -- resizing ----------------------------------------------------------------------------------------
 
-_MODES = {1: ["nearest", "nearest-exact", "linear", "area"],
-          2: ["nearest", "nearest-exact", "bilinear", "bicubic", "area"],
-          3: ["nearest", "nearest-exact", "trilinear", "area"]}  # fmt: skip
-
-
-@covers(F.interpolate, F.upsample)
-@pytest.mark.parametrize("spatial", [1, 2, 3])
-@given(data=st.data(), seed=st.integers(0, 99), groups=st.integers(1, 2))
-@settings(max_examples=15)
-def test_interpolate(function, spatial, data, seed, groups):
-    modes = [m for m in _MODES[spatial] if m != "nearest-exact" or function is F.interpolate]
-    mode = data.draw(st.sampled_from(modes))
-    kwargs = {"mode": mode}
-    space = data.draw(st.lists(st.integers(3, 7), min_size=spatial, max_size=spatial))
-    if data.draw(st.booleans()):
-        outs = data.draw(st.integers(2, 11) | st.lists(st.integers(2, 11), min_size=spatial, max_size=spatial))
-        kwargs["size"] = outs
-    else:
-        scale = st.sampled_from([0.5, 1.5, 2, 3.0])
-        kwargs["scale_factor"] = data.draw(scale | st.lists(scale, min_size=spatial, max_size=spatial))
-    if mode.endswith(("linear", "cubic")):
-        kwargs["align_corners"] = data.draw(st.booleans())
-        if mode.startswith("bi") and function is F.interpolate and not kwargs["align_corners"]:
-            kwargs["antialias"] = data.draw(st.booleans())
-    n = samples(2 * max(11**spatial, 1), groups)
-    x = believe((n, 2, *space), seed, groups)
-    outputs = function(torch.zeros(1, 1, *space), **kwargs).numel()
-    inputs = torch.Size(space).numel()
-    # Neighbouring outputs blend the same inputs, of which edges count more than others.
-    check_draws(function, x, **kwargs, groups=groups, effective=0.3**spatial * min(1, inputs / outputs))
-
-
 @pytest.mark.parametrize("upscale", [2, 3])
 @covers(F.pixel_shuffle)
 def test_pixel_shuffle(function, upscale):
@@ -645,20 +612,6 @@ def test_padding_along_an_axis_that_channels_were_flattened_into():
     torch.testing.assert_close(padded.mean, torch.full((1, 1), mean))  # of each of the four
 
 
-def test_antialiased_resizing():
-    check_draws(
-        F.interpolate, believe((2**9, 2, 12, 12)), scale_factor=0.5, mode="bilinear", antialias=True, effective=0.3
-    )
-
-
-def test_resizing_pools_a_belief_that_varies_over_space():
-    x = believe((6, 2, 4, 4), axes=(1, 2, 3))
-    got, expected = (
-        RULES[F.interpolate](each.of(x.shape), scale_factor=2, mode="bilinear") for each in (x, x.pool([2, 3]))
-    )
-    torch.testing.assert_close((got.mean, got.var), (expected.mean, expected.var))
-
-
 @pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
 def test_padding_by_pixels_where_the_belief_varies(mode):
     check_unknown(mode, F.pad, believe((4, 2, 6, 6), axes=(1, 2, 3)), (1, 1, 1, 1), mode)
@@ -702,49 +655,15 @@ def test_tile(function):
     assert torch.equal(RULES[torch.tile](x, dims=(2,)).mean, x.mean.repeat(1, 1, 2))
 
 
-# -- assignment --------------------------------------------------------------------------------------
-
-_WHOLE = slice(None)
-
-
-def _assigned(x, index, value):
-    x = x.clone()
-    x[index] = value
-    return x
+@covers(*aliases("rot90"))
+@pytest.mark.parametrize("axes", [(1, 2), (1,), (1, 2, 3)])
+def test_rot90(function, axes):
+    x = believe((6, 3, 4, 5), axes=axes)
+    check_moved(function, x, 1, (2, 3))
+    check_moved(function, x, 3, (-1, 1))
 
 
-@pytest.mark.parametrize(("index", "value"), [
-    ((_WHOLE, _WHOLE, slice(0, 4)), believe((2**12, 6, 4, 4), 2, 2, axes=(1, 2))),
-    ((..., slice(0, 4), _WHOLE), believe((2**12, 6, 4, 4), 2, 2)),
-    ((_WHOLE, _WHOLE, 2), believe((2**12, 6, 4), 2, 2)),
-    ((_WHOLE, -1), believe((2**12, 5, 4), 2, 2, axes=())),
-    ((_WHOLE, _WHOLE, 2), 0.5),
-    ((_WHOLE, _WHOLE, 2), values(6, 1)),
-    ((_WHOLE, 0), values(1, 1, 1, 5, 4)),
-    (slice(0, 2**11), believe((2**11, 6, 5, 4), 3)),
-    ((_WHOLE, slice(None, None, 2)), believe((2**12, 3, 5, 4), 3, 4)),
-    (..., believe((2**12, 6, 5, 4), 3, 2)),
-    ((_WHOLE, _WHOLE, _WHOLE, slice(1, 3)), believe((5, 2), 3, axes=())),
-])  # fmt: skip
-@covers(torch.Tensor.__setitem__)
-def test_assignment(function, index, value, monkeypatch):
-    monkeypatch.setitem(RULES, _assigned, RULES[function])
-    effective = 2**-12 if isinstance(value, Gaussian) and value.ndim == 2 else 1.0
-    for x in (believe((2**12, 6, 5, 4), 1, 2, axes=(2,)), believe((2**12, 6, 5, 4), 1, axes=())):
-        check_draws(_assigned, x, index, value, groups=2, effective=effective)
-    if isinstance(value, Gaussian):
-        check_draws(_assigned, torch.zeros(2**12, 6, 5, 4).double(), index, value, groups=2, effective=effective)
-
-
-def test_assignment_by_an_index_without_a_rule():
-    x = believe((4, 3, 5))
-    for index in (torch.tensor([1]), (_WHOLE, [0, 2]), None, True):
-        check_unknown("other than by numbers and slices", torch.Tensor.__setitem__, x, index, x)
-
-
-def test_assignment_leaves_the_belief_before():
-    """Other steps may need it."""
-    x = believe((4, 3, 5), axes=(1, 2))
-    before = x.mean.clone()
-    RULES[torch.Tensor.__setitem__](x, (_WHOLE, 0), 7.0)
-    assert torch.equal(x.mean, before)
+@covers(*aliases("fake_quantize_per_tensor_affine", "fake_quantize_per_channel_affine"))
+def test_quantized_networks_in_training(function):
+    x = believe((6, 3, 4, 5))
+    assert RULES[function](x, 0.1, 0, 0, 255) is x
