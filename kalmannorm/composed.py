@@ -14,6 +14,7 @@ from torch import Tensor
 from kalmannorm.gaussian import Gaussian
 from kalmannorm.rules.arithmetic import ELEMENTWISE, JOINT, LINES, PRELU
 from kalmannorm.rules.pointwise import GUARDED, quadrature
+from kalmannorm.rules.scatter import is_as_infinite
 from kalmannorm.steps import Step, ancestors, replace
 
 # How many sums and products of two a chain passes through: more would cost time at each residual sum.
@@ -66,7 +67,7 @@ def _is_line(step: Step) -> bool:
 
 
 def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, Step | Tensor | int | float | str)
+    return value is None or (isinstance(value, Step | Tensor | int | float | str) and not is_as_infinite(value))
 
 
 def _function(step: Step, source: Step, belief: Gaussian) -> Callable[[Tensor], Tensor] | None:
@@ -86,7 +87,8 @@ def _function(step: Step, source: Step, belief: Gaussian) -> Callable[[Tensor], 
         def of(value: Step | Tensor) -> Tensor:
             if isinstance(value, Step):
                 return values[value].clone()  # which the function may change in place
-            return value.to(t.dtype) if value.ndim == 0 else value.to(t.dtype).unsqueeze(-1)
+            value = value.to(t.dtype).masked_fill(value.isneginf(), 0.0)  # as `summarize` does
+            return value if value.ndim == 0 else value.unsqueeze(-1)
 
         for each in upwards:
             args, kwargs = replace((each.args, each.kwargs), Step | Tensor, of)

@@ -88,6 +88,14 @@ def test_one_function(activation):
     assert ((belief.var[0] / var).log().abs() < 0.06).all()
 
 
+@pytest.mark.parametrize("removed", [-math.inf, -1e9, torch.tensor(-math.inf)])
+def test_scores_that_a_threshold_removes(removed):
+    """Before a softmax: the belief stays finite."""
+    belief, *_ = prior_and_draws(lambda x: torch.where(x > 0.2, x, removed).clamp(min=-1e6))
+    assert belief.mean.isfinite().all()
+    assert (belief.var < 10).all()
+
+
 @pytest.mark.parametrize("activation", [
     lambda x: torch.sign(x).detach() + (x.clamp(-1, 1) - x.clamp(-1, 1).detach()),
     lambda x: x + (torch.round(2 * x) / 2 - x).detach(),

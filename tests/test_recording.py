@@ -44,6 +44,13 @@ def assign_by_a_tensor(net, y):
     return y
 
 
+def put_into_rows(net, y):
+    z = torch.zeros(4, 4, 6, 6)
+    z.index_put_((torch.tensor([0, 2]),), y)
+    z[torch.tensor([1])] = y[:1]
+    return z
+
+
 def assign_through_a_view(net, y):
     y[:, :2][:, 1:] = y[:, 2:3]
     return y
@@ -71,6 +78,7 @@ def overwrite_in_place(net, y):
         (lambda net, y: F.channel_shuffle(y, 2), "nn.functional.channel_shuffle"),
         (lambda net, y: y.view(2, 2, 2, 6, 6).transpose(1, 2).reshape(2, 4, 6, 6), "Tensor.reshape"),
         (assign, "Tensor.__setitem__"),
+        (put_into_rows, "Tensor.__setitem__"),
         (lambda net, y: y[y.mean((1, 2, 3)).argsort()], "Tensor.__getitem__"),
         (lambda net, y: y.gather(3, index=y.argsort(3)), "Tensor.gather"),
         (lambda net, y: y.max(3, keepdim=True)[0], "Tensor.max"),

@@ -140,9 +140,10 @@ def norm(x: Gaussian, p: Any = "fro", dim: Any = None, keepdim: bool = False, ou
     if p not in (None, 2, "fro"):
         return Unknown(f"a norm with p={p}")
     squares = sum_(mul(x, x).of(x.shape), axes, True)
-    lost = squares.var / squares.mean.square().clamp_min(torch.finfo(x.mean.dtype).tiny)
-    lost = lost / 4 - lost.square() / 32
-    return _kept(Gaussian((squares.mean * (1 - lost)).sqrt(), squares.mean * lost), axes, keepdim)
+    total = squares.mean.clamp_min(torch.finfo(x.mean.dtype).tiny ** 0.5)
+    unevenly = squares.var / total.square()
+    lost = unevenly / 4 - unevenly.square() / 32
+    return _kept(Gaussian((total * (1 - lost)).sqrt(), total * lost), axes, keepdim)
 
 
 @belief_rule(torch.linalg.vector_norm)

@@ -21,8 +21,12 @@ from kalmannorm.rules.table import Belief, Rule, aliases, belief_rule, rule
 _NOT_SUMMED = Unknown("what an index sends to a row, other than a sum, or a mean or an extreme into known rows")
 # Rows with more terms count as having this many: the largest of more lies hardly higher.
 _MOST = 64
-# Networks write -1e4, -1e9 or the least number of a type for minus infinity.
-_AS_INFINITE = 1e4
+_Value = Gaussian | Tensor | float | None
+
+
+def is_as_infinite(value: object) -> bool:
+    """Whether networks may write a number for infinity: -1e4, -1e9 or the least number of a type."""
+    return isinstance(value, int | float) and abs(value) >= 1e4
 
 
 def _terms_by_row(index: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
@@ -208,14 +212,16 @@ def setitem(x: Gaussian | Tensor, index: Any, value: Gaussian | Tensor | float) 
 
 
 @rule(torch.where)
-def where(mask: Gaussian | Tensor, x: Gaussian | Tensor | float, y: Gaussian | Tensor | float) -> Belief:
+def where(mask: Gaussian | Tensor, x: _Value = None, y: _Value = None) -> Belief:
     """The mixture of one belief, where a mask is true, and of another elsewhere; the mask is independent of both.
 
     Infinity, or nearly so, removes elements from a softmax, maximum or minimum that follows: the belief is then about
     the others.
     """
+    if x is None or y is None:
+        return Unknown("the places where a mask is true")
     for number, other in ((x, y), (y, x)):
-        if isinstance(number, int | float) and isinstance(other, Gaussian) and abs(number) >= _AS_INFINITE:
+        if is_as_infinite(number) and isinstance(other, Gaussian):
             return other
     first, second = (  # blocks of channels are written out
         in_one_shape(each.full([d for d in range(1, each.ndim) if each.mean.shape[d] not in (1, each.shape[d])]))

@@ -232,6 +232,12 @@ def test_a_difference_of_packed_beliefs():
     torch.testing.assert_close(RULES[torch.sub](x, y).mean, x.mean - y.mean)
 
 
+def test_comparisons_without_a_variance_have_slopes():
+    mean, var = torch.tensor([[-1.0, 0.0, 2.0]], requires_grad=True), torch.zeros(1, 3, requires_grad=True)
+    y = RULES[torch.gt](Gaussian(mean, var), 0.0)
+    assert all(g.isfinite().all() for g in torch.autograd.grad((y.mean + y.var).sum(), [mean, var]))
+
+
 @covers(*aliases("gt", "ge", "greater", "greater_equal", "lt", "le", "less", "less_equal"),
         *(getattr(torch.Tensor, name) for name in ("__gt__", "__ge__", "__lt__", "__le__")))  # fmt: skip
 def test_comparisons(function):

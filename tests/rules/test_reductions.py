@@ -165,6 +165,12 @@ def test_other_norms():
     check_unknown("a norm with p=3", torch.norm, believe((4, 3, 8)), 3, 2)
 
 
+def test_a_norm_of_nothing_has_slopes():
+    mean, var = torch.zeros(1, 3, 1, requires_grad=True), torch.zeros(1, 3, 1, requires_grad=True)
+    y = RULES[torch.norm](Gaussian(mean, var, (4, 3, 5)), 2, 2)
+    assert all(g.isfinite().all() for g in torch.autograd.grad((y.mean + y.var).sum(), [mean, var]))
+
+
 def test_a_norm_of_one_element_is_a_folded_normal():
     """Where the root of a gamma distribution fits worst: the variance is 1 - 2 / pi."""
     x = Gaussian(torch.zeros(1, 3, 1), torch.ones(1, 3, 1), (4, 3, 1))

@@ -128,6 +128,10 @@ def test_where(function, other):
         check_draws(function, *((mask, x) if function is torch.where else (x, mask)), y, groups=2)
 
 
+def test_where_with_a_mask_alone():
+    check_unknown("the places where a mask is true", torch.where, believe((4, 3)))
+
+
 def test_where_by_a_mask_of_another_activation():
     x, gate = believe((2**15, 3, 16)), believe((2**15, 3, 16), 3)
 

@@ -663,7 +663,8 @@ def test_rot90(function, axes):
     check_moved(function, x, 3, (-1, 1))
 
 
-@covers(*aliases("fake_quantize_per_tensor_affine", "fake_quantize_per_channel_affine"))
+@covers(*aliases("fake_quantize_per_tensor_affine", "fake_quantize_per_channel_affine",
+                 "fused_moving_avg_obs_fake_quant"))  # fmt: skip
 def test_quantized_networks_in_training(function):
     x = believe((6, 3, 4, 5))
     assert RULES[function](x, 0.1, 0, 0, 255) is x
