@@ -50,7 +50,11 @@ _OF_WEIGHTS = frozenset(
     function for function, its in RULES.items() if its.__module__.endswith((".linear", ".normalization"))
 )
 # Methods that are written in Python, by name.
-_IN_PYTHON = {"__rsub__": torch.rsub, "pow": torch.pow, "__pow__": torch.pow, "unflatten": torch.unflatten}
+_IN_PYTHON = {"__rsub__": torch.rsub, "pow": torch.pow, "__pow__": torch.pow, "norm": torch.norm,
+              "unflatten": torch.unflatten}  # fmt: skip
+# Comparisons by the names that `operator` gives them, and what they are with their arguments exchanged.
+_COMPARISONS = {"ge": (torch.ge, torch.le), "gt": (torch.gt, torch.lt), "le": (torch.le, torch.ge),
+                "lt": (torch.lt, torch.gt)}  # fmt: skip
 # The methods of tensors that have rules, under the names that `operator` gives them.
 _OPERATORS = frozenset(
     name for name in dir(Tensor) if name.startswith("__") and getattr(Tensor, name) in (Tensor.__setitem__, *RULES)
@@ -237,8 +241,11 @@ def _as_in_eager_mode(func: Any, args: Any) -> tuple[Any, Any]:
         return _IN_PYTHON[name], args
     if getattr(func, "__module__", "") != "_operator":
         return func, args
-    # Comparisons and the like have no rule and need none: torch's own methods for them take other arguments.
     reflected = not isinstance(args[0], Tensor)
+    if name in _COMPARISONS:  # whose methods a compiler cannot call
+        comparison, mirrored = _COMPARISONS[name]
+        return (mirrored, args[::-1]) if reflected else (comparison, args)
+    # What is left has no rule and needs none: torch's own methods for it take other arguments.
     method = f"__r{name}__" if reflected else f"__{name}__"
     if method not in _OPERATORS:
         return func, args
