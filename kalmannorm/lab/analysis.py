@@ -20,9 +20,6 @@ def variance_gaps(network: nn.Module, batches: Iterable[Any]) -> dict[str, Tenso
 
     Returns:
         For each layer with running statistics ``|variance - running_var|``, ``(batches, C)``.
-
-    Raises:
-        ValueError: No such layer, or no batch.
     """
     gaps = {}
     for name, calls in calls_of(network, batches).items():
@@ -65,9 +62,6 @@ def prior_errors(network: nn.Module, batches: Iterable[Any]) -> list[PriorError]
         For each layer, in the order of the calls: where it has a prior the prior's, the observation's and the
         posterior's error against the population, and the prior's against the observation; elsewhere the
         observation's alone. Batches without a prior do not count among those of a layer that has it at times.
-
-    Raises:
-        ValueError: No such layer, or no batch.
     """
     return errors_of(network, calls_of(network, batches))
 

@@ -26,9 +26,6 @@ def data_at(place: Path | None, configs: Sequence[Mapping[str, Any]], output: Pa
         configs: Of what is to be trained.
         output: For the tiny scale, data sets are generated in there.
         scale: See `kalmannorm.lab.experiments.Arm.scaled`.
-
-    Raises:
-        ValueError: A place that is no folder, or one for the tiny scale.
     """
     if place is not None and scale == "tiny":
         raise ValueError("--data: the tiny scale generates its data; leave this out")

@@ -41,9 +41,6 @@ def classifier(name: str, num_classes: int) -> nn.Module:
     Args:
         name: One of torchvision's, such as ``"resnet18"``; or ``"timm/resnet26d"`` for one of timm's.
         num_classes: Number of logits.
-
-    Raises:
-        ValueError: There is none of this name, or it has no BatchNorm to replace.
     """
     return _classifier(name, num_classes, trained=False)
 
@@ -277,11 +274,7 @@ def _broken(file: str) -> str:
 
 
 def _largest_share(data: FolderData) -> float:
-    """Of the test images, the share of the class that most of them are of: who names it each time has so many right.
-
-    Raises:
-        ValueError: There are no test images, or none for the validation.
-    """
+    """Of the test images, the share of the class that most of them are of: who names it each time has so many right."""
     for split, part in (("validation", data.validation_set), ("test", data.test_set)):
         if not len(part):
             raise ValueError(f"{data.folder}: no class has images enough to hold one out for {split}: expected 3")

@@ -97,9 +97,6 @@ def check_same(folder: Path, config: Mapping[str, Any], there: Mapping[str, Any]
         folder: Of the run.
         config: What it must be configured by.
         there: What it is; by default what its ``config.yaml`` says, if there is one.
-
-    Raises:
-        ValueError: Its configuration is another one; with the first setting that differs.
     """
     path = folder / "config.yaml"
     if there is None:

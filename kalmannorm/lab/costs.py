@@ -20,11 +20,7 @@ BASES = {"model": lightning.LightningModule, "data": lightning.LightningDataModu
 
 
 def build(config: Mapping[str, Any], part: Literal["model", "data"]) -> Any:
-    """The module, or the data module, of a configuration.
-
-    Raises:
-        ValueError: It cannot be built from this.
-    """
+    """The module, or the data module, of a configuration."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(BASES[part], part)
     given = dict(config[part])

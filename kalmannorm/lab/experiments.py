@@ -154,9 +154,6 @@ class Arm:
             scale: A share of the steps, schedules and intervals with them; or ``"tiny"``, for what `tiny` changes.
             settings: Of the searched ones.
             seed: Of weights and order.
-
-        Raises:
-            ValueError: A share that is not above 0.
         """
         if scale == "tiny":
             config = merge(self.config, self.tiny)
@@ -241,9 +238,6 @@ def read(name: str | Path) -> Experiment:
     Args:
         name: Such as ``"table8"`` or ``"batch-sizes-cpu"``, or the path of a YAML file.
 
-    Raises:
-        ValueError: There is no such experiment or file, or the file is not of the form that is described above.
-
     Example:
         >>> [arm.name for arm in read("table2").arms if arm.form == "paper"]
         ['inception-v2-kn', 'resnet101-kn', 'resnet50-kn']
@@ -292,9 +286,6 @@ def config_of(name: str | Path, settings: Sequence[str] = ()) -> dict[str, Any]:
         name: Such as ``"table8/resnet32-kn-bs2"``, or the path of a YAML file.
         settings: What a command line gives beside it.
 
-    Raises:
-        ValueError: There is no such arm or file, or the arm starts from weights that nobody gives.
-
     Example:
         >>> config_of("table8/resnet32-kn-bs2")["model"]["init_args"]["normalization"]
         'kn-paper'
@@ -315,11 +306,7 @@ def config_of(name: str | Path, settings: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def check_search_seed(who: str, experiment: Experiment) -> None:
-    """Refuse a search from a seed that counts: what it chose would be good by that seed's luck.
-
-    Raises:
-        ValueError: Seeds 0 to ``seeds - 1`` have it, and an arm is searched.
-    """
+    """Refuse a search from a seed that counts: what it chose would be good by that seed's luck."""
     if experiment.search_seed < experiment.seeds and any(arm.search for arm in experiment.arms):
         raise ValueError(
             f"{who}: search_seed must not be one of the {experiment.seeds} seeds that count, 0 to "
@@ -328,11 +315,7 @@ def check_search_seed(who: str, experiment: Experiment) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The content of a YAML file, without its bases.
-
-    Raises:
-        ValueError: The file is not YAML, or not of keys and values.
-    """
+    """The content of a YAML file, without its bases."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -61,11 +61,7 @@ class FilterHistory(Callback):
         self.rows = [dict(row) for row in state_dict["rows"]]
 
     def write(self, path: Path) -> None:
-        """Write ``rows`` as CSV.
-
-        Raises:
-            ValueError: There are none.
-        """
+        """Write ``rows`` as CSV."""
         if not self.rows:
             raise ValueError(f"FilterHistory has no rows to write to {path}: no training reached step {self.every}")
         write_atomically(path, csv_text(self.rows))

@@ -154,11 +154,7 @@ def _make_longer(folder: Path, whole: dict[str, Any]) -> None:
 
 
 def ended_run(config: Mapping[str, Any], folder: Path, split: Split | None = None) -> Result | None:
-    """What `fit` gave of this configuration in this folder; None where it has not come to an end.
-
-    Raises:
-        ValueError: The folder holds another configuration, or a run that was scored on another split.
-    """
+    """What `fit` gave of this configuration in this folder; None where it has not come to an end."""
     if not finished(folder):
         return None
     check_same(folder, Run(config).complete())
@@ -171,11 +167,7 @@ def steps(config: Mapping[str, Any], overrides: Sequence[str] = ()) -> int:
 
 
 def load(folder: Path) -> LightningModule:
-    """The module that a run trained, on the CPU and in ``eval()``, from its configuration and last checkpoint.
-
-    Raises:
-        ValueError: The folder holds no run, or another module's checkpoint.
-    """
+    """The module that a run trained, on the CPU and in ``eval()``, from its configuration and last checkpoint."""
     module: LightningModule = _loaded(_stored(folder), folder)[1]
     return module.eval()
 
@@ -199,9 +191,6 @@ def score(folder: Path, split: Split, overrides: Sequence[str] = ()) -> dict[str
         folder: Of the run.
         split: Which images.
         overrides: Settings other than in training, such as ``["--trainer.accelerator=cpu"]``.
-
-    Raises:
-        ValueError: The folder holds no run, another module's checkpoint, or the data have no such split.
     """
     trainer, module, data = _loaded(_stored(folder, overrides), folder)
     _check_split(data, split)

@@ -156,9 +156,6 @@ def normalize(
     Returns:
         The same network, or the one that takes its place.
 
-    Raises:
-        ValueError: An unknown method, or one that this network or these options do not suit.
-
     Example:
         >>> normalize(nn.Sequential(nn.BatchNorm2d(8)), "kn", statistics_batch=2, gain=0.1)[0].stats_batch_size
         2

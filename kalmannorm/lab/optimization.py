@@ -56,12 +56,7 @@ def sgd(
 
 
 def check_schedule(rate: float, steps: int, schedule: Schedule, milestones: dict[float, float] | None) -> None:
-    """Refuse what `sgd` cannot do, when a module is made.
-
-    Raises:
-        ValueError: An unknown schedule, milestones without their schedule or the reverse, shares outside of 0 to 1,
-            or no training at all.
-    """
+    """Refuse what `sgd` cannot do, when a module is made."""
     if schedule not in ("cosine", "warmup", "milestones"):
         raise ValueError(f"schedule must be 'cosine', 'warmup' or 'milestones'; got {schedule!r}")
     if (milestones is not None) != (schedule == "milestones"):

@@ -15,9 +15,6 @@ def trained_weights(file: Path) -> dict[str, Tensor]:
 
     Args:
         file: A state dict, as torchvision's, or the ``last.ckpt`` of a run of ours.
-
-    Raises:
-        ValueError: There is no such file, or it is something else.
     """
     if not file.is_file():
         raise ValueError(
@@ -36,9 +33,6 @@ Part = Callable[[Any], tuple[nn.Module, str]]
 
 def classifier(network: nn.Module) -> tuple[nn.Module, str]:
     """All of a classifier, whose head is its last linear layer.
-
-    Raises:
-        ValueError: It has none.
 
     Example:
         >>> classifier(nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)))[1]
@@ -68,11 +62,7 @@ def _states(network: nn.Module, state: dict[str, Tensor], part: Part) -> tuple[n
 
 
 def load_trunk(network: nn.Module, state: dict[str, Tensor], part: Part = classifier) -> None:
-    """Give a network, or a part of it, the weights of a trained one, all but the head's.
-
-    Raises:
-        ValueError: They differ in names or shapes; it names the first.
-    """
+    """Give a network, or a part of it, the weights of a trained one, all but the head's."""
     module, (own, given) = _states(network, state, part)
     for name in dict.fromkeys([*own, *given]):
         here, there = (tuple(each[name].shape) if name in each else "absent" for each in (own, given))
@@ -85,11 +75,7 @@ def load_trunk(network: nn.Module, state: dict[str, Tensor], part: Part = classi
 def started(
     network: nn.Module, weights: str | None, normalized: Callable[[nn.Module], nn.Module], part: Part = classifier
 ) -> nn.Module:
-    """The network with its normalization and, but for its head, with the weights of a file.
-
-    Raises:
-        ValueError: See `trained_weights` and `load_trunk`.
-    """
+    """The network with its normalization and, but for its head, with the weights of a file."""
     if weights is None:
         return normalized(network)
     state = trained_weights(Path(weights))

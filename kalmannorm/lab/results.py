@@ -51,11 +51,7 @@ class Result:
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """What `write` wrote.
-
-        Raises:
-            ValueError: There is no finished run in the folder, or its files cannot be read.
-        """
+        """What `write` wrote."""
         if not finished(folder):
             raise ValueError(f"{folder} holds no finished run: expected a result.json")
         config = load(folder / "config.yaml")

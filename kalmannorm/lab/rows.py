@@ -33,11 +33,7 @@ def table(rows: Sequence[Row], columns: Sequence[str] = ()) -> pd.DataFrame:
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """A CSV file as text, of which nothing is taken for a number; an empty table where there is no file.
-
-    Raises:
-        ValueError: It is no such file; with its name.
-    """
+    """A CSV file as text, of which nothing is taken for a number; an empty table where there is no file."""
     try:
         return pd.read_csv(path, dtype=str, keep_default_na=False) if path.is_file() else pd.DataFrame(dtype=str)
     except ValueError as error:  # also what pandas's own errors are
@@ -67,12 +63,7 @@ class Rows:
 
     @classmethod
     def read(cls, folder: Path, scale: str) -> Rows:
-        """An experiment's output; nothing of runs of another scale than this.
-
-        Raises:
-            ValueError: The files are of another scale, and nothing else is left of these runs: an experiment of this
-                scale would write over them.
-        """
+        """An experiment's output; nothing of runs of another scale than this."""
         runs = read_table(folder / RUNS)
         others = sorted(set(runs.get("scale", ())) - {scale})
         if not others:

@@ -189,11 +189,7 @@ def run_experiment(whole: Experiment, plan: Plan, *, report: bool, collect: bool
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Refuse an experiment's folder that another process trains in.
-
-    Raises:
-        ValueError: One does.
-    """
+    """Refuse an experiment's folder that another process trains in."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", timeout=0, mode=0o666, is_singleton=True):

@@ -43,9 +43,6 @@ def watched(network: nn.Module) -> Iterator[list[Seen]]:
 
     Yields:
         A list that grows with every call of a layer.
-
-    Raises:
-        ValueError: There is no KalmanNorm and no BatchNorm layer that is not frozen.
     """
     seen: list[Seen] = []
     watchers = [_Watcher(name, layer, seen) for name, layer in network.named_modules() if is_watched(layer)]

@@ -28,9 +28,6 @@ class Segmenter(Classifier):
         num_classes: Number of classes, with the background.
         dice_weight: Of `soft_dice_loss` in the loss, where cross entropy has 1.
         options: See `kalmannorm.lab.training.Classifier`; ``channels_last`` suits images, and not volumes.
-
-    Raises:
-        ValueError: Fewer than two classes, or a weight that is negative; and see `kalmannorm.lab.training.Classifier`.
     """
 
     score = "dice"

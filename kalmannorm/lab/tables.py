@@ -119,9 +119,6 @@ def write_table(experiment: Experiment, folder: Path) -> str:
 
     Returns:
         The table.
-
-    Raises:
-        ValueError: There is no such file, or it is not of an experiment's runs.
     """
     runs = read_runs(experiment, folder)
     text = "\n\n".join(part.strip("\n") for part in _parts(experiment, runs)) + "\n"
@@ -139,11 +136,7 @@ def write_table(experiment: Experiment, folder: Path) -> str:
 
 
 def read_runs(experiment: Experiment, folder: Path) -> Runs:
-    """The files in an experiment's folder.
-
-    Raises:
-        ValueError: There is no ``runs.csv``, or it is not of an experiment's runs.
-    """
+    """The files in an experiment's folder."""
     path = folder / RUNS
     if not path.is_file():
         raise ValueError(f"--output: there is no {path} to report on")

@@ -70,11 +70,6 @@ class Classifier(lightning.LightningModule):
         channels_last: Keep the network's weights and its images ``(N, C, H, W)`` in channels-last memory, which suits
             convolutions on GPUs in half precision: the same results but for rounding.
 
-    Raises:
-        ValueError: An unknown normalization or schedule, or one that doesn't suit the other arguments; weights that
-            don't fit; an ``anneal`` that is not above 0, or an ``anneal_from`` that is no share; and in training, a
-            statistics batch that doesn't divide the images that a process takes at a time.
-
     Attributes:
         score: What the scores are called; `metric` and `loss` are what another task has others of.
     """

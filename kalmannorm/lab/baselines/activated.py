@@ -22,26 +22,24 @@ _METHODS = ("relu", "relu_")
 def replace_batchnorm_relu(model: nn.Module, make: Callable[[_BatchNorm, Activation | None], nn.Module]) -> nn.Module:
     """Replace every BatchNorm of a network, and take away the ReLU that directly follows it.
 
-    Which ReLU belongs to which layer is told by the call that it is, not by the module: `torch.fx` traces the
-    network, so ``F.relu``, and one ``nn.ReLU`` called in many places, are told apart. An activation elsewhere, such
-    as behind a residual addition, stays. What ReLU means here: it, its relatives, SiLU, GELU and ELU; the activation
+    `torch.fx` traces the network to find which ReLU belongs to which layer, so ``F.relu``, and one
+    ``nn.ReLU`` called in many places, are told apart. An activation elsewhere, such as behind a
+    residual addition, stays. ReLU means here: it, its relatives, SiLU, GELU and ELU; the activation
     inside timm's ``BatchNormAct2d`` too.
 
-    Tracing fixes what depends on Python values: the network cannot take other branches later, and ``F.dropout``
-    in a module with a BatchNorm or an activation keeps the mode it was traced in. Modules with neither, such as
-    ``nn.Dropout`` and stochastic depth, stay as they are. A network that cannot be traced gets such layers when it is
-    built: give it them as ``norm_layer`` and ``nn.Identity`` as activation.
+    Tracing fixes what depends on Python values: the network cannot take other branches later, and
+    ``F.dropout`` in a module with a BatchNorm or an activation keeps the mode it was traced in.
+    Modules with neither, such as ``nn.Dropout`` and stochastic depth, stay as they are. A network
+    that cannot be traced gets such layers when it is built, as ``norm_layer``, with ``nn.Identity``
+    as activation.
 
     Args:
-        model: Any network with BatchNorm layers.
-        make: From a BatchNorm, and the activation that follows or None, to what takes the place of both.
+        model: Any network with BatchNorm layers; use it no more.
+        make: From a BatchNorm, and the activation that follows or None, to what takes the place of
+            both.
 
     Returns:
-        A traced network that shares everything else with ``model``, whose names it keeps. Use ``model`` no more.
-
-    Raises:
-        ValueError: Where there is no BatchNorm, where the network cannot be traced, or where one BatchNorm is
-            called twice, and an activation follows only once.
+        A traced network that shares everything else with ``model``, whose names it keeps.
     """
     traced = _trace(model)
     removed = _remove_activations(traced)

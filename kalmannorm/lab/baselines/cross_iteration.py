@@ -14,7 +14,9 @@ from kalmannorm.lab.baselines.replacing import AnyBatchNorm, replace_batchnorm
 
 @dataclass(frozen=True)
 class _Iteration:
-    """A past batch: its mean and second moment ``(C,)``, their derivatives and the filters ``(C, K)`` of then."""
+    """A past batch: its mean and second moment ``(C,)``, their derivatives and the filters ``(C,
+    K)`` of then.
+    """
 
     mean: Tensor
     square: Tensor
@@ -24,9 +26,8 @@ class _Iteration:
     pixels: int
 
     def under(self, filters: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance that the batch would have under other filters, to first order.
-
-        The second moment is at least the squared mean, so the variance at least 0.
+        """Mean and variance that the batch would have under other filters, to first order; the
+        variance is at least 0.
         """
         change = filters - self.filters
         mean = self.mean + (self.mean_slope * change).sum(1)
@@ -35,37 +36,38 @@ class _Iteration:
 
 
 class CrossIterationNorm(AnyBatchNorm):
-    """CBN: BatchNorm over the batches of the last iterations, as they would be under the weights of today.
+    """CBN: BatchNorm over the batches of the last iterations, as they would be under the weights of
+    today.
 
-    With the mean ``mu`` and second moment ``nu`` of iteration ``s``, and the filters ``theta`` of the convolution
-    right below, each channel's statistics are carried to iteration ``t`` to first order in its own filter:
+    With the mean ``mu`` and second moment ``nu`` of iteration ``s``, and the filters ``theta`` of
+    the convolution right below, each channel's statistics are carried to iteration ``t`` to first
+    order in its own filter:
 
         mu(s -> t) = mu(s) + dmu/dtheta (theta(t) - theta(s))       nu(s -> t) likewise
         mean = average of mu(s -> t)        var = average of max(nu(s -> t), mu(s -> t)^2) - mean^2
 
-    over the last `window` iterations, or as many as there were. Gradients flow through the current iteration's
-    statistics only. ``eval()`` is BatchNorm's, by moving averages of these means and variances.
+    over the last `window` iterations, or as many as there were. Gradients flow through the current
+    iteration's statistics only. ``eval()`` is BatchNorm's, by moving averages of these means and
+    variances.
 
-    An iteration is what happens under the same weights. Where it takes several forward passes, each is like a device
-    of its own: from the past it gets those batches that had its place among them. All are remembered, so memory grows
-    with their number. See `kalmannorm.lab.baselines.replacing.count_in_steps`.
+    An iteration is what happens under the same weights. Where it takes several forward passes
+    (`passes`), each is like a device of its own: from the past it gets those batches that had its
+    place among them. All are remembered, so memory grows with their number. See
+    `kalmannorm.lab.baselines.replacing.count_in_steps`.
 
-    How it finds the filters: the layer below tells, by a hook (`announce`). Where no convolution or linear layer
-    stands right below, or where nothing is differentiated (`torch.no_grad`), the layer is BatchNorm and
-    remembers nothing. That a bias below changes is not compensated. The past iterations are not in the
-    ``state_dict``, and forgotten where the layer changes its device or type: the window then fills again.
+    The layer below tells its filters by a hook (`announce`). Where no convolution or linear layer
+    stands right below, or where nothing is differentiated (`torch.no_grad`), the layer is BatchNorm
+    and remembers nothing. A changed bias below is not compensated. The past iterations are not in
+    the ``state_dict``, and forgotten where the layer changes its device or type: the window then
+    fills again.
 
     Args:
-        num_features: Channels ``C`` of an input ``(N, C, *)``.
-        eps: Added to the variance.
-        momentum: Weight of the newest step in the moving averages; None for their plain mean.
-        affine: Learn ``weight`` and ``bias``, each ``(C,)``.
-        window: Iterations whose statistics count (the paper's k): this one and a buffer of past ones, 3 in the authors'
-            released configuration, ``configs/cbn/mask_rcnn_r50_fpn_cbn_buffer3_burnin8_1x.py``.
-        burn_in: Training steps as BatchNorm, before weights have calmed down. There it is 8 of 12 epochs.
-
-    Attributes:
-        passes: Forward passes an iteration, 1 by default.
+        num_features: Channels ``C`` of an input ``(N, C, *)``; the next three are BatchNorm's too.
+        window: Iterations whose statistics count (the paper's k): this one and a buffer of past
+            ones, 3 in the authors' released configuration,
+            ``mask_rcnn_r50_fpn_cbn_buffer3_burnin8_1x.py``.
+        burn_in: Training steps as BatchNorm, before weights have calmed down. There it is 8 of 12
+            epochs.
     """
 
     def __init__(self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True, *,
@@ -160,13 +162,11 @@ def _sign(layer: nn.Module, args: Any, output: Tensor) -> None:
 
 
 def announce(model: nn.Module) -> nn.Module:
-    """Let the convolutions and linear layers inside ``model`` tell the layer above that they stand below it.
+    """Let the convolutions and linear layers inside ``model`` tell the layer above that they stand
+    below it.
 
-    Transposed convolutions, whose filters are not the first axis of their weight, do not; nor do layers whose
-    weight is parametrized.
-
-    Returns:
-        The same ``model``.
+    Transposed convolutions, whose filters are not the first axis of their weight, do not; nor do
+    layers whose weight is parametrized.
     """
     for layer in model.modules():
         filters_first = isinstance(layer, nn.Linear) or (isinstance(layer, _ConvNd) and not layer.transposed)
@@ -176,11 +176,8 @@ def announce(model: nn.Module) -> nn.Module:
 
 
 def to_cross_iteration(model: nn.Module, **options: Any) -> nn.Module:
-    """Replace every BatchNorm inside ``model``, in place, by `CrossIterationNorm`, and hook the layers below.
-
-    Args:
-        model: Any network with BatchNorm layers; it is returned.
-        options: ``window`` and ``burn_in`` of `CrossIterationNorm`.
+    """Replace every BatchNorm inside ``model``, in place, by `CrossIterationNorm` with these
+    options, and hook the layers below.
 
     Example:
         >>> to_cross_iteration(nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8)), window=8)[1].window

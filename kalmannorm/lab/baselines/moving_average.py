@@ -12,37 +12,43 @@ from kalmannorm.lab.baselines.replacing import in_groups, replace_batchnorm
 
 
 class MovingAverageNorm(nn.Module):
-    """MABN: BatchNorm without means, whose statistics are averaged over steps, in the backward pass too.
+    """MABN: BatchNorm without means, whose statistics are averaged over steps, in the backward pass
+    too.
 
-    With weights whose mean is zero (`centralize`), the mean of activations matters little, and BatchNorm has two
-    statistics a channel left: ``chi^2``, the mean of ``x^2``, in the forward pass, and ``psi``, the mean of
-    ``z dL/dz``, in the backward pass. Both are replaced by their means over the last `buffer_size` steps:
+    With weights whose mean is zero (`centralize`), the mean of activations matters little, and
+    BatchNorm has two statistics a channel left: ``chi^2``, the mean of ``x^2``, in the forward
+    pass, and ``psi``, the mean of ``z dL/dz``, in the backward pass. Both are replaced by their
+    means over the last `buffer_size` steps:
 
         z = x / sqrt(mean chi^2 + eps)         y = weight * r * z + bias
         dL/dx = (dL/dz - z * mean psi) / sqrt(mean chi^2 + eps)
 
-    For ``eval()``, ``running_square`` is the exponential moving average of the forward pass's ``mean chi^2``, and
-    ``r``, without a gradient, draws training towards it: ``r^2 = (mean chi^2 + eps) / (running_square + eps)``, with
-    ``r`` clipped to ``[1 / limit, limit]``.
+    For ``eval()``, ``running_square`` is the exponential moving average of ``mean chi^2``. ``r``,
+    without a gradient, draws training towards it: ``r^2 = (mean chi^2 + eps) / (running_square +
+    eps)``, with ``r`` clipped to ``[1 / limit, limit]``. With ``buffer_size=1, limit=1`` this is
+    BatchNorm without the mean.
 
-    With ``buffer_size=1, limit=1`` this is BatchNorm without the mean, in both passes.
-
-    Where a forward pass has several statistics batches (`samples`), each is like a device: by its place in the batch it
-    has its own past statistics and its own ``running_square``, and ``eval()`` uses the mean over these. The buffers
-    have a place for each from the first training step on; further ones begin with the mean of those there are.
+    Where a forward pass has several statistics batches (`samples`), each is like a device: by its
+    place in the batch it has its own past statistics and its own ``running_square``, and ``eval()``
+    uses the mean over these. The buffers have a place for each from the first training step on;
+    further ones begin with the mean of those there are.
 
     Args:
         num_features: Channels ``C`` of an input ``(N, C, *)``.
         eps: Added to the mean square.
-        momentum: Weight of the newest step in ``running_square``; one minus the paper's alpha, 0.98.
+        momentum: Weight of the newest step in ``running_square``; one minus the paper's alpha,
+            0.98.
         affine: Learn ``weight`` and ``bias``, each ``(C,)``.
         buffer_size: Steps in a mean (the paper's m, 16).
         limit: Of ``r``, the paper's lambda; the authors' released code has 5.
         warmup: Training steps that use the batch's own statistics.
-        renorm_start: Training steps with ``r = 1``. This and `warmup` are as in the authors' released code.
-        samples: In training, normalize statistics batches of so many consecutive samples; None for the whole batch.
-        pooled: Statistics batches share their past: past steps' ``chi^2`` and ``psi``, and ``running_square``, are
-            means over all statistics batches of a step. The authors' devices share nothing.
+        renorm_start: Training steps with ``r = 1``. This and `warmup` are as in the authors'
+            released code.
+        samples: In training, normalize statistics batches of so many consecutive samples; None for
+            the whole batch.
+        pooled: Statistics batches share their past: ``chi^2``, ``psi`` and ``running_square`` of
+            past steps are means over all statistics batches of a step. The authors' devices share
+            nothing.
 
     Attributes:
         running_square: ``(S, C)``, for ``S`` statistics batches; 1 where they are pooled.
@@ -179,13 +185,11 @@ class _Centralized(nn.Module):
 
 
 def centralize(model: nn.Module) -> nn.Module:
-    """Subtract from every filter of every convolution inside ``model``, in place, its mean (weight centralization).
+    """Subtract from every filter of every convolution inside ``model``, in place, its mean (weight
+    centralization).
 
-    It is a parametrization: what is learned is the filter with its mean. Left as they are: transposed
-    convolutions, and filters of a single number, of which nothing would be left.
-
-    Returns:
-        The same ``model``.
+    It is a parametrization: what is learned is the filter with its mean. Transposed convolutions
+    stay as they are, and filters of a single number, of which nothing would be left.
     """
     for layer in list(model.modules()):
         if isinstance(layer, _ConvNd) and not layer.transposed and layer.weight[0].numel() > 1:
@@ -194,22 +198,18 @@ def centralize(model: nn.Module) -> nn.Module:
 
 
 def to_moving_average(model: nn.Module, centralized: bool = True, momentum: float = 0.02, **options: Any) -> nn.Module:
-    """Replace every BatchNorm inside ``model``, in place, by `MovingAverageNorm`.
+    """Replace every BatchNorm inside ``model``, in place, by `MovingAverageNorm` with these
+    options, and return it.
 
     Args:
         model: Any network with BatchNorm layers.
         centralized: Apply `centralize` too. A bias before the layer undoes what it is good for.
         momentum: See `MovingAverageNorm`.
-        options: Its other options.
-
-    Returns:
-        The same ``model``.
+        options: See `MovingAverageNorm`.
 
     Example:
-        >>> to_moving_average(nn.Sequential(nn.BatchNorm2d(8)), buffer_size=4)
-        Sequential(
-          (0): MovingAverageNorm(8, eps=1e-05, momentum=0.02, buffer_size=4)
-        )
+        >>> to_moving_average(nn.Sequential(nn.BatchNorm2d(8)), buffer_size=4)[0].squares.shape
+        torch.Size([4, 1, 8])
     """
     replace_batchnorm(
         model, lambda norm: MovingAverageNorm(norm.num_features, norm.eps, momentum, norm.affine, **options)

@@ -21,17 +21,12 @@ def _channels(norm: _BatchNorm) -> int:
 
 
 def to_evonorm(model: nn.Module, groups: int = 32) -> nn.Module:
-    """Put EvoNorm-S0 in the place of every BatchNorm, and of the ReLU directly behind it.
+    """Put EvoNorm-S0 in the place of every BatchNorm and of the ReLU directly behind it; returns a
+    traced network.
 
     How a ReLU is found, and what that asks of the network:
-    `kalmannorm.lab.baselines.activated.replace_batchnorm_relu`. Where the channel groups do not divide a layer's
-    channels, it has their greatest common divisor with them.
-
-    Returns:
-        A traced network that shares everything else with ``model``.
-
-    Raises:
-        ValueError: A BatchNorm of something else than images; and see there.
+    `kalmannorm.lab.baselines.activated.replace_batchnorm_relu`. Where the channel groups do not
+    divide a layer's channels, it has their greatest common divisor with them.
     """
     from timm.layers.evo_norm import EvoNorm2dS0  # noqa: PLC0415 - slow
 
@@ -44,10 +39,11 @@ def to_evonorm(model: nn.Module, groups: int = 32) -> nn.Module:
 
 
 def to_frn(model: nn.Module) -> nn.Module:
-    """Put FRN and TLU in the place of every BatchNorm, and of the ReLU directly behind it; see `to_evonorm`.
+    """Put FRN and TLU in the place of every BatchNorm and of the ReLU directly behind it; see
+    `to_evonorm`.
 
-    The paper asks for a learning rate that rises at the start, which `kalmannorm.lab.training.Classifier` gives it with
-    every schedule.
+    The paper asks for a learning rate that rises at the start, which
+    `kalmannorm.lab.training.Classifier` gives it with every schedule.
     """
     from timm.layers.filter_response_norm import FilterResponseNormTlu2d  # noqa: PLC0415 - slow
 

@@ -21,22 +21,24 @@ class ProxyNormalized(nn.Module):
         y = activation(norm(x))
         z = (y - E[activation(Y)]) / sqrt(Var[activation(Y)] + eps)
 
-    Each channel's proxy ``Y`` is what the layer's affine map makes of a Gaussian: with its ``weight`` and ``bias``,
+    Each channel's proxy ``Y`` is what the layer's affine map makes of a Gaussian: with its
+    ``weight`` and ``bias``,
 
         Y ~ N(bias + weight * shift, (weight * (1 + scale))^2)
 
-    Its moments are those of the library's rule for the activation, in closed form where that is (the authors' code
-    takes 200 quantiles). Gradients flow through them to all four. A prior that travels through is moved alike.
+    Its moments are those of the library's rule for the activation, in closed form where that is
+    (the authors' code takes 200 quantiles). Gradients flow through them to all four. A prior that
+    travels through is moved alike.
 
     Args:
-        norm: with a ``weight`` and a ``bias`` of a number a channel, ``(C,)``; also what takes its place later.
+        norm: with a ``weight`` and a ``bias`` of a number a channel, ``(C,)``; also what takes its
+            place later.
         activation: one that a rule exists for.
-        learned: learn ``shift`` and ``scale``, which begin at 0; else they stay there. They are the rows of the
-            parameter ``proxy``, ``(2, C)``, which is decayed like weights, as in the authors' code.
-        eps: added to the variance, as in the authors' released code (``proxy_norm.py`` of Graphcore's examples).
-
-    Raises:
-        ValueError: where there is no affine map, or no rule.
+        learned: learn ``shift`` and ``scale``, which begin at 0; else they stay there. They are the
+            rows of the parameter ``proxy``, ``(2, C)``, which is decayed like weights, as in the
+            authors' code.
+        eps: added to the variance, as in the authors' released code (``proxy_norm.py`` of
+            Graphcore's examples).
     """
 
     proxy: Tensor | None
@@ -101,18 +103,13 @@ def _first_call(activation: Activation) -> _Call:
 
 
 def to_proxy(model: nn.Module, learned: bool = True) -> nn.Module:
-    """Put a `ProxyNormalized` in the place of every BatchNorm directly before an activation, and of that activation.
+    """Put a `ProxyNormalized` in the place of every BatchNorm directly before an activation, and of
+    that activation; returns a traced network.
 
-    The BatchNorm stays inside; whatever replaces BatchNorm layers replaces it there. How an activation is found, and
-    what that asks of the network: `kalmannorm.lab.baselines.activated.replace_batchnorm_relu`. So activations behind an
-    addition stay as they are.
-
-    Args:
-        model: Any network with BatchNorm layers.
-        learned: See `ProxyNormalized`.
-
-    Returns:
-        A traced network that shares everything else with ``model``.
+    The BatchNorm stays inside; whatever replaces BatchNorm layers replaces it there. How an
+    activation is found, and what that asks of the network:
+    `kalmannorm.lab.baselines.activated.replace_batchnorm_relu`. So activations behind an addition
+    stay as they are.
 
     Example:
         >>> to_proxy(nn.Sequential(nn.BatchNorm2d(8), nn.ReLU())).get_submodule("0").activation

@@ -15,8 +15,8 @@ from kalmannorm.lab.baselines.replacing import AnyBatchNorm, in_groups, replace_
 class RenormSchedule:
     """How the limits of `r` and `d` grow over training steps in the paper's experiments.
 
-    Until step `start` they are 1 and 0, which is BatchNorm; then they grow linearly to `r_max` at step
-    `r_until` and to `d_max` at step `d_until`. The defaults are the paper's.
+    Until step `start` they are 1 and 0, which is BatchNorm; then they grow linearly to `r_max` at
+    step `r_until` and to `d_max` at step `d_until`. The defaults are the paper's.
     """
 
     start: float = 5_000
@@ -59,27 +59,30 @@ def _check_limits(who: str, r_max: float, d_max: float) -> None:
 class BatchRenorm(AnyBatchNorm):
     """Batch Renormalization of 2-d to 5-d inputs: BatchNorm, corrected towards its moving averages.
 
-    With the batch's mean ``m`` and ``s = sqrt(var + eps)``, the moving averages ``mu`` and ``sigma`` of both:
+    With the batch's mean ``m`` and ``s = sqrt(var + eps)``, the moving averages ``mu`` and
+    ``sigma`` of both:
 
         r = clip(s / sigma, 1 / r_max, r_max)        d = clip((m - mu) / sigma, -d_max, d_max)
         y = weight * ((x - m) / s * r + d) + bias
 
-    No gradient flows through ``r`` and ``d``. Unclipped, ``y`` is the normalization by the moving averages;
-    at ``r_max=1, d_max=0`` it is BatchNorm. In ``eval()`` the moving averages normalize, as in BatchNorm.
+    No gradient flows through ``r`` and ``d``. Unclipped, ``y`` is the normalization by the moving
+    averages; at ``r_max=1, d_max=0`` it is BatchNorm. In ``eval()`` the moving averages normalize,
+    as in BatchNorm.
 
-    As in Algorithm 1, ``sigma`` is averaged, and not its square: ``running_var`` holds ``sigma^2 - eps``. A first
-    ``running_var`` of 1 is no estimate, so without a schedule the first steps clip; the paper's schedule begins
-    as BatchNorm for this reason.
+    As in Algorithm 1, ``sigma`` is averaged, and not its square: ``running_var`` holds ``sigma^2 -
+    eps``. A first ``running_var`` of 1 is no estimate, so without a schedule the first steps clip;
+    the paper's schedule begins as BatchNorm for this reason.
 
     Args:
-        num_features: Channels ``C`` of an input ``(N, C, *)``.
-        eps: Added to the variance.
-        momentum: Weight of the newest batch in the averages (the paper's alpha, 0.01); None for their plain mean.
-        affine: Learn ``weight`` and ``bias``, each ``(C,)``.
+        num_features: Channels ``C`` of an input ``(N, C, *)``; ``eps`` and ``affine`` are
+            BatchNorm's too.
+        momentum: Weight of the newest batch in the averages (the paper's alpha, 0.01); None for
+            their plain mean.
         schedule: The limits over training steps, counted by ``num_batches_tracked``; or one pair
             ``(r_max, d_max)`` for all steps.
-        samples: In training, normalize groups of so many consecutive samples, each by its own ``m`` and ``s`` against
-            the same averages, which move once, by the mean of both over groups; None for the whole batch.
+        samples: In training, normalize groups of so many consecutive samples, each by its own ``m``
+            and ``s`` against the same averages, which move once, by the mean of both over groups;
+            None for the whole batch.
     """
 
     def __init__(self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.01, affine: bool = True,
@@ -125,12 +128,10 @@ class BatchRenorm(AnyBatchNorm):
 
 
 def to_batch_renorm(model: nn.Module, **options: Any) -> nn.Module:
-    """Replace every BatchNorm inside ``model``, in place, by `BatchRenorm`, and return it.
+    """Replace every BatchNorm inside ``model``, in place, by `BatchRenorm` with these options, and
+    return it.
 
-    Args:
-        model: Any network with BatchNorm layers.
-        options: ``schedule``, ``momentum`` and ``samples`` of `BatchRenorm`; ``RenormSchedule().scaled(0.01)`` suits a
-            training a hundred times shorter.
+    ``RenormSchedule().scaled(0.01)`` suits a training a hundred times shorter than the paper's.
 
     Example:
         >>> to_batch_renorm(nn.Sequential(nn.BatchNorm2d(8)), schedule=(3, 5))[0].schedule

@@ -41,28 +41,20 @@ class AnyBatchNorm(_BatchNorm):
 
 
 def replace_batchnorm(model: nn.Module, make: Callable[[_BatchNorm], nn.Module]) -> nn.Module:
-    """Replace every BatchNorm inside ``model``, in place.
+    """Replace every BatchNorm inside ``model``, in place, by what ``make`` gives for it.
 
-    The new layer gets the old one's device, dtype and training flag, and the very same parameters and buffers
-    where it has some of the same name and shape: a residual block that starts at ``weight = 0`` still does.
-    Where BatchNorm stands twice in the network, so does its replacement. A BatchNorm with an activation inside
-    (timm's ``BatchNormAct2d``) becomes an ``nn.Sequential`` of the new layer and that activation.
-
-    Args:
-        model: Any module; if it is itself a BatchNorm, its replacement is returned.
-        make: From a BatchNorm to what takes its place.
+    The new layer gets the old one's device, dtype and training flag, and the very same parameters
+    and buffers where it has some of the same name and shape: a residual block that starts at
+    ``weight = 0`` still does. Where BatchNorm stands twice in the network, so does its replacement.
+    A BatchNorm with an activation inside (timm's ``BatchNormAct2d``) becomes an ``nn.Sequential``
+    of the new layer and that activation.
 
     Returns:
-        The same ``model``.
-
-    Raises:
-        ValueError: Where there is no BatchNorm.
+        The same ``model``; if it is itself a BatchNorm, its replacement.
 
     Example:
-        >>> replace_batchnorm(nn.Sequential(nn.BatchNorm2d(8)), lambda norm: nn.Identity())
-        Sequential(
-          (0): Identity()
-        )
+        >>> replace_batchnorm(nn.Sequential(nn.BatchNorm2d(8)), lambda norm: nn.Identity())[0]
+        Identity()
     """
     replaced = {layer: _replacement(layer, make) for layer in model.modules() if isinstance(layer, _BatchNorm)}
     if not replaced:
@@ -91,20 +83,16 @@ def _replacement(old: _BatchNorm, make: Callable[[_BatchNorm], nn.Module]) -> nn
 
 
 def count_in_steps(model: nn.Module, passes: int) -> nn.Module:
-    """Let layers that count forward passes count optimizer steps, in place: for BatchNorm and what is derived from it.
+    """Let BatchNorm layers and those derived from it count optimizer steps of so many forward
+    passes, in place.
 
-    The ``passes`` of a step move a moving average as much as a single one did before, for this momentum:
+    The ``passes`` of a step move a moving average as much as a single one did before, for this
+    momentum:
 
         (1 - momentum of a pass)^passes = 1 - momentum
 
-    A plain mean (momentum None) is one already. Windows and schedules in steps read the layer's ``passes``.
-
-    Args:
-        model: Any network; again with another number, if that changes.
-        passes: Forward passes an optimizer step.
-
-    Returns:
-        The same ``model``.
+    A plain mean (momentum None) is one already. Windows and schedules in steps read the layer's
+    ``passes``. It may be called again with another number.
 
     Example:
         >>> count_in_steps(nn.BatchNorm2d(8, momentum=0.75), 2).momentum
@@ -119,14 +107,8 @@ def count_in_steps(model: nn.Module, passes: int) -> nn.Module:
 
 
 def in_groups(x: Tensor, samples: int | None) -> Tensor:
-    """``(N, C, *)`` as ``(groups, samples, C, *)``: consecutive samples that share their statistics.
-
-    Args:
-        x: A batch.
-        samples: Samples a group; None for a single group.
-
-    Raises:
-        ValueError: It does not divide ``N``.
+    """``(N, C, *)`` as ``(groups, samples, C, *)``: consecutive samples that share their
+    statistics; all for None.
     """
     size = len(x) if samples is None else samples
     if size < 1 or len(x) % size:

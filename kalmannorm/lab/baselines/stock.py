@@ -23,10 +23,8 @@ def _to_groups(model: nn.Module, groups_of: Callable[[int], int]) -> nn.Module:
 def to_groupnorm(model: nn.Module, groups: int = 32) -> nn.Module:
     """Replace every BatchNorm inside ``model``, in place, by ``nn.GroupNorm``, and return it.
 
-    Args:
-        model: Any network with BatchNorm layers.
-        groups: Groups of channels a layer, 32 in the paper. Where they do not divide a layer's channels, their greatest
-            common divisor with them.
+    The paper has 32 groups. Where they do not divide a layer's channels, it has their greatest
+    common divisor with them.
 
     Example:
         >>> [norm.num_groups for norm in to_groupnorm(nn.Sequential(nn.BatchNorm2d(64), nn.BatchNorm2d(24)))]
@@ -38,31 +36,33 @@ def to_groupnorm(model: nn.Module, groups: int = 32) -> nn.Module:
 
 
 def to_layernorm(model: nn.Module) -> nn.Module:
-    """Replace every BatchNorm inside ``model``, in place, by LayerNorm over ``(C, H, W)``, and return it.
+    """Replace every BatchNorm inside ``model``, in place, by LayerNorm over ``(C, H, W)``, and
+    return it.
 
-    It is GroupNorm with one group: weight and bias stay one a channel, where `nn.LayerNorm` has one an element.
+    It is GroupNorm with one group: weight and bias stay one a channel, where `nn.LayerNorm` has one
+    an element.
     """
     return _to_groups(model, lambda channels: 1)
 
 
 def to_instancenorm(model: nn.Module) -> nn.Module:
-    """Replace every BatchNorm inside ``model``, in place, by InstanceNorm over ``(H, W)``, and return it.
+    """Replace every BatchNorm inside ``model``, in place, by InstanceNorm over ``(H, W)``, and
+    return it.
 
-    It is GroupNorm with a group a channel, which takes inputs of every rank. In training, features of a single pixel
-    have no variance, and torch raises an error.
+    It is GroupNorm with a group a channel, which takes inputs of every rank. In training, features
+    of a single pixel have no variance, and torch raises an error.
     """
     return _to_groups(model, lambda channels: channels)
 
 
 def to_ghost(model: nn.Module, samples: int = 2) -> nn.Module:
-    """Ghost BatchNorm (Hoffer et al., 2017, arXiv:1705.08741): BatchNorm by parts of a batch, in place.
+    """Ghost BatchNorm (Hoffer et al., 2017, arXiv:1705.08741): BatchNorm by parts of a batch, in
+    place.
 
-    The layers are `kalmannorm.KalmanNorm2d` and the like with ``gain=1.0``, which is BatchNorm, by groups. The
-    running statistics move once a step towards the mean over groups; Hoffer et al. move them once a group.
-
-    Args:
-        model: Any network with BatchNorm layers; it is returned.
-        samples: Samples a group; must divide every batch. The paper has 128; 2 is the KN paper's smallest.
+    The layers are `kalmannorm.KalmanNorm2d` and the like with ``gain=1.0``, which is BatchNorm, by
+    groups of so many samples, which must divide every batch: 128 in the paper; 2 is the KN paper's
+    smallest. The running statistics move once a step towards the mean over groups; Hoffer et al.
+    move them once a group.
 
     Example:
         >>> to_ghost(nn.Sequential(nn.BatchNorm2d(8)), 4)[0].stats_batch_size
@@ -72,12 +72,10 @@ def to_ghost(model: nn.Module, samples: int = 2) -> nn.Module:
 
 
 def to_sync(model: nn.Module) -> nn.Module:
-    """Replace every BatchNorm inside ``model``, in place, by ``nn.SyncBatchNorm``: statistics over all devices.
+    """Replace every BatchNorm inside ``model``, in place, by ``nn.SyncBatchNorm``: statistics over
+    all devices.
 
     Without a process group this is BatchNorm; with one, torch takes inputs on accelerators only.
-
-    Returns:
-        The same ``model``, or the new layer where it was itself a BatchNorm.
     """
     converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return converted
@@ -86,8 +84,8 @@ def to_sync(model: nn.Module) -> nn.Module:
 def to_frozen(model: nn.Module) -> nn.Module:
     """BN*, of the KN paper's Table 6: running statistics normalize in training too; in place.
 
-    It means something for a network that was trained before. One that was not normalizes by its initial
-    mean 0 and variance 1, which is no normalization at all.
+    An untrained network then normalizes by its initial mean 0 and variance 1, which is no
+    normalization.
 
     Example:
         >>> to_frozen(nn.Sequential(nn.BatchNorm2d(8)))[0].weight.requires_grad

@@ -12,23 +12,18 @@ from kalmannorm.traversal import attributes_kept
 
 
 def to_weight_norm(model: nn.Module) -> nn.Module:
-    """Weight-normalize every convolution and linear layer inside ``model``, in place, and remove BatchNorm.
+    """Weight-normalize every convolution and linear layer inside ``model``, in place, and remove
+    BatchNorm.
 
-    ``w = g v / |v|``, with a norm over all but the output channels (`torch.nn.utils.parametrizations`), and a
-    bias where a layer had none. Transposed convolutions in groups stay as they are: torch's norm cannot tell
-    their output channels apart.
+    ``w = g v / |v|``, with a norm over all but the output channels
+    (`torch.nn.utils.parametrizations`), and a bias where a layer had none. Transposed convolutions
+    in groups stay as they are: torch's norm cannot tell their output channels apart.
 
-    The initialization depends on data: at its first forward pass in training, each layer sets ``g`` and the bias
-    so that its output has mean 0 and variance 1 in each channel, over that batch, before the next layer sees it
-    (the paper's section 3). A buffer ``awaits_data`` tells that it is still to come, so a checkpoint's weights
-    are not initialized again. On several devices, where the first batches differ, call `initialize` before the
-    network is wrapped.
-
-    Returns:
-        The same ``model``.
-
-    Raises:
-        ValueError: Where there is no BatchNorm.
+    The initialization depends on data: at its first forward pass in training, each layer sets ``g``
+    and the bias so that its output has mean 0 and variance 1 in each channel, over that batch,
+    before the next layer sees it (the paper's section 3). A buffer ``awaits_data`` tells that it is
+    still to come, so a checkpoint's weights are not initialized again. On several devices, where
+    the first batches differ, call `initialize` before the network is wrapped.
 
     Example:
         >>> to_weight_norm(nn.Sequential(nn.Conv2d(1, 2, 3, bias=False), nn.BatchNorm2d(2)))[0].bias.shape
@@ -42,14 +37,8 @@ def to_weight_norm(model: nn.Module) -> nn.Module:
 
 
 def initialize(model: nn.Module, images: Tensor) -> nn.Module:
-    """Set ``g`` and biases of a network from `to_weight_norm` by one batch, in place; see there.
-
-    Args:
-        model: The network.
-        images: What its forward pass takes: a batch of training images.
-
-    Returns:
-        The same ``model``.
+    """Set ``g`` and biases of a network from `to_weight_norm` by one batch of training images, in
+    place.
     """
     for layer in model.modules():
         awaits_data = getattr(layer, "awaits_data", None)

@@ -17,9 +17,6 @@ def images_a_process(gradient_batch: int, trainer: lightning.Trainer | None) -> 
     Args:
         gradient_batch: Images a gradient step: over all processes, and over the batches that one accumulates.
         trainer: Has the number of both; None for one of each.
-
-    Raises:
-        ValueError: The gradient batch does not divide evenly.
     """
     processes, accumulated = (trainer.world_size, trainer.accumulate_grad_batches) if trainer else (1, 1)
     if gradient_batch < 1:
@@ -55,9 +52,6 @@ class Batches(ABC):
         images: A batch, of this process.
         epoch: Of the next iteration.
         handed_out: Batches of the epoch that were yielded.
-
-    Raises:
-        ValueError: The gradient batch can't be shared out, or there are fewer images.
     """
 
     epoch = 0
@@ -209,11 +203,7 @@ class DiskData(lightning.LightningDataModule):
         self.gradient_batch, self.score_batch, self.seed, self.options = gradient_batch, score_batch, seed, options
 
     def train_dataloader(self) -> ShuffledBatches:
-        """Shuffled batches of as many images each.
-
-        Raises:
-            ValueError: The gradient batch does not divide evenly among processes and accumulated batches.
-        """
+        """Shuffled batches of as many images each."""
         return ShuffledBatches(self.train_set, self.gradient_batch, self.trainer, seed=self.seed, **self.options)
 
     def val_dataloader(self) -> OrderedBatches:

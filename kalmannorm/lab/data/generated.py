@@ -33,9 +33,6 @@ def generate_for(data: Mapping[str, Any], root: Path) -> Path:
 
     Returns:
         The set's folder; ``root`` itself for data that need no files.
-
-    Raises:
-        ValueError: A data module that there are no generated sets for.
     """
     kind, options = data["class_path"].rpartition(".")[2], data["init_args"]
     if kind == "ClassificationData":
@@ -81,9 +78,6 @@ def generate_images(root: Path, name: str, train: int = 64, test: int = 16) -> P
 
     Returns:
         The set's folder.
-
-    Raises:
-        ValueError: An unknown name.
     """
     known = source(name)
     folder = root / known.folder

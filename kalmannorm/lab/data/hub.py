@@ -14,9 +14,6 @@ class HubImages(Dataset[tuple[Any, int]]):
     Args:
         part: A ``datasets.Dataset`` with the columns ``image`` and ``label``.
         transform: From an RGB picture to what an item has in its place.
-
-    Raises:
-        ValueError: Other columns, or labels without names.
     """
 
     def __init__(self, part: Any, transform: Callable[[Any], Any] | None = None) -> None:

@@ -64,11 +64,7 @@ SOURCES = {
 
 
 def source(name: str) -> Source:
-    """A set's files and columns.
-
-    Raises:
-        ValueError: There is no set of this name.
-    """
+    """A set's files and columns."""
     if name not in SOURCES:
         raise ValueError(f"name must be one of {', '.join(SOURCES)}; got {name!r}")
     return SOURCES[name]

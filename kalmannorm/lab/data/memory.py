@@ -134,11 +134,7 @@ class MemoryData(lightning.LightningDataModule):
         return MemoryBatches(inputs, labels, size, prepare=self._scale, **options)
 
     def train_dataloader(self) -> MemoryBatches:
-        """Shuffled batches; each process gets its share.
-
-        Raises:
-            ValueError: The gradient batch does not divide evenly among processes and accumulated batches.
-        """
+        """Shuffled batches; each process gets its share."""
         options = {"trainer": self.trainer, "seed": self.seed, "drop_last": self.drop_last}
         return self._batches("train", self.gradient_batch, **options)
 

@@ -15,11 +15,7 @@ SETS: dict[str, tuple[int, int, tuple[int, ...]]] = {"digits": (1797, 10, (1, 64
 
 
 def load_set(name: str) -> tuple[Tensor, Tensor]:
-    """All of a set: inputs ``(N, *)``, float32, as `SignalData` says, and labels ``(N,)``, int64, in its own order.
-
-    Raises:
-        ValueError: There is no set of this name.
-    """
+    """All of a set: inputs ``(N, *)``, float32, as `SignalData` says, and labels ``(N,)``, int64, in its own order."""
     from sklearn import datasets  # noqa: PLC0415  (slow to import, and only needed here)
 
     _, _, shape = _known(name)
@@ -52,9 +48,6 @@ class SignalData(MemoryData):
         validation: How many inputs to hold out; None for a fifth of the set.
         test: How many others to keep for the test; None for a quarter.
         split_seed: Decides which, apart from ``seed`` so that all runs are compared on the same inputs.
-
-    Raises:
-        ValueError: There is no set of this name, or the splits leave nothing to train on.
     """
 
     def __init__(

@@ -43,9 +43,6 @@ def generate_volumes(split: Split, count: int, size: int = 24, seed: int = 0) ->
     Returns:
         Volumes ``(count, 1, size, size, size)``, float32, and classes ``(count, size, size, size)``, int64, 0 to 2.
 
-    Raises:
-        ValueError: No such split, no volume, or too small ones.
-
     Example:
         >>> volumes, classes = generate_volumes("train", 2, size=16)
         >>> volumes.shape, classes.shape

@@ -41,9 +41,6 @@ class CifarInception(nn.Module):
         norm_layer: Makes a normalization layer of so many channels.
         in_channels: Channels of the images.
         width: What all numbers of filters are multiplied by, and rounded: 0.25 for a network that a CPU trains.
-
-    Raises:
-        ValueError: A width that leaves a convolution without filters.
     """
 
     def __init__(

@@ -82,9 +82,6 @@ class CifarResNet(nn.Module):
         norm_layer: Makes a normalization layer of so many channels.
         width: Channels of the first stage; the second has twice, the third four times as many.
         in_channels: Channels of the images.
-
-    Raises:
-        ValueError: where the depth is not ``6n + 2``, with n at least 1.
     """
 
     def __init__(

