@@ -12,13 +12,10 @@ from torchvision.transforms.v2 import functional as F
 
 
 def draw_moves(count: int, generator: torch.Generator, *, padding: int = 4, flip: bool = True) -> Tensor:
-    """Where to crop and whether to flip: ``(count, 3)``, int64: top, left (0 to 2 ``padding``) and flip (0 or 1).
+    """Where to crop and whether to flip, ``(count, 3)``, int64: top and left, 0 to 2 ``padding``,
+    and flip, 0 or 1.
 
-    Args:
-        count: Number of images.
-        generator: Of the CPU, so that each device gets the same draws.
-        padding: Pixels that will be added at each side.
-        flip: Whether half of the images are to be flipped.
+    The generator is the CPU's, so that each device gets the same draws.
     """
     corners = torch.randint(0, 2 * padding + 1, (count, 2), generator=generator)
     flips = torch.randint(0, 2, (count, 1), generator=generator) * int(flip)
@@ -32,16 +29,13 @@ def mean_colour(images: Tensor) -> Tensor:
 
 
 def crop_and_flip(images: Tensor, moves: Tensor, padding: int = 4, border: Tensor | None = None) -> Tensor:
-    """Pad, cut each image out at its own place, and flip some left to right.
+    """Pad images ``(N, C, H, W)``, cut each out at its own place, and flip some left to right.
 
     Args:
-        images: ``(N, C, H, W)``, of any type.
+        images: Of any type.
         moves: ``(N, 3)``, from `draw_moves`, on the same device.
         padding: Pixels to add at each side.
         border: Their colour, ``(C,)``, typed as the images; None for black.
-
-    Returns:
-        ``(N, C, H, W)``, of the same type.
     """
     count, channels, height, width = images.shape
     padded = F.pad(images, [padding] * 4)
@@ -73,12 +67,10 @@ class Scaling:
     size: int | None = None
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Images ``(N, C, H, W)``, uint8, to float32."""
         scaled = (images.float() - self.mean) / self.scale
         return scaled if self.size is None else F.resize(scaled, [self.size, self.size])
 
     def to(self, device: torch.device | str) -> Self:
-        """The same, on ``device``."""
         return replace(self, mean=self.mean.to(device), scale=self.scale.to(device))
 
 
@@ -93,9 +85,8 @@ def channel_scaling(images: Tensor) -> Scaling:
 
 
 def standardization(inputs: Tensor) -> Scaling:
-    """Mean 0 and standard deviation 1 in each channel of ``inputs`` ``(N, C, *)``; constant ones become 0.
-
-    For bytes, `channel_scaling` does so without a copy in double precision.
+    """Mean 0 and standard deviation 1 in each channel of ``inputs`` ``(N, C, *)``; constant ones
+    become 0.
     """
     variance, mean = torch.var_mean(inputs.double(), [0, *range(2, inputs.ndim)], correction=0, keepdim=True)
     std = variance.sqrt()

@@ -12,11 +12,8 @@ from torch.utils.data import DataLoader, Dataset
 
 
 def images_a_process(gradient_batch: int, trainer: lightning.Trainer | None) -> int:
-    """Images that one process takes at a time, so that all of them together make a gradient step.
-
-    Args:
-        gradient_batch: Images a gradient step: over all processes, and over the batches that one accumulates.
-        trainer: Has the number of both; None for one of each.
+    """Images that one process takes at a time, so that all of them, over the batches that each
+    accumulates, make a gradient step.
     """
     processes, accumulated = (trainer.world_size, trainer.accumulate_grad_batches) if trainer else (1, 1)
     if gradient_batch < 1:
@@ -33,20 +30,22 @@ def images_a_process(gradient_batch: int, trainer: lightning.Trainer | None) -> 
 class Batches(ABC):
     """An iterable of this process's batches.
 
-    Lightning calls ``sampler.set_epoch``, which moves on to another order and other draws, and keeps the ``state_dict``
-    in checkpoints: after `load_state_dict` an epoch goes on where it was left, and reads nothing that comes before.
-    torchdata's ``StatefulDataLoader`` has no shares of a gradient batch, and counts what workers have read ahead.
+    Lightning calls ``sampler.set_epoch``, which moves on to another order and other draws, and
+    keeps the ``state_dict`` in checkpoints: after `load_state_dict` an epoch goes on where it was
+    left, and reads nothing that comes before. torchdata's ``StatefulDataLoader`` has no shares of a
+    gradient batch, and counts what workers have read ahead.
 
-    The images of a gradient batch lie side by side in the order, and so do those of each process: groups of images
-    that are normalized together are the same for any number of processes.
+    The images of a gradient batch lie side by side in the order, and so do those of each process:
+    groups of images that are normalized together are the same for any number of processes.
 
     Args:
         count: Images there are.
         gradient_batch: Images a gradient step, over all processes and accumulated batches.
         trainer: Has the number of both; None for one of each.
         seed: Of the order and of the draws; None for the images' own order.
-        drop_last: Leave out an epoch's last images, too few for a gradient step of equal size. Otherwise up to one
-            image less than there are processes is left out, so that all get as many.
+        drop_last: Leave out an epoch's last images, too few for a gradient step of equal size.
+            Otherwise up to one image less than there are processes is left out, so that all get as
+            many.
 
     Attributes:
         images: A batch, of this process.
@@ -107,7 +106,6 @@ class Batches(ABC):
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Take the order and the draws of this epoch from the next iteration on."""
         self.epoch = epoch
 
     def state_dict(self) -> dict[str, Any]:
@@ -126,7 +124,6 @@ class _Drawn(Dataset[Any]):
         self.data, self.seed = data, seed
 
     def __getitem__(self, place: tuple[int, int]) -> Any:
-        """The item at ``(epoch, index)``."""
         epoch, index = place
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed, which would seed the GPUs too.
@@ -135,12 +132,8 @@ class _Drawn(Dataset[Any]):
 
 
 class ShuffledBatches(Batches):
-    """Shuffled batches that worker processes read, in whole gradient batches.
-
-    Args:
-        data: What to draw from.
-        gradient_batch: See `Batches`; ``trainer`` and ``seed`` too.
-        options: Of torch's ``DataLoader``, such as ``num_workers``.
+    """Shuffled batches that worker processes read, in whole gradient batches; ``options`` are
+    torch's ``DataLoader``'s.
     """
 
     def __init__(
@@ -158,16 +151,12 @@ class ShuffledBatches(Batches):
 
 
 class OrderedBatches:
-    """An iterable of all of a data set's images in order, each process with its share of the batches.
+    """An iterable of all of a data set's images in order, so many a batch, each process with its
+    share of the batches.
 
-    Unlike under torch's ``DistributedSampler``, no image comes twice where they don't divide evenly; and batches are
-    the same for any number of processes.
-
-    Args:
-        data: What to score on.
-        images: Images a batch.
-        trainer: Has the number of processes; None for one, on the CPU.
-        options: Of torch's ``DataLoader``.
+    Unlike under torch's ``DistributedSampler``, no image comes twice where they don't divide
+    evenly; and batches are the same for any number of processes. ``options`` are torch's
+    ``DataLoader``'s.
     """
 
     def __init__(self, data: Any, images: int, trainer: lightning.Trainer | None = None, **options: Any) -> None:
@@ -203,16 +192,13 @@ class DiskData(lightning.LightningDataModule):
         self.gradient_batch, self.score_batch, self.seed, self.options = gradient_batch, score_batch, seed, options
 
     def train_dataloader(self) -> ShuffledBatches:
-        """Shuffled batches of as many images each."""
         return ShuffledBatches(self.train_set, self.gradient_batch, self.trainer, seed=self.seed, **self.options)
 
     def val_dataloader(self) -> OrderedBatches:
-        """All validation images, in order."""
         return OrderedBatches(self.validation_set, self.score_batch, self.trainer, **self.options)
 
 
 def _loading(trainer: lightning.Trainer | None, options: dict[str, Any]) -> dict[str, Any]:
-    """Options of a ``DataLoader``."""
     return {"pin_memory": trainer is not None and trainer.strategy.root_device.type == "cuda", **options}
 
 

@@ -65,7 +65,6 @@ class ClassificationData(MemoryData):
         self.validation, self.split_seed, self.limit = validation, split_seed, limit
 
     def prepare_data(self) -> None:
-        """Download, in one process, if need be."""
         open_images(self.dataset)
 
     def load(self) -> Splits:

@@ -52,11 +52,8 @@ def _originals() -> tuple[Tensor, Tensor]:
 
 
 def source_indices(split: Split, seed: int = 0) -> np.ndarray:
-    """Which of scikit-learn's digits a split is made from: ``(SOURCES[split],)`` indices, none in two splits.
-
-    Args:
-        split: ``"train"``, ``"validation"`` or ``"test"``.
-        seed: Shuffles the originals before they are dealt out.
+    """Which of scikit-learn's digits a split is made from, after a shuffle by the seed:
+    ``(SOURCES[split],)`` indices, none in two splits.
     """
     if split not in SOURCES:
         raise ValueError(f"split must be one of {', '.join(SOURCES)}; got {split!r}")
@@ -77,17 +74,12 @@ def _place(patches: Tensor, size: np.ndarray, centre: np.ndarray, canvas: int) -
 
 
 def cluttered_digits(split: Split, count: int, seed: int = 0, clutter: Clutter | None = None) -> tuple[Tensor, Tensor]:
-    """Make ``count`` labelled images; the same arguments give the same images.
-
-    Args:
-        split: Which originals to draw from: ``"train"``, ``"validation"`` or ``"test"``.
-        count: Number of images, at least 1.
-        seed: Decides both the split of the originals and how each image is composed.
-        clutter: How hard the task is.
+    """Make labelled images; the same arguments give the same images. The seed decides both the
+    split of the originals and how each image is composed.
 
     Returns:
-        Images ``(count, 1, canvas, canvas)``, float32, between -1 and 1 but for the noise, and labels
-        ``(count,)``, int64, 0 to 9.
+        Images ``(count, 1, canvas, canvas)``, float32, between -1 and 1 but for the noise, and
+        labels ``(count,)``, int64, 0 to 9.
 
     Example:
         >>> images, labels = cluttered_digits("train", 4)

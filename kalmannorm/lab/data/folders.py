@@ -36,11 +36,8 @@ OWN_LAYOUTS = (
 
 
 def image_transform(size: int, train: bool) -> Callable[[Any], Any]:
-    """Pictures to normalized float32 ``(3, size, size)``, as networks on ImageNet are usually trained and scored.
-
-    Args:
-        size: Side of the squares, in pixels.
-        train: A random part of the picture, flipped or not, instead of its centre (7/8 of the shorter side).
+    """Pictures to normalized float32 ``(3, size, size)``, as networks on ImageNet are usually
+    trained and scored: a random part, flipped or not, or the centre (7/8 of the shorter side).
     """
     random = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()]
     centre = [v2.Resize(size * 8 // 7), v2.CenterCrop(size)]
@@ -147,13 +144,7 @@ class FolderData(DiskData):
         self.validation, self.split_seed, self.limit, self.pictures = validation, split_seed, limit, pictures
 
     def setup(self, stage: str | None = None) -> None:
-        """List the images, once.
-
-        Raises:
-            MissingDataError: There is no such folder.
-            ValueError: ``train``, ``val`` and ``test`` differ in their classes; or the pictures are not those that were
-                expected.
-        """
+        """List the images, once."""
         if hasattr(self, "train_set"):
             return
         pictures = self.parts = open_pictures(self.folder)
@@ -184,7 +175,6 @@ class FolderData(DiskData):
         return f"{len(told)} pictures, {hashlib.sha256(repr(told).encode()).hexdigest()[:12]}"
 
     def test_dataloader(self) -> OrderedBatches:
-        """All test images, in order."""
         return OrderedBatches(self.test_set, self.score_batch, self.trainer, **self.options)
 
 

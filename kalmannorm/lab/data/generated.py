@@ -25,14 +25,8 @@ CATEGORIES = {"coco": {1: "rectangle", 2: "ellipse"}, "pennfudan": {1: "person"}
 
 
 def generate_for(data: Mapping[str, Any], root: Path) -> Path:
-    """Write the set that a configuration's ``data`` names, unless it is there.
-
-    Args:
-        data: ``class_path`` and ``init_args`` of a data module.
-        root: The folder for data sets.
-
-    Returns:
-        The set's folder; ``root`` itself for data that need no files.
+    """Write the set that a configuration's ``data`` names under ``root``, unless it is there;
+    return its folder, or ``root`` for data that need no files.
     """
     kind, options = data["class_path"].rpartition(".")[2], data["init_args"]
     if kind == "ClassificationData":
@@ -48,16 +42,11 @@ def generate_for(data: Mapping[str, Any], root: Path) -> Path:
 
 
 def pictures(count: int, size: int, num_classes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Generated images, class after class in turn.
+    """Generated images ``(count, size, size, 3)``, uint8, class after class in turn, and labels
+    ``(count,)``.
 
-    Args:
-        count: Number of images.
-        size: Their height and width, a multiple of 4.
-        num_classes: Number of classes; the classes of a number are the same whatever the seed.
-        seed: Of brightness and noise.
-
-    Returns:
-        Images ``(count, size, size, 3)``, uint8, and labels ``(count,)``.
+    The size is a multiple of 4. The classes of a number are the same whatever the seed, which is of
+    brightness and noise.
     """
     classes = np.random.default_rng(num_classes).integers(60, 196, (num_classes, PATCHES, PATCHES, 3))
     labels = np.arange(count) % num_classes
@@ -68,16 +57,8 @@ def pictures(count: int, size: int, num_classes: int, seed: int) -> tuple[np.nda
 
 
 def generate_images(root: Path, name: str, train: int = 64, test: int = 16) -> Path:
-    """Write a set as `images.load_images` reads it, unless it is there.
-
-    Args:
-        root: The folder for data sets; the set gets its own folder in there.
-        name: ``"cifar10"``, ``"cifar100"``, ``"svhn"`` or ``"svhn_extra"``.
-        train: Images of each part that is trained on.
-        test: Images to score.
-
-    Returns:
-        The set's folder.
+    """Write a set as `images.load_images` reads it into a folder of its own under ``root``, unless
+    it is there; return that folder.
     """
     known = source(name)
     folder = root / known.folder
@@ -95,15 +76,8 @@ def generate_images(root: Path, name: str, train: int = 64, test: int = 16) -> P
 
 
 def generate_folders(root: Path, name: str, classes: int = 8, train: int = 8, val: int = 2, size: int = 72) -> Path:
-    """Write a set as `folders.FolderData` reads it: ``train/CLASS/*.jpg`` and ``val/CLASS/*.jpg``.
-
-    Args:
-        root: See `generate_images`.
-        name: The set's folder in there, such as ``"imagenet"``.
-        classes: Number of classes.
-        train: Images of a class to train on.
-        val: Images of a class to score.
-        size: Their height and width.
+    """Write a set as `folders.FolderData` reads it: ``train/CLASS/*.jpg`` and ``val/CLASS/*.jpg``,
+    so many images a class.
     """
     for seed, (part, count) in enumerate((("train", train), ("val", val))):
         images, labels = pictures(count * classes, size, classes, seed)
@@ -115,14 +89,8 @@ def generate_folders(root: Path, name: str, classes: int = 8, train: int = 8, va
 
 
 def generate_objects(root: Path, name: str, train: int = 16, validation: int = 8, side: int = 96) -> Path:
-    """Write a set as `objects.DetectionData` reads it, unless it is there.
-
-    Args:
-        root: See `generate_images`.
-        name: ``"coco"`` or ``"pennfudan"``.
-        train: Images to train on.
-        validation: Images to score.
-        side: Height and width of the images, in pixels, from 32.
+    """Write a set as `objects.DetectionData` reads it, of images of ``side`` pixels, from 32,
+    unless it is there.
     """
     if name not in SOURCES:
         raise ValueError(f"name must be one of {', '.join(SOURCES)}; got {name!r}")

@@ -9,11 +9,8 @@ from torch.utils.data import Dataset
 
 
 class HubImages(Dataset[tuple[Any, int]]):
-    """Pictures, decoded one by one, and labels, as torchvision's ``ImageFolder`` gives them.
-
-    Args:
-        part: A ``datasets.Dataset`` with the columns ``image`` and ``label``.
-        transform: From an RGB picture to what an item has in its place.
+    """Pictures, decoded one by one, and labels, as torchvision's ``ImageFolder`` gives them, from a
+    ``datasets.Dataset`` with the columns ``image`` and ``label``.
     """
 
     def __init__(self, part: Any, transform: Callable[[Any], Any] | None = None) -> None:
@@ -33,7 +30,6 @@ class HubImages(Dataset[tuple[Any, int]]):
         return len(self.part)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        """A picture, transformed, and its label."""
         row = self.part[index]
         picture = row["image"].convert("RGB")
         return picture if self.transform is None else self.transform(picture), row["label"]
@@ -48,9 +44,5 @@ def local_parts(folder: Path, parts: Iterable[str]) -> dict[str, Any]:
 
 
 def hub_parts(repository: str, parts: Iterable[str], configuration: str | None = None) -> dict[str, Any]:
-    """The same, from the hub, and kept by ``datasets``.
-
-    Raises:
-        OSError: They cannot be had: no network, or no leave.
-    """
+    """The same, from the hub, and kept by ``datasets``; an OSError if they cannot be had."""
     return {part: datasets.load_dataset(repository, configuration, split=part) for part in parts}

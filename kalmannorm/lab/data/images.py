@@ -28,7 +28,6 @@ class Source:
         repository: Its repository on the Hugging Face hub.
         image: The column of encoded images.
         label: The column of labels, 0 to ``num_classes`` - 1.
-        num_classes: Number of classes.
         configuration: Which of the repository's configurations, if it has several.
         training: The parts that together are the training images.
     """
@@ -43,7 +42,6 @@ class Source:
 
     @property
     def origin(self) -> str:
-        """The address to download from."""
         return f"https://huggingface.co/datasets/{self.repository}/tree/main/{self.configuration or ''}".rstrip("/")
 
     @property
@@ -72,9 +70,6 @@ def source(name: str) -> Source:
 
 def open_images(name: str) -> dict[str, Any]:
     """The parts of a set as ``datasets.Dataset``, still encoded; downloads them if need be.
-
-    Args:
-        name: ``"cifar10"``, ``"cifar100"``, ``"svhn"`` or ``"svhn_extra"``.
 
     Raises:
         MissingDataError: It is neither under ``KALMANNORM_DATA`` nor to be had from the hub.
@@ -121,20 +116,19 @@ def load_images(
     limit: int | None = None,
     classes: Sequence[int] | None = None,
 ) -> Splits:
-    """Load a whole set into memory, images ``(N, 3, 32, 32)``, uint8; the same arguments give the same splits.
+    """Load a whole set into memory, images ``(N, 3, 32, 32)``, uint8; the same arguments give the
+    same splits.
 
     Args:
-        name: ``"cifar10"``, ``"cifar100"``, ``"svhn"`` (without its extra images) or ``"svhn_extra"``.
+        name: A key of `SOURCES`.
         validation: How many of the training images to hold out; 0 for none.
         split_seed: Decides which.
         limit: Keep the first so many images of each split.
-        classes: Keep the images of these labels, before anything else is counted; each then has its place among them,
-            from 0 on, as its label. None for all.
+        classes: Keep the images of these labels, before anything else is counted; each then has its
+            place among them, from 0 on, as its label. None for all.
 
     Raises:
-        MissingDataError: It is neither under ``KALMANNORM_DATA`` nor to be had from the hub.
-        ValueError: An unknown name, unknown or repeated classes, no image left to train on, or files without the
-            columns.
+        MissingDataError: See `open_images`.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1; got {limit}")

@@ -15,12 +15,8 @@ Labelled = tuple[Tensor, Tensor]
 
 
 class Splits(NamedTuple):
-    """Three disjoint sets of inputs ``(N, C, *)``, float32 or uint8, with labels ``(N,)`` or ``(N, *)``, int64.
-
-    Attributes:
-        train: To train on.
-        validation: To choose hyper-parameters on.
-        test: To be scored once.
+    """Three disjoint sets of inputs ``(N, C, *)``, float32 or uint8, with labels ``(N,)`` or ``(N,
+    *)``, int64.
     """
 
     train: Labelled
@@ -29,11 +25,12 @@ class Splits(NamedTuple):
 
 
 class MemoryBatches(Batches):
-    """Batches of one tensor: no worker, no copy but the batch itself.
+    """Batches of tensors ``(N, C, *)`` and labels on one device: no worker, no copy but the batch
+    itself.
 
     Args:
-        images: ``(N, C, H, W)``.
-        labels: ``(N,)``, on the same device.
+        images: Of images, ``(N, C, H, W)``.
+        labels: ``(N,)``.
         gradient_batch: See `Batches`; ``trainer``, ``seed`` and ``drop_last`` too.
         prepare: What is done to a batch of images last, such as a `Scaling`.
         augment: ``"none"``, ``"crop"`` (pad 4, crop at random) or ``"crop_flip"``; needs a seed.
@@ -61,7 +58,6 @@ class MemoryBatches(Batches):
             raise ValueError(f"augment={augment!r} needs a seed")
 
     def read(self, first: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images ``(size, C, H, W)`` and labels ``(size,)``."""
         order, generator = self.order()
         moves = None
         if self.augment != "none":  # of a whole epoch at once: no draw depends on where one resumes
@@ -134,7 +130,6 @@ class MemoryData(lightning.LightningDataModule):
         return MemoryBatches(inputs, labels, size, prepare=self._scale, **options)
 
     def train_dataloader(self) -> MemoryBatches:
-        """Shuffled batches; each process gets its share."""
         options = {"trainer": self.trainer, "seed": self.seed, "drop_last": self.drop_last}
         return self._batches("train", self.gradient_batch, **options)
 
@@ -143,5 +138,4 @@ class MemoryData(lightning.LightningDataModule):
         return self._batches("validation", self.score_batch)
 
     def test_dataloader(self) -> MemoryBatches:
-        """All test inputs in order, in every process."""
         return self._batches("test", self.score_batch)

@@ -36,7 +36,6 @@ class Source(NamedTuple):
 
     @property
     def layout(self) -> list[str]:
-        """The files it needs, as patterns relative to its folder."""
         patterns = [(split.annotations, f"{split.images}/*.jpg") for split in (self.train, self.validation)]
         return list(dict.fromkeys(pattern for pair in patterns for pattern in pair))
 
@@ -56,19 +55,17 @@ SOURCES = {
 
 
 class DetectionSet(Dataset[tuple[Tensor, Target]]):
-    """Images with what is to be found on them.
+    """Images with what is to be found on them, from a folder with annotations in COCO's format,
+    masks as polygons or as run lengths.
 
-    An item is an image ``(3, H, W)``, float32, 0 to 1, and a target, as torchvision's detectors take them: ``boxes``
-    ``(K, 4)``, float32, left, top, right, bottom in pixels; ``labels`` ``(K,)``, int64, COCO's category ids (0 is the
-    background); ``masks`` ``(K, H, W)``, uint8; ``image_id``, int; ``iscrowd`` ``(K,)``, int64. Boxes without area are
-    left out.
+    An item is an image ``(3, H, W)``, float32, 0 to 1, and a target, as torchvision's detectors
+    take them: ``boxes`` ``(K, 4)``, float32, left, top, right, bottom in pixels; ``labels``
+    ``(K,)``, int64, COCO's category ids (0 is the background); ``masks`` ``(K, H, W)``, uint8;
+    ``image_id``, int; ``iscrowd`` ``(K,)``, int64. Boxes without area are left out.
 
-    Args:
-        folder: Of the data set.
-        files: In there, the images, and annotations in COCO's format, their masks as polygons or as run lengths.
-        train: Flip half of the images, and leave out crowds (one box around many objects) and images on which nothing
-            is to be found. A score needs crowds, so as not to count against a network what it finds there.
-        limit: Keep the first so many images.
+    In training, half of the images are flipped, and crowds (one box around many objects) and images
+    on which nothing is to be found are left out. A score needs crowds, so as not to count against a
+    network what it finds there.
     """
 
     def __init__(self, folder: Path, files: Files, train: bool, limit: int | None = None) -> None:
@@ -91,7 +88,6 @@ class DetectionSet(Dataset[tuple[Tensor, Target]]):
         return len(self.places)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
-        """An image and its target."""
         (picture, _), image = self.files[self.places[index]], self.files.ids[self.places[index]]
         target = self._target(self._annotations(image), image, picture.size[::-1])
         return self.transform(picture, target)  # type: ignore[no-any-return]
@@ -117,16 +113,12 @@ def as_lists(items: list[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Tar
 
 
 class DetectionData(DiskData):
-    """COCO 2017 (``coco``) or Penn-Fudan pedestrians (``pennfudan``), from under ``KALMANNORM_DATA``.
+    """COCO 2017 (``coco``) or Penn-Fudan pedestrians (``pennfudan``), from under
+    ``KALMANNORM_DATA``.
 
-    After `setup`, ``num_classes`` is the largest category id + 1. There is no test split: COCO's test images have no
-    public annotations, and papers report scores on its validation images.
-
-    Args:
-        name: ``"coco"`` or ``"pennfudan"``.
-        gradient_batch: See `DiskData`; ``score_batch`` and ``seed`` too.
-        workers: Processes that load images.
-        limit: Keep the first so many images of each split.
+    After `setup`, ``num_classes`` is the largest category id + 1. There is no test split: COCO's
+    test images have no public annotations, and papers report scores on its validation images. With
+    ``limit``, each split keeps the first so many images. For the other arguments see `DiskData`.
     """
 
     def __init__(
@@ -145,11 +137,6 @@ class DetectionData(DiskData):
         self.dataset, self.limit = name, limit
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the annotations, once.
-
-        Raises:
-            MissingDataError: The data set is not under ``KALMANNORM_DATA``.
-        """
         if hasattr(self, "train_set"):
             return
         source = SOURCES[self.dataset]

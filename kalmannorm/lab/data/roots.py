@@ -12,11 +12,7 @@ class MissingDataError(FileNotFoundError):
 
 
 def data_root() -> Path | None:
-    """The folder that ``KALMANNORM_DATA`` names, or None if it isn't set.
-
-    Raises:
-        NotADirectoryError: It names something that is no folder.
-    """
+    """The folder that ``KALMANNORM_DATA`` names, or None if it isn't set."""
     named = os.environ.get(VARIABLE)
     if not named:
         return None
@@ -27,12 +23,8 @@ def data_root() -> Path | None:
 
 
 def missing(name: str, layout: Sequence[str], origin: str) -> MissingDataError:
-    """The error to raise where a data set is absent.
-
-    Args:
-        name: The data set's folder under the root.
-        layout: The files it needs, as patterns relative to that folder.
-        origin: Where to get it: an address, or words.
+    """The error to raise where a data set is absent from its folder under the root, which needs
+    these files, as patterns; ``origin`` is an address, or words.
     """
     root = data_root()
     place = str((root or Path(f"${VARIABLE}")) / name)
@@ -44,13 +36,8 @@ def missing(name: str, layout: Sequence[str], origin: str) -> MissingDataError:
 def find(name: str, layout: Sequence[str], origin: str) -> Path | None:
     """The folder of a data set under the root, or None where there is no such folder (or no root).
 
-    Args:
-        name: The data set's folder under the root.
-        layout: Patterns, relative to the folder; each must match something.
-        origin: Where to get it, for the error.
-
     Raises:
-        MissingDataError: The folder is there but incomplete.
+        MissingDataError: The folder is there, but a pattern of its layout matches nothing.
     """
     root = data_root()
     if root is None or not (root / name).is_dir():

@@ -15,7 +15,7 @@ SETS: dict[str, tuple[int, int, tuple[int, ...]]] = {"digits": (1797, 10, (1, 64
 
 
 def load_set(name: str) -> tuple[Tensor, Tensor]:
-    """All of a set: inputs ``(N, *)``, float32, as `SignalData` says, and labels ``(N,)``, int64, in its own order."""
+    """All of a set: inputs ``(N, *)``, float32, as `SignalData` says, and labels ``(N,)``, int64."""
     from sklearn import datasets  # noqa: PLC0415  (slow to import, and only needed here)
 
     _, _, shape = _known(name)
@@ -24,7 +24,6 @@ def load_set(name: str) -> tuple[Tensor, Tensor]:
 
 
 def _known(name: str) -> tuple[int, int, tuple[int, ...]]:
-    """What `SETS` says of a set."""
     if name not in SETS:
         raise ValueError(f"name must be one of {', '.join(SETS)}; got {name!r}")
     return SETS[name]

@@ -32,16 +32,11 @@ NOISE = (0.1, 0.4)  # standard deviation of a volume's noise, where its contrast
 
 
 def generate_volumes(split: Split, count: int, size: int = 24, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Make ``count`` volumes; the same arguments give the same ones, and the first are the same whatever their count.
+    """Make volumes ``(count, 1, size, size, size)``, float32, and classes ``(count, size, size,
+    size)``, int64, 0 to 2.
 
-    Args:
-        split: ``"train"``, ``"validation"`` or ``"test"``: each draws volumes of its own.
-        count: Number of volumes, at least 1.
-        size: Voxels a side, at least 8.
-        seed: Of the whole set.
-
-    Returns:
-        Volumes ``(count, 1, size, size, size)``, float32, and classes ``(count, size, size, size)``, int64, 0 to 2.
+    The same arguments give the same ones, and the first are the same whatever their count. Each
+    split draws volumes of its own. A side has at least 8 voxels.
 
     Example:
         >>> volumes, classes = generate_volumes("train", 2, size=16)

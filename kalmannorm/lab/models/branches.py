@@ -21,7 +21,9 @@ def unit(in_channels: int, channels: int, kernel_size: int, norm_layer: Norm, st
 
 
 def chain(in_channels: int, norm_layer: Norm, *units: tuple[int, int], stride: int = 1) -> nn.Module:
-    """Units one behind the other, each given by its channels and its kernel's size; the last one has the stride."""
+    """Units one behind the other, each given by its channels and kernel size; the last one has the
+    stride.
+    """
     *before, last = units
     layers = []
     for channels, kernel_size in before:
@@ -32,10 +34,8 @@ def chain(in_channels: int, norm_layer: Norm, *units: tuple[int, int], stride: i
 
 
 class Branches(nn.Module):
-    """Runs each branch on the same input, and joins what they give along the channels.
-
-    Args:
-        branches: Modules from ``(N, C, H, W)`` to ``(N, C_i, H', W')``, for the same ``H'`` and ``W'``.
+    """Runs each branch, from ``(N, C, H, W)`` to ``(N, C_i, H', W')``, on the same input, and joins
+    them along the channels.
     """
 
     def __init__(self, *branches: nn.Module) -> None:
@@ -43,7 +43,6 @@ class Branches(nn.Module):
         self.branches = nn.ModuleList(branches)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, C, H, W)`` to ``(N, sum of C_i, H', W')``."""
         return torch.cat([branch(x) for branch in self.branches], dim=1)
 
 

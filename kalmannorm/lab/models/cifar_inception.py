@@ -34,13 +34,9 @@ LEAST = 16
 class CifarInception(nn.Module):
     """A convolution, three Inception modules at 16 x 16, the mean over space, a linear classifier.
 
-    With 10 classes it has 903,018 parameters.
-
-    Args:
-        num_classes: Number of logits.
-        norm_layer: Makes a normalization layer of so many channels.
-        in_channels: Channels of the images.
-        width: What all numbers of filters are multiplied by, and rounded: 0.25 for a network that a CPU trains.
+    With 10 classes it has 903,018 parameters. ``width`` multiplies all numbers of filters, rounded:
+    0.25 makes a network that a CPU trains. ``norm_layer`` makes a normalization layer of so many
+    channels.
     """
 
     def __init__(
@@ -51,11 +47,10 @@ class CifarInception(nn.Module):
         if round(width * LEAST) < 1:
             raise ValueError(f"width must leave 1 or more of {LEAST} filters; got {width}")
         self.conv = unit(in_channels, channels, 3, norm_layer, stride=2)
-        modules = []
+        self.inceptions = nn.Sequential()
         for row in MODULES:
             module, channels = inception(channels, row, norm_layer, width)
-            modules.append(module)
-        self.inceptions = nn.Sequential(*modules)
+            self.inceptions.append(module)
         self.classifier = nn.Linear(channels, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -72,8 +72,9 @@ class PreActivationBlock(nn.Module):
 class CifarResNet(nn.Module):
     """A residual network for small images.
 
-    The two forms have the same number of norms, of the same widths, so the same number of parameters: ResNet-32
-    (``n = 5``) has 464,154 and ResNet-110 (``n = 18``) 1,727,962, with 10 classes.
+    The two forms have the same number of norms, of the same widths, so the same number of
+    parameters: ResNet-32 (``n = 5``) has 464,154 and ResNet-110 (``n = 18``) 1,727,962, with 10
+    classes.
 
     Args:
         depth: Layers with weights, ``6n + 2``.

@@ -25,14 +25,15 @@ BOXES_PER_IMAGE = 256
 
 
 class MeanOverSpace(nn.Module):
-    """A stage of a network, then the mean over space."""
+    """A stage of a network, and the mean over space: regions ``(R, 1024, 14, 14)`` to ``(R,
+    2048)``.
+    """
 
     def __init__(self, stage: nn.Module) -> None:
         super().__init__()
         self.stage = stage
 
     def forward(self, regions: Tensor) -> Tensor:
-        """Regions ``(R, 1024, 14, 14)`` to ``(R, 2048)``."""
         features: Tensor = self.stage(regions)
         return features.mean((2, 3))
 
@@ -40,10 +41,11 @@ class MeanOverSpace(nn.Module):
 def mask_rcnn_c4(num_classes: int = 91, norm_layer: Norm = nn.BatchNorm2d, **options: Any) -> nn.Module:
     """Mask R-CNN with the conv4 backbone of the paper's Table 6.
 
-    Regions of 14x14 pixels are cut from the features at stride 16. The last stage of the ResNet takes them to
-    ``(R, 2048, 7, 7)``. Boxes and classes are read off the mean over space, masks off those features through a
-    transposed convolution of 256 channels and a 1x1 convolution, at 14x14. Boxes and masks share that stage's
-    weights; torchvision runs it once on the sampled boxes, and again on those boxes that have a mask.
+    Regions of 14x14 pixels are cut from the features at stride 16. The last stage of the ResNet
+    takes them to ``(R, 2048, 7, 7)``. Boxes and classes are read off the mean over space, masks off
+    those features through a transposed convolution of 256 channels and a 1x1 convolution, at 14x14.
+    Boxes and masks share that stage's weights; torchvision runs it once on the sampled boxes, and
+    again on those boxes that have a mask.
 
     Args:
         num_classes: Number of classes, the background's included.
@@ -70,15 +72,12 @@ def mask_rcnn_c4(num_classes: int = 91, norm_layer: Norm = nn.BatchNorm2d, **opt
 
 
 def mask_rcnn_fpn(num_classes: int = 91, norm_layer: Norm = nn.BatchNorm2d, **options: Any) -> nn.Module:
-    """Mask R-CNN with a feature pyramid (arXiv:1612.03144), with norms in the pyramid and in both heads.
+    """Mask R-CNN with a feature pyramid (arXiv:1612.03144), with norms in the pyramid and in both
+    heads.
 
-    The heads have four 3x3 convolutions of 256 channels each; the box head ends in a linear layer of 1,024, as where
-    GroupNorm was tried on Mask R-CNN (Wu and He, arXiv:1803.08494, section 4.2).
-
-    Args:
-        num_classes: Number of classes, the background's included.
-        norm_layer: Makes a normalization layer of so many channels.
-        options: Arguments of torchvision's ``MaskRCNN``, such as ``min_size``.
+    The heads have four 3x3 convolutions of 256 channels each; the box head ends in a linear layer
+    of 1,024, as where GroupNorm was tried on Mask R-CNN (Wu and He, arXiv:1803.08494, section 4.2).
+    For the arguments see `mask_rcnn_c4`.
     """
     resnet: Any = resnet50(norm_layer=norm_layer)
     stages = {f"layer{i + 1}": str(i) for i in range(4)}

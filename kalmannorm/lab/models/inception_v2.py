@@ -33,11 +33,8 @@ FIGURE_5: dict[str, tuple[Row, int, bool]] = {
 class InceptionV2(nn.Module):
     """A stem of three convolutions, ten modules, the mean over space, a linear classifier.
 
-    Args:
-        num_classes: Number of logits.
-        norm_layer: Makes a normalization layer of so many channels.
-        in_channels: Channels of the images.
-        width: Multiplies the channels of every convolution, rounded.
+    ``width`` multiplies the channels of every convolution, rounded; ``norm_layer`` makes a
+    normalization layer of so many channels.
     """
 
     def __init__(

@@ -11,16 +11,11 @@ LAYERS = ((16, 1), (32, 2), (32, 1), (64, 2), (64, 1), (64, 2))
 
 
 class SignalNet(nn.Sequential):
-    """Convolution over time, norm and ReLU, as often as ``layers`` says, then the mean over time and a classifier.
+    """Convolution over time, norm and ReLU, as often as ``layers`` says, then the mean over time
+    and a classifier.
 
-    Signals ``(N, in_channels, L)`` to logits ``(N, num_classes)``.
-
-    Args:
-        layers: Channels and stride of each convolution.
-        kernel: Their width in steps, odd.
-        num_classes: Number of logits.
-        in_channels: Channels of the signals.
-        norm_layer: Makes a normalization layer of so many channels.
+    Signals ``(N, in_channels, L)`` to logits ``(N, num_classes)``. ``layers`` has channels and
+    stride of each convolution, ``kernel`` is their width in steps, odd.
     """
 
     def __init__(
@@ -44,15 +39,10 @@ class SignalNet(nn.Sequential):
 
 
 class TabularNet(nn.Sequential):
-    """A multi-layer perceptron: linear, norm and ReLU, as often as there are hidden widths, and a classifier.
+    """A multi-layer perceptron: linear, norm and ReLU, as often as there are hidden widths, and a
+    classifier.
 
     Rows ``(N, in_features)`` to logits ``(N, num_classes)``.
-
-    Args:
-        in_features: Numbers a row.
-        hidden: Features after each hidden layer.
-        num_classes: Number of logits.
-        norm_layer: Makes a normalization layer of so many features.
     """
 
     def __init__(

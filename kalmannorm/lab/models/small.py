@@ -9,31 +9,25 @@ LAYERS = ((16, 2), (32, 2), (32, 1), (64, 2), (64, 1), (64, 2))
 
 
 class SmallConvNet(nn.Module):
-    """Convolution, norm and ReLU, as often as ``layers`` says, then the mean over space and a classifier.
+    """3x3 convolution, norm and ReLU, as often as ``layers`` says (channels and stride), then the
+    mean over space and a classifier.
 
-    It is built with stock ``nn.BatchNorm2d``. Other normalizations replace these layers from outside, so every method
-    starts from the same weights.
-
-    Args:
-        layers: Channels and stride of each 3x3 convolution.
-        num_classes: Number of logits.
-        in_channels: Channels of the images.
+    It is built with stock ``nn.BatchNorm2d``. Other normalizations replace these layers from
+    outside, so every method starts from the same weights.
     """
 
     def __init__(
         self, layers: tuple[tuple[int, int], ...] = LAYERS, num_classes: int = 10, in_channels: int = 1
     ) -> None:
         super().__init__()
-        widths = [in_channels, *(channels for channels, _ in layers)]
-        convs = [
-            nn.Conv2d(before, channels, 3, stride, 1, bias=False)
-            for before, (channels, stride) in zip(widths, layers, strict=False)
-        ]
-        for conv in convs:
+        self.convs, self.norms = nn.ModuleList(), nn.ModuleList()
+        for channels, stride in layers:
+            self.convs.append(nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False))
+            self.norms.append(nn.BatchNorm2d(channels))
+            in_channels = channels
+        for conv in self.convs:
             nn.init.kaiming_normal_(conv.weight)
-        self.convs = nn.ModuleList(convs)
-        self.norms = nn.ModuleList(nn.BatchNorm2d(channels) for channels, _ in layers)
-        self.classifier = nn.Linear(widths[-1], num_classes)
+        self.classifier = nn.Linear(in_channels, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images ``(N, in_channels, H, W)`` to logits ``(N, num_classes)``."""

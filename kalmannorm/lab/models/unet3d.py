@@ -16,13 +16,15 @@ from kalmannorm.lab.models.branches import Norm
 class UNet3d(nn.Module):
     """A 3-d U-Net, wider inside a level than the paper's.
 
-    Here a level's first convolution doubles the channels on the way down, and transposed convolutions halve them on the
-    way up; in the paper a level's second convolution doubles them, and transposed ones keep them. At the paper's size,
-    ``UNet3d(64, 4, 3, 3)``, that is 22.4 million parameters and not 19.07. Convolutions below a norm have no bias.
+    Here a level's first convolution doubles the channels on the way down, and transposed
+    convolutions halve them on the way up; in the paper a level's second convolution doubles them,
+    and transposed ones keep them. At the paper's size, ``UNet3d(64, 4, 3, 3)``, that is 22.4
+    million parameters and not 19.07. Convolutions below a norm have no bias.
 
     Args:
-        width: Channels of the first level; each further one has twice as many on half the voxels a side.
-        levels: Resolutions, 1 or more.
+        width: Channels of the first level; each further one has twice as many on half the voxels a
+            side.
+        levels: Resolutions, 1 or more; they must halve the volumes' sides evenly.
         num_classes: Logits a voxel, the background's included.
         in_channels: Channels of the volumes.
         norm_layer: Makes a normalization layer of so many channels.
