@@ -14,9 +14,10 @@ def variance_gaps(network: nn.Module, batches: Iterable[Any]) -> dict[str, Tenso
     """How far each batch's variance is from the moving variance, layer by layer (Fig. 5).
 
     Args:
-        network: A trained network with BatchNorm or Kalman layers; it is left as it was, see `watched`.
-        batches: Inputs, or tuples that begin with them. A BatchNorm layer takes each as one batch; the groups
-            of a Kalman layer with ``stats_batch_size`` are batches of their own.
+        network: A trained network with BatchNorm or Kalman layers; it is left as it was, see
+            `watched`.
+        batches: Inputs, or tuples that begin with them. A BatchNorm layer takes each as one batch;
+            the groups of a Kalman layer with ``stats_batch_size`` are batches of their own.
 
     Returns:
         For each layer with running statistics ``|variance - running_var|``, ``(batches, C)``.
@@ -49,19 +50,18 @@ class PriorError(NamedTuple):
 
 
 def prior_errors(network: nn.Module, batches: Iterable[Any]) -> list[PriorError]:
-    """How good prior, observation and posterior are, layer by layer.
+    """How good prior, observation and posterior are, layer by layer; for the arguments see
+    `variance_gaps`.
 
-    The population is what the layer's observations are together, by the law of total variance, each sample
-    counting the same. All moments of all batches are kept until the end: a few hundred batches are enough.
-
-    Args:
-        network: See `variance_gaps`.
-        batches: See `variance_gaps`.
+    The population is what the layer's observations are together, by the law of total variance, each
+    sample counting the same. All moments of all batches are kept until the end: a few hundred
+    batches are enough.
 
     Returns:
-        For each layer, in the order of the calls: where it has a prior the prior's, the observation's and the
-        posterior's error against the population, and the prior's against the observation; elsewhere the
-        observation's alone. Batches without a prior do not count among those of a layer that has it at times.
+        For each layer, in the order of the calls: where it has a prior the prior's, the
+        observation's and the posterior's error against the population, and the prior's against the
+        observation; elsewhere the observation's alone. Batches without a prior do not count among
+        those of a layer that has it at times.
     """
     return errors_of(network, calls_of(network, batches))
 

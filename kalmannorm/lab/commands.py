@@ -47,8 +47,8 @@ def fit(
     finally:
         if progress.live.is_started:
             progress.stop()
+    _show(result.scores)
     if shown:
-        _show(result.scores)
         print(f"{1000 * result.seconds_per_step:.1f} ms a step; {output}")
 
 
@@ -59,7 +59,7 @@ def on_validation(*, output: Path, settings: Sequence[str] = ()) -> None:
         output: The run's folder.
         settings: Override any setting of its configuration, such as --trainer.accelerator cpu.
     """
-    _score(output, "validation", settings)
+    _show(fitting.score(output, "validation", settings))
 
 
 def on_test(*, output: Path, settings: Sequence[str] = ()) -> None:
@@ -69,18 +69,13 @@ def on_test(*, output: Path, settings: Sequence[str] = ()) -> None:
         output: The run's folder.
         settings: Override any setting of its configuration, such as --trainer.accelerator cpu.
     """
-    _score(output, "test", settings)
-
-
-def _score(output: Path, split: Literal["validation", "test"], settings: Sequence[str]) -> None:
-    scores = fitting.score(output, split, settings)
-    if fitting.is_first_process():
-        _show(scores)
+    _show(fitting.score(output, "test", settings))
 
 
 def _show(scores: dict[str, float]) -> None:
-    for name, value in scores.items():
-        print(f"{name} {value:.4f}")
+    if fitting.is_first_process():
+        for name, value in scores.items():
+            print(f"{name} {value:.4f}")
 
 
 def export(run: Path, file: Path, *, stock: bool = False) -> None:

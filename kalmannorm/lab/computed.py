@@ -32,10 +32,11 @@ def without_memory(config: Mapping[str, Any]) -> Any:
 
 
 def speed(config: Mapping[str, Any], rounds: int = ROUNDS) -> dict[str, float]:
-    """Images a second in training on random images, BN and a form of KN in turn, and their ratio (Table 3).
+    """Images a second in training on random images, BN and a form of KN in turn, and their ratio
+    (Table 3).
 
-    A step is of one statistics batch, as one device of the paper's takes it. The median of ``rounds`` steps each, after
-    two that warm up.
+    A step is of one statistics batch, as one device of the paper's takes it. The median of
+    ``rounds`` steps each, after two that warm up.
     """
     given = config["model"]["init_args"]
     count, size = given["statistics_batch"], image_size(config)
@@ -58,15 +59,9 @@ COMPUTED: dict[str, Callable[[Mapping[str, Any]], dict[str, float]]] = {"paramet
 
 
 def measured_gaps(folder: Path, config: Mapping[str, Any], drawing: Path | None = None) -> float:
-    """Fig. 5 of a trained network: how far the variances of statistics batches are from the running ones.
-
-    Args:
-        folder: Of the finished run.
-        config: What it was trained by.
-        drawing: Where to write the figure, as PNG.
-
-    Returns:
-        See `relative_gap`; of test images.
+    """Fig. 5 of the trained network in a run's folder: how far the variances of statistics batches
+    of test images are from the running ones, see `relative_gap`. ``drawing`` is where to write the
+    figure, as PNG.
     """
     from kalmannorm.lab.analysis import variance_gaps  # noqa: PLC0415
     from kalmannorm.lab.figures import variance_gaps as drawn  # noqa: PLC0415

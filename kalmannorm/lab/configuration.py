@@ -91,12 +91,9 @@ def reason(error: Exception) -> str:
 
 
 def check_same(folder: Path, config: Mapping[str, Any], there: Mapping[str, Any] | None = None) -> None:
-    """Refuse a folder of another run.
+    """Refuse a folder of another run than of this configuration.
 
-    Args:
-        folder: Of the run.
-        config: What it must be configured by.
-        there: What it is; by default what its ``config.yaml`` says, if there is one.
+    What is there is by default what its ``config.yaml`` says, if there is one.
     """
     path = folder / "config.yaml"
     if there is None:

@@ -3,8 +3,7 @@
 import statistics
 import time
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import lightning
@@ -67,14 +66,10 @@ def timed_step(module: Any, optimizer: torch.optim.Optimizer, batch: tuple[torch
 
 
 def seconds_per_step(config: Mapping[str, Any], steps: int = 3) -> float | None:
-    """How long a training step takes here, roughly: data loading and validation are left out.
+    """How long a training step takes here on one thread, without loading data and validation.
 
-    Args:
-        config: What ``fit`` takes.
-        steps: How many are timed, after one that is not; the median counts.
-
-    Returns:
-        Seconds; None where the images are of many sizes, so that there is no step to try.
+    So many steps are timed, after one that is not; the median counts. None where the images are of
+    many sizes, so that there is no step to try.
     """
     size = image_size(config)
     if size is None:
@@ -85,20 +80,14 @@ def seconds_per_step(config: Mapping[str, Any], steps: int = 3) -> float | None:
     group = min(given.get("statistics_batch") or count, count)
     count -= count % group
     smaller = merge(config, {"model": {"init_args": {"statistics_batch": group}}})
-    module = build(smaller, "model").to(device()).train()
-    optimizer = module.configure_optimizers()["optimizer"]
-    batch = random_batch(count, size, given.get("num_classes", 10))
-    timed_step(module, optimizer, batch)
-    return statistics.median(timed_step(module, optimizer, batch) for _ in range(steps)) * whole / count
-
-
-@contextmanager
-def single_thread() -> Iterator[None]:
-    """Within it, torch has one thread."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # as a training has
     try:
-        yield
+        module = build(smaller, "model").to(device()).train()
+        optimizer = module.configure_optimizers()["optimizer"]
+        batch = random_batch(count, size, given.get("num_classes", 10))
+        timed_step(module, optimizer, batch)
+        return statistics.median(timed_step(module, optimizer, batch) for _ in range(steps)) * whole / count
     finally:
         torch.set_num_threads(threads)
 

@@ -14,15 +14,13 @@ from torch import Tensor
 class Curve(Callback):
     """Keeps the loss and the duration of each gradient step, and each validation.
 
-    Losses stay where they are made and are moved over in blocks, so that no step waits for a GPU; a step's duration
-    is the mean over its block, without validation. The loss of a step is the mean over its accumulated batches and
-    over processes. It comes before callbacks that save checkpoints.
-
-    Args:
-        tell: Called after each block with the number of steps done.
-        every: Steps a block.
+    Losses stay where they are made and are moved over in blocks of ``every`` steps, so that no step
+    waits for a GPU; a step's duration is the mean over its block, without validation. The loss of a
+    step is the mean over its accumulated batches and over processes. It comes before callbacks that
+    save checkpoints.
 
     Attributes:
+        tell: Called after each block with the number of steps done.
         losses: One a step.
         seconds: Likewise.
         validations: Each a dict of ``step`` and what the validation logged.
@@ -45,7 +43,6 @@ class Curve(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Note the loss, and after a block move its losses over."""
         # What Lightning differentiates: already divided by the number of accumulated batches.
         self._parts.append(outputs["loss"].detach())
         if trainer.global_step > len(self.losses) + len(self._waiting):
@@ -86,18 +83,14 @@ class Curve(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._move_over(trainer)
         self._count_time()
-        checkpoint["curve"] = {
-            "losses": torch.tensor(self.losses, dtype=torch.float64),
-            "seconds": torch.tensor(self.seconds, dtype=torch.float64),
-            "validations": [dict(each) for each in self.validations],
-            "elapsed": self.elapsed,
-        }
+        numbers = {name: torch.tensor(getattr(self, name), dtype=torch.float64) for name in ("losses", "seconds")}
+        checkpoint["curve"] = {**numbers, "validations": [*self.validations], "elapsed": self.elapsed}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if "curve" in checkpoint:
             kept = checkpoint["curve"]
             self.losses, self.seconds = kept["losses"].tolist(), kept["seconds"].tolist()
-            self.validations, self.elapsed = [dict(each) for each in kept["validations"]], kept["elapsed"]
+            self.validations, self.elapsed = kept["validations"], kept["elapsed"]
 
 
 class RandomState(Callback):

@@ -37,34 +37,30 @@ def _example() -> Batch:
 class Detector(lightning.LightningModule):
     """Trains a Mask R-CNN on the sum of its five losses, by SGD with momentum.
 
-    Logs ``loss`` and its parts (``loss_classifier``, ``loss_box_reg``, ``loss_mask``, ``loss_objectness``,
-    ``loss_rpn_box_reg``) in training, and in validation COCO's average precision, 0 to 1: ``box_ap`` and ``mask_ap``,
-    the mean over overlaps from 0.50 to 0.95, and ``box_ap50`` and ``mask_ap50``, at an overlap of 0.50; by plain
-    ``eval()``, and with ``score_online`` again as ``box_ap_online`` and so on.
+    Logs ``loss`` and its parts (``loss_classifier``, ``loss_box_reg``, ``loss_mask``,
+    ``loss_objectness``, ``loss_rpn_box_reg``) in training, and in validation COCO's average
+    precision, 0 to 1: ``box_ap`` and ``mask_ap``, the mean over overlaps from 0.50 to 0.95, and
+    ``box_ap50`` and ``mask_ap50``, at an overlap of 0.50; by plain ``eval()``, and with
+    ``score_online`` again as ``box_ap_online`` and so on.
 
     Args:
-        network: From `kalmannorm.lab.models.detection`, or a torchvision detector with masks built on a ResNet; with
-            BatchNorm.
-        normalization: What takes BatchNorm's place, a key of `kalmannorm.lab.methods.METHODS`.
-        normalization_options: See `kalmannorm.lab.methods.normalize`.
-        weights: State dict of a trained ResNet, or the ``last.ckpt`` of one of our runs; up to
-            its classifier.
-        scratch: Allow ``normalization="frozen"`` in a network that was not trained, where it normalizes nothing.
-        rate: Learning rate, before the schedule's factor.
-        steps: Optimizer steps the schedule is laid out for.
-        schedule: See `kalmannorm.lab.optimization.sgd`.
-        milestones: See `kalmannorm.lab.optimization.sgd`. A first one at 0 makes a warm-up: ``{0: 0.33, 0.002: 1}``.
-        momentum: SGD's.
-        weight_decay: On weights alone, see `kalmannorm.lab.optimization.parameter_groups`.
-        score_online: Score again by online statistics: each batch of images normalizes itself, and its boxes do in
-            the heads. See `kalmannorm.online_statistics`; a network without running statistics scores the same.
-        recalibrate: Replace running statistics by those of so many training batches when training ends, see
-            `kalmannorm.recalibrate`; None leaves them. Validations and checkpoints in training have the running
-            averages.
+        network: From `kalmannorm.lab.models.detection`, or a torchvision detector with masks built
+            on a ResNet; with BatchNorm.
+        normalization: See `kalmannorm.lab.training.Classifier`, also for what is not named here.
+        weights: State dict of a trained ResNet, or the ``last.ckpt`` of one of our runs; up to its
+            classifier.
+        scratch: Allow ``normalization="frozen"`` in a network that was not trained, where it
+            normalizes nothing.
+        milestones: See `kalmannorm.lab.optimization.sgd`. A first one at 0 makes a warm-up: ``{0:
+            0.33, 0.002: 1}``.
+        score_online: Score again by online statistics: each batch of images normalizes itself, and
+            its boxes do in the heads. See `kalmannorm.online_statistics`; a network without running
+            statistics scores the same.
+        recalibrate: Replace running statistics by those of so many training batches when training
+            ends, see `kalmannorm.recalibrate`; None leaves them. Validations and checkpoints in
+            training have the running averages.
 
     Raises:
-        ValueError: An unknown normalization or schedule; weights that don't fit; frozen ones without any; or a number
-            of batches below 1, or nothing, to recalibrate by.
         FloatingPointError: In training, for a loss that is not finite.
     """
 
@@ -118,7 +114,6 @@ class Detector(lightning.LightningModule):
         return sgd(self.network, *self._optimization)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The sum of the losses."""
         images, targets = batch
         losses: dict[str, Tensor] = self.network(images, targets)
         loss = torch.stack(list(losses.values())).sum()
@@ -134,7 +129,6 @@ class Detector(lightning.LightningModule):
             recalibrate_by_training_batches(self.network, self.trainer, self.recalibrate)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Find objects, and keep them beside those there are."""
         images, targets = batch
         there = [{key: each[key].cpu() for key in ("boxes", "labels", "masks", "iscrowd")} for each in targets]
         for way, metric in self.average_precision.items():

@@ -20,7 +20,6 @@ COLOURS = {"prior": "#dd8452", "observation": "#8c8c8c", "posterior": "#4c72b0"}
 
 
 def empty(width: float, height: float) -> Figure:
-    """A figure of so many inches."""
     from matplotlib.figure import Figure  # noqa: PLC0415  (slow to import, and workers never draw)
 
     return Figure(figsize=(width, height), layout="constrained")
@@ -35,10 +34,8 @@ def plain(axes: Axes, **settings: Any) -> None:
 def search(points: Mapping[str, Sequence[tuple[float, float]]], colours: Mapping[str, Any], setting: str) -> Figure:
     """Validation scores by the setting that is searched, a line an arm.
 
-    Args:
-        points: For each arm, by its label, pairs of a value of the setting and a score in per cent.
-        colours: Of the arms.
-        setting: Its name.
+    For each arm, by its label, ``points`` are pairs of a value of the setting and a score in per
+    cent.
     """
     drawing = empty(7, 3.4)
     axes = drawing.subplots()
@@ -54,13 +51,11 @@ def search(points: Mapping[str, Sequence[tuple[float, float]]], colours: Mapping
 
 
 def arms(scores: Mapping[str, Mapping[str, Sequence[float]]], score_label: str) -> Figure:
-    """Mean scores with bars of one standard deviation over seeds.
+    """Mean scores, a number a seed for each label and column, with bars of one standard deviation
+    over seeds.
 
-    With several columns these go from left to right, and each label has a line; with one, each label has a row.
-
-    Args:
-        scores: For each label and column, a number a seed; an arm without any is left out.
-        score_label: What the scores are, with their unit.
+    With several columns these go from left to right, and each label has a line; with one, each
+    label has a row. An arm without scores is left out.
     """
     columns = list(dict.fromkeys(column for own in scores.values() for column in own))
     several = len(columns) > 1
@@ -89,10 +84,8 @@ def arms(scores: Mapping[str, Mapping[str, Sequence[float]]], score_label: str) 
 def variance_gaps(title: str, gaps: Mapping[str, Tensor], at_most: int = 4) -> Figure:
     """Heat maps of variance gaps: batches from left to right, channels from top to bottom (Fig. 5).
 
-    Args:
-        title: Of the figure.
-        gaps: What `kalmannorm.lab.analysis.variance_gaps` returned.
-        at_most: How many layers, a row each: evenly from the first to the last.
+    Of what `kalmannorm.lab.analysis.variance_gaps` returned so many layers have a row each, evenly
+    from the first to the last.
     """
     from matplotlib.colors import LogNorm  # noqa: PLC0415
 

@@ -35,7 +35,6 @@ class FilterHistory(Callback):
         of ``process_noise`` (None where it has none), and ``ESTIMATE_REFERENCE_MEASURE`` of `PriorError`."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse a training that is too short to leave a row."""
         if self.path is not None and 0 < trainer.max_steps < self.every:
             raise ValueError(f"FilterHistory looks every {self.every} steps, and max_steps is {trainer.max_steps}")
 
@@ -61,7 +60,6 @@ class FilterHistory(Callback):
         self.rows = [dict(row) for row in state_dict["rows"]]
 
     def write(self, path: Path) -> None:
-        """Write ``rows`` as CSV."""
         if not self.rows:
             raise ValueError(f"FilterHistory has no rows to write to {path}: no training reached step {self.every}")
         write_atomically(path, csv_text(self.rows))

@@ -85,22 +85,26 @@ def fit(
     *,
     longer: bool = False,
 ) -> Result:
-    """Train and score; go on where an interrupted run of the same configuration was, and don't repeat a finished one.
+    """Train and score; go on where an interrupted run of the same configuration was, and don't
+    repeat a finished one.
 
     Args:
-        config: What LightningCLI takes in subclass mode: ``model``, ``data``, ``trainer``, ``seed_everything``, and
-            ``checkpoint_every``, in steps. The module's ``steps`` follow from ``trainer.max_steps``.
-        folder: Where ``config.yaml``, ``last.ckpt``, ``curve.csv``, ``validations.csv`` and ``result.json`` go.
+        config: What LightningCLI takes in subclass mode: ``model``, ``data``, ``trainer``,
+            ``seed_everything``, and ``checkpoint_every``, in steps. The module's ``steps`` follow
+            from ``trainer.max_steps``.
+        folder: Where ``config.yaml``, ``last.ckpt``, ``curve.csv``, ``validations.csv`` and
+            ``result.json`` go.
         tell: Called now and then with the number of steps done.
         overrides: More settings, as on a command line: ``["--trainer.max_steps=10"]``.
-        split: Which images are scored at the end; with ``"validation"`` no test image is looked at. None for the test
-            images, or those of validation where the data have no test split.
-        longer: The folder may hold a run of the same configuration but fewer steps: it goes on from its end. From there
-            on the rate and all else that follows from the number of steps is as in a training of so many steps.
+        split: Which images are scored at the end; with ``"validation"`` no test image is looked at.
+            None for the test images, or those of validation where the data have no test split.
+        longer: The folder may hold a run of the same configuration but fewer steps: it goes on from
+            its end. From there on the rate and all else that follows from the number of steps is as
+            in a training of so many steps.
 
     Raises:
-        ValueError: A wrong configuration; the data have no such split; or the folder holds another configuration, a
-            run that was scored on another split, or another module's checkpoint.
+        ValueError: Also where the folder holds another configuration, a run that was scored on
+            another split, or another module's checkpoint.
         MissingDataError: The data set is not there.
     """
     folder = Path(folder)
@@ -173,24 +177,15 @@ def load(folder: Path) -> LightningModule:
 
 
 def load_with_data(folder: Path) -> tuple[LightningModule, Any]:
-    """As `load`, and the data that it was trained on, set up.
-
-    Raises:
-        ValueError: See `load`.
-        MissingDataError: The data set is not there.
-    """
+    """As `load`, and the data that it was trained on, set up."""
     _, module, data = _loaded(_stored(folder), folder)
     data.setup()
     return module.eval(), data
 
 
 def score(folder: Path, split: Split, overrides: Sequence[str] = ()) -> dict[str, float]:
-    """Score a run's last checkpoint; its folder does not change.
-
-    Args:
-        folder: Of the run.
-        split: Which images.
-        overrides: Settings other than in training, such as ``["--trainer.accelerator=cpu"]``.
+    """Score a run's last checkpoint; its folder does not change. The overrides are of settings
+    other than in training, such as ``["--trainer.accelerator=cpu"]``.
     """
     trainer, module, data = _loaded(_stored(folder, overrides), folder)
     _check_split(data, split)

@@ -46,11 +46,11 @@ class Job:
 
 
 def run_jobs(jobs: Sequence[Job], workers: int | None, console: Console) -> list[Result | Exception]:
-    """What comes of trainings, in their order: each a result, or what it raised. Those on several devices run one after
-    another.
+    """What comes of trainings, in their order: each a result, or what it raised.
 
     Args:
-        jobs: To be done; what is finished is only read.
+        jobs: To be done; what is finished is only read. Those on several devices run one after
+            another.
         workers: Trainings at the same time, by default as many as there are GPUs, or else CPUs.
         console: Where the progress bars are.
     """

@@ -144,13 +144,15 @@ def normalize(
     Args:
         network: Built with BatchNorm.
         method: A key of `METHODS`.
-        statistics_batch: Images that are normalized together in training, for methods that can do so within one
-            forward pass; the whole batch if None. Must divide every batch.
+        statistics_batch: Images that are normalized together in training, for methods that can do
+            so within one forward pass; the whole batch if None. Must divide every batch.
         steps: Length of the training, by which methods with schedules in steps choose theirs.
-        weight_standardization: Standardize the filters below the layers too (`kalmannorm.standardize_weights`).
-        inputs: What to call the network with to find these filters, where ``torch.fx`` cannot trace it.
-        proxy: Normalize the activations behind the layers too, by Proxy Normalization; ``"fixed"`` without its own two
-            parameters a channel. See `kalmannorm.lab.baselines.proxy.to_proxy`.
+        weight_standardization: Standardize the filters below the layers too
+            (`kalmannorm.standardize_weights`).
+        inputs: What to call the network with to find these filters, where ``torch.fx`` cannot trace
+            it.
+        proxy: Normalize the activations behind the layers too, by Proxy Normalization; ``"fixed"``
+            without its own two parameters a channel. See `kalmannorm.lab.baselines.proxy.to_proxy`.
         options: The method's own; they go before what follows from the other arguments.
 
     Returns:

@@ -34,12 +34,7 @@ _METADATA = ("Creator", "Date", "Format", "Type")
 
 
 def write_page(experiment: Experiment, folder: Path) -> Path:
-    """Write ``report.html`` beside ``runs.csv``, and return its path.
-
-    Args:
-        experiment: For its words, notes and configurations.
-        folder: With the files of runs.
-    """
+    """Write ``report.html`` beside ``runs.csv`` in an experiment's folder, and return its path."""
     runs = read_runs(experiment, folder)
     groups = {title: arms for title, arms in _groups(runs).items() if any(len(arm.curve("loss")) for arm in arms)}
     searched = _searched(experiment, runs)

@@ -11,10 +11,8 @@ from torchvision.models._utils import IntermediateLayerGetter
 
 
 def trained_weights(file: Path) -> dict[str, Tensor]:
-    """The state dict of a trained network.
-
-    Args:
-        file: A state dict, as torchvision's, or the ``last.ckpt`` of a run of ours.
+    """The state dict of a trained network, from a file of one, as torchvision's, or the
+    ``last.ckpt`` of a run of ours.
     """
     if not file.is_file():
         raise ValueError(

@@ -51,7 +51,6 @@ class Result:
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """What `write` wrote."""
         if not finished(folder):
             raise ValueError(f"{folder} holds no finished run: expected a result.json")
         config = load(folder / "config.yaml")
@@ -91,11 +90,11 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def csv_text(records: Sequence[Mapping[str, Any]], names: Sequence[str] = ()) -> str:
-    """A line a record, under a header; numbers in the shortest form that reads back as the very same.
+    """A line a record, under a header; numbers in the shortest form that reads back as the very
+    same.
 
-    Args:
-        records: What is absent in one is left empty.
-        names: The columns; by default all that records have, in the order in which they first come.
+    What is absent in a record is left empty. The columns are by default all that records have, in
+    the order in which they first come.
     """
     names = names or list(dict.fromkeys(name for record in records for name in record))
     file = io.StringIO()
@@ -112,8 +111,11 @@ def _read_csv(path: Path) -> list[dict[str, Any]]:
 
 
 def environment() -> dict[str, str]:
-    """The machine, the versions, the commit if this is a checkout (with "-dirty" where it has changes), and today's
-    date. KALMANNORM_COMMIT, if it is set, says which commit: of files that travel without their history, say.
+    """The machine, the versions, the commit if this is a checkout (with "-dirty" where it has
+    changes), and today's date.
+
+    KALMANNORM_COMMIT, if it is set, says which commit: of files that travel without their history,
+    say.
     """
     checkout = Path(kalmannorm.__file__).parents[1]
     asked = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]

@@ -18,7 +18,7 @@ from kalmannorm.lab import experiments, page, tables
 from kalmannorm.lab.availability import data_at, missing_data, not_at_hand
 from kalmannorm.lab.computed import COMPUTED, measured_gaps
 from kalmannorm.lab.configuration import Run, check_same
-from kalmannorm.lab.costs import seconds_per_step, single_thread, where
+from kalmannorm.lab.costs import seconds_per_step, where
 from kalmannorm.lab.data.roots import MissingDataError
 from kalmannorm.lab.experiments import FORMS, Arm, Experiment, Scale, Split, merge, shown
 from kalmannorm.lab.formatting import as_markdown
@@ -301,8 +301,7 @@ def _listed(plan: Plan) -> str:
         own = sum(searched) + each * seeds
         like = _like(config)
         if like not in times:
-            with single_thread():  # as each training would have
-                times[like] = seconds_per_step(config)
+            times[like] = seconds_per_step(config)
         step = times[like]
         counts.append((len(searched), seeds, own, (step or 0.0) * own))
         there = "see below" if missing[arm.name] else "here"

@@ -22,17 +22,12 @@ def has_running_statistics(network: nn.Module) -> bool:
 
 
 def online_logits(network: nn.Module, images: Tensor, statistics_batch: int) -> Tensor:
-    """What a network in ``eval()`` gives where each ``statistics_batch`` images normalize themselves.
+    """Logits ``(N, num_classes)`` of a network in ``eval()`` where each ``statistics_batch`` images
+    normalize themselves.
 
-    Networks without running statistics, or with frozen ones alone, give what they always give.
-
-    Args:
-        network: Images to logits.
-        images: ``(N, C, H, W)``; where they don't make whole groups, the last group overlaps the one before.
-        statistics_batch: Images a group.
-
-    Returns:
-        Logits ``(N, num_classes)``.
+    Where the images ``(N, C, H, W)`` don't make whole groups, the last group overlaps the one
+    before. Networks without running statistics, or with frozen ones alone, give what they always
+    give.
     """
     layers = unfrozen_layers(network).values()
     if not layers:

@@ -33,13 +33,11 @@ class Seen(NamedTuple):
 def watched(network: nn.Module) -> Iterator[list[Seen]]:
     """Run a network in ``eval()``, each batch normalizing itself, and keep what its layers see.
 
-    `KalmanNorm` layers fuse each batch with their prior as in training, by groups of ``stats_batch_size``;
-    BatchNorm layers take a batch as one group. Layers that are frozen are not watched. No buffer changes,
-    training flags are restored, and training's random numbers go on as if nothing had been drawn. Layers with
-    a ``process_group`` share statistics here too: all processes must take part.
-
-    Args:
-        network: Any network.
+    `KalmanNorm` layers fuse each batch with their prior as in training, by groups of
+    ``stats_batch_size``; BatchNorm layers take a batch as one group. Layers that are frozen are not
+    watched. No buffer changes, training flags are restored, and training's random numbers go on as
+    if nothing had been drawn. Layers with a ``process_group`` share statistics here too: all
+    processes must take part.
 
     Yields:
         A list that grows with every call of a layer.
@@ -104,7 +102,7 @@ def calls_of(network: nn.Module, batches: Iterable[Any]) -> dict[str, list[Seen]
 
 
 def statistics_batches(loader: Iterable[Any], size: int) -> Iterator[Tensor]:
-    """The images of a loader of ``(images, labels)`` in statistics batches of ``size``; what is left of a batch is left
-    out.
+    """The images of a loader of ``(images, labels)`` in statistics batches of ``size``, whole ones
+    alone.
     """
     return (part for images, _ in loader for part in images.split(size) if len(part) == size)

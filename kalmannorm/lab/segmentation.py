@@ -12,22 +12,24 @@ from kalmannorm.lab.training import Classifier
 
 
 class Segmenter(Classifier):
-    """Trains a network to classify voxels, by SGD with momentum, on the sum of cross entropy and `soft_dice_loss`.
+    """Trains a network to classify voxels, by SGD with momentum, on the sum of cross entropy and
+    `soft_dice_loss`.
 
-    That sum is the usual loss (nnU-Net, arXiv:1809.10486): by cross entropy alone a network learns for long to call
-    everything background, where nearly everything is.
+    That sum is the usual loss (nnU-Net, arXiv:1809.10486): by cross entropy alone a network learns
+    for long to call everything background, where nearly everything is.
 
-    Logs ``loss`` in training. Scoring gives ``dice_running`` (plain ``eval``) and ``dice_online`` (``eval``, but each
-    ``statistics_batch`` images normalize themselves), 0 to 1: the mean over images of an image's mean over the classes
-    but the background, 0, of the Dice score. A class that an image neither has nor is said to have does not count.
+    Logs ``loss`` in training. Scoring gives ``dice_running`` (plain ``eval``) and ``dice_online``
+    (``eval``, but each ``statistics_batch`` images normalize themselves), 0 to 1: the mean over
+    images of an image's mean over the classes but the background, 0, of the Dice score. A class
+    that an image neither has nor is said to have does not count.
 
     Args:
-        network: Images or volumes ``(N, C, *)`` to logits ``(N, num_classes, *)``, built with BatchNorm. Labels are
-            ``(N, *)``, int64, 0 to ``num_classes`` - 1.
-        normalization: See `kalmannorm.lab.training.Classifier`.
+        network: Images or volumes ``(N, C, *)`` to logits ``(N, num_classes, *)``, built with
+            BatchNorm. Labels are ``(N, *)``, int64, 0 to ``num_classes`` - 1.
         num_classes: Number of classes, with the background.
         dice_weight: Of `soft_dice_loss` in the loss, where cross entropy has 1.
-        options: See `kalmannorm.lab.training.Classifier`; ``channels_last`` suits images, and not volumes.
+        options: See `kalmannorm.lab.training.Classifier`; ``channels_last`` suits images, and not
+            volumes.
     """
 
     score = "dice"
@@ -52,19 +54,15 @@ class Segmenter(Classifier):
         return DiceScore(num_classes, include_background=False, average="macro", input_format="index")
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The mean cross entropy of a batch, and the soft Dice loss."""
         return super().loss(logits, labels) + self.dice_weight * soft_dice_loss(logits, labels)
 
 
 def soft_dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """1 minus the mean, over images and the classes but the background, of the Dice score of the probabilities.
+    """1 minus the mean, over images and the classes but the background, of the Dice score of the
+    probabilities.
 
-    Args:
-        logits: ``(N, num_classes, *)``.
-        labels: ``(N, *)``, int64; 0 is the background.
-
-    Returns:
-        A scalar, 0 to 1.
+    Of logits ``(N, num_classes, *)`` and labels ``(N, *)``, int64, 0 being the background; a
+    scalar, 0 to 1.
 
     Example:
         >>> import torch

@@ -20,16 +20,16 @@ _TOLD = ("commit", "torch", "machine", "accelerator", "date")
 
 @dataclass(frozen=True)
 class ArmRuns:
-    """The rows of an arm; those that count are of the settings that were chosen, or of none where none were.
+    """The rows of an arm; those that count are of the settings that were chosen, or of none where
+    none were.
 
     Attributes:
-        name: Of the arm.
-        label: Its row in the table.
-        column: Its column.
+        label: Its row in the table, as ``column`` is its column.
         search: Its rows of the search.
         final: Those that count, or failed or diverged.
         curves: The rows of the curves of the latter.
         arm: What the experiment's file says of it.
+        reached: The step of each run at which it was as good as its baseline.
     """
 
     name: str
@@ -97,7 +97,6 @@ class Runs:
         return list(dict.fromkeys(arm.column for arm in self.arms))
 
     def title(self, arm: ArmRuns) -> str:
-        """Where an arm is in the table."""
         return f"{arm.label}, {arm.column}" if len(self.columns) > 1 else arm.label
 
     def short(self, setting: str) -> str:
@@ -111,14 +110,11 @@ class Runs:
 
 
 def write_table(experiment: Experiment, folder: Path) -> str:
-    """Write ``table.md`` and ``figure.svg`` beside ``runs.csv``; the same file gives the same two.
+    """Write ``table.md`` and ``figure.svg`` beside ``runs.csv``, and return the table; the same
+    file gives the same two.
 
-    Args:
-        experiment: For its words and the order of its arms; the numbers, arms and settings are those of the file.
-        folder: With the file.
-
-    Returns:
-        The table.
+    The experiment gives its words and the order of its arms; the numbers, arms and settings are
+    those of the file.
     """
     runs = read_runs(experiment, folder)
     text = "\n\n".join(part.strip("\n") for part in _parts(experiment, runs)) + "\n"

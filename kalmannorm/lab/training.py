@@ -39,36 +39,35 @@ UNWANTED = (
 class Classifier(lightning.LightningModule):
     """Trains a network on cross entropy by SGD with momentum.
 
-    Logs ``loss`` in training. Scoring gives both of the paper's options in one pass over the images:
-    ``accuracy_running`` (A: plain ``eval``) and ``accuracy_online`` (B: ``eval``, but each ``statistics_batch``
-    images normalize themselves), 0 to 1.
+    Logs ``loss`` in training. Scoring gives both of the paper's options in one pass over the
+    images: ``accuracy_running`` (A: plain ``eval``) and ``accuracy_online`` (B: ``eval``, but each
+    ``statistics_batch`` images normalize themselves), 0 to 1.
 
     Args:
         network: Images ``(N, C, H, W)`` to logits ``(N, num_classes)``, built with BatchNorm.
-        normalization: What takes BatchNorm's place, a key of `kalmannorm.lab.methods.METHODS`. ``"bn"`` keeps what
-            there is.
+        normalization: What takes BatchNorm's place, a key of `kalmannorm.lab.methods.METHODS`.
+            ``"bn"`` keeps what there is.
         normalization_options: See `kalmannorm.lab.methods.normalize`.
-        weights: State dict of a network that was trained on other classes, or the ``last.ckpt`` of one of our runs, to
-            start from; the last linear layer keeps its own initial values. A network with BatchNorm gets it before
-            the method takes BatchNorm's place; one of the method itself, after.
+        weights: State dict of a network that was trained on other classes, or the ``last.ckpt`` of
+            one of our runs, to start from; the last linear layer keeps its own initial values. A
+            network with BatchNorm gets it before the method takes BatchNorm's place; one of the
+            method itself, after.
         num_classes: Number of classes.
-        statistics_batch: Images that are normalized together, by methods that don't take each by itself. None for
-            all that a process takes at a time.
-        rate: Learning rate, before the schedule's factor.
-        steps: Optimizer steps the schedule is laid out for.
-        schedule: See `kalmannorm.lab.optimization.sgd`.
-        milestones: See `kalmannorm.lab.optimization.sgd`.
-        momentum: SGD's.
-        weight_decay: On weights alone, see `kalmannorm.lab.optimization.parameter_groups`.
+        statistics_batch: Images that are normalized together, by methods that don't take each by
+            itself. None for all that a process takes at a time.
+        rate: Learning rate, before the schedule's factor; for what follows see
+            `kalmannorm.lab.optimization.sgd`.
         score_online: Give ``accuracy_online`` too.
         compile: Train through ``torch.compile``.
+        channels_last: Keep the network's weights and its images ``(N, C, H, W)`` in channels-last
+            memory, which suits convolutions on GPUs in half precision: the same results but for
+            rounding.
         anneal: What priors are worth in the end, in units of what they were worth at the start, see
             `kalmannorm.anneal`; 1 leaves gains to what is learned.
         anneal_from: The share of the steps after which that begins.
-        capture: Replay forward and backward passes as CUDA graphs, see `kalmannorm.capture`: the same numbers, several
-            times faster where a network is small. Methods that count steps in Python run as they are.
-        channels_last: Keep the network's weights and its images ``(N, C, H, W)`` in channels-last memory, which suits
-            convolutions on GPUs in half precision: the same results but for rounding.
+        capture: Replay forward and backward passes as CUDA graphs, see `kalmannorm.capture`: the
+            same numbers, several times faster where a network is small. Methods that count steps in
+            Python run as they are.
 
     Attributes:
         score: What the scores are called; `metric` and `loss` are what another task has others of.
@@ -119,18 +118,15 @@ class Classifier(lightning.LightningModule):
         self.running_metric, self.online_metric = self.metric(num_classes), self.metric(num_classes)
 
     def metric(self, num_classes: int) -> Metric:
-        """What scores the likeliest classes."""
         return MulticlassAccuracy(num_classes, average="micro")
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The mean cross entropy of a batch."""
         return F.cross_entropy(logits, labels)
 
     def _plain(self, images: Tensor) -> Tensor:
         return self.network(images)  # type: ignore[no-any-return]
 
     def configure_optimizers(self) -> Any:
-        """SGD, with a schedule that moves every step."""
         return sgd(self.network, *self._optimization)
 
     def setup(self, stage: str) -> None:
@@ -152,7 +148,6 @@ class Classifier(lightning.LightningModule):
             )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The loss of a batch."""
         images, labels = batch
         loss = self.loss(self.training_logits(images), labels)
         self.log("loss", loss.detach())

@@ -41,7 +41,8 @@ def bars(console: Console, *, shown: bool = True) -> Progress:
 def run_all(
     jobs: Sequence[J], work: Callable[[J, Tell], R], steps: Callable[[J], int], workers: int, console: Console
 ) -> list[R | Exception]:
-    """Do ``jobs`` in ``workers`` processes of one thread each; with GPUs, each process has one of them to itself.
+    """Do ``jobs`` in ``workers`` processes of one thread each; with GPUs, each process has one of
+    them to itself.
 
     Args:
         jobs: What can be sent to another process; ``str`` of one is the name of its bar.
@@ -51,8 +52,8 @@ def run_all(
         console: Where the bars are.
 
     Returns:
-        The results, in the order of ``jobs``; in place of one what its job raised. A job whose process ends (for want
-        of memory, say) is tried once more, alone.
+        The results, in the order of ``jobs``; in place of one what its job raised. A job whose
+        process ends (for want of memory, say) is tried once more, alone.
     """
     with bars(console) as progress:
         team = _Team(jobs, work, steps, progress)
