@@ -1,42 +1,7 @@
 """Experiments: a question or a table of the paper, and the arms that answer it, written as one YAML file.
 
-A file has ``title`` and ``arms``, and perhaps:
-
-- ``question``: what is asked, or how the table is to be read.
-- ``of``: another file, that this one is merged onto: the same arms at another size; ``only``: the names of the arms to
-  take, in their order. Other files are looked for beside this one, and then among those that come along.
-- ``base``: a file of settings, or several, that all configurations are merged onto. It has what
-  ``kalmannorm fit`` takes (``seed_everything``, ``model``, ``data``, ``trainer``, ``checkpoint_every``), and perhaps a
-  ``base`` of its own, a ``tiny``, a ``note`` by subject and ``input_stats``.
-- ``config``: what all arms have in common, as ``kalmannorm fit`` takes it.
-- ``search``: from a setting, as ``model.init_args.rate``, to the values to try; a grid over several. Every arm is
-  searched so, by its ``metric`` on validation images, from the seed ``search_seed``, in runs of the share
-  ``search_scale`` of the steps (1).
-- ``seeds``: how many trainings of each arm count, with seeds 0, 1, ..., of which ``search_seed`` is none; ``scored``:
-  on which images, ``test`` or ``validation``. With ``validation``, no run looks at test images.
-- ``start``: ``NAME/ARM``, from another file: an arm without a search, whose weights (of seed 0, at the
-  same scale) all trainings start from, as ``model.init_args.weights``. It is trained first if it was not yet.
-- ``tiny``: what to change so that a training takes seconds on a CPU, on generated images. Where it has
-  ``model.init_args.weights``, nothing is started from at that scale.
-- ``rows``: the order of the table's rows, where it is not that of the arms.
-- ``input_stats``: mean and standard deviation of the network's input, for arms with ``kalman``.
-- ``verdict``: ``guessing`` and ``images``: say in words which arm is best, see `kalmannorm.lab.verdict`.
-
-Where a file does not say: 3 ``seeds``, ``search_seed`` 100, ``scored`` on ``test``, ``metric`` ``accuracy_running``.
-
-An arm has a ``config`` of its own (or ``model``, the ``init_args`` of the model in it) and perhaps
-
-- ``label`` and ``column``: its row and column in the table, each a text, or a text for each metric that is shown;
-- a ``base``, ``search``, ``start`` or ``tiny`` beside or in place of the experiment's;
-- ``note``: a text to stand below the table, or texts by subject, for the page;
-- ``reported``: the paper's number, or one for each metric, in per cent where it is an accuracy or a precision;
-- ``baseline: true``: the arms that follow, up to the next such one, are compared with this one's final accuracy;
-- ``run``: ``NAME/ARM``, another experiment's arm, whose training this is too: it is trained once, in that one's folder;
-- ``analysis``: what is computed in place of a training (``parameters``, ``speed``), or after it (``variance_gap``);
-- ``kalman: true``: train Kalman Normalization, in each of the forms that are asked for, see `FORMS`; what it is a
-  ``run`` of, or has its ``start`` from, is of the same form.
-
-``label`` and ``column`` may also stand outside of the arms, for all that have none.
+``docs/reproduce.md`` has all keys of a file. Other files that one names, as ``base``, ``of``, ``start`` or ``run``, are
+looked for beside it, and then among those that come along.
 """
 
 import copy
@@ -63,11 +28,10 @@ FORMS: dict[str, tuple[str, dict[str, Any], str, str]] = {
 # Lengths of a training, which a scale multiplies.
 _LENGTHS = (("trainer", "max_steps"), ("trainer", "val_check_interval"), (None, "checkpoint_every"))
 _NEEDED = ("title", "arms")
-_OPTIONAL = (
-    "question", "of", "only", "base", "config", "scored", "metric", "search", "search_seed", "search_scale", "seeds",
-    "start", "tiny", "rows", "label", "column", "input_stats", "verdict",
+_KEYS = (
+    *_NEEDED, "question", "of", "only", "base", "config", "scored", "metric", "search", "search_seed", "search_scale",
+    "seeds", "start", "tiny", "rows", "label", "column", "input_stats", "verdict",
 )  # fmt: skip
-_KEYS = (*_NEEDED, *_OPTIONAL)
 _KEYS_OF_ARM = (
     "label", "column", "config", "model", "search", "start", "note", "tiny", "base", "reported", "baseline", "run",
     "analysis", "kalman",
@@ -99,12 +63,8 @@ Place = str | dict[str, str]
 
 @dataclass(frozen=True)
 class Start:
-    """Whose weights trainings start from.
-
-    Attributes:
-        path: Of another experiment's file.
-        arm: One of its arms.
-        scored: Which images that experiment's runs are scored on.
+    """Whose weights trainings start from: an arm of another experiment's file, whose runs are
+    scored on these images.
     """
 
     path: Path
@@ -114,7 +74,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Arm:
-    """One of the things that an experiment compares; see above for what is not explained here.
+    """One of the things that an experiment compares; keys of its file are not explained here.
 
     Attributes:
         config: What ``fit`` takes, but for the searched settings.
@@ -148,12 +108,11 @@ class Arm:
         return [dict(zip(self.search, values, strict=True)) for values in itertools.product(*self.search.values())]
 
     def scaled(self, scale: Scale, settings: Mapping[str, Any] | None = None, seed: int = 0) -> dict[str, Any]:
-        """What `kalmannorm.lab.fitting.fit` takes.
+        """What `kalmannorm.lab.fitting.fit` takes, with these values of the searched settings and a
+        seed of weights and order.
 
-        Args:
-            scale: A share of the steps, schedules and intervals with them; or ``"tiny"``, for what `tiny` changes.
-            settings: Of the searched ones.
-            seed: Of weights and order.
+        The scale is a share of the steps, schedules and intervals with them; or ``"tiny"``, for
+        what `tiny` changes.
         """
         if scale == "tiny":
             config = merge(self.config, self.tiny)
@@ -172,8 +131,7 @@ class Arm:
     def places(self, metric: str) -> Iterator[tuple[str, str, str]]:
         """Metric, row and column of each number that a table of the paper shows of it.
 
-        Args:
-            metric: What is shown where neither row nor column says which.
+        ``metric`` is what is shown where neither row nor column says which.
         """
         named = next((each for each in (self.label, self.column) if isinstance(each, Mapping)), {metric: ""})
         for each in named:
@@ -183,12 +141,12 @@ class Arm:
 
 @dataclass(frozen=True)
 class Experiment:
-    """A question, and what is trained to answer it; see above for what is not explained here.
+    """A question, and what is trained to answer it; keys of its file are not explained here.
 
     Attributes:
         source: What the command is given: the name of one that comes along, or its file.
-        metric: The score that the search maximizes, on validation images, and that the figure shows.
-        is_table: It is laid out as a table of the paper: each number in a place of its own.
+        metric: The score that the search maximizes, on validation images, and that the figure
+            shows.
     """
 
     name: str
@@ -206,6 +164,7 @@ class Experiment:
 
     @property
     def is_table(self) -> bool:
+        """Whether it is laid out as a table of the paper: each number in a place of its own."""
         return any(arm.reported or isinstance(arm.label, dict) or isinstance(arm.column, dict) for arm in self.arms)
 
 
@@ -233,10 +192,8 @@ def names() -> list[str]:
 
 
 def read(name: str | Path) -> Experiment:
-    """Read an experiment.
-
-    Args:
-        name: Such as ``"table8"`` or ``"batch-sizes-cpu"``, or the path of a YAML file.
+    """Read an experiment: one that comes along, such as ``"table8"`` or ``"batch-sizes-cpu"``, or a
+    YAML file.
 
     Example:
         >>> [arm.name for arm in read("table2").arms if arm.form == "paper"]
@@ -268,10 +225,10 @@ def _parsed(path: Path) -> Experiment:
     arms = tuple(_arms(path, content, metric))
     for arm in arms:
         _check_data(path, arm, scored)
-    title, question = (" ".join(str(content.get(key, "")).split()) for key in ("title", "question"))
+    plain |= {key: " ".join(str(content.get(key, "")).split()) for key in ("title", "question")}
     plain["rows"], plain["verdict"] = tuple(plain["rows"]), plain["verdict"] or {}
     source = path.stem if path.parent in (CONFIGS, STUDIES) else str(path)
-    experiment = Experiment(path.stem, source, title=title, question=question, arms=arms, **plain)
+    experiment = Experiment(path.stem, source, arms=arms, **plain)
     check_search_seed(str(path), experiment)
     return experiment
 
@@ -280,18 +237,16 @@ _known = functools.cache(_parsed)
 
 
 def config_of(name: str | Path, settings: Sequence[str] = ()) -> dict[str, Any]:
-    """What ``fit`` takes, of an arm or of a file of settings with its bases.
+    """What ``fit`` takes, of an arm, or of a file of settings with its bases.
 
-    Args:
-        name: Such as ``"table8/resnet32-kn-bs2"``, or the path of a YAML file.
-        settings: What a command line gives beside it.
+    Weights that an arm starts from must be among the settings that a command line gives beside it.
 
     Example:
         >>> config_of("table8/resnet32-kn-bs2")["model"]["init_args"]["normalization"]
         'kn-paper'
     """
     if Path(name).is_file():
-        return {key: value for key, value in _merged(Path(name)).items() if key not in _KEYS_OF_BASE}
+        return {key: value for key, value in _based(Path(), str(name)).items() if key not in _KEYS_OF_BASE}
     experiment, _, arm = str(name).partition("/")
     if experiment not in names():
         raise ValueError(f"no arm or file {str(name)!r}; arms are NAME/ARM, with names {', '.join(names())}")
@@ -347,12 +302,6 @@ def _file(path: Path, name: str) -> Path:
     return next((place / name for place in places if (place / name).is_file()), path.parent / name)
 
 
-def _merged(path: Path) -> dict[str, Any]:
-    """A file's content on top of its bases'."""
-    content = load(path)
-    return merge(_based(path, content.pop("base", [])), content)
-
-
 def _based(path: Path, bases: str | Sequence[str]) -> dict[str, Any]:
     """The bases that a file names, merged in order."""
     merged: dict[str, Any] = {}
@@ -360,7 +309,8 @@ def _based(path: Path, bases: str | Sequence[str]) -> dict[str, Any]:
         other = _file(path, base)
         if not other.is_file():
             raise ValueError(f"{path}: there is no file {other} to base it on")
-        merged = merge(merged, _merged(other))
+        content = load(other)
+        merged = merge(merge(merged, _based(other, content.pop("base", []))), content)
     return merged
 
 

@@ -91,8 +91,8 @@ class _Team(Generic[J, R]):
         self.jobs, self.work, self.steps, self.progress = jobs, work, [steps(job) for job in jobs], progress
         self.overall = progress.add_task("all steps", total=sum(self.steps))
         self.bars: dict[int, TaskID] = {}
-        self.lock = threading.RLock()  # of the bars: a job ends in another thread than the one that shows steps
         self.done = [0] * len(jobs)
+        self.running: set[int] = set()
         self.outcomes: dict[int, R | Exception] = {}
         # Fresh processes: a forked one would inherit torch's thread pools in whatever state they are.
         self.context = multiprocessing.get_context("spawn")
@@ -105,8 +105,7 @@ class _Team(Generic[J, R]):
             lanes = [threads.submit(self._lane, number, left) for number in range(workers)]
             try:
                 while wait(lanes, 0.2).not_done:
-                    while not self.queue.empty():
-                        self._show(*self.queue.get())
+                    self._show()
             except BaseException:
                 # Without this, leaving would wait for every job.
                 list(left)
@@ -114,6 +113,7 @@ class _Team(Generic[J, R]):
                     for process in set(multiprocessing.active_children()) - others:
                         process.kill()
                 raise
+        self._show()
         for lane in lanes:
             lane.result()
 
@@ -121,28 +121,29 @@ class _Team(Generic[J, R]):
         pool = None
         for place in left:
             pool = pool or ProcessPoolExecutor(1, self.context, _start, (self.queue, number))
-            self.bars[place] = self.progress.add_task(str(self.jobs[place]), total=self.steps[place])
+            self.running.add(place)
             try:
                 self.outcomes[place] = pool.submit(_work, self.work, place, self.jobs[place]).result()
             except BrokenProcessPool:
                 pool = None
             except Exception as error:
                 self.outcomes[place] = error
-            self._end(place)
+            self.running.discard(place)
         if pool:
             pool.shutdown()
 
-    def _end(self, place: int) -> None:
-        with self.lock:
-            self._show(place, self.steps[place])
-            self.progress.remove_task(self.bars.pop(place))
-
-    def _show(self, place: int, step: int) -> None:
-        with self.lock:
-            if bar := self.bars.get(place):  # else it is a late word of a job that has ended
-                self.done[place] = step
-                self.progress.update(bar, completed=step)
-                self.progress.update(self.overall, completed=sum(self.done))
+    def _show(self) -> None:
+        """Bring the bars up to date: in the main thread alone, so that they need no lock."""
+        while not self.queue.empty():
+            place, step = self.queue.get()
+            self.done[place] = step
+        for place in list(self.outcomes):
+            self.done[place] = self.steps[place]
+        for place in self.running - self.bars.keys():
+            self.bars[place] = self.progress.add_task(str(self.jobs[place]), total=self.steps[place])
+        for place, bar in self.bars.items():
+            self.progress.update(bar, completed=self.done[place], visible=place in self.running)
+        self.progress.update(self.overall, completed=sum(self.done))
 
 
 _queue: Any = None

@@ -2,13 +2,12 @@
 
 import io
 import os
-import threading
 import time
 
 import pytest
 from rich.console import Console
 
-from kalmannorm.lab.workers import _Team, bars, in_turn, run_all
+from kalmannorm.lab.workers import in_turn, run_all
 
 
 def work(job, tell):
@@ -25,12 +24,14 @@ def work(job, tell):
     return 10 * number, os.getpid()
 
 
-def done(jobs, workers=2):
-    return run_all(jobs, work, lambda job: 2, workers, Console(file=io.StringIO()))
+def done(jobs, shown=None):
+    return run_all(jobs, work, lambda job: 2, 2, Console(file=shown or io.StringIO()))
 
 
 def test_results_are_in_the_order_of_the_jobs_with_errors_in_their_place():
-    results = done([("sleep", 1), ("sleep", 2), ("fail", 3), ("go", 4)])
+    shown = io.StringIO()
+    results = done([("sleep", 1), ("sleep", 2), ("fail", 3), ("go", 4)], shown)
+    assert "8/8" in shown.getvalue()
     assert [results[place][0] for place in (0, 1, 3)] == [10, 20, 40]
     assert isinstance(results[2], ValueError)
     assert str(results[2]) == "job 3"
@@ -55,24 +56,3 @@ def test_in_turn_keeps_errors_and_counts_steps():
     assert results[0][0] == 10
     assert isinstance(results[1], ValueError)
     assert "14/14" in shown.getvalue()
-
-
-def test_a_job_that_ends_while_its_step_is_shown_keeps_its_bar_so_long():
-    """It ends in a thread of its own, at any time."""
-    progress = bars(Console(file=io.StringIO()), shown=False)
-    team = _Team([("go", 1)], work, lambda job: 2, progress)
-    ends = threading.Thread(target=team._end, args=(0,))
-
-    class Bars(dict):
-        def get(self, place):
-            if threading.current_thread() is not ends and not ends.ident:
-                ends.start()
-                ends.join(0.2)
-            return self.found
-
-    team.bars = Bars({0: progress.add_task("a job", total=2)})
-    team.bars.found = team.bars[0]
-    team._show(0, 1)
-    ends.join()
-    assert team.done == [2]
-    assert not team.bars
