@@ -320,14 +320,16 @@ def _edges(arm: ArmRuns, runs: Runs) -> list[str]:
     """Where the best value is the lowest or the highest of those tried: a better one may lie beyond."""
     found = []
     for setting in runs.settings:
-        tried = {row[setting] for row in arm.search}
-        numbers = _numbers(tried)
-        if arm.chosen and len(numbers) > 1:
-            best = float(arm.chosen[setting])
-            if best in (min(numbers), max(numbers)):
+        try:
+            tried = {float(row[setting]) for row in arm.search}
+        except ValueError:  # they are not numbers
+            continue
+        if arm.chosen and len(tried) > 1:
+            best, lowest, highest = float(arm.chosen[setting]), min(tried), max(tried)
+            if best in (lowest, highest):
                 found.append(
                     f"{runs.title(arm)}: the best {runs.short(setting)}, {best:g}, is at the end of those searched "
-                    f"({min(numbers):g} to {max(numbers):g})."
+                    f"({lowest:g} to {highest:g})."
                 )
     return found
 
@@ -340,14 +342,6 @@ def _better(arm: ArmRuns, runs: Runs, metric: str) -> list[str]:
     ended = [row for row in arm.search if row[metric] and not row["error"]]
     better = [row for row in ended if float(row[metric]) > float(best[metric])]
     return [f"{runs.title(arm)}: {runs.said(row)} was better, but is no longer searched." for row in better]
-
-
-def _numbers(texts: set[str]) -> list[float]:
-    """The numbers that texts are; nothing where one is none."""
-    try:
-        return [float(text) for text in texts]
-    except ValueError:
-        return []
 
 
 def _values(runs: Runs, name: str) -> Sequence[str]:

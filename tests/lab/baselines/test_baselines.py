@@ -52,43 +52,25 @@ def losses(model, batch, **options):
     return descent(model, loss, **options)
 
 
-def train(model, steps=3):
-    losses(model, 4, steps=steps, rate=0.01)
-    return model
-
-
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("build", [small, Block])
-class TestEvery:
-    def test_each_parameter_learns(self, method, build):
-        model = METHODS[method].replace(build())
-        train(model, 1)
-        for name, parameter in model.named_parameters():
-            assert (parameter.grad is not None) == parameter.requires_grad, name
-            assert parameter.grad is None or parameter.grad.isfinite().all(), name
-
-    def test_no_batchnorm_of_its_own_is_left(self, method, build):
-        model = METHODS[method].replace(build())
-        stock = [type(module) for module in model.modules() if type(module) is nn.BatchNorm2d]
-        assert len(stock) == (2 if method in ("bn", "frozen") else 0)
-
-    def test_eval_sees_each_image_by_itself(self, method, build):
-        model = train(METHODS[method].replace(build()), 2).eval()
-        images, _ = stripes(4)
-        assert torch.allclose(model(images)[:1], model(images[:1]), atol=1e-5)
-
-    def test_checkpoint(self, method, build):
-        model, again = train(METHODS[method].replace(build())), METHODS[method].replace(build())
-        again.load_state_dict(model.state_dict())
-        images, _ = stripes(4)
-        assert torch.equal(again.eval()(images), model.eval()(images))
-
-    def test_double_precision_and_copies(self, method, build):
-        model = train(METHODS[method].replace(build())).double()
-        twin = copy.deepcopy(model)
-        images = stripes(4)[0].double()
-        assert torch.equal(twin.eval()(images), model.eval()(images))
-        assert model.train()(images).dtype == torch.float64
+def test_on_any_network(method, build):
+    model, again = (METHODS[method].replace(build()) for _ in range(2))
+    losses(model, 4, steps=3, rate=0.01)
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+        assert parameter.grad is None or parameter.grad.isfinite().all(), name
+    stock = [type(module) for module in model.modules() if type(module) is nn.BatchNorm2d]
+    assert len(stock) == (2 if method in ("bn", "frozen") else 0)
+    # In eval() each image is by itself, and a checkpoint and a copy are the same.
+    images, _ = stripes(4)
+    expected = model.eval()(images)
+    assert torch.allclose(expected[:1], model(images[:1]), atol=1e-5)
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again.eval()(images), expected)
+    twin = copy.deepcopy(model.double())
+    assert torch.equal(twin(images.double()), model(images.double()))
+    assert model.train()(images.double()).dtype == torch.float64
 
 
 @pytest.mark.parametrize("method", METHODS)
