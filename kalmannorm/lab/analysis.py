@@ -50,8 +50,7 @@ class PriorError(NamedTuple):
 
 
 def prior_errors(network: nn.Module, batches: Iterable[Any]) -> list[PriorError]:
-    """How good prior, observation and posterior are, layer by layer; for the arguments see
-    `variance_gaps`.
+    """How good prior, observation and posterior are, layer by layer.
 
     The population is what the layer's observations are together, by the law of total variance, each
     sample counting the same. All moments of all batches are kept until the end: a few hundred

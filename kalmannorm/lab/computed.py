@@ -32,8 +32,7 @@ def without_memory(config: Mapping[str, Any]) -> Any:
 
 
 def speed(config: Mapping[str, Any], rounds: int = ROUNDS) -> dict[str, float]:
-    """Images a second in training on random images, BN and a form of KN in turn, and their ratio
-    (Table 3).
+    """Images a second in training on random images, BN and a form of KN in turn (Table 3).
 
     A step is of one statistics batch, as one device of the paper's takes it. The median of
     ``rounds`` steps each, after two that warm up.
@@ -59,10 +58,7 @@ COMPUTED: dict[str, Callable[[Mapping[str, Any]], dict[str, float]]] = {"paramet
 
 
 def measured_gaps(folder: Path, config: Mapping[str, Any], drawing: Path | None = None) -> float:
-    """Fig. 5 of the trained network in a run's folder: how far the variances of statistics batches
-    of test images are from the running ones, see `relative_gap`. ``drawing`` is where to write the
-    figure, as PNG.
-    """
+    """Fig. 5 of a run's network on test images, see `relative_gap`; drawn as PNG if asked for."""
     from kalmannorm.lab.analysis import variance_gaps  # noqa: PLC0415
     from kalmannorm.lab.figures import variance_gaps as drawn  # noqa: PLC0415
     from kalmannorm.lab.fitting import load  # noqa: PLC0415

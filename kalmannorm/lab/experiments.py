@@ -63,9 +63,7 @@ Place = str | dict[str, str]
 
 @dataclass(frozen=True)
 class Start:
-    """Whose weights trainings start from: an arm of another experiment's file, whose runs are
-    scored on these images.
-    """
+    """Whose weights trainings start from: an arm's, and which images its runs are scored on."""
 
     path: Path
     arm: str
@@ -108,8 +106,7 @@ class Arm:
         return [dict(zip(self.search, values, strict=True)) for values in itertools.product(*self.search.values())]
 
     def scaled(self, scale: Scale, settings: Mapping[str, Any] | None = None, seed: int = 0) -> dict[str, Any]:
-        """What `kalmannorm.lab.fitting.fit` takes, with these values of the searched settings and a
-        seed of weights and order.
+        """What `kalmannorm.lab.fitting.fit` takes, with these searched settings and this seed.
 
         The scale is a share of the steps, schedules and intervals with them; or ``"tiny"``, for
         what `tiny` changes.
@@ -192,8 +189,7 @@ def names() -> list[str]:
 
 
 def read(name: str | Path) -> Experiment:
-    """Read an experiment: one that comes along, such as ``"table8"`` or ``"batch-sizes-cpu"``, or a
-    YAML file.
+    """Read an experiment: one that comes along, such as ``"table8"``, or a YAML file.
 
     Example:
         >>> [arm.name for arm in read("table2").arms if arm.form == "paper"]

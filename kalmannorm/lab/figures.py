@@ -51,8 +51,7 @@ def search(points: Mapping[str, Sequence[tuple[float, float]]], colours: Mapping
 
 
 def arms(scores: Mapping[str, Mapping[str, Sequence[float]]], score_label: str) -> Figure:
-    """Mean scores, a number a seed for each label and column, with bars of one standard deviation
-    over seeds.
+    """Mean scores for each label and column, with bars of one standard deviation over seeds.
 
     With several columns these go from left to right, and each label has a line; with one, each
     label has a row. An arm without scores is left out.

@@ -85,8 +85,7 @@ def fit(
     *,
     longer: bool = False,
 ) -> Result:
-    """Train and score; go on where an interrupted run of the same configuration was, and don't
-    repeat a finished one.
+    """Train and score; go on with an interrupted run, and don't repeat a finished one.
 
     Args:
         config: What LightningCLI takes in subclass mode: ``model``, ``data``, ``trainer``,
@@ -184,9 +183,7 @@ def load_with_data(folder: Path) -> tuple[LightningModule, Any]:
 
 
 def score(folder: Path, split: Split, overrides: Sequence[str] = ()) -> dict[str, float]:
-    """Score a run's last checkpoint; its folder does not change. The overrides are of settings
-    other than in training, such as ``["--trainer.accelerator=cpu"]``.
-    """
+    """Score a run's last checkpoint, perhaps with other settings; its folder does not change."""
     trainer, module, data = _loaded(_stored(folder, overrides), folder)
     _check_split(data, split)
     return _scored(trainer, module, data, split)

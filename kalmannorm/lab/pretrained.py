@@ -11,9 +11,7 @@ from torchvision.models._utils import IntermediateLayerGetter
 
 
 def trained_weights(file: Path) -> dict[str, Tensor]:
-    """The state dict of a trained network, from a file of one, as torchvision's, or the
-    ``last.ckpt`` of a run of ours.
-    """
+    """The state dict in a file: one as torchvision's, or the ``last.ckpt`` of a run of ours."""
     if not file.is_file():
         raise ValueError(
             f"weights: there is no file {file}; expected a trained network's state dict, or a run's last.ckpt"

@@ -90,8 +90,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def csv_text(records: Sequence[Mapping[str, Any]], names: Sequence[str] = ()) -> str:
-    """A line a record, under a header; numbers in the shortest form that reads back as the very
-    same.
+    """A line a record, under a header; numbers are the shortest that read back as the same.
 
     What is absent in a record is left empty. The columns are by default all that records have, in
     the order in which they first come.

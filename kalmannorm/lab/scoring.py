@@ -22,8 +22,7 @@ def has_running_statistics(network: nn.Module) -> bool:
 
 
 def online_logits(network: nn.Module, images: Tensor, statistics_batch: int) -> Tensor:
-    """Logits ``(N, num_classes)`` of a network in ``eval()`` where each ``statistics_batch`` images
-    normalize themselves.
+    """Logits ``(N, num_classes)`` where each ``statistics_batch`` images normalize themselves.
 
     Where the images ``(N, C, H, W)`` don't make whole groups, the last group overlaps the one
     before. Networks without running statistics, or with frozen ones alone, give what they always

@@ -102,7 +102,5 @@ def calls_of(network: nn.Module, batches: Iterable[Any]) -> dict[str, list[Seen]
 
 
 def statistics_batches(loader: Iterable[Any], size: int) -> Iterator[Tensor]:
-    """The images of a loader of ``(images, labels)`` in statistics batches of ``size``, whole ones
-    alone.
-    """
+    """The images of a loader of ``(images, labels)`` in whole statistics batches."""
     return (part for images, _ in loader for part in images.split(size) if len(part) == size)

@@ -12,8 +12,7 @@ from kalmannorm.lab.training import Classifier
 
 
 class Segmenter(Classifier):
-    """Trains a network to classify voxels, by SGD with momentum, on the sum of cross entropy and
-    `soft_dice_loss`.
+    """Trains a network to classify voxels on the sum of cross entropy and `soft_dice_loss`.
 
     That sum is the usual loss (nnU-Net, arXiv:1809.10486): by cross entropy alone a network learns
     for long to call everything background, where nearly everything is.

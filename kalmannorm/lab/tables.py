@@ -20,8 +20,7 @@ _TOLD = ("commit", "torch", "machine", "accelerator", "date")
 
 @dataclass(frozen=True)
 class ArmRuns:
-    """The rows of an arm; those that count are of the settings that were chosen, or of none where
-    none were.
+    """The rows of an arm; those that count are of the settings that were chosen.
 
     Attributes:
         label: Its row in the table, as ``column`` is its column.
@@ -110,8 +109,7 @@ class Runs:
 
 
 def write_table(experiment: Experiment, folder: Path) -> str:
-    """Write ``table.md`` and ``figure.svg`` beside ``runs.csv``, and return the table; the same
-    file gives the same two.
+    """Write ``table.md`` and ``figure.svg`` beside ``runs.csv``; the same file gives the same two.
 
     The experiment gives its words and the order of its arms; the numbers, arms and settings are
     those of the file.

@@ -41,8 +41,7 @@ def bars(console: Console, *, shown: bool = True) -> Progress:
 def run_all(
     jobs: Sequence[J], work: Callable[[J, Tell], R], steps: Callable[[J], int], workers: int, console: Console
 ) -> list[R | Exception]:
-    """Do ``jobs`` in ``workers`` processes of one thread each; with GPUs, each process has one of
-    them to itself.
+    """Do ``jobs`` in ``workers`` processes of one thread, and of one GPU if there are any, each.
 
     Args:
         jobs: What can be sent to another process; ``str`` of one is the name of its bar.

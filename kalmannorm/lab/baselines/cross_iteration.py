@@ -14,9 +14,7 @@ from kalmannorm.lab.baselines.replacing import AnyBatchNorm, replace_batchnorm
 
 @dataclass(frozen=True)
 class _Iteration:
-    """A past batch: its mean and second moment ``(C,)``, their derivatives and the filters ``(C,
-    K)`` of then.
-    """
+    """A past batch: mean and second moment ``(C,)``, their derivatives, filters ``(C, K)``."""
 
     mean: Tensor
     square: Tensor
@@ -26,9 +24,7 @@ class _Iteration:
     pixels: int
 
     def under(self, filters: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance that the batch would have under other filters, to first order; the
-        variance is at least 0.
-        """
+        """Its mean and variance under other filters, to first order; the variance is at least 0."""
         change = filters - self.filters
         mean = self.mean + (self.mean_slope * change).sum(1)
         square = self.square + (self.square_slope * change).sum(1)
@@ -36,8 +32,7 @@ class _Iteration:
 
 
 class CrossIterationNorm(AnyBatchNorm):
-    """CBN: BatchNorm over the batches of the last iterations, as they would be under the weights of
-    today.
+    """CBN: BatchNorm over the last iterations' batches, as they would be under today's weights.
 
     With the mean ``mu`` and second moment ``nu`` of iteration ``s``, and the filters ``theta`` of
     the convolution right below, each channel's statistics are carried to iteration ``t`` to first
@@ -162,8 +157,7 @@ def _sign(layer: nn.Module, args: Any, output: Tensor) -> None:
 
 
 def announce(model: nn.Module) -> nn.Module:
-    """Let the convolutions and linear layers inside ``model`` tell the layer above that they stand
-    below it.
+    """Let convolutions and linear layers inside ``model`` tell the layer above that they are below.
 
     Transposed convolutions, whose filters are not the first axis of their weight, do not; nor do
     layers whose weight is parametrized.
@@ -176,8 +170,7 @@ def announce(model: nn.Module) -> nn.Module:
 
 
 def to_cross_iteration(model: nn.Module, **options: Any) -> nn.Module:
-    """Replace every BatchNorm inside ``model``, in place, by `CrossIterationNorm` with these
-    options, and hook the layers below.
+    """Replace every BatchNorm inside ``model``, in place, by `CrossIterationNorm`.
 
     Example:
         >>> to_cross_iteration(nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8)), window=8)[1].window

@@ -12,8 +12,7 @@ from kalmannorm.lab.baselines.replacing import in_groups, replace_batchnorm
 
 
 class MovingAverageNorm(nn.Module):
-    """MABN: BatchNorm without means, whose statistics are averaged over steps, in the backward pass
-    too.
+    """MABN: BatchNorm without means, with statistics averaged over steps, also for the gradient.
 
     With weights whose mean is zero (`centralize`), the mean of activations matters little, and
     BatchNorm has two statistics a channel left: ``chi^2``, the mean of ``x^2``, in the forward
@@ -185,8 +184,7 @@ class _Centralized(nn.Module):
 
 
 def centralize(model: nn.Module) -> nn.Module:
-    """Subtract from every filter of every convolution inside ``model``, in place, its mean (weight
-    centralization).
+    """Subtract its mean from every filter of every convolution inside ``model``, in place.
 
     It is a parametrization: what is learned is the filter with its mean. Transposed convolutions
     stay as they are, and filters of a single number, of which nothing would be left.
@@ -198,8 +196,7 @@ def centralize(model: nn.Module) -> nn.Module:
 
 
 def to_moving_average(model: nn.Module, centralized: bool = True, momentum: float = 0.02, **options: Any) -> nn.Module:
-    """Replace every BatchNorm inside ``model``, in place, by `MovingAverageNorm` with these
-    options, and return it.
+    """Replace every BatchNorm inside ``model``, in place, by `MovingAverageNorm`.
 
     Args:
         model: Any network with BatchNorm layers.

@@ -21,8 +21,7 @@ def _channels(norm: _BatchNorm) -> int:
 
 
 def to_evonorm(model: nn.Module, groups: int = 32) -> nn.Module:
-    """Put EvoNorm-S0 in the place of every BatchNorm and of the ReLU directly behind it; returns a
-    traced network.
+    """Put EvoNorm-S0 in the place of every BatchNorm and the ReLU behind it, in a traced network.
 
     How a ReLU is found, and what that asks of the network:
     `kalmannorm.lab.baselines.activated.replace_batchnorm_relu`. Where the channel groups do not
@@ -39,8 +38,7 @@ def to_evonorm(model: nn.Module, groups: int = 32) -> nn.Module:
 
 
 def to_frn(model: nn.Module) -> nn.Module:
-    """Put FRN and TLU in the place of every BatchNorm and of the ReLU directly behind it; see
-    `to_evonorm`.
+    """Put FRN and TLU in the place of every BatchNorm and the ReLU behind it; see `to_evonorm`.
 
     The paper asks for a learning rate that rises at the start, which
     `kalmannorm.lab.training.Classifier` gives it with every schedule.

@@ -103,8 +103,7 @@ def _first_call(activation: Activation) -> _Call:
 
 
 def to_proxy(model: nn.Module, learned: bool = True) -> nn.Module:
-    """Put a `ProxyNormalized` in the place of every BatchNorm directly before an activation, and of
-    that activation; returns a traced network.
+    """Replace every BatchNorm before an activation, and that activation, by `ProxyNormalized`.
 
     The BatchNorm stays inside; whatever replaces BatchNorm layers replaces it there. How an
     activation is found, and what that asks of the network:

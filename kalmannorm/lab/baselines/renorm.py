@@ -128,8 +128,7 @@ class BatchRenorm(AnyBatchNorm):
 
 
 def to_batch_renorm(model: nn.Module, **options: Any) -> nn.Module:
-    """Replace every BatchNorm inside ``model``, in place, by `BatchRenorm` with these options, and
-    return it.
+    """Replace every BatchNorm inside ``model``, in place, by `BatchRenorm`.
 
     ``RenormSchedule().scaled(0.01)`` suits a training a hundred times shorter than the paper's.
 

@@ -83,8 +83,7 @@ def _replacement(old: _BatchNorm, make: Callable[[_BatchNorm], nn.Module]) -> nn
 
 
 def count_in_steps(model: nn.Module, passes: int) -> nn.Module:
-    """Let BatchNorm layers and those derived from it count optimizer steps of so many forward
-    passes, in place.
+    """Let BatchNorm and layers like it count optimizer steps, not forward passes, in place.
 
     The ``passes`` of a step move a moving average as much as a single one did before, for this
     momentum:
@@ -107,9 +106,7 @@ def count_in_steps(model: nn.Module, passes: int) -> nn.Module:
 
 
 def in_groups(x: Tensor, samples: int | None) -> Tensor:
-    """``(N, C, *)`` as ``(groups, samples, C, *)``: consecutive samples that share their
-    statistics; all for None.
-    """
+    """``(N, C, *)`` as ``(groups, samples, C, *)``; consecutive samples make a group, or all."""
     size = len(x) if samples is None else samples
     if size < 1 or len(x) % size:
         raise ValueError(f"got a batch of {len(x)}, expected a multiple of the statistics batch, {samples}")

@@ -36,8 +36,7 @@ def to_groupnorm(model: nn.Module, groups: int = 32) -> nn.Module:
 
 
 def to_layernorm(model: nn.Module) -> nn.Module:
-    """Replace every BatchNorm inside ``model``, in place, by LayerNorm over ``(C, H, W)``, and
-    return it.
+    """Replace every BatchNorm inside ``model``, in place, by LayerNorm over ``(C, H, W)``.
 
     It is GroupNorm with one group: weight and bias stay one a channel, where `nn.LayerNorm` has one
     an element.
@@ -46,8 +45,7 @@ def to_layernorm(model: nn.Module) -> nn.Module:
 
 
 def to_instancenorm(model: nn.Module) -> nn.Module:
-    """Replace every BatchNorm inside ``model``, in place, by InstanceNorm over ``(H, W)``, and
-    return it.
+    """Replace every BatchNorm inside ``model``, in place, by InstanceNorm over ``(H, W)``.
 
     It is GroupNorm with a group a channel, which takes inputs of every rank. In training, features
     of a single pixel have no variance, and torch raises an error.
@@ -56,8 +54,7 @@ def to_instancenorm(model: nn.Module) -> nn.Module:
 
 
 def to_ghost(model: nn.Module, samples: int = 2) -> nn.Module:
-    """Ghost BatchNorm (Hoffer et al., 2017, arXiv:1705.08741): BatchNorm by parts of a batch, in
-    place.
+    """Ghost BatchNorm (Hoffer et al., 2017, arXiv:1705.08741): by parts of a batch, in place.
 
     The layers are `kalmannorm.KalmanNorm2d` and the like with ``gain=1.0``, which is BatchNorm, by
     groups of so many samples, which must divide every batch: 128 in the paper; 2 is the KN paper's
@@ -72,8 +69,7 @@ def to_ghost(model: nn.Module, samples: int = 2) -> nn.Module:
 
 
 def to_sync(model: nn.Module) -> nn.Module:
-    """Replace every BatchNorm inside ``model``, in place, by ``nn.SyncBatchNorm``: statistics over
-    all devices.
+    """Replace every BatchNorm inside ``model``, in place, by ``nn.SyncBatchNorm``.
 
     Without a process group this is BatchNorm; with one, torch takes inputs on accelerators only.
     """

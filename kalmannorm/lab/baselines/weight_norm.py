@@ -12,8 +12,7 @@ from kalmannorm.traversal import attributes_kept
 
 
 def to_weight_norm(model: nn.Module) -> nn.Module:
-    """Weight-normalize every convolution and linear layer inside ``model``, in place, and remove
-    BatchNorm.
+    """Weight-normalize convolutions and linear layers, in place, and remove BatchNorm.
 
     ``w = g v / |v|``, with a norm over all but the output channels
     (`torch.nn.utils.parametrizations`), and a bias where a layer had none. Transposed convolutions
@@ -37,9 +36,7 @@ def to_weight_norm(model: nn.Module) -> nn.Module:
 
 
 def initialize(model: nn.Module, images: Tensor) -> nn.Module:
-    """Set ``g`` and biases of a network from `to_weight_norm` by one batch of training images, in
-    place.
-    """
+    """Set ``g`` and biases of a network from `to_weight_norm` by a training batch, in place."""
     for layer in model.modules():
         awaits_data = getattr(layer, "awaits_data", None)
         if isinstance(awaits_data, Tensor):

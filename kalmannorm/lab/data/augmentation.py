@@ -12,8 +12,7 @@ from torchvision.transforms.v2 import functional as F
 
 
 def draw_moves(count: int, generator: torch.Generator, *, padding: int = 4, flip: bool = True) -> Tensor:
-    """Where to crop and whether to flip, ``(count, 3)``, int64: top and left, 0 to 2 ``padding``,
-    and flip, 0 or 1.
+    """Where to crop, from 0 to 2 ``padding``, and whether to flip: ``(count, 3)``, int64.
 
     The generator is the CPU's, so that each device gets the same draws.
     """
@@ -85,9 +84,7 @@ def channel_scaling(images: Tensor) -> Scaling:
 
 
 def standardization(inputs: Tensor) -> Scaling:
-    """Mean 0 and standard deviation 1 in each channel of ``inputs`` ``(N, C, *)``; constant ones
-    become 0.
-    """
+    """Mean 0 and deviation 1 in each channel of ``(N, C, *)``; constant ones become 0."""
     variance, mean = torch.var_mean(inputs.double(), [0, *range(2, inputs.ndim)], correction=0, keepdim=True)
     std = variance.sqrt()
     return Scaling(mean[0].float(), torch.where(std > 0, std, 1.0)[0].float())

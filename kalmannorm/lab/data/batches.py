@@ -12,9 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 
 def images_a_process(gradient_batch: int, trainer: lightning.Trainer | None) -> int:
-    """Images that one process takes at a time, so that all of them, over the batches that each
-    accumulates, make a gradient step.
-    """
+    """Images that one process takes at a time, so that all together make a gradient step."""
     processes, accumulated = (trainer.world_size, trainer.accumulate_grad_batches) if trainer else (1, 1)
     if gradient_batch < 1:
         raise ValueError(f"gradient_batch must be at least 1; got {gradient_batch}")
@@ -132,9 +130,7 @@ class _Drawn(Dataset[Any]):
 
 
 class ShuffledBatches(Batches):
-    """Shuffled batches that worker processes read, in whole gradient batches; ``options`` are
-    torch's ``DataLoader``'s.
-    """
+    """Shuffled, whole gradient batches that worker processes read."""
 
     def __init__(
         self, data: Any, gradient_batch: int, trainer: lightning.Trainer | None = None, *, seed: int = 0, **options: Any
@@ -151,8 +147,7 @@ class ShuffledBatches(Batches):
 
 
 class OrderedBatches:
-    """An iterable of all of a data set's images in order, so many a batch, each process with its
-    share of the batches.
+    """All images in order, each process with its share of the batches.
 
     Unlike under torch's ``DistributedSampler``, no image comes twice where they don't divide
     evenly; and batches are the same for any number of processes. ``options`` are torch's

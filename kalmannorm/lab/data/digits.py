@@ -74,12 +74,11 @@ def _place(patches: Tensor, size: np.ndarray, centre: np.ndarray, canvas: int) -
 
 
 def cluttered_digits(split: Split, count: int, seed: int = 0, clutter: Clutter | None = None) -> tuple[Tensor, Tensor]:
-    """Make labelled images; the same arguments give the same images. The seed decides both the
-    split of the originals and how each image is composed.
+    """Make labelled images; the same arguments give the same images.
 
-    Returns:
-        Images ``(count, 1, canvas, canvas)``, float32, between -1 and 1 but for the noise, and
-        labels ``(count,)``, int64, 0 to 9.
+    Images are ``(count, 1, canvas, canvas)``, float32, between -1 and 1 but for the noise, and
+    labels ``(count,)``, int64, 0 to 9. The seed decides both the split of the originals and how
+    each image is composed.
 
     Example:
         >>> images, labels = cluttered_digits("train", 4)

@@ -36,9 +36,7 @@ OWN_LAYOUTS = (
 
 
 def image_transform(size: int, train: bool) -> Callable[[Any], Any]:
-    """Pictures to normalized float32 ``(3, size, size)``, as networks on ImageNet are usually
-    trained and scored: a random part, flipped or not, or the centre (7/8 of the shorter side).
-    """
+    """Pictures to normalized float32 ``(3, size, size)``, as is usual for ImageNet."""
     random = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()]
     centre = [v2.Resize(size * 8 // 7), v2.CenterCrop(size)]
     last = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]

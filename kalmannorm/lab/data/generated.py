@@ -25,9 +25,7 @@ CATEGORIES = {"coco": {1: "rectangle", 2: "ellipse"}, "pennfudan": {1: "person"}
 
 
 def generate_for(data: Mapping[str, Any], root: Path) -> Path:
-    """Write the set that a configuration's ``data`` names under ``root``, unless it is there;
-    return its folder, or ``root`` for data that need no files.
-    """
+    """Write the set that a configuration's ``data`` names, unless it is there; return its folder."""
     kind, options = data["class_path"].rpartition(".")[2], data["init_args"]
     if kind == "ClassificationData":
         return generate_images(root, options["name"])
@@ -42,8 +40,8 @@ def generate_for(data: Mapping[str, Any], root: Path) -> Path:
 
 
 def pictures(count: int, size: int, num_classes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Generated images ``(count, size, size, 3)``, uint8, class after class in turn, and labels
-    ``(count,)``.
+    """Generated images ``(count, size, size, 3)``, uint8, and labels ``(count,)``, class after
+    class.
 
     The size is a multiple of 4. The classes of a number are the same whatever the seed, which is of
     brightness and noise.
@@ -57,9 +55,7 @@ def pictures(count: int, size: int, num_classes: int, seed: int) -> tuple[np.nda
 
 
 def generate_images(root: Path, name: str, train: int = 64, test: int = 16) -> Path:
-    """Write a set as `images.load_images` reads it into a folder of its own under ``root``, unless
-    it is there; return that folder.
-    """
+    """Write a set as `images.load_images` reads it, unless it is there; return its folder."""
     known = source(name)
     folder = root / known.folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -76,9 +72,7 @@ def generate_images(root: Path, name: str, train: int = 64, test: int = 16) -> P
 
 
 def generate_folders(root: Path, name: str, classes: int = 8, train: int = 8, val: int = 2, size: int = 72) -> Path:
-    """Write a set as `folders.FolderData` reads it: ``train/CLASS/*.jpg`` and ``val/CLASS/*.jpg``,
-    so many images a class.
-    """
+    """Write a set as `folders.FolderData` reads it, so many images a class."""
     for seed, (part, count) in enumerate((("train", train), ("val", val))):
         images, labels = pictures(count * classes, size, classes, seed)
         for number, (image, label) in enumerate(zip(images, labels, strict=True)):
@@ -89,9 +83,7 @@ def generate_folders(root: Path, name: str, classes: int = 8, train: int = 8, va
 
 
 def generate_objects(root: Path, name: str, train: int = 16, validation: int = 8, side: int = 96) -> Path:
-    """Write a set as `objects.DetectionData` reads it, of images of ``side`` pixels, from 32,
-    unless it is there.
-    """
+    """Write a set as `objects.DetectionData` reads it, unless it is there; a side is 32 or more."""
     if name not in SOURCES:
         raise ValueError(f"name must be one of {', '.join(SOURCES)}; got {name!r}")
     folder = root / name

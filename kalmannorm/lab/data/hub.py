@@ -9,9 +9,7 @@ from torch.utils.data import Dataset
 
 
 class HubImages(Dataset[tuple[Any, int]]):
-    """Pictures, decoded one by one, and labels, as torchvision's ``ImageFolder`` gives them, from a
-    ``datasets.Dataset`` with the columns ``image`` and ``label``.
-    """
+    """Pictures, decoded one by one, and labels, as of an ``ImageFolder``."""
 
     def __init__(self, part: Any, transform: Callable[[Any], Any] | None = None) -> None:
         label = part.features.get("label")

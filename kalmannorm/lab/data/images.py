@@ -116,8 +116,7 @@ def load_images(
     limit: int | None = None,
     classes: Sequence[int] | None = None,
 ) -> Splits:
-    """Load a whole set into memory, images ``(N, 3, 32, 32)``, uint8; the same arguments give the
-    same splits.
+    """Load a set, images ``(N, 3, 32, 32)``, uint8; the same arguments give the same splits.
 
     Args:
         name: A key of `SOURCES`.

@@ -15,9 +15,7 @@ Labelled = tuple[Tensor, Tensor]
 
 
 class Splits(NamedTuple):
-    """Three disjoint sets of inputs ``(N, C, *)``, float32 or uint8, with labels ``(N,)`` or ``(N,
-    *)``, int64.
-    """
+    """Three disjoint sets of inputs ``(N, C, *)`` with labels ``(N,)`` or ``(N, *)``, int64."""
 
     train: Labelled
     validation: Labelled

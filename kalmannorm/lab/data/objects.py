@@ -113,8 +113,7 @@ def as_lists(items: list[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Tar
 
 
 class DetectionData(DiskData):
-    """COCO 2017 (``coco``) or Penn-Fudan pedestrians (``pennfudan``), from under
-    ``KALMANNORM_DATA``.
+    """COCO 2017 (``coco``) or Penn-Fudan pedestrians (``pennfudan``), under ``KALMANNORM_DATA``.
 
     After `setup`, ``num_classes`` is the largest category id + 1. There is no test split: COCO's
     test images have no public annotations, and papers report scores on its validation images. With

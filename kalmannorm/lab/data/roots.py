@@ -23,9 +23,7 @@ def data_root() -> Path | None:
 
 
 def missing(name: str, layout: Sequence[str], origin: str) -> MissingDataError:
-    """The error to raise where a data set is absent from its folder under the root, which needs
-    these files, as patterns; ``origin`` is an address, or words.
-    """
+    """The error to raise where a data set, which needs these files, is absent."""
     root = data_root()
     place = str((root or Path(f"${VARIABLE}")) / name)
     first = "" if root else f"Set {VARIABLE} to a folder of your choice. "

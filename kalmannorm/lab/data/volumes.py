@@ -32,8 +32,7 @@ NOISE = (0.1, 0.4)  # standard deviation of a volume's noise, where its contrast
 
 
 def generate_volumes(split: Split, count: int, size: int = 24, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Make volumes ``(count, 1, size, size, size)``, float32, and classes ``(count, size, size,
-    size)``, int64, 0 to 2.
+    """Make volumes ``(count, 1, size, size, size)``, float32, and their classes, int64, 0 to 2.
 
     The same arguments give the same ones, and the first are the same whatever their count. Each
     split draws volumes of its own. A side has at least 8 voxels.

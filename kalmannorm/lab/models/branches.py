@@ -21,9 +21,7 @@ def unit(in_channels: int, channels: int, kernel_size: int, norm_layer: Norm, st
 
 
 def chain(in_channels: int, norm_layer: Norm, *units: tuple[int, int], stride: int = 1) -> nn.Module:
-    """Units one behind the other, each given by its channels and kernel size; the last one has the
-    stride.
-    """
+    """Units of these channels and kernel sizes in a row; the last one has the stride."""
     *before, last = units
     layers = []
     for channels, kernel_size in before:
@@ -34,9 +32,7 @@ def chain(in_channels: int, norm_layer: Norm, *units: tuple[int, int], stride: i
 
 
 class Branches(nn.Module):
-    """Runs each branch, from ``(N, C, H, W)`` to ``(N, C_i, H', W')``, on the same input, and joins
-    them along the channels.
-    """
+    """Runs each branch on the same input ``(N, C, H, W)``, and joins them along the channels."""
 
     def __init__(self, *branches: nn.Module) -> None:
         super().__init__()

@@ -25,9 +25,7 @@ BOXES_PER_IMAGE = 256
 
 
 class MeanOverSpace(nn.Module):
-    """A stage of a network, and the mean over space: regions ``(R, 1024, 14, 14)`` to ``(R,
-    2048)``.
-    """
+    """A stage, then the mean over space: regions ``(R, 1024, 14, 14)`` to ``(R, 2048)``."""
 
     def __init__(self, stage: nn.Module) -> None:
         super().__init__()
@@ -72,8 +70,7 @@ def mask_rcnn_c4(num_classes: int = 91, norm_layer: Norm = nn.BatchNorm2d, **opt
 
 
 def mask_rcnn_fpn(num_classes: int = 91, norm_layer: Norm = nn.BatchNorm2d, **options: Any) -> nn.Module:
-    """Mask R-CNN with a feature pyramid (arXiv:1612.03144), with norms in the pyramid and in both
-    heads.
+    """Mask R-CNN with a feature pyramid (arXiv:1612.03144); norms are in it and in both heads.
 
     The heads have four 3x3 convolutions of 256 channels each; the box head ends in a linear layer
     of 1,024, as where GroupNorm was tried on Mask R-CNN (Wu and He, arXiv:1803.08494, section 4.2).

@@ -42,8 +42,7 @@ def efficientnet_lite0(num_classes: int = 10, size: int | None = 112) -> nn.Modu
 
 
 def mask_rcnn_lite0(num_classes: int = 2, **options: Any) -> nn.Module:
-    """Mask R-CNN with a feature pyramid on EfficientNet-Lite0 with its ImageNet weights: the
-    paper's Table 6 in small.
+    """Mask R-CNN with a feature pyramid on the trained network: the paper's Table 6 in small.
 
     The backbone has all normalization layers; the pyramid of 128 channels, at strides 8 to 64, and
     torchvision's heads have none. For the arguments see

@@ -11,8 +11,7 @@ LAYERS = ((16, 1), (32, 2), (32, 1), (64, 2), (64, 1), (64, 2))
 
 
 class SignalNet(nn.Sequential):
-    """Convolution over time, norm and ReLU, as often as ``layers`` says, then the mean over time
-    and a classifier.
+    """Convolutions over time, each with norm and ReLU, the mean over time and a classifier.
 
     Signals ``(N, in_channels, L)`` to logits ``(N, num_classes)``. ``layers`` has channels and
     stride of each convolution, ``kernel`` is their width in steps, odd.
@@ -39,8 +38,7 @@ class SignalNet(nn.Sequential):
 
 
 class TabularNet(nn.Sequential):
-    """A multi-layer perceptron: linear, norm and ReLU, as often as there are hidden widths, and a
-    classifier.
+    """A multi-layer perceptron: hidden layers with norm and ReLU, and a classifier.
 
     Rows ``(N, in_features)`` to logits ``(N, num_classes)``.
     """
