@@ -35,7 +35,6 @@ def build(config: Mapping[str, Any], part: Literal["model", "data"]) -> Any:
 
 
 def device() -> torch.device:
-    """Where this machine would train."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

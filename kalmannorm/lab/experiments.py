@@ -184,7 +184,6 @@ def tables() -> list[str]:
 
 
 def names() -> list[str]:
-    """All experiments that come with the laboratory."""
     return tables() + sorted(path.stem for path in STUDIES.glob("*.yaml"))
 
 

@@ -165,7 +165,6 @@ def ended_run(config: Mapping[str, Any], folder: Path, split: Split | None = Non
 
 
 def steps(config: Mapping[str, Any], overrides: Sequence[str] = ()) -> int:
-    """How many steps `fit` would train."""
     return int(Run(config, overrides).config.trainer.max_steps)
 
 

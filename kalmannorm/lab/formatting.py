@@ -13,7 +13,6 @@ DIGITS = {"steps": 0, "parameters": 2, "images_per_second": 2, "ratio": 3, "vari
 
 
 def is_share(metric: str) -> bool:
-    """Whether a metric is shown in per cent."""
     return not metric.startswith(tuple(DIGITS))
 
 

@@ -77,11 +77,9 @@ class Rows:
         return cls()
 
     def without(self, arms: Collection[str]) -> Rows:
-        """All but these arms' runs."""
         return Rows(*(each if each.empty else each[~each["arm"].isin(arms)] for each in (self.runs, self.curves)))
 
     def __add__(self, other: Rows) -> Rows:
-        """The runs of both."""
         return Rows(_together(self.runs, other.runs), _together(self.curves, other.curves))
 
     def told(self, *, failed: bool = False) -> Told:

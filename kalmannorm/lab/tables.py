@@ -130,7 +130,6 @@ def write_table(experiment: Experiment, folder: Path) -> str:
 
 
 def read_runs(experiment: Experiment, folder: Path) -> Runs:
-    """The files in an experiment's folder."""
     path = folder / RUNS
     if not path.is_file():
         raise ValueError(f"--output: there is no {path} to report on")

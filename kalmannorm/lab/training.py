@@ -184,12 +184,10 @@ class Classifier(lightning.LightningModule):
                 layer.running_var.square_().sub_(layer.eps).clamp_min_(0)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Lower the gains a little."""
         if (share := self._anneal(self.global_step)) != 1:
             kalmannorm.anneal(self.network, share)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Score a batch both ways."""
         images, labels = batch[0].to(memory_format=self._memory_format), batch[1]
         self.running_metric.update(self.network(images).argmax(1), labels)
         self.log(f"{self.score}_running", self.running_metric)

@@ -76,7 +76,6 @@ class CrossIterationNorm(AnyBatchNorm):
         self._steps = 0
 
     def forward(self, input: Tensor) -> Tensor:
-        """``(N, C, *)`` to the same shape."""
         self._check_input_dim(input)
         if not self.training:
             return super().forward(input)

@@ -82,7 +82,6 @@ class MovingAverageNorm(nn.Module):
         self.register_buffer("num_batches_tracked", torch.tensor(0))
 
     def forward(self, input: Tensor) -> Tensor:
-        """``(N, C, *)`` to the same shape."""
         if input.ndim < 2 or input.shape[1] != self.num_features:
             raise ValueError(
                 f"MovingAverageNorm got an input of shape {tuple(input.shape)}, expected (N, {self.num_features}, *)"

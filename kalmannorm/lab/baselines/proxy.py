@@ -53,7 +53,6 @@ class ProxyNormalized(nn.Module):
         self.register_parameter("proxy", nn.Parameter(torch.zeros(2, len(weight))) if learned else None)
 
     def forward(self, input: Tensor) -> Tensor:
-        """``(N, C, *)`` to the same shape."""
         y = self.activation(self.norm(input))
         mean, scale = self.moments()
         shape = (-1, *[1] * (y.ndim - 2))

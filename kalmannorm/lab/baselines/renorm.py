@@ -95,7 +95,6 @@ class BatchRenorm(AnyBatchNorm):
             _check_limits("BatchRenorm", *self.schedule)
 
     def forward(self, input: Tensor) -> Tensor:
-        """``(N, C, *)`` to the same shape."""
         self._check_input_dim(input)
         if not self.training:
             return super().forward(input)

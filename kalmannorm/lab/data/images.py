@@ -62,7 +62,6 @@ SOURCES = {
 
 
 def source(name: str) -> Source:
-    """A set's files and columns."""
     if name not in SOURCES:
         raise ValueError(f"name must be one of {', '.join(SOURCES)}; got {name!r}")
     return SOURCES[name]

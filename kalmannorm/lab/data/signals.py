@@ -99,7 +99,6 @@ class ClutterData(MemoryData):
         self.split_seed = split_seed
 
     def load(self) -> Splits:
-        """The three splits, of different digits."""
         return Splits(*(cluttered_digits(split, count, self.split_seed) for split, count in self.counts.items()))
 
     def scaling_of(self, inputs: Tensor) -> Scaling:

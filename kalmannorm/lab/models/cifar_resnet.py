@@ -62,7 +62,6 @@ class PreActivationBlock(nn.Module):
         self.conv2 = _conv3x3(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, in_channels, H, W)`` to ``(N, channels, H / stride, W / stride)``."""
         residual = x if self.norm0 is None else F.relu(self.norm0(x))
         residual = F.relu(self.norm1(self.conv1(residual)))
         out: Tensor = self.conv2(residual) + _shortcut(x, self.missing, self.stride, window=self.stride)

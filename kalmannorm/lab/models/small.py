@@ -26,7 +26,7 @@ class SmallConvNet(nn.Module):
             self.norms.append(nn.BatchNorm2d(channels))
             in_channels = channels
         for conv in self.convs:
-            nn.init.kaiming_normal_(conv.weight)
+            nn.init.kaiming_normal_(conv.weight)  # type: ignore[arg-type]
         self.classifier = nn.Linear(in_channels, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:

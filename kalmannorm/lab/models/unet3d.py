@@ -78,7 +78,6 @@ def _check_sides(volumes: Tensor, levels: int) -> None:
 
 
 def _double(in_channels: int, channels: int, norm_layer: Norm) -> nn.Sequential:
-    """Two units of convolution, norm and ReLU."""
     units: list[nn.Module] = []
     for before in (in_channels, channels):
         units += [nn.Conv3d(before, channels, 3, padding=1, bias=False), norm_layer(channels), nn.ReLU(inplace=True)]
