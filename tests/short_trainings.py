@@ -5,6 +5,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
+from torchvision.models.detection import MaskRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.ops import MultiScaleRoIAlign
 
 from kalmannorm.lab.training import quiet
 
@@ -74,6 +77,16 @@ class Nested(lightning.LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.Adam(self.parameters(), lr=0.01)
+
+
+def small_mask_rcnn(num_classes: int = 2) -> nn.Module:
+    """A Mask R-CNN on one convolution with a norm, for images of 64 pixels."""
+    backbone = nn.Sequential(nn.Conv2d(3, 8, 3, 8, 1), nn.BatchNorm2d(8), nn.ReLU())
+    backbone.out_channels = 8
+    pools = {f"{what}_roi_pool": MultiScaleRoIAlign(["0"], size, 2) for what, size in (("box", 7), ("mask", 14))}
+    anchors = AnchorGenerator(((16, 32),), ((1.0,),))
+    few = {"rpn_post_nms_top_n_train": 16, "rpn_post_nms_top_n_test": 16, "box_detections_per_img": 8}
+    return MaskRCNN(backbone, num_classes, min_size=64, max_size=64, rpn_anchor_generator=anchors, **pools, **few)
 
 
 def pairs(count=8):

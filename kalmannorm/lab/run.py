@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -424,11 +424,22 @@ def _run(plan: Plan, trials: Sequence[Trial]) -> list[Trial]:
     jobs = {place: job for place, job in jobs.items() if trials[place].row is None or finished(job.folder)}
     # Two arms may be one training.
     each = {job.folder: job for job in jobs.values()}
-    found = dict(zip(each, run_jobs([*each.values()], plan.workers, plan.console), strict=True))
+    found: dict[Path, Result | Exception] = {folder: ended for folder, job in each.items() if (ended := _ended(job))}
+    todo = [job for folder, job in each.items() if folder not in found]
+    found |= zip((job.folder for job in todo), run_jobs(todo, plan.workers, plan.console), strict=True)
     return [
         _outcome(plan, trial, found[jobs[place].folder]) if place in jobs else trial
         for place, trial in enumerate(trials)
     ]
+
+
+def _ended(job: Job) -> Result | None:
+    """What has come of a job before: read here, as to start a process takes seconds."""
+    from kalmannorm.lab.fitting import ended_run  # noqa: PLC0415 - slow
+
+    with suppress(ValueError):  # which it raises in its turn
+        return ended_run(job.config, job.folder, job.split)
+    return None
 
 
 def _job(plan: Plan, trial: Trial) -> Job:

@@ -30,8 +30,9 @@ def rows_of(output):
 def test_a_comparison_from_beginning_to_end(folder, tmp_path, capsys, refused):
     """From weights of its own, with a setting of the trainer's."""
     output = tmp_path / "out"
-    torch.save(classifier("resnet18", 7).state_dict(), tmp_path / "weights.pt")
+    torch.save(classifier("timm/test_resnet", 7).state_dict(), tmp_path / "weights.pt")
     line = ["compare", str(folder), *LINE, "--methods", "kn,frozen", "--weights", str(tmp_path / "weights.pt")]
+    line += ["--network", "timm/test_resnet"]
     line += ["--trainer.gradient_clip_val", "9.0", "--output", str(output)]
     assert cli.main(line) == 0
     out = capsys.readouterr().out

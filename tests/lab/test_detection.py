@@ -186,6 +186,12 @@ def tiny(root):
     return lambda name: arms[name].scaled("tiny")
 
 
+def small(config):
+    """With a small network, whose checkpoints take no time."""
+    config["model"]["init_args"]["network"] = {"class_path": "short_trainings.small_mask_rcnn"}
+    return config
+
+
 @pytest.mark.slow
 def test_an_arm_trains_and_scores(tiny, tmp_path):
     result = fitting.fit(tiny("table6/c4-frozen"), tmp_path / "run")
@@ -206,18 +212,18 @@ def test_recalibrated_statistics_are_kept_with_the_run(tiny, tmp_path, monkeypat
             raise KeyboardInterrupt
 
     monkeypatch.setattr("kalmannorm.integrations.lightning.recalibrate", twice)
-    options = {"model": {"init_args": {"recalibrate": 2, "score_online": True}}}
-    config = merge(tiny("pennfudan/cpu-fpn-bn"), options)
+    options = {"model": {"init_args": {"recalibrate": 2, "score_online": True}}, "data": {"init_args": {"workers": 0}}}
+    config = small(merge(tiny("pennfudan/cpu-fpn-bn"), options))
     with pytest.raises(KeyboardInterrupt):
         fitting.fit(config, tmp_path / "run")
-    averages = fitting.load(tmp_path / "run").network.backbone.body.bn1.running_mean
+    averages = fitting.load(tmp_path / "run").network.backbone[1].running_mean
     result = fitting.fit(config, tmp_path / "run")
     assert len(done) == 2
     assert len(result.losses) == 4
     assert set(result.scores) == {*NAMES, *(f"{name}_online" for name in NAMES)}
     kept = fitting.load(tmp_path / "run").network.state_dict()
     assert all(torch.equal(kept[name], value) for name, value in done[1].state_dict().items())
-    assert not torch.equal(kept["backbone.body.bn1.running_mean"], averages)
+    assert not torch.equal(kept["backbone.1.running_mean"], averages)
 
 
 @pytest.mark.parametrize(
@@ -234,7 +240,7 @@ def test_what_cannot_be_recalibrated_is_said_before_a_training(normalization, ba
 def test_a_training_ended_in_mid_epoch_or_at_its_end_goes_on_bit_for_bit(tiny, tmp_path, images, workers):
     """Of images on disk, one a step, that other processes read."""
     changes = {"trainer": {"val_check_interval": 4}, "data": {"init_args": {"limit": images, "workers": workers}}}
-    config = merge(tiny("pennfudan/fpn-kn-default"), changes)
+    config = small(merge(tiny("pennfudan/fpn-kn-default"), changes))
 
     def stop(step):
         if step == 4:
