@@ -16,6 +16,7 @@ import yaml
 from rich.console import Console
 
 from kalmannorm.lab.experiments import Split
+from kalmannorm.lab.fitting import fit
 from kalmannorm.lab.results import Result
 from kalmannorm.lab.workers import Tell, available_cpus, in_turn, run_all
 
@@ -67,9 +68,6 @@ def _steps(job: Job) -> int:
 
 
 def _fit(job: Job, tell: Tell) -> Result:
-    # Lightning takes seconds to import, and only the processes that train need it.
-    from kalmannorm.lab.fitting import fit  # noqa: PLC0415
-
     result = fit(job.config, job.folder, tell, split=job.split)
     if not job.keep:
         (job.folder / "last.ckpt").unlink(missing_ok=True)

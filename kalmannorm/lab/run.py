@@ -21,6 +21,7 @@ from kalmannorm.lab.configuration import Run, check_same
 from kalmannorm.lab.costs import seconds_per_step, where
 from kalmannorm.lab.data.roots import MissingDataError
 from kalmannorm.lab.experiments import FORMS, Arm, Experiment, Scale, Split, merge, shown
+from kalmannorm.lab.fitting import ended_run
 from kalmannorm.lab.formatting import as_markdown
 from kalmannorm.lab.jobs import Job, divergence, run_jobs
 from kalmannorm.lab.results import ENVIRONMENT, Result, finished
@@ -385,8 +386,6 @@ def _collected(plan: Plan, told: Told, grow: bool) -> list[Trial]:
     """The runs that have ended, and those that are told of: of those that have not, with `grow` alone."""
 
     def ended(trials: list[Trial]) -> list[Trial]:
-        from kalmannorm.lab.fitting import ended_run  # noqa: PLC0415 - slow
-
         known = []
         for trial in trials:
             job = _job(plan, trial)
@@ -435,8 +434,6 @@ def _run(plan: Plan, trials: Sequence[Trial]) -> list[Trial]:
 
 def _ended(job: Job) -> Result | None:
     """What has come of a job before: read here, as to start a process takes seconds."""
-    from kalmannorm.lab.fitting import ended_run  # noqa: PLC0415 - slow
-
     with suppress(ValueError):  # which it raises in its turn
         return ended_run(job.config, job.folder, job.split)
     return None

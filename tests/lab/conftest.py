@@ -1,10 +1,12 @@
 """What tests of whole runs share: generated images, and a configuration that trains on them in a second."""
 
 import copy
+import functools
 
 import datasets
 import pytest
 import yaml
+from torchvision.models.resnet import Bottleneck, ResNet
 
 from kalmannorm.lab.cli import main
 from kalmannorm.lab.data.generated import generate_images
@@ -44,6 +46,14 @@ def short(config):
     """One of four steps."""
     config["trainer"] |= {"max_steps": 4, "val_check_interval": 2}
     return config
+
+
+@pytest.fixture
+def shallow(monkeypatch):
+    """Mask R-CNNs get a ResNet of four blocks, which this makes."""
+    make = functools.partial(ResNet, Bottleneck, [1, 1, 1, 1])
+    monkeypatch.setattr("kalmannorm.lab.models.detection.resnet50", make)
+    return make
 
 
 @pytest.fixture

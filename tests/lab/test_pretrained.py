@@ -3,17 +3,18 @@
 import pytest
 import torch
 from torch import nn
-from torchvision.models import resnet50
 
 import kalmannorm
 from kalmannorm.lab.baselines.stock import to_groupnorm
 from kalmannorm.lab.detection import Detector
+from kalmannorm.lab.models import detection
 from kalmannorm.lab.models.cifar_resnet import CifarResNet
 from kalmannorm.lab.models.detection import mask_rcnn_c4, mask_rcnn_fpn
 from kalmannorm.lab.pretrained import resnet, trained_weights
 from kalmannorm.lab.training import Classifier
 
 both = pytest.mark.parametrize("make", [mask_rcnn_c4, mask_rcnn_fpn])
+pytestmark = pytest.mark.usefixtures("shallow")
 
 
 def changed(network):
@@ -25,7 +26,7 @@ def changed(network):
 
 
 def trained(normalize=lambda network: network):
-    return changed(normalize(resnet50(num_classes=5)))
+    return changed(normalize(detection.resnet50(num_classes=5)))
 
 
 def write(network, path, checkpoint=False):
@@ -39,7 +40,7 @@ def write(network, path, checkpoint=False):
 def assert_taken_over(detector, network):
     own = resnet(detector.network)[0].state_dict()
     theirs = {name: tensor for name, tensor in network.state_dict().items() if not name.startswith("fc.")}
-    assert {"conv1.weight", "layer4.2.bn3.weight"} <= set(own) <= set(theirs)
+    assert {"conv1.weight", "layer4.0.bn3.weight"} <= set(own) <= set(theirs)
     assert all(torch.equal(own[name], theirs[name]) for name in own)
     return set(theirs) - set(own)
 
@@ -73,7 +74,7 @@ def test_weights_that_differ_are_named(make, tmp_path):
     file = write(trained(kalmannorm.convert), tmp_path / "r.pt")
     with pytest.raises(ValueError, match=r"weights: bn1\.\w+ is .* there; expected absent"):
         Detector(make(3), "frozen", weights=file)
-    state = resnet50().state_dict()
+    state = detection.resnet50().state_dict()
     state["layer4.0.conv1.weight"] = torch.zeros(2, 2)
     torch.save(state, file)
     with pytest.raises(ValueError, match=r"layer4\.0\.conv1\.weight is \(2, 2\) there; expected \(512, 1024, 1, 1\)"):

@@ -31,6 +31,7 @@ def train(model, steps, rate=0.005):
 
 
 @both
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize("kind", ["batch", "group"])
 def test_detections_after_a_step_are_those_of_its_state_dict(make, kind):
     model, other = build(make, kind), build(make, kind)
@@ -46,6 +47,7 @@ def test_detections_after_a_step_are_those_of_its_state_dict(make, kind):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("shallow")
 def test_it_learns():
     values = train(build(mask_rcnn_fpn, "kalman"), 12)
     assert sum(values[-3:]) / 3 < values[0] / 2, values

@@ -80,6 +80,7 @@ def test_thirty_steps_halve_the_loss(network, method):
     pytest.fail(f"from {first:.3f} to {found} at each rate")
 
 
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in OF_IMAGES])
 @pytest.mark.parametrize("make", [mask_rcnn_c4, mask_rcnn_fpn])
 def test_a_detector_takes_a_step(make, method):
