@@ -50,17 +50,17 @@ class PriorError(NamedTuple):
 
 
 def prior_errors(network: nn.Module, batches: Iterable[Any]) -> list[PriorError]:
-    """How good prior, observation and posterior are, layer by layer.
+    """How good prior, observation and posterior are, layer by layer; arguments as of
+    `variance_gaps`.
 
     The population is what the layer's observations are together, by the law of total variance, each
     sample counting the same. All moments of all batches are kept until the end: a few hundred
     batches are enough.
 
-    Returns:
-        For each layer, in the order of the calls: where it has a prior the prior's, the
-        observation's and the posterior's error against the population, and the prior's against the
-        observation; elsewhere the observation's alone. Batches without a prior do not count among
-        those of a layer that has it at times.
+    For each layer, in the order of the calls: where it has a prior the prior's, the observation's
+    and the posterior's error against the population, and the prior's against the observation;
+    elsewhere the observation's alone. Batches without a prior do not count among those of a layer
+    that has it at times.
     """
     return errors_of(network, calls_of(network, batches))
 

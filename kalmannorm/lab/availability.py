@@ -21,11 +21,8 @@ from kalmannorm.lab.experiments import Scale
 def data_at(place: Path | None, configs: Sequence[Mapping[str, Any]], output: Path, scale: Scale) -> Iterator[None]:
     """Within it, this process and those it starts find their data sets.
 
-    Args:
-        place: The folder with the data sets; None for the one that ``KALMANNORM_DATA`` names.
-        configs: Of what is to be trained.
-        output: For the tiny scale, data sets are generated in there.
-        scale: See `kalmannorm.lab.experiments.Arm.scaled`.
+    They are in ``place``, or else in the folder that ``KALMANNORM_DATA`` names. At the tiny scale,
+    those of the configurations are generated in the output folder.
     """
     if place is not None and scale == "tiny":
         raise ValueError("--data: the tiny scale generates its data; leave this out")

@@ -15,16 +15,9 @@ class Curve(Callback):
     """Keeps the loss and the duration of each gradient step, and each validation.
 
     Losses stay where they are made and are moved over in blocks of ``every`` steps, so that no step
-    waits for a GPU; a step's duration is the mean over its block, without validation. The loss of a
-    step is the mean over its accumulated batches and over processes. It comes before callbacks that
-    save checkpoints.
-
-    Attributes:
-        tell: Called after each block with the number of steps done.
-        losses: One a step.
-        seconds: Likewise.
-        validations: Each a dict of ``step`` and what the validation logged.
-        elapsed: Seconds of training and validation.
+    waits for a GPU; then ``tell`` is called with the number of steps done. A step's duration is the
+    mean over its block, without validation. The loss of a step is the mean over its accumulated
+    batches and over processes. It comes before callbacks that save checkpoints.
     """
 
     def __init__(self, tell: Callable[[int], None] = lambda step: None, every: int = 25) -> None:

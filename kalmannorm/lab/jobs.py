@@ -23,15 +23,11 @@ from kalmannorm.lab.workers import Tell, available_cpus, in_turn, run_all
 
 @dataclass(frozen=True)
 class Job:
-    """A training: a configuration with a seed, and its folder.
+    """A training, such as ``"table8/resnet32-kn-bs2"``: a configuration with a seed, and its
+    folder.
 
-    Attributes:
-        name: Such as ``"table8/resnet32-kn-bs2"``.
-        seed: Also in ``config``.
-        config: What ``fit`` takes.
-        folder: Where the run is kept.
-        split: Which images are scored, see `kalmannorm.lab.fitting.fit`.
-        keep: Keep the last checkpoint once the run has ended, and not the scores and curves alone.
+    With ``keep`` the last checkpoint stays once the run has ended, and not the scores and curves
+    alone.
     """
 
     name: str
@@ -49,11 +45,8 @@ class Job:
 def run_jobs(jobs: Sequence[Job], workers: int | None, console: Console) -> list[Result | Exception]:
     """What comes of trainings, in their order: each a result, or what it raised.
 
-    Args:
-        jobs: To be done; what is finished is only read. Those on several devices run one after
-            another.
-        workers: Trainings at the same time, by default as many as there are GPUs, or else CPUs.
-        console: Where the progress bars are.
+    Those on several devices run one after another; of others so many at the same time, by default
+    as many as there are GPUs, or else CPUs.
     """
     if not jobs:
         return []

@@ -38,16 +38,10 @@ def sgd(
 ) -> dict[str, Any]:
     """SGD with a rate that moves every step, as ``configure_optimizers`` returns it.
 
-    Args:
-        model: What to train.
-        rate: Learning rate, before the schedule's factor.
-        steps: Optimizer steps the schedule is laid out for.
-        schedule: ``"cosine"``, to 0; ``"warmup"``, the same but rising to it over the first tenth of the steps; or
-            ``"milestones"``.
-        milestones: From a share of the training, 0 to 1, to the factor on the rate from there on.
-        momentum: SGD's.
-        weight_decay: On weights alone, see `parameter_groups`.
-        warmup: Let the rate of any schedule rise as in ``"warmup"``.
+    The schedule is laid out for so many steps: ``"cosine"`` falls to 0; ``"warmup"`` too, but rises
+    over the first tenth of the steps, which any schedule does with ``warmup``. The ``"milestones"``
+    are from a share of the training, 0 to 1, to the factor on the rate from there on. Weights alone
+    are decayed, see `parameter_groups`.
     """
     optimizer = torch.optim.SGD(parameter_groups(model, weight_decay), lr=rate, momentum=momentum)
     factor = partial(share_of_rate, steps=steps, schedule=schedule, milestones=milestones, warmup=warmup)

@@ -31,13 +31,12 @@ class Result:
 
     Attributes:
         config: All that it was configured by.
-        scores: Of the test split, or of validation where there is no test.
-        seconds: Of training and validation.
-        seconds_per_step: The median.
+        seconds: Of training and validation; ``seconds_per_step`` is the median.
         losses: One a step.
         validations: Each a dict of ``step`` and of what was scored then.
         environment: Where it ran, and with what.
-        split: Whose scores these are, ``"test"`` or ``"validation"``; empty in runs from before this was kept.
+        split: Whose scores these are, ``"test"`` or ``"validation"``; empty in runs from before
+            this was kept.
     """
 
     config: dict[str, Any]

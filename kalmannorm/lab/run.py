@@ -36,10 +36,7 @@ class Trial:
     """A training of an arm, and what came of it.
 
     Attributes:
-        arm: What is trained.
-        kind: Of the search, or one of those that count.
-        settings: Of the searched ones.
-        seed: Of weights and order.
+        settings: Values of the searched ones.
         split: Which images it is scored on.
         row: Its row in ``runs.csv``; None where it has not come to an end.
         curve: Its rows in ``curves.csv``.

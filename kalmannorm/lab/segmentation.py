@@ -57,11 +57,11 @@ class Segmenter(Classifier):
 
 
 def soft_dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """1 minus the mean, over images and the classes but the background, of the Dice score of the
-    probabilities.
+    """1 minus the mean of the Dice score of the probabilities, over images and all classes but the
+    first.
 
-    Of logits ``(N, num_classes, *)`` and labels ``(N, *)``, int64, 0 being the background; a
-    scalar, 0 to 1.
+    Logits are ``(N, num_classes, *)`` and labels ``(N, *)``, int64, 0 being the background; the
+    loss is a scalar, 0 to 1.
 
     Example:
         >>> import torch

@@ -20,13 +20,9 @@ BEYOND = 2.0
 def verdict(
     accuracies: Mapping[str, Sequence[float]], seconds: Mapping[str, float], guessing: float, images: int
 ) -> str:
-    """Which method to use, in words.
+    """Which method to use, in words, by accuracies over seeds, 0 to 1, and seconds a step of each.
 
-    Args:
-        accuracies: For each method, by its label, a list over seeds, 0 to 1.
-        seconds: For each, the seconds a step.
-        guessing: Accuracy of a guess: the share of the largest class.
-        images: Images that were scored.
+    ``guessing`` is the share of the largest class among the images that were scored.
     """
     found = {label: mean_and_deviation(values) for label, values in accuracies.items()}
     means, deviations = ({label: pair[place] for label, pair in found.items()} for place in (0, 1))

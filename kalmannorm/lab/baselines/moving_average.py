@@ -176,8 +176,6 @@ class _Divide(torch.autograd.Function):
 
 
 class _Centralized(nn.Module):
-    """Parametrization: a filter less its mean."""
-
     def forward(self, weight: Tensor) -> Tensor:
         return weight - weight.mean(list(range(1, weight.ndim)), keepdim=True)
 
@@ -197,11 +195,8 @@ def centralize(model: nn.Module) -> nn.Module:
 def to_moving_average(model: nn.Module, centralized: bool = True, momentum: float = 0.02, **options: Any) -> nn.Module:
     """Replace every BatchNorm inside ``model``, in place, by `MovingAverageNorm`.
 
-    Args:
-        model: Any network with BatchNorm layers.
-        centralized: Apply `centralize` too. A bias before the layer undoes what it is good for.
-        momentum: See `MovingAverageNorm`.
-        options: See `MovingAverageNorm`.
+    With ``centralized``, `centralize` comes too. A bias before the layer undoes what that is good
+    for.
 
     Example:
         >>> to_moving_average(nn.Sequential(nn.BatchNorm2d(8)), buffer_size=4)[0].squares.shape

@@ -30,11 +30,8 @@ def mean_colour(images: Tensor) -> Tensor:
 def crop_and_flip(images: Tensor, moves: Tensor, padding: int = 4, border: Tensor | None = None) -> Tensor:
     """Pad images ``(N, C, H, W)``, cut each out at its own place, and flip some left to right.
 
-    Args:
-        images: Of any type.
-        moves: ``(N, 3)``, from `draw_moves`, on the same device.
-        padding: Pixels to add at each side.
-        border: Their colour, ``(C,)``, typed as the images; None for black.
+    ``moves`` are those of `draw_moves`, on the same device. ``border`` is the colour of the
+    padding, ``(C,)``, typed as the images; None for black.
     """
     count, channels, height, width = images.shape
     padded = F.pad(images, [padding] * 4)

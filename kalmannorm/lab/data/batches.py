@@ -172,11 +172,9 @@ class OrderedBatches:
 class DiskData(lightning.LightningDataModule):
     """Data sets that a subclass's ``setup`` opens, read by worker processes.
 
-    Args:
-        gradient_batch: Images a gradient step, over all processes and accumulated batches.
-        score_batch: Images a batch in validation and test.
-        seed: Of the order, and of what is drawn for each image.
-        options: Of torch's ``DataLoader``.
+    A gradient step is of ``gradient_batch`` images, over all processes and accumulated batches. The
+    seed is of the order, and of what is drawn for each image; ``options`` are torch's
+    ``DataLoader``'s.
     """
 
     train_set: Any

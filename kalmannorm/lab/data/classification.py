@@ -11,7 +11,8 @@ from kalmannorm.lab.data.memory import MemoryBatches, MemoryData, Splits
 
 
 class ClassificationData(MemoryData):
-    """CIFAR-10, CIFAR-100 or SVHN in memory: batches are cropped, flipped and scaled on the trainer's device.
+    """CIFAR-10, CIFAR-100 or SVHN in memory: batches are cropped, flipped and scaled on the
+    trainer's device.
 
     Example:
         >>> data = ClassificationData("cifar10", gradient_batch=128, scaling="pixel", limit=1000)
@@ -21,19 +22,18 @@ class ClassificationData(MemoryData):
     Args:
         name: ``"cifar10"``, ``"cifar100"``, ``"svhn"`` or ``"svhn_extra"``.
         gradient_batch: See `MemoryData`; its other options too.
-        augment: ``"crop_flip"``, ``"crop"`` (digits must not be flipped) or ``"none"``; in training alone.
-        border: What crops show beyond an image: ``"mean"``, the mean colour of the images trained on, so that zeros
-            reach the network (arXiv:1512.03385); or ``"black"``, which makes the statistics of training images other
-            than those of test images.
-        scaling: ``"channel"``: mean 0 and standard deviation 1 in each channel; ``"pixel"``: as the paper's released
-            code, pixels / 128 minus the mean at each pixel. Both are taken from the images trained on. ``"fixed"``:
-            (pixels - 127) / 128, which does not change with the images, for networks trained on others.
-        validation: How many training images to hold out; with 0 there is no validation. ``"test"`` holds out none and
-            validates on the test images, as the paper's curves do: nothing may be chosen by them.
-        split_seed: Decides which, apart from ``seed`` so that all runs are compared on the same images.
-        limit: Keep the first so many images of each split.
-        classes: Keep the images of these labels alone; each then has its place among them, from 0 on, as its label.
-            None for all.
+        augment: ``"crop_flip"``, ``"crop"`` (digits must not be flipped) or ``"none"``; in training
+            alone.
+        border: What crops show beyond an image: ``"mean"``, the mean colour of the images trained
+            on, so that zeros reach the network (arXiv:1512.03385); or ``"black"``, which makes the
+            statistics of training images other than those of test images.
+        scaling: A key of `kalmannorm.lab.data.augmentation.SCALINGS`, by the images trained on.
+        validation: How many training images to hold out; with 0 there is no validation. ``"test"``
+            holds out none and validates on the test images, as the paper's curves do: nothing may
+            be chosen by them.
+        split_seed: Decides which, apart from ``seed`` so that all runs are compared on the same
+            images.
+        limit: See `kalmannorm.lab.data.images.load_images`; ``classes`` too.
         size: Side of the images that the network gets, resized last; None for 32.
     """
 

@@ -25,11 +25,11 @@ class Clutter:
     """How hard the task is. Lengths are pixels of the canvas, intensities run from 0 to 1.
 
     Attributes:
-        canvas: Side of the square images.
         digit_size: Smallest and largest side of the box that the labelled 8x8 digit is scaled to.
         fragments: How many pieces of other digits each image holds.
-        fragment_size: Smallest and largest side of the box that a fragment's whole digit would fill.
-        fragment_side: Side of the square window, in the pixels of the original, that a fragment shows.
+        fragment_size: Smallest and largest side of the box that a fragment's whole digit would
+            fill.
+        fragment_side: Side of the square window, in pixels of the original, that a fragment shows.
         contrast: Smallest and largest contrast of an image, spread evenly on a logarithmic scale.
         noise: Standard deviation of the noise added to each pixel, before contrast is applied.
     """

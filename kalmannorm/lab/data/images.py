@@ -25,10 +25,8 @@ class Source:
 
     Attributes:
         folder: Its folder under ``KALMANNORM_DATA``.
-        repository: Its repository on the Hugging Face hub.
-        image: The column of encoded images.
-        label: The column of labels, 0 to ``num_classes`` - 1.
-        configuration: Which of the repository's configurations, if it has several.
+        repository: Its repository on the Hugging Face hub; ``configuration`` is one of its several.
+        image: The column of encoded images; ``label`` of labels, 0 to ``num_classes`` - 1.
         training: The parts that together are the training images.
     """
 
@@ -117,16 +115,10 @@ def load_images(
 ) -> Splits:
     """Load a set, images ``(N, 3, 32, 32)``, uint8; the same arguments give the same splits.
 
-    Args:
-        name: A key of `SOURCES`.
-        validation: How many of the training images to hold out; 0 for none.
-        split_seed: Decides which.
-        limit: Keep the first so many images of each split.
-        classes: Keep the images of these labels, before anything else is counted; each then has its
-            place among them, from 0 on, as its label. None for all.
-
-    Raises:
-        MissingDataError: See `open_images`.
+    So many of the training images are held out for the validation, as ``split_seed`` decides. With
+    ``limit``, each split keeps the first so many. With ``classes``, the images of these labels
+    alone are kept, before anything else is counted; each then has its place among them, from 0 on,
+    as its label.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1; got {limit}")

@@ -27,12 +27,9 @@ class MemoryBatches(Batches):
     itself.
 
     Args:
-        images: Of images, ``(N, C, H, W)``.
-        labels: ``(N,)``.
-        gradient_batch: See `Batches`; ``trainer``, ``seed`` and ``drop_last`` too.
         prepare: What is done to a batch of images last, such as a `Scaling`.
         augment: ``"none"``, ``"crop"`` (pad 4, crop at random) or ``"crop_flip"``; needs a seed.
-        border: Colour of the padding, see `crop_and_flip`.
+        border: Colour of the padding, see `crop_and_flip`; for the other arguments see `Batches`.
     """
 
     def __init__(

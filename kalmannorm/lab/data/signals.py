@@ -32,21 +32,18 @@ def _known(name: str) -> tuple[int, int, tuple[int, ...]]:
 class SignalData(MemoryData):
     """Signals or rows to classify, in memory, each channel scaled by what is trained on.
 
-    ``"digits"``: 1797 scanned digits (10 classes) read row by row, as signals ``(1, 64)``. ``"breast_cancer"``: 569
-    tumours (2 classes), each a row of 30 measurements ``(30,)``.
+    ``"digits"``: 1797 scanned digits (10 classes) read row by row, as signals ``(1, 64)``.
+    ``"breast_cancer"``: 569 tumours (2 classes), each a row of 30 measurements ``(30,)``.
+
+    So many inputs are held out for ``validation``, by default a fifth, and ``test``, a quarter.
+    ``split_seed`` decides which, apart from ``seed`` so that all runs are compared on the same
+    inputs. For the other arguments see `MemoryData`.
 
     Example:
         >>> data = SignalData("breast_cancer", gradient_batch=2)
         >>> data.setup()
         >>> next(iter(data.train_dataloader()))[0].shape
         torch.Size([2, 30])
-
-    Args:
-        name: ``"digits"`` or ``"breast_cancer"``.
-        gradient_batch: See `MemoryData`; its other options too.
-        validation: How many inputs to hold out; None for a fifth of the set.
-        test: How many others to keep for the test; None for a quarter.
-        split_seed: Decides which, apart from ``seed`` so that all runs are compared on the same inputs.
     """
 
     def __init__(
@@ -80,13 +77,11 @@ class SignalData(MemoryData):
 
 
 class ClutterData(MemoryData):
-    """The demo's images, see `kalmannorm.lab.data.digits.cluttered_digits`; they are given as they are.
+    """The demo's images, see `kalmannorm.lab.data.digits.cluttered_digits`; they are given as they
+    are.
 
-    Args:
-        gradient_batch: See `MemoryData`; its other options too.
-        train: How many images to train on.
-        scored: How many to validate on, and as many others to test on.
-        split_seed: Decides which digits go into which split, and how the images are composed.
+    ``scored`` images are for the validation, and as many others for the test. ``split_seed``
+    decides which digits go into which split, and how the images are composed.
     """
 
     num_classes = 10

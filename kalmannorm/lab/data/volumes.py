@@ -102,27 +102,22 @@ def _smooth(rng: np.random.Generator, size: int, knots: int) -> np.ndarray:
 
 
 class VolumeData(MemoryData):
-    """`generate_volumes` in memory, scaled by the mean and the standard deviation of all that is trained on.
+    """`generate_volumes` in memory, scaled by the mean and the standard deviation of all that is
+    trained on.
 
-    With ``standardize`` each volume is first scaled by its own, as is usual for scans without units (nnU-Net,
-    arXiv:1809.10486; MONAI's ``NormalizeIntensity``). Without, a volume's own brightness and contrast stay: they are
-    then what a normalization in the network has to deal with.
+    With ``standardize`` each volume is first scaled by its own, as is usual for scans without units
+    (nnU-Net, arXiv:1809.10486; MONAI's ``NormalizeIntensity``). Without, a volume's own brightness
+    and contrast stay: they are then what a normalization in the network has to deal with.
+
+    ``train``, ``validation`` and ``test`` are numbers of volumes of ``size`` voxels a side.
+    ``data_seed`` is apart from ``seed`` so that all runs are compared on the same volumes. For the
+    other arguments see `MemoryData`.
 
     Example:
         >>> data = VolumeData(train=4, validation=2, test=2, size=16)
         >>> data.setup()
         >>> next(iter(data.train_dataloader()))[1].shape
         torch.Size([1, 16, 16, 16])
-
-    Args:
-        gradient_batch: See `MemoryData`; its other options too.
-        score_batch: Volumes a batch in validation and test.
-        train: How many volumes to train on.
-        validation: How many to choose hyper-parameters on.
-        test: How many to score.
-        size: Voxels a side.
-        standardize: Give each volume a mean of 0 and a standard deviation of 1.
-        data_seed: Of the volumes, apart from ``seed`` so that all runs are compared on the same ones.
     """
 
     num_classes = NUM_CLASSES

@@ -71,17 +71,13 @@ class PreActivationBlock(nn.Module):
 class CifarResNet(nn.Module):
     """A residual network for small images.
 
-    The two forms have the same number of norms, of the same widths, so the same number of
+    The two forms, the blocks of arXiv:1603.05027 with ``preactivation`` and else those of
+    arXiv:1512.03385, have the same number of norms, of the same widths, so the same number of
     parameters: ResNet-32 (``n = 5``) has 464,154 and ResNet-110 (``n = 18``) 1,727,962, with 10
     classes.
 
-    Args:
-        depth: Layers with weights, ``6n + 2``.
-        num_classes: Number of logits.
-        preactivation: The blocks of arXiv:1603.05027, else those of arXiv:1512.03385.
-        norm_layer: Makes a normalization layer of so many channels.
-        width: Channels of the first stage; the second has twice, the third four times as many.
-        in_channels: Channels of the images.
+    ``depth`` is ``6n + 2``; ``width`` has the channels of the first stage, the second has twice,
+    the third four times as many; ``norm_layer`` makes a normalization layer of so many channels.
     """
 
     def __init__(

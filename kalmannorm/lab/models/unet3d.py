@@ -21,13 +21,8 @@ class UNet3d(nn.Module):
     and transposed ones keep them. At the paper's size, ``UNet3d(64, 4, 3, 3)``, that is 22.4
     million parameters and not 19.07. Convolutions below a norm have no bias.
 
-    Args:
-        width: Channels of the first level; each further one has twice as many on half the voxels a
-            side.
-        levels: Resolutions, 1 or more; they must halve the volumes' sides evenly.
-        num_classes: Logits a voxel, the background's included.
-        in_channels: Channels of the volumes.
-        norm_layer: Makes a normalization layer of so many channels.
+    The first level has ``width`` channels, each further one twice as many on half the voxels a
+    side, which must be even. ``norm_layer`` makes a normalization layer of so many channels.
 
     Example:
         >>> UNet3d(width=4, levels=2)(torch.zeros(1, 1, 8, 8, 8)).shape
