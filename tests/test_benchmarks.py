@@ -362,7 +362,7 @@ def test_a_lent_gpu_s_study_leaves_what_has_ended_and_what_has_not(tmp_path):
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
     assert run("none").returncode == 2
-    whole = run("study", "signals", "120", "1")
+    whole = run("study", "signals", "400", "1")
     assert "the study: 0" in whole.stdout, whole.stdout + whole.stderr
     with tarfile.open(tmp_path / "out" / "runs.tgz") as packed:
         names = packed.getnames()
@@ -377,7 +377,7 @@ def test_a_lent_gpu_s_study_leaves_what_has_ended_and_what_has_not(tmp_path):
     # What is told in docs/results is not trained again: nothing at all where all is told.
     kept = ROOT / "docs" / "results" / "studies" / "volumes-standardized" / "runs.csv"
     environment |= {"GROW": "1", "SCALE": "1", "ONLY": "*", "RUNS": str(tmp_path / "grown")}
-    assert "the study: 0" in run("study", "volumes-standardized", "120", "1").stdout
+    assert "the study: 0" in run("study", "volumes-standardized", "400", "1").stdout
     grown = (tmp_path / "grown" / "volumes-standardized" / "runs.csv").read_text().splitlines()
     assert sorted(grown) == sorted(kept.read_text().splitlines())
     assert not list((tmp_path / "grown").rglob("result.json"))
