@@ -52,9 +52,13 @@ _OF_WEIGHTS = frozenset(
 # Methods that are written in Python, by name.
 _IN_PYTHON = {"__rsub__": torch.rsub, "pow": torch.pow, "__pow__": torch.pow, "norm": torch.norm,
               "unflatten": torch.unflatten}  # fmt: skip
-# Comparisons by the names that `operator` gives them, and what they are with their arguments exchanged.
-_COMPARISONS = {"ge": (torch.ge, torch.le), "gt": (torch.gt, torch.lt), "le": (torch.le, torch.ge),
-                "lt": (torch.lt, torch.gt)}  # fmt: skip
+# Functions whose methods a compiler cannot call, by the names that `operator` gives them; and what they are with their
+# arguments exchanged.
+_OF_MASKS = {
+    "ge": (torch.ge, torch.le), "gt": (torch.gt, torch.lt), "le": (torch.le, torch.ge), "lt": (torch.lt, torch.gt),
+    "eq": (torch.eq, torch.eq), "ne": (torch.ne, torch.ne), "and_": (torch.bitwise_and, torch.bitwise_and),
+    "or_": (torch.bitwise_or, torch.bitwise_or), "invert": (torch.bitwise_not, torch.bitwise_not),
+}  # fmt: skip
 # The methods of tensors that have rules, under the names that `operator` gives them.
 _OPERATORS = frozenset(
     name for name in dir(Tensor) if name.startswith("__") and getattr(Tensor, name) in (Tensor.__setitem__, *RULES)
@@ -195,6 +199,9 @@ class Recorder(TorchFunctionMode):
         whole = None if torch.compiler.is_compiling() else target._base
         blank = before is not None and getattr(target, _BLANK_AT, None) == before
         itself = isinstance(value, Tensor) and value._base is target and step_of(value) is None
+        if whole is None and has_step and _is_mask_of(index, target) and not isinstance(value, Tensor):
+            self._record(torch.where, (index, value, target), {}, target, None)
+            return
         if whole is None and not itself and (has_step or blank):
             into = target if has_step else target.new_zeros(()).expand(target.shape)  # it must not hold itself
             self._record(Tensor.__setitem__, (into, index, value), {}, target, None)
@@ -242,9 +249,9 @@ def _as_in_eager_mode(func: Any, args: Any) -> tuple[Any, Any]:
     if getattr(func, "__module__", "") != "_operator":
         return func, args
     reflected = not isinstance(args[0], Tensor)
-    if name in _COMPARISONS:  # whose methods a compiler cannot call
-        comparison, mirrored = _COMPARISONS[name]
-        return (mirrored, args[::-1]) if reflected else (comparison, args)
+    if name in _OF_MASKS and all([isinstance(each, Tensor | int | float) for each in args]):
+        same, mirrored = _OF_MASKS[name]
+        return (mirrored, args[::-1]) if reflected else (same, args)
     # What is left has no rule and needs none: torch's own methods for it take other arguments.
     method = f"__r{name}__" if reflected else f"__{name}__"
     if method not in _OPERATORS:
@@ -259,6 +266,11 @@ def _is_rectified_by_its_layer(func: Any, args: Any, kwargs: Any, step: Step) ->
     if func is F.relu and kwargs.get("inplace") is not True:
         return False
     return rectify_output(args[0])
+
+
+def _is_mask_of(index: Any, target: Tensor) -> bool:
+    """Whether ``target[index] = value`` is ``torch.where(index, value, target)``: ``h[h < 0] = 0``."""
+    return isinstance(index, Tensor) and index.dtype == torch.bool and index.shape == target.shape
 
 
 def _blank_noted(func: Any, output: Any) -> Any:

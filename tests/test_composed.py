@@ -25,6 +25,22 @@ def _squared(y):
     return y * y
 
 
+def _clipped(x):
+    y = x.clone()
+    y[y < 0] = 0
+    return y
+
+
+class _Spike(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return (x >= 1).float()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g
+
+
 def prior_and_draws(activation):
     """The belief about an activation's output, and its moments of draws a channel."""
     generator = torch.Generator().manual_seed(0)
@@ -77,6 +93,9 @@ def prior_and_draws(activation):
     "a hand-written leaky ReLU": lambda x: torch.where(x > 0, x, 0.1 * x),
     "ELU by a mask": lambda x: torch.where(x < 0, torch.exp(x) - 1, x),
     "a gate by a comparison": lambda x: x * (x > 0.3),
+    "the rest of a band": lambda x: x * ~((x > -0.5) & (x < 1)),
+    "negative elements set to zero": _clipped,
+    "what a ReLU left": lambda x: (F.relu(x) != 0) * x,
     "a logarithm": lambda x: torch.log1p(F.relu(x)),
     "a logarithm of a softplus": lambda x: torch.log2(F.softplus(x) + 0.1),
     "a moving average": lambda x: torch.lerp(x, torch.tanh(x), 0.3),
@@ -86,6 +105,20 @@ def test_one_function(activation):
     belief, mean, var = prior_and_draws(activation[1])
     assert ((belief.mean[0] - mean).abs() < 0.015 * var.sqrt()).all()
     assert ((belief.var[0] / var).log().abs() < 0.06).all()
+
+
+def test_a_spiking_neuron():
+    """Two steps of leaky integrate-and-fire. The mean is that of draws; steps count as independent, though they are of
+    one input: the variance is up to two times too small."""
+
+    def neuron(x):
+        first = _Spike.apply(0.8 * x)
+        left = 0.8 * x * (1 - first.detach())
+        return (first + _Spike.apply(0.4 * left + 0.8 * x)) / 2
+
+    belief, mean, var = prior_and_draws(neuron)
+    torch.testing.assert_close(belief.mean[0], mean, rtol=0, atol=0.05)
+    assert ((belief.var[0] / var > 0.4) & (belief.var[0] / var < 1.2)).all()
 
 
 @pytest.mark.parametrize("removed", [-math.inf, -1e9, torch.tensor(-math.inf)])
@@ -100,7 +133,8 @@ def test_scores_that_a_threshold_removes(removed):
     lambda x: torch.sign(x).detach() + (x.clamp(-1, 1) - x.clamp(-1, 1).detach()),
     lambda x: x + (torch.round(2 * x) / 2 - x).detach(),
     lambda x: x.masked_fill(x < 0.4, 0.0),
-], ids=["a sign", "rounding", "a threshold"])  # fmt: skip
+    lambda x: x * ((x > -0.5) & (x < 1)),
+], ids=["a sign", "rounding", "a threshold", "a band"])  # fmt: skip
 def test_jumps(activation):
     """Of binary and quantized networks with a straight-through gradient, within what 65 nodes see of a jump."""
     belief, mean, var = prior_and_draws(activation)

@@ -178,6 +178,43 @@ def less(x: _Operand, y: _Operand) -> Gaussian:
     return greater(y, x)
 
 
+@rule(*aliases("eq"), Tensor.__eq__)
+def equal(x: _Operand, y: _Operand) -> Gaussian:
+    """Never, of two numbers of which one has a density."""
+    return mul(greater(x, y), 0.0)
+
+
+@rule(*aliases("ne", "not_equal"), Tensor.__ne__)
+def unequal(x: _Operand, y: _Operand) -> Gaussian:
+    """Always, see :func:`equal`."""
+    return negation(equal(x, y))
+
+
+@belief_rule("logical_not", "logical_not_", "bitwise_not", "bitwise_not_", "__invert__")
+def negation(x: Gaussian) -> Gaussian:
+    """Of a mask: ``1 - m`` and ``v``."""
+    return Gaussian(1 - x.mean, x.var, x.shape)
+
+
+@rule(*aliases("logical_and", "logical_and_", "bitwise_and", "bitwise_and_", "__and__", "__iand__"))
+def conjunction(x: _Operand, y: _Operand) -> Gaussian:
+    """Both of two independent masks: their product."""
+    return mul(x, y)
+
+
+@rule(*aliases("logical_or", "logical_or_", "bitwise_or", "bitwise_or_", "__or__", "__ior__"))
+def disjunction(x: _Operand, y: _Operand) -> Gaussian:
+    """One of two independent masks, or both: not both are false."""
+    first, second = (negation(each) for each in pair(x, y))
+    return negation(mul(first, second))
+
+
+@belief_rule("heaviside")
+def heaviside(x: Gaussian, values: Tensor) -> Gaussian:
+    """Whether ``x > 0``."""
+    return greater(x, 0.0)
+
+
 @belief_rule("dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d", "feature_dropout")
 def dropout(x: Gaussian, p: float = 0.5, training: bool = True, inplace: bool = False) -> Gaussian:
     """Zero with probability ``p``, divide by ``1 - p``: ``m`` and ``(v + p m^2) / (1 - p)``."""
@@ -188,18 +225,19 @@ def dropout(x: Gaussian, p: float = 0.5, training: bool = True, inplace: bool = 
     return Gaussian(x.mean, (x.var + p * x.mean.square()) / (1 - p))
 
 
+_OF_MASKS = (greater, less, equal, unequal, conjunction, disjunction)
 _OF_TWO = frozenset(
-    f for f, its in RULES.items() if its in (add, sub, rsub, mul, div, lerp, maximum, minimum, greater, less)
+    f for f, its in RULES.items() if its in (add, sub, rsub, mul, div, lerp, maximum, minimum, *_OF_MASKS)
 )
 PRELU = frozenset(function for function, its in RULES.items() if its is prelu)
 _THE_SAME = frozenset(aliases("clone", "contiguous", "detach", *CASTS))
 # Functions that are lines, if they have one argument that is an activation.
 LINES = _THE_SAME | frozenset(f for f, its in RULES.items() if its in (add, sub, rsub, neg, mul, div))
 # Functions of several activations, which may be functions of one.
-JOINT = _OF_TWO | frozenset(aliases("max", "min", "where", "masked_fill"))
+JOINT = _OF_TWO | frozenset(aliases("max", "min", "where", "masked_fill", "masked_fill_"))
 # Functions of one activation that are applied element by element and are no lines; but for random ones.
 _CURVED = frozenset(
-    f for f, its in RULES.items() if its is rdiv or its.__module__ == quadrature.__module__
+    f for f, its in RULES.items() if its in (rdiv, negation, heaviside) or its.__module__ == quadrature.__module__
 ) - frozenset(aliases("rrelu", "rrelu_"))
 # Functions each of whose outputs depends on one element of an activation, whatever their arguments.
 ELEMENTWISE = _CURVED | _OF_TWO | LINES

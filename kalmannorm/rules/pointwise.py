@@ -386,7 +386,7 @@ belief_rules("by quadrature", {
 CASTS = ("float", "double", "half", "bfloat16")
 # What to call for functions whose values or slopes may be infinite, or that take a tensor of channels.
 _GUARDED: dict[str, Callable[..., Any]] = {
-    " ".join(CASTS): lambda t: t,
+    " ".join(CASTS): lambda t: t if t.is_floating_point() else t.to(torch.get_default_dtype()),
     "div div_ divide divide_ true_divide __truediv__ __itruediv__": _quotient,
     "exp exp_": lambda t: t.clamp_max(_LARGEST_EXPONENT).exp(),
     "log log_": lambda t: t.clamp_min(_ABOVE_ZERO).log(),

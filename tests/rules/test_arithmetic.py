@@ -232,6 +232,38 @@ def test_a_difference_of_packed_beliefs():
     torch.testing.assert_close(RULES[torch.sub](x, y).mean, x.mean - y.mean)
 
 
+@covers(*aliases("logical_and", "logical_and_", "bitwise_and", "bitwise_and_", "__and__", "__iand__", "logical_or",
+                 "logical_or_", "bitwise_or", "bitwise_or_", "__or__", "__ior__"))  # fmt: skip
+def test_two_masks(function):
+    x, y = believe((2**16, 3), groups=2), believe((2**16, 3), 5, groups=2)
+    known = torch.tensor([True, False, True])
+    drawn = draw_through(lambda x, y: (function(x > 0, y > 0.5).double(), function(x > 0, known).double()), (x, y), {})
+    masks = RULES[torch.gt](x, 0.0), RULES[torch.gt](y, 0.5)
+    for belief, each in zip((RULES[function](*masks), RULES[function](masks[0], known)), drawn, strict=True):
+        agree(Gaussian(belief.mean, belief.var, each.shape), each, 2)
+
+
+@covers(*aliases("logical_not", "logical_not_", "bitwise_not", "bitwise_not_", "__invert__"))
+def test_the_opposite_of_a_mask(function):
+    x = believe((2**16, 3), groups=2)
+    drawn = draw_through(lambda x: function(x > 0).double(), (x,), {})
+    belief = RULES[function](RULES[torch.gt](x, 0.0))
+    agree(Gaussian(belief.mean, belief.var, drawn.shape), drawn, 2)
+
+
+@covers(*aliases("eq", "ne", "not_equal"), torch.Tensor.__eq__, torch.Tensor.__ne__)
+def test_equality_of_what_has_a_density(function):
+    x = believe((2**10, 3))
+    belief, drawn = RULES[function](x, 0.5), draw_through(function, (x, 0.5), {})
+    assert torch.equal(belief.mean, drawn.double().mean(0, keepdim=True))
+    assert (belief.var == 0).all()
+
+
+@covers(*aliases("heaviside"))
+def test_spikes(function):
+    check_draws(function, believe((2**16, 3), groups=2), torch.zeros(()).double(), groups=2)
+
+
 def test_comparisons_without_a_variance_have_slopes():
     mean, var = torch.tensor([[-1.0, 0.0, 2.0]], requires_grad=True), torch.zeros(1, 3, requires_grad=True)
     y = RULES[torch.gt](Gaussian(mean, var), 0.0)
