@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,21 +37,15 @@ def is_reentrant() -> bool:
     return False
 
 
-class _Within:
-    """A function that runs in a context."""
-
-    def __init__(self, context: Callable[[], AbstractContextManager[Any]], function: Callable[..., Any]) -> None:
-        self.context = context
-        self.function = function
-
-    def __call__(self, *args: Any) -> Any:
-        with self.context():
-            return self.function(*args)
+def _within(context: Callable[[], AbstractContextManager[Any]], function: Callable[..., Any], *args: Any) -> Any:
+    with context():
+        return function(*args)
 
 
 def enter_again(hooks: Any, context: Callable[[], AbstractContextManager[Any]]) -> None:
     """Enter a context whenever the region that these hooks for saved tensors identify is recomputed."""
     for cell in hooks[0].__closure__ or () if hasattr(hooks[0], "__closure__") else ():
         region = cell.cell_contents
-        if isinstance(region, checkpoint._CheckpointFrame) and not isinstance(region.recompute_fn, _Within):
-            region.recompute_fn = _Within(context, region.recompute_fn)
+        is_region = isinstance(region, checkpoint._CheckpointFrame)
+        if is_region and getattr(region.recompute_fn, "func", None) is not _within:
+            region.recompute_fn = partial(_within, context, region.recompute_fn)

@@ -54,7 +54,8 @@ def connect(model: _M, *, input_stats: InputStats | None = None) -> _M:
         # A layer alone needs hooks only for what it is told of its input.
         inside = [layer for _, layer in kalman_layers(module) if layer is not module or (module is model and known)]
         if inside:
-            watch = Watch(inside, known, _positional(module), name)
+            arguments = [n for n, p in _arguments(module).items() if p.kind not in (p.KEYWORD_ONLY, p.VAR_KEYWORD)]
+            watch = Watch(inside, known, arguments, name)
             module.register_forward_pre_hook(watch.open, with_kwargs=True, prepend=True)
             module.register_forward_hook(watch.close, always_call=True)
     return model
@@ -114,7 +115,3 @@ def _arguments(module: nn.Module) -> Mapping[str, inspect.Parameter]:
         return inspect.signature(module.forward).parameters
     except (TypeError, ValueError):  # of a function that is not Python's
         return {}
-
-
-def _positional(module: nn.Module) -> list[str]:
-    return [name for name, p in _arguments(module).items() if p.kind not in (p.KEYWORD_ONLY, p.VAR_KEYWORD)]

@@ -19,9 +19,7 @@ from kalmannorm.kernels.formulas import at_least_float32, fuse, normalize, obser
 from kalmannorm.kernels.layer import layer
 from kalmannorm.kernels.moments import moments
 
-__all__ = [
-    "KalmanNormOutput", "group_kalman_norm", "kalman_norm", "kalman_update", "observe", "trusted_gain",
-]  # fmt: skip
+__all__ = ["KalmanNormOutput", "group_kalman_norm", "kalman_norm", "kalman_update", "observe", "trusted_gain"]
 
 
 class KalmanNormOutput(NamedTuple):
@@ -121,8 +119,7 @@ def kalman_norm(x: Tensor, prior: Gaussian | None, weight: Tensor | None = None,
                 gain: Tensor | float = 1.0, process_noise: Tensor | None = None, spread: bool = True,
                 guard: float | None = None, groups: int = 1, eps: float = 1e-5, observation: Gaussian | None = None,
                 relu: bool = False) -> KalmanNormOutput:  # fmt: skip
-    """Normalize by batch statistics fused with a prior (batch Kalman normalization), and perhaps rectify in the same
-    pass.
+    """Normalize by batch statistics fused with a prior (batch Kalman normalization).
 
     Args:
         x: ``(N, C, *)``.
@@ -135,9 +132,8 @@ def kalman_norm(x: Tensor, prior: Gaussian | None, weight: Tensor | None = None,
         guard: see :func:`kalman_update`.
         groups: ``S``; ``N`` is a multiple of it.
         eps: added to the variance.
-        observation: the moments to fuse with the prior, if not those of ``x`` alone:
-            see :func:`synchronize`.
-        relu: rectify the result.
+        observation: moments to fuse with the prior in place of those of ``x``: :func:`synchronize`.
+        relu: rectify the result in the same pass.
 
     Example:
         >>> import torch, kalmannorm as kn
@@ -157,8 +153,7 @@ def kalman_norm(x: Tensor, prior: Gaussian | None, weight: Tensor | None = None,
         observation = Gaussian(out.statistics[4], out.statistics[5])
         return KalmanNormOutput(out.output, posterior, observation, 1.0 if prior is None else gain)
     wide = at_least_float32(x)
-    if observation is None:
-        observation = observe(wide, groups)
+    observation = observe(wide, groups) if observation is None else observation
     gain, posterior = _fuse(prior, observation, gain, process_noise, spread, guard)
     y = normalize(wide, posterior, weight, bias, eps).to(x.dtype)
     return KalmanNormOutput(y.relu() if relu else y, posterior, observation, gain)
@@ -254,9 +249,8 @@ def group_kalman_norm(x: Tensor, prior: Gaussian | None, num_groups: int, weight
         split = add_process_noise(prior, process_noise).map(lambda t: t.unflatten(1, (num_groups, -1)))
         prior = split.pool([2]).map(lambda t: t.squeeze(2))
     gain, posterior = _fuse(prior, observation, gain, None, spread, guard)
-    each_channel = channels // num_groups
     posterior, observation = (
-        b.map(lambda t: t.repeat_interleave(each_channel, 1)) for b in (posterior, observation)
+        b.map(lambda t: t.repeat_interleave(channels // num_groups, 1)) for b in (posterior, observation)
     )
     y = normalize(wide, posterior, weight, bias, eps).to(x.dtype)
     return KalmanNormOutput(y, posterior, observation, gain)

@@ -1,8 +1,4 @@
-"""The choices of the paper and of its released code that scored no better here: presets, and Monte-Carlo draws.
-
-The default is exact moments, a gain that depends on the number of samples, and the output's own belief. The choices
-below are options of the layers; `docs/evidence.md` compares them.
-"""
+"""The paper's and its released code's choices: presets, and Monte-Carlo draws. `docs/evidence.md` compares them."""
 
 from __future__ import annotations
 
@@ -70,8 +66,7 @@ def drawn(step: Step, groups: int) -> Tensor | Unknown:
         draws = step.draws
         if draws is None or not may_use(step.draws_in, step, now):
             return None
-        enough = isinstance(draws, Unknown) or step.groups_drawn == groups
-        return draws if enough else None
+        return draws if isinstance(draws, Unknown) or step.groups_drawn == groups else None
 
     def draw(step: Step) -> Tensor | Unknown:
         draws = _draw(step, groups) if step.function is None else _by_call(step, kept)
@@ -79,8 +74,7 @@ def drawn(step: Step, groups: int) -> Tensor | Unknown:
         step.groups_drawn = groups
         return draws
 
-    draws: Tensor | Unknown = evaluate(step, kept, draw)
-    return draws
+    return evaluate(step, kept, draw)
 
 
 def _draw(step: Step, groups: int) -> Tensor | Unknown:

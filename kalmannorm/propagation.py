@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from kalmannorm.rules.rectified import Rectified
 from kalmannorm.rules.table import BELIEF_ALONE, BELIEF_FIRST, LIKE, as_rule_is_called
 from kalmannorm.steps import Step, computed_in, found_in, may_use, replace, step_of
 
+_T = TypeVar("_T")
 NO_INPUT = Unknown("its input does not depend on a floating-point input, or went through torch.jit, vmap or DTensor")
 _NOTHING = nullcontext()
 # Errors of a rule that gets unexpected shapes, and of a torch function that gets draws.
@@ -73,8 +74,7 @@ def exact(step: Step) -> Belief:
         step.belief, step.belief_in, step.depth = belief, computed_in(step.belief, now), 0
         return belief
 
-    belief: Belief = evaluate(step, kept, apply_rule)
-    return belief
+    return evaluate(step, kept, apply_rule)
 
 
 def settle(step: Step) -> None:
@@ -126,29 +126,27 @@ def true_depth(step: Step) -> int:
         depths[step] = 1 + max([depths.get(parent, 0) for parent in step.parents], default=0)
         return depths[step]
 
-    depth: int = evaluate(step, known, count)
-    return depth
+    return evaluate(step, known, count)
 
 
-def evaluate(step: Step, kept: Callable[[Step], Any], compute: Callable[[Step], Any]) -> Any:
+def evaluate(step: Step, kept: Callable[[Step], _T | None], compute: Callable[[Step], _T]) -> _T:
     """Compute the value of a step after the values of its ancestors.
 
     ``kept`` returns a step's value if it was computed before; ``compute`` computes and keeps it, from its parents' kept
     values. Without recursion: a vision transformer makes a thousand calls between two batch normalizations.
     """
     waiting = [step]
-    value = None
-    while waiting:
+    while True:
         current = waiting[-1]
         value = kept(current)
         if value is None:
-            first = [parent for parent in current.parents if kept(parent) is None]
-            if first:
+            if first := [parent for parent in current.parents if kept(parent) is None]:
                 waiting += first
                 continue
             value = compute(current)
         waiting.pop()
-    return value
+        if not waiting:
+            return value
 
 
 def operands(step: Step, value_of: Callable[[Step], Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | Unknown:

@@ -147,8 +147,7 @@ class Watch:
             stacklevel=2,
         )
 
-    def _start_beliefs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
-                       mode: Recorder) -> None:  # fmt: skip
+    def _start_beliefs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mode: Recorder) -> None:
         """Attach a belief to each input, `Unknown` where none was given, so that steps lead back to it."""
         values = (*args, *kwargs.values())
         self._move_beliefs(values)

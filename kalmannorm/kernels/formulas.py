@@ -191,8 +191,7 @@ def fold_taps(weight: Tensor) -> tuple[Tensor, Tensor]:
     return taps.sum(-1), taps.square().sum(-1)
 
 
-def link_forward(moments: Tensor, weight: Tensor, bias: Tensor | None,
-                 relu: bool) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+def link_forward(moments: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> tuple[Tensor, Tensor | None]:
     """The moments of a Gaussian, rectified or not, behind a convolution or linear map.
 
     From mean and variance, ``(2, S, C_in, ...)`` with axes of size 1 behind, and a weight ``(C_out, C_in, *taps)``:

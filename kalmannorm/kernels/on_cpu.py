@@ -98,8 +98,7 @@ def _link(moments: Tensor, weight: Tensor, bias: Tensor | None, after: Tensor | 
     )  # fmt: skip
 
 
-def link_forward(moments: Tensor, weight: Tensor, bias: Tensor | None,
-                 relu: bool) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+def link_forward(moments: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> tuple[Tensor, Tensor | None]:
     """See :func:`kalmannorm.kernels.formulas.link_forward`."""
     _, groups, _, *ones = moments.shape
     out = moments.new_empty(2, groups, weight.shape[0], *ones)

@@ -299,8 +299,7 @@ def _blocks(size: tuple[int, ...], last: bool, itemsize: int) -> _Blocks:
     return _Blocks(taps, last, _aligned(columns, itemsize), forward, backward, chunks, chunks * _divide_up(columns, f))
 
 
-def link_forward(moments: Tensor, weight: Tensor, bias: Tensor | None,
-                 relu: bool) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+def link_forward(moments: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> tuple[Tensor, Tensor | None]:
     """See :func:`kalmannorm.kernels.formulas.link_forward`."""
     _, groups, channels, *ones = moments.shape
     rows = weight.shape[0]

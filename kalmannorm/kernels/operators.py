@@ -24,9 +24,7 @@ _OPTIONS = (
     "SymInt groups, SymInt gain_samples, float gain_slope, float gain_offset, float noise_scale, bool spread, "
     "float eps, bool relu"
 )
-_PARAMETERS = (
-    "Tensor? prior, Tensor? shift, Tensor? scale, Tensor? gain, Tensor? noise, Tensor? weight, Tensor? bias"
-)  # fmt: skip
+_PARAMETERS = "Tensor? prior, Tensor? shift, Tensor? scale, Tensor? gain, Tensor? noise, Tensor? weight, Tensor? bias"
 
 
 def _operator(name: str, schema: str, compute: Callable[..., Any], shapes: Callable[..., Any]) -> Any:
