@@ -91,23 +91,13 @@ static void line_of(const Inputs *f, const float *statistics, int64_t size, int6
 /* Not fmax, which would make zero of NaN. */
 static double not_negative(double x) { return x < 0 ? 0.0 : x; }
 
-static double sum_run(const float *RESTRICT x, int64_t n) {
+/* Of values, or of their squared deviations from a mean. */
+INLINE double sum_run(const float *RESTRICT x, int64_t n, int squared, float mean) {
     double total = 0;
     FOR_RUNS(n, start, end) {
         float part = 0;
 #pragma omp simd reduction(+ : part)
-        for (int64_t j = start; j < end; j++) part += x[j];
-        total += part;
-    }
-    return total;
-}
-
-static double squares_run(const float *RESTRICT x, int64_t n, float mean) {
-    double total = 0;
-    FOR_RUNS(n, start, end) {
-        float part = 0;
-#pragma omp simd reduction(+ : part)
-        for (int64_t j = start; j < end; j++) part += (x[j] - mean) * (x[j] - mean);
+        for (int64_t j = start; j < end; j++) part += squared ? (x[j] - mean) * (x[j] - mean) : x[j];
         total += part;
     }
     return total;
@@ -119,24 +109,34 @@ static void apply_run(const float *RESTRICT x, float *RESTRICT y, int64_t n, flo
         for (int64_t j = 0; j < n; j++) y[j] = y[j] < 0 ? 0.0f : y[j];
 }
 
-static void forward_channels_first(const float *x, float *y, const Inputs *f, const Shape *shape, float q,
-                                   float *statistics) {
+/* Packed by `_FORWARD` in on_cpu.py; the other arguments below likewise. */
+typedef struct {
+    Inputs inputs;
+    Shape shape;
+    const float *x;
+    float *y, *statistics, *running_mean, *running_var;
+    int64_t *batches, *nonfinite;
+    float momentum;
+} Forward;
+
+static void forward_channels_first(const Forward *a, float q) {
+    const Shape *shape = &a->shape;
     int64_t C = shape->channels, P = shape->pixels, rows = shape->samples / shape->groups, size = shape->groups * C;
 #pragma omp parallel for schedule(static) num_threads(shape->threads) if (size * rows * P > SMALL)
     for (int64_t i = 0; i < size; i++) {
         int64_t first = (i / C * rows * C + i % C) * P;
         double n = (double)(rows * P), mean = 0, squares = 0;
-        for (int64_t r = 0; r < rows; r++) mean += sum_run(x + first + r * C * P, P);
+        for (int64_t r = 0; r < rows; r++) mean += sum_run(a->x + first + r * C * P, P, 0, 0);
         mean /= n;
-        for (int64_t r = 0; r < rows; r++) squares += squares_run(x + first + r * C * P, P, (float)mean);
+        for (int64_t r = 0; r < rows; r++) squares += sum_run(a->x + first + r * C * P, P, 1, (float)mean);
         /* the mean's rounding in float32 */
         double lost = mean - (float)mean;
-        fuse(f, q, size, C, i, mean, not_negative(squares / n - lost * lost), statistics);
+        fuse(&a->inputs, q, size, C, i, mean, not_negative(squares / n - lost * lost), a->statistics);
         float scale, shift;
-        line_of(f, statistics, size, C, i, &scale, &shift);
+        line_of(&a->inputs, a->statistics, size, C, i, &scale, &shift);
         for (int64_t r = 0; r < rows; r++) {
             int64_t at = first + r * C * P;
-            apply_run(x + at, y + at, P, scale, shift, f->relu);
+            apply_run(a->x + at, a->y + at, P, scale, shift, a->inputs.relu);
         }
     }
 }
@@ -174,28 +174,28 @@ static void sum_rows_in_threads(const float *x, int64_t rows, int64_t C, const f
     free(parts);
 }
 
-static void forward_group_channels_last(const float *x, float *y, const Inputs *f, const Shape *shape, float q,
-                                        float *statistics, int64_t group, int threads) {
+static void forward_group_channels_last(const Forward *a, float q, int64_t group, int threads) {
+    const Inputs *f = &a->inputs;
+    const Shape *shape = &a->shape;
     int64_t C = shape->channels, rows = shape->samples / shape->groups * shape->pixels, size = shape->groups * C;
     int64_t first = group * rows * C;
     double *total = malloc(2 * C * sizeof(double)), *mean = total + C;
     float *line = malloc(2 * C * sizeof(float)), *shift = line + C;
-    sum_rows_in_threads(x + first, rows, C, NULL, threads, total);
+    sum_rows_in_threads(a->x + first, rows, C, NULL, threads, total);
     for (int64_t c = 0; c < C; c++) {
         mean[c] = total[c] / rows;
         line[c] = (float)mean[c];
     }
-    sum_rows_in_threads(x + first, rows, C, line, threads, total);
+    sum_rows_in_threads(a->x + first, rows, C, line, threads, total);
     for (int64_t c = 0; c < C; c++) {
         double lost = mean[c] - line[c];
-        fuse(f, q, size, C, group * C + c, mean[c], not_negative(total[c] / rows - lost * lost), statistics);
-        line_of(f, statistics, size, C, group * C + c, line + c, shift + c);
+        fuse(f, q, size, C, group * C + c, mean[c], not_negative(total[c] / rows - lost * lost), a->statistics);
+        line_of(f, a->statistics, size, C, group * C + c, line + c, shift + c);
     }
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t r = 0; r < rows; r++) {
-        int64_t at = first + r * C;
-        const float *RESTRICT in = x + at;
-        float *RESTRICT out = y + at;
+        const float *RESTRICT in = a->x + first + r * C;
+        float *RESTRICT out = a->y + first + r * C;
         for (int64_t c = 0; c < C; c++) out[c] = in[c] * line[c] + shift[c];
         if (f->relu)
             for (int64_t c = 0; c < C; c++) out[c] = out[c] < 0 ? 0.0f : out[c];
@@ -204,10 +204,10 @@ static void forward_group_channels_last(const float *x, float *y, const Inputs *
     free(line);
 }
 
-static void move_running(const Shape *shape, float q, const float *statistics, float *running_mean,
-                         float *running_var, int64_t *batches, int64_t *nonfinite, float momentum) {
-    int64_t C = shape->channels, S = shape->groups, size = S * C;
-    int64_t others = shape->samples / S * shape->pixels - 1;
+static void move_running(const Forward *a, float q) {
+    int64_t C = a->shape.channels, S = a->shape.groups, size = S * C;
+    int64_t others = a->shape.samples / S * a->shape.pixels - 1;
+    const float *statistics = a->statistics;
     float bessel = q / (float)(others > 1 ? others : 1);
     int lost = 0;
     for (int64_t c = 0; c < C; c++) {
@@ -220,46 +220,31 @@ static void move_running(const Shape *shape, float q, const float *statistics, f
         mean /= S;
         var /= S;
         if (isfinite(mean + var)) {
-            running_mean[c] += momentum * (mean - running_mean[c]);
-            running_var[c] += momentum * (var - running_var[c]);
+            a->running_mean[c] += a->momentum * (mean - a->running_mean[c]);
+            a->running_var[c] += a->momentum * (var - a->running_var[c]);
         } else {
             lost = 1;
         }
     }
-    batches[0] += 1;
-    nonfinite[0] += lost;
+    a->batches[0] += 1;
+    a->nonfinite[0] += lost;
 }
 
-/* Packed by `_FORWARD` in on_cpu.py; the other arguments below likewise. */
-typedef struct {
-    Inputs inputs;
-    Shape shape;
-    const float *x;
-    float *y, *statistics, *running_mean, *running_var;
-    int64_t *batches, *nonfinite;
-    float momentum;
-} Forward;
+static int threads_for(const Shape *s) { return s->samples * s->pixels * s->channels > SMALL ? s->threads : 1; }
 
 void layer_forward(const Forward *a) {
-    const Inputs *f = &a->inputs;
-    const Shape *shape = &a->shape;
-    const float *x = a->x;
-    float *y = a->y, *statistics = a->statistics, q = gain_of(f);
-    if (shape->channels_last) {
-        int64_t S = shape->groups, all = shape->samples * shape->pixels * shape->channels;
-        int threads = all > SMALL ? shape->threads : 1;
-        /* One loop in threads, not one in another, even of one turn: threads inside of it are made anew each time. */
-        if (S == 1) {
-            forward_group_channels_last(x, y, f, shape, q, statistics, 0, threads);
-        } else {
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-            for (int64_t s = 0; s < S; s++) forward_group_channels_last(x, y, f, shape, q, statistics, s, 1);
-        }
+    float q = gain_of(&a->inputs);
+    int threads = threads_for(&a->shape);
+    if (!a->shape.channels_last) {
+        forward_channels_first(a, q);
+    } else if (a->shape.groups == 1) {
+        /* No loop in threads inside of another, even of one turn: its threads would be made anew each time. */
+        forward_group_channels_last(a, q, 0, threads);
     } else {
-        forward_channels_first(x, y, f, shape, q, statistics);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+        for (int64_t s = 0; s < a->shape.groups; s++) forward_group_channels_last(a, q, s, 1);
     }
-    if (a->running_mean)
-        move_running(shape, q, statistics, a->running_mean, a->running_var, a->batches, a->nonfinite, a->momentum);
+    if (a->running_mean) move_running(a, q);
 }
 
 /* ---- backward ---- */
@@ -270,11 +255,22 @@ typedef struct {
     float *d_prior_mean, *d_prior_var, *d_gain, *d_noise, *d_weight, *d_bias;
 } Gradients;
 
+typedef struct {
+    Inputs inputs;
+    Shape shape;
+    Gradients gradients;
+    const float *dy, *x, *statistics;
+    float *dx;
+} Backward;
+
 /* One group and channel's share of every gradient; `terms` is (5, S, C): prior mean, prior variance, gain, weight, bias. */
-static void gradients_of(const Inputs *f, const Gradients *g, float q, int64_t size, int64_t channels, int64_t i, double n,
-                         const float *statistics, double sum_dy, double sum_dyx, float *terms, float *scale,
-                         float *slope, float *offset) {
-    int64_t c = i % channels;
+static void gradients_of(const Backward *a, float q, int64_t i, double sum_dy, double sum_dyx, float *terms,
+                         float *scale, float *slope, float *offset) {
+    const Inputs *f = &a->inputs;
+    const Gradients *g = &a->gradients;
+    const float *statistics = a->statistics;
+    int64_t C = a->shape.channels, size = a->shape.groups * C, c = i % C;
+    double n = (double)(a->shape.samples / a->shape.groups * a->shape.pixels);
     float gamma = weight_of(f, c), eps = f->eps;
     float v = statistics[size + i], mean = statistics[4 * size + i], var = statistics[5 * size + i];
     float inverse = 1.0f / sqrtf(v + eps);
@@ -308,8 +304,10 @@ static void gradients_of(const Inputs *f, const Gradients *g, float q, int64_t s
     *offset = (float)(by_observed / n) - *slope * mean;
 }
 
-static void collect(const Inputs *f, const Gradients *g, const Shape *shape, float q, const float *terms) {
-    int64_t C = shape->channels, S = shape->groups, size = S * C;
+static void collect(const Backward *a, float q, const float *terms) {
+    const Inputs *f = &a->inputs;
+    const Gradients *g = &a->gradients;
+    int64_t C = a->shape.channels, S = a->shape.groups, size = S * C;
     double by_gain = 0;
     for (int64_t c = 0; c < C; c++) {
         float by_mean = 0, by_var = 0, by_weight = 0, by_bias = 0;
@@ -364,8 +362,10 @@ INLINE void input_gradient_run(const float *RESTRICT dy, const float *RESTRICT x
         dx[j] = scale * masked(dy[j], x[j], scale, shift, relu) + slope * x[j] + offset;
 }
 
-static void backward_channels_first(const float *dy, const float *x, float *dx, const Inputs *f, const Gradients *g,
-                                    const Shape *shape, float q, const float *statistics, float *terms) {
+static void backward_channels_first(const Backward *a, float q, float *terms) {
+    const Inputs *f = &a->inputs;
+    const Shape *shape = &a->shape;
+    const float *dy = a->dy, *x = a->x, *statistics = a->statistics;
     int64_t C = shape->channels, P = shape->pixels, rows = shape->samples / shape->groups, size = shape->groups * C;
 #pragma omp parallel for schedule(static) num_threads(shape->threads) if (size * rows * P > SMALL)
     for (int64_t i = 0; i < size; i++) {
@@ -381,13 +381,13 @@ static void backward_channels_first(const float *dy, const float *x, float *dx, 
                 sums_run(dy + at, x + at, P, m, scale, shift, 0, &sum_dy, &sum_dyx);
         }
         sum_dyx /= sqrt(statistics[size + i] + f->eps);
-        gradients_of(f, g, q, size, C, i, (double)(rows * P), statistics, sum_dy, sum_dyx, terms, &scale, &slope, &offset);
+        gradients_of(a, q, i, sum_dy, sum_dyx, terms, &scale, &slope, &offset);
         for (int64_t r = 0; r < rows; r++) {
             int64_t at = first + r * C * P;
             if (f->relu)
-                input_gradient_run(dy + at, x + at, dx + at, P, scale, shift, slope, offset, 1);
+                input_gradient_run(dy + at, x + at, a->dx + at, P, scale, shift, slope, offset, 1);
             else
-                input_gradient_run(dy + at, x + at, dx + at, P, scale, shift, slope, offset, 0);
+                input_gradient_run(dy + at, x + at, a->dx + at, P, scale, shift, slope, offset, 0);
         }
     }
 }
@@ -410,9 +410,11 @@ static void sum_gradient_rows(const float *RESTRICT dy, const float *RESTRICT x,
     }
 }
 
-static void backward_group_channels_last(const float *dy, const float *x, float *dx, const Inputs *f,
-                                         const Gradients *g, const Shape *shape, float q, const float *statistics,
-                                         float *terms, int64_t group, int threads) {
+static void backward_group_channels_last(const Backward *a, float q, float *terms, int64_t group, int threads) {
+    const Inputs *f = &a->inputs;
+    const Shape *shape = &a->shape;
+    const float *dy = a->dy, *x = a->x, *statistics = a->statistics;
+    float *dx = a->dx;
     int64_t C = shape->channels, rows = shape->samples / shape->groups * shape->pixels, size = shape->groups * C;
     int64_t first = group * rows * C;
     float *line = malloc(4 * C * sizeof(float)), *shift = line + C, *slope = line + 2 * C, *offset = line + 3 * C;
@@ -432,8 +434,7 @@ static void backward_group_channels_last(const float *dy, const float *x, float 
             sum_dyx += totals[t * 2 * C + C + c];
         }
         sum_dyx /= sqrt(statistics[size + group * C + c] + f->eps);
-        gradients_of(f, g, q, size, C, group * C + c, (double)rows, statistics, sum_dy, sum_dyx, terms, line + c,
-                     slope + c, offset + c);
+        gradients_of(a, q, group * C + c, sum_dy, sum_dyx, terms, line + c, slope + c, offset + c);
     }
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t r = 0; r < rows; r++) {
@@ -448,35 +449,18 @@ static void backward_group_channels_last(const float *dy, const float *x, float 
     free(parts);
 }
 
-typedef struct {
-    Inputs inputs;
-    Shape shape;
-    Gradients gradients;
-    const float *dy, *x, *statistics;
-    float *dx;
-} Backward;
-
 void layer_backward(const Backward *a) {
-    const Inputs *f = &a->inputs;
-    const Shape *shape = &a->shape;
-    const Gradients *g = &a->gradients;
-    const float *dy = a->dy, *x = a->x, *statistics = a->statistics;
-    float *dx = a->dx, q = gain_of(f);
-    int64_t S = shape->groups, all = shape->samples * shape->pixels * shape->channels;
-    float *terms = malloc(5 * S * shape->channels * sizeof(float));
-    if (shape->channels_last) {
-        int threads = all > SMALL ? shape->threads : 1;
-        if (S == 1) { /* as above */
-            backward_group_channels_last(dy, x, dx, f, g, shape, q, statistics, terms, 0, threads);
-        } else {
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-            for (int64_t s = 0; s < S; s++)
-                backward_group_channels_last(dy, x, dx, f, g, shape, q, statistics, terms, s, 1);
-        }
+    float q = gain_of(&a->inputs), *terms = malloc(5 * a->shape.groups * a->shape.channels * sizeof(float));
+    int threads = threads_for(&a->shape);
+    if (!a->shape.channels_last) {
+        backward_channels_first(a, q, terms);
+    } else if (a->shape.groups == 1) { /* as above */
+        backward_group_channels_last(a, q, terms, 0, threads);
     } else {
-        backward_channels_first(dy, x, dx, f, g, shape, q, statistics, terms);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+        for (int64_t s = 0; s < a->shape.groups; s++) backward_group_channels_last(a, q, terms, s, 1);
     }
-    collect(f, g, shape, q, terms);
+    collect(a, q, terms);
     free(terms);
 }
 
@@ -585,11 +569,11 @@ typedef struct {
 void link_forward(const LinkForward *a) {
     const Link *l = &a->link;
     int64_t S = l->groups, in = l->in, columns = in * l->taps;
-    const float *mean = l->mean, *var = l->var, *weight = l->weight, *bias = l->bias, *m = mean, *v = var;
+    const float *weight = l->weight, *bias = l->bias, *m = l->mean, *v = l->var;
     float *rectified = l->rectified, *out = a->out;
     if (l->relu) {
-        memcpy(rectified, mean, S * in * sizeof(float));
-        memcpy(rectified + S * in, var, S * in * sizeof(float));
+        memcpy(rectified, m, S * in * sizeof(float));
+        memcpy(rectified + S * in, v, S * in * sizeof(float));
         for (int64_t j = 0; j < S * in; j++) rectify(rectified + j, rectified + S * in + j);
         m = rectified;
         v = rectified + S * in;
