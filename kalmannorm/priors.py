@@ -52,10 +52,9 @@ class Prior(NamedTuple):
 
 
 class KeptPriors:
-    """Priors that depend on parameters alone, kept from one forward pass to the next.
+    """Priors that depend on parameters alone, kept from one forward pass to the next, by layer and number of its call.
 
-    A pass keeps each prior by layer and number of its call. The next one uses them, if nothing that they depend on has
-    changed since: parameters, buffers, shapes of inputs, and numbers and strings among the arguments.
+    The next pass uses them if parameters, buffers, shapes of inputs, and numbers and strings among the arguments stay.
     """
 
     def __init__(self) -> None:
@@ -68,11 +67,9 @@ class KeptPriors:
         self.are_complete = False
 
     def begin(self, module: nn.Module, layers: Sequence[Any], values: Any, may_keep: bool) -> None:
-        """Begin a pass: a call of a network with these values; ``may_keep`` is what :func:`may_be_kept` says of its
-        Kalman layers.
+        """Begin a pass: a call of a network with these values; ``may_keep`` is :func:`may_be_kept` of its layers.
 
-        If the last pass called each layer that fuses once, it was not ended by an error, and its course did not depend
-        on the inputs.
+        If the last pass called each layer that fuses once, no error ended it, and inputs did not change its course.
         """
         tensors: list[Tensor] = []
         if not may_keep:
@@ -82,11 +79,12 @@ class KeptPriors:
         else:
             tensors = tensors_of(module)
             key = _what_they_depend_on(module, tensors, layers, values)
-        if not torch.compiler.is_compiling() and (key is None or not _are_same(self.tensors, tensors)):
+        now = [*map(id, tensors)]
+        is_same = [id(ref()) for ref in self.tensors] == now  # and no later tensor in the memory of one that is gone
+        if not torch.compiler.is_compiling() and (key is None or not is_same):
             self.kept, self.key = {}, None  # a step may follow a pass with gradients, and no count tell of its changes
-        self.are_complete = key is not None and key == self.key and self.calls == {
-            layer: 1 for layer in layers if layer.is_fusing and not layer.ignores_prior
-        }
+        once = {layer: 1 for layer in layers if layer.is_fusing and not layer.ignores_prior}
+        self.are_complete = key is not None and key == self.key and self.calls == once
         self.layers, self.calls, self.are_used = layers, {}, key is not None
         if self.are_used and key != self.key:
             self.kept, self.key, self.tensors = {}, key, [weakref.ref(t) for t in tensors]
@@ -110,9 +108,7 @@ class KeptPriors:
         return self.kept[place]
 
     def _hold_for_export(self, module: nn.Module, layers: Sequence[Any], values: Any) -> bool:
-        """Whether the kept priors are still right, for inputs of any batch size. An exporter has put stand-ins in the
-        place of the parameters that they depend on.
-        """
+        """Whether the kept priors are still right, for inputs of any batch size; parameters are an exporter's now."""
         if self.key is None or not is_exporting():
             return False
         inputs, course, switched, states = self.key
@@ -134,9 +130,7 @@ def may_be_kept(layers: Sequence[Any]) -> bool:
 
 
 def _what_they_depend_on(module: nn.Module, tensors: Sequence[Tensor], layers: Sequence[Any], values: Any) -> Any:
-    """Equal for two passes whose priors are equal; None if they also depend on the batch or on chance, or if they need
-    gradients.
-    """
+    """Equal for two passes with equal priors; None if priors depend on the batch or on chance, or need gradients."""
     if is_transformed() or any(each.training for each in module.modules()):  # dropout, for one
         return None
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
@@ -162,9 +156,7 @@ def tensors_of(module: nn.Module) -> list[Tensor]:
 
 
 def _course(value: Any) -> Any:
-    """What of the arguments the course of a forward pass may depend on: all but the numbers in tensors. None if one
-    holds an object of another kind, which may change within.
-    """
+    """What a pass's course may depend on: all of its arguments but the numbers in tensors; None for other objects."""
     if isinstance(value, Mapping):
         return None if (course := _course([*value.values()])) is None else (*value, course)
     if isinstance(value, tuple | list):
@@ -179,11 +171,6 @@ def _switched(module: nn.Module, layers: Sequence[Any]) -> tuple[float, ...]:
     """Differs once a layer's training flag or ``eps`` was set, or a hook was added or removed."""
     hooks = [key for each in module.modules() for key in (*each._forward_pre_hooks, *each._forward_hooks)]
     return sum(layer.times_switched for layer in layers), *[layer.eps for layer in layers], *hooks
-
-
-def _are_same(kept: Sequence[weakref.ref[Tensor]], tensors: Sequence[Tensor]) -> bool:
-    """Whether these tensors are those: a later one may have the memory of one that is gone."""
-    return len(kept) == len(tensors) and all(ref() is t for ref, t in zip(kept, tensors, strict=True))
 
 
 def _states(tensors: Iterable[Tensor]) -> tuple[Any, ...]:

@@ -78,21 +78,19 @@ def exact(step: Step) -> Belief:
 
 
 def settle(step: Step) -> None:
-    """Evaluate a step of an earlier pass, and let it forget how it came about: a state that a network passes to itself
-    would keep all earlier passes. Autocast must be off.
-
-    Not inside of a checkpointed region, which runs again.
+    """Evaluate a step of an earlier pass, and drop its parents: a state that a network passes to itself would keep all
+    earlier passes. Autocast must be off.
     """
     if step.function is None or not (saved_tensor_hooks() is step.hooks is step.belief_in is None):
-        return
+        return  # a checkpointed region runs again
     belief = exact(step)
     step.belief = belief.evaluate().of(step.shape) if isinstance(belief, Rectified) else belief
     step.function, step.args, step.kwargs, step.parents, step.source = None, (), {}, (), "an earlier pass"
 
 
 def let_go_of_graph(step: Step, copies: dict[Step, Step]) -> None:
-    """Let the step of a `detach` come from copies of its parents that are constants too, and are added to ``copies``: a
-    tensor that the network has detached and keeps would keep the autograd graph of its pass.
+    """Let the step of a `detach` come from constant copies of its ancestors, which are added to ``copies``: a detached
+    tensor that the network keeps would keep the autograd graph of its pass.
     """
 
     def known(step: Step) -> Step | None:
@@ -130,10 +128,9 @@ def true_depth(step: Step) -> int:
 
 
 def evaluate(step: Step, kept: Callable[[Step], _T | None], compute: Callable[[Step], _T]) -> _T:
-    """Compute the value of a step after the values of its ancestors.
+    """Compute the value of a step after its ancestors', without recursion: a chain may have a thousand calls.
 
-    ``kept`` returns a step's value if it was computed before; ``compute`` computes and keeps it, from its parents' kept
-    values. Without recursion: a vision transformer makes a thousand calls between two batch normalizations.
+    ``kept`` returns a step's value if it was computed before; ``compute`` computes and keeps it, from its parents'.
     """
     waiting = [step]
     while True:

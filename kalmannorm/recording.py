@@ -1,9 +1,7 @@
 """The mode that records torch calls while a network runs.
 
-A torch function that gets a tensor with a belief is *recorded* on its output as a :class:`~kalmannorm.steps.Step`.
-Nothing is computed then. The next normalization layer asks for the belief about its input
-(:func:`kalmannorm.propagation.belief_for`), which evaluates the chain of steps that leads there. Steps that no layer
-asks for, such as a classifier's head, cost nothing.
+A torch function that gets a tensor with a step is *recorded* on its output as a :class:`~kalmannorm.steps.Step`.
+Nothing is computed before a layer asks for the belief about its input (:func:`kalmannorm.propagation.belief_for`).
 """
 
 from __future__ import annotations
@@ -34,11 +32,9 @@ from kalmannorm.steps import SCALARS, Step, ancestors, detached, found_in, put, 
 
 _BASE = Tensor._base.__get__  # type: ignore[union-attr]
 
-# The longest chain. A state that a network passes to itself from call to call must not grow one without end. A vision
-# transformer with BatchNorm in its stem and at its end makes some 1,000 calls in between.
+# The longest chain: a state that a network passes to itself must not grow one without end. A vision transformer makes
+# some 1,000 calls between the BatchNorm of its stem and that at its end.
 _LONGEST = 2000
-
-
 # The attribute of a tensor of zeros: its state then.
 _BLANK_AT = "_kalmannorm_blank"
 _DETACH = frozenset(aliases("detach"))
@@ -79,12 +75,11 @@ class Recorder(TorchFunctionMode):
         know_torchvision()
         self.layers = layers
         self.waiting: dict[int, Gaussian] = {}  # of each thread, `input_stats` whose tensor has not been found yet
+        self.learned = WeakTensorKeyDictionary()  # what parameters have made in the meantime
         self.opener: Any = None  # the module that was entered
-        self.passes: dict[int, object] = {}  # of each thread, another object in each forward pass
-        self.detached: dict[int, list[weakref.ref[Step]]] = {}  # of each thread's pass
+        # Of each thread, another list in each forward pass: of its steps of `detach`.
+        self.passes: dict[int, list[weakref.ref[Step]]] = {}
         self.without_prior: dict[str, str] = {}  # layers of this pass, and why
-        # What parameters have made while `input_stats` wait for their tensor.
-        self.learned = WeakTensorKeyDictionary()
         self.of_threads: dict[int, KeptPriors] = {}
 
     @property
@@ -135,13 +130,13 @@ class Recorder(TorchFunctionMode):
             output = func(*args, **kwargs)
         if learns and self.waiting and not torch.compiler.is_dynamo_compiling():  # which cannot write to it
             self.learned.update(dict.fromkeys(found_in((output,), Tensor), True))
+        is_same = of_tensor and output is args[0] and before is not None and before == state_of(output)
         if func in FACTORIES or func == _BASE:  # `Tensor._base` computes nothing
-            return _blank_noted(func, output)
-        if func in _ASSIGNING and len(args) == 3 and not kwargs.get("accumulate"):
+            if func in BLANK:
+                setattr(output, _BLANK_AT, state_of(output))
+        elif func in _ASSIGNING and len(args) == 3 and not kwargs.get("accumulate"):
             self._record_assignment(args, before)
-        elif isinstance(output, Tensor):
-            if of_tensor and output is args[0] and before is not None and before == state_of(output):
-                return output  # such as `float` of what is float already
+        elif isinstance(output, Tensor) and not is_same:  # as `float` of what is float already is
             self._record(func, args, kwargs, output, None)
         elif isinstance(output, tuple | list) and not isinstance(output, torch.Size):
             return self._record_each(func, args, kwargs, output)
@@ -183,7 +178,7 @@ class Recorder(TorchFunctionMode):
             return
         step = Step(func, recorded, keywords, tuple(output.shape), index, parents=parents, recorded_in=mark)
         if mark is not None and (func in _DETACH or (func is Tensor.__setitem__ and not step.grad)):
-            self.detached.setdefault(threading.get_ident(), []).append(weakref.ref(step))
+            mark.append(weakref.ref(step))
         put(output, step)
 
     def _record_assignment(self, args: Any, before: Any) -> None:
@@ -214,11 +209,11 @@ class Recorder(TorchFunctionMode):
     def end_pass(self) -> None:
         """Let what was detached in this thread's pass, and is kept, keep no graph of it."""
         copies: dict[Step, Step] = {}
-        for noted in self.detached.pop(threading.get_ident(), ()):
+        for noted in self.this_pass() or ():
             if (step := noted()) is not None:
                 let_go_of_graph(step, copies)
 
-    def this_pass(self) -> object:
+    def this_pass(self) -> list[weakref.ref[Step]] | None:
         """The mark of the pass that this thread is in; None to a compiler."""
         return None if torch.compiler.is_dynamo_compiling() else self.passes.get(threading.get_ident())
 
@@ -240,9 +235,7 @@ def _why_unknown(func: Any, args: Any, recorded: Any, output: Tensor, parents: S
 
 
 def _as_in_eager_mode(func: Any, args: Any) -> tuple[Any, Any]:
-    """The function and arguments as in eager mode, where a compiler calls another: a strict export has `operator.add`
-    for ``a + b``, and methods that are written in Python are in no table.
-    """
+    """A compiler's call as in eager mode: ``operator.add`` as ``a + b``, and methods written in Python as functions."""
     name = getattr(func, "__name__", "")
     if name in _IN_PYTHON:
         return _IN_PYTHON[name], args
@@ -273,17 +266,10 @@ def _is_mask_of(index: Any, target: Tensor) -> bool:
     return isinstance(index, Tensor) and index.dtype == torch.bool and index.shape == target.shape
 
 
-def _blank_noted(func: Any, output: Any) -> Any:
-    """What a factory returned, noted if it holds zeros, or nothing yet."""
-    if func in BLANK:
-        setattr(output, _BLANK_AT, state_of(output))
-    return output
-
-
 def _with_steps(args: Any, kwargs: Any, parents: list[Step], output: Tensor, picks: bool,
                 place: int | None = None) -> tuple[Any, Any]:  # fmt: skip
-    """The arguments of a call with each tensor that has a step replaced by it; the steps are added to ``parents``. With
-    ``picks``, tensors of whole numbers are indices, and stay; and so does the argument at ``place``.
+    """Replace tensors by their steps, added to ``parents``. With ``picks``, whole numbers are indices, and stay; and so
+    does the argument at ``place``.
     """
     recorded = tuple(
         [a if type(a) in SCALARS or i == place else _recorded(a, parents, output, picks) for i, a in enumerate(args)]
@@ -343,15 +329,13 @@ def attach(tensor: Tensor, belief: Belief, source: str) -> None:
     step = Step(None, (), {}, shape, source=source, belief=belief, parents=())
     put(tensor, step)
     if step.hooks is not None and (mode := current()) is not None:
-        # A checkpointed region that began with an open mode must run again with one. Converted modules open it
-        # themselves, but a region may be any function.
+        # A checkpointed region runs again with an open mode, too: it may be a function, which opens none itself.
         enter_again(step.hooks, lambda: Recorder(mode.layers))
 
 
 def started_on_first(given: Gaussian, values: Any, learned: Any = None) -> Gaussian | None:
-    """Attach a belief about the network's input to the first tensor of so many channels, unless that has a belief;
-    return the belief if there is no such tensor. Single numbers go to the first argument of two or more axes. With
-    ``learned``, what the network's parameters or layers have made is no input.
+    """Attach a belief about the network's input to the first tensor that fits, unless that has one; return it if none
+    fits. Single numbers go to an argument itself. What parameters have made, ``learned``, is no input.
     """
     anywhere = given.mean.ndim == 0
     for tensor in values if anywhere else found_in(values, Tensor):
@@ -370,11 +354,8 @@ def started_on_first(given: Gaussian, values: Any, learned: Any = None) -> Gauss
 
 def _is_made(tensor: Tensor, learned: Any) -> bool:
     """Whether a tensor is one of those that parameters have made, or comes from a normalization layer."""
-    if tensor in learned:
-        return True
-    step = step_of(tensor)
-    below = () if step is None else ancestors(step)
-    return any(each.function is None and each.source not in ("", "input") for each in below)
+    below = () if (step := step_of(tensor)) is None else ancestors(step)
+    return tensor in learned or any(each.function is None and each.source not in ("", "input") for each in below)
 
 
 def fits(given: Gaussian, tensor: Tensor) -> bool:

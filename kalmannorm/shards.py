@@ -45,8 +45,8 @@ def _without_shards(step: Step, module: Any, layers: Sequence[Any]) -> Step:
     """A copy of a step with its moments, and its draws if a layer needs them, computed; their backward pass asks FSDP
     to gather the module's parameters.
     """
-    function, args, kwargs = step.function, step.args, step.kwargs
-    new = Step(function, args, kwargs, step.shape, step.index, step.source, recorded_in=step.recorded_in)
+    called = step.function, step.args, step.kwargs
+    new = Step(*called, step.shape, step.index, step.source, recorded_in=step.recorded_in)
     belief = exact(step)
     if isinstance(belief, Gaussian):
         belief = Gaussian(_gathered(belief.mean, module), _gathered(belief.var, module), step.shape)

@@ -1,8 +1,7 @@
 """The recorded calls that lead to a tensor: a chain of steps, which ends where a belief starts.
 
-A step is an attribute of its tensor. It lives as long as the tensor, ``torch.compile`` traces it, and an in-place
-function overwrites it. A tensor with a step depends on the network's input, even if the step leads to no belief. One
-without a step is a parameter or a constant, which a rule takes as it is.
+A step is an attribute of its tensor: it lives as long, ``torch.compile`` traces it, and an in-place function overwrites
+it. A tensor without a step is a parameter or a constant; with one, it depends on the network's input.
 """
 
 from __future__ import annotations
@@ -77,7 +76,7 @@ class Step:
         for parent in self.parents:
             self.depth = max(self.depth, parent.depth + 1)
 
-    # A tensor may be saved or copied. Its belief is about this run alone, and is not saved with it.
+    # A belief is about this run alone, and is not saved or copied with its tensor.
     def __reduce__(self) -> tuple[Any, ...]:
         return OrderedDict, ()  # which torch.load(weights_only=True) knows
 
@@ -101,11 +100,10 @@ def ancestors(step: Step, source: Step | None = None) -> list[Step]:
 
 
 def may_use(where: Any, step: Step, now: Any) -> bool:
-    """Whether a step's kept value, beside which :func:`computed_in` wrote ``where``, may be used in the region ``now``.
+    """Whether a step's value, kept beside ``where`` by :func:`computed_in`, may be used in the region ``now``.
 
-    A checkpoint region (:func:`~kalmannorm.kernels.autograd.saved_tensor_hooks`) runs again in the backward pass and
-    must then compute the same values again. So it uses a value from outside only if that was there before any region
-    asked for it.
+    A checkpoint region runs again in the backward pass and must then compute the same values again. So it uses a value
+    from outside only if that was there before any region asked for it.
     """
     return bool(where == now or where == step.hooks or where == (_AGAIN, now))
 
@@ -130,8 +128,7 @@ def replace(value: Any, kind: type | UnionType, by: Callable[[Any], Any]) -> Any
 def step_of(tensor: Tensor, as_it_was: bool = False) -> Step | None:
     """The step recorded on a tensor, or on the tensor of which it is an alias.
 
-    A change in place that was not recorded makes it unknown, and `detach_` makes it a constant. While a change in place
-    is being recorded, the step is taken ``as_it_was`` before.
+    An unrecorded change in place makes it unknown, `detach_` a constant, unless it is asked ``as_it_was`` before.
     """
     step = getattr(tensor, _STEP, None)
     if step is None and type(tensor) is nn.Parameter:
@@ -165,9 +162,7 @@ def detached(step: Step) -> Step:
 
 
 def state_of(tensor: Tensor) -> tuple[int, bool] | None:
-    """torch's count of changes in place, of all tensors that share memory, and whether the tensor needs a gradient;
-    None where torch does not count.
-    """
+    """torch's count of changes in place, and whether the tensor needs a gradient; None where torch does not count."""
     if torch.compiler.is_dynamo_compiling() or tensor.is_inference():
         return None
     return tensor._version, tensor.requires_grad

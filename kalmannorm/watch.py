@@ -26,13 +26,13 @@ _FEW = 2
 class Watch:
     """Opens the mode when a module is entered and closes it when the module is left.
 
-    It has two forward hooks on every module that contains a Kalman layer. The outermost module opens the mode, and the
-    others find it open. So a part of a network can be called by itself, or be recomputed in a checkpoint.
+    Every module that contains a Kalman layer has its two hooks. The outermost module opens the mode, the others find
+    it open. So a part of a network can be called by itself, or be recomputed in a checkpoint.
 
     Args:
         layers: the Kalman layers inside.
-        given: the beliefs about the module's inputs, by the names of its forward's arguments; None as a name stands for
-            the first floating-point tensor. Mean and variance are ``(C,)``, or one number for inputs of any shape.
+        given: the beliefs about the module's inputs, by arguments' names, or None for the first floating-point tensor.
+            Mean and variance are ``(C,)``, or one number for inputs of any shape.
         arguments: the names of its forward's positional arguments.
         name: of the module in the network, which the layers' names begin with.
     """
@@ -64,27 +64,28 @@ class Watch:
             if not torch.compiler.is_compiling():
                 self.mode.opener = module
                 self.mode.without_prior.clear()  # where an interrupt has left some
-                self.mode.passes[threading.get_ident()] = object()
+                self.mode.passes[threading.get_ident()] = []
                 self._warn_of_replaced_layers(module)
             self.mode.__enter__()  # type: ignore[no-untyped-call]
-        elif mode is not None and self.given and _are_unknown_inputs((*args, *kwargs.values())):
+        elif mode is not None and self.given and any(map(_is_unknown_input, found_in((args, kwargs), Tensor))):
             self._start_beliefs(module, args, kwargs, mode)  # `input_stats` were given to this part alone
         elif mode is not None and mode.waiting and (waiting := mode.await_input(None)) is not None:
             mode.await_input(started_on_first(waiting, (*args, *kwargs.values()), mode.learned))
 
     def close(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Forward hook; runs after an error too."""
-        if current() is self.mode and _calls_on_the_stack(module) < 2:
-            self.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-            if torch.compiler.is_compiling():
-                return
-            self.mode.end_pass()
-            waiting = self.mode.await_input(None)
-            if output is not None and waiting is not None:
-                self._warn_of_unused_belief(waiting, module)
-            if output is not None and module.training and not self._counted:
-                self._warn_of_few_priors(module)
-            self.mode.without_prior.clear()
+        """Forward hook; runs after an error too, which leaves no output."""
+        if current() is not self.mode or _calls_on_the_stack(module) >= 2:
+            return
+        self.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        if torch.compiler.is_compiling():
+            return
+        self.mode.end_pass()
+        waiting = self.mode.await_input(None)
+        if output is not None and waiting is not None:
+            self._warn_of_unused_belief(waiting, module)
+        if output is not None and module.training and not self._counted:
+            self._warn_of_few_priors(module)
+        self.mode.without_prior.clear()
 
     def _begin(self, module: nn.Module, values: Any) -> None:
         """Find out which kept priors this pass may use. A network that only trains never keeps any."""
@@ -93,7 +94,7 @@ class Watch:
             self.mode.priors.begin(module, self.layers, values, may_keep)
 
     def _was_left_open(self, mode: Recorder, module: nn.Module) -> bool:
-        """Whether an interrupt has kept a mode from closing, as the module that opened it is not being called."""
+        """Whether an interrupt has kept a mode from closing: the module that opened it is not being called."""
         if torch.compiler.is_compiling() or mode.opener is None:
             return False
         if mode is self.mode:
@@ -102,7 +103,7 @@ class Watch:
         return self.layers[0] not in mode.layers and _calls_on_the_stack(mode.opener) == 0
 
     def _warn_of_replaced_layers(self, module: nn.Module) -> None:
-        """Warn at the first call, as functions that replace BatchNorm layers replace Kalman layers too."""
+        """Warn once: functions that replace BatchNorm layers replace Kalman layers too."""
         if self._looked or getattr(module, "_is_replica", False):  # of DataParallel, whose layers are copies
             return
         self._looked = True
@@ -110,7 +111,8 @@ class Watch:
         stay = set(inside.values())
         gone = [layer for layer in self.layers if layer not in stay]
         there = (inside.get(layer.layer_name.removeprefix(self.prefix)) for layer in gone)
-        if not any(_looks_like_a_norm(each) for part in there if part is not None for each in part.modules()):
+        found = [each for part in there if part is not None for each in part.modules()]
+        if not any(isinstance(each, _BatchNorm) or "Norm" in type(each).__name__ for each in found):
             return  # removed, as a head that is not wanted
         has_stock = any(isinstance(each, _BatchNorm) and not hasattr(each, "layer_name") for each in stay)
         new = "kalmannorm.convert(model) converts the new ones. " if has_stock else ""
@@ -125,7 +127,7 @@ class Watch:
         )
 
     def _warn_of_few_priors(self, module: nn.Module) -> None:
-        """Warn at the first call in training, as a function without a rule may end the beliefs of a whole network."""
+        """Warn once, in training: a function without a rule may end the beliefs of a whole network."""
         without, self._counted = self.mode.without_prior, True
         if len(without) > max(_FEW, len(self.layers) / 2):
             name, reason = next(reversed(without.items()))
@@ -173,8 +175,8 @@ class Watch:
             mode.await_input(waiting)
 
     def _move_beliefs(self, values: Any) -> None:
-        """Keep the given beliefs on the inputs' device: a copy at each call would make the device wait, and a CUDA
-        graph allows none. A compiled call makes a copy, as a change here would compile it again.
+        """Keep the given beliefs on the inputs' device: a copy at each call would wait, and a CUDA graph allows none. A
+        compiled call makes a copy, as a change here would compile it again.
         """
         if not self.given or is_transformed():  # torch.func makes wrappers that end with the call
             return
@@ -201,13 +203,9 @@ def _start_belief(tensor: Tensor, given: Gaussian | None, place: str) -> bool:
     return can
 
 
-def _looks_like_a_norm(module: nn.Module) -> bool:
-    return isinstance(module, _BatchNorm) or "Norm" in type(module).__name__
-
-
-def _are_unknown_inputs(values: Any) -> bool:
-    steps = [step_of(tensor) for tensor in found_in(values, Tensor)]
-    return any(step is not None and step.source == "input" and isinstance(step.belief, Unknown) for step in steps)
+def _is_unknown_input(tensor: Tensor) -> bool:
+    step = step_of(tensor)
+    return step is not None and step.source == "input" and isinstance(step.belief, Unknown)
 
 
 def _misfit(given: Gaussian, tensor: Tensor, which: str, module: nn.Module) -> ValueError:
