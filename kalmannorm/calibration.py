@@ -1,8 +1,8 @@
 """Priors corrected by known statistics: a pretrained network's running ones, or those of data.
 
-The rules assume that the terms of a sum are independent. In a trained network, activations behind a ReLU rise and fall
-together, and a prior's variance comes out several times too small. The error of a channel's prior changes slowly while
-weights move, so a constant corrects it (:mod:`kalmannorm.correction`); gradients still flow through the prior.
+The rules assume that the terms of a sum are independent. In a trained network, activations behind a ReLU
+rise and fall together, and a prior's variance comes out several times too small. The error changes slowly
+while weights move, so a constant corrects it (:mod:`kalmannorm.correction`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -65,14 +65,13 @@ def calibrate(model: nn.Module, inputs_or_loader: Any = None, *, source: Literal
               progress: bool = True, process_group: dist.ProcessGroup | None = None) -> Calibration:  # fmt: skip
     """Correct each layer's prior, channel by channel, by known statistics.
 
-    :func:`kalmannorm.convert` asks for it in pretrained networks. Call this to see how far priors are off; for layers
-    without running statistics, such as :class:`GroupKalmanNorm`, which need data; or again later in a training. If
-    blocks are dropped at random (stochastic depth), call it with an input before the first step, whose correction
-    otherwise fits only the blocks that it kept.
+    :func:`kalmannorm.convert` asks for it in pretrained networks. Call this to see how far priors are
+    off; for layers without running statistics, which need data; again later in a training; and before
+    the first step of a network with stochastic depth, as that step keeps only some blocks.
 
-    The correction is constant from then on, part of the state dict (``prior_shift``, ``prior_scale``), and dropped by
-    :func:`kalmannorm.to_batchnorm`. A layer that is called several times has one, for the mean of its priors. If
-    nothing is known about a layer's input, its running statistics are its prior; without them it has none.
+    The correction is constant from then on and part of the state dict (``prior_shift``,
+    ``prior_scale``). A layer that is called several times has one, for the mean of its priors. If
+    nothing is known about a layer's input, its running statistics are its prior.
 
     Args:
         model: a converted network, changed in place.
@@ -80,9 +79,8 @@ def calibrate(model: nn.Module, inputs_or_loader: Any = None, *, source: Literal
             :func:`kalmannorm.recalibrate` takes them. The network runs in ``eval()``. None: nothing runs, and
             each layer with running statistics corrects its prior at the next call that computes one.
         source: ``"running"``: by running statistics, or by the data in layers without trained ones.
-            ``"data"``: by the data in all layers; each batch is normalized by its own statistics then, so take
-            batches of 32 and more. A Kalman layer's running statistics are posteriors: after training with this
-            library, use data.
+            ``"data"``: by the data in all layers, as after training with this library, whose running statistics
+            are posteriors. Each batch is normalized by its own statistics then: take batches of 32 and more.
         forward: ``forward(model, batch)`` calls the model on other batches.
         max_batches: stop after so many; None for all.
         progress: show a progress bar of rich or tqdm, if one of them is installed.
@@ -92,20 +90,20 @@ def calibrate(model: nn.Module, inputs_or_loader: Any = None, *, source: Literal
         A row for each Kalman layer.
 
     Raises:
-        ValueError: for a model without a Kalman layer that uses its prior; for another ``source``; for an empty loader;
-            without data, if no layer has running statistics of a training.
+        ValueError: without a Kalman layer that uses its prior; for another ``source`` or an empty loader; without data,
+            if no layer has running statistics of a training.
         TypeError: for a batch that is none of these, without ``forward``.
 
     Example:
         >>> import torch, kalmannorm as kn
         >>> model = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False), torch.nn.BatchNorm1d(1))
         >>> _ = torch.nn.init.constant_(model[0].weight, 2.0)
-        >>> for _ in range(30):                       # running statistics move away from 0 and 1
+        >>> for _ in range(30):  # running statistics move away from 0 and 1
         ...     _ = model(torch.randn(64, 1))
         >>> model = kn.convert(model, input_stats=([0.0], [0.5]))
         >>> kn.calibrate(model, torch.randn(8, 1)).rows[0].source
         'running statistics'
-        >>> bool(model[1].prior_scale > 1)            # the input is wider than the model was told
+        >>> bool(model[1].prior_scale > 1)  # the input is wider than the model was told
         True
     """
     layers = {name: layer for name, layer in kalman_layers(model) if not layer.frozen and not layer.ignores_prior}
@@ -129,19 +127,17 @@ def calibrate(model: nn.Module, inputs_or_loader: Any = None, *, source: Literal
 
 def _at_next_call(model: nn.Module, layers: Mapping[str, KalmanLayer]) -> Calibration:
     """Ask layers with running statistics for a correction."""
-    rows = []
-    for name, layer in layers.items():
-        if layer.has_known_statistics:
-            layer.await_correction()
-            rows.append(CalibrationRow(name, "running statistics", reason="at the next call"))
-        else:
-            rows.append(CalibrationRow(name, "", reason="it has no running statistics of a training"))
-    if not any(row.source for row in rows):
+    known = {name: layer for name, layer in layers.items() if layer.has_known_statistics}
+    if not known:
         raise ValueError(
             f"{type(model).__name__} has no Kalman layer with running statistics of a training, expected one, or data: "
             "kalmannorm.calibrate(model, loader)"
         )
-    return Calibration(rows)
+    for layer in known.values():
+        layer.await_correction()
+    found = CalibrationRow("", "running statistics", reason="at the next call")
+    missing = CalibrationRow("", "", reason="it has no running statistics of a training")
+    return Calibration([replace(found if name in known else missing, name=name) for name in layers])
 
 
 class _Observed(Population):
@@ -219,9 +215,7 @@ def _observing(model: nn.Module, observed: Collection[_Observed]) -> Iterator[No
 
 
 def _share_priors(observed: Sequence[_Observed], group: dist.ProcessGroup | None) -> None:
-    """Give all processes the priors of the first that has some: they may differ a little where batches differ in shape,
-    and a process may have no batch.
-    """
+    """Give all processes the priors of the first that has some; shapes of batches may have made others a little."""
     if group is None:
         return
     own = torch.tensor([len(each.priors) for each in observed], device=observed[0].samples.device)

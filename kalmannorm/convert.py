@@ -40,36 +40,30 @@ def convert(model: _M, *, layers: Sequence[str] = ("batch",), input_stats: Input
             **options: Any) -> _M:  # fmt: skip
     """Replace a network's normalization layers by Kalman layers, in place, and connect them.
 
-    The new layers hold the same parameter and buffer objects, so an existing optimizer keeps working; add the new
-    gains and process noises to it. Device, dtype, training flags and ``requires_grad`` stay. The output in ``eval()``
-    is bit-equal (up to rounding for FrozenBatchNorm2d, whose formula differs). Layers without running
-    statistics fuse in ``eval()`` too.
-
-    The running statistics of a *pretrained* network correct each layer's prior, channel by channel, at the first call
-    that computes priors (:func:`kalmannorm.calibrate`). So the first training step sees the network as it was trained.
-
-    On a converted model, only the beliefs about its inputs change, if ``input_stats`` are given.
+    The new layers hold the same parameter and buffer objects, so an existing optimizer keeps working;
+    add the new gains and process noises to it. Device, dtype, training flags and ``requires_grad``
+    stay. The output in ``eval()`` is bit-equal (up to rounding for FrozenBatchNorm2d, whose formula
+    differs). Layers without running statistics fuse in ``eval()`` too. On a converted model, only
+    ``input_stats`` change anything.
 
     Args:
         model: any network.
         layers: the kinds to replace: ``"batch"`` (BatchNorm1d/2d/3d, SyncBatchNorm, FrozenBatchNorm2d of torchvision
             and transformers, timm's BatchNormAct2d and its relatives), ``"group"`` (GroupNorm, timm's GroupNormAct),
-            ``"instance"`` (InstanceNorm1d/2d/3d). A subclass is replaced if it has its stock class's forward; others
-            stay, with a warning.
-        input_stats: mean and standard deviation of the network's first input, one number a channel each; zeros and
-            ones for an input that was normalized as usual. Single numbers describe an input whichever of its axes has
-            the channels. The first layer gets its prior from them. For several floating-point inputs: a mapping from
-            names of the forward's arguments to such pairs.
-        calibrate: correct priors by running statistics. None: in each layer with trained running statistics.
-            True: in every layer, or raise. False: in none. The first call that computes priors makes the correction.
-            For a network that drops blocks at random, call :func:`kalmannorm.calibrate`; a warning says so.
+            ``"instance"`` (InstanceNorm1d/2d/3d). A subclass with a forward of its own stays, with a warning.
+        input_stats: mean and standard deviation of the network's first input, from which the first layer gets its
+            prior: one number a channel each, or single numbers whichever axis has the channels; zeros and ones for an
+            input that was normalized as usual. For several inputs: a mapping from names of the forward's arguments to
+            such pairs.
+        calibrate: correct priors by running statistics (:func:`kalmannorm.calibrate`) at the first call that computes
+            them, so that the first training step sees a pretrained network as it was trained. None: in each layer with
+            trained running statistics. True: in every layer, or raise. False: in none.
         weight_standardization: also give the filters below normalization layers zero mean and unit norm, to train from
             scratch: see :func:`standardize_weights`. This changes the output in ``eval()``.
         track_running_stats: False drops running statistics: in ``eval()`` too, each sample (or each
-            ``stats_batch_size`` samples) is normalized by its own statistics fused with the prior. The first layer's
-            prior then needs ``input_stats``. In ``eval()`` without gradients, priors are computed once, and again after
-            parameters, the inputs' shape or the mode have changed (a write through ``.data``, or a fused optimizer's on
-            a CPU, is not seen). Layers cannot be folded into convolutions.
+            ``stats_batch_size`` samples) is normalized by its own statistics fused with the prior. In ``eval()``
+            without gradients, priors are computed once, and again after parameters, the inputs' shape or the mode have
+            changed (a write through ``.data``, or a fused optimizer's on a CPU, is not seen).
         options: keyword options of :class:`KalmanNorm2d`, for every layer. Layers that replace SyncBatchNorm share
             statistics if ``torch.distributed`` is initialized, unless ``stats_batch_size`` is given or
             ``track_running_stats`` is False.
@@ -78,9 +72,9 @@ def convert(model: _M, *, layers: Sequence[str] = ("batch",), input_stats: Input
         The model, or the replacement of a model that is itself a layer.
 
     Raises:
-        ValueError: for unknown kinds or options; without a layer to convert; for options of a model that is converted
-            already; with ``calibrate=True``, for a layer without trained running statistics; and as
-            :func:`standardize_weights`. The model is then unchanged.
+        ValueError: for unknown kinds or options; without a layer to convert; for options of a converted model; with
+            ``calibrate=True``, for a layer without trained running statistics; and as :func:`standardize_weights`.
+            The model is then unchanged.
 
     Example:
         >>> import torch, kalmannorm as kn
@@ -106,7 +100,12 @@ def convert(model: _M, *, layers: Sequence[str] = ("batch",), input_stats: Input
         _refuse_unless_converted(model, kinds, [name for name, value in asked.items() if value is not None])
     for old, new in replaced.items():
         if calibrate and not new.has_known_statistics:
-            raise _no_statistics(old, new.layer_name)
+            has = "no running statistics"
+            has = has if getattr(old, "running_mean", None) is None else "running statistics of no training"
+            raise ValueError(
+                f"kalmannorm.convert got calibrate=True, but {type(old).__name__} {new.layer_name!r} has {has}: load "
+                "trained weights before, or correct its prior from data by kalmannorm.calibrate(model, loader)"
+            )
         new.calibrates = calibrate
         if calibrate is not False and new.has_known_statistics:
             new.await_correction()
@@ -163,16 +162,6 @@ def _check_names(what: str, given: Iterable[str], allowed: Sequence[str]) -> Non
             raise ValueError(f"kalmannorm.convert got {what} {name!r}, expected one of {list(allowed)}")
 
 
-def _no_statistics(layer: nn.Module, name: str) -> ValueError:
-    """The error for a layer whose prior cannot be corrected."""
-    has_none = getattr(layer, "running_mean", None) is None
-    return ValueError(
-        f"kalmannorm.convert got calibrate=True, but {type(layer).__name__} {name!r} has "
-        f"{'no running statistics' if has_none else 'running statistics of no training'}: load trained "
-        "weights before, or correct its prior from data by kalmannorm.calibrate(model, loader)"
-    )
-
-
 def _warn_of_random_depth(model: nn.Module) -> None:
     """The first training step would correct priors for the blocks that it happens to keep."""
     for name, module in model.named_modules():
@@ -219,20 +208,19 @@ def to_batchnorm(model: _M) -> _M:
     You need it to deploy a model, or to load its checkpoint where this library is not installed.
 
     Parameters and buffers are the same objects; gain and process noise are dropped. Training flags and
-    ``requires_grad`` stay; a frozen layer becomes one in ``eval()``, until ``model.train()``. Standardized filters
-    (:func:`standardize_weights`) are written into the parameters of stock convolutions and linear layers.
+    ``requires_grad`` stay; a frozen layer is in ``eval()`` until ``model.train()``. Standardized
+    filters are written into the parameters of stock convolutions and linear layers.
 
     Args:
         model: a network with :class:`KalmanNorm` layers or standardized filters.
 
     Returns:
         The model, or the replacement of a model that is itself a layer. Its layers are those of torch.nn, or of the
-        library whose layers :func:`convert` had replaced (timm's normalization with activation).
+        library whose layers :func:`convert` had replaced.
 
     Raises:
-        ValueError: for a :class:`GroupKalmanNorm` or a layer without running statistics, unless its gain is 1: it fuses
-            in ``eval()``, which no stock layer does. Also for a pruned or parametrized weight or bias. A warning
-            lists such standardized filters.
+        ValueError: for a layer that fuses in ``eval()``, which no stock layer does: one without running statistics,
+            unless its gain is 1. Also for a pruned or parametrized weight or bias; a warning lists such filters.
 
     Example:
         >>> import torch, kalmannorm as kn
@@ -273,8 +261,7 @@ def fuse(model: _M) -> _M:
         model: a network in ``eval()``, with Kalman or BatchNorm layers. It is not changed.
 
     Returns:
-        A fused copy, as a graph of ``torch.fx``. A convolution that is called several times has a copy for each call.
-        A normalization layer that follows no convolution or linear layer stays.
+        A fused copy, as a graph of ``torch.fx``, with a copy of a convolution for each of its calls.
 
     Raises:
         ValueError: for a model in training, or one that ``torch.fx`` cannot trace.

@@ -26,9 +26,7 @@ _LARGEST_SCALE = 1e4
 
 
 def is_trained(mean: Tensor | None, var: Tensor | None) -> bool:
-    """Whether running statistics, ``(C,)`` each, differ from their initial zeros and ones. False where the values are
-    not there: on the meta device or in a compiler's stand-ins.
-    """
+    """Whether running statistics, ``(C,)`` each, differ from zeros and ones; False on the meta device and the like."""
     if mean is None or var is None or mean.is_meta or type(mean) not in (Tensor, nn.Parameter):
         return False
     return bool((mean != 0).any()) or bool((var != 1).any())
@@ -55,8 +53,8 @@ def _is_batched(t: Tensor) -> bool:
 class CorrectedPrior(nn.Module):
     """The buffers ``prior_shift`` and ``prior_scale``, ``(C,)``, and how they are found and loaded.
 
-    Each layer has them, so that processes and checkpoints of a network always have the same buffers. Where nothing is
-    corrected they are zeros and ones.
+    Each layer has them, so that all processes and checkpoints have the same buffers. Uncorrected, they are zeros and
+    ones.
     """
 
     weight: Any
@@ -82,7 +80,7 @@ class CorrectedPrior(nn.Module):
 
     def await_correction(self) -> None:
         """Correct the prior by the running statistics at the next call that computes a prior."""
-        # So far below 0 that an average of weights, which moves it towards a scale, does not reach 0.
+        # An average of weights moves the scale towards others, and must not reach 0.
         self._begin_correction(-1e30)
         self.is_corrected = self.awaits_correction = True
 
@@ -93,7 +91,6 @@ class CorrectedPrior(nn.Module):
         self.dropped_statistics = None
 
     def _begin_correction(self, scale: float) -> None:
-        """Give both buffers new tensors."""
         beside = self.prior_shift if self._of_checkpoints is None else self._of_checkpoints
         dtype = torch.promote_types(self.prior_shift.dtype, torch.float32)
         with torch.inference_mode(False):  # a later pass writes into them
@@ -112,9 +109,8 @@ class CorrectedPrior(nn.Module):
         self._settled = _state(scale)
 
     def _look_at_correction(self) -> None:
-        """Read the correction if another tensor, or other numbers, may have taken the place of those that were read
-        last: an older state may be restored, DistributedDataParallel sends the first process's, and
-        ``torch.func.functional_call`` puts tensors in for one call.
+        """Read the correction again if the buffers may have changed: a state may be restored, DistributedDataParallel
+        sends the first process's, and ``torch.func.functional_call`` replaces tensors for one call.
         """
         now, before = _state(self.prior_scale), self._settled
         if now == before or now is None or _is_batched(self.prior_scale) or "_is_replica" in self.__dict__:
@@ -126,10 +122,9 @@ class CorrectedPrior(nn.Module):
 
     @torch.no_grad()
     def correction_to(self, prior: Gaussian, target: Gaussian) -> tuple[Tensor, Tensor]:
-        """Shift and scale that turn a prior into a target.
+        """Shift and scale, ``(C,)``, that turn a prior without process noise into a target, ``(1, C)`` each.
 
-        Both are ``(1, C)``, the prior without process noise; the results are ``(C,)``, the scale at most 10,000. A
-        channel whose prior or target is not finite is left as it is, with shift 0 and scale 1.
+        The scale is at most 10,000. A channel that is not finite gets shift 0 and scale 1.
         """
         var = add_process_noise(prior, self.process_variance()).var[0]
         shift = target.mean[0] - prior.mean[0]
@@ -138,9 +133,7 @@ class CorrectedPrior(nn.Module):
         return torch.where(finite, shift, 0.0), torch.where(finite, scale, 1.0).clamp(0.0, _LARGEST_SCALE)
 
     def _correction(self, prior: Gaussian) -> tuple[Tensor, Tensor] | tuple[()]:
-        """Shift and scale, ``(C,)`` each, if there are any; at the first call, those that lead to the running
-        statistics.
-        """
+        """Shift and scale, ``(C,)`` each, if there are any; the first call finds them."""
         shift, scale = self.prior_shift, self.prior_scale
         compiling, is_batched = torch.compiler.is_compiling(), _is_batched(scale)
         if not (self.awaits_correction or is_batched):
@@ -165,7 +158,7 @@ class CorrectedPrior(nn.Module):
         return shift, scale
 
     def _without_target(self) -> tuple[()]:
-        """Give up the correction, whose running statistics were taken away, as by `replace_all_batch_norm_modules_`."""
+        """Drop the correction: `replace_all_batch_norm_modules_`, for one, removes running statistics."""
         if not torch.compiler.is_compiling():
             self._warn_once(
                 f"{self._label()} lost its running statistics before they corrected its prior, which stays "
@@ -180,10 +173,8 @@ class CorrectedPrior(nn.Module):
 
     def _running_belief(self) -> Gaussian:
         """The running statistics, ``(1, C)``."""
-        mean, var = getattr(self, "running_mean", None), getattr(self, "running_var", None)
-        assert mean is not None
-        assert var is not None
-        return Gaussian(at_least_float32(mean[None]), at_least_float32(var[None]))
+        layer: Any = self
+        return Gaussian(layer.running_mean[None], layer.running_var[None]).map(at_least_float32)
 
     @property
     def _of_checkpoints(self) -> Tensor | None:
@@ -198,14 +189,14 @@ class CorrectedPrior(nn.Module):
 
     def _prepare_correction(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Without a correction in a checkpoint, drop the layer's, and await one if it has BatchNorm's statistics."""
-        if prefix + "prior_scale" in state_dict:
+        found = {name for name in ("prior_scale", "weight", "running_mean", "gain", "process_noise")
+                 if prefix + name in state_dict}  # fmt: skip
+        if not found or "prior_scale" in found:
             return
-        if not any(prefix + name in state_dict for name in ("weight", "running_mean", "gain", "process_noise")):
-            return
-        is_kalman = prefix + "gain" in state_dict or prefix + "process_noise" in state_dict
         mean, var = state_dict.get(prefix + "running_mean"), state_dict.get(prefix + "running_var")
         self.drop_correction()
-        asks = not is_kalman and self.calibrates is not False and "running_mean" in self._buffers
+        is_stock = not found & {"gain", "process_noise"}
+        asks = is_stock and self.calibrates is not False and "running_mean" in self._buffers
         if not asks or mean is None or var is None or not is_trained(mean, var):
             return
         if self._buffers["running_mean"] is None:
@@ -215,7 +206,7 @@ class CorrectedPrior(nn.Module):
         self.await_correction()
 
     def _check_loaded_correction(self) -> bool:
-        """Whether a loaded correction can be used, or one still be found; if not, it is dropped."""
+        """Whether a loaded correction can be used or found; if not, it is dropped."""
         self._read_correction()
         if not self.awaits_correction:
             self.dropped_statistics = None

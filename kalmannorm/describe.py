@@ -52,14 +52,15 @@ class Description:
         return sum(not row.reason for row in self.rows)
 
     def __str__(self) -> str:
-        head = ["layer", "kind", "gain", "prior from", "through"]
-        lines = [head]
+        lines = [["layer", "kind", "gain", "prior from", "through"]]
         for row in self.rows:
             if row.reason:
                 lines.append([row.name, row.kind, "1", "-", f"no prior: {row.reason}"])
             else:
                 short = [name.removeprefix("torch.").removeprefix("nn.functional.") for name in row.through]
-                lines.append([row.name, row.kind, f"{row.gain:.3g}", _first_few(row.prior_from), " > ".join(short)])
+                below = row.prior_from if len(row.prior_from) <= 3 else row.prior_from[:2]
+                more = "" if below is row.prior_from else f" and {len(row.prior_from) - 2} more"
+                lines.append([row.name, row.kind, f"{row.gain:.3g}", ", ".join(below) + more, " > ".join(short)])
         if any(row.correction is not None for row in self.rows):
             corrections = ["-" if row.correction is None else f"x {row.correction:.3g}" for row in self.rows]
             for line, cell in zip(lines, ["corrected", *corrections], strict=True):
@@ -86,10 +87,6 @@ def geometric_mean(values: Tensor, among: Tensor) -> float:
 def mean_distance(mean: Tensor, true: Gaussian, among: Tensor) -> float:
     """The root mean square, over channels where a mask holds, of a mean's distance in standard deviations."""
     return float(((mean - true.mean) / true.std)[among].square().mean().sqrt())
-
-
-def _first_few(names: Sequence[str]) -> str:
-    return ", ".join(names) if len(names) <= 3 else f"{names[0]}, {names[1]} and {len(names) - 2} more"
 
 
 def describe(model: nn.Module, *inputs: Any, **kwargs: Any) -> Description:
@@ -170,17 +167,15 @@ def _mean_scale(layer: KalmanLayer) -> float | None:
 
 def _gain(layer: KalmanLayer, x: Tensor) -> float:
     gain = layer.kalman_gain(layer.observed_maps(x.shape[0]))
-    unknown = isinstance(gain, Tensor) and gain.is_meta
-    return math.nan if unknown else float(gain)
+    return math.nan if isinstance(gain, Tensor) and gain.is_meta else float(gain)
 
 
 def first_nonfinite(model: nn.Module) -> str | None:
     """The name of the first Kalman layer that saw a NaN or an infinity in training; None if none did.
 
-    You need it when a loss has become NaN. Each layer counts the batches whose statistics were not finite; its running
-    statistics keep their last value. The trouble began in the first of the layers with the largest count: once the
-    weights are NaN, all layers count alike; of equal ones it names the first in the order in which the model lists its
-    modules. A layer that is called several times a pass counts each of its calls.
+    You need it when a loss has become NaN. Each layer counts its calls with statistics that were not
+    finite; its running statistics keep their last value. This names the first layer, in the order of
+    the model's modules, with the largest count: once weights are NaN, all layers count alike.
 
     Args:
         model: a network with :class:`KalmanNorm` layers that track running statistics.

@@ -83,15 +83,13 @@ def diagnose(model: nn.Module, loader: Iterable[Any], validation: Iterable[Any] 
              progress: bool = True) -> Diagnosis:  # fmt: skip
     """Find out why ``eval()`` is worse than training, layer by layer, with Kalman or BatchNorm layers.
 
-    Each batch runs twice through the network in ``eval()`` (dropout is off): once with layers that use its own
-    statistics, fused with their priors in Kalman layers, and once with running statistics. Parameters, buffers,
-    training flags and the random state are restored.
+    Each batch runs twice through the network in ``eval()``: by :func:`online_statistics`, and by running
+    statistics. Parameters, buffers, training flags and the random state are restored.
 
     Args:
         model: a network with BatchNorm or Kalman layers that track running statistics.
         loader: training batches, of the training's batch size, as :func:`recalibrate` takes them.
-        validation: batches to run with running statistics in place of the training batches. The first layers show
-            whether their preprocessing differs.
+        validation: batches to run by running statistics instead. First layers show whether preprocessing differs.
         forward: ``forward(model, batch)`` calls the model on other batches.
         max_batches: stop after so many; None for all.
         progress: show a progress bar of rich or tqdm, if one of them is installed.

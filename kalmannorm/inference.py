@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kalmannorm.freezing import unfrozen_layers
-from kalmannorm.gaussian import Gaussian
 from kalmannorm.modules import KalmanNorm, is_stock_batchnorm
 from kalmannorm.passes import Population, call_with, merge_over_processes, run_batches
 from kalmannorm.traversal import attributes_kept, in_eval, inputs_seen
@@ -28,9 +27,9 @@ def online_statistics(model: nn.Module) -> Iterator[None]:
 
     You need it if ``eval()`` scores worse than training, above all at one image.
 
-    Inside the ``with``, :class:`KalmanNorm` layers in ``eval()`` fuse each batch with its prior as in training, in
-    groups of ``stats_batch_size`` if they have one; stock BatchNorm layers use the batch's statistics. No buffer
-    changes, but for a correction of priors that is still to come. Layers in training and frozen ones are unchanged.
+    Inside the ``with``, :class:`KalmanNorm` layers in ``eval()`` fuse each batch with its prior as in
+    training, in groups of ``stats_batch_size`` if they have one; stock BatchNorm layers use the batch's
+    statistics. Only a correction of priors that is still to come changes buffers. Frozen layers stay.
 
     Args:
         model: the network.
@@ -65,27 +64,26 @@ def recalibrate(model: _M, loader: Iterable[Any], *, forward: Callable[[nn.Modul
                 process_group: dist.ProcessGroup | None = None) -> _M:  # fmt: skip
     """Replace running statistics by those of a data set under the present weights.
 
-    Running averages lag behind the weights. This runs the data through the fixed network in ``eval()``, while each
-    :class:`KalmanNorm` layer fuses every batch with its prior as in training (and each stock BatchNorm layer uses the
-    batch's statistics), and merges the statistics that they normalize by: the mean of the means and, by the law of
-    total variance, the mean of the variances plus the variance of the means. Each sample has the same weight. With
-    ``gain=1.0`` and samples of one size, the result is the mean and the biased variance of the data set, however it is
-    cut into batches. After Wu and Johnson, *Rethinking "Batch" in BatchNorm* (2021), section 3 (Precise BatchNorm).
+    Running averages lag behind the weights. This runs the data through the fixed network in ``eval()``
+    by :func:`online_statistics`, and merges the statistics that layers normalize by, each sample with
+    the same weight: the mean of the means and, by the law of total variance, the mean of the variances
+    plus the variance of the means. With ``gain=1.0`` and samples of one size, these are the mean and
+    the biased variance of the data set, however it is cut into batches. After Wu and Johnson,
+    *Rethinking "Batch" in BatchNorm* (2021), section 3 (Precise BatchNorm).
 
-    Frozen layers keep their statistics and normalize by them. ``num_batches_tracked`` stays: it counts the batches of
-    training. Training flags and all other buffers are restored. Running statistics change at the very end, so an error
-    leaves them unchanged.
+    Frozen layers, training flags and all other buffers stay, ``num_batches_tracked`` too. Running
+    statistics change at the very end, so an error leaves them unchanged.
 
     Args:
         model: the network, changed in place. For ``DistributedDataParallel``, its inner module runs.
-        loader: its batches. Each is an input (a tensor); or a tuple or list that begins with the input (a tensor, or a
-            list of them, as torchvision's detection models take); or a mapping, called as ``model(**batch)``. Tensors
-            are moved to the device of the model's first tensor. Use training batches of the training's batch size.
+        loader: its batches, of training and of the training's size. Each is a tensor; or a tuple or list that begins
+            with a tensor, or with a list of them, as torchvision's detection models take; or a mapping, called as
+            ``model(**batch)``. Tensors are moved to the device of the model's first tensor.
         forward: ``forward(model, batch)`` calls the model on other batches.
         max_batches: stop after so many; None for all.
         progress: show a progress bar of rich or tqdm, if one of them is installed.
-        process_group: merge over its processes, each with other data; all must call this. Layers with a
-            ``process_group`` of their own share every batch, so their processes need equally many.
+        process_group: merge over its processes, each with other data; all must call this, with equally many batches
+            if layers share statistics.
 
     Returns:
         The model.
@@ -115,8 +113,7 @@ def recalibrate(model: _M, loader: Iterable[Any], *, forward: Callable[[nn.Modul
     with torch.no_grad():
         for buffer, value in new:
             buffer.copy_(value)
-    never = [name for name, population in populations.items() if not population.samples]
-    if never:
+    if never := [name for name, population in populations.items() if not population.samples]:
         warnings.warn(f"layers that no batch came through keep their running statistics: {never}", stacklevel=2)
     return model
 
@@ -137,21 +134,13 @@ def layers_to_recalibrate(model: nn.Module) -> dict[str, _BatchNorm]:
     return layers
 
 
-class Collector(Protocol):
-    """Gets a layer's online statistics: a stock layer's inputs, a Kalman layer's fused statistics ``(S, C)``."""
-
-    layer: Any
-
-    def observe(self, x: Tensor) -> None:
-        """Get an input ``(N, C, *)``."""
-
-    def add(self, statistics: Gaussian, samples: int | Tensor, /) -> None:
-        """Get statistics of so many samples."""
-
-
 @contextmanager
-def collecting(model: nn.Module, collectors: Iterable[Collector]) -> Iterator[None]:
-    """Run a model in ``eval()`` by online statistics, and give those of each call to the layers' collectors."""
+def collecting(model: nn.Module, collectors: Iterable[Any]) -> Iterator[None]:
+    """Run a model in ``eval()`` by online statistics, and give those of each call to collectors.
+
+    Each has a ``layer``. Its ``observe(x)`` gets a stock layer's inputs, ``(N, C, *)``, and its
+    ``add(statistics, samples)`` a Kalman layer's fused statistics, ``(S, C)``.
+    """
     with ExitStack() as stack:
         stock = []
         for each in collectors:
@@ -168,10 +157,10 @@ def _finite_statistics(populations: Mapping[str, Population]) -> list[tuple[Tens
     """Running statistics, and the values to write to them; an error if one is not finite in the buffer's type."""
     new = []
     for name, population in populations.items():
+        if not population.samples:
+            continue
         layer, found = population.layer, population.statistics.map(lambda t: t[0])
         for buffer, value in ((layer.running_mean, found.mean), (layer.running_var, found.var)):
-            if not population.samples:
-                continue
             if not value.to(buffer).isfinite().all():
                 raise ValueError(
                     f"{type(layer).__name__} {name!r} got statistics that are not finite in {buffer.dtype}, "

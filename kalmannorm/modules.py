@@ -45,14 +45,11 @@ def is_stock_batchnorm(layer: nn.Module) -> bool:
 
 
 def _by_its_type(layer: KalmanLayer, x: Any) -> Any:
-    """Normalize what is not a plain tensor, as torch's own functions do: torch.fx traces the layer whole, and the type
-    of a subclass says of what type the output is.
-    """
+    """Normalize what is not a plain tensor: torch.fx traces the layer whole, and a subclass types its output."""
     if isinstance(x, fx.Proxy):
         if type(layer).forward is not KalmanLayer.forward:
             raise TypeError(f"torch.fx cannot trace the forward of {layer._label()}, expected it to be a leaf module")
-        tracer: Any = x.tracer
-        return tracer.create_proxy("call_module", tracer.path_of_module(layer), (x,), {})
+        return x.tracer.create_proxy("call_module", x.tracer.path_of_module(layer), (x,), {})  # type: ignore[attr-defined]
     if hasattr(x, "device_mesh"):
         raise TypeError(f"{layer._label()} got a DTensor, expected a torch.Tensor: tensor parallelism is not supported")
     typed = getattr(type(x), "__torch_function__", None)
@@ -83,11 +80,9 @@ class KalmanLayer(CorrectedPrior):
     _stock_name = "BatchNorm"
     statistic_groups: Callable[[int], int]
     _normalize: Callable[[Tensor], Tensor]
-    # The layer whose place it took, emptied of its tensors, where that is not a plain torch.nn one: in a
-    # tuple, so that it is no submodule.
+    # The layer that it replaced, without tensors, if not a plain torch.nn one. The tuple hides it from `modules()`.
     replaces: tuple[nn.Module, ...] = ()
-    # Set by `kalmannorm.freeze`.
-    frozen = False
+    frozen = False  # set by `kalmannorm.freeze`
     # How often its training flag was set: parameters may have been changed since by `.data`, which nothing counts.
     times_switched = 0
 
@@ -106,8 +101,7 @@ class KalmanLayer(CorrectedPrior):
         self._warned: set[str] = set()
         if isinstance(gain, str):
             self.gain_rule: str = self._one_of("gain", gain, ("prior-strength", "learned"))
-            # One dimension, as FSDP shards along it. Zero is the initial gain, so weight decay draws
-            # the gain to where it began and not to an end of its range.
+            # FSDP shards along one dimension. Zero is the initial gain, to which weight decay then draws it.
             self.gain: Tensor | float = nn.Parameter(torch.zeros(1, device=device, dtype=dtype))
         elif isinstance(gain, int | float) and not isinstance(gain, bool) and 0 < gain <= 1:
             self.gain_rule = "fixed"
@@ -128,7 +122,6 @@ class KalmanLayer(CorrectedPrior):
         self.is_observed = False  # set by `kalmannorm.calibrate` while it looks at priors
 
     def __prepare_scriptable__(self) -> None:
-        """Called by torch.jit.script, which cannot compile a Kalman layer."""
         raise TypeError(
             f"torch.jit.script cannot compile {self._label()}, expected stock layers: kalmannorm.to_batchnorm(model) "
             "first, or torch.export in place of torch.jit.script"
@@ -155,9 +148,7 @@ class KalmanLayer(CorrectedPrior):
             self.drop_correction()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """As torch's, for ``to`` and the like. What no BatchNorm checkpoint has leaves the meta device with its initial
-        values.
-        """
+        """As torch's. Tensors that no BatchNorm checkpoint has leave the meta device with their initial values."""
         added = ("gain", "process_noise", "nonfinite_batches")
         on_meta = [name for name in added if isinstance(t := getattr(self, name, None), Tensor) and t.is_meta]
         was_on_meta = self.prior_scale.is_meta
@@ -175,9 +166,8 @@ class KalmanLayer(CorrectedPrior):
 
     def _label(self) -> str:
         """The layer's name in errors."""
-        kind = type(self).__name__
         name = self.__dict__.get("layer_name", "")
-        return f"{kind} {name!r}" if name else kind
+        return type(self).__name__ + (f" {name!r}" if name else "")
 
     @property
     def ignores_prior(self) -> bool:
@@ -263,12 +253,10 @@ class KalmanLayer(CorrectedPrior):
 
     def _attach_belief(self, y: Tensor, posterior: Gaussian, prior: Gaussian | None = None,
                        noise: Tensor | None = None) -> None:  # fmt: skip
-        """Attach the belief about the output. Where priors are kept, it follows from the prior and not the posterior,
-        so that the beliefs above do not depend on the batch.
+        """Attach the belief about the output, ``(beta, gamma^2 v / (v + eps))``, or the posterior, ``(m, v)``.
 
-        ``carry="output"``: ``(beta, gamma^2 v / (v + eps))``, the output's own moments. In training they are the same
-        for all groups; in ``eval()`` no group may depend on another.
-        ``carry="posterior"``: ``(m, v)`` of the input, as the paper and the released code do.
+        Where priors are kept, ``v`` is the prior's, so that the beliefs above do not depend on the batch. In training
+        groups share their mean; in ``eval()`` no group may depend on another.
         """
         if (mode := current()) is None or is_resting(mode):
             return
@@ -282,11 +270,10 @@ class KalmanLayer(CorrectedPrior):
                 scale = scale.mean(0, keepdim=True)
             if self.weight is not None:
                 scale = scale * self.weight.to(scale.dtype).square()
-            bias = self.bias
-            mean = torch.zeros_like(scale) if bias is None else bias.to(scale.dtype).expand_as(scale)
+            mean = torch.zeros_like(scale) if self.bias is None else self.bias.to(scale.dtype).expand_as(scale)
             belief = Gaussian(mean, scale)
-        pixels = [1] * (y.ndim - 2)
-        attach(y, belief.map(lambda t: t.reshape(*t.shape, *pixels)), self.layer_name or type(self).__name__)
+        belief = belief.map(lambda t: t.reshape(*t.shape, *[1] * (y.ndim - 2)))
+        attach(y, belief, self.layer_name or type(self).__name__)
 
     def _check_input(self, x: Tensor) -> None:
         channels = self._channels
@@ -297,9 +284,7 @@ class KalmanLayer(CorrectedPrior):
             raise TypeError(f"{self._label()} got an input of type {x.dtype}, expected a floating-point type")
 
     def _bias_without_prior(self) -> Tensor | None:
-        """The bias, with a zero gradient for the parameters that a layer without a prior does not use:
-        DistributedDataParallel expects a gradient for every parameter.
-        """
+        """The bias, with a zero gradient for unused parameters: DistributedDataParallel expects one for each."""
         bias: Tensor | None = self.bias
         for parameter in (self.gain, self.process_noise):
             if isinstance(parameter, Tensor) and parameter.requires_grad and torch.is_grad_enabled():
@@ -327,16 +312,14 @@ class KalmanLayer(CorrectedPrior):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any],
                               strict: bool, missing_keys: list[str], unexpected_keys: list[str],
                               error_msgs: list[str]) -> None:  # fmt: skip
-        """A checkpoint of the stock layer has no ``gain`` and no ``process_noise``: ours stay. Its running statistics
-        correct the prior; a checkpoint of a Kalman layer has the correction itself, or none.
+        """A stock layer's checkpoint leaves ``gain`` and ``process_noise``, and its running statistics correct the
+        prior; a Kalman layer's has the correction itself, or none.
         """
         if local_metadata.get("version") is not None or prefix + "running_mean" in state_dict:
             self._prepare_correction(state_dict, prefix)  # else these may be parameters alone
         missing: list[str] = []
         unexpected: list[str] = []
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing, unexpected, error_msgs
-        )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, error_msgs)
         drops = self._buffers.get("running_mean", self) is None
         dropped = {prefix + name for name in ("running_mean", "running_var", "num_batches_tracked")} if drops else ()
         unexpected_keys.extend(key for key in unexpected if key not in dropped)
@@ -351,9 +334,7 @@ class KalmanLayer(CorrectedPrior):
             )
 
     def _leave_meta(self) -> None:
-        """Bring tensors that a BatchNorm checkpoint lacks to its own, if those were assigned to this layer on the meta
-        device.
-        """
+        """Bring what an assigned BatchNorm checkpoint lacks from the meta device to the checkpoint's."""
         there = self._of_checkpoints
         if there is not None and not there.is_meta and any(t.is_meta for t in tensors_of(self)):
             self._apply(lambda t: torch.empty_like(t, device=there.device) if t.is_meta else t, recurse=False)
@@ -362,10 +343,10 @@ class KalmanLayer(CorrectedPrior):
 class KalmanNorm(KalmanLayer, _BatchNorm):
     """Kalman normalization of 2-d to 5-d inputs; :class:`KalmanNorm2d` and the like check the rank.
 
-    In training, each channel is normalized by the batch's statistics fused with what the layers below
-    predict (Eq. 7 of the paper). In ``eval()``, by moving averages of the fused statistics, as in
-    BatchNorm. With ``gain=1.0``, or where there is no prior, it equals BatchNorm to
-    rounding; one value a channel gives the bias in place of BatchNorm's error.
+    In training, each channel is normalized by the batch's statistics fused with what the layers
+    below predict (Eq. 7 of the paper). In ``eval()``, by moving averages of the fused statistics, as
+    in BatchNorm. With ``gain=1.0``, or without a prior, it equals BatchNorm to rounding; one value a
+    channel gives the bias in place of BatchNorm's error.
 
     Args:
         num_features: channels ``C`` of an input ``(N, C, *)``.
@@ -383,8 +364,7 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
         stats_batch_size: normalize groups of so many consecutive samples; None for the whole batch.
         guard: see :func:`kalmannorm.functional.trusted_gain`.
         process_group: share statistics in this group, like ``SyncBatchNorm``.
-        device: where parameters and buffers live.
-        dtype: their type.
+        device, dtype: of parameters and buffers.
         bias: with ``affine``, learn a ``bias`` too.
 
     Shape:
@@ -400,8 +380,7 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
     running_var: Tensor | None
     num_batches_tracked: Tensor | None
     nonfinite_batches: Tensor | None
-    # What `kalmannorm.recalibrate` puts here gets each call's fused statistics, `(S, C)`, and of how many
-    # samples they are.
+    # `kalmannorm.recalibrate` sets it. It gets each call's fused statistics, `(S, C)`, and their number of samples.
     collect: Callable[[Gaussian, int | Tensor], None] | None = None
 
     def __init__(self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True,
@@ -436,9 +415,7 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
             setattr(self, name, None)
 
     def reset_running_stats(self) -> None:
-        """Reset running statistics and counters to their initial values. Those of a frozen layer stay: nothing would
-        move them again. A correction that is awaited keeps its target.
-        """
+        """Reset running statistics and counters, unless the layer is frozen. An awaited correction keeps its target."""
         if self.frozen:
             return
         if "prior_scale" in self._buffers:  # not in torch's constructor
@@ -446,8 +423,7 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
             if self.awaits_correction:
                 self.dropped_statistics = self.correction_target().map(Tensor.clone)
         super().reset_running_stats()
-        nonfinite = self._buffers.get("nonfinite_batches")
-        if nonfinite is not None:
+        if (nonfinite := self._buffers.get("nonfinite_batches")) is not None:
             nonfinite.zero_()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KalmanNorm:
@@ -523,9 +499,8 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
         with without_autocast(x.device):
             prior = self._prior(x, groups, mode)
             known = prior.belief
-            bias, moves = self.bias, self.training
+            bias, moves, count = self.bias, self.training, x.numel() // (groups * self.num_features)
             if known is None:
-                count = x.numel() // (groups * self.num_features)
                 self._check_values(count)
                 moves = moves and count > 1
                 if torch.compiler.is_compiling():  # elsewhere the kernel gives zero gradients
@@ -650,12 +625,10 @@ class KalmanNorm3d(KalmanNorm, nn.BatchNorm3d):
 class GroupKalmanNorm(KalmanLayer, nn.GroupNorm):
     """Group Kalman normalization (section 3.3 of the paper): stands in for ``torch.nn.GroupNorm``.
 
-    You need it where batches vary, or where an output may not depend on other samples. In training, gradients may,
-    a little: the beliefs of the layers above are means over the samples.
-
     Each sample's channel groups are normalized by their own statistics, fused with what the layers
-    below predict. There are no running statistics, so it fuses in ``eval()`` too. With ``gain=1.0``, or
-    where there is no prior, it equals GroupNorm to rounding.
+    below predict. There are no running statistics, so it fuses in ``eval()`` too. With ``gain=1.0``,
+    or without a prior, it equals GroupNorm to rounding. Outputs do not depend on other samples. In
+    training, gradients do, a little: the beliefs of the layers above are means over the samples.
 
     Args:
         num_groups: ``G``; ``C`` groups make it instance normalization.
@@ -748,7 +721,6 @@ class _ThenActivation(nn.Module):
         self.act = nn.Identity() if act is None else act
 
     def _normalize(self, x: Tensor) -> Tensor:
-        """Normalize, drop, activate."""
         return self.act(self.drop(super()._normalize(x)))  # type: ignore[no-any-return, misc]
 
 
@@ -762,7 +734,7 @@ class KalmanNormAct2d(_ThenActivation, KalmanNorm2d):
     """
 
     def _normalize(self, x: Tensor) -> Tensor:
-        """Normalize, drop, activate; a ReLU in the same step."""
+        """As the parent, a ReLU in the same step."""
         if not self._rectifies() or not self.is_fusing or not self._has_kernel() or x.numel() == 0:
             return super()._normalize(x)
         with paused():
@@ -771,10 +743,9 @@ class KalmanNormAct2d(_ThenActivation, KalmanNorm2d):
 
     def _rectifies(self) -> bool:
         """Whether only a ReLU without hooks follows."""
-        if type(self.act) is not nn.ReLU or type(self.drop) is not nn.Identity:
-            return False
         hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-        return not any(getattr(each, name) for each in (self.act, self.drop) for name in hooks)
+        hooked = any(getattr(each, name) for each in (self.act, self.drop) for name in hooks)
+        return type(self.act) is nn.ReLU and type(self.drop) is nn.Identity and not hooked
 
 
 class GroupKalmanNormAct(_ThenActivation, GroupKalmanNorm):

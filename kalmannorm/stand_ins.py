@@ -51,9 +51,7 @@ _ELSEWHERE: dict[str, tuple[str, type[KalmanLayer]]] = {
 _TENSORS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
 # The buffers of torchvision's FrozenBatchNorm2d. transformers has a copy of it a detector, some without `eps`.
 _FROZEN = {"weight", "bias", "running_mean", "running_var"}
-_RANKS: dict[type[nn.Module], tuple[int, ...]] = {
-    nn.InstanceNorm1d: (3,), nn.InstanceNorm2d: (4,), nn.InstanceNorm3d: (5,)
-}  # fmt: skip
+_RANKS = {nn.InstanceNorm1d: (3,), nn.InstanceNorm2d: (4,), nn.InstanceNorm3d: (5,)}
 _HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks",
@@ -62,9 +60,7 @@ _HOOKS = (
 
 
 def stand_in(layer: nn.Module) -> tuple[str, type[KalmanLayer] | None]:
-    """The kind of a layer, ``""`` for none of :data:`KINDS`, and the class that can take its place; None for a
-    subclass that computes something of its own.
-    """
+    """The kind of a layer, ``""`` for none of :data:`KINDS`; and the class to replace it, None if no class can."""
     # A parametrization, for one, adds other tensors or submodules.
     has_others = not {*layer._parameters, *layer._buffers} <= _TENSORS
     if (found := _ELSEWHERE.get(f"{type(layer).__module__}.{type(layer).__name__}")) is not None:
@@ -101,8 +97,10 @@ def kalman_layer(layer: nn.Module, name: str, kalman: type[KalmanLayer], options
     if synchronizes and "process_group" not in options and options.get("stats_batch_size") is None:
         options["process_group"] = layer.process_group or torch.distributed.group.WORLD
     new: Any = kalman(*_arguments(layer), **options)
-    if "weight" in layer._buffers:
-        _copy_frozen(new, layer)
+    if "weight" in layer._buffers:  # a FrozenBatchNorm2d's, which must not move with those of the new layer
+        with torch.no_grad():
+            for tensor in _FROZEN:
+                getattr(new, tensor).copy_(layer._buffers[tensor])
     else:
         _share_tensors(new, layer)
     new._modules.update(layer._modules)
@@ -141,13 +139,11 @@ def _refuse(layer: nn.Module, name: str, kalman: type[KalmanLayer]) -> None:
 
 
 def _is_torchs(definition: Any) -> bool:
-    return str(definition.__module__).split(".")[0] == "torch"
+    return f"{definition.__module__}.".startswith("torch.")
 
 
 def stock_layer(layer: KalmanLayer) -> nn.Module:
-    """The layer that a Kalman layer replaced, or else torch.nn's, with the same tensors; the latter is followed by the
-    Kalman layer's dropout and activation.
-    """
+    """The layer that a Kalman layer replaced, or torch.nn's and the dropout and activation behind, with its tensors."""
     behind: list[nn.Module] = []
     if layer.replaces:
         stock: Any = _without_tensors(layer.replaces[0])
@@ -160,11 +156,10 @@ def stock_layer(layer: KalmanLayer) -> nn.Module:
         behind = [module for module in layer.children() if not isinstance(module, nn.Identity)]
     _share_tensors(stock, layer)
     stock.training = layer.training and not layer.frozen
-    if not behind:
-        return stock  # type: ignore[no-any-return]
-    both = nn.Sequential(stock, *behind)
-    both.training = layer.training
-    return both
+    if behind:
+        stock = nn.Sequential(stock, *behind)
+        stock.training = layer.training
+    return stock  # type: ignore[no-any-return]
 
 
 def _arguments(layer: Any) -> tuple[Any, ...]:
@@ -179,21 +174,12 @@ def _arguments(layer: Any) -> tuple[Any, ...]:
 
 
 def _share_tensors(new: nn.Module, old: nn.Module) -> None:
-    """Put the tensors of an old layer into a new one, under the names that both have; a counter that a user took off
-    stays the new layer's own, which running statistics need.
-    """
+    """Share the tensors of the names that both layers have. A missing counter of batches stays the new layer's own."""
     new._parameters.update({name: t for name, t in old._parameters.items() if name in new._parameters})
     buffers = {name: t for name, t in old._buffers.items() if name in new._buffers}
     if buffers.get("running_mean") is not None and buffers.get("num_batches_tracked") is None:
         buffers.pop("num_batches_tracked", None)
     new._buffers.update(buffers)
-
-
-@torch.no_grad()
-def _copy_frozen(new: nn.Module, frozen: nn.Module) -> None:
-    """Copy the buffers of a FrozenBatchNorm2d, as its own must not move with those of the new layer."""
-    for name in _FROZEN:
-        getattr(new, name).copy_(frozen._buffers[name])
 
 
 def _without_tensors(layer: nn.Module) -> nn.Module:
