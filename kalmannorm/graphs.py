@@ -36,22 +36,22 @@ _recording = threading.local()
 def capture(model: _M, *, warm_up: int = 3, shapes: int = 4) -> _M:
     """Replay a network's forward and backward pass as CUDA graphs, in place.
 
-    At 1 to 4 samples a GPU waits for Python most of the time; replaying a graph needs no Python. Numbers, running
-    statistics and the training loop stay the same, with autocast, gradient scaling, accumulation and clipping, and
-    `DistributedDataParallel` around the model. The first batches of a shape run without a graph; the next one is
-    recorded by :func:`torch.cuda.make_graphed_callables`; later ones are replayed. Calls also run without a graph in
-    ``eval()``, without gradients, on a CPU, inside ``torch.compile`` and activation checkpoints, for more than
-    ``shapes`` shapes, and before the backward pass of another call. A graph is recorded again after parameters were
-    moved, frozen or unfrozen, and after modules were switched between training and evaluation.
+    At 1 to 4 samples a GPU waits for Python most of the time; replaying a graph needs no Python. Numbers,
+    running statistics and the training loop stay the same, with autocast, gradient scaling, accumulation
+    and clipping, and `DistributedDataParallel` around the model. The first batches of a shape run without
+    a graph; the next one is recorded by :func:`torch.cuda.make_graphed_callables`; later ones are
+    replayed. Calls also run without a graph in ``eval()``, without gradients, on a CPU, inside
+    ``torch.compile`` and activation checkpoints, and before the backward pass of another call. A graph
+    is recorded again after parameters were moved or frozen, and modules switched to training or back.
 
-    Python's decisions during the recording are final: a forward pass must not depend on the values of tensors, or on
-    counts and rates that it keeps in Python. Capture the part of a detector that has static shapes:
+    Python's decisions during the recording are final: a forward pass must not depend on the values of
+    tensors, or on counts that it keeps in Python. Capture the part of a detector that has static shapes:
     ``model.backbone = kn.capture(model.backbone)``. Beliefs about its inputs and outputs pass through.
 
     Args:
         model: any module, converted or not. It takes and returns tensors, also in lists, tuples and dicts.
         warm_up: the number of batches of a shape before the recording, at least 1.
-        shapes: the largest number of graphs. Each holds the memory of a step.
+        shapes: the largest number of graphs; other shapes run without one. Each holds the memory of a step.
 
     Returns:
         The model. ``del model.forward`` undoes it.
@@ -111,8 +111,7 @@ class _Replayed:
         self._forget()
 
     @property
-    def __signature__(self) -> inspect.Signature:
-        """That of the module's own forward, by whose names `input_stats` may be given."""
+    def __signature__(self) -> inspect.Signature:  # `input_stats` may be given by its names
         return inspect.signature(self.as_it_is)
 
     @property
@@ -125,22 +124,20 @@ class _Replayed:
             return self.as_it_is(*args, **kwargs)
         leaves, form = tree_flatten((args, kwargs))
         tensors = _tensors(leaves)
-        if not _is_capturable(leaves, tensors) or not any(p.requires_grad for p in self.module.parameters()):
+        if not _is_capturable(leaves, tensors) or not _trained(self.module):
             return self.as_it_is(*args, **kwargs)
         with paused():
             self._forget_after_changes()
             beliefs = [_belief_of(t) for t in tensors]
             key = _key(leaves, form, beliefs)
-        if key not in self.graphs:
-            if not self._is_due(key):
-                return self.as_it_is(*args, **kwargs)
+        if key not in self.graphs and self._is_due(key):
             self.graphs[key] = _Graph(self, leaves, form, beliefs)
             self.changes = 0
-        graph = self.graphs[key]
-        return self.as_it_is(*args, **kwargs) if graph.is_awaited else graph(tensors, beliefs)
+        graph = self.graphs.get(key)
+        return self.as_it_is(*args, **kwargs) if graph is None or graph.is_awaited else graph(tensors, beliefs)
 
     def _forget_after_changes(self) -> None:
-        """Drop graphs that hold other parameters, buffers or modes than the module has now."""
+        """Drop the graphs if the module's parameters, buffers or modes are others now."""
         if (state := _state(self.module)) == self.state:
             return
         self._forget()
@@ -213,9 +210,7 @@ def _key(leaves: Sequence[Any], form: TreeSpec, beliefs: Sequence[Belief | None]
 
 
 class _Graph:
-    """A recorded call: its arguments are ``leaves`` in a nesting ``form``, and ``beliefs`` are about the tensors among
-    them.
-    """
+    """A recorded call. Its arguments are ``leaves`` in a nesting ``form``; ``beliefs`` are about their tensors."""
 
     def __init__(self, replayed: _Replayed, leaves: Sequence[Any], form: TreeSpec,
                  beliefs: Sequence[Belief | None]) -> None:  # fmt: skip
@@ -235,9 +230,7 @@ class _Graph:
 
     def _function(self, replayed: _Replayed, leaves: Sequence[Any], form: TreeSpec, beliefs: Sequence[Belief | None],
                   mode: Recorder | None, waiting: Gaussian | None) -> _Function:  # fmt: skip
-        """The call as a function of input tensors, moments of beliefs about them, and the module's parameters. It
-        returns the output's tensors and the moments of beliefs about them.
-        """
+        """The call as a function of tensors, the moments of their beliefs, and parameters; it returns the first two."""
         layers = [layer for _, layer in kalman_layers(replayed.module)] if mode is None else mode.layers
         is_part = mode is not None and mode.opener is not replayed.module
         count, with_moments = len(beliefs), len(beliefs) + len(_moments(beliefs))
@@ -249,7 +242,7 @@ class _Graph:
                 mode.await_input(waiting)  # each run of the recording takes it
             _attach(tensors, beliefs, given[count:with_moments], "input")
             args, kwargs = tree_unflatten(_filled(leaves, tensors), form)
-            watched = nullcontext() if mode is not None else Recorder(layers)
+            watched = Recorder(layers) if mode is None else nullcontext()
             # A graph must not read copies of parameters that autocast cached outside of it.
             with watched, torch.autocast("cuda", amp[1], enabled=amp[0], cache_enabled=False):
                 outputs, self.form = tree_flatten(replayed.as_it_is(*args, **kwargs))
@@ -343,23 +336,21 @@ def _trained(module: nn.Module) -> list[nn.Parameter]:
 def _twins(module: nn.Module) -> Iterator[list[nn.Parameter]]:
     """Put other parameters of the same memory in the place of those that are trained.
 
-    Autograd keeps a node for a parameter, with the stream that it was made on, for as long as a loss or
-    `DistributedDataParallel` refers to it. A recording that used this node would wait for that stream, which CUDA does
-    not allow. Hooks of the parameters run when a replay's gradients come, and not in the recording.
+    Autograd keeps a parameter's node, and the stream that it was made on, while a loss or `DistributedDataParallel`
+    refers to it. A recording by this node would wait for that stream, which CUDA does not allow. So hooks of the
+    parameters run at a replay's gradients, and not in the recording.
     """
-    twins: dict[Tensor, nn.Parameter] = {}
-    for p in _trained(module):
-        twins[p] = nn.Parameter(p.detach())
-        twins[p].__class__ = type(p)
-        twins[p].__dict__.update(p.__dict__)
+    twins = {p: nn.Parameter(p.detach()) for p in _trained(module)}
+    for p, twin in twins.items():
+        twin.__class__ = type(p)
+        twin.__dict__.update(p.__dict__)
     places = [(each._parameters, name, p) for each in module.modules() for name, p in each._parameters.items()
               if p in twins]  # fmt: skip
     recurrent = [each for each in module.modules() if isinstance(each, nn.RNNBase)]  # have lists of their parameters
     with attributes_kept(recurrent, "_flat_weights", "_flat_weight_refs"):
         for each in recurrent:
-            flat: list[Any] = [p if p is None else twins.get(p, p) for p in each._flat_weights]
-            each._flat_weights = flat
-            each._flat_weight_refs = [p if p is None else weakref.ref(p) for p in flat]
+            each._flat_weights = [p if p is None else twins.get(p, p) for p in each._flat_weights]  # type: ignore[arg-type]
+            each._flat_weight_refs = [p if p is None else weakref.ref(p) for p in each._flat_weights]
         try:
             for parameters, name, p in places:
                 parameters[name] = twins[p]
@@ -384,9 +375,7 @@ def _check_parameters(outputs: Sequence[Tensor], parameters: Sequence[nn.Paramet
 
 
 def _recorded(module: nn.Module, run: _Function, samples: Sequence[Tensor]) -> _Function:
-    """Record a function of samples and the module's parameters. Buffers and the random state are restored, as the batch
-    itself still has to run.
-    """
+    """Record a function of samples and parameters. Buffers and random state are restored: the batch is still to run."""
     try:
         _recording.is_on = True
         # A backward pass runs without autocast.

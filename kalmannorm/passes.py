@@ -22,8 +22,8 @@ def run_batches(model: nn.Module, loader: Iterable[Any], see: Callable[[Any], ob
                 title: str = "") -> None:  # fmt: skip
     """Call ``see`` with the batches of a loader, at most ``max_batches``, moved to a model's device.
 
-    The public function ``caller`` is named in errors and, without ``title``, in the progress bar, which the first of
-    the processes shows. It is an error if no process of the group has a batch.
+    Errors name the public function ``caller``, and so does the first process's progress bar without ``title``. It is an
+    error if no process of the group has a batch.
     """
     if max_batches is not None and max_batches < 1:
         raise ValueError(f"kalmannorm.{caller} got max_batches={max_batches}, expected None or a number above 0")
@@ -71,13 +71,9 @@ def _to_device(value: Any, device: torch.device) -> Any:
 
 def _with_progress(loader: Iterable[Any], most: int | None, shown: bool, title: str) -> Generator[Any, None, None]:
     """The batches, at most so many, under a progress bar if one is installed."""
-    batches = islice(loader, most)
+    batches, total = islice(loader, most), length_hint(loader) or most
     bar = _progress_bar(title) if shown else None
-    if bar is None:
-        yield from batches
-    else:
-        total = length_hint(loader) or most
-        yield from bar(batches, total and min(total, most or total))
+    yield from batches if bar is None else bar(batches, total and min(total, most or total))
 
 
 def _progress_bar(title: str) -> Callable[[Iterable[Any], int | None], Iterable[Any]] | None:

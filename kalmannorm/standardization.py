@@ -61,8 +61,6 @@ def standardized(weight: Tensor) -> Tensor:
 
 
 class _StandardizedConv:
-    """A convolution by standardized filters; its parameter is the raw one."""
-
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return super()._conv_forward(input, standardized(weight), bias)  # type: ignore[misc,no-any-return]
 
@@ -99,15 +97,14 @@ _STOCK = {new: stock for stock, new in _STANDARDIZED.items()}
 def standardize_weights(model: _M, names: Iterable[str] | None = None, *, inputs: Any = None) -> _M:
     """Give the convolutions and linear layers below normalization layers filters of zero mean and unit norm, in place.
 
-    Layers keep their parameters, hooks and names. ``weight`` is still the raw filter in the ``state_dict`` and for the
-    optimizer; each call standardizes it (Qiao et al. 2019). Priors are then closer to right, from the first step on.
-    This is for training from scratch, as it changes a trained network's outputs.
+    Layers keep their parameters, hooks and names. ``weight`` is still the raw filter for ``state_dict``
+    and optimizer; each call standardizes it (Qiao et al. 2019). Priors are then closer to right from the
+    first step on. This is for training from scratch: it changes a trained network's outputs.
 
-    A layer is standardized if its output reaches a Kalman, batch, group or instance normalization layer through sums,
-    concatenation, pooling, dropout and changes of shape, without an activation or another weight in between. So
-    classifiers, predictors and squeeze-and-excitation stay. The model's graph is found by ``torch.fx``, or by one call
-    with ``inputs``, which works for every model. :func:`to_batchnorm` writes the standardized filters into the
-    parameters of stock layers; call it before other code reads ``weight`` to fold a normalization layer into it.
+    A layer is standardized if its output reaches a Kalman, batch, group or instance normalization layer
+    through sums, concatenation, pooling, dropout and changes of shape alone. The model's graph is found
+    by ``torch.fx``, or by one call with ``inputs``, which works for every model. :func:`to_batchnorm`
+    writes standardized filters into ``weight``; call it before other code folds a normalization layer.
 
     Args:
         model: the network, with or without Kalman layers.
@@ -116,9 +113,8 @@ def standardize_weights(model: _M, names: Iterable[str] | None = None, *, inputs
             with, in training mode.
 
     Returns:
-        The model. A warning lists layers that cannot be standardized: those with filters of one weight, or with a
-        forward or parameters of their own; and transposed convolutions, whose outputs each meet only some of the taps
-        that would have zero mean together.
+        The model. A warning lists layers that cannot be standardized: with filters of one weight, or a forward or
+        parameters of their own; and transposed convolutions, whose outputs each meet only some taps.
 
     Raises:
         ValueError: for a model that ``torch.fx`` cannot trace; without a layer to standardize; for names that are
@@ -186,15 +182,14 @@ def _named(model: nn.Module, names: Iterable[str]) -> list[nn.Module]:
     if isinstance(names, str):
         raise ValueError(f"kalmannorm.standardize_weights got names={names!r}, expected a list of layers' names")
     layers = dict(model.named_modules(remove_duplicate=False))
-    found = []
-    for name in dict.fromkeys(names):
+    found: dict[nn.Module, None] = {}  # each once, in this order
+    for name in names:
         if name not in layers:
             raise ValueError(f"{type(model).__name__} has no layer {name!r}, expected names of model.named_modules()")
         if why := _why_not(model, layers[name]):
             raise ValueError(f"kalmannorm.standardize_weights cannot standardize {name!r}: it {why}")
-        if type(layers[name]) not in _STOCK and layers[name] not in found:
-            found.append(layers[name])
-    return found
+        found[layers[name]] = None
+    return [layer for layer in found if type(layer) not in _STOCK]
 
 
 def _why_not(model: nn.Module, layer: nn.Module) -> str:
@@ -221,14 +216,12 @@ def _why_not(model: nn.Module, layer: nn.Module) -> str:
 
 def _refuse_trained(name: str, norm: nn.Module) -> None:
     """Raise for a normalization layer with statistics of the function that standardized filters would change."""
-    batches = getattr(norm, "num_batches_tracked", None)
+    batches, so_far = getattr(norm, "num_batches_tracked", None), ""
     if isinstance(batches, Tensor):
-        if batches.is_meta or int(batches) == 0:
-            return
-        so_far = f"has tracked {int(batches)} batches"
+        so_far = "" if batches.is_meta or int(batches) == 0 else f"has tracked {int(batches)} batches"
     elif isinstance(getattr(norm, "running_var", None), Tensor):
         so_far = "holds statistics of a trained network"
-    else:
+    if not so_far:
         return
     raise ValueError(
         f"{type(norm).__name__} {name!r} {so_far}: standardized filters would change the network's function. Expected "
@@ -303,8 +296,9 @@ def _norms_in_a_trace(model: nn.Module) -> _Norms:
 
 
 def _after(function: str, below: Sequence[_Filters]) -> _Filters:
-    """The filters that a function's output is made of, given those of its arguments that are not constant: none, where
-    the function mixes in weights, or a nonlinearity other than a maximum.
+    """The filters that a function's output is made of, given those of its arguments that are not constant.
+
+    None where it mixes in weights, or a nonlinearity other than a maximum.
     """
     name = function.strip("_")
     passes = name in _FUNCTIONS or (name in _SCALINGS and len(below) == 1)
@@ -337,8 +331,8 @@ class _Following(TorchFunctionMode):
 
 def _norms_in_a_call(model: nn.Module, inputs: Any) -> _Norms:
     """As :func:`_norms_in_a_trace`, by a call of a copy."""
-    args = () if isinstance(inputs, Mapping) else inputs if isinstance(inputs, tuple) else (inputs,)
-    kwargs = inputs if isinstance(inputs, Mapping) else {}
+    args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
+    args = args if isinstance(args, tuple) else (args,)
     norms: _Norms = defaultdict(list)
     following = _Following()
 

@@ -64,10 +64,7 @@ def random_state_kept(model: nn.Module) -> AbstractContextManager[None]:
 
 @contextmanager
 def state_kept(model: nn.Module) -> Iterator[None]:
-    """Restore training flags, buffers (a queue, say), and what layers know of their corrections afterwards.
-
-    Compiled parts run eagerly, as a single pass does not pay for another compilation.
-    """
+    """Restore training flags, buffers and the state of corrections afterwards; compiled parts run eagerly inside."""
     flags, eager = attributes_kept(model.modules(), "training"), torch.compiler.set_stance("force_eager")
     layers = [layer for _, layer in kalman_layers(model)]
     known = attributes_kept(layers, "is_corrected", "awaits_correction", "dropped_statistics", "_settled")

@@ -52,12 +52,10 @@ class KalmanNormCallback(lightning.Callback):
         recalibrate: Replace running statistics by those of so many training batches at the end of training,
             see `kalmannorm.recalibrate`; None keeps them. The network must take a batch, or its first element.
             Checkpoints that are saved before have running averages; `trainer.save_checkpoint` saves the new ones.
-        anneal: The factor on the samples that priors are worth, over the whole training; each optimizer step takes
-            its share, see `kalmannorm.anneal`. 1 leaves gains to the optimizer. With manual optimization, each
-            optimizer is expected to make one step a batch.
+        anneal: The factor of `kalmannorm.anneal` over the whole training; each optimizer step takes its share. 1
+            leaves gains to the optimizer. With manual optimization, each optimizer must make one step a batch.
         anneal_from: The share of the steps before annealing starts: until the learning rate is low.
-        log_gains: Log the layers' mean gain for a single feature map, as `kalman_gain`, after each epoch: near
-            0 if the network trusts its priors, near 1 if it trusts the batch.
+        log_gains: Log the layers' mean gain for a single feature map after each epoch, as `kalman_gain`.
         stop_at_nonfinite: End training at a loss that is not finite; checked as often as the trainer logs.
         convert_options: Options of `kalmannorm.convert`. `input_stats` describe the input of the one attribute with
             normalization layers, or of the module itself if several attributes have them.

@@ -16,10 +16,9 @@ _NOTHING = nullcontext()
 
 
 def is_transformed() -> bool:
-    """Whether something other than the plain autograd engine differentiates the current computation.
+    """Whether ``torch.compile``, ``torch.func`` or forward-mode autograd differentiates the current computation.
 
-    ``torch.compile`` differentiates and fuses by itself, and older releases trace a hand-written backward
-    pass wrongly. ``torch.func`` and forward-mode derivatives need functions that torch can differentiate.
+    They need functions that torch can differentiate, and the first fuses these by itself.
     """
     if torch.compiler.is_compiling():
         return True
@@ -65,10 +64,9 @@ def _outside_of_inference(grad: bool) -> Iterator[None]:
 
 def differentiable_gradients(plain: Callable[..., Any], inputs: Sequence[Any],
                              upstream: Sequence[Tensor | None]) -> Iterator[Tensor | None]:  # fmt: skip
-    """Gradients of a function that can be differentiated again, one for each input, None for what is no tensor.
+    """Gradients that can be differentiated again, one for each input of ``plain``, None for what is no tensor.
 
-    The function ``plain`` returns a tuple that begins with an output, or None, for each gradient ``upstream``, which is
-    None for zero.
+    ``plain`` returns a tuple that begins with an output for each gradient ``upstream``, which may be None.
     """
     # Of views, as one input may have been computed from another one.
     inputs = [t.view_as(t) if isinstance(t, Tensor) and t.requires_grad else t for t in inputs]

@@ -126,9 +126,8 @@ def move_running(running: Running, posterior: Gaussian, gain: Tensor | float, ob
                  count: int | Tensor, least: int = 0) -> None:  # fmt: skip
     """Move running statistics in place towards the posterior's, ``(S, C)``, averaged over groups.
 
-    The observed share of the variance, which is the gain's, is made unbiased, as BatchNorm's is: a group's channel has
-    ``count`` elements. If these are no more than ``least``, nothing moves. Channels whose new statistics are not finite
-    keep their old ones.
+    The observed share of the variance is made unbiased, as BatchNorm's is: a group's channel has ``count`` elements. If
+    these are no more than ``least``, nothing moves, and nothing does in channels that are not finite.
     """
     dtype, counts = running.mean.dtype, count > least
     others = (count - 1).clamp_min(1) if isinstance(count, Tensor) else max(count - 1, 1)
@@ -146,8 +145,7 @@ def move_running(running: Running, posterior: Gaussian, gain: Tensor | float, ob
 def layer_forward(x: Tensor, given: Given, running: Running | None, options: Options) -> tuple[Tensor, Tensor]:
     """Observe, fuse, normalize, perhaps rectify ``(N, C, *)``, which is not empty; move running statistics in place.
 
-    Returns the output, like ``x``; and ``(6, S, C)``: posterior mean and variance, the output's mean and variance,
-    observed mean and (biased) variance.
+    Returns the output, like ``x``; and ``(6, S, C)``: mean and (biased) variance of posterior, output and observation.
     """
     weight, bias, eps = given.weight, given.bias, options.eps
     observed, q = observe(x, options.groups), gain_of(given, options)
@@ -164,11 +162,10 @@ def layer_forward(x: Tensor, given: Given, running: Running | None, options: Opt
 
 
 def carried(statistics: Tensor, x: Tensor, posterior: bool) -> Tensor:
-    """The belief among the statistics of :func:`layer_forward`. The output's is averaged over groups, which differ by
-    the factor ``v / (v + eps)`` alone; the functions between two layers are then evaluated once, not once a group.
+    """The belief among the statistics of :func:`layer_forward`: mean and variance with the rank of ``x`` behind.
 
-    Returns mean and variance of the output, ``(2, 1, C, 1, ...)``, or of the posterior, ``(2, S, C, 1, ...)``, with the
-    rank of ``x`` behind the first axis.
+    The posterior's is ``(2, S, C, 1, ...)``. The output's, ``(2, 1, C, 1, ...)``, is averaged over groups, which differ
+    by the factor ``v / (v + eps)`` alone; so functions between two layers are evaluated once, not once a group.
     """
     rows = statistics[:2] if posterior else statistics[2:4]
     if rows.shape[1] > 1 and not posterior:

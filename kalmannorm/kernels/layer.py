@@ -111,11 +111,10 @@ class _Layer(torch.autograd.Function):
 
 
 def rectify_output(y: Tensor) -> bool:
-    """Rectify a layer's output in place, and apply the ReLU's mask in the layer's backward pass: whether it was done.
+    """Rectify a layer's output in place, and apply the mask in the layer's backward pass, if possible: whether it is.
 
-    This saves the pass over the activation that a ReLU's backward takes. Nothing else may have been computed from the
-    output yet. It is not done if the output has hooks on its gradient, or if the layer's backend would need a pass of
-    its own for the mask.
+    This saves a ReLU's backward pass. Nothing else may have been computed from the output yet. Hooks on its gradient
+    forbid it, and a backend that needs a pass of its own for the mask.
     """
     if type(y.grad_fn) is not _Layer._backward_cls or y.output_nr != 0 or y._version != 0:  # type: ignore[attr-defined]
         return False
@@ -152,8 +151,8 @@ def layer(x: Tensor, given: Given, options: Options, *, running: Running | None 
           posterior: bool = False) -> Layer:  # fmt: skip
     """Normalize ``(N, C, *)``, which is not empty, by each group's statistics, fused with a prior.
 
-    Running statistics are moved in place. The belief is that of the output, or the ``posterior`` of the input. A tensor
-    of another size is an error: a compiled kernel would read and write beyond its end.
+    Running statistics are moved in place. The belief is that of the output, or the ``posterior`` of the input. Sizes
+    are checked: a compiled kernel would read and write beyond a tensor's end.
     """
     _check_sizes(x, given, running, options.groups)
     dtype = torch.promote_types(x.dtype, torch.float32)

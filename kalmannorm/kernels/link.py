@@ -2,9 +2,8 @@
 
     m' = sum_k W m + b        v' = sum_k W^2 v
 
-over inputs and taps ``k``. Weights are by far the largest tensors that a belief meets. The forward pass reads them
-once, for both sums; the backward pass once more, when it writes their gradient. With incoming gradients ``dm`` and
-``dv``,
+over inputs and taps ``k``. Each pass reads the weights, by far the largest tensors here, once. With incoming
+gradients ``dm`` and ``dv``,
 
     d m = dm W,    d v = dv W^2,    d W = dm^T m + 2 W * (dv^T v).
 

@@ -36,10 +36,8 @@ def _run(*command: str) -> bytes:
 
 
 def _folder() -> Path:
-    cache = os.environ.get("KALMANNORM_CACHE") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "kalmannorm"
-    )
-    return Path(cache)
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(os.environ.get("KALMANNORM_CACHE") or os.path.join(home, "kalmannorm"))
 
 
 def _built(compiler: str) -> Path:
@@ -63,8 +61,7 @@ def library() -> Any:
     """The compiled kernels, a ``ctypes.CDLL``, or None where they cannot be had. The first call compiles them."""
     if os.environ.get("KALMANNORM_NATIVE", "1") == "0" or not torch.backends.openmp.is_available():
         return None
-    compiler = _compiler()
-    if compiler is None:
+    if (compiler := _compiler()) is None:
         return None
     try:
         native = ctypes.CDLL(str(_built(compiler)))

@@ -1,13 +1,10 @@
 """The layer and the link on a CUDA device, by the kernels of ``triton_layer.py`` and ``triton_link.py``. The signatures
 are those of `on_torch`.
 
-At batches of 1 to 4 samples a layer takes the GPU less time than the CPU takes to launch it, so what counts is the
-number of launches. Where a statistic group's channel fits into the registers of one program, the layer takes one launch
-forward, and one backward; with a prior, torch then sums the gain's gradient over channels. Larger ones take three
-launches each way: sums of chunks, a number a channel, the normalization. Several groups take one launch more each way:
-for the running statistics, and for sums over groups. A link takes one launch forward and two backward.
-
-Nothing about a shape is computed twice: see :func:`_walk`.
+At batches of 1 to 4 samples a launch takes longer than the kernel, so launches count. Where a statistic group's channel
+fits into the registers of one program, the layer takes one each way; with a prior, torch then sums the gain's gradient
+over channels. Larger ones take three each way: sums of chunks, a number a channel, the normalization. Several groups
+take one more: for running statistics, or for sums over groups. A link takes one forward and two backward.
 """
 
 from __future__ import annotations
@@ -55,7 +52,7 @@ def is_available() -> bool:
 
 @functools.cache
 def _kernels(name: str) -> Any:
-    """Triton is imported where it is needed: not all platforms have it."""
+    """Imported when needed: not all platforms have Triton."""
     return importlib.import_module(f"kalmannorm.kernels.{name}")
 
 
@@ -116,8 +113,8 @@ def _tile_channels_last(samples: int, rows: int, channels: int, itemsize: int) -
 
 
 def _tile_channels_first(rows: int, channels: int, pixels: int, itemsize: int) -> tuple[int, int, int]:
-    """All rows and pixels, a few channels side by side where a row has less than 32 bytes. If these are too many, the
-    shape that covers the activation with the least left over, where one of half the elements must save a sixteenth.
+    """All rows and pixels, and some channels if a row has less than 32 bytes; else the shape with the least left over,
+    where one of half the elements must save a sixteenth.
     """
     tall, long, most = _power_of_two(rows), _power_of_two(pixels), _TILE // itemsize
     across = min(_power_of_two(channels), max(1, 32 // long))
@@ -135,11 +132,10 @@ def _tile_channels_first(rows: int, channels: int, pixels: int, itemsize: int) -
 
 @functools.lru_cache(maxsize=4096)
 def _walk(size: tuple[int, ...], last: bool, groups: int, itemsize: int) -> _Walk:
-    """Choose tiles for an activation of a size.
+    """Choose tiles for an activation of a size, the axis that is contiguous in memory innermost.
 
-    The innermost axis of a tile is the one that is contiguous in memory. Where a group's channel fits, a tile is all of
-    it, with a thread for each 8 elements up to 16 warps. Else chunks of tiles are so long that all multiprocessors have
-    work.
+    Where a group's channel fits, a tile is all of it, with a thread for each 8 elements up to 16 warps. Else chunks of
+    tiles are so long that all multiprocessors have work.
     """
     samples, channels = size[:2]
     pixels = math.prod(size[2:])

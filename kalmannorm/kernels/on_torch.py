@@ -1,8 +1,7 @@
 """The layer and the link by torch functions, on any device, in any type; `on_cpu` and `on_gpu` have the same functions.
 
-The forward passes are those of `formulas`; the backward passes are written by hand. On a CPU they make the fewest
-passes over an activation that torch offers: its statistics kernel, its normalization by given statistics, and the
-backward pass of that, which returns ``sum dy`` and ``sum dy (x - m) / s`` along with ``dx``.
+The forward passes are those of `formulas`; the backward passes, written by hand, make the fewest passes over an
+activation.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
-"""The layer and the link as operators of torch's, which ``torch.compile`` keeps whole.
+"""The layer and the link as operators of torch's, which ``torch.compile`` keeps whole, for the functions of `on_torch`.
 
-Left to itself, the compiler makes some hundred small operations of each, and its compilation takes several times as
-long. In eager mode an autograd function costs less than an operator does. `on_torch` says what each takes and returns.
-
-The compiler may give them any strides: else it would transpose activations and weights, which it keeps channels-last.
+Left to itself, the compiler makes some hundred small operations of each, and takes several times as long. In eager mode
+an autograd function costs less. Any strides are taken, as the compiler keeps activations and weights channels-last.
 """
 
 from __future__ import annotations
@@ -125,9 +123,8 @@ def _layer_backward_shapes(dy: Tensor, x: Tensor, *others: Any) -> list[Tensor]:
 
 
 layer = _operator(
-    "layer", f"(Tensor x, {_PARAMETERS}, bool posterior, {_OPTIONS}) -> (Tensor, Tensor, Tensor)", _layer,
-    _layer_shapes,
-)  # fmt: skip
+    "layer", f"(Tensor x, {_PARAMETERS}, bool posterior, {_OPTIONS}) -> (Tensor, Tensor, Tensor)", _layer, _layer_shapes
+)
 _backward_of_layer = _operator(
     "layer_backward",
     f"(Tensor dy, Tensor x, {_PARAMETERS}, Tensor d_belief, Tensor statistics, bool posterior,"

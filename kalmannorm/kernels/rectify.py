@@ -1,9 +1,8 @@
 """ReLU of a Gaussian, with a backward pass in closed form.
 
 With ``a = m / s``, ``g = a Phi(a) + phi(a)`` and ``h = phi(a) - a Phi(-a)`` (the expected positive and
-negative parts in units of ``s``), ``E = s g`` and ``var = v (Phi(a) - g h)``: the textbook
-``E[y^2] - E[y]^2`` without its cancellation. Since a derivative by the variance is half a second
-derivative by the mean,
+negative parts in units of ``s``), ``E = s g`` and ``var = v (Phi(a) - g h)``, without the cancellation of
+``E[y^2] - E[y]^2``. A derivative by the variance is half a second derivative by the mean:
 
     d E = Phi dm + phi / (2 s) dv,    d var = 2 E Phi(-a) dm + (Phi(a) - g phi) dv.
 """

@@ -1,8 +1,7 @@
 """``y = gamma (x - m) / sqrt(v + eps) + beta`` with a gradient for ``m`` and ``v`` too.
 
-torch's batch normalization with given statistics is the fastest pass there is, and its backward pass
-returns ``sum dy`` and ``sum dy (x - m) / s`` a channel along with ``dx``. Those two sums are all that
-the gradients of the statistics need:
+The backward pass of torch's batch normalization with given statistics returns ``sum dy`` and
+``sum dy (x - m) / s`` a channel along with ``dx``, all that the gradients of the statistics need:
 
     d m = -gamma / s sum dy,    d v = -gamma / (2 s^2) sum dy (x - m) / s,    s = sqrt(v + eps).
 """

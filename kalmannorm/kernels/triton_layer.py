@@ -2,19 +2,17 @@
 
 The mathematics is that of `layer`; `on_gpu` says which kernels are launched. An activation is ``(rows, C, pixels)`` in
 memory: ``(N, C, H * W)`` where it is contiguous, ``(N * H * W, C, 1)`` where channels are last. It is read in tiles
-``(A, K, B)`` of rows, channels and pixels, whose innermost axis is the one that is contiguous in memory: pixels, or
-channels (``LAST``). The length of that axis is a multiple of ``ALIGN`` elements, of 16 bytes if possible, so that a
-thread loads as much at once. A statistic group is a block of consecutive rows.
+``(A, K, B)`` of rows, channels and pixels, innermost the axis that is contiguous in memory: pixels, or channels
+(``LAST``). That axis is a multiple of ``ALIGN`` elements, 16 bytes if possible, which a thread loads at once. A
+statistic group is a block of consecutive rows. A program has a group and a block of ``K`` channels.
 
-A program has a group and a block of ``K`` channels. Sums over more than a tile are kept element by element of the tile,
-and reduced once, at the end. Chunks of tiles are merged in a fixed order, and no float is added atomically: two runs
-agree bit for bit.
+Sums over tiles are kept element by element and reduced at the end. Chunks of tiles are merged in a fixed order, and no
+float is added atomically: two runs agree bit for bit.
 
 ``statistics`` is ``(6, groups, channels)``: posterior mean and variance, output mean and variance, observed mean and
-variance. Pointers may be None: no prior, no affine map, and so on; each such choice is compiled for itself.
-
-Functions that a kernel calls take some of its arguments together: ``where`` is ``(at, channel, here, size)``, see
-:func:`_place`; ``given`` is ``(prior, prior_shift, prior_scale, gain, noise, prior_size)``.
+variance. Pointers may be None (no prior, no affine map); each choice is compiled for itself. ``where`` is
+``(at, channel, here, size)``, see :func:`_place`; ``given`` is ``(prior, prior_shift, prior_scale, gain, noise,
+prior_size)``.
 """
 # Triton has no types for mypy to check, and a kernel's arguments are its pointers and sizes.
 # mypy: ignore-errors
@@ -73,10 +71,8 @@ def _tile(group, block, tile, channels, pixels, rows, A: tl.constexpr, K: tl.con
 
 @triton.jit
 def _place(channels, groups, K: tl.constexpr, LAST: tl.constexpr, ALIGN: tl.constexpr):
-    """Of a program: its group, its block of channels, and which chunk (or tile) of these it has.
-
-    Then its channels, and which of them there are; where their numbers are among those of all groups and channels, and
-    how many that is.
+    """A program's group, block of channels, and chunk or tile; its channels, and which exist; where their numbers are
+    among those of all groups and channels, and how many these are.
     """
     if LAST:
         channels = _whole(channels, ALIGN)
@@ -150,9 +146,8 @@ def _prior(given, where, NOISE_SCALE: tl.constexpr):
 def _move(running, channel, here, mean, var):
     """Running statistics, of each channel for which the newest are finite; and the two counters.
 
-    No program has all channels, so each adds itself to ``batches``, above the 32 bits that count batches: 15 bits
-    of how many programs were here, and as many of how many saw a channel that is not finite. The last one to come
-    puts both counters right.
+    Each program adds itself to ``batches``, above the 32 bits that count batches: 15 bits count programs, and 15 those
+    with a channel that is not finite. The last program puts both counters right.
     """
     running_mean, running_var, batches, nonfinite, momentum = running
     finite = tl.abs(mean + var) <= 3.4028235e38
@@ -331,8 +326,7 @@ def moments_kernel(x, parts, channels, pixels, rows, groups, tiles, chunk, A: tl
                    B: tl.constexpr, LAST: tl.constexpr, ALIGN: tl.constexpr):  # fmt: skip
     """Count, mean and squared deviations of each chunk of tiles: ``parts`` is ``(chunks, 3, groups, channels)``.
 
-    Deviations are from the mean of the chunk's first tile. Their rounding is at most that of deviations from
-    the chunk's own mean times the number of its tiles.
+    Deviations are from the mean of its first tile, whose rounding is at most the number of tiles times worse.
     """
     group, block, part, _, here, at, size = _place(channels, groups, K, LAST, ALIGN)
     first = part * chunk

@@ -1,9 +1,8 @@
 """Kernels of the link on a GPU: a Gaussian rectified, and through a convolution or linear map.
 
-The mathematics is that of `rectify` and `contract`; `on_gpu` says how they are launched. The weight is the one large
-thing here: ``(out, in * taps)`` in memory, or ``(out, taps * in)`` where channels are last. Forward, a program has a
-few of its rows and contracts both moments in one reading. Backward, a program has a tile of it, writes that tile's
-gradient and the tile's share of what goes down to the moments; the shares are then summed in a fixed order.
+The mathematics is that of `rectify` and `link`. The weight is the one large thing here: ``(out, in * taps)`` in memory,
+or ``(out, taps * in)`` where channels are last. Forward, a program reads a few of its rows once, for both moments.
+Backward, a program writes a tile's gradient and its share of the moments'; shares are summed in a fixed order.
 
 ``moments`` are mean and variance, ``(2, groups, in)``. So is ``rectified``, after the ReLU; None where there is none.
 """
