@@ -18,9 +18,8 @@ def anneal(model: _M, factor: float) -> _M:
     """Make each prior worth ``factor`` times as many samples: divide the odds ``q / (1 - q)`` of every learned gain.
 
     Early in training a batch's own statistics stabilize a layer; in ``eval()`` they are not used. Called after each
-    optimizer step, with a root of the final factor, this leads from one to the other. At one image and a small learning
-    rate, running statistics then score like online ones; at a large learning rate they do not (docs/evidence.md, "How
-    far to trust a batch"). Gains are still learned; fixed gains and those of frozen layers stay.
+    optimizer step, with a root of the final factor, this leads from one to the other (docs/evidence.md, "How far to
+    trust a batch"). Gains are still learned; fixed gains and those of frozen layers stay.
 
     Args:
         model: the network, changed in place.

@@ -19,10 +19,8 @@ def is_recomputing() -> bool:
 
 
 def is_reentrant() -> bool:
-    """Whether the backward pass of an autograd function recomputes it, as with ``use_reentrant=True``.
-
-    Such a function takes and returns plain tensors, without beliefs and their gradients. The other kind of checkpoint
-    recomputes when autograd unpacks saved tensors.
+    """Whether the backward pass of an autograd function recomputes it, as with ``use_reentrant=True``: such a function
+    takes and returns tensors without beliefs. Other checkpoints recompute when autograd unpacks saved tensors.
     """
     frame = sys._getframe()
     while frame is not None:

@@ -21,7 +21,7 @@ def connect(model: _M, *, input_stats: InputStats | None = None) -> _M:
     """Let beliefs flow between a network's Kalman layers, as :func:`convert` does.
 
     You need it for a model that you write with Kalman layers, and after layers were added or replaced. It puts two
-    forward hooks on the model and on each module that contains a Kalman layer, and sets the layers' names.
+    forward hooks on each module that contains a Kalman layer, and sets the layers' names.
 
     Args:
         model: the network.

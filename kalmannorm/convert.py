@@ -143,7 +143,7 @@ def _stand_ins(model: nn.Module, kinds: Sequence[str], options: dict[str, Any]) 
 
 
 def _refuse_unless_converted(model: nn.Module, kinds: Sequence[str], options: Sequence[str]) -> None:
-    """Raise for a model without a layer to replace, unless it is converted and no options are given."""
+    """Raise for a model without a layer to replace, unless it is converted and gets no options."""
     if next(kalman_layers(model), None) is None:
         raise ValueError(
             f"{type(model).__name__} has nothing to convert: no layer of the kinds {list(kinds)}, "
@@ -163,7 +163,7 @@ def _check_names(what: str, given: Iterable[str], allowed: Sequence[str]) -> Non
 
 
 def _warn_of_random_depth(model: nn.Module) -> None:
-    """The first training step would correct priors for the blocks that it happens to keep."""
+    """The first training step would correct priors for the blocks that it keeps."""
     for name, module in model.named_modules():
         if type(module).__name__.endswith(_RANDOM_DEPTH) and any(getattr(module, n, 0) for n in ("p", "drop_prob")):
             warnings.warn(
@@ -278,7 +278,7 @@ def fuse(model: _M) -> _M:
 
 
 def _traced(model: nn.Module) -> torch.fx.GraphModule:
-    """The model's graph with a copy of a convolution for each of its calls, as different layers may follow."""
+    """The model's graph with a copy of a convolution for each call, as different layers may follow."""
     try:
         traced = torch.fx.symbolic_trace(model)
     except Exception as error:  # the model's own code runs on stand-ins, and may raise anything

@@ -41,9 +41,7 @@ def _state(t: Tensor | None) -> tuple[int, int] | None:
 
 def _is_batched(t: Tensor) -> bool:
     """Whether ``torch.vmap`` goes over it, so that nobody can look at its numbers."""
-    if torch.compiler.is_compiling():
-        return False
-    while torch._C._functorch.is_functorch_wrapped_tensor(t):
+    while not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(t):
         if torch._C._functorch.is_batchedtensor(t):
             return True
         t = torch._C._functorch.get_unwrapped(t)
@@ -53,8 +51,7 @@ def _is_batched(t: Tensor) -> bool:
 class CorrectedPrior(nn.Module):
     """The buffers ``prior_shift`` and ``prior_scale``, ``(C,)``, and how they are found and loaded.
 
-    Each layer has them, so that all processes and checkpoints have the same buffers. Uncorrected, they are zeros and
-    ones.
+    Each layer has them, so that all processes and checkpoints do: zeros and ones without a correction.
     """
 
     weight: Any

@@ -19,10 +19,9 @@ def freeze(model: _M, frozen: bool = True) -> _M:
     parameters get no gradient. A layer without running statistics, such as :class:`GroupKalmanNorm`, still fuses. The
     belief about a frozen Kalman layer's output comes from its running statistics.
 
-    Layers stay frozen through ``model.train()``, copying and pickling; the ``state_dict`` does not say so. A stock
-    BatchNorm layer keeps its class: a forward pre-hook holds it in ``eval()``. ``reset_running_stats()``, and so
-    ``torch.optim.swa_utils.update_bn``, leaves a frozen Kalman layer as it is, and empties a stock one. Freeze before
-    the model is wrapped for distributed training.
+    Layers stay frozen through ``model.train()``, copying and pickling; the ``state_dict`` does not say so.
+    ``reset_running_stats()``, and so ``torch.optim.swa_utils.update_bn``, leaves a frozen Kalman layer as it is, and
+    empties a stock one. Freeze before the model is wrapped for distributed training.
 
     Args:
         model: the network, or a part of one, changed in place.

@@ -712,9 +712,6 @@ class GroupKalmanNorm(KalmanLayer, nn.GroupNorm):
 class _ThenActivation(nn.Module):
     """What follows the normalization in layers that do both: dropout, then an activation."""
 
-    drop: nn.Module
-    act: nn.Module
-
     def __init__(self, *args: Any, drop: nn.Module | None = None, act: nn.Module | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.drop = nn.Identity() if drop is None else drop

@@ -154,16 +154,10 @@ def operands(step: Step, value_of: Callable[[Step], Any]) -> tuple[tuple[Any, ..
     args, kwargs = tuple([value_of(a) if type(a) is Step else a for a in step.args]), step.kwargs
     if sum([type(a) is Step for a in step.args]) != len(step.parents):  # some are in lists or keywords
         args, kwargs = replace((args, kwargs), Step, value_of)
-    if _may_be_freed() and any(map(_is_freed, found_in((*args, *kwargs.values()), Tensor | Gaussian))):
+    by_fsdp = "torch.distributed.fsdp" in sys.modules and not is_transformed() and torch.distributed.is_initialized()
+    if by_fsdp and any(map(_is_freed, found_in((*args, *kwargs.values()), Tensor | Gaussian))):
         return Unknown("it depends on parameters that FSDP has freed")
     return args, kwargs
-
-
-def _may_be_freed() -> bool:
-    """Whether parameters may be without their elements, as FSDP leaves them."""
-    if "torch.distributed.fsdp" not in sys.modules or is_transformed():
-        return False
-    return torch.distributed.is_initialized()
 
 
 def _is_freed(value: Tensor | Gaussian) -> bool:

@@ -39,19 +39,19 @@ class KalmanNormCallback(lightning.Callback):
     """Converts a LightningModule's network when a trainer sets it up, and checks losses for NaN.
 
     It converts in `setup`: before `configure_optimizers`, so the optimizer gets gains and process noises, and
-    before a checkpoint is loaded, so `ckpt_path=` works in each of the trainer's methods. It does not convert a
-    network that has Kalman layers already, or one that is built later, in `LightningModule.setup` or
-    `configure_model`: call `kalmannorm.convert` there. Callbacks that average weights come after it. With
-    `Trainer(sync_batchnorm=True)`, Kalman layers without `stats_batch_size` share statistics between processes.
+    before a checkpoint is loaded, so `ckpt_path=` works. It does not convert a network that has Kalman layers
+    already, or one that is built later, in `LightningModule.setup` or `configure_model`: call
+    `kalmannorm.convert` there. Callbacks that average weights come after it. With `Trainer(sync_batchnorm=True)`,
+    Kalman layers without `stats_batch_size` share statistics between processes.
 
-    Without a trainer, `load_from_checkpoint(path, strict=False)` gives the BatchNorm network to deploy. After
-    a strategy that spawns, the main process has it too.
+    Without a trainer, `load_from_checkpoint(path, strict=False)` gives the BatchNorm network to deploy, which
+    the main process has after a strategy that spawns.
 
     Args:
         online: Validate, test and predict by the statistics of each batch, see `kalmannorm.online_statistics`.
-        recalibrate: Replace running statistics by those of so many training batches at the end of training,
-            see `kalmannorm.recalibrate`; None keeps them. The network must take a batch, or its first element.
-            Checkpoints that are saved before have running averages; `trainer.save_checkpoint` saves the new ones.
+        recalibrate: Replace running statistics by those of so many training batches at the end of training, see
+            `kalmannorm.recalibrate`. The network must take a batch, or its first element. Earlier checkpoints keep
+            running averages; `trainer.save_checkpoint` saves the new statistics.
         anneal: The factor of `kalmannorm.anneal` over the whole training; each optimizer step takes its share. 1
             leaves gains to the optimizer. With manual optimization, each optimizer must make one step a batch.
         anneal_from: The share of the steps before annealing starts: until the learning rate is low.
@@ -90,8 +90,14 @@ class KalmanNormCallback(lightning.Callback):
             layers = self.convert_options.get("layers", ("batch",))
             kinds = (layers,) if isinstance(layers, str) else tuple(layers)
             network = network_of(pl_module, lambda layer: stand_in(layer)[0] in kinds)
-            if network is pl_module and type(pl_module).forward is lightning.LightningModule.forward:
-                self._warn_of_parts(pl_module)
+            is_called = network is not pl_module or type(pl_module).forward is not lightning.LightningModule.forward
+            if not is_called and self.convert_options.get("input_stats") is not None:
+                warnings.warn(
+                    f"KalmanNormCallback got input_stats for {type(pl_module).__name__}, which has normalization "
+                    "layers in several attributes and no forward: nobody calls it, so the first layers have no prior. "
+                    "Call kalmannorm.convert(part, input_stats=...) for each part in the module's __init__",
+                    stacklevel=2,
+                )
             convert(network, **self.convert_options)
         strategy: Any = trainer.strategy
         if getattr(strategy, "_layer_sync", None) is None:
@@ -106,22 +112,12 @@ class KalmanNormCallback(lightning.Callback):
                 layer.process_group = dist.group.WORLD
 
     def _check_order(self, trainer: lightning.Trainer, stage: str) -> None:
-        callbacks: list[lightning.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        for callback in takewhile(lambda each: each is not self, callbacks):
+        for callback in takewhile(lambda each: each is not self, trainer.callbacks):  # type: ignore[attr-defined]
             if stage == "fit" and any(kind.__name__ in _AVERAGING for kind in type(callback).__mro__):
                 raise ValueError(
                     f"KalmanNormCallback got {type(callback).__name__} before it in Trainer(callbacks=[...]), which "
                     "has copied the network already, expected KalmanNormCallback first"
                 )
-
-    def _warn_of_parts(self, pl_module: lightning.LightningModule) -> None:
-        if self.convert_options.get("input_stats") is not None:
-            warnings.warn(
-                f"KalmanNormCallback got input_stats for {type(pl_module).__name__}, which has normalization layers in "
-                "several attributes and no forward: nobody calls it, so the first layers have no prior. Call "
-                "kalmannorm.convert(part, input_stats=...) for each part in the module's __init__",
-                stacklevel=2,
-            )
 
     def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: Any) -> None:
         """Undo the sharing, as the trainer does BatchNorm's, and switch back."""

@@ -60,11 +60,11 @@ def link(moments: Tensor, weight: Tensor, bias: Tensor | None = None,
         )
     weight = weight.to(moments.dtype)
     bias = None if bias is None else bias.to(moments.dtype)
-    if is_transformed() and not torch.compiler.is_compiling():
-        return on_torch.link_forward(moments, weight, bias, relu)
     if torch.compiler.is_compiling():
         out, after = operators.link(moments, weight, bias, relu)
         return out, after if relu else None
+    if is_transformed():
+        return on_torch.link_forward(moments, weight, bias, relu)
     moments, weight = moments.contiguous(), as_dense(weight)
     backend = backend_for(moments, weight, bias)
     return _Link.apply(moments, weight, bias, relu, backend)  # type: ignore[no-untyped-call, no-any-return]

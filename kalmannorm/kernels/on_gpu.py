@@ -172,14 +172,11 @@ def layer_forward(x: Tensor, given: Given, running: Running | None, options: Opt
     channels, pixels, rows = walk.shape
     y = torch.empty_like(x)
     statistics = _empty(x, 6, groups, channels)
-    prior_size = 0
+    prior_size = 0 if given.prior is None else given.prior.numel() // 2
     if given.prior is None:
         given, offset = given._replace(gain=None), 1.0
-    else:
-        prior_size = given.prior.numel() // 2
-    buffers: tuple[Any, ...] = (None, None, None, None, 0.0) if running is None else running
-    moved_here = groups == 1 and channels <= _COUNTABLE
-    moved = buffers if moved_here else (None, None, None, None, 0.0)
+    moved_here = running is not None and groups == 1 and channels <= _COUNTABLE
+    moved: Any = running if moved_here else (None, None, None, None, 0.0)
     with _on_device_of(x):
         if walk.held:
             kernels.forward_kernel[(walk.programs,)](

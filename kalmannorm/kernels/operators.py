@@ -108,9 +108,8 @@ def _layer_backward(dy: Tensor, x: Tensor, *others: Any) -> list[Tensor]:
     x, given, (d_belief, statistics, posterior, *options) = as_dense(x), _contiguous(others[:7]), others[7:]
     constants = Options(*options).for_kernels()
     d_belief = to_groups(d_belief, constants.groups, posterior)
-    backward = backend_for(x, *given).layer_backward
-    gradients = backward(dy, x, given, statistics, d_belief, posterior, constants)
-    return [g for g in gradients if g is not None]
+    found = backend_for(x, *given).layer_backward(dy, x, given, statistics, d_belief, posterior, constants)
+    return [g for g in found if g is not None]
 
 
 def _with_gradients(given: Sequence[Any]) -> list[Any]:
