@@ -26,12 +26,9 @@ def process_variance(noise: Tensor | None) -> Tensor | None:
 class Prior(NamedTuple):
     """The prior as a layer's kernel takes it."""
 
-    belief: Gaussian | None
-    """In a shape of :func:`~kalmannorm.propagation.belief_for`; None where it is unknown."""
-    noise: Tensor | None
-    """The logarithm of its process noise, ``(C,)``."""
-    shift: Tensor | None = None
-    """Its correction, ``(C,)``: see :func:`kalmannorm.kernels.layer`."""
+    belief: Gaussian | None  # in a shape of `kalmannorm.propagation.belief_for`; None where it is unknown
+    noise: Tensor | None  # the logarithm of its process noise, (C,)
+    shift: Tensor | None = None  # its correction, (C,), as `kalmannorm.kernels.arguments.Given` has it
     scale: Tensor | None = None
 
     def corrected(self, groups: int) -> tuple[Gaussian | None, Tensor | None]:

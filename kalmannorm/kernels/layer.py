@@ -51,13 +51,9 @@ from kalmannorm.kernels.memory_format import as_dense
 class Layer(NamedTuple):
     """The results of :func:`layer`."""
 
-    output: Tensor
-    """Shaped and typed as the input."""
-    belief: Tensor
-    """Mean and variance for the next layer, with the input's rank behind the first axis: the output's,
-    ``(2, 1, C, 1, ...)``, or the posterior's, ``(2, S, C, 1, ...)``."""
-    statistics: Tensor
-    """``(6, S, C)``, without a gradient: posterior mean and variance, the output's, the observed ones."""
+    output: Tensor  # shaped and typed as the input
+    belief: Tensor  # mean and variance for the next layer: see :func:`~kalmannorm.kernels.formulas.carried`
+    statistics: Tensor  # those of :func:`~kalmannorm.kernels.formulas.layer_forward`, without a gradient
 
 
 def _plain(x: Tensor, given: Given, posterior: bool, options: Options, running: Running | None) -> Layer:

@@ -83,19 +83,13 @@ def _aligned(length: int, itemsize: int) -> int:
 class _Walk(NamedTuple):
     """How the kernels of the layer go over an activation ``(rows, channels, pixels)``."""
 
-    shape: tuple[int, int, int]
-    """Channels, pixels, and rows of a group."""
+    shape: tuple[int, int, int]  # channels, pixels, and rows of a group
+    # Rows, channels and pixels of a tile; whether channels are innermost; what the innermost length is a multiple of.
     tile: tuple[int, int, int, bool, int]
-    """Rows, channels and pixels of a tile; whether channels are innermost; elements that the innermost length is a
-    multiple of."""
-    held: bool
-    """Whether a group's channel is one tile, which one program holds."""
-    programs: int
-    """Groups times blocks of channels."""
-    tiles: int
-    """Of each of these."""
-    chunk: int
-    """Tiles that one program goes over for its sums."""
+    held: bool  # whether a group's channel is one tile, which one program holds
+    programs: int  # groups times blocks of channels
+    tiles: int  # of each of these
+    chunk: int  # tiles that one program goes over for its sums
     chunks: int
     warps: int
 
@@ -266,12 +260,9 @@ class _Blocks(NamedTuple):
     taps: int
     last: bool
     align: int
-    forward: tuple[int, int, int]
-    """Rows and columns that a program reads at a time, and its warps."""
-    backward: tuple[int, int, int]
-    """Rows and columns of a program's tile, and its warps."""
-    chunks: int
-    """Of rows, whose sums go down to the moments."""
+    forward: tuple[int, int, int]  # rows and columns that a program reads at a time, and its warps
+    backward: tuple[int, int, int]  # rows and columns of a program's tile, and its warps
+    chunks: int  # of rows, whose sums go down to the moments
     tiles: int
 
 
