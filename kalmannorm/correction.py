@@ -9,6 +9,7 @@ A layer that comes with trained running statistics gets the correction that lead
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -32,11 +33,18 @@ def is_trained(mean: Tensor | None, var: Tensor | None) -> bool:
     return bool((mean != 0).any()) or bool((var != 1).any())
 
 
-def _state(t: Tensor | None) -> tuple[int, int] | None:
-    """Differs once a tensor was replaced or changed; None where torch does not count changes."""
-    if t is None or torch.compiler.is_compiling() or t.is_meta or t.is_inference():
-        return None
-    return id(t), t._version
+class _Reading:
+    """A tensor that was read, and torch's count of its changes then. A layer's copy has read nothing."""
+
+    def __init__(self, t: Tensor) -> None:
+        self.tensor, self.version = weakref.ref(t), t._version  # no `id`, which a later tensor may have again
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+
+def _counts_changes(t: Tensor) -> bool:
+    return not (torch.compiler.is_compiling() or t.is_meta or t.is_inference())
 
 
 def _is_batched(t: Tensor) -> bool:
@@ -60,16 +68,12 @@ class CorrectedPrior(nn.Module):
     process_noise: nn.Parameter | None
     prior_shift: Tensor
     prior_scale: Tensor
-    is_corrected: bool
-    """Whether the prior is corrected, or will be."""
-    awaits_correction: bool
-    """Whether the next call that computes a prior finds the correction. Until then the scale is below 0."""
+    is_corrected: bool  # or will be
+    awaits_correction: bool  # the next call that computes a prior finds it; until then the scale is below 0
+    # Whether running statistics in a BatchNorm checkpoint correct the prior; None: if they are trained ones.
     calibrates: bool | None = None
-    """Whether running statistics in a BatchNorm checkpoint correct the prior; None: if they are trained ones."""
-    dropped_statistics: Gaussian | None
-    """The target of a correction that is awaited, where the running statistics were dropped or reset."""
-    _settled: tuple[int, int] | None = None
-    """See :func:`_state`: that of the scale since it was read or found."""
+    dropped_statistics: Gaussian | None  # the target of an awaited correction, if running statistics were dropped
+    _settled: _Reading | None = None  # of the scale, when it was read or found
 
     def process_variance(self) -> Tensor | None:
         """``R``, ``(C,)``: added to the prior's variance for the path from the layer below."""
@@ -103,18 +107,22 @@ class CorrectedPrior(nn.Module):
             return
         self.awaits_correction = bool(waits.any())
         self.is_corrected = bool((shift != 0).any()) or bool((scale != 1).any())
-        self._settled = _state(scale)
+        self._settled = _Reading(scale) if _counts_changes(scale) else None
 
     def _look_at_correction(self) -> None:
         """Read the correction again if the buffers may have changed: a state may be restored, DistributedDataParallel
         sends the first process's, and ``torch.func.functional_call`` replaces tensors for one call.
         """
-        now, before = _state(self.prior_scale), self._settled
-        if now == before or now is None or _is_batched(self.prior_scale) or "_is_replica" in self.__dict__:
+        scale = self.prior_scale
+        if not _counts_changes(scale):
+            return
+        last = self._settled if self._settled is not None and self._settled.tensor() is scale else None
+        is_same = last is not None and last.version == scale._version
+        if is_same or _is_batched(scale) or "_is_replica" in self.__dict__:
             return
         # DistributedDataParallel writes its buffers at each call, the same numbers; to look makes a device wait.
-        is_written = self.prior_scale.device.type != "cpu" and dist.is_available() and dist.is_initialized()
-        if not is_written or before is None or now[0] != before[0]:
+        is_written = scale.device.type != "cpu" and dist.is_available() and dist.is_initialized()
+        if last is None or not is_written:
             self._read_correction()
 
     @torch.no_grad()
@@ -151,7 +159,7 @@ class CorrectedPrior(nn.Module):
             scale.copy_(found[1].detach())  # from the process noise: an exported graph forgets `no_grad`
         self.dropped_statistics = None
         self.awaits_correction = False
-        self._settled = _state(scale)
+        self._settled = _Reading(scale) if _counts_changes(scale) else None
         return shift, scale
 
     def _without_target(self) -> tuple[()]:

@@ -474,6 +474,18 @@ def test_inside_of_torch_func_it_is_as_the_given_buffers_say(trained, stats):
             torch.testing.assert_close(value, expected)
 
 
+def test_buffers_in_the_memory_of_earlier_ones_are_read_too(trained):
+    """Each call's buffers are gone after it: the next ones may have their place and their count of changes."""
+    model, x = converted(trained), images(2)
+    model(x)
+    weights, found = dict(model.named_parameters()), dict(model.named_buffers())
+    plain = {name: torch.full_like(b, "scale" in name) if "prior" in name else b for name, b in found.items()}
+    expected = [loss_with(weights, buffers, copy.deepcopy(model), x).item() for buffers in (found, plain)]
+    for _ in range(100):
+        values = [loss_with(weights, buffers, model, x).item() for buffers in (found, plain)]
+        assert values == pytest.approx(expected)
+
+
 def test_inside_of_torch_func_layers_without_running_statistics_are_as_the_given_buffers_say():
     model, fresh = (converted(network(lambda c: nn.GroupNorm(2, c)), layers=("group",)) for _ in range(2))
     kn.calibrate(model, images(8))
