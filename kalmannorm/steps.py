@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from types import UnionType
 from typing import Any, TypeVar
 
@@ -32,47 +32,33 @@ SCALARS = frozenset((int, float, bool, str, type(None)))
 _AGAIN = "again"
 
 
+@dataclass(slots=True, weakref_slot=True, eq=False, repr=False)
 class Step:
-    """One recorded call, or (``function=None``) a place where a belief starts.
+    """One recorded call, or (``function=None``) a place where a belief starts."""
 
-    Args:
-        function: the torch function that was called.
-        args: its positional arguments, tensors that have a step replaced by it.
-        kwargs: its keyword arguments, likewise.
-        shape: the output's shape.
-        index: which output, of a function that returns several.
-        source: where the belief starts: the layer's name, or "input".
-        belief: the belief that starts there.
-        parents: the steps among the arguments; None searches the arguments for them.
-        recorded_in: the mark of the forward pass in which it was recorded.
+    function: Callable[..., Any] | None  # the torch function that was called
+    args: tuple[Any, ...]  # its positional arguments, tensors that have a step replaced by it
+    kwargs: dict[str, Any]  # its keyword arguments, likewise
+    shape: tuple[int, ...]  # the output's
+    index: int | None = None  # which output, of a function that returns several
+    source: str = ""  # where the belief starts: the layer's name, or "input"
+    belief: Belief | None = None  # that starts there, or was computed
+    parents: Sequence[Step] = None  # type: ignore[assignment]  # the steps among the arguments; None: look for them
+    recorded_in: object = None  # the mark of the forward pass
+    draws: Tensor | Unknown | None = field(default=None, init=False)
+    groups_drawn: int = field(default=0, init=False)
+    is_used: bool = field(default=False, init=False)  # by a function that was called with its tensor
+    depth: int = field(default=0, init=False)  # of the longest chain below it that was not evaluated yet
+    grad: bool = field(init=False)
+    hooks: Any = field(init=False)
+    belief_in: Any = field(init=False)
+    draws_in: Any = field(init=False)
 
-    Its ``depth`` is the length of the longest chain below it that was not evaluated yet.
-    """
-
-    __slots__ = (
-        "__weakref__", "args", "belief", "belief_in", "depth", "draws", "draws_in", "function", "grad", "groups_drawn",
-        "hooks", "index", "is_used", "kwargs", "parents", "recorded_in", "shape", "source",
-    )  # fmt: skip
-
-    def __init__(self, function: Callable[..., Any] | None, args: tuple[Any, ...], kwargs: dict[str, Any],
-                 shape: tuple[int, ...], index: int | None = None, source: str = "",
-                 belief: Belief | None = None, parents: Sequence[Step] | None = None,
-                 recorded_in: object = None) -> None:  # fmt: skip
-        self.function = function
-        self.args = args
-        self.kwargs = kwargs
-        self.shape = shape
-        self.index = index
-        self.source = source
-        self.belief = belief
-        self.draws: Tensor | Unknown | None = None
-        self.groups_drawn = 0
-        self.is_used = False  # by a function that was called with its tensor
-        self.recorded_in = recorded_in
+    def __post_init__(self) -> None:
         self.grad = torch.is_grad_enabled()
         self.hooks = self.belief_in = self.draws_in = saved_tensor_hooks()
-        self.parents = list(found_in((*args, *kwargs.values()), Step)) if parents is None else parents
-        self.depth = 0
+        if self.parents is None:
+            self.parents = list(found_in((*self.args, *self.kwargs.values()), Step))
         for parent in self.parents:
             self.depth = max(self.depth, parent.depth + 1)
 
@@ -197,5 +183,5 @@ def placed_in(place: str, value: Any, kind: type[_T] | UnionType) -> Iterator[tu
         for key, each in value.items():
             yield from placed_in(f"{place}[{key!r}]", each, kind)
     elif is_dataclass(value) and not isinstance(value, type):
-        for field in fields(value):
-            yield from placed_in(f"{place}.{field.name}", getattr(value, field.name, None), kind)
+        for each in fields(value):
+            yield from placed_in(f"{place}.{each.name}", getattr(value, each.name, None), kind)
