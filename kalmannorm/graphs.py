@@ -124,7 +124,7 @@ class _Replayed:
             return self.as_it_is(*args, **kwargs)
         leaves, form = tree_flatten((args, kwargs))
         tensors = _tensors(leaves)
-        if not _is_capturable(leaves, tensors) or not _trained(self.module):
+        if not _is_capturable(leaves, tensors) or not any(p.requires_grad for p in self.module.parameters()):
             return self.as_it_is(*args, **kwargs)
         with paused():
             self._forget_after_changes()

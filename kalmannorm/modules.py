@@ -499,8 +499,9 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
         with without_autocast(x.device):
             prior = self._prior(x, groups, mode)
             known = prior.belief
-            bias, moves, count = self.bias, self.training, x.numel() // (groups * self.num_features)
+            bias, moves = self.bias, self.training
             if known is None:
+                count = x.numel() // (groups * self.num_features)
                 self._check_values(count)
                 moves = moves and count > 1
                 if torch.compiler.is_compiling():  # elsewhere the kernel gives zero gradients
@@ -740,9 +741,10 @@ class KalmanNormAct2d(_ThenActivation, KalmanNorm2d):
 
     def _rectifies(self) -> bool:
         """Whether only a ReLU without hooks follows."""
+        if type(self.act) is not nn.ReLU or type(self.drop) is not nn.Identity:
+            return False
         hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-        hooked = any(getattr(each, name) for each in (self.act, self.drop) for name in hooks)
-        return type(self.act) is nn.ReLU and type(self.drop) is nn.Identity and not hooked
+        return not any(getattr(each, name) for each in (self.act, self.drop) for name in hooks)
 
 
 class GroupKalmanNormAct(_ThenActivation, GroupKalmanNorm):

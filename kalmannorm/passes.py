@@ -71,9 +71,13 @@ def _to_device(value: Any, device: torch.device) -> Any:
 
 def _with_progress(loader: Iterable[Any], most: int | None, shown: bool, title: str) -> Generator[Any, None, None]:
     """The batches, at most so many, under a progress bar if one is installed."""
-    batches, total = islice(loader, most), length_hint(loader) or most
+    batches = islice(loader, most)
     bar = _progress_bar(title) if shown else None
-    yield from batches if bar is None else bar(batches, total and min(total, most or total))
+    if bar is None:
+        yield from batches
+    else:
+        total = length_hint(loader) or most
+        yield from bar(batches, total and min(total, most or total))
 
 
 def _progress_bar(title: str) -> Callable[[Iterable[Any], int | None], Iterable[Any]] | None:

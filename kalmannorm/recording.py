@@ -354,8 +354,10 @@ def started_on_first(given: Gaussian, values: Any, learned: Any = None) -> Gauss
 
 def _is_made(tensor: Tensor, learned: Any) -> bool:
     """Whether a tensor is one of those that parameters have made, or comes from a normalization layer."""
+    if tensor in learned:
+        return True
     below = () if (step := step_of(tensor)) is None else ancestors(step)
-    return tensor in learned or any(each.function is None and each.source not in ("", "input") for each in below)
+    return any(each.function is None and each.source not in ("", "input") for each in below)
 
 
 def fits(given: Gaussian, tensor: Tensor) -> bool:
