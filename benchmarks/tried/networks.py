@@ -5,6 +5,7 @@ import itertools
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.ops import DeformConv2d
 
 from benchmarks.coverage_networks import NETWORKS as OF_PACKAGES
 from benchmarks.coverage_networks import Network
@@ -82,11 +83,92 @@ class Unrolled(nn.Module):
         return self.head(state)
 
 
+class Warped(nn.Module):
+    """A spatial transformer: images are turned and shifted as the network computes."""
+
+    def __init__(self):
+        super().__init__()
+        self.look = nn.Sequential(_block(3, 8), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(128, 6))
+        self.body = nn.Sequential(_block(8, 16), _block(16, 16), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.stem, self.head = _block(3, 8), nn.Linear(16, 2)
+
+    def forward(self, images):
+        maps = self.stem(images)
+        turn = 0.3 * self.look(images).view(-1, 2, 3) + torch.eye(2, 3, device=images.device)
+        grid = F.affine_grid(turn, maps.shape, align_corners=False)
+        return self.head(self.body(F.grid_sample(maps, grid, align_corners=False)))
+
+
+def _block(below, above):
+    return nn.Sequential(nn.Conv2d(below, above, 3, 2, 1), nn.BatchNorm2d(above), nn.ReLU())
+
+
+class Deformable(nn.Module):
+    """Deformable convolutions with masks, whose offsets begin at zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = _block(3, 16)
+        self.places = nn.ModuleList(nn.Conv2d(16, 27, 3, padding=1) for _ in range(2))
+        self.convs = nn.ModuleList(DeformConv2d(16, 16, 3, padding=1, bias=False) for _ in range(2))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(16) for _ in range(2))
+        self.head = nn.Linear(16, 2)
+        for conv in self.places:
+            nn.init.zeros_(conv.weight)
+            nn.init.zeros_(conv.bias)
+
+    def forward(self, images):
+        x = self.stem(images)
+        for places, conv, norm in zip(self.places, self.convs, self.norms, strict=True):
+            offsets, mask = places(x).split([18, 9], 1)
+            x = x + F.relu(norm(conv(x, offsets, 2 * mask.sigmoid())))
+        return self.head(x.mean((2, 3)))
+
+
+class Spike(torch.autograd.Function):
+    """Whether a neuron is above its threshold; the gradient is that of an arc tangent."""
+
+    @staticmethod
+    def forward(ctx, charge):
+        ctx.save_for_backward(charge)
+        return (charge >= 0).float()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (charge,) = ctx.saved_tensors
+        return gradient / (1 + (torch.pi * charge).square())
+
+
+class Spiking(nn.Module):
+    """Neurons that leak, integrate and fire, for three steps of one image."""
+
+    def __init__(self, steps=3):
+        super().__init__()
+        self.steps = steps
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, 2, 1, bias=False) for a, b in ((3, 16), (16, 16), (16, 16)))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(16) for _ in self.convs)
+        self.head = nn.Linear(16, 2)
+
+    def forward(self, images):
+        charges, outputs = [0.0] * len(self.convs), []
+        for _ in range(self.steps):
+            x = images
+            for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
+                charge = charges[i] + (norm(conv(x)) - charges[i]) / 2
+                x = Spike.apply(charge - 0.5)
+                charges[i] = charge * (1 - x.detach())
+            outputs.append(self.head(x.mean((2, 3))))
+        return torch.stack(outputs).mean(0)
+
+
 COPIED = {
     "DCGAN generator": Network("generation", generator, (16, 1, 1)),
     "DCGAN discriminator": Network("generation", discriminator, (3, 32, 32)),
     "PointNet": Network("points", PointNet, (3, 64)),
     "RetinaNet head, shared over levels": Network("detection", SharedHead, (3, 64, 64)),
     "recurrent, unrolled": Network("sequences", Unrolled, (6, 4)),
+    "spatial transformer": Network("classification", Warped, (3, 32, 32)),
+    "deformable convolutions": Network("classification", Deformable, (3, 32, 32)),
+    "spiking neurons": Network("classification", Spiking, (3, 32, 32)),
 }
 NETWORKS = {"copied": COPIED, **OF_PACKAGES}
