@@ -12,6 +12,7 @@ from kalmannorm.gaussian import Gaussian, Unknown
 from kalmannorm.kernels.autograd import in_grad_mode, saved_tensor_hooks
 from kalmannorm.propagation import FAILURES, NO_INPUT, evaluate, exact, first_line, function_name, operands
 from kalmannorm.rules import Belief
+from kalmannorm.rules.table import PLACES
 from kalmannorm.steps import Step, computed_in, may_use, replace, step_of
 
 _PRESETS: dict[str, dict[str, Any]] = {
@@ -94,6 +95,8 @@ def _by_call(step: Step, kept: Callable[[Step], Any]) -> Tensor | Unknown:
     name = step.function.__name__  # type: ignore[union-attr]
     if kwargs.get("training") and "norm" in name:
         return Unknown(f"{function_name(step.function)} changes buffers, so it is not put to draws")
+    if step.function in PLACES or step.function is Tensor.__setitem__:
+        return Unknown(f"{function_name(step.function)} is told places in these samples, so it is not put to draws")
     # The function may work in place, and other steps still need these draws. (A compiler drops unused copies, and
     # torch 2.14's does not know the names of functions.)
     if torch.compiler.is_compiling() or name.endswith("_") or kwargs.get("inplace"):

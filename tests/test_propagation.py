@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from networks import Net, conv_net, made_of, prior_after, prior_of
 from torch import nn
+from torchvision.ops import roi_align
 
 import kalmannorm as kn
 from kalmannorm.gaussian import Gaussian
@@ -61,6 +62,21 @@ def test_a_torch_function_that_asserts_shapes_fails_on_draws_and_the_network_goe
         return mixed.transpose(1, 2).unflatten(2, (6, 6))
 
     assert "fails on draws" in prior_after_monte_carlo(between).reason
+
+
+def assigned(net, y):
+    z = y.clone()
+    z[:, :2] = 0.0
+    return z
+
+
+@pytest.mark.parametrize("between", [
+    assigned, lambda net, y: F.grid_sample(y, torch.zeros(2, 6, 6, 2), align_corners=False),
+    lambda net, y: roi_align(y, [torch.tensor([[0.0, 0, 6, 6]])] * 2, 6),
+])  # fmt: skip
+def test_places_in_these_samples_are_not_those_of_draws(between):
+    """An index of a sample may lie outside of the draws, which `roi_align` does not check."""
+    assert "is told places in these samples" in prior_after_monte_carlo(between).reason
 
 
 def prior_after_monte_carlo(between):

@@ -841,11 +841,10 @@ def test_what_a_compiler_sees_of_functions(strict):
         "hardswish": F.hardswish, "hardsigmoid": F.hardsigmoid, "relu_": lambda h: F.relu_(h + 1),
         "elu_": lambda h: F.elu_(h + 1), "sigmoid_": lambda h: torch.sigmoid_(h + 1), "rsub": lambda h: 2 - h,
         "line": lambda h: 2 * h - h / 3, "power": lambda h: (h ** 2)[:, [1, 0, 3, 2]],
-        "gate": lambda h: h * h.mean((2, 3), True), "norm": lambda h: h / h.norm(dim=1, keepdim=True),
-        "mask": lambda h: torch.where(h > 0, h, 0.1 * h), "less": lambda h: h * operator.lt(0.5, h),
-        "at_least": lambda h: h * operator.ge(0.5, h), "not": lambda h: h * ~(h > 0), "unequal": lambda h: h * (h != 0),
-        "and": lambda h: h * ((h > 0) & (h < 1) | (h > 2)),
-        "softmax": lambda h: h - torch.logsumexp(h, 1, keepdim=True),
+        "gate": lambda h: h * h.mean((2, 3), True),
+        "norm": lambda h: h / h.norm(dim=1, keepdim=True) - torch.logsumexp(h, 1, keepdim=True),
+        "masks": lambda h: torch.where((h > 0) & ~(h > 1) | (h >= 2), h, 0.1 * h),
+        "reflected": lambda h: h * (operator.lt(0.5, h) | operator.ge(-0.5, h)) * (h != 0),
         "shift": lambda h: h - 2 * F.pad(h[..., 1:], (0, 1)),
     }  # fmt: skip
     torch.manual_seed(0)
