@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kalmannorm.gaussian import Gaussian
-from kalmannorm.rules.arithmetic import ELEMENTWISE, JOINT, LINES, PRELU
+from kalmannorm.rules.arithmetic import ELEMENTWISE, JOINT, LINES, MIXING, PRELU
 from kalmannorm.rules.pointwise import GUARDED, quadrature
 from kalmannorm.rules.scatter import is_as_infinite
 from kalmannorm.steps import Step, ancestors, replace
@@ -32,14 +33,14 @@ def as_one_function(step: Step, kept: Callable[[Step], Any]) -> Gaussian | None:
     """
     if not any([parent.function in ELEMENTWISE or parent.function in JOINT for parent in step.parents]):
         return None  # mostly
-    *own, source = _chain(step, _NESTED)
-    if len({*step.parents}) == 1 and (_is_line(step) or all([_is_line(each) for each in own[1:]])):
-        return None  # lines leave their input Gaussian
-    belief = None if source is step else kept(source)
-    if not isinstance(belief, Gaussian):
-        return None
-    values_of = _function(step, source, belief)
-    return None if values_of is None else quadrature(belief, values_of)
+    chain = _chain(step, _NESTED)
+    for n in range(len(chain) - 1, 0, -1):  # the furthest source that a known tensor in between allows
+        if len({*step.parents}) == 1 and (_is_line(step) or all([_is_line(each) for each in chain[1:n]])):
+            return None  # lines leave their input Gaussian
+        belief = kept(chain[n])
+        if isinstance(belief, Gaussian) and (values_of := _function(step, chain[n], belief)) is not None:
+            return quadrature(belief, values_of)
+    return None
 
 
 def _chain(step: Step, nested: int) -> list[Step]:
@@ -54,7 +55,7 @@ def _below(step: Step, nested: int) -> Step | None:
     """The activation of which alone a step is a function, element by element; None if there is none."""
     if "out" in step.kwargs or not all([_is_plain(each) for each in (*step.args, *step.kwargs.values())]):
         return None
-    if step.function in ELEMENTWISE and len({*step.parents}) == 1:
+    if (step.function in ELEMENTWISE or step.function in MIXING) and len({*step.parents}) == 1:
         return step.parents[0]
     if step.function not in JOINT or len(step.parents) < 2 or nested == 0:
         return None
@@ -67,6 +68,8 @@ def _is_line(step: Step) -> bool:
 
 
 def _is_plain(value: Any) -> bool:
+    if isinstance(value, torch.dtype):
+        return value.is_floating_point
     return value is None or (isinstance(value, Step | Tensor | int | float | str) and not is_as_infinite(value))
 
 

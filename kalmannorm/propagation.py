@@ -111,6 +111,7 @@ def let_go_of_graph(step: Step, copies: dict[Step, Step]) -> None:
         constant = evaluate(step, known, copied)
     for name in ("function", "args", "kwargs", "parents", "source", "belief"):
         setattr(step, name, getattr(constant, name))
+    step.grad = False  # of a mask by a parameter
 
 
 def true_depth(step: Step) -> int:

@@ -177,7 +177,8 @@ class Recorder(TorchFunctionMode):
             attach(output, unknown, "")
             return
         step = Step(func, recorded, keywords, tuple(output.shape), index, parents=parents, recorded_in=mark)
-        if mark is not None and (func in _DETACH or (func is Tensor.__setitem__ and not step.grad)):
+        assigns = func is Tensor.__setitem__ and not step.grad
+        if mark is not None and (func in _DETACH or assigns or (step.grad and not output.requires_grad)):  # as a mask
             mark.append(weakref.ref(step))
         put(output, step)
 

@@ -29,6 +29,7 @@ def _clipped(x):
     y = x.clone()
     y[y < 0] = 0
     return y
+_MAP = torch.ones(5, 8, 8)
 
 
 class _Spike(torch.autograd.Function):
@@ -98,6 +99,11 @@ def prior_and_draws(activation):
     "what a ReLU left": lambda x: (F.relu(x) != 0) * x,
     "a logarithm": lambda x: torch.log1p(F.relu(x)),
     "a logarithm of a softplus": lambda x: torch.log2(F.softplus(x) + 0.1),
+    "a mask of a type": lambda x: (x > 0).to(x.dtype) * x,
+    "a mask of its type": lambda x: x * (x > 0).type_as(x),
+    "types of several kinds": lambda x: x * torch.sigmoid(x.to(torch.float64)).to(x),
+    "a gate in numbers": lambda x: x * torch.where(x > 0, 1.0, 0.5),
+    "after a map": lambda x: _squared(F.relu(x + 0 * _MAP)),
     "a moving average": lambda x: torch.lerp(x, torch.tanh(x), 0.3),
     "a difference": lambda x: F.softplus(x) - torch.tanh(x),
 }.items(), ids=lambda item: item[0])  # fmt: skip
@@ -325,3 +331,15 @@ def test_a_compiled_activation_by_hand(activation):
     model, x = between(activation), torch.randn(2, 3, 8, 8)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), model(x))
+
+
+@pytest.mark.parametrize("logarithm", [lambda x: torch.log(x.abs()), lambda x: torch.log10(x * x + 1e-6)])
+def test_a_logarithm_of_what_is_zero_at_a_node(logarithm):
+    x = Gaussian(torch.tensor([0.0, 0.3, 2.0]).view(1, 3), torch.ones(1, 3), (10_000, 3))
+    h = x.draw(x.shape, torch.Generator().manual_seed(0))
+    with Recorder():
+        attach(h, x, "layer")
+        belief = prior_of(output := logarithm(h), 1)
+    var, mean = torch.var_mean(output, 0)
+    assert ((belief.mean[0] - mean).abs() < 0.15 * var.sqrt()).all()
+    assert ((belief.var[0] / var).log().abs() < 0.5).all()

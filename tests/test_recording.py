@@ -571,3 +571,21 @@ def test_a_lazy_layer_gets_its_sizes_from_the_first_call(options):
     model = kn.convert(model, **options)
     assert model(torch.randn(2, 3, 5, 5)).shape == (2, 5)
     assert model[-1].in_features == 36
+
+
+@pytest.mark.parametrize("mask_of", [
+    lambda y, kept, limit: y > 0,
+    lambda y, kept, limit: (y > limit).float(),
+    lambda y, kept, limit: (y > 0).float() * (1.0 if kept is None else kept),
+])  # fmt: skip
+def test_a_mask_that_is_kept_keeps_no_graph(mask_of):
+    """It has none itself: a spike that a neuron remembers."""
+
+    def between(net, y):
+        kept = getattr(net, "kept", None)
+        net.kept = mask_of(y, kept, net.constant)
+        return y if kept is None else y * kept
+
+    model = kn.convert(Net(between))
+    for _ in range(3):
+        model(torch.randn(2, 4, 6, 6)).sum().backward()

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from kalmannorm.gaussian import Gaussian, Packed, Unknown
-from kalmannorm.rules.pointwise import CASTS, inverse, prelu, quadrature
+from kalmannorm.rules.pointwise import CASTS, CASTS_TO, inverse, prelu, quadrature
 from kalmannorm.rules.rectified import Rectified
 from kalmannorm.rules.shape import align, of_rank, summarize
 from kalmannorm.rules.table import RULES, Belief, aliases, belief_rule, rule
 
-__all__ = ["ELEMENTWISE", "JOINT", "LINES", "PRELU"]
+__all__ = ["ELEMENTWISE", "JOINT", "LINES", "MIXING", "PRELU"]
 
 _Operand = Gaussian | Tensor | float
 
@@ -101,7 +101,7 @@ def div(x: _Operand, y: _Operand, *, rounding_mode: str | None = None, out: obje
     if not isinstance(y, Gaussian):
         return mul(x, 1 / y)
     square = (y.mean.square() + y.var).clamp_min(torch.finfo(y.mean.dtype).tiny)
-    scale = torch.where(y.mean < 0, -1.0, 1.0) * square.rsqrt()
+    scale = torch.where(y.mean < 0, -1.0, 1.0) / square.sqrt()  # the slope of rsqrt would overflow sooner
     return mul(x, Gaussian(scale, torch.zeros_like(scale), y.shape))
 
 
@@ -179,15 +179,18 @@ def less(x: _Operand, y: _Operand) -> Gaussian:
 
 
 @rule(*aliases("eq"), Tensor.__eq__)
-def equal(x: _Operand, y: _Operand) -> Gaussian:
-    """Never, of two numbers of which one has a density."""
+def equal(x: _Operand, y: _Operand) -> Belief:
+    """Never, of an activation, which has a density, and a known tensor."""
+    if isinstance(x, Gaussian) and isinstance(y, Gaussian):
+        return Unknown("whether two activations are equal")  # as peaks are to the largest around them
     return mul(greater(x, y), 0.0)
 
 
 @rule(*aliases("ne", "not_equal"), Tensor.__ne__)
-def unequal(x: _Operand, y: _Operand) -> Gaussian:
+def unequal(x: _Operand, y: _Operand) -> Belief:
     """Always, see :func:`equal`."""
-    return negation(equal(x, y))
+    found = equal(x, y)
+    return negation(found) if isinstance(found, Gaussian) else found
 
 
 @belief_rule("logical_not", "logical_not_", "bitwise_not", "bitwise_not_", "__invert__")
@@ -230,11 +233,13 @@ _OF_TWO = frozenset(
     f for f, its in RULES.items() if its in (add, sub, rsub, mul, div, lerp, maximum, minimum, *_OF_MASKS)
 )
 PRELU = frozenset(function for function, its in RULES.items() if its is prelu)
-_THE_SAME = frozenset(aliases("clone", "contiguous", "detach", *CASTS))
+_THE_SAME = frozenset(aliases("clone", "contiguous", "detach", *CASTS, *CASTS_TO))
 # Functions that are lines, if they have one argument that is an activation.
 LINES = _THE_SAME | frozenset(f for f, its in RULES.items() if its in (add, sub, rsub, neg, mul, div))
+# Functions that choose by a mask.
+MIXING = frozenset(aliases("where", "masked_fill", "masked_fill_"))
 # Functions of several activations, which may be functions of one.
-JOINT = _OF_TWO | frozenset(aliases("max", "min", "where", "masked_fill", "masked_fill_"))
+JOINT = _OF_TWO | MIXING | frozenset(aliases("max", "min", *CASTS_TO))
 # Functions of one activation that are applied element by element and are no lines; but for random ones.
 _CURVED = frozenset(
     f for f, its in RULES.items() if its in (rdiv, negation, heaviside) or its.__module__ == quadrature.__module__

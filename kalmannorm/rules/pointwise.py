@@ -297,6 +297,13 @@ def _denominator(t: Tensor) -> Tensor:
     return _away_from_zero(t, torch.where(reach, least, 0.0))
 
 
+def _positive(t: Tensor) -> Tensor:
+    """Values at nodes, of which a logarithm is taken: one that is zero counts as the mean logarithm up to the next."""
+    apart = t.detach().diff(dim=-1).abs()
+    between = (F.pad(apart, (1, 0)) + F.pad(apart, (0, 1))) / 2
+    return torch.maximum(t, (between / (2 * math.e)).clamp_min(_ABOVE_ZERO))
+
+
 def _quotient(x: Any, y: Any, **options: Any) -> Tensor:
     """``x / y`` of numbers and tensors, of which one is of nodes."""
     return torch.div(x, _denominator(y) if isinstance(y, Tensor) and y.ndim > 1 else y, **options)
@@ -384,15 +391,17 @@ belief_rules("by quadrature", {
 
 # Changes of type: a belief keeps its own precision.
 CASTS = ("float", "double", "half", "bfloat16")
+CASTS_TO = ("to", "type_as")  # a type that is given
 # What to call for functions whose values or slopes may be infinite, or that take a tensor of channels.
 _GUARDED: dict[str, Callable[..., Any]] = {
     " ".join(CASTS): lambda t: t if t.is_floating_point() else t.to(torch.get_default_dtype()),
     "div div_ divide divide_ true_divide __truediv__ __itruediv__": _quotient,
     "exp exp_": lambda t: t.clamp_max(_LARGEST_EXPONENT).exp(),
-    "log log_": lambda t: t.clamp_min(_ABOVE_ZERO).log(),
-    "log1p log1p_": lambda t: t.clamp_min(_ABOVE_ZERO - 1).log1p(),
-    "log2 log2_": lambda t: t.clamp_min(_ABOVE_ZERO).log2(),
-    "log10 log10_": lambda t: t.clamp_min(_ABOVE_ZERO).log10(),
+    "log log_": lambda t: _positive(t).log(),
+    "log1p log1p_": lambda t: _positive(1 + t).log(),
+    "log2 log2_": lambda t: _positive(t).log2(),
+    "log10 log10_": lambda t: _positive(t).log10(),
+    " ".join(CASTS_TO): lambda t, *args, **kwargs: t if t.is_floating_point() else t.to(torch.get_default_dtype()),
     "expm1 expm1_": lambda t: t.clamp_max(_LARGEST_EXPONENT).expm1(),
     "pow pow_ __pow__ float_power": _raised,
     "prelu": lambda t, weight: torch.where(t > 0, t, weight * t),

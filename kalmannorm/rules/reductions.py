@@ -139,11 +139,15 @@ def norm(x: Gaussian, p: Any = "fro", dim: Any = None, keepdim: bool = False, ou
         return sum_(piecewise(x, [0.0], [(0, -1, 0), (0, 1, 0)]).of(x.shape), axes, keepdim)
     if p not in (None, 2, "fro"):
         return Unknown(f"a norm with p={p}")
-    squares = sum_(mul(x, x).of(x.shape), axes, True)
-    total = squares.mean.clamp_min(torch.finfo(x.mean.dtype).tiny ** 0.5)
+    tiny = torch.finfo(x.mean.dtype).tiny ** 0.5
+    # Of elements of size 1: fourth powers leave the range of numbers soon.
+    size = (x.mean.square() + x.var).mean(axes, keepdim=True).clamp_min(tiny).sqrt().detach()
+    unit = Gaussian(x.mean / size, x.var / size.square())
+    squares = sum_(mul(unit, unit).of(x.shape), axes, True)
+    total = squares.mean.clamp_min(tiny)
     unevenly = squares.var / total.square()
     lost = unevenly / 4 - unevenly.square() / 32
-    return _kept(Gaussian((total * (1 - lost)).sqrt(), total * lost), axes, keepdim)
+    return _kept(Gaussian(size * (total * (1 - lost)).sqrt(), size.square() * total * lost), axes, keepdim)
 
 
 @belief_rule(torch.linalg.vector_norm)

@@ -85,6 +85,8 @@ def deform_conv2d(x: Gaussian, weight: Tensor, offset: object, mask: Gaussian | 
     With ``a`` and ``b`` the mean and the mean square of a tap's weight: ``m' = sum_taps a sum_channels W m``, and
     ``v' = sum_taps b sum_channels W^2 v + (b - a^2) (sum_channels W m)^2``.
     """
+    if isinstance(weight, Gaussian) or isinstance(bias, Gaussian):
+        return Unknown("torchvision.deform_conv2d with an argument that is computed from the input")
     if not use_mask:
         return conv(x, weight, bias, groups=groups)
     if not isinstance(mask, Gaussian):

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from kalmannorm.gaussian import Gaussian, Unknown, lengthen
-from kalmannorm.rules.arithmetic import pair
+from kalmannorm.rules.arithmetic import add, mul, pair
 from kalmannorm.rules.shape import align, drop, in_one_shape, of_rank, summarize
-from kalmannorm.rules.table import Belief, Rule, aliases, belief_rule, rule
+from kalmannorm.rules.table import Belief, Rule, aliases, rule
 
 _NOT_SUMMED = Unknown("what an index sends to a row, other than a sum, or a mean or an extreme into known rows")
 # Rows with more terms count as having this many: the largest of more lies hardly higher.
@@ -27,6 +27,17 @@ _Value = Gaussian | Tensor | float | None
 def is_as_infinite(value: object) -> bool:
     """Whether networks may write a number for infinity: -1e4, -1e9 or the least number of a type."""
     return isinstance(value, int | float) and abs(value) >= 1e4
+
+
+def _is_far(number: Tensor) -> Tensor:
+    """As :func:`is_as_infinite`, of a number in a tensor, without a look at it."""
+    return number.reshape(()).abs() >= 1e4
+
+
+def _without_infinity(value: Any) -> Any:
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        return value
+    return torch.where(_is_far(value), 0.0, value)
 
 
 def _terms_by_row(index: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
@@ -160,13 +171,16 @@ def _rows_assigned(x: Gaussian | Tensor, index: Tensor, value: Gaussian | Tensor
         assert isinstance(value, Gaussian)
         nothing = value.mean.new_zeros([1] * x.ndim)
         x = _PartlyFilled(nothing, nothing, x.shape)
+    if is_as_infinite(value):
+        return x  # as `where`
     named = index.to(x.mean.dtype).mean() if index.dtype == torch.bool else index.shape[0] / x.shape[0]
     value = summarize(value, x) if not isinstance(value, Gaussian) else of_rank(value, x.ndim)
     before, part = align([x.pool([0]), value.pool([0])])
     kept = 1.0 if isinstance(x, _PartlyFilled) else 1 - named
     mean = kept * before.mean + named * part.mean
     second = kept * (before.var + before.mean.square()) + named * (part.var + part.mean.square())
-    return type(x)(mean, (second - mean.square()).clamp_min(0))
+    kind = _PartlyFilled if isinstance(x, _PartlyFilled) else Gaussian  # not that of a layer or a ReLU
+    return kind(mean, (second - mean.square()).clamp_min(0))
 
 
 @rule(torch.Tensor.__setitem__)
@@ -211,6 +225,12 @@ def setitem(x: Gaussian | Tensor, index: Any, value: Gaussian | Tensor | float) 
     return Gaussian(assigned(x.mean, value.mean), assigned(x.var, value.var))
 
 
+def _of_two_known(mask: Gaussian, x: Tensor | float, y: Tensor | float) -> Belief:
+    """``x`` where a computed mask is true, else ``y``: a spike, a sign."""
+    first, second = (0.0 if is_as_infinite(each) else _without_infinity(each) for each in (x, y))
+    return add(mul(mask, first - second), second)
+
+
 @rule(torch.where)
 def where(mask: Gaussian | Tensor, x: _Value = None, y: _Value = None) -> Belief:
     """The mixture of one belief, where a mask is true, and of another elsewhere; the mask is independent of both.
@@ -223,9 +243,11 @@ def where(mask: Gaussian | Tensor, x: _Value = None, y: _Value = None) -> Belief
     for number, other in ((x, y), (y, x)):
         if is_as_infinite(number) and isinstance(other, Gaussian):
             return other
+    if isinstance(mask, Gaussian) and not isinstance(x, Gaussian) and not isinstance(y, Gaussian):
+        return _of_two_known(mask, x, y)
     first, second = (  # blocks of channels are written out
         in_one_shape(each.full([d for d in range(1, each.ndim) if each.mean.shape[d] not in (1, each.shape[d])]))
-        for each in pair(x, y)
+        for each in pair(*(_without_infinity(t) for t in (x, y)))
     )
     rank, groups, dtype = first.ndim, max(first.groups, second.groups), first.mean.dtype
     chosen = mask.mean if isinstance(mask, Gaussian) else mask.to(dtype)
@@ -233,6 +255,9 @@ def where(mask: Gaussian | Tensor, x: _Value = None, y: _Value = None) -> Belief
     alike = [d for d in range(rank) if first.mean.shape[d] == second.mean.shape[d] == 1]
     share = Gaussian(chosen, torch.zeros_like(chosen)).pool(alike).mean
     share = Gaussian(share, share).regroup(groups).mean
+    for number, removed in ((x, 0.0), (y, 1.0)):
+        if isinstance(number, Tensor) and number.numel() == 1:
+            share = torch.where(_is_far(number), removed, share)
     mean = share * first.mean + (1 - share) * second.mean
     apart = (first.mean - second.mean).square()
     return Gaussian(mean, share * first.var + (1 - share) * second.var + share * (1 - share) * apart)
@@ -244,7 +269,7 @@ def where_of(x: Gaussian | Tensor, mask: Gaussian | Tensor, y: Gaussian | Tensor
     return where(mask, x, y)
 
 
-@belief_rule("masked_fill", "masked_fill_")
-def masked_fill(x: Gaussian, mask: Tensor, value: Any) -> Belief:
-    """A number where a known mask is true, see :func:`where`."""
-    return where(mask, float(value), x)
+@rule(*aliases("masked_fill", "masked_fill_"))
+def masked_fill(x: Gaussian | Tensor, mask: Gaussian | Tensor, value: Any) -> Belief:
+    """A number where a mask is true, see :func:`where`."""
+    return where(mask, value if isinstance(value, Gaussian) else float(value), x)

@@ -277,3 +277,9 @@ def test_comparisons(function):
     for other in (0.3, values(3), believe((2**16, 3), 5, groups=2)):
         belief, drawn = RULES[function](x, other), draw_through(function, (x, other), {})
         agree(Gaussian(belief.mean, belief.var, drawn.shape), drawn.double(), 2)
+
+
+@pytest.mark.parametrize("function", [torch.eq, torch.ne])
+def test_two_activations_may_be_equal(function):
+    """As a peak is to the largest around it."""
+    check_unknown("two activations are equal", function, believe((4, 3)), believe((4, 3), seed=1))

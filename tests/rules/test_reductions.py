@@ -187,3 +187,12 @@ def test_logsumexp(function):
     var, mean = torch.var_mean(drawn.unflatten(0, (2, -1)), 1)
     torch.testing.assert_close(belief.mean, mean, rtol=0, atol=0.01)
     torch.testing.assert_close(belief.var, var, rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize("size", [1e-15, 1e15])
+def test_a_norm_of_small_and_of_large_numbers(size):
+    x, mean = Gaussian(torch.ones(1, 3), torch.ones(1, 3), (4, 3)), torch.tensor(size, requires_grad=True)
+    got = RULES[torch.norm](Gaussian(x.mean * mean, x.var * size * size, x.shape), 2, 1)
+    once = RULES[torch.norm](x, 2, 1)
+    torch.testing.assert_close((got.mean / size, got.var / size / size), (once.mean, once.var))
+    assert torch.isfinite(torch.autograd.grad(got.mean.sum(), mean)[0])

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from drawing import agree, believe, check_draws, check_refused, check_unknown, covers, draw_through, values
+from drawing import agree, believe, check_draws, check_unknown, covers, draw_through, values
 from networks import made_of
 from torch import nn
 
@@ -114,8 +114,8 @@ def test_masked_fill(function):
     ragged = torch.arange(16) < torch.randint(1, 17, (2**15, 1, 1), generator=torch.Generator().manual_seed(0))
     check_draws(function, believe((2**15, 3, 16)), ragged, -1.0)
     assert RULES[function](x, mask, -math.inf) is x
-    check_refused(function, x, x, 0.0)
-    check_refused(function, x, mask, x)
+    chosen = RULES[torch.gt](believe((2**15, 3, 16), seed=1), 0.0)
+    assert torch.equal(RULES[function](x, chosen, 2.0).var, RULES[torch.where](chosen, 2.0, x).var)
 
 
 @pytest.mark.parametrize("other", [0.5, "channels", "activation"])
@@ -279,3 +279,41 @@ def test_rows_assigned_a_number():
     got = RULES[torch.Tensor.__setitem__](x, torch.tensor([0, 1]), 2.0)
     torch.testing.assert_close(got.mean, 0.75 * x.mean + 0.5)
     torch.testing.assert_close(got.var, 0.75 * x.var + 0.25 * 0.75 * (x.mean - 2).square())
+
+
+def test_rows_assigned_into_what_a_layer_returned():
+    """Whose belief is of a type of its own, as is that of a ReLU."""
+
+    def forward(self, x):
+        y = self.first(x)
+        y[torch.tensor([0, 1])] = 0.0
+        z = torch.relu(y).clone()
+        z[torch.tensor([True, False, False, False])] = z[1:2] * 2
+        return self.second(z)
+
+    model = kn.convert(made_of(forward, first=nn.BatchNorm1d(3), second=nn.BatchNorm1d(3)))
+    *_, row = kn.describe(model, torch.randn(4, 3)).rows
+    assert row.reason is None or not row.reason
+
+
+def test_rows_assigned_infinity():
+    x = believe((8, 3))
+    assert RULES[torch.Tensor.__setitem__](x, torch.tensor([0, 1]), -math.inf) is x
+
+
+def test_where_of_two_known():
+    """A spike, a sign, a bias for scores."""
+    x = believe((2**15, 3, 1))
+    for first, second in ((1.0, -1.0), (torch.ones(()), 0.0), (torch.tensor([[2.0], [3.0], [4.0]]), torch.zeros(()))):
+        got, above = RULES[torch.where](RULES[torch.gt](x, 0.0), first, second), x.draw(x.shape) > 0
+        var, mean = torch.var_mean(torch.where(above, first, second), 0)
+        torch.testing.assert_close((got.mean[0], got.var[0]), (mean.double(), var.double()), atol=0.05, rtol=0.05)
+    assert torch.isfinite(RULES[torch.where](RULES[torch.gt](x, 0.0), -math.inf, 0.0).var).all()
+
+
+@pytest.mark.parametrize("least", [-math.inf, torch.finfo(torch.float32).min, -1e9])
+def test_where_of_minus_infinity_in_a_tensor(least):
+    x, mask = believe((4, 3, 16)), torch.arange(16) > 3
+    for args in ((mask, x, torch.tensor(least)), (~mask, torch.tensor(least), x)):
+        got = RULES[torch.where](*args)
+        torch.testing.assert_close((got.mean, got.var), (x.mean, x.var))
