@@ -238,7 +238,9 @@ belief_rules("in closed form", {
     "hardsigmoid": lambda x, inplace=False: piecewise(x, [-3.0, 3.0], [(0, 0, 0), (1 / 2, 1 / 6, 0), (1, 0, 0)]),
     "hardswish": lambda x, inplace=False: piecewise(x, [-3.0, 3.0], [(0, 0, 0), (0, 1 / 2, 1 / 6), (0, 1, 0)]),
     "hardtanh hardtanh_": lambda x, min_val=-1.0, max_val=1.0, inplace=False: clamp(x, min_val, max_val),
-    "leaky_relu leaky_relu_": lambda x, negative_slope=0.01, inplace=False: _two_slopes(x, negative_slope),
+    "leaky_relu leaky_relu_": lambda x, negative_slope=0.01, inplace=False: Gaussian(
+        *rectify(*torch.broadcast_tensors(x.mean, x.var), slope=float(negative_slope))
+    ),
     "relu6": lambda x, inplace=False: clamp(x, 0.0, 6.0),
     "sign sign_ sgn sgn_": lambda x: piecewise(x, [0.0], [(-1, 0, 0), (1, 0, 0)]),
     "softshrink": lambda x, lambd=0.5: piecewise(x, [-lambd, lambd], [(lambd, 1, 0), (0, 0, 0), (-lambd, 1, 0)]),
