@@ -13,61 +13,92 @@ With a slope ``k`` below zero, ``y = k x + (1 - k) relu(x)``, and by Stein's lem
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kalmannorm.kernels.autograd import is_transformed
+from kalmannorm.kernels.autograd import differentiable_gradients, is_transformed
 
 
-def _standardize(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``s``, ``a``, ``Phi(a)`` and ``phi(a)``."""
+class _Terms(NamedTuple):
+    """What the moments and their slopes are made of."""
+
+    std: Tensor
+    a: Tensor
+    above: Tensor  # Phi(a)
+    below: Tensor  # Phi(-a)
+    density: Tensor  # phi(a)
+    positive: Tensor  # g
+
+
+def _terms(mean: Tensor, var: Tensor) -> _Terms:
     std = var.clamp_min(torch.finfo(var.dtype).tiny ** 0.5).sqrt()
     a = (mean / std).clamp(-1e3, 1e3)
-    return std, a, torch.special.ndtr(a), torch.exp(a.square() * -0.5) * (1 / math.sqrt(2 * math.pi))
+    density = torch.exp(a.square() * -0.5) * (1 / math.sqrt(2 * math.pi))
+    far = a * math.sqrt(0.5)
+    above, below = torch.erfc(-far) * 0.5, torch.erfc(far) * 0.5
+    return _Terms(std, a, above, below, density, torch.addcmul(density, a, above))
 
 
-def rectified(mean: Tensor, var: Tensor, *, slope: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Mean and variance of ``max(x, 0)``, or of ``slope x`` below zero, in functions that torch can differentiate."""
-    std, a, above, density = _standardize(mean, var)
-    positive = torch.addcmul(density, a, above)
-    negative = torch.addcmul(density, a, torch.special.ndtr(-a), value=-1)
+def _moments(mean: Tensor, var: Tensor, terms: _Terms, slope: float) -> tuple[Tensor, Tensor]:
+    std, a, above, below, density, positive = terms
+    negative = torch.addcmul(density, a, below, value=-1)
     # Where the input is surely positive, the mean itself carries no rounding of the quotient.
     after = torch.where(a > 30, mean, std * positive)
     share = torch.addcmul(above, positive, negative, value=-1).clamp_min(0)
     if slope:
         rest = 1 - slope
-        return torch.lerp(after, mean, slope), var * (rest**2 * share + 2 * slope * rest * above + slope**2)
+        after, share = torch.lerp(after, mean, slope), rest**2 * share + 2 * slope * rest * above + slope**2
     return after, var * share
 
 
-def rectified_gradients(mean: Tensor, var: Tensor, d_mean: Tensor, d_var: Tensor, *,
-                        slope: float = 0.0) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The gradients of ``mean`` and ``var``, from those of the rectified moments."""
-    std, a, above, density = _standardize(mean, var)
-    positive = torch.addcmul(density, a, above)
+def _slopes(terms: _Terms, slope: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of the mean by the mean and by the variance, then of the variance by both."""
+    std, a, above, below, density, positive = terms
     mean_by_mean, mean_by_var = above, density / (2 * std)
-    var_by_mean, var_by_var = 2 * std * positive * torch.special.ndtr(-a), above - positive * density
+    var_by_mean, var_by_var = 2 * std * positive * below, torch.addcmul(above, positive, density, value=-1)
     if slope:
         rest, both = 1 - slope, 2 * slope * (1 - slope)
         mean_by_mean, mean_by_var = rest * mean_by_mean + slope, rest * mean_by_var
         var_by_mean = rest**2 * var_by_mean + both * std * density
         var_by_var = rest**2 * var_by_var + both * (above - a * density / 2) + slope**2
-    return d_mean * mean_by_mean + d_var * var_by_mean, d_mean * mean_by_var + d_var * var_by_var
+    return mean_by_mean, mean_by_var, var_by_mean, var_by_var
+
+
+def rectified(mean: Tensor, var: Tensor, *, slope: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Mean and variance of ``max(x, 0)``, or of ``slope x`` below zero, in functions that torch can differentiate."""
+    return _moments(mean, var, _terms(mean, var), slope)
+
+
+def rectified_gradients(mean: Tensor, var: Tensor, d_mean: Tensor, d_var: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of ``mean`` and ``var``, from those of the moments behind a ReLU."""
+    return _through(_slopes(_terms(mean, var), 0.0), d_mean, d_var)
+
+
+def _through(slopes: Sequence[Tensor], d_mean: Tensor, d_var: Tensor) -> tuple[Tensor, Tensor]:
+    mean_by_mean, mean_by_var, var_by_mean, var_by_var = slopes
+    by_mean = torch.addcmul(d_mean * mean_by_mean, d_var, var_by_mean)
+    return by_mean, torch.addcmul(d_mean * mean_by_var, d_var, var_by_var)
 
 
 class _Rectify(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, mean: Tensor, var: Tensor, slope: float) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        ctx.save_for_backward(mean, var)
+        terms = _terms(mean, var)
+        ctx.save_for_backward(mean, var, *_slopes(terms, slope))
         ctx.slope = slope
-        return rectified(mean, var, slope=slope)
+        return _moments(mean, var, terms, slope)
 
     @staticmethod
-    def backward(ctx: Any, d_mean: Tensor, d_var: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
-        mean, var = ctx.saved_tensors
-        return *rectified_gradients(mean, var, d_mean, d_var, slope=ctx.slope), None
+    def backward(ctx: Any, d_mean: Tensor, d_var: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        mean, var, *slopes = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            again = partial(rectified, slope=ctx.slope)
+            return *differentiable_gradients(again, (mean, var), (d_mean, d_var)), None
+        return *_through(slopes, d_mean, d_var), None
 
 
 def rectify(mean: Tensor, var: Tensor, *, slope: float = 0.0) -> tuple[Tensor, Tensor]:
