@@ -37,7 +37,7 @@ _BASE = Tensor._base.__get__  # type: ignore[union-attr]
 _LONGEST = 2000
 # The attribute of a tensor of zeros: its state then.
 _BLANK_AT = "_kalmannorm_blank"
-_DETACH = frozenset(aliases("detach"))
+_WITHOUT_GRAPH = frozenset((*aliases("detach"), Tensor.__setitem__))
 _ASSIGNING = frozenset((Tensor.__setitem__, Tensor.index_put_))
 _LAZY = frozenset((UninitializedBuffer, UninitializedParameter))  # which have no state yet
 _IN_PLACE_RELUS = frozenset((F.relu, F.relu_, torch.relu_, Tensor.relu_))
@@ -177,8 +177,8 @@ class Recorder(TorchFunctionMode):
             attach(output, unknown, "")
             return
         step = Step(func, recorded, keywords, tuple(output.shape), index, parents=parents, recorded_in=mark)
-        assigns = func is Tensor.__setitem__ and not step.grad
-        if mark is not None and (func in _DETACH or assigns or (step.grad and not output.requires_grad)):  # as a mask
+        # A belief may have a graph where its tensor has none: behind `detach`, of a mask, assigned without gradients.
+        if mark is not None and (not output.requires_grad if step.grad else func in _WITHOUT_GRAPH):
             mark.append(weakref.ref(step))
         put(output, step)
 

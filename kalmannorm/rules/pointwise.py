@@ -180,36 +180,36 @@ def relu(x: Gaussian, inplace: bool = False) -> Gaussian:
     return Rectified(x)
 
 
-def _two_slopes(x: Gaussian, slope: Tensor | float, slope_var: float = 0.0) -> Gaussian:
-    """``y = k x + (1 - k) relu(x)``: ``k x`` below zero, ``x`` above.
-
-    By Stein's lemma the covariance of the two terms is ``k (1 - k) v Phi(a)``. ``k`` itself may be
-    random, with variance ``slope_var``.
-    """
-    up = relu(x)
-    above = torch.special.ndtr(x.mean / x.std)
-    mean = slope * x.mean + (1 - slope) * up.mean
-    var = slope**2 * x.var + (1 - slope) ** 2 * up.var + 2 * slope * (1 - slope) * x.var * above
-    if slope_var:
-        down = relu(Gaussian(-x.mean, x.var))
-        var = var + slope_var * (down.var + down.mean.square())
-    return Gaussian(mean, var.clamp_min(0))
+def _leaky(x: Gaussian, slope: float) -> Gaussian:
+    """``x`` above zero and ``k x`` below, with a number for ``k``; see :mod:`kalmannorm.kernels.rectify`."""
+    return Gaussian(*rectify(*torch.broadcast_tensors(x.mean, x.var), slope=float(slope)))
 
 
 @belief_rule("prelu")
 def prelu(x: Gaussian, weight: Tensor) -> Gaussian:
-    """Leaky ReLU with a learned slope, one or one a channel."""
+    """Leaky ReLU with a learned slope ``k``, one or one a channel: ``y = k x + (1 - k) relu(x)``.
+
+    By Stein's lemma the covariance of the two terms is ``k (1 - k) v Phi(a)``.
+    """
     slope = weight.to(x.mean.dtype)
     if slope.numel() > 1:
         x, slope = x.full([1]), slope.view(-1, *[1] * (x.ndim - 2))
-    return _two_slopes(x, slope)
+    up = relu(x)
+    above = torch.special.ndtr(x.mean / x.std)
+    mean = slope * x.mean + (1 - slope) * up.mean
+    var = slope**2 * x.var + (1 - slope) ** 2 * up.var + 2 * slope * (1 - slope) * x.var * above
+    return Gaussian(mean, var.clamp_min(0))
 
 
 @belief_rule("rrelu", "rrelu_")
 def rrelu(x: Gaussian, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False,
           inplace: bool = False, generator: object = None) -> Gaussian:  # fmt: skip
     """Leaky ReLU whose slope is uniform on ``[lower, upper]`` in training, its mean otherwise."""
-    return _two_slopes(x, (lower + upper) / 2, (upper - lower) ** 2 / 12 if training else 0.0)
+    y = _leaky(x, (lower + upper) / 2)
+    if not training:
+        return y
+    down = relu(Gaussian(-x.mean, x.var))
+    return Gaussian(y.mean, y.var + (upper - lower) ** 2 / 12 * (down.var + down.mean.square()))
 
 
 # -- quadratic between breakpoints -----------------------------------------------------------------
@@ -238,9 +238,7 @@ belief_rules("in closed form", {
     "hardsigmoid": lambda x, inplace=False: piecewise(x, [-3.0, 3.0], [(0, 0, 0), (1 / 2, 1 / 6, 0), (1, 0, 0)]),
     "hardswish": lambda x, inplace=False: piecewise(x, [-3.0, 3.0], [(0, 0, 0), (0, 1 / 2, 1 / 6), (0, 1, 0)]),
     "hardtanh hardtanh_": lambda x, min_val=-1.0, max_val=1.0, inplace=False: clamp(x, min_val, max_val),
-    "leaky_relu leaky_relu_": lambda x, negative_slope=0.01, inplace=False: Gaussian(
-        *rectify(*torch.broadcast_tensors(x.mean, x.var), slope=float(negative_slope))
-    ),
+    "leaky_relu leaky_relu_": lambda x, negative_slope=0.01, inplace=False: _leaky(x, negative_slope),
     "relu6": lambda x, inplace=False: clamp(x, 0.0, 6.0),
     "sign sign_ sgn sgn_": lambda x: piecewise(x, [0.0], [(-1, 0, 0), (1, 0, 0)]),
     "softshrink": lambda x, lambd=0.5: piecewise(x, [-lambd, lambd], [(lambd, 1, 0), (0, 0, 0), (-lambd, 1, 0)]),
@@ -396,14 +394,15 @@ CASTS = ("float", "double", "half", "bfloat16")
 CASTS_TO = ("to", "type_as")  # a type that is given
 # What to call for functions whose values or slopes may be infinite, or that take a tensor of channels.
 _GUARDED: dict[str, Callable[..., Any]] = {
-    " ".join(CASTS): lambda t: t if t.is_floating_point() else t.to(torch.get_default_dtype()),
+    " ".join((*CASTS, *CASTS_TO)): (
+        lambda t, *args, **kwargs: t if t.is_floating_point() else t.to(torch.get_default_dtype())
+    ),
     "div div_ divide divide_ true_divide __truediv__ __itruediv__": _quotient,
     "exp exp_": lambda t: t.clamp_max(_LARGEST_EXPONENT).exp(),
     "log log_": lambda t: _positive(t).log(),
     "log1p log1p_": lambda t: _positive(1 + t).log(),
     "log2 log2_": lambda t: _positive(t).log2(),
     "log10 log10_": lambda t: _positive(t).log10(),
-    " ".join(CASTS_TO): lambda t, *args, **kwargs: t if t.is_floating_point() else t.to(torch.get_default_dtype()),
     "expm1 expm1_": lambda t: t.clamp_max(_LARGEST_EXPONENT).expm1(),
     "pow pow_ __pow__ float_power": _raised,
     "prelu": lambda t, weight: torch.where(t > 0, t, weight * t),

@@ -162,15 +162,11 @@ class _PartlyFilled(Gaussian):
         return _PartlyFilled(self.mean.detach(), self.var.detach(), self.shape)
 
 
-def _rows_assigned(x: Gaussian | Tensor, index: Tensor, value: Gaussian | Tensor | float) -> Gaussian:
+def _rows_assigned(x: Gaussian, index: Tensor, value: Gaussian | Tensor | float) -> Gaussian:
     """The mixture of rows that an index (or a mask) assigns and of the others.
 
     Rows of zeros are taken to be assigned once: each time, others.
     """
-    if not isinstance(x, Gaussian):
-        assert isinstance(value, Gaussian)
-        nothing = value.mean.new_zeros([1] * x.ndim)
-        x = _PartlyFilled(nothing, nothing, x.shape)
     if is_as_infinite(value):
         return x  # as `where`
     named = index.to(x.mean.dtype).mean() if index.dtype == torch.bool else index.shape[0] / x.shape[0]
@@ -191,17 +187,18 @@ def setitem(x: Gaussian | Tensor, index: Any, value: Gaussian | Tensor | float) 
     several levels so. A known ``x`` holds zeros.
     """
     parts = list(index) if isinstance(index, tuple) else [index]
-    if len(parts) == 1 and isinstance(parts[0], Tensor) and parts[0].ndim == 1:
-        return _rows_assigned(x, parts[0], value)
-    if not all(p is Ellipsis or type(p) in (int, slice) for p in parts):
+    names_rows = len(parts) == 1 and isinstance(parts[0], Tensor) and parts[0].ndim == 1
+    if not (names_rows or all(p is Ellipsis or type(p) in (int, slice) for p in parts)):
         return Unknown("assigned in place, other than by numbers, slices and an index of rows")
-    place = parts.index(Ellipsis) if Ellipsis in parts else len(parts)
-    parts[place : place + 1] = [slice(None)] * (len(x.shape) - sum(p is not Ellipsis for p in parts))
-    sliced = [d for d, p in enumerate(parts) if isinstance(p, slice)]  # the axes of what is replaced
     if not isinstance(x, Gaussian):
         assert isinstance(value, Gaussian)
         nothing = value.mean.new_zeros([1] * x.ndim)
-        x = Gaussian(nothing, nothing, x.shape)
+        x = _PartlyFilled(nothing, nothing, x.shape)
+    if names_rows:
+        return _rows_assigned(x, parts[0], value)
+    place = parts.index(Ellipsis) if Ellipsis in parts else len(parts)
+    parts[place : place + 1] = [slice(None)] * (len(x.shape) - sum(p is not Ellipsis for p in parts))
+    sliced = [d for d, p in enumerate(parts) if isinstance(p, slice)]  # the axes of what is replaced
     x = in_one_shape(x.full([d for d, p in enumerate(parts) if p != slice(None)]))
     shape = [len(range(*parts[d].indices(x.shape[d]))) for d in sliced]
     if not isinstance(value, Gaussian):
