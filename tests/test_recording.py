@@ -573,10 +573,14 @@ def test_a_lazy_layer_gets_its_sizes_from_the_first_call(options):
     assert model[-1].in_features == 36
 
 
+_LEARNED = nn.Parameter(torch.zeros(4, 1, 1))
+
+
 @pytest.mark.parametrize("mask_of", [
     lambda y, kept, limit: y > 0,
     lambda y, kept, limit: (y > limit).float(),
     lambda y, kept, limit: (y > 0).float() * (1.0 if kept is None else kept),
+    lambda y, kept, limit: y > _LEARNED if kept is None else kept,
 ])  # fmt: skip
 def test_a_mask_that_is_kept_keeps_no_graph(mask_of):
     """It has none itself: a spike that a neuron remembers."""
