@@ -480,9 +480,9 @@ def test_buffers_in_the_memory_of_earlier_ones_are_read_too(trained):
     model(x)
     weights, found = dict(model.named_parameters()), dict(model.named_buffers())
     plain = {name: torch.full_like(b, "scale" in name) if "prior" in name else b for name, b in found.items()}
-    expected = [loss_with(weights, buffers, copy.deepcopy(model), x).item() for buffers in (found, plain)]
+    expected = [loss_with(weights, buffers, copy.deepcopy(model), x).item() for buffers in (plain, found)]
     for _ in range(100):
-        values = [loss_with(weights, buffers, model, x).item() for buffers in (found, plain)]
+        values = [loss_with(weights, buffers, model, x).item() for buffers in (plain, found)]
         assert values == pytest.approx(expected)
 
 

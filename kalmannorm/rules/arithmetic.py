@@ -129,11 +129,6 @@ def lerp(x: _Operand, end: _Operand, weight: Any) -> Belief:
     return add(first, second)
 
 
-def _spread(apart: Tensor, var: Tensor) -> Tensor:
-    """The deviation of a difference, kept from zero so far that what is computed from it has finite slopes."""
-    return torch.maximum(Gaussian(apart, var).std, apart.detach().abs() * 1e-6)
-
-
 @rule(*aliases("maximum", "fmax"))
 def maximum(x: _Operand, y: _Operand, *, out: object = None) -> Gaussian:
     """The larger of two: with ``t^2 = v1 + v2`` and ``a = (m1 - m2) / t``, ``E = m1 Phi(a) + m2 Phi(-a) + t phi(a)``.
@@ -144,8 +139,8 @@ def maximum(x: _Operand, y: _Operand, *, out: object = None) -> Gaussian:
         return add(x, 0.0)
     first, second = pair(x, y)
     apart = first.mean - second.mean
-    spread = _spread(apart, first.var + second.var)
-    a = apart / spread
+    spread = Gaussian(apart, first.var + second.var).std
+    a = apart / torch.maximum(spread, apart.detach().abs() * 1e-6)  # finite slopes without a variance
     more, less = torch.special.ndtr(a), torch.special.ndtr(-a)
     tail = spread * torch.exp(-0.5 * a.square()) * (1 / math.sqrt(2 * math.pi))
     mean = second.mean + apart * more + tail
@@ -167,8 +162,8 @@ def minimum(x: _Operand, y: _Operand, *, out: object = None) -> Gaussian:
 def greater(x: _Operand, y: _Operand) -> Gaussian:
     """Whether ``x > y``, with ``p = Phi((m1 - m2) / sqrt(v1 + v2))``: mean ``p`` and variance ``p (1 - p)``."""
     first, second = pair(x, y)
-    apart = first.mean - second.mean
-    a = apart / _spread(apart, first.var + second.var)
+    apart = Gaussian(first.mean - second.mean, first.var + second.var)
+    a = apart.mean / apart.std
     return Gaussian(torch.special.ndtr(a), torch.special.ndtr(a) * torch.special.ndtr(-a))
 
 
