@@ -21,7 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from kalmannorm.checkpoints import enter_again
 from kalmannorm.gaussian import Gaussian, Unknown
-from kalmannorm.kernels.autograd import alias
+from kalmannorm.kernels.autograd import alias, traced_with_its_caller
 from kalmannorm.kernels.layer import rectify_output
 from kalmannorm.priors import KeptPriors
 from kalmannorm.propagation import let_go_of_graph, settle, true_depth, without_autocast
@@ -114,6 +114,7 @@ class Recorder(TorchFunctionMode):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["layers"])  # type: ignore[misc]
 
+    @traced_with_its_caller
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if is_resting(self):

@@ -41,6 +41,17 @@ def constant_to_compilers(function: _F) -> _F:
     return function
 
 
+def traced_with_its_caller(function: _F) -> _F:
+    """A function that a compiler never compiles by itself, as it would behind a graph break, some of it wrongly.
+
+    There a mode's function would return a number for ``x.dtype``.
+    """
+    frames: Any = torch._C._dynamo.eval_frame
+    skip = frames._FrameAction.SKIP
+    frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, skip))
+    return function
+
+
 def saved_tensor_hooks() -> Any:
     """The checkpointed region that is running, or None. See :func:`kalmannorm.steps.may_use`."""
     if torch.compiler.is_dynamo_compiling():

@@ -8,6 +8,7 @@ from kalmannorm.rules import (
     pointwise,
     pooling,
     rectified,
+    recurrent,
     reductions,
     sampling,
     scatter,
@@ -17,5 +18,5 @@ from kalmannorm.rules.table import RULES, Belief, Rule, aliases, rule
 
 __all__ = [
     "RULES", "Belief", "Rule", "aliases", "arithmetic", "attention", "linear", "normalization", "pointwise", "pooling",
-    "rectified", "reductions", "rule", "sampling", "scatter", "shape",
+    "rectified", "recurrent", "reductions", "rule", "sampling", "scatter", "shape",
 ]  # fmt: skip

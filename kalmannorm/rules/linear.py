@@ -18,7 +18,7 @@ from kalmannorm.kernels.formulas import at_least_float32
 from kalmannorm.kernels.link import link
 from kalmannorm.rules.rectified import Rectified
 from kalmannorm.rules.shape import in_one_shape, per_axis
-from kalmannorm.rules.table import BELIEF_ALONE, SOURCES, Belief, belief_rule, rule
+from kalmannorm.rules.table import BELIEF_ALONE, SOURCES, Belief, aliases, belief_rule, rule
 
 _NO_BATCH = Unknown("a convolution without a batch axis")
 
@@ -41,24 +41,34 @@ def _by_blocks(moment: Tensor, matrix: Tensor, groups: int) -> Tensor:
     return blocks.sum(-1).flatten(1)
 
 
-def _of_pixels(mean: Tensor, var: Tensor, bias: Tensor | None, spatial: int) -> Gaussian:
+def _of_pixels(mean: Tensor, var: Tensor, bias: Gaussian | Tensor | None, spatial: int) -> Gaussian:
     """``(S, C_out)`` and a bias to ``(S, C_out, 1, ...)``."""
-    mean = mean if bias is None else mean + bias
+    if isinstance(bias, Gaussian):
+        mean, var = mean + bias.mean, var + bias.var
+    elif bias is not None:
+        mean = mean + bias
     return Gaussian(mean, var).map(lambda t: t.reshape(*t.shape, *[1] * spatial))
 
 
-@belief_rule("conv1d", "conv2d", "conv3d")
-def conv(x: Gaussian, weight: Tensor, bias: Tensor | None = None, stride: object = 1, padding: object = 0,
-         dilation: object = 1, groups: int = 1) -> Belief:  # fmt: skip
-    """``m' = sum W m + b`` and ``v' = sum W^2 v`` over input channels and taps, for ``x`` of ``(S, C, 1, ...)``."""
+@rule(*aliases("conv1d", "conv2d", "conv3d"), belief_first=True)
+def conv(x: Gaussian, weight: Gaussian | Tensor, bias: Gaussian | Tensor | None = None, stride: object = 1,
+         padding: object = 0, dilation: object = 1, groups: int = 1) -> Belief:  # fmt: skip
+    """``m' = sum W m + b`` and ``v' = sum W^2 v`` over input channels and taps, for ``x`` of ``(S, C, 1, ...)``.
+
+    A filter that is computed from the input, of mean ``W`` and variance ``U``, counts as independent of ``x``:
+    ``v' = sum (W^2 + U) v + U m^2``.
+    """
     if x.ndim == weight.ndim - 1:
         return _NO_BATCH
-    if groups == 1:
+    if groups == 1 and not isinstance(weight, Gaussian) and not isinstance(bias, Gaussian):
         return _through_filter(x, weight, bias)
     x = x.full([1]).pool(range(2, x.ndim))
-    taps = weight.to(x.mean.dtype).flatten(2)
+    filters = weight.full(range(weight.ndim)) if isinstance(weight, Gaussian) else None
+    taps = (weight if filters is None else filters.mean).to(x.mean.dtype).flatten(2)  # type: ignore[union-attr]
     mean = _by_blocks(x.mean.flatten(1), taps.sum(-1), groups)
     var = _by_blocks(x.var.flatten(1), taps.square().sum(-1), groups)
+    if filters is not None:
+        var = var + _by_blocks((x.var + x.mean.square()).flatten(1), filters.var.flatten(2).sum(-1), groups)
     return _of_pixels(mean, var, bias, x.ndim - 2)
 
 

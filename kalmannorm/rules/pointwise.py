@@ -40,10 +40,11 @@ def _phi(z: Tensor) -> Tensor:
     return torch.exp(-0.5 * z.square()) * (1 / math.sqrt(2 * math.pi))
 
 
-def quadrature(x: Gaussian, function: Callable[[Tensor], Tensor]) -> Gaussian:
+def quadrature(x: Gaussian, function: Callable[[Tensor], Tensor], nodes: int = _NODES) -> Gaussian:
     """Mean and variance of ``function(x)``, element by element, by numerical integration.
 
-    You need it to write a rule for a smooth function (:func:`kalmannorm.rule`).
+    You need it to write a rule for a smooth function (:func:`kalmannorm.rule`). Fewer ``nodes`` cost less time: 33
+    suffice for a sigmoid or tanh.
 
     Example:
         >>> import torch, kalmannorm as kn
@@ -51,8 +52,8 @@ def quadrature(x: Gaussian, function: Callable[[Tensor], Tensor]) -> Gaussian:
         >>> print(f"{kn.rules.pointwise.quadrature(x, torch.exp).mean.item():.4f}")  # exp(1 / 2)
         1.6487
     """
-    z = torch.linspace(-_REACH, _REACH, _NODES, device=x.mean.device, dtype=x.mean.dtype)
-    weights = _phi(z) * (2 * _REACH / (_NODES - 1))
+    z = torch.linspace(-_REACH, _REACH, nodes, device=x.mean.device, dtype=x.mean.dtype)
+    weights = _phi(z) * (2 * _REACH / (nodes - 1))
     values = function(x.mean.unsqueeze(-1) + x.std.unsqueeze(-1) * z)
     mean = (values * weights).sum(-1)
     var = ((values - mean.unsqueeze(-1)).square() * weights).sum(-1)

@@ -1,11 +1,12 @@
 """Convolutions and linear maps against draws; borders are cropped, as the rules ignore padding."""
 
+import functools
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from drawing import believe, check_draws, check_refused, check_unknown, covers, samples, values
+from drawing import agree, believe, check_draws, check_refused, check_unknown, covers, samples, values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -73,6 +74,28 @@ def _check_transposed(function, layer, statistic_groups=1, seed=0):
     extra = [max(0, s - (d * (k - 1) + 1)) for k, s, d in zip(kernel, strides, dilations, strict=True)]
     check_draws(function, x, weight, bias, stride, 0, extra, groups, dilation,
                 effective=1 / math.prod(kernel), crop=interior, groups=statistic_groups)  # fmt: skip
+
+
+@pytest.mark.parametrize("axes", [(0, 1, 2, 3), (1,), ()])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_filters_and_biases_that_are_computed_from_the_input(axes, groups):
+    """Of conditional and dynamic convolutions, and the template that a tracker looks for."""
+    x, bias = believe((1, 4, 3, 3)), believe((6,), 2, 6, ())
+    weight = believe((6, 4 // groups, 3, 3), 1, 6 if 0 in axes else 1, axes)
+    generator = torch.Generator().manual_seed(0)
+    # A row has a draw of all three.
+    rows = [each.map(lambda t: t[None]).of((20_000, *each.shape)) for each in (x, weight, bias)]
+    drawn = [each.draw(each.shape, generator) for each in rows]
+    y = torch.func.vmap(functools.partial(F.conv2d, groups=groups))(*drawn).flatten(0, 1)
+    belief = RULES[F.conv2d](x, weight, bias, groups=groups)
+    agree(belief.of(y.shape), y)
+
+
+def test_a_bias_alone_that_is_computed_from_the_input():
+    x, weight, bias = believe((2, 4, 3, 3)), values(6, 4, 3, 3), believe((6,), 2, 6, ())
+    found, known = (RULES[F.conv2d](x, weight, each) for each in (bias, bias.mean))
+    torch.testing.assert_close(found.mean, known.mean)
+    torch.testing.assert_close(found.var, known.var + bias.var.view(1, 6, 1, 1))
 
 
 @covers(*TRANSPOSED)
@@ -155,9 +178,9 @@ def test_linear_after_flatten():
 # -- what has no rule --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("function", [*CONVOLUTIONS, *TRANSPOSED, F.linear])
+@pytest.mark.parametrize("function", [*TRANSPOSED, F.linear])
 def test_weights_from_the_input(function):
-    spatial = {**CONVOLUTIONS, **TRANSPOSED}.get(function, 0)
+    spatial = TRANSPOSED.get(function, 0)
     shape = (2, 2, *[3] * spatial)
     x = believe(shape)
     check_refused(function, x, believe(shape))
