@@ -93,7 +93,8 @@ class Recorder(TorchFunctionMode):
     def await_input(self, given: Gaussian | None) -> Gaussian | None:
         """Look for the tensor of these `input_stats`, or for none any more; return those that were looked for."""
         thread = 0 if torch.compiler.is_dynamo_compiling() else threading.get_ident()
-        before = self.waiting.pop(thread, None)
+        # Behind a graph break, what a compiled part waits for is looked for here.
+        before = self.waiting.pop(thread, None) or self.waiting.pop(0, None)
         if given is not None:
             self.waiting[thread] = given
         return before

@@ -212,7 +212,7 @@ def _misfit(given: Gaussian, tensor: Tensor, which: str, module: nn.Module) -> V
     channels = len(given.mean)
     return ValueError(
         f"input_stats given to kalmannorm.convert describe {channels} channels, but {type(module).__name__} got "
-        f"{which} of shape {tuple(tensor.shape)}, expected (N, {channels}, ...)"
+        f"{which} of shape {tuple(tensor.shape)}, expected (N, {channels}, ...), or one number for all channels"
     )
 
 
