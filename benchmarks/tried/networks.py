@@ -161,6 +161,57 @@ class Spiking(nn.Module):
         return torch.stack(outputs).mean(0)
 
 
+class Columns(nn.Module):
+    """A reader: convolutions, an LSTM over an image's columns, and a norm of its last state."""
+
+    def __init__(self):
+        super().__init__()
+        self.maps = nn.Sequential(_block(3, 8), _block(8, 16))
+        self.recurrent = nn.LSTM(128, 32, batch_first=True, bidirectional=True)
+        self.head = nn.Sequential(nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 2))
+
+    def forward(self, images):
+        _, (state, _) = self.recurrent(self.maps(images).flatten(1, 2).transpose(1, 2))
+        return self.head(state.transpose(0, 1).flatten(1))
+
+
+class Conditional(nn.Module):
+    """Filters that each image mixes of four (CondConv)."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = _block(3, 16)
+        self.routes = nn.ModuleList(nn.Linear(16, 4) for _ in range(2))
+        self.filters = nn.ParameterList(0.1 * torch.randn(4, 16 * 16 * 9) for _ in range(2))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(16) for _ in range(2))
+        self.head = nn.Linear(16, 2)
+
+    def forward(self, images):
+        x = self.stem(images)
+        for route, filters, norm in zip(self.routes, self.filters, self.norms, strict=True):
+            weight = (route(x.mean((2, 3))).sigmoid() @ filters).view(-1, 16, 3, 3)
+            y = F.conv2d(x.flatten(0, 1).unsqueeze(0), weight, padding=1, groups=len(x))
+            x = x + F.relu(norm(y.view(x.shape)))
+        return self.head(x.mean((2, 3)))
+
+
+class Tracker(nn.Module):
+    """A template is searched in an image, channel by channel (SiamRPN++)."""
+
+    def __init__(self):
+        super().__init__()
+        self.maps = nn.Sequential(_block(3, 16), _block(16, 16))
+        self.head = nn.Sequential(nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 2, 1))
+        self.between = nn.BatchNorm2d(16)
+
+    def forward(self, images):
+        search, template = self.maps(images), self.maps(images[..., 8:24, 8:24])
+        weight = template.flatten(0, 1).unsqueeze(1)
+        found = F.conv2d(search.flatten(0, 1).unsqueeze(0), weight, groups=len(weight))
+        found = found.view(*search.shape[:2], *found.shape[2:])
+        return self.head(self.between(found)).mean((2, 3))
+
+
 COPIED = {
     "DCGAN generator": Network("generation", generator, (16, 1, 1)),
     "DCGAN discriminator": Network("generation", discriminator, (3, 32, 32)),
@@ -170,5 +221,8 @@ COPIED = {
     "spatial transformer": Network("classification", Warped, (3, 32, 32)),
     "deformable convolutions": Network("classification", Deformable, (3, 32, 32)),
     "spiking neurons": Network("classification", Spiking, (3, 32, 32)),
+    "convolutions and an LSTM": Network("classification", Columns, (3, 32, 32)),
+    "conditional convolutions": Network("classification", Conditional, (3, 32, 32)),
+    "tracker": Network("classification", Tracker, (3, 32, 32)),
 }
 NETWORKS = {"copied": COPIED, **OF_PACKAGES}
