@@ -5,6 +5,7 @@ The two factors of a product are taken as independent of each other, as are the 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from string import ascii_letters
@@ -33,8 +34,6 @@ _MASKED_SCORE = -1e30
 _LEAVES_OUT = -1e4
 # Scores with a larger standard deviation count as if they had this one, as the nodes would be too far apart.
 _SPREAD = 8.0
-
-_MASKED = Unknown("attention that is causal, masked or grouped")
 
 
 def contraction(equation: str, x: Gaussian | Tensor, y: Gaussian | Tensor) -> Gaussian:
@@ -172,9 +171,10 @@ def _leaves_out(mask: Tensor) -> bool:
     return bool((mask <= _LEAVES_OUT).any())
 
 
-def _softmax(x: Gaussian, dim: int) -> Gaussian:
-    """The moments; see :func:`softmax`."""
-    dim, n = dim % x.ndim, x.shape[dim]
+def _softmax(x: Gaussian, dim: int, met: Tensor | None = None) -> Gaussian:
+    """The moments; see :func:`softmax`. Of all elements along ``dim``, only as many as ``met`` may take part."""
+    dim = dim % x.ndim
+    n: Any = x.shape[dim] if met is None else met
     x = Gaussian(x.mean.clamp_min(_MASKED_SCORE), x.var, x.shape)
     if max(x.mean.numel(), x.var.numel()) > _LARGE_MAP:
         x = x.pool([dim])
@@ -185,21 +185,22 @@ def _softmax(x: Gaussian, dim: int) -> Gaussian:
     have = mean.shape[dim]
     moments, step = _exponential_moments(Gaussian(mean, var), dim, n)
     log_zeroth = moments[0].clamp_min(torch.finfo(mean.dtype).tiny).log()
-    others = (log_zeroth.sum(dim, keepdim=True) * (n // have) - log_zeroth).exp()
+    others = (log_zeroth.sum(dim, keepdim=True) * (n / have) - log_zeroth).exp()
     first, second = ((moment * others * step).sum(-1) for moment in moments[1:])
-    total = first.sum(dim, keepdim=True).clamp_min(torch.finfo(mean.dtype).tiny) * (n // have)
+    total = first.sum(dim, keepdim=True).clamp_min(torch.finfo(mean.dtype).tiny) * (n / have)
     first, second = first / total, second / total
     return Gaussian(first, (second - first.square()).clamp_min(0))
 
 
-def _exponential_moments(x: Gaussian, dim: int, n: int) -> tuple[list[Tensor], Tensor]:
+def _exponential_moments(x: Gaussian, dim: int, n: Any) -> tuple[list[Tensor], Tensor]:
     """``E[w^k e^(-w)]`` of ``w = t e^x``, for ``k`` 0, 1, 2, at nodes of ``log t`` on a new last axis.
 
     Returns these and the distance between the nodes.
     """
     top, std = (t.detach().amax(dim, keepdim=True).unsqueeze(-1) for t in (x.mean, x.std))
     # The sum of n exponentials lies between these two, but for a part in 10^5.
-    low, high = -top - 5 * std - math.log(n) - 12, -top + 5 * std + 3
+    log_n = n.log() if isinstance(n, Tensor) else math.log(n)
+    low, high = -top - 5 * std - log_n - 12, -top + 5 * std + 3
     log_t = low + (high - low) * torch.linspace(0, 1, _NODES, device=std.device, dtype=std.dtype)
     z = torch.linspace(-6, 6, _INNER_NODES, device=std.device, dtype=std.dtype)
     density = torch.exp(-0.5 * z.square())
@@ -210,6 +211,27 @@ def _exponential_moments(x: Gaussian, dim: int, n: int) -> tuple[list[Tensor], T
     return moments, (high - low) / (_NODES - 1)
 
 
+def _keys_met(mask: Any, is_causal: bool, queries: int, keys: int, like: Tensor) -> Tensor | None:
+    """How many keys a query meets, or None for all: the harmonic mean over queries, as a mean of ``n`` varies by
+    ``v / n``.
+    """
+    if is_causal:
+        met = torch.arange(1, queries + 1, device=like.device).clamp_max(keys)
+    elif isinstance(mask, Tensor) and _leaves_out(mask):
+        stays = mask if mask.dtype == torch.bool else mask > _LEAVES_OUT
+        met = stays.expand(*stays.shape[:-1], keys).sum(-1)
+    else:
+        return None
+    return met.clamp_min(1).to(like.dtype).reciprocal().mean().reciprocal()
+
+
+def _for_all_queries(x: Gaussian, heads: int) -> Gaussian:
+    """Keys or values of which each head serves several of the queries' heads."""
+    axis = x.ndim - 3
+    repeated = x.full([axis]).map(lambda t: t.repeat_interleave(heads // x.shape[axis], axis))
+    return repeated.of((*x.shape[:axis], heads, *x.shape[axis + 1 :]))
+
+
 @rule(*aliases("scaled_dot_product_attention"))
 def attention(query: Gaussian | Tensor, key: Gaussian | Tensor, value: Gaussian | Tensor,
               attn_mask: Gaussian | Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
@@ -217,17 +239,25 @@ def attention(query: Gaussian | Tensor, key: Gaussian | Tensor, value: Gaussian 
     """``softmax(scale q k^T + mask) v``.
 
     The weights add up to 1, so the mean of the values over keys passes unchanged. Only deviations from it
-    are summed as products of independent factors.
+    are summed as products of independent factors. Behind a mask all queries meet the same number of keys, see
+    :func:`_keys_met`, and any key is as likely as another to be one of them.
     """
-    if is_causal or enable_gqa or (isinstance(attn_mask, Tensor) and _leaves_out(attn_mask)):
-        return _MASKED
     if not isinstance(query, Gaussian) or not isinstance(key, Gaussian) or not isinstance(value, Gaussian):
         return Unknown("attention with a query, key or value that does not depend on the input")
+    if enable_gqa:
+        key, value = (_for_all_queries(each, query.shape[-3]) for each in (key, value))
+    keys = key.shape[-2]
+    met = _keys_met(attn_mask, is_causal, query.shape[-2], keys, query.mean)
+    if met is not None and isinstance(attn_mask, Tensor):
+        attn_mask = None if attn_mask.dtype == torch.bool else attn_mask.masked_fill(attn_mask <= _LEAVES_OUT, 0.0)
     turned = key.map(lambda t: t.transpose(-1, -2)).of((*key.shape[:-2], key.shape[-1], key.shape[-2]))
     scores = mul(_product(query, turned), 1 / math.sqrt(query.shape[-1]) if scale is None else scale)
     scores = scores if attn_mask is None else add(scores, attn_mask)
-    shape = (*query.shape[:-1], key.shape[-2])
-    weights = _softmax(scores.of(shape), -1)
+    shape = (*query.shape[:-1], keys)
+    weights = _softmax(scores.of(shape), -1, met)
+    if met is not None:  # the others have a weight of zero
+        mean = weights.mean * (met / keys)
+        weights = Gaussian(mean, (weights.var + weights.mean.square()) * (met / keys) - mean.square())
     dropped = dropout(weights, dropout_p)
     common = value.mean.mean(-2, keepdim=True)
     mixed = _product(dropped.of(shape), Gaussian(value.mean - common, value.var, value.shape))
@@ -236,22 +266,31 @@ def attention(query: Gaussian | Tensor, key: Gaussian | Tensor, value: Gaussian 
     return Gaussian(mixed.mean + common, mixed.var + lost * common.square())
 
 
+def _one_mask(attn_mask: Tensor | None, key_padding_mask: Tensor | None, heads: int) -> Tensor | None:
+    """Both masks as :func:`attention` takes one: true where a query meets a key, or added to the scores."""
+    masks = [] if attn_mask is None else [attn_mask if attn_mask.ndim == 2 else attn_mask.unflatten(0, (-1, heads))]
+    masks += [] if key_padding_mask is None else [key_padding_mask[:, None, None]]
+    if not masks:
+        return None
+    if all(mask.dtype == torch.bool for mask in masks):
+        return ~functools.reduce(torch.logical_or, masks)
+    kind = next(mask.dtype for mask in masks if mask.dtype != torch.bool)
+    numbers = [torch.zeros_like(mask, dtype=kind).masked_fill(mask, -math.inf) if mask.dtype == torch.bool else mask
+               for mask in masks]  # fmt: skip
+    return functools.reduce(torch.add, numbers)
+
+
 @rule(torch.nn.functional.multi_head_attention_forward)
 def multi_head_attention(
     query: Gaussian | Tensor, key: Gaussian | Tensor, value: Gaussian | Tensor, embed_dim_to_check: int, num_heads: int,
     in_proj_weight: Tensor | None, in_proj_bias: Tensor | None, bias_k: object, bias_v: object, add_zero_attn: bool,
     dropout_p: float, out_proj_weight: Tensor, out_proj_bias: Tensor | None, training: bool = True,
-    key_padding_mask: object = None, need_weights: bool = True, attn_mask: object = None,
+    key_padding_mask: Tensor | None = None, need_weights: bool = True, attn_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Any:  # fmt: skip
-    """``nn.MultiheadAttention``, of ``(time, N, channels)``: three linear maps, :func:`attention` by head, and another.
-
-    There is no belief behind a mask: queries then meet different numbers of keys.
-    """
+    """``nn.MultiheadAttention``, of ``(time, N, channels)``: three linear maps, :func:`attention`, and another map."""
     if in_proj_weight is None or bias_k is not None or add_zero_attn:
         return Unknown("attention with keys of another size, or with added ones")
-    if attn_mask is not None or key_padding_mask is not None:
-        return _MASKED
     biases = [None] * 3 if in_proj_bias is None else list(in_proj_bias.chunk(3))
     heads = []
     for x, weight, bias in zip((query, key, value), in_proj_weight.chunk(3), biases, strict=True):
@@ -261,8 +300,9 @@ def multi_head_attention(
         projected = through_matrix(x.map(lambda t: t.transpose(0, 1)).of((samples, time, channels)), weight, bias)
         split = projected.full([2]).map(lambda t: t.unflatten(2, (num_heads, -1)).transpose(1, 2))
         heads.append(split.of((samples, num_heads, time, weight.shape[0] // num_heads)))
-    mixed = attention(heads[0], heads[1], heads[2], dropout_p=dropout_p if training else 0.0)
-    assert isinstance(mixed, Gaussian)  # without a mask, of activations
+    mask = _one_mask(attn_mask, key_padding_mask, num_heads)
+    mixed = attention(heads[0], heads[1], heads[2], mask, dropout_p if training else 0.0)
+    assert isinstance(mixed, Gaussian)  # of activations
     merged = mixed.full([1, 3]).map(lambda t: t.transpose(1, 2).flatten(2))
     output = through_matrix(merged.of((samples, query.shape[0], embed_dim_to_check)), out_proj_weight, out_proj_bias)
     return output.map(lambda t: t.transpose(0, 1)), Unknown("the weights of an attention")

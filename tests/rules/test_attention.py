@@ -197,14 +197,60 @@ def test_attention_with_a_bias():
     assert (sharp.var > plain.var).all()
 
 
+_PADDED = torch.arange(16) < torch.tensor([5, 16]).repeat(2**11)[:, None]  # (N, keys)
+_TRIANGLE = torch.ones(16, 16, dtype=torch.bool).tril()
+_BIAS = (values(16, 16) * 2).masked_fill(~_TRIANGLE, -math.inf)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"is_causal": True}, {"attn_mask": _TRIANGLE}, {"attn_mask": _PADDED[:, None, None]}, {"attn_mask": _BIAS},
+     {"attn_mask": torch.zeros(16, 16).double().masked_fill(~_TRIANGLE, -1e9), "dropout_p": 0.3}],
+    ids=["causal", "triangle", "padding", "bias", "dropout"],
+)  # fmt: skip
+def test_attention_where_queries_meet_different_numbers_of_keys(options):
+    q, k, v = (believe((2**12, 2, 16, 4), seed=s, axes=(1, 3)) for s in range(3))
+    q, k = (Gaussian(t.mean * 0.3, t.var, t.shape) for t in (q, k))
+    belief = RULES[F.scaled_dot_product_attention](q, k, v, **options)
+    output = draw_through(F.scaled_dot_product_attention, (q, k, v), options)
+    want_var, want_mean = torch.var_mean(output, (0, 2), keepdim=True)
+    assert ((belief.mean - want_mean).abs() < 0.05 * want_var.sqrt() + 0.02).all()
+    assert ((belief.var / want_var - 1).abs() < 0.25).all(), belief.var / want_var
+
+
+def test_masks_over_keys_whose_beliefs_differ():
+    q, k, v = (believe((2**12, 2, 16, 4), seed=s, axes=(1, 2, 3)) for s in range(3))
+    q, k = (Gaussian(t.mean * 0.3, t.var, t.shape) for t in (q, k))
+    belief = RULES[F.scaled_dot_product_attention](q, k, v, is_causal=True)
+    output = draw_through(F.scaled_dot_product_attention, (q, k, v), {"is_causal": True})
+    belief = belief.pool([2])
+    want_var, _ = torch.var_mean(output, (0, 2), keepdim=True)
+    assert ((belief.var / want_var).log2().abs() < 0.8).all(), belief.var / want_var
+
+
+def test_a_causal_mask_of_more_queries_than_keys():
+    q, k, v = (believe((2, 2, n, 4), seed=s, axes=(1, 3)) for s, n in ((0, 16), (1, 4), (2, 4)))
+    causal = RULES[F.scaled_dot_product_attention](q, k, v, is_causal=True)
+    masked = RULES[F.scaled_dot_product_attention](q, k, v, attn_mask=torch.ones(16, 4, dtype=torch.bool).tril())
+    torch.testing.assert_close((causal.mean, causal.var), (masked.mean, masked.var))
+
+
+def test_masks_that_leave_all_keys_change_nothing():
+    q, k, v = (believe((2, 2, 16, 4), seed=s, axes=(1, 3)) for s in range(3))
+    plain = RULES[F.scaled_dot_product_attention](q, k, v)
+    for mask in (torch.ones(16, 16, dtype=torch.bool), torch.ones(2, 1, 1, 1, dtype=torch.bool)):
+        masked = RULES[F.scaled_dot_product_attention](q, k, v, attn_mask=mask)
+        torch.testing.assert_close((masked.mean, masked.var), (plain.mean, plain.var))
+
+
+def test_queries_that_meet_no_key_leave_a_belief_finite():
+    x = believe((2, 2, 4, 3), axes=(1, 3))
+    mask = torch.zeros(4, 4, dtype=torch.bool)
+    assert RULES[F.scaled_dot_product_attention](x, x, x, attn_mask=mask).var.isfinite().all()
+
+
 def test_attention_without_a_rule():
     x = believe((2, 2, 4, 3), axes=(1, 3))
-    mask = torch.ones(4, 4, dtype=torch.bool)
-    check_unknown("causal, masked", F.scaled_dot_product_attention, x, x, x, is_causal=True)
-    check_unknown("causal, masked", F.scaled_dot_product_attention, x, x, x, attn_mask=mask)
-    for number in (-math.inf, -1e9):
-        numbers = torch.zeros(4, 4).masked_fill(mask.triu(1), number)
-        check_unknown("causal, masked", F.scaled_dot_product_attention, x, x, x, attn_mask=numbers)
     check_unknown("does not depend on the input", F.scaled_dot_product_attention, x, values(2, 2, 4, 3), x)
 
 
@@ -255,8 +301,6 @@ def test_multi_head_attention(function, need_weights):
     assert ((belief.var[0, 0] / want_var).log2().abs() < 1).all(), belief.var[0, 0] / want_var
     check_unknown("another size", function, q, k, v, 8, 2, None, *arguments[3:])
     check_unknown("without a batch", function, q, values(16, 2, 8), v, *arguments)
-    check_unknown("causal, masked", function, q, k, v, *arguments, attn_mask=torch.zeros(16, 16))
-    check_unknown("causal, masked", function, q, k, v, *arguments, key_padding_mask=torch.zeros(2**11, 16))
 
 
 @pytest.mark.parametrize("masked", [
@@ -347,9 +391,36 @@ def test_multi_head_attention_drops_nothing_in_evaluation():
     assert torch.equal(dropping(RULES[F.multi_head_attention_forward], x)[0].var, plain.var)
 
 
-def test_grouped_queries_are_unknown():
+@pytest.mark.parametrize("attn_kind", [None, "bool", "float", "heads"])
+@pytest.mark.parametrize("padding_kind", [None, "bool", "float"])
+def test_masks_of_multi_head_attention(attn_kind, padding_kind):
+    """By how much they widen the output, as torch itself has it. True leaves a key out, of two kinds of masks."""
+    left_out, padded = torch.ones(16, 16, dtype=torch.bool).triu(1), (torch.arange(16) >= 4).expand(2**8, 16)
+    masks = {
+        "attn_mask": {None: None, "bool": left_out, "heads": left_out.expand(2**9, 16, 16),
+                      "float": torch.zeros(16, 16).double().masked_fill(left_out, -math.inf)}[attn_kind],
+        "key_padding_mask": {None: None, "bool": padded,
+                             "float": torch.zeros(2**8, 16).double().masked_fill(padded, -math.inf)}[padding_kind],
+    }  # fmt: skip
+    believed, drawn = [], []
+    for options in ({}, masks):
+        x, call = _heads(**options)
+        believed.append(call(RULES[F.multi_head_attention_forward], x)[0].var.mean())
+        with torch.no_grad():
+            drawn.append(call(F.multi_head_attention_forward, x.draw(x.shape, torch.Generator().manual_seed(0)))[0]
+                         .var((0, 1)).mean())  # fmt: skip
+    widened = believed[1] / believed[0]
+    assert (widened > 1.2) == (attn_kind is not None or padding_kind is not None)
+    assert abs(widened / (drawn[1] / drawn[0]) - 1) < 0.25
+
+
+def test_grouped_queries():
+    """Heads of keys serve several heads of queries, in blocks."""
     q, k = believe((2, 4, 4, 3), axes=(1, 3)), believe((2, 2, 4, 3), axes=(1, 3))
-    check_unknown("grouped", F.scaled_dot_product_attention, q, k, k, enable_gqa=True)
+    grouped = RULES[F.scaled_dot_product_attention](q, k, k, enable_gqa=True)
+    repeated = k.map(lambda t: t.repeat_interleave(2, 1)).of((2, 4, 4, 3))
+    expected = RULES[F.scaled_dot_product_attention](q, repeated, repeated)
+    torch.testing.assert_close((grouped.mean, grouped.var), (expected.mean, expected.var))
 
 
 def test_a_penalty_that_leaves_no_key_out_is_a_bias():
