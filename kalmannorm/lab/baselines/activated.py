@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kalmannorm.lab.baselines.replacing import replace_batchnorm
+from kalmannorm.traversal import untraceable
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -88,10 +89,10 @@ def _trace(model: nn.Module) -> fx.GraphModule:
     try:
         graph = _Tracer({module for module in root.modules() if _has_nothing_to_take(module)}).trace(root)
     except Exception as error:  # whatever the network's own code raises where it meets a proxy
-        raise ValueError(
-            f"{type(model).__name__} cannot be traced by torch.fx, which finds the ReLU behind each BatchNorm: "
-            "expected one that can, or build it with this layer as norm_layer and nn.Identity as activation"
-        ) from error
+        raise untraceable(
+            model, error, "which finds the ReLU behind each BatchNorm: expected one that can, or build it with this "
+            "layer as norm_layer and nn.Identity as activation",
+        ) from error  # fmt: skip
     return _Traced(root, graph, type(model).__name__)
 
 
