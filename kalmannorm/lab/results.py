@@ -69,8 +69,7 @@ class Result:
         """Write everything but the config, ``result.json`` last."""
         curve = [{"step": step, "loss": loss} for step, loss in enumerate(self.losses, 1)]
         write_atomically(folder / "curve.csv", csv_text(curve, ["step", "loss"]))
-        names = dict.fromkeys(name for each in self.validations for name in each)
-        write_atomically(folder / "validations.csv", csv_text(self.validations, list(names) or ["step"]))
+        write_atomically(folder / "validations.csv", csv_text(self.validations, ["step"]))
         names_of_summary = ("split", "scores", "seconds", "seconds_per_step", "environment")
         summary = {name: getattr(self, name) for name in names_of_summary}
         write_atomically(folder / "result.json", json.dumps(summary, indent=1) + "\n")
@@ -91,12 +90,12 @@ def write_atomically(path: Path, text: str) -> None:
 def csv_text(records: Sequence[Mapping[str, Any]], names: Sequence[str] = ()) -> str:
     """A line a record, under a header; numbers are the shortest that read back as the same.
 
-    What is absent in a record is left empty. The columns are by default all that records have, in
-    the order in which they first come.
+    What is absent in a record is left empty. The columns are these, then all others that records
+    have, in the order in which they first come.
     """
-    names = names or list(dict.fromkeys(name for record in records for name in record))
     file = io.StringIO()
-    writer = csv.DictWriter(file, names, restval="", lineterminator="\n")
+    columns = dict.fromkeys([*names, *(name for record in records for name in record)])
+    writer = csv.DictWriter(file, list(columns), restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(records)
     return file.getvalue()

@@ -1,15 +1,13 @@
 """The two files of an experiment's runs: a row a run in one, each run's curve in the other."""
 
-from __future__ import annotations
-
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from kalmannorm.lab.results import write_atomically
+from kalmannorm.lab.results import ENVIRONMENT, csv_text, write_atomically
 
 RUNS, CURVES = "runs.csv", "curves.csv"
 # The searched settings are columns before the last two of the first, the scores between the two.
@@ -23,13 +21,6 @@ Row = dict[str, str]
 Key = tuple[str, str, str, frozenset[tuple[str, str]]]
 # A run's row, and those of its curve.
 ToldRun = tuple[Row, list[Row]]
-Told = dict[Key, ToldRun]
-
-
-def table(rows: Sequence[Row], columns: Sequence[str] = ()) -> pd.DataFrame:
-    """Rows of text, without gaps: what a row has not is empty."""
-    names = dict.fromkeys([*columns, *(name for row in rows for name in row)])
-    return pd.DataFrame(rows, columns=list(names), dtype=str).fillna("")
 
 
 def read_table(path: Path) -> pd.DataFrame:
@@ -40,68 +31,58 @@ def read_table(path: Path) -> pd.DataFrame:
         raise ValueError(f"{path} cannot be read as a table: {error}") from error
 
 
-def _together(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
-    """The rows of both; a column that only the second has comes after the one that it comes after there."""
-    columns = list(first.columns)
-    for place, name in enumerate(second.columns):
-        if name not in columns:
-            columns.insert(columns.index(second.columns[place - 1]) + 1 if place else 0, name)
-    return pd.concat([first, second]).reindex(columns=columns).fillna("")
-
-
-@dataclass
-class Rows:
+@dataclass(frozen=True)
+class Told:
     """What the two files say, as text.
 
     Attributes:
-        runs: Those of ``runs.csv``.
-        curves: Those of ``curves.csv``, of the same runs.
+        runs: Of each run its row, without what is empty, and the rows of its curve.
+        settings: The searched settings of all.
     """
 
-    runs: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(dtype=str))
-    curves: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(dtype=str))
+    runs: dict[Key, ToldRun]
+    settings: list[str]
 
-    @classmethod
-    def read(cls, folder: Path, scale: str) -> Rows:
-        """An experiment's output; nothing of runs of another scale than this."""
-        runs = read_table(folder / RUNS)
-        others = sorted(set(runs.get("scale", ())) - {scale})
-        if not others:
-            return cls(runs, read_table(folder / CURVES))
-        for other in others:
-            if not any(folder.glob(f"runs/{other}")) and not any(folder.glob(f"runs/{other}-*-devices")):
-                raise ValueError(
-                    f"--output: {folder / RUNS} tells of runs of scale {other}, whose own folders are gone; got "
-                    f"--scale {scale}, which would write over it: give another folder"
-                )
-        return cls()
+    @property
+    def ended(self) -> dict[Key, ToldRun]:
+        """The runs that came to an end or diverged, without those that failed."""
+        errors = {key: row.get("error", "") for key, (row, _) in self.runs.items()}
+        return {key: self.runs[key] for key, error in errors.items() if not error or error.startswith(DIVERGED)}
 
-    def without(self, arms: Collection[str]) -> Rows:
-        return Rows(*(each if each.empty else each[~each["arm"].isin(arms)] for each in (self.runs, self.curves)))
 
-    def __add__(self, other: Rows) -> Rows:
-        return Rows(_together(self.runs, other.runs), _together(self.curves, other.curves))
+def read(folder: Path, scale: str) -> Told:
+    """An experiment's output; nothing of runs of another scale than this."""
+    runs, curves = read_table(folder / RUNS), read_table(folder / CURVES)
+    others = sorted(set(runs.get("scale", ())) - {scale})
+    for other in others:
+        if not any(folder.glob(f"runs/{other}")) and not any(folder.glob(f"runs/{other}-*-devices")):
+            raise ValueError(
+                f"--output: {folder / RUNS} tells of runs of scale {other}, whose own folders are gone; got "
+                f"--scale {scale}, which would write over it: give another folder"
+            )
+    if others:
+        return Told({}, [])
+    settings = list(dict.fromkeys([*settings_of(runs.columns), *settings_of(curves.columns)]))
+    found: dict[Key, ToldRun] = {}
+    for row in runs.to_dict("records"):
+        found[key_of(row, settings)] = ({name: text for name, text in row.items() if text}, [])
+    for row in curves.to_dict("records"):
+        if (key := key_of(row, settings)) in found:
+            found[key][1].append(row)
+    return Told(found, settings)
 
-    def told(self, *, failed: bool = False) -> Told:
-        """Of each run that came to an end or diverged, or also of those that failed, its row and those of its curve."""
-        settings = settings_of(self.runs.columns)
-        found: Told = {}
-        for row in self.runs.to_dict("records"):
-            if failed or not row["error"] or row["error"].startswith(DIVERGED):
-                found[key_of(row, settings)] = ({name: text for name, text in row.items() if text}, [])
-        for row in self.curves.to_dict("records"):
-            if (key := key_of(row, settings)) in found:
-                found[key][1].append(row)
-        return found
 
-    def write(self, folder: Path, arms: Sequence[str]) -> None:
-        """Both files: runs of the search, then those that count, each by arms in this order, and others last."""
-        place = {arm: place for place, arm in enumerate(arms)}
-        for name, each in ((RUNS, self.runs), (CURVES, self.curves)):
-            if len(each):
-                order = (each["kind"] != "search") * 10**6 + each["arm"].map(place).fillna(len(place))
-                each = each.iloc[order.argsort(kind="stable")]
-            write_atomically(folder / name, each.to_csv(index=False, lineterminator="\n"))
+def write(folder: Path, told: Told, arms: Sequence[str]) -> None:
+    """Both files: runs of the search, then those that count, each by arms in this order, and others last."""
+    place = {arm: place for place, arm in enumerate(arms)}
+    runs, curves = ([row for row, _ in told.runs.values()], [row for _, own in told.runs.values() for row in own])
+    known = {*PLANNED, *MEASURED, *ENVIRONMENT, *told.settings}
+    scores = dict.fromkeys(name for row in runs for name in row if name not in known)
+    columns = (*PLANNED[:-2], *told.settings, *PLANNED[-2:], *scores, *MEASURED)
+    of_curves = ("arm", "kind", "seed", *told.settings, "step", "loss")
+    for name, rows, first in ((RUNS, runs, columns), (CURVES, curves, of_curves)):
+        rows.sort(key=lambda row: (row["kind"] != "search", place.get(row["arm"], len(place))))
+        write_atomically(folder / name, csv_text(rows, first))
 
 
 def settings_of(columns: Sequence[str]) -> list[str]:
