@@ -1,13 +1,21 @@
 """What the filter is worth, layer by layer: how far prior, observation and posterior are from the truth."""
 
-from collections.abc import Iterable
+import statistics
+from collections.abc import Iterable, Mapping
+from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from kalmannorm.gaussian import Gaussian
-from kalmannorm.lab.seen import Seen, calls_of
+from kalmannorm.lab import figures
+from kalmannorm.lab.fitting import load_with_data
+from kalmannorm.lab.seen import Seen, calls_of, statistics_batches
+
+# Batches that Fig. 5 is of.
+BATCHES = 1000
 
 
 def variance_gaps(network: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
@@ -28,6 +36,22 @@ def variance_gaps(network: nn.Module, batches: Iterable[Any]) -> dict[str, Tenso
         if isinstance(moving, Tensor):
             gaps[name] = (torch.cat([call.posterior.var for call in calls]) - moving).abs().cpu()
     return gaps
+
+
+def measured_gap(folder: Path, drawing: Path | None = None) -> float:
+    """Fig. 5 of a run's network on test images, see `relative_gap`; drawn as PNG if asked for."""
+    module: Any
+    module, data = load_with_data(folder)
+    network, size = module.network, module.statistics_batch
+    gaps = variance_gaps(network, islice(statistics_batches(data.test_dataloader(), size), BATCHES))
+    if drawing is not None:
+        figures.variance_gaps(f"{size} images", gaps).savefig(drawing, dpi=150)
+    return relative_gap(gaps, {name: network.get_submodule(name).running_var for name in gaps})
+
+
+def relative_gap(gaps: Mapping[str, Tensor], running: Mapping[str, Tensor]) -> float:
+    """The mean gap of a layer over its mean running variance, averaged over layers."""
+    return statistics.fmean(float(gaps[name].mean() / running[name].mean()) for name in gaps)
 
 
 class PriorError(NamedTuple):

@@ -1,9 +1,9 @@
-"""What a training would cost on this machine, from a few steps on random images."""
+"""What a network costs without a training of it: its parameters, its speed, and hours on this machine."""
 
 import statistics
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import lightning
@@ -94,3 +94,44 @@ def seconds_per_step(config: Mapping[str, Any], steps: int = 3) -> float | None:
 def where() -> str:
     """What `seconds_per_step` is measured on, in words."""
     return torch.cuda.get_device_name() if device().type == "cuda" else "one CPU thread"
+
+
+def parameters(config: Mapping[str, Any]) -> dict[str, float]:
+    """How many parameters the network of a configuration has, in millions (Table 2)."""
+    return {"parameters": sum(each.numel() for each in without_memory(config).network.parameters()) / 1e6}
+
+
+def without_memory(config: Mapping[str, Any]) -> Any:
+    """The module of a configuration, on torch's meta device; statistics of the input need numbers, and are left out."""
+    given = config["model"]["init_args"]
+    options = dict(given.get("normalization_options") or {})
+    options.pop("input_stats", None)
+    model = {**config["model"], "init_args": {**given, "normalization_options": options}}
+    with torch.device("meta"):
+        return build({**config, "model": model}, "model")
+
+
+def speed(config: Mapping[str, Any], rounds: int = 20) -> dict[str, float]:
+    """Images a second in training on random images, BN and a form of KN in turn (Table 3).
+
+    A step is of one statistics batch, as one device of the paper's takes it. The median of
+    ``rounds`` steps each, after two that warm up.
+    """
+    given = config["model"]["init_args"]
+    count, size = given["statistics_batch"], image_size(config)
+    assert size is not None
+    batch = random_batch(count, size, given["num_classes"])
+    stock = {"normalization": "bn", "normalization_options": None}
+    configs = {"bn": merge(config, {"model": {"init_args": stock}}), "kn": config}
+    modules = {name: build(each, "model").to(device()).train() for name, each in configs.items()}
+    optimizers = {name: module.configure_optimizers()["optimizer"] for name, module in modules.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in modules}
+    for _ in range(2 + rounds):
+        for name, module in modules.items():
+            seconds[name].append(timed_step(module, optimizers[name], batch))
+    bn, kn = (statistics.median(seconds[name][2:]) for name in ("bn", "kn"))
+    return {"images_per_second_bn": count / bn, "images_per_second_kn": count / kn, "ratio": kn / bn}
+
+
+# What is computed in place of a training, from a configuration.
+COMPUTED: dict[str, Callable[[Mapping[str, Any]], dict[str, float]]] = {"parameters": parameters, "speed": speed}

@@ -36,12 +36,22 @@ class Told:
     """What the two files say, as text.
 
     Attributes:
-        runs: Of each run its row, without what is empty, and the rows of its curve.
+        runs: Of each run its row, and the rows of its curve.
         settings: The searched settings of all.
     """
 
     runs: dict[Key, ToldRun]
     settings: list[str]
+
+    @property
+    def rows(self) -> list[Row]:
+        return [row for row, _ in self.runs.values()]
+
+    @property
+    def scores(self) -> list[str]:
+        """The names of all."""
+        known = {*PLANNED, *MEASURED, *ENVIRONMENT, *self.settings}
+        return list(dict.fromkeys(name for row in self.rows for name in row if name not in known))
 
     @property
     def ended(self) -> dict[Key, ToldRun]:
@@ -50,46 +60,44 @@ class Told:
         return {key: self.runs[key] for key, error in errors.items() if not error or error.startswith(DIVERGED)}
 
 
-def read(folder: Path, scale: str) -> Told:
-    """An experiment's output; nothing of runs of another scale than this."""
-    runs, curves = read_table(folder / RUNS), read_table(folder / CURVES)
-    others = sorted(set(runs.get("scale", ())) - {scale})
-    for other in others:
-        if not any(folder.glob(f"runs/{other}")) and not any(folder.glob(f"runs/{other}-*-devices")):
-            raise ValueError(
-                f"--output: {folder / RUNS} tells of runs of scale {other}, whose own folders are gone; got "
-                f"--scale {scale}, which would write over it: give another folder"
-            )
-    if others:
-        return Told({}, [])
-    settings = list(dict.fromkeys([*settings_of(runs.columns), *settings_of(curves.columns)]))
-    found: dict[Key, ToldRun] = {}
-    for row in runs.to_dict("records"):
-        found[key_of(row, settings)] = ({name: text for name, text in row.items() if text}, [])
+def read(folder: Path) -> Told:
+    """An experiment's output; nothing where there is none."""
+    path = folder / RUNS
+    runs, curves = read_table(path), read_table(folder / CURVES)
+    absent = [name for name in (*PLANNED, *MEASURED) if name not in runs]
+    if path.is_file() and (absent or runs.empty):
+        raise ValueError(f"{path} is not a study's file of runs: it has no {', '.join(absent) or 'rows'}")
+    names = list(runs.columns)
+    settings = names[names.index("seed") + 1 : names.index("chosen")] if names else []
+    found: dict[Key, ToldRun] = {key_of(row, settings): (row, []) for row in runs.to_dict("records")}
     for row in curves.to_dict("records"):
         if (key := key_of(row, settings)) in found:
             found[key][1].append(row)
     return Told(found, settings)
 
 
+def read_of_scale(folder: Path, scale: str) -> Told:
+    """As `read`; nothing of runs of another scale than this, whose own folders must be there."""
+    told = read(folder)
+    others = sorted({row["scale"] for row in told.rows} - {scale})
+    for other in others:
+        if not any(folder.glob(f"runs/{other}")) and not any(folder.glob(f"runs/{other}-*-devices")):
+            raise ValueError(
+                f"--output: {folder / RUNS} tells of runs of scale {other}, whose own folders are gone; got "
+                f"--scale {scale}, which would write over it: give another folder"
+            )
+    return Told({}, []) if others else told
+
+
 def write(folder: Path, told: Told, arms: Sequence[str]) -> None:
     """Both files: runs of the search, then those that count, each by arms in this order, and others last."""
     place = {arm: place for place, arm in enumerate(arms)}
-    runs, curves = ([row for row, _ in told.runs.values()], [row for _, own in told.runs.values() for row in own])
-    known = {*PLANNED, *MEASURED, *ENVIRONMENT, *told.settings}
-    scores = dict.fromkeys(name for row in runs for name in row if name not in known)
-    columns = (*PLANNED[:-2], *told.settings, *PLANNED[-2:], *scores, *MEASURED)
+    curves = [row for _, curve in told.runs.values() for row in curve]
+    of_runs = (*PLANNED[:-2], *told.settings, *PLANNED[-2:], *told.scores, *MEASURED)
     of_curves = ("arm", "kind", "seed", *told.settings, "step", "loss")
-    for name, rows, first in ((RUNS, runs, columns), (CURVES, curves, of_curves)):
+    for name, rows, columns in ((RUNS, told.rows, of_runs), (CURVES, curves, of_curves)):
         rows.sort(key=lambda row: (row["kind"] != "search", place.get(row["arm"], len(place))))
-        write_atomically(folder / name, csv_text(rows, first))
-
-
-def settings_of(columns: Sequence[str]) -> list[str]:
-    """The searched settings among the columns of either file."""
-    names = list(columns)
-    end = next((name for name in ("chosen", "step") if name in names), "")
-    return names[names.index("seed") + 1 : names.index(end)] if end else []
+        write_atomically(folder / name, csv_text(rows, columns))
 
 
 def key_of(row: Mapping[str, Any], settings: Sequence[str]) -> Key:

@@ -15,10 +15,10 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 
 from kalmannorm.lab import experiments, page, rows, tables
+from kalmannorm.lab.analysis import measured_gap
 from kalmannorm.lab.availability import data_at, missing_data, not_at_hand
-from kalmannorm.lab.computed import COMPUTED, measured_gaps
 from kalmannorm.lab.configuration import Run, check_same
-from kalmannorm.lab.costs import seconds_per_step, where
+from kalmannorm.lab.costs import COMPUTED, seconds_per_step, where
 from kalmannorm.lab.data.roots import MissingDataError
 from kalmannorm.lab.experiments import FORMS, Arm, Experiment, Scale, Split, merge, shown
 from kalmannorm.lab.fitting import ended_run
@@ -198,7 +198,7 @@ def alone(folder: Path) -> Iterator[None]:
 
 def _told(whole: Experiment, plan: Plan, missing: Mapping[str, str], *, collect: bool, grow: bool) -> Sequence[Trial]:
     """The runs, collected or trained, once the files tell of them."""
-    before = rows.read(plan.folder, plan.scale)
+    before = rows.read_of_scale(plan.folder, plan.scale)
     told = before.ended if grow or collect else {}
     if collect:
         trials: Sequence[Trial] = _collected(plan, told, grow)
@@ -408,7 +408,7 @@ def _nowhere_else(before: Told, trials: Sequence[Trial], runs: Path) -> dict[Key
         if arm is None or key in here:
             continue
         # In the order of the search, as the folder is named.
-        given = {name: row[name] for name in dict.fromkeys([*arm.search, *before.settings]) if name in row}
+        given = {name: row[name] for name in dict.fromkeys([*arm.search, *before.settings]) if row.get(name)}
         if not _place(runs, arm.name, given, row["split"], row["seed"]).exists():
             kept[key] = (row | _words(arm) | {"chosen": ""}, curve)
     return kept
@@ -472,9 +472,8 @@ def _outcome(plan: Plan, trial: Trial, found: Result | Exception) -> Trial:
     lengths = {"last_loss": found.last_loss, "seconds": found.seconds, "seconds_per_step": found.seconds_per_step}
     row = _row(plan, trial, found.scores | lengths, error) | {"steps": str(len(found.losses)), **found.environment}
     if trial.arm.analysis == "variance_gap" and trial.kind == "final" and not error:
-        job = _job(plan, trial)
         drawing = plan.folder / f"{page.GAPS}{trial.arm.name}.png" if trial.seed == 0 else None
-        row["variance_gap"] = f"{measured_gaps(job.folder, job.config, drawing):.6g}"
+        row["variance_gap"] = f"{measured_gap(_job(plan, trial).folder, drawing):.6g}"
     return replace(trial, row=row, curve=_curve(trial, found), failed=missing)
 
 
