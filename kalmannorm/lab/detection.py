@@ -12,12 +12,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchmetrics.detection import MeanAveragePrecision
 
 from kalmannorm.correction import is_trained
+from kalmannorm.inference import tracking_layers
 from kalmannorm.integrations.lightning import recalibrate_by_training_batches
 from kalmannorm.lab.data.objects import Target
 from kalmannorm.lab.methods import METHODS, normalize
 from kalmannorm.lab.optimization import Schedule, check_schedule, sgd
 from kalmannorm.lab.pretrained import resnet, started
-from kalmannorm.lab.scoring import has_running_statistics, online
+from kalmannorm.lab.scoring import online
 
 Batch = tuple[list[Tensor], list[Target]]
 
@@ -95,7 +96,7 @@ class Detector(lightning.LightningModule):
         options = {"steps": steps, "inputs": _example(), **(normalization_options or {})}
         normalized = partial(normalize, method=normalization, **options)
         self.network = started(network, weights, normalized, resnet)
-        if recalibrate is not None and not has_running_statistics(self.network):
+        if recalibrate is not None and not tracking_layers(self.network):
             raise ValueError(
                 f"recalibrate={recalibrate} is of running statistics, which a network with normalization="
                 f"{normalization!r} does not have, or holds fixed; expected None"

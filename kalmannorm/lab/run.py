@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from rich.console import Console
 
 from kalmannorm.lab import experiments, page, rows, tables
 from kalmannorm.lab.analysis import measured_gap
-from kalmannorm.lab.availability import data_at, missing_data, not_at_hand
+from kalmannorm.lab.availability import data_at, missing_data
 from kalmannorm.lab.configuration import Run, check_same
 from kalmannorm.lab.costs import COMPUTED, seconds_per_step, where
 from kalmannorm.lab.data.roots import MissingDataError
@@ -289,7 +290,7 @@ def _listed(plan: Plan) -> str:
     table = [["arm", "runs of the search", "runs that count", "steps a run", "steps", "hours", "data"]]
     counts: list[tuple[int, int, int, float]] = []  # of each arm the runs of both kinds, the steps and the seconds
     times: dict[str, float | None] = {}
-    missing = _of_data(plan, not_at_hand)
+    missing = _of_data(plan, partial(missing_data, download=False))
     notes = [f"- Data: {text}" for text in dict.fromkeys(missing.values()) if text]
     for arm in plan.experiment.arms:
         if arm.name not in missing:
