@@ -3,7 +3,7 @@
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import lightning
@@ -15,6 +15,7 @@ from kalmannorm.lab.experiments import merge
 
 # Images of so many pixels together are timed on a CPU; a step of more is taken to cost in proportion.
 PIXELS = 8 * 32 * 32
+Batch = tuple[torch.Tensor, torch.Tensor]
 BASES = {"model": lightning.LightningModule, "data": lightning.LightningDataModule}
 
 
@@ -45,13 +46,13 @@ def image_size(config: Mapping[str, Any]) -> int | None:
     return sizes.get(kind)
 
 
-def random_batch(count: int, size: int, classes: int) -> tuple[torch.Tensor, torch.Tensor]:
+def random_batch(count: int, size: int, classes: int) -> Batch:
     """Images of noise ``(count, 3, size, size)``, and labels, where this machine would train."""
     images = torch.randn(count, 3, size, size, device=device())
     return images, torch.randint(0, classes, (count,), device=device())
 
 
-def timed_step(module: Any, optimizer: torch.optim.Optimizer, batch: tuple[torch.Tensor, torch.Tensor]) -> float:
+def timed_step(module: Any, optimizer: torch.optim.Optimizer, batch: Batch) -> float:
     """Seconds of one training step, to its end on the device too."""
     start = time.perf_counter()
     with warnings.catch_warnings():
@@ -62,6 +63,14 @@ def timed_step(module: Any, optimizer: torch.optim.Optimizer, batch: tuple[torch
     if device().type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def _medians(configs: Sequence[Mapping[str, Any]], batch: Batch, warm_up: int, steps: int) -> list[float]:
+    """Seconds of a training step of each configuration, in turn: the median of so many, after some that warm up."""
+    modules = [build(config, "model").to(device()).train() for config in configs]
+    pairs = [(module, module.configure_optimizers()["optimizer"]) for module in modules]
+    seconds = [[timed_step(*pair, batch) for pair in pairs] for _ in range(warm_up + steps)]
+    return [statistics.median(each) for each in zip(*seconds[warm_up:], strict=True)]
 
 
 def seconds_per_step(config: Mapping[str, Any], steps: int = 3) -> float | None:
@@ -82,11 +91,8 @@ def seconds_per_step(config: Mapping[str, Any], steps: int = 3) -> float | None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as a training has
     try:
-        module = build(smaller, "model").to(device()).train()
-        optimizer = module.configure_optimizers()["optimizer"]
         batch = random_batch(count, size, given.get("num_classes", 10))
-        timed_step(module, optimizer, batch)
-        return statistics.median(timed_step(module, optimizer, batch) for _ in range(steps)) * whole / count
+        return _medians([smaller], batch, 1, steps)[0] * whole / count
     finally:
         torch.set_num_threads(threads)
 
@@ -122,14 +128,7 @@ def speed(config: Mapping[str, Any], rounds: int = 20) -> dict[str, float]:
     assert size is not None
     batch = random_batch(count, size, given["num_classes"])
     stock = {"normalization": "bn", "normalization_options": None}
-    configs = {"bn": merge(config, {"model": {"init_args": stock}}), "kn": config}
-    modules = {name: build(each, "model").to(device()).train() for name, each in configs.items()}
-    optimizers = {name: module.configure_optimizers()["optimizer"] for name, module in modules.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in modules}
-    for _ in range(2 + rounds):
-        for name, module in modules.items():
-            seconds[name].append(timed_step(module, optimizers[name], batch))
-    bn, kn = (statistics.median(seconds[name][2:]) for name in ("bn", "kn"))
+    bn, kn = _medians([merge(config, {"model": {"init_args": stock}}), config], batch, 2, rounds)
     return {"images_per_second_bn": count / bn, "images_per_second_kn": count / kn, "ratio": kn / bn}
 
 

@@ -1,7 +1,5 @@
 """Running an experiment: the same search for each arm, then trainings that count, and what they give."""
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from filelock import FileLock, Timeout
 from rich.console import Console
@@ -64,7 +62,7 @@ class Trial:
         """What its rows are known by."""
         return key_of(self.own, [*self.settings])
 
-    def told(self, told: Mapping[Key, ToldRun]) -> Trial:
+    def told(self, told: Mapping[Key, ToldRun]) -> Self:
         """With what the files in the output folder tell of it."""
         row, curve = told.get(self.key, (None, []))
         return replace(self, row=row and row | _words(self.arm) | {"chosen": ""}, curve=curve)
