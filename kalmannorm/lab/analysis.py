@@ -22,8 +22,7 @@ def variance_gaps(network: nn.Module, batches: Iterable[Any]) -> dict[str, Tenso
     """How far each batch's variance is from the moving variance, layer by layer (Fig. 5).
 
     Args:
-        network: A trained network with BatchNorm or Kalman layers; it is left as it was, see
-            `watched`.
+        network: A trained network with BatchNorm or Kalman layers; `watched` leaves it as it was.
         batches: Inputs, or tuples that begin with them. A BatchNorm layer takes each as one batch;
             the groups of a Kalman layer with ``stats_batch_size`` are batches of their own.
 
@@ -78,13 +77,11 @@ def prior_errors(network: nn.Module, batches: Iterable[Any]) -> list[PriorError]
     `variance_gaps`.
 
     The population is what the layer's observations are together, by the law of total variance, each
-    sample counting the same. All moments of all batches are kept until the end: a few hundred
-    batches are enough.
+    sample counting the same. All moments of all batches are kept: a few hundred batches are enough.
 
     For each layer, in the order of the calls: where it has a prior the prior's, the observation's
     and the posterior's error against the population, and the prior's against the observation;
-    elsewhere the observation's alone. Batches without a prior do not count among those of a layer
-    that has it at times.
+    elsewhere the observation's alone. Of a layer with a prior, batches without one do not count.
     """
     return errors_of(network, calls_of(network, batches))
 

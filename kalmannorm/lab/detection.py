@@ -48,12 +48,9 @@ class Detector(lightning.LightningModule):
         network: From `kalmannorm.lab.models.detection`, or a torchvision detector with masks built
             on a ResNet; with BatchNorm.
         normalization: See `kalmannorm.lab.training.Classifier`, also for what is not named here.
-        weights: State dict of a trained ResNet, or the ``last.ckpt`` of one of our runs; up to its
-            classifier.
-        scratch: Allow ``normalization="frozen"`` in a network that was not trained, where it
-            normalizes nothing.
-        milestones: See `kalmannorm.lab.optimization.sgd`. A first one at 0 makes a warm-up: ``{0:
-            0.33, 0.002: 1}``.
+        weights: State dict of a trained ResNet, or a run's ``last.ckpt``; up to its classifier.
+        scratch: Allow ``normalization="frozen"`` in an untrained network: it normalizes nothing.
+        milestones: See `kalmannorm.lab.optimization.sgd`. ``{0: 0.33, 0.002: 1}`` warms up.
         score_online: Score again by online statistics: each batch of images normalizes itself, and
             its boxes do in the heads. See `kalmannorm.online_statistics`; a network without running
             statistics scores the same.

@@ -108,8 +108,7 @@ class Arm:
     def scaled(self, scale: Scale, settings: Mapping[str, Any] | None = None, seed: int = 0) -> dict[str, Any]:
         """What `kalmannorm.lab.fitting.fit` takes, with these searched settings and this seed.
 
-        The scale is a share of the steps, schedules and intervals with them; or ``"tiny"``, for
-        what `tiny` changes.
+        The scale is a share of steps, schedules and intervals; or ``"tiny"``, by what `tiny` says.
         """
         if scale == "tiny":
             config = merge(self.config, self.tiny)
@@ -142,8 +141,7 @@ class Experiment:
 
     Attributes:
         source: What the command is given: the name of one that comes along, or its file.
-        metric: The score that the search maximizes, on validation images, and that the figure
-            shows.
+        metric: The score that the search maximizes, on validation images; it is in the figure too.
     """
 
     name: str

@@ -29,8 +29,7 @@ def plain(axes: Axes, **settings: Any) -> None:
 def search(points: Mapping[str, Sequence[tuple[float, float]]], colours: Mapping[str, Any], setting: str) -> Figure:
     """Validation scores by the setting that is searched, a line an arm.
 
-    For each arm, by its label, ``points`` are pairs of a value of the setting and a score in per
-    cent.
+    ``points`` are pairs of a value of the setting and a score in per cent, by the arm's label.
     """
     drawing = empty(7, 3.4)
     axes = drawing.subplots()

@@ -35,8 +35,7 @@ class Result:
         losses: One a step.
         validations: Each a dict of ``step`` and of what was scored then.
         environment: Where it ran, and with what.
-        split: Whose scores these are, ``"test"`` or ``"validation"``; empty in runs from before
-            this was kept.
+        split: Whose scores these are, ``"test"`` or ``"validation"``; empty in older runs.
     """
 
     config: dict[str, Any]
@@ -111,8 +110,7 @@ def environment() -> dict[str, str]:
     """The machine, the versions, the commit if this is a checkout (with "-dirty" where it has
     changes), and today's date.
 
-    KALMANNORM_COMMIT, if it is set, says which commit: of files that travel without their history,
-    say.
+    KALMANNORM_COMMIT, if it is set, says which commit: for files without their history.
     """
     checkout = Path(kalmannorm.__file__).parents[1]
     asked = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]

@@ -20,8 +20,7 @@ def online_logits(network: nn.Module, images: Tensor, statistics_batch: int) -> 
     """Logits ``(N, num_classes)`` where each ``statistics_batch`` images normalize themselves.
 
     Where the images ``(N, C, H, W)`` don't make whole groups, the last group overlaps the one
-    before. Networks without running statistics, or with frozen ones alone, give what they always
-    give.
+    before. Networks without running statistics, or with frozen ones alone, compute as always.
     """
     layers = unfrozen_layers(network).values()
     if not layers:

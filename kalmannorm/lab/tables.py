@@ -114,8 +114,7 @@ class Runs:
 def write_table(experiment: Experiment, folder: Path) -> str:
     """Write ``table.md`` and ``figure.svg`` beside ``runs.csv``; the same file gives the same two.
 
-    The experiment gives its words and the order of its arms; the numbers, arms and settings are
-    those of the file.
+    Words and the order of arms are the experiment's; numbers, arms and settings are the file's.
     """
     runs = read_runs(experiment, folder)
     text = "\n\n".join(part.strip("\n") for part in _parts(experiment, runs)) + "\n"

@@ -30,14 +30,12 @@ def replace_batchnorm_relu(model: nn.Module, make: Callable[[_BatchNorm, Activat
 
     Tracing fixes what depends on Python values: the network cannot take other branches later, and
     ``F.dropout`` in a module with a BatchNorm or an activation keeps the mode it was traced in.
-    Modules with neither, such as ``nn.Dropout`` and stochastic depth, stay as they are. A network
-    that cannot be traced gets such layers when it is built, as ``norm_layer``, with ``nn.Identity``
-    as activation.
+    Modules with neither, such as ``nn.Dropout`` and stochastic depth, stay as they are. Build a
+    network that cannot be traced with such a ``norm_layer``, and ``nn.Identity`` as activation.
 
     Args:
         model: Any network with BatchNorm layers; use it no more.
-        make: From a BatchNorm, and the activation that follows or None, to what takes the place of
-            both.
+        make: From a BatchNorm, and the activation that follows or None, to what replaces both.
 
     Returns:
         A traced network that shares everything else with ``model``, whose names it keeps.

@@ -42,8 +42,7 @@ class Batches(ABC):
         trainer: Has the number of both; None for one of each.
         seed: Of the order and of the draws; None for the images' own order.
         drop_last: Leave out an epoch's last images, too few for a gradient step of equal size.
-            Otherwise up to one image less than there are processes is left out, so that all get as
-            many.
+            Otherwise fewer than there are processes are left out, so that all get as many.
 
     Attributes:
         images: A batch, of this process.
@@ -150,8 +149,7 @@ class OrderedBatches(DataLoader[Any]):
     """All images in order, each process with its share of the batches.
 
     Unlike under torch's ``DistributedSampler``, no image comes twice where they don't divide
-    evenly; and batches are the same for any number of processes. ``options`` are torch's
-    ``DataLoader``'s.
+    evenly; and batches are the same for any number of processes. ``options``: torch's.
     """
 
     def __init__(self, data: Any, images: int, trainer: lightning.Trainer | None = None, **options: Any) -> None:

@@ -77,8 +77,7 @@ class SignalData(MemoryData):
 
 
 class ClutterData(MemoryData):
-    """The demo's images, see `kalmannorm.lab.data.digits.cluttered_digits`; they are given as they
-    are.
+    """The demo's images as they are, see `kalmannorm.lab.data.digits.cluttered_digits`.
 
     ``scored`` images are for the validation, and as many others for the test. ``split_seed``
     decides which digits go into which split, and how the images are composed.
