@@ -49,15 +49,14 @@ class Told:
 
     @property
     def scores(self) -> list[str]:
-        """The names of all."""
+        """The columns that are neither settings nor what every run has."""
         known = {*PLANNED, *MEASURED, *ENVIRONMENT, *self.settings}
         return list(dict.fromkeys(name for row in self.rows for name in row if name not in known))
 
     @property
     def ended(self) -> dict[Key, ToldRun]:
         """The runs that came to an end or diverged, without those that failed."""
-        errors = {key: row.get("error", "") for key, (row, _) in self.runs.items()}
-        return {key: self.runs[key] for key, error in errors.items() if not error or error.startswith(DIVERGED)}
+        return {key: run for key, run in self.runs.items() if (run[0]["error"] or DIVERGED[0]).startswith(DIVERGED)}
 
 
 def read(folder: Path) -> Told:

@@ -84,6 +84,9 @@ class Plan:
     devices: int
     workers: int | None
     weights: Path | None
+    report: bool
+    collect: bool
+    grow: bool
     console: Console
 
     @property
@@ -157,27 +160,25 @@ def run(
     whole = experiments.read(name)
     asked = replace(whole, arms=_chosen(whole, only, kalman, amount), seeds=seeds or whole.seeds)
     experiments.check_search_seed("--seeds", asked)
-    plan = Plan(asked, amount, output, devices, workers, weights, Console())
+    plan = Plan(asked, amount, output, devices, workers, weights, report, collect, grow, Console())
     with data_at(data, [arm.scaled(amount) for arm in asked.arms], output, amount):
         if list:
             print(_listed(plan))
             return 0
-        return run_experiment(whole, plan, report=report, collect=collect, grow=grow)
+        return run_experiment(whole, plan)
 
 
-def run_experiment(whole: Experiment, plan: Plan, *, report: bool, collect: bool, grow: bool) -> int:
+def run_experiment(whole: Experiment, plan: Plan) -> int:
     """`run`, of arms that are chosen, where data are found."""
-    arms, missing = plan.experiment.arms, dict[str, str]()
-    if not report and not collect:
-        missing = _of_data(plan, missing_data)
-        if not grow and all(missing.get(arm.name) for arm in arms):
-            raise MissingDataError(missing[arms[0].name])
+    arms, trains = plan.experiment.arms, not plan.report and not plan.collect
+    missing = _of_data(plan, missing_data) if trains else {}
+    if trains and not plan.grow and all(missing.get(arm.name) for arm in arms):
+        raise MissingDataError(missing[arms[0].name])
     _check_unchanged(plan)
-    trains = set() if report or collect else {plan.experiment.name, *(arm.run[0] for arm in arms)}
     with ExitStack() as locks:
-        for name in sorted(trains):
+        for name in sorted({plan.experiment.name, *(arm.run[0] for arm in arms)}) if trains else ():
             locks.enter_context(alone(plan.output / name))
-        trials = _told(whole, plan, missing, collect=collect, grow=grow) if collect or not report else []
+        trials = _told(whole, plan, missing) if trains or plan.collect else []
     plan.console.print(tables.write_table(whole, plan.folder), soft_wrap=True, highlight=False, markup=False)
     written = page.write_page(whole, plan.folder)
     plan.console.print(f"Report: {written}", soft_wrap=True, highlight=False, markup=False)
@@ -195,19 +196,20 @@ def alone(folder: Path) -> Iterator[None]:
         raise ValueError(f"--output: another process is running {folder.name} in {folder}") from error
 
 
-def _told(whole: Experiment, plan: Plan, missing: Mapping[str, str], *, collect: bool, grow: bool) -> Sequence[Trial]:
+def _told(whole: Experiment, plan: Plan, missing: Mapping[str, str]) -> list[Trial]:
     """The runs, collected or trained, once the files tell of them."""
     before = rows.read_of_scale(plan.folder, plan.scale)
-    told = before.ended if grow or collect else {}
-    if collect:
-        trials: Sequence[Trial] = _collected(plan, told, grow)
+    trusts = plan.grow or plan.collect
+    told = before.ended if trusts else {}
+    if plan.collect:
+        trials = _collected(plan, told)
     else:
         _train_starts(plan)
         trials = _trained(plan, told, missing)
     asked = {trial.arm.name for trial in trials}
     runs = {key: run for key, run in before.runs.items() if run[0]["arm"] not in asked}
     runs |= {trial.key: (trial.row, trial.curve) for trial in trials if trial.row is not None}
-    if grow or collect:
+    if trusts:
         runs |= _nowhere_else(before, trials, plan.runs())
     settings = dict.fromkeys([*(setting for trial in trials for setting in trial.settings), *before.settings])
     rows.write(plan.folder, Told(runs, list(settings)), [arm.name for arm in whole.arms])
@@ -221,11 +223,10 @@ def _train_starts(plan: Plan) -> None:
         source = experiments.read(path)
         names = [start.arm for start in starts if start.path == path]
         own = replace(source, arms=tuple(arm for arm in source.arms if arm.name in names), seeds=1)
-        first = replace(plan, experiment=own)
+        first = replace(plan, experiment=own, grow=False)
         _check_unchanged(first)
         if absent := [arm for arm in own.arms if _weights_of(plan, path.stem, arm.name) is None]:
-            first = replace(first, experiment=replace(own, arms=tuple(absent)))
-            run_experiment(source, first, report=False, collect=False, grow=False)
+            run_experiment(source, replace(first, experiment=replace(own, arms=tuple(absent))))
 
 
 def _checked(scale: str, devices: int, **others: int | None) -> Scale:
@@ -379,8 +380,8 @@ def _in_two(asked: Experiment, run: Callable[[list[Trial]], list[Trial]]) -> lis
     return [*searched, *run(finals)]
 
 
-def _collected(plan: Plan, told: Mapping[Key, ToldRun], grow: bool) -> list[Trial]:
-    """The runs that have ended, and those that are told of: of those that have not, with `grow` alone."""
+def _collected(plan: Plan, told: Mapping[Key, ToldRun]) -> list[Trial]:
+    """The runs that have ended, and those that are told of: of those that have not, with ``grow`` alone."""
 
     def ended(trials: list[Trial]) -> list[Trial]:
         known = []
@@ -388,7 +389,7 @@ def _collected(plan: Plan, told: Mapping[Key, ToldRun], grow: bool) -> list[Tria
             job = _job(plan, trial)
             if (result := ended_run(job.config, job.folder, job.split)) is not None:
                 known.append(_outcome(plan, trial, result))
-            elif grow or not job.folder.exists():
+            elif plan.grow or not job.folder.exists():
                 known.append(trial.told(told))
         return [trial for trial in known if trial.row is not None]
 
