@@ -1,21 +1,28 @@
 """What the filter is worth, layer by layer: how far prior, observation and posterior are from the truth."""
 
-from collections.abc import Iterable
+import statistics
+from collections.abc import Iterable, Mapping
+from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from kalmannorm.gaussian import Gaussian
-from kalmannorm.lab.seen import Seen, calls_of
+from kalmannorm.lab import figures
+from kalmannorm.lab.fitting import load_with_data
+from kalmannorm.lab.seen import Seen, calls_of, statistics_batches
+
+# Batches that Fig. 5 is of.
+BATCHES = 1000
 
 
 def variance_gaps(network: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
     """How far each batch's variance is from the moving variance, layer by layer (Fig. 5).
 
     Args:
-        network: A trained network with BatchNorm or Kalman layers; it is left as it was, see
-            `watched`.
+        network: A trained network with BatchNorm or Kalman layers; `watched` leaves it as it was.
         batches: Inputs, or tuples that begin with them. A BatchNorm layer takes each as one batch;
             the groups of a Kalman layer with ``stats_batch_size`` are batches of their own.
 
@@ -28,6 +35,22 @@ def variance_gaps(network: nn.Module, batches: Iterable[Any]) -> dict[str, Tenso
         if isinstance(moving, Tensor):
             gaps[name] = (torch.cat([call.posterior.var for call in calls]) - moving).abs().cpu()
     return gaps
+
+
+def measured_gap(folder: Path, drawing: Path | None = None) -> float:
+    """Fig. 5 of a run's network on test images, see `relative_gap`; drawn as PNG if asked for."""
+    module: Any
+    module, data = load_with_data(folder)
+    network, size = module.network, module.statistics_batch
+    gaps = variance_gaps(network, islice(statistics_batches(data.test_dataloader(), size), BATCHES))
+    if drawing is not None:
+        figures.variance_gaps(f"{size} images", gaps).savefig(drawing, dpi=150)
+    return relative_gap(gaps, {name: network.get_submodule(name).running_var for name in gaps})
+
+
+def relative_gap(gaps: Mapping[str, Tensor], running: Mapping[str, Tensor]) -> float:
+    """The mean gap of a layer over its mean running variance, averaged over layers."""
+    return statistics.fmean(float(gaps[name].mean() / running[name].mean()) for name in gaps)
 
 
 class PriorError(NamedTuple):
@@ -54,13 +77,11 @@ def prior_errors(network: nn.Module, batches: Iterable[Any]) -> list[PriorError]
     `variance_gaps`.
 
     The population is what the layer's observations are together, by the law of total variance, each
-    sample counting the same. All moments of all batches are kept until the end: a few hundred
-    batches are enough.
+    sample counting the same. All moments of all batches are kept: a few hundred batches are enough.
 
     For each layer, in the order of the calls: where it has a prior the prior's, the observation's
     and the posterior's error against the population, and the prior's against the observation;
-    elsewhere the observation's alone. Batches without a prior do not count among those of a layer
-    that has it at times.
+    elsewhere the observation's alone. Of a layer with a prior, batches without one do not count.
     """
     return errors_of(network, calls_of(network, batches))
 

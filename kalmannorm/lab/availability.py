@@ -44,31 +44,22 @@ def data_at(place: Path | None, configs: Sequence[Mapping[str, Any]], output: Pa
         yield
 
 
-def _why(error: OSError) -> str:
-    return " ".join(str(error).split())
+def missing_data(config: Mapping[str, Any], *, download: bool = True) -> str:
+    """Why a configuration's data cannot be had, in one line; empty if they can.
 
-
-def missing_data(config: Mapping[str, Any]) -> str:
-    """Why a configuration's data cannot be had, in one line; empty if they can."""
+    Without ``download`` nothing is downloaded: what could be is said to be.
+    """
+    given = config["data"].get("init_args", {})
+    known = SOURCES.get(given.get("name", ""))
     try:
+        if not download and given.get("folder") == "imagenet" and locate("imagenet") is None:
+            return "to be downloaded from the Hugging Face hub, once its terms are accepted there: some 150 GB"
+        if not download and known is not None:
+            here = find(known.folder, known.layout, known.origin)
+            return "" if here else "to be downloaded from the Hugging Face hub, and kept"
         data = build(config, "data")
         data.prepare_data()
         data.setup("fit")
     except (FileNotFoundError, NotADirectoryError) as error:
-        return _why(error)
+        return " ".join(str(error).split())
     return ""
-
-
-def not_at_hand(config: Mapping[str, Any]) -> str:
-    """As `missing_data`, but nothing is downloaded: what could be is said to be."""
-    given = config["data"].get("init_args", {})
-    if given.get("folder") == "imagenet" and locate("imagenet") is None:
-        return "to be downloaded from the Hugging Face hub, once its terms are accepted there: some 150 GB"
-    known = SOURCES.get(given.get("name", ""))
-    if known is None:
-        return missing_data(config)
-    try:
-        here = find(known.folder, known.layout, known.origin)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        return _why(error)
-    return "" if here else "to be downloaded from the Hugging Face hub, and kept"

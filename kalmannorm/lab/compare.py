@@ -14,6 +14,7 @@ from PIL import Image
 from rich.progress import track
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision import models
 
 from kalmannorm.lab.configuration import Run, difference, flat
 from kalmannorm.lab.data.folders import FolderData
@@ -54,8 +55,6 @@ def _classifier(name: str, num_classes: int | None, *, trained: bool) -> nn.Modu
 
         known = timm.list_models()
     else:
-        from torchvision import models  # noqa: PLC0415 - slow
-
         known = models.list_models(module=models)
     if own not in known:
         library = "timm" if of_timm else "torchvision"
@@ -137,7 +136,7 @@ def compare(
     config = _config(network, data, statistics_batch, start, steps)
     words = _words(network, start, weights, images, statistics_batch, size, steps, flat(more))
     known = {"normalization_options": {"input_stats": _INPUT_STATS}}
-    models = {key: {"normalization": key, **(known if key.startswith("kn") else {})} for key in keys}
+    own = {key: {"normalization": key, **(known if key.startswith("kn") else {})} for key in keys}
     content: dict[str, Any] = {
         "title": f"Which normalization for {Path(folder).name}?",
         "question": words,
@@ -145,9 +144,9 @@ def compare(
         "seeds": seeds,
         "verdict": {"guessing": _largest_share(data), "images": len(data.test_set)},
         "config": merge(config, more),
-        "arms": {key: {"label": METHODS[key].label, "model": model} for key, model in models.items()},
+        "arms": {key: {"label": METHODS[key].label, "model": model} for key, model in own.items()},
     }
-    Run(merge(content["config"], {"model": {"init_args": models[keys[0]]}}))  # or a setting is wrong
+    Run(merge(content["config"], {"model": {"init_args": own[keys[0]]}}))  # or a setting is wrong
     with alone(output / "compare"):
         return run(str(_written(output, content)), seeds=seeds, workers=workers, output=output)
 

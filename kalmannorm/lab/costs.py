@@ -1,9 +1,9 @@
-"""What a training would cost on this machine, from a few steps on random images."""
+"""What a network costs without a training of it: its parameters, its speed, and hours on this machine."""
 
 import statistics
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import lightning
@@ -15,6 +15,7 @@ from kalmannorm.lab.experiments import merge
 
 # Images of so many pixels together are timed on a CPU; a step of more is taken to cost in proportion.
 PIXELS = 8 * 32 * 32
+Batch = tuple[torch.Tensor, torch.Tensor]
 BASES = {"model": lightning.LightningModule, "data": lightning.LightningDataModule}
 
 
@@ -45,13 +46,13 @@ def image_size(config: Mapping[str, Any]) -> int | None:
     return sizes.get(kind)
 
 
-def random_batch(count: int, size: int, classes: int) -> tuple[torch.Tensor, torch.Tensor]:
+def random_batch(count: int, size: int, classes: int) -> Batch:
     """Images of noise ``(count, 3, size, size)``, and labels, where this machine would train."""
     images = torch.randn(count, 3, size, size, device=device())
     return images, torch.randint(0, classes, (count,), device=device())
 
 
-def timed_step(module: Any, optimizer: torch.optim.Optimizer, batch: tuple[torch.Tensor, torch.Tensor]) -> float:
+def timed_step(module: Any, optimizer: torch.optim.Optimizer, batch: Batch) -> float:
     """Seconds of one training step, to its end on the device too."""
     start = time.perf_counter()
     with warnings.catch_warnings():
@@ -62,6 +63,14 @@ def timed_step(module: Any, optimizer: torch.optim.Optimizer, batch: tuple[torch
     if device().type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def _medians(configs: Sequence[Mapping[str, Any]], batch: Batch, warm_up: int, steps: int) -> list[float]:
+    """Seconds of a training step of each configuration, in turn: the median of so many, after some that warm up."""
+    modules = [build(config, "model").to(device()).train() for config in configs]
+    pairs = [(module, module.configure_optimizers()["optimizer"]) for module in modules]
+    seconds = [[timed_step(*pair, batch) for pair in pairs] for _ in range(warm_up + steps)]
+    return [statistics.median(each) for each in zip(*seconds[warm_up:], strict=True)]
 
 
 def seconds_per_step(config: Mapping[str, Any], steps: int = 3) -> float | None:
@@ -82,11 +91,8 @@ def seconds_per_step(config: Mapping[str, Any], steps: int = 3) -> float | None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as a training has
     try:
-        module = build(smaller, "model").to(device()).train()
-        optimizer = module.configure_optimizers()["optimizer"]
         batch = random_batch(count, size, given.get("num_classes", 10))
-        timed_step(module, optimizer, batch)
-        return statistics.median(timed_step(module, optimizer, batch) for _ in range(steps)) * whole / count
+        return _medians([smaller], batch, 1, steps)[0] * whole / count
     finally:
         torch.set_num_threads(threads)
 
@@ -94,3 +100,37 @@ def seconds_per_step(config: Mapping[str, Any], steps: int = 3) -> float | None:
 def where() -> str:
     """What `seconds_per_step` is measured on, in words."""
     return torch.cuda.get_device_name() if device().type == "cuda" else "one CPU thread"
+
+
+def parameters(config: Mapping[str, Any]) -> dict[str, float]:
+    """How many parameters the network of a configuration has, in millions (Table 2)."""
+    return {"parameters": sum(each.numel() for each in without_memory(config).network.parameters()) / 1e6}
+
+
+def without_memory(config: Mapping[str, Any]) -> Any:
+    """The module of a configuration, on torch's meta device; statistics of the input need numbers, and are left out."""
+    given = config["model"]["init_args"]
+    options = dict(given.get("normalization_options") or {})
+    options.pop("input_stats", None)
+    model = {**config["model"], "init_args": {**given, "normalization_options": options}}
+    with torch.device("meta"):
+        return build({**config, "model": model}, "model")
+
+
+def speed(config: Mapping[str, Any], rounds: int = 20) -> dict[str, float]:
+    """Images a second in training on random images, BN and a form of KN in turn (Table 3).
+
+    A step is of one statistics batch, as one device of the paper's takes it. The median of
+    ``rounds`` steps each, after two that warm up.
+    """
+    given = config["model"]["init_args"]
+    count, size = given["statistics_batch"], image_size(config)
+    assert size is not None
+    batch = random_batch(count, size, given["num_classes"])
+    stock = {"normalization": "bn", "normalization_options": None}
+    bn, kn = _medians([merge(config, {"model": {"init_args": stock}}), config], batch, 2, rounds)
+    return {"images_per_second_bn": count / bn, "images_per_second_kn": count / kn, "ratio": kn / bn}
+
+
+# What is computed in place of a training, from a configuration.
+COMPUTED: dict[str, Callable[[Mapping[str, Any]], dict[str, float]]] = {"parameters": parameters, "speed": speed}

@@ -12,12 +12,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchmetrics.detection import MeanAveragePrecision
 
 from kalmannorm.correction import is_trained
+from kalmannorm.inference import tracking_layers
 from kalmannorm.integrations.lightning import recalibrate_by_training_batches
 from kalmannorm.lab.data.objects import Target
 from kalmannorm.lab.methods import METHODS, normalize
 from kalmannorm.lab.optimization import Schedule, check_schedule, sgd
 from kalmannorm.lab.pretrained import resnet, started
-from kalmannorm.lab.scoring import has_running_statistics, online
+from kalmannorm.lab.scoring import online
 
 Batch = tuple[list[Tensor], list[Target]]
 
@@ -47,12 +48,9 @@ class Detector(lightning.LightningModule):
         network: From `kalmannorm.lab.models.detection`, or a torchvision detector with masks built
             on a ResNet; with BatchNorm.
         normalization: See `kalmannorm.lab.training.Classifier`, also for what is not named here.
-        weights: State dict of a trained ResNet, or the ``last.ckpt`` of one of our runs; up to its
-            classifier.
-        scratch: Allow ``normalization="frozen"`` in a network that was not trained, where it
-            normalizes nothing.
-        milestones: See `kalmannorm.lab.optimization.sgd`. A first one at 0 makes a warm-up: ``{0:
-            0.33, 0.002: 1}``.
+        weights: State dict of a trained ResNet, or a run's ``last.ckpt``; up to its classifier.
+        scratch: Allow ``normalization="frozen"`` in an untrained network: it normalizes nothing.
+        milestones: See `kalmannorm.lab.optimization.sgd`. ``{0: 0.33, 0.002: 1}`` warms up.
         score_online: Score again by online statistics: each batch of images normalizes itself, and
             its boxes do in the heads. See `kalmannorm.online_statistics`; a network without running
             statistics scores the same.
@@ -95,7 +93,7 @@ class Detector(lightning.LightningModule):
         options = {"steps": steps, "inputs": _example(), **(normalization_options or {})}
         normalized = partial(normalize, method=normalization, **options)
         self.network = started(network, weights, normalized, resnet)
-        if recalibrate is not None and not has_running_statistics(self.network):
+        if recalibrate is not None and not tracking_layers(self.network):
             raise ValueError(
                 f"recalibrate={recalibrate} is of running statistics, which a network with normalization="
                 f"{normalization!r} does not have, or holds fixed; expected None"

@@ -108,8 +108,7 @@ class Arm:
     def scaled(self, scale: Scale, settings: Mapping[str, Any] | None = None, seed: int = 0) -> dict[str, Any]:
         """What `kalmannorm.lab.fitting.fit` takes, with these searched settings and this seed.
 
-        The scale is a share of the steps, schedules and intervals with them; or ``"tiny"``, for
-        what `tiny` changes.
+        The scale is a share of steps, schedules and intervals; or ``"tiny"``, by what `tiny` says.
         """
         if scale == "tiny":
             config = merge(self.config, self.tiny)
@@ -142,8 +141,7 @@ class Experiment:
 
     Attributes:
         source: What the command is given: the name of one that comes along, or its file.
-        metric: The score that the search maximizes, on validation images, and that the figure
-            shows.
+        metric: The score that the search maximizes, on validation images; it is in the figure too.
     """
 
     name: str
@@ -206,8 +204,7 @@ def read(name: str | Path) -> Experiment:
 
 
 def _parsed(path: Path) -> Experiment:
-    content = _content(path)
-    _check_keys(path, "", content, _KEYS)
+    content = _mapping(path, "", _content(path), _KEYS)
     for key in _NEEDED:
         if not content.get(key):
             raise ValueError(f"{path}: an experiment needs {', '.join(_NEEDED)}; got no {key}")
@@ -325,8 +322,7 @@ def _arms(path: Path, content: Mapping[str, Any], metric: str) -> Iterator[Arm]:
         if not re.fullmatch(r"\w[\w.+-]*", name):
             raise ValueError(f"{path}: an arm's name must be of letters, digits and '_.+-'; got {name!r}")
         raw = {part: content[part] for part in ("label", "column", "start", "search") if part in content}
-        raw |= _mapping(path, place, given)
-        _check_keys(path, place, raw, _KEYS_OF_ARM)
+        raw |= _mapping(path, place, given, _KEYS_OF_ARM)
         baseline = name if raw.get("baseline") else baseline
         based = merge(merge(whole, _based(path, raw.get("base", []))), own)
         for form in FORMS if raw.get("kalman") else ("",):
@@ -442,19 +438,16 @@ def _check_data(path: Path, arm: Arm, scored: str) -> None:
             )
 
 
-def _mapping(path: Path, place: str, given: Any) -> dict[str, Any]:
+def _mapping(path: Path, place: str, given: Any, known: Sequence[str] = ()) -> dict[str, Any]:
     if given is None:
         return {}
     if not isinstance(given, dict):
         raise ValueError(f"{path}: {place} must hold keys and values; got {given!r}")
-    return given
-
-
-def _check_keys(path: Path, place: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
-    for key in given:
+    for key in given if known else ():
         if key not in known:
             where = f"{place}: " if place else ""
             raise ValueError(f"{path}: {where}unknown key {key!r}; known are {', '.join(known)}")
+    return given
 
 
 def nested(setting: str, value: Any) -> dict[str, Any]:

@@ -1,27 +1,22 @@
 """Figures of runs and of what the filter does in them; each function returns one to save or to show in a report."""
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from kalmannorm.lab.formatting import mean_and_deviation
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 # The estimates' colours, the same in all figures of the documentation.
 COLOURS = {"prior": "#dd8452", "observation": "#8c8c8c", "posterior": "#4c72b0"}
 
 
 def empty(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure  # noqa: PLC0415  (slow to import, and workers never draw)
-
     return Figure(figsize=(width, height), layout="constrained")
 
 
@@ -34,8 +29,7 @@ def plain(axes: Axes, **settings: Any) -> None:
 def search(points: Mapping[str, Sequence[tuple[float, float]]], colours: Mapping[str, Any], setting: str) -> Figure:
     """Validation scores by the setting that is searched, a line an arm.
 
-    For each arm, by its label, ``points`` are pairs of a value of the setting and a score in per
-    cent.
+    ``points`` are pairs of a value of the setting and a score in per cent, by the arm's label.
     """
     drawing = empty(7, 3.4)
     axes = drawing.subplots()
@@ -86,8 +80,6 @@ def variance_gaps(title: str, gaps: Mapping[str, Tensor], at_most: int = 4) -> F
     Of what `kalmannorm.lab.analysis.variance_gaps` returned so many layers have a row each, evenly
     from the first to the last.
     """
-    from matplotlib.colors import LogNorm  # noqa: PLC0415
-
     names, count = list(gaps), min(at_most, len(gaps))
     names = [names[round(i * (len(names) - 1) / max(1, count - 1))] for i in range(count)]
     every = torch.cat([gaps[name].flatten() for name in names]).double()

@@ -23,11 +23,9 @@ from kalmannorm.lab.workers import Tell, available_cpus, in_turn, run_all
 
 @dataclass(frozen=True)
 class Job:
-    """A training, such as ``"table8/resnet32-kn-bs2"``: a configuration with a seed, and its
-    folder.
+    """A training, such as ``"table8/resnet32-kn-bs2"``, with its configuration, seed and folder.
 
-    With ``keep`` the last checkpoint stays once the run has ended, and not the scores and curves
-    alone.
+    Scores and curves stay once the run has ended; with ``keep`` the last checkpoint too.
     """
 
     name: str

@@ -30,15 +30,13 @@ class Method:
     Attributes:
         label: Its name in tables.
         colour: Its colour in figures.
-        replace: Puts it in the place of a network's BatchNorm layers, and returns the network; takes the method's
-            options.
+        replace: Replaces a network's BatchNorm layers; takes the method's options, returns the network.
         statistics: Where they come from. ``"sample"``: each image by itself, or none at all. ``"groups"``: of groups
             of images within one forward pass, told how many by ``samples``. ``"batch"``: of the whole batch, so that
             smaller statistics batches take a forward pass each.
         samples: The option of ``replace`` that says how many images a group has.
         timed: The options that fit a training of so many steps.
-        capturable: A CUDA graph of one training step stands for all: no layer counts steps in Python, or asks for the
-            value of a tensor.
+        capturable: A CUDA graph of one step stands for all: no layer counts in Python, or reads a tensor's value.
         warmup: Its paper asks for a rate that rises at the start, which it gets with every schedule.
     """
 
@@ -149,8 +147,7 @@ def normalize(
         steps: Length of the training, by which methods with schedules in steps choose theirs.
         weight_standardization: Standardize the filters below the layers too
             (`kalmannorm.standardize_weights`).
-        inputs: What to call the network with to find these filters, where ``torch.fx`` cannot trace
-            it.
+        inputs: What to call a network with to find these filters, if ``torch.fx`` cannot trace it.
         proxy: Normalize the activations behind the layers too, by Proxy Normalization; ``"fixed"``
             without its own two parameters a channel. See `kalmannorm.lab.baselines.proxy.to_proxy`.
         options: The method's own; they go before what follows from the other arguments.

@@ -1,7 +1,5 @@
 """An experiment's page: one self-contained file of HTML, from the files of its runs alone."""
 
-from __future__ import annotations
-
 import base64
 import html
 import io
@@ -10,22 +8,20 @@ import re
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import matplotlib as mpl
 import yaml
 from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from kalmannorm.lab import figures
 from kalmannorm.lab.experiments import Experiment, Scale
 from kalmannorm.lab.formatting import filled
 from kalmannorm.lab.methods import METHODS
 from kalmannorm.lab.results import ENVIRONMENT
-from kalmannorm.lab.tables import ArmRuns, Runs, grids, notes, read_runs, said, summary
-from kalmannorm.lab.verdict import verdict_of
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from kalmannorm.lab.tables import ArmRuns, Runs, grids, notes, read_runs, said, summary, verdict_of
 
 # How files of figures of variance gaps begin.
 GAPS = "variance-gaps-"
@@ -66,13 +62,11 @@ def render(**content: Any) -> str:
 
 def _drawn(drawing: Figure) -> Markup:
     """A figure as a part of the page. Who points at a line, or near it, reads its label, and the others fade."""
-    import matplotlib  # noqa: PLC0415 - slow
-
     lines = [line for axes in drawing.axes for line in axes.lines]
     for place, line in enumerate(lines):
         line.set_gid(f"line-{place}")
     buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "kalmannorm"}):
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "kalmannorm"}):
         drawing.savefig(buffer, format="svg", bbox_inches="tight", metadata=dict.fromkeys(_METADATA))
     svg = buffer.getvalue()
     svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg[svg.index("<svg") :])  # which HTML needs not
@@ -124,13 +118,11 @@ def curves(runs: Runs, arms: Sequence[ArmRuns]) -> Figure:
 
 def _colours(arms: Sequence[ArmRuns]) -> list[Any]:
     """A colour each: the method's, the first time that it comes."""
-    from matplotlib import colormaps  # noqa: PLC0415 - slow
-
     found: list[Any] = []
     for place, arm in enumerate(arms):
         method = METHODS.get(arm.arm.config["model"]["init_args"].get("normalization", "bn"))
         fresh = method is not None and method.colour not in found
-        found.append(method.colour if method and fresh else colormaps["tab20"](2 * place % 20 + 1))
+        found.append(method.colour if method and fresh else mpl.colormaps["tab20"](2 * place % 20 + 1))
     return found
 
 

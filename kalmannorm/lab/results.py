@@ -35,8 +35,7 @@ class Result:
         losses: One a step.
         validations: Each a dict of ``step`` and of what was scored then.
         environment: Where it ran, and with what.
-        split: Whose scores these are, ``"test"`` or ``"validation"``; empty in runs from before
-            this was kept.
+        split: Whose scores these are, ``"test"`` or ``"validation"``; empty in older runs.
     """
 
     config: dict[str, Any]
@@ -69,8 +68,7 @@ class Result:
         """Write everything but the config, ``result.json`` last."""
         curve = [{"step": step, "loss": loss} for step, loss in enumerate(self.losses, 1)]
         write_atomically(folder / "curve.csv", csv_text(curve, ["step", "loss"]))
-        names = dict.fromkeys(name for each in self.validations for name in each)
-        write_atomically(folder / "validations.csv", csv_text(self.validations, list(names) or ["step"]))
+        write_atomically(folder / "validations.csv", csv_text(self.validations, ["step"]))
         names_of_summary = ("split", "scores", "seconds", "seconds_per_step", "environment")
         summary = {name: getattr(self, name) for name in names_of_summary}
         write_atomically(folder / "result.json", json.dumps(summary, indent=1) + "\n")
@@ -91,12 +89,12 @@ def write_atomically(path: Path, text: str) -> None:
 def csv_text(records: Sequence[Mapping[str, Any]], names: Sequence[str] = ()) -> str:
     """A line a record, under a header; numbers are the shortest that read back as the same.
 
-    What is absent in a record is left empty. The columns are by default all that records have, in
-    the order in which they first come.
+    What is absent in a record is left empty. The columns are these, then all others that records
+    have, in the order in which they first come.
     """
-    names = names or list(dict.fromkeys(name for record in records for name in record))
     file = io.StringIO()
-    writer = csv.DictWriter(file, names, restval="", lineterminator="\n")
+    columns = dict.fromkeys([*names, *(name for record in records for name in record)])
+    writer = csv.DictWriter(file, list(columns), restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(records)
     return file.getvalue()
@@ -112,8 +110,7 @@ def environment() -> dict[str, str]:
     """The machine, the versions, the commit if this is a checkout (with "-dirty" where it has
     changes), and today's date.
 
-    KALMANNORM_COMMIT, if it is set, says which commit: of files that travel without their history,
-    say.
+    KALMANNORM_COMMIT, if it is set, says which commit: for files without their history.
     """
     checkout = Path(kalmannorm.__file__).parents[1]
     asked = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]

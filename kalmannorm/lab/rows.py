@@ -1,15 +1,13 @@
 """The two files of an experiment's runs: a row a run in one, each run's curve in the other."""
 
-from __future__ import annotations
-
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from kalmannorm.lab.results import write_atomically
+from kalmannorm.lab.results import ENVIRONMENT, csv_text, write_atomically
 
 RUNS, CURVES = "runs.csv", "curves.csv"
 # The searched settings are columns before the last two of the first, the scores between the two.
@@ -23,13 +21,6 @@ Row = dict[str, str]
 Key = tuple[str, str, str, frozenset[tuple[str, str]]]
 # A run's row, and those of its curve.
 ToldRun = tuple[Row, list[Row]]
-Told = dict[Key, ToldRun]
-
-
-def table(rows: Sequence[Row], columns: Sequence[str] = ()) -> pd.DataFrame:
-    """Rows of text, without gaps: what a row has not is empty."""
-    names = dict.fromkeys([*columns, *(name for row in rows for name in row)])
-    return pd.DataFrame(rows, columns=list(names), dtype=str).fillna("")
 
 
 def read_table(path: Path) -> pd.DataFrame:
@@ -40,75 +31,72 @@ def read_table(path: Path) -> pd.DataFrame:
         raise ValueError(f"{path} cannot be read as a table: {error}") from error
 
 
-def _together(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
-    """The rows of both; a column that only the second has comes after the one that it comes after there."""
-    columns = list(first.columns)
-    for place, name in enumerate(second.columns):
-        if name not in columns:
-            columns.insert(columns.index(second.columns[place - 1]) + 1 if place else 0, name)
-    return pd.concat([first, second]).reindex(columns=columns).fillna("")
-
-
-@dataclass
-class Rows:
+@dataclass(frozen=True)
+class Told:
     """What the two files say, as text.
 
     Attributes:
-        runs: Those of ``runs.csv``.
-        curves: Those of ``curves.csv``, of the same runs.
+        runs: Of each run its row, and the rows of its curve.
+        settings: The searched settings of all.
     """
 
-    runs: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(dtype=str))
-    curves: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(dtype=str))
+    runs: dict[Key, ToldRun]
+    settings: list[str]
 
-    @classmethod
-    def read(cls, folder: Path, scale: str) -> Rows:
-        """An experiment's output; nothing of runs of another scale than this."""
-        runs = read_table(folder / RUNS)
-        others = sorted(set(runs.get("scale", ())) - {scale})
-        if not others:
-            return cls(runs, read_table(folder / CURVES))
-        for other in others:
-            if not any(folder.glob(f"runs/{other}")) and not any(folder.glob(f"runs/{other}-*-devices")):
-                raise ValueError(
-                    f"--output: {folder / RUNS} tells of runs of scale {other}, whose own folders are gone; got "
-                    f"--scale {scale}, which would write over it: give another folder"
-                )
-        return cls()
+    @property
+    def rows(self) -> list[Row]:
+        return [row for row, _ in self.runs.values()]
 
-    def without(self, arms: Collection[str]) -> Rows:
-        return Rows(*(each if each.empty else each[~each["arm"].isin(arms)] for each in (self.runs, self.curves)))
+    @property
+    def scores(self) -> list[str]:
+        """The columns that are neither settings nor what every run has."""
+        known = {*PLANNED, *MEASURED, *ENVIRONMENT, *self.settings}
+        return list(dict.fromkeys(name for row in self.rows for name in row if name not in known))
 
-    def __add__(self, other: Rows) -> Rows:
-        return Rows(_together(self.runs, other.runs), _together(self.curves, other.curves))
-
-    def told(self, *, failed: bool = False) -> Told:
-        """Of each run that came to an end or diverged, or also of those that failed, its row and those of its curve."""
-        settings = settings_of(self.runs.columns)
-        found: Told = {}
-        for row in self.runs.to_dict("records"):
-            if failed or not row["error"] or row["error"].startswith(DIVERGED):
-                found[key_of(row, settings)] = ({name: text for name, text in row.items() if text}, [])
-        for row in self.curves.to_dict("records"):
-            if (key := key_of(row, settings)) in found:
-                found[key][1].append(row)
-        return found
-
-    def write(self, folder: Path, arms: Sequence[str]) -> None:
-        """Both files: runs of the search, then those that count, each by arms in this order, and others last."""
-        place = {arm: place for place, arm in enumerate(arms)}
-        for name, each in ((RUNS, self.runs), (CURVES, self.curves)):
-            if len(each):
-                order = (each["kind"] != "search") * 10**6 + each["arm"].map(place).fillna(len(place))
-                each = each.iloc[order.argsort(kind="stable")]
-            write_atomically(folder / name, each.to_csv(index=False, lineterminator="\n"))
+    @property
+    def ended(self) -> dict[Key, ToldRun]:
+        """The runs that came to an end or diverged, without those that failed."""
+        return {key: run for key, run in self.runs.items() if (run[0]["error"] or DIVERGED[0]).startswith(DIVERGED)}
 
 
-def settings_of(columns: Sequence[str]) -> list[str]:
-    """The searched settings among the columns of either file."""
-    names = list(columns)
-    end = next((name for name in ("chosen", "step") if name in names), "")
-    return names[names.index("seed") + 1 : names.index(end)] if end else []
+def read(folder: Path) -> Told:
+    """An experiment's output; nothing where there is none."""
+    path = folder / RUNS
+    runs, curves = read_table(path), read_table(folder / CURVES)
+    absent = [name for name in (*PLANNED, *MEASURED) if name not in runs]
+    if path.is_file() and (absent or runs.empty):
+        raise ValueError(f"{path} is not a study's file of runs: it has no {', '.join(absent) or 'rows'}")
+    names = list(runs.columns)
+    settings = names[names.index("seed") + 1 : names.index("chosen")] if names else []
+    found: dict[Key, ToldRun] = {key_of(row, settings): (row, []) for row in runs.to_dict("records")}
+    for row in curves.to_dict("records"):
+        if (key := key_of(row, settings)) in found:
+            found[key][1].append(row)
+    return Told(found, settings)
+
+
+def read_of_scale(folder: Path, scale: str) -> Told:
+    """As `read`; nothing of runs of another scale than this, whose own folders must be there."""
+    told = read(folder)
+    others = sorted({row["scale"] for row in told.rows} - {scale})
+    for other in others:
+        if not any(folder.glob(f"runs/{other}")) and not any(folder.glob(f"runs/{other}-*-devices")):
+            raise ValueError(
+                f"--output: {folder / RUNS} tells of runs of scale {other}, whose own folders are gone; got "
+                f"--scale {scale}, which would write over it: give another folder"
+            )
+    return Told({}, []) if others else told
+
+
+def write(folder: Path, told: Told, arms: Sequence[str]) -> None:
+    """Both files: runs of the search, then those that count, each by arms in this order, and others last."""
+    place = {arm: place for place, arm in enumerate(arms)}
+    curves = [row for _, curve in told.runs.values() for row in curve]
+    of_runs = (*PLANNED[:-2], *told.settings, *PLANNED[-2:], *told.scores, *MEASURED)
+    of_curves = ("arm", "kind", "seed", *told.settings, "step", "loss")
+    for name, rows, columns in ((RUNS, told.rows, of_runs), (CURVES, curves, of_curves)):
+        rows.sort(key=lambda row: (row["kind"] != "search", place.get(row["arm"], len(place))))
+        write_atomically(folder / name, csv_text(rows, columns))
 
 
 def key_of(row: Mapping[str, Any], settings: Sequence[str]) -> Key:

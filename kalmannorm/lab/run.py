@@ -1,31 +1,30 @@
 """Running an experiment: the same search for each arm, then trainings that count, and what they give."""
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from filelock import FileLock, Timeout
 from rich.console import Console
 
-from kalmannorm.lab import experiments, page, tables
-from kalmannorm.lab.availability import data_at, missing_data, not_at_hand
-from kalmannorm.lab.computed import COMPUTED, measured_gaps
+from kalmannorm.lab import experiments, page, rows, tables
+from kalmannorm.lab.analysis import measured_gap
+from kalmannorm.lab.availability import data_at, missing_data
 from kalmannorm.lab.configuration import Run, check_same
-from kalmannorm.lab.costs import seconds_per_step, where
+from kalmannorm.lab.costs import COMPUTED, seconds_per_step, where
 from kalmannorm.lab.data.roots import MissingDataError
 from kalmannorm.lab.experiments import FORMS, Arm, Experiment, Scale, Split, merge, shown
 from kalmannorm.lab.fitting import ended_run
 from kalmannorm.lab.formatting import as_markdown
 from kalmannorm.lab.jobs import Job, divergence, run_jobs
-from kalmannorm.lab.results import ENVIRONMENT, Result, finished
-from kalmannorm.lab.rows import MEASURED, PLANNED, Key, Row, Rows, Told, key_of, settings_of, table
+from kalmannorm.lab.results import Result, finished
+from kalmannorm.lab.rows import Key, Row, Told, ToldRun, key_of
 from kalmannorm.lab.training import quiet
 
 WINDOWS = 50
@@ -49,7 +48,7 @@ class Trial:
     seed: int
     split: Split
     row: Row | None = None
-    curve: Sequence[Row] = ()
+    curve: list[Row] = field(default_factory=list)
     failed: bool = False
 
     @property
@@ -63,9 +62,9 @@ class Trial:
         """What its rows are known by."""
         return key_of(self.own, [*self.settings])
 
-    def told(self, told: Told) -> Trial:
+    def told(self, told: Mapping[Key, ToldRun]) -> Self:
         """With what the files in the output folder tell of it."""
-        row, curve = told.get(self.key, (None, ()))
+        row, curve = told.get(self.key, (None, []))
         return replace(self, row=row and row | _words(self.arm) | {"chosen": ""}, curve=curve)
 
     def merit(self, metric: str) -> tuple[float, float] | None:
@@ -85,6 +84,9 @@ class Plan:
     devices: int
     workers: int | None
     weights: Path | None
+    report: bool
+    collect: bool
+    grow: bool
     console: Console
 
     @property
@@ -156,29 +158,27 @@ def run(
     if weights is not None and not weights.exists():
         raise ValueError(f"--weights: expected an output folder, or a file of weights; got {weights}")
     whole = experiments.read(name)
-    asked = replace(whole, arms=_chosen(whole, only, kalman), seeds=seeds or whole.seeds)
+    asked = replace(whole, arms=_chosen(whole, only, kalman, amount), seeds=seeds or whole.seeds)
     experiments.check_search_seed("--seeds", asked)
-    plan = Plan(asked, amount, output, devices, workers, weights, Console())
+    plan = Plan(asked, amount, output, devices, workers, weights, report, collect, grow, Console())
     with data_at(data, [arm.scaled(amount) for arm in asked.arms], output, amount):
         if list:
             print(_listed(plan))
             return 0
-        return run_experiment(whole, plan, report=report, collect=collect, grow=grow)
+        return run_experiment(whole, plan)
 
 
-def run_experiment(whole: Experiment, plan: Plan, *, report: bool, collect: bool, grow: bool) -> int:
+def run_experiment(whole: Experiment, plan: Plan) -> int:
     """`run`, of arms that are chosen, where data are found."""
-    arms, missing = plan.experiment.arms, dict[str, str]()
-    if not report and not collect:
-        missing = _of_data(plan, missing_data)
-        if not grow and all(missing.get(arm.name) for arm in arms):
-            raise MissingDataError(missing[arms[0].name])
+    arms, trains = plan.experiment.arms, not plan.report and not plan.collect
+    missing = _of_data(plan, missing_data) if trains else {}
+    if trains and not plan.grow and all(missing.get(arm.name) for arm in arms):
+        raise MissingDataError(missing[arms[0].name])
     _check_unchanged(plan)
-    trains = set() if report or collect else {plan.experiment.name, *(arm.run[0] for arm in arms)}
     with ExitStack() as locks:
-        for name in sorted(trains):
+        for name in sorted({plan.experiment.name, *(arm.run[0] for arm in arms)}) if trains else ():
             locks.enter_context(alone(plan.output / name))
-        trials = _told(whole, plan, missing, collect=collect, grow=grow) if collect or not report else []
+        trials = _told(whole, plan, missing) if trains or plan.collect else []
     plan.console.print(tables.write_table(whole, plan.folder), soft_wrap=True, highlight=False, markup=False)
     written = page.write_page(whole, plan.folder)
     plan.console.print(f"Report: {written}", soft_wrap=True, highlight=False, markup=False)
@@ -196,27 +196,37 @@ def alone(folder: Path) -> Iterator[None]:
         raise ValueError(f"--output: another process is running {folder.name} in {folder}") from error
 
 
-def _told(whole: Experiment, plan: Plan, missing: Mapping[str, str], *, collect: bool, grow: bool) -> Sequence[Trial]:
+def _told(whole: Experiment, plan: Plan, missing: Mapping[str, str]) -> list[Trial]:
     """The runs, collected or trained, once the files tell of them."""
-    before = Rows.read(plan.folder, plan.scale)
-    told = before.told() if grow or collect else {}
-    if collect:
-        trials: Sequence[Trial] = _collected(plan, told, grow)
+    before = rows.read_of_scale(plan.folder, plan.scale)
+    trusts = plan.grow or plan.collect
+    told = before.ended if trusts else {}
+    if plan.collect:
+        trials = _collected(plan, told)
     else:
-        for path, arms in _starts(plan.experiment, plan.amount).items():
-            source = experiments.read(path)
-            own = replace(source, arms=tuple(arm for arm in source.arms if arm.name in arms), seeds=1)
-            first = replace(plan, experiment=own)
-            _check_unchanged(first)
-            if absent := [arm for arm in own.arms if _weights_of(plan, path.stem, arm.name) is None]:
-                first = replace(first, experiment=replace(own, arms=tuple(absent)))
-                run_experiment(source, first, report=False, collect=False, grow=False)
+        _train_starts(plan)
         trials = _trained(plan, told, missing)
-    rows = before.without({trial.arm.name for trial in trials}) + _rows(trials)
-    if grow or collect:
-        rows += _nowhere_else(before, trials, plan.runs())
-    rows.write(plan.folder, [arm.name for arm in whole.arms])
+    asked = {trial.arm.name for trial in trials}
+    runs = {key: run for key, run in before.runs.items() if run[0]["arm"] not in asked}
+    runs |= {trial.key: (trial.row, trial.curve) for trial in trials if trial.row is not None}
+    if trusts:
+        runs |= _nowhere_else(before, trials, plan.runs())
+    settings = dict.fromkeys([*(setting for trial in trials for setting in trial.settings), *before.settings])
+    rows.write(plan.folder, Told(runs, list(settings)), [arm.name for arm in whole.arms])
     return trials
+
+
+def _train_starts(plan: Plan) -> None:
+    """Train what arms start from, if it is not there."""
+    starts = dict.fromkeys(arm.start for arm in plan.experiment.arms if arm.start)
+    for path in dict.fromkeys(start.path for start in starts):
+        source = experiments.read(path)
+        names = [start.arm for start in starts if start.path == path]
+        own = replace(source, arms=tuple(arm for arm in source.arms if arm.name in names), seeds=1)
+        first = replace(plan, experiment=own, grow=False)
+        _check_unchanged(first)
+        if absent := [arm for arm in own.arms if _weights_of(plan, path.stem, arm.name) is None]:
+            run_experiment(source, replace(first, experiment=replace(own, arms=tuple(absent))))
 
 
 def _checked(scale: str, devices: int, **others: int | None) -> Scale:
@@ -237,7 +247,8 @@ def _checked(scale: str, devices: int, **others: int | None) -> Scale:
     return share
 
 
-def _chosen(asked: Experiment, only: str, kalman: str) -> tuple[Arm, ...]:
+def _chosen(asked: Experiment, only: str, kalman: str, amount: Scale) -> tuple[Arm, ...]:
+    """The arms that are asked for, at this scale."""
     forms = [form.strip() for form in kalman.split(",")]
     for form in forms:
         if form not in FORMS:
@@ -248,20 +259,11 @@ def _chosen(asked: Experiment, only: str, kalman: str) -> tuple[Arm, ...]:
         if not any(fnmatch(arm.name, pattern) for arm in there):
             arms = ", ".join(arm.name for arm in there)
             raise ValueError(f"--only: no arm of {asked.name} is called {pattern!r}; there are {arms}")
-    return tuple(arm for arm in there if any(fnmatch(arm.name, pattern) for pattern in patterns))
-
-
-def _starts(asked: Experiment, amount: Scale) -> dict[Path, list[str]]:
-    """The experiments that arms start from, and which of their arms."""
-    found: dict[Path, list[str]] = {}
-    for start in dict.fromkeys(arm.start for arm in asked.arms if arm.start and not _is_fresh(arm, amount)):
-        found.setdefault(start.path, []).append(start.arm)
-    return found
-
-
-def _is_fresh(arm: Arm, amount: Scale) -> bool:
-    """Whether nothing is started from at the tiny scale."""
-    return amount == "tiny" and "weights" in arm.tiny.get("model", {}).get("init_args", {})
+    chosen = [arm for arm in there if any(fnmatch(arm.name, pattern) for pattern in patterns)]
+    if amount == "tiny":  # with weights of its own there, an arm starts from nothing
+        own = ["weights" in arm.tiny.get("model", {}).get("init_args", {}) for arm in chosen]
+        chosen = [replace(arm, start=None) if has else arm for arm, has in zip(chosen, own, strict=True)]
+    return tuple(chosen)
 
 
 def _weights_of(plan: Plan, name: str, arm: str) -> Path | None:
@@ -284,14 +286,14 @@ def _of_data(plan: Plan, ask: Callable[[Mapping[str, Any]], str]) -> dict[str, s
 
 def _listed(plan: Plan) -> str:
     """What there is to do, a line an arm: runs, steps, hours on one device of this machine, and what is missing."""
-    rows = [["arm", "runs of the search", "runs that count", "steps a run", "steps", "hours", "data"]]
+    table = [["arm", "runs of the search", "runs that count", "steps a run", "steps", "hours", "data"]]
     counts: list[tuple[int, int, int, float]] = []  # of each arm the runs of both kinds, the steps and the seconds
     times: dict[str, float | None] = {}
-    missing = _of_data(plan, not_at_hand)
+    missing = _of_data(plan, partial(missing_data, download=False))
     notes = [f"- Data: {text}" for text in dict.fromkeys(missing.values()) if text]
     for arm in plan.experiment.arms:
         if arm.name not in missing:
-            rows.append([arm.name, "-", "-", "-", "-", "-", "needs none"])
+            table.append([arm.name, "-", "-", "-", "-", "-", "needs none"])
             continue
         config, seeds = arm.scaled(plan.amount), plan.experiment.seeds
         each = int(config["trainer"]["max_steps"])
@@ -303,14 +305,13 @@ def _listed(plan: Plan) -> str:
         step = times[like]
         counts.append((len(searched), seeds, own, (step or 0.0) * own))
         there = "see below" if missing[arm.name] else "here"
-        start = None if _is_fresh(arm, plan.amount) else arm.start
-        if start and not _weights_of(plan, start.path.stem, start.arm):
+        if (start := arm.start) and not _weights_of(plan, start.path.stem, start.arm):
             weights = f"{start.path.stem}/{start.arm}"
             notes.append(f"- {arm.name}: the weights of {weights} are missing, and trained first.")
             there += ", weights missing"
         hours = "?" if step is None else f"{step * own / 3600:,.2f}"
-        rows.append([arm.name, str(len(searched)), str(seeds), f"{each:,}", f"{own:,}", hours, there])
-    text = f"{plan.experiment.title}\n\n{as_markdown(rows)}"
+        table.append([arm.name, str(len(searched)), str(seeds), f"{each:,}", f"{own:,}", hours, there])
+    text = f"{plan.experiment.title}\n\n{as_markdown(table)}"
     if not missing:
         return f"{text}\nNothing is trained."
     searches, finals, steps, seconds = map(sum, zip(*counts, strict=True))
@@ -330,7 +331,7 @@ def _like(config: Mapping[str, Any]) -> str:
     return repr([*(given.get(name) for name in names), *(data.get(name) for name in ("gradient_batch", "size"))])
 
 
-def _trained(plan: Plan, told: Told, missing: Mapping[str, str]) -> list[Trial]:
+def _trained(plan: Plan, told: Mapping[Key, ToldRun], missing: Mapping[str, str]) -> list[Trial]:
     """All runs, with what came of them, or with what is told of them from before."""
     quiet()
     asked, known = plan.experiment, {name for name, *_ in told}
@@ -379,8 +380,8 @@ def _in_two(asked: Experiment, run: Callable[[list[Trial]], list[Trial]]) -> lis
     return [*searched, *run(finals)]
 
 
-def _collected(plan: Plan, told: Told, grow: bool) -> list[Trial]:
-    """The runs that have ended, and those that are told of: of those that have not, with `grow` alone."""
+def _collected(plan: Plan, told: Mapping[Key, ToldRun]) -> list[Trial]:
+    """The runs that have ended, and those that are told of: of those that have not, with ``grow`` alone."""
 
     def ended(trials: list[Trial]) -> list[Trial]:
         known = []
@@ -388,7 +389,7 @@ def _collected(plan: Plan, told: Told, grow: bool) -> list[Trial]:
             job = _job(plan, trial)
             if (result := ended_run(job.config, job.folder, job.split)) is not None:
                 known.append(_outcome(plan, trial, result))
-            elif grow or not job.folder.exists():
+            elif plan.grow or not job.folder.exists():
                 known.append(trial.told(told))
         return [trial for trial in known if trial.row is not None]
 
@@ -398,20 +399,19 @@ def _collected(plan: Plan, told: Told, grow: bool) -> list[Trial]:
     return trials
 
 
-def _nowhere_else(before: Rows, trials: Sequence[Trial], runs: Path) -> Rows:
+def _nowhere_else(before: Told, trials: Sequence[Trial], runs: Path) -> dict[Key, ToldRun]:
     """What the files tell of other runs of these arms than these, and of which there is no folder."""
     arms, here = {trial.arm.name: trial.arm for trial in trials}, {trial.key for trial in trials}
-    names, kept = settings_of(before.runs.columns), []
-    for key, (row, curve) in before.told(failed=True).items():
+    kept = {}
+    for key, (row, curve) in before.runs.items():
         arm = arms.get(row["arm"])
         if arm is None or key in here:
             continue
         # In the order of the search, as the folder is named.
-        given = {name: row[name] for name in dict.fromkeys([*arm.search, *names]) if row.get(name)}
+        given = {name: row[name] for name in dict.fromkeys([*arm.search, *before.settings]) if row.get(name)}
         if not _place(runs, arm.name, given, row["split"], row["seed"]).exists():
-            kept.append((row | _words(arm) | {"chosen": ""}, curve))
-    runs_kept, curves = [row for row, _ in kept], [each for _, curve in kept for each in curve]
-    return Rows(table(runs_kept, before.runs.columns), table(curves, before.curves.columns))
+            kept[key] = (row | _words(arm) | {"chosen": ""}, curve)
+    return kept
 
 
 def _run(plan: Plan, trials: Sequence[Trial]) -> list[Trial]:
@@ -440,7 +440,7 @@ def _job(plan: Plan, trial: Trial) -> Job:
     arm = trial.arm
     settings = [f"{setting.rpartition('.')[2]} {shown(value)}" for setting, value in trial.settings.items()]
     config = arm.scaled(plan.length(trial.kind), trial.settings, trial.seed)
-    if (start := arm.start) and not _is_fresh(arm, plan.amount):
+    if start := arm.start:
         expected = _place(plan.runs(start.path.stem), start.arm, {}, start.scored, 0) / "last.ckpt"
         weights = _weights_of(plan, start.path.stem, start.arm) or expected
         config = merge(config, {"model": {"init_args": {"weights": str(weights)}}})
@@ -464,7 +464,7 @@ def _outcome(plan: Plan, trial: Trial, found: Result | Exception) -> Trial:
         # By which a module says that it diverged.
         diverged = isinstance(found, FloatingPointError)
         said = f"{type(found).__name__}: {' '.join(str(found).split())[:300]}"
-        return replace(trial, row=_row(plan, trial, error=said), curve=(), failed=not diverged)
+        return replace(trial, row=_row(plan, trial, error=said), curve=[], failed=not diverged)
     metric, error = plan.experiment.metric, divergence(found)
     missing = metric not in found.scores
     if missing:
@@ -472,9 +472,8 @@ def _outcome(plan: Plan, trial: Trial, found: Result | Exception) -> Trial:
     lengths = {"last_loss": found.last_loss, "seconds": found.seconds, "seconds_per_step": found.seconds_per_step}
     row = _row(plan, trial, found.scores | lengths, error) | {"steps": str(len(found.losses)), **found.environment}
     if trial.arm.analysis == "variance_gap" and trial.kind == "final" and not error:
-        job = _job(plan, trial)
         drawing = plan.folder / f"{page.GAPS}{trial.arm.name}.png" if trial.seed == 0 else None
-        row["variance_gap"] = f"{measured_gaps(job.folder, job.config, drawing):.6g}"
+        row["variance_gap"] = f"{measured_gap(_job(plan, trial).folder, drawing):.6g}"
     return replace(trial, row=row, curve=_curve(trial, found), failed=missing)
 
 
@@ -487,8 +486,7 @@ def _words(arm: Arm) -> Row:
 def _row(plan: Plan, trial: Trial, numbers: Mapping[str, float] | None = None, error: str = "") -> Row:
     """A trial's row in the file of runs."""
     given = {"study": plan.experiment.name, "chosen": "", "split": trial.split, "scale": plan.scale, "error": error}
-    texts = {name: f"{value:.6g}" for name, value in (numbers or {}).items()}
-    return given | trial.own | _words(trial.arm) | texts
+    return given | trial.own | _words(trial.arm) | _texts(numbers or {})
 
 
 def _curve(trial: Trial, result: Result) -> list[Row]:
@@ -496,24 +494,13 @@ def _curve(trial: Trial, result: Result) -> list[Row]:
     losses = result.losses
     windows = min(WINDOWS, len(losses))
     edges = [len(losses) * place // windows for place in range(windows + 1)]
-    rows: dict[int, dict[str, float]] = {
+    points: dict[int, dict[str, float]] = {
         end: {"loss": sum(losses[start:end]) / (end - start)} for start, end in itertools.pairwise(edges)
     }
     for each in result.validations:
-        rows.setdefault(int(each["step"]), {}).update({k: v for k, v in each.items() if k != "step"})
-    return [
-        {**trial.own, "step": str(step), **{name: f"{value:.6g}" for name, value in rows[step].items()}}
-        for step in sorted(rows)
-    ]
+        points.setdefault(int(each["step"]), {}).update({k: v for k, v in each.items() if k != "step"})
+    return [{**trial.own, "step": str(step), **_texts(points[step])} for step in sorted(points)]
 
 
-def _rows(trials: Sequence[Trial]) -> Rows:
-    """The two files; between the columns that all experiments have, the searched settings and the scores."""
-    runs = [trial.row for trial in trials if trial.row is not None]
-    settings = dict.fromkeys(setting for trial in trials for setting in trial.settings)
-    others = {*PLANNED, *MEASURED, *ENVIRONMENT, *settings}
-    scores = dict.fromkeys(name for row in runs for name in row if name not in others)
-    return Rows(
-        table(runs, [*PLANNED[:-2], *settings, *PLANNED[-2:], *scores, *MEASURED]),
-        table([row for trial in trials for row in trial.curve], ["arm", "kind", "seed", *settings, "step", "loss"]),
-    )
+def _texts(numbers: Mapping[str, float]) -> Row:
+    return {name: f"{value:.6g}" for name, value in numbers.items()}

@@ -13,20 +13,14 @@ from kalmannorm.traversal import attributes_kept
 
 def online(network: nn.Module) -> AbstractContextManager[None]:
     """As `kalmannorm.online_statistics`; nothing where a network has no running statistics, or frozen ones alone."""
-    return online_statistics(network) if has_running_statistics(network) else nullcontext()
-
-
-def has_running_statistics(network: nn.Module) -> bool:
-    """Whether a network has any that are not frozen."""
-    return bool(tracking_layers(network))
+    return online_statistics(network) if tracking_layers(network) else nullcontext()
 
 
 def online_logits(network: nn.Module, images: Tensor, statistics_batch: int) -> Tensor:
     """Logits ``(N, num_classes)`` where each ``statistics_batch`` images normalize themselves.
 
     Where the images ``(N, C, H, W)`` don't make whole groups, the last group overlaps the one
-    before. Networks without running statistics, or with frozen ones alone, give what they always
-    give.
+    before. Networks without running statistics, or with frozen ones alone, compute as always.
     """
     layers = unfrozen_layers(network).values()
     if not layers:

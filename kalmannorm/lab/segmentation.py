@@ -27,8 +27,7 @@ class Segmenter(Classifier):
             BatchNorm. Labels are ``(N, *)``, int64, 0 to ``num_classes`` - 1.
         num_classes: Number of classes, with the background.
         dice_weight: Of `soft_dice_loss` in the loss, where cross entropy has 1.
-        options: See `kalmannorm.lab.training.Classifier`; ``channels_last`` suits images, and not
-            volumes.
+        options: See `kalmannorm.lab.training.Classifier`; ``channels_last`` does not suit volumes.
     """
 
     score = "dice"
@@ -57,8 +56,7 @@ class Segmenter(Classifier):
 
 
 def soft_dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """1 minus the mean of the Dice score of the probabilities, over images and all classes but the
-    first.
+    """1 minus the probabilities' mean Dice score over images and all classes but the first.
 
     Logits are ``(N, num_classes, *)`` and labels ``(N, *)``, int64, 0 being the background; the
     loss is a scalar, 0 to 1.

@@ -1,18 +1,20 @@
 """An experiment's table and figure, from the files of its runs alone."""
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+import matplotlib as mpl
 import pandas as pd
 
 from kalmannorm.lab import figures
 from kalmannorm.lab.experiments import Arm, Experiment
 from kalmannorm.lab.formatting import as_markdown, format_value, is_share
-from kalmannorm.lab.rows import CURVES, DIVERGED, MEASURED, PLANNED, RUNS, Row, read_table, settings_of
-from kalmannorm.lab.verdict import verdict_of
+from kalmannorm.lab.rows import DIVERGED, RUNS, Row, read
+from kalmannorm.lab.verdict import listed, verdict
 
 # Columns that follow, of `results.environment`, that a reader of the table is told.
 _TOLD = ("commit", "torch", "machine", "accelerator", "date")
@@ -36,7 +38,7 @@ class ArmRuns:
     column: str
     search: list[Row]
     final: list[Row]
-    curves: pd.DataFrame
+    curves: list[Row]
     arm: Arm
     reached: list[float] = field(default_factory=list)
 
@@ -65,8 +67,9 @@ class ArmRuns:
     def points(self, name: str) -> pd.DataFrame:
         """Of the loss, or of a score in validation, the ``seed`` and ``step`` of each number of the runs that count."""
         seeds = [row["seed"] for row in self.counted]
-        own = self.curves.reindex(columns=["seed", "step", name], fill_value="")
-        return own[own["seed"].isin(seeds) & (own[name] != "")].astype({name: float, "step": int})
+        own = (each for each in self.curves if each["seed"] in seeds and each.get(name))
+        return pd.DataFrame([(each["seed"], int(each["step"]), float(each[name])) for each in own],
+                            columns=["seed", "step", name])  # fmt: skip
 
     def curve(self, name: str) -> pd.Series:
         """The loss, or a score in validation, by step: the mean over the runs that count."""
@@ -111,14 +114,11 @@ class Runs:
 def write_table(experiment: Experiment, folder: Path) -> str:
     """Write ``table.md`` and ``figure.svg`` beside ``runs.csv``; the same file gives the same two.
 
-    The experiment gives its words and the order of its arms; the numbers, arms and settings are
-    those of the file.
+    Words and the order of arms are the experiment's; numbers, arms and settings are the file's.
     """
     runs = read_runs(experiment, folder)
     text = "\n\n".join(part.strip("\n") for part in _parts(experiment, runs)) + "\n"
     (folder / "table.md").write_text(text, encoding="utf-8")
-    import matplotlib as mpl  # noqa: PLC0415 - slow
-
     if not experiment.is_table:
         metric = experiment.metric.replace("_", " ")
         points: dict[str, dict[str, list[float]]] = {}
@@ -130,39 +130,31 @@ def write_table(experiment: Experiment, folder: Path) -> str:
 
 
 def read_runs(experiment: Experiment, folder: Path) -> Runs:
-    path = folder / RUNS
-    if not path.is_file():
+    told, path = read(folder), folder / RUNS
+    if not told.runs:
         raise ValueError(f"--output: there is no {path} to report on")
-    table, curves = read_table(path), read_table(folder / CURVES)
-    header = list(table.columns)
-    absent = [name for name in (*PLANNED, *MEASURED) if name not in header]
-    if absent or table.empty:
-        raise ValueError(f"{path} is not a study's file of runs: it has no {', '.join(absent) or 'rows'}")
-    settings, rows = settings_of(header), table.to_dict("records")
-    scores = header[header.index("split") + 1 : header.index("last_loss")]
     known = {arm.name: arm for arm in experiment.arms}
-    found = dict.fromkeys(row["arm"] for row in rows)
+    found = dict.fromkeys(row["arm"] for row in told.rows)
     others = [name for name in found if name not in known]
     arms: dict[str, ArmRuns] = {}
     for name in (name for name in known if name in found):
-        own = [row for row in rows if row["arm"] == name]
-        search, final = ([row for row in own if row["kind"] == kind] for kind in ("search", "final"))
+        own = [run for run in told.runs.values() if run[0]["arm"] == name]
+        search = [row for row, _ in own if row["kind"] == "search"]
         chosen: Row = next((row for row in search if row["chosen"]), {})
         # Those of an earlier choice stay in the file.
-        final = [row for row in final if all(row[setting] == chosen.get(setting, "") for setting in settings)]
-        mine = curves
-        if len(curves):
-            mine = curves[(curves["arm"] == name) & (curves["kind"] == "final")]
-            for setting in settings_of(curves.columns):
-                mine = mine[mine[setting] == chosen.get(setting, "")]
-        arms[name] = ArmRuns(name, own[0]["label"], own[0]["column"], search, final, mine, known[name])
+        now = {setting: chosen.get(setting, "") for setting in told.settings}
+        final = [run for run in own if run[0]["kind"] == "final" and now.items() <= run[0].items()]
+        curves = [each for _, curve in final for each in curve]
+        row = own[0][0]
+        arms[name] = ArmRuns(name, row["label"], row["column"], search, [row for row, _ in final], curves, known[name])
     if not arms:
         raise ValueError(f"{path} tells of other arms than those of {experiment.source}: {', '.join(others)}")
     for arm in arms.values():
         baseline = arms.get(arm.arm.baseline)
         if baseline is not None:
             arm.reached.extend(_steps_to(baseline, arm, _metric(experiment, arm.arm)))
-    return Runs([*arms.values()], settings, scores, [row for row in rows if row["arm"] in known], others)
+    counted = [row for row in told.rows if row["arm"] in known]
+    return Runs([*arms.values()], told.settings, told.scores, counted, others)
 
 
 def _metric(experiment: Experiment, arm: Arm) -> str:
@@ -186,13 +178,30 @@ def _parts(experiment: Experiment, runs: Runs) -> list[str]:
     parts = [f"# {experiment.title}", *([experiment.question] if experiment.question else [])]
     parts += [verdict_of(experiment, runs)] if experiment.verdict else []
     parts += [said(experiment, runs)]
-    for title, rows in grids(experiment, runs):
-        parts += [*([f"**{title}**"] if title else []), as_markdown(rows)]
+    for title, grid in grids(experiment, runs):
+        parts += [*([f"**{title}**"] if title else []), as_markdown(grid)]
     more = summary(experiment, runs)
     metric = experiment.metric.replace("_", " ")
     parts += [as_markdown(more)] if len(more) > 1 else []
     parts += [] if experiment.is_table else [f"![{metric}](figure.svg)"]
     return [*parts, "\n".join(f"- {note}" for note in notes(experiment, runs))]
+
+
+def verdict_of(experiment: Experiment, runs: Runs) -> str:
+    """`verdict` of an experiment's runs, and which arms have none that counts."""
+    groups = {runs.title(arm): arm.counted for arm in runs.arms if arm.counted}
+    absent = [runs.title(arm) for arm in runs.arms if not arm.counted]
+    without = f" No run of {listed(absent)} counts: each failed or diverged." if absent else ""
+    lost = [(runs.title(arm), len(arm.final) - len(arm.counted), len(arm.final)) for arm in runs.arms if arm.counted]
+    parts = [f"{count} of {of} runs of {label}" for label, count, of in lost if count]
+    without += f" Not counted, as they failed or diverged: {listed(parts)}." if parts else ""
+    if not groups:
+        return without.strip()
+    accuracies = {label: [float(row[experiment.metric]) for row in rows] for label, rows in groups.items()}
+    times = {label: [float(row["seconds_per_step"]) for row in rows] for label, rows in groups.items()}
+    seconds = {label: statistics.median(values) for label, values in times.items()}
+    known = experiment.verdict
+    return verdict(accuracies, seconds, known["guessing"], int(known["images"])) + without
 
 
 def said(experiment: Experiment, runs: Runs) -> str:

@@ -50,8 +50,7 @@ class Classifier(lightning.LightningModule):
         normalization_options: See `kalmannorm.lab.methods.normalize`.
         weights: State dict of a network that was trained on other classes, or the ``last.ckpt`` of
             one of our runs, to start from; the last linear layer keeps its own initial values. A
-            network with BatchNorm gets it before the method takes BatchNorm's place; one of the
-            method itself, after.
+            network with BatchNorm gets it before the conversion; one of the method itself, after.
         num_classes: Number of classes.
         statistics_batch: Images that are normalized together, by methods that don't take each by
             itself. None for all that a process takes at a time.
@@ -60,14 +59,12 @@ class Classifier(lightning.LightningModule):
         score_online: Give ``accuracy_online`` too.
         compile: Train through ``torch.compile``.
         channels_last: Keep the network's weights and its images ``(N, C, H, W)`` in channels-last
-            memory, which suits convolutions on GPUs in half precision: the same results but for
-            rounding.
+            memory, which suits convolutions on GPUs in half precision; results differ by rounding.
         anneal: What priors are worth in the end, in units of what they were worth at the start, see
             `kalmannorm.anneal`; 1 leaves gains to what is learned.
         anneal_from: The share of the steps after which that begins.
         capture: Replay forward and backward passes as CUDA graphs, see `kalmannorm.capture`: the
-            same numbers, several times faster where a network is small. Methods that count steps in
-            Python run as they are.
+            same numbers, faster where a network is small. No method that counts in Python is captured.
 
     Attributes:
         score: What the scores are called; `metric` and `loss` are what another task has others of.

@@ -1,17 +1,9 @@
 """Which arm of an experiment is best, in words: whether anything differs by more than its seeds do."""
 
-from __future__ import annotations
-
 import math
-import statistics
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from kalmannorm.lab.formatting import mean_and_deviation, with_spread
-
-if TYPE_CHECKING:
-    from kalmannorm.lab.experiments import Experiment
-    from kalmannorm.lab.tables import Runs
 
 # A difference of means counts where it is more than so many times the deviation between seeds.
 BEYOND = 2.0
@@ -35,7 +27,7 @@ def verdict(
         return f"No method learned anything in these runs: {said}, and guessing gives {100 * guessing:.1f} %."
     if min(len(values) for values in accuracies.values()) < 2:
         ahead = [f"{100 * (means[best] - means[o]):.1f} points above {o}" for o in others]
-        more = f", {_listed(ahead)}" if ahead else ""
+        more = f", {listed(ahead)}" if ahead else ""
         return f"{said}{more}. With a single seed nothing says how much of that is chance: use --seeds 3 or more."
     beaten, even = [], []
     for other in others:
@@ -48,9 +40,9 @@ def verdict(
             even.append(f"{other} ({points:.1f} points, where seeds deviate by {spread:.1f})")
     parts = [f"{said}."]
     if beaten:
-        parts.append(f"It beats {_listed(beaten)}.")
+        parts.append(f"It beats {listed(beaten)}.")
     if even:
-        parts.append(f"There is no difference beyond the spread to {_listed(even)}.")
+        parts.append(f"There is no difference beyond the spread to {listed(even)}.")
     choice = [best, *(other for other in others if any(each.startswith(f"{other} (") for each in even))]
     cheapest = min(choice, key=lambda label: seconds[label])
     if len(choice) > 1 and cheapest != best:
@@ -60,25 +52,8 @@ def verdict(
 
 def _cost(best: str, others: Sequence[str], seconds: Mapping[str, float]) -> str:
     ratios = [f"{seconds[best] / seconds[other]:.2f} times {other}'s" for other in others]
-    return f"A step of {best} takes {1000 * seconds[best]:.1f} ms, {_listed(ratios)}." if ratios else ""
+    return f"A step of {best} takes {1000 * seconds[best]:.1f} ms, {listed(ratios)}." if ratios else ""
 
 
-def _listed(texts: Sequence[str]) -> str:
+def listed(texts: Sequence[str]) -> str:
     return texts[0] if len(texts) == 1 else ", ".join(texts[:-1]) + " and " + texts[-1]
-
-
-def verdict_of(experiment: Experiment, runs: Runs) -> str:
-    """`verdict` of an experiment's runs, and which arms have none that counts."""
-    groups = {runs.title(arm): arm.counted for arm in runs.arms if arm.counted}
-    absent = [runs.title(arm) for arm in runs.arms if not arm.counted]
-    without = f" No run of {_listed(absent)} counts: each failed or diverged." if absent else ""
-    lost = [(runs.title(arm), len(arm.final) - len(arm.counted), len(arm.final)) for arm in runs.arms if arm.counted]
-    parts = [f"{count} of {of} runs of {label}" for label, count, of in lost if count]
-    without += f" Not counted, as they failed or diverged: {_listed(parts)}." if parts else ""
-    if not groups:
-        return without.strip()
-    accuracies = {label: [float(row[experiment.metric]) for row in rows] for label, rows in groups.items()}
-    times = {label: [float(row["seconds_per_step"]) for row in rows] for label, rows in groups.items()}
-    seconds = {label: statistics.median(values) for label, values in times.items()}
-    known = experiment.verdict
-    return verdict(accuracies, seconds, known["guessing"], int(known["images"])) + without

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from kalmannorm.lab.availability import data_at, missing_data, not_at_hand
+from kalmannorm.lab.availability import data_at, missing_data
 from kalmannorm.lab.data.roots import VARIABLE
 from kalmannorm.lab.experiments import config_of
 
@@ -13,17 +13,17 @@ CIFAR, IMAGENET = map(config_of, ("table8/resnet32-kn-bs2", "table1/resnet50-kn"
 
 @pytest.mark.usefixtures("root")
 def test_what_can_be_downloaded_is_not_downloaded_to_find_out(asked_of_the_hub):
-    assert "to be downloaded" in not_at_hand(CIFAR)
-    assert "150 GB" in not_at_hand(IMAGENET)
+    assert "to be downloaded" in missing_data(CIFAR, download=False)
+    assert "150 GB" in missing_data(IMAGENET, download=False)
     assert not asked_of_the_hub
 
 
 def test_a_set_in_part_is_named(root):
     (root / "cifar10").mkdir()
-    assert "'cifar10' was not found" in not_at_hand(CIFAR)
+    assert "'cifar10' was not found" in missing_data(CIFAR, download=False)
     for part in ("train", "test"):
         (root / "cifar10" / f"{part}-0.parquet").touch()
-    assert not_at_hand(CIFAR) == ""
+    assert missing_data(CIFAR, download=False) == ""
 
 
 @pytest.mark.usefixtures("root")

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from kalmannorm.lab import costs
-from kalmannorm.lab.computed import relative_gap, speed
+from kalmannorm.lab.analysis import relative_gap
+from kalmannorm.lab.costs import speed
 from kalmannorm.lab.experiments import merge, read
 
 

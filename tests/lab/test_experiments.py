@@ -8,8 +8,8 @@ import pytest
 import torch
 import yaml
 
-from kalmannorm.lab.computed import parameters, without_memory
 from kalmannorm.lab.configuration import Run, flat
+from kalmannorm.lab.costs import parameters, without_memory
 from kalmannorm.lab.experiments import config_of, merge, names, read, tables
 from kalmannorm.lab.methods import normalize
 from kalmannorm.lab.optimization import share_of_rate

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kalmannorm.lab.baselines.replacing import replace_batchnorm
+from kalmannorm.traversal import untraceable
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -29,14 +30,12 @@ def replace_batchnorm_relu(model: nn.Module, make: Callable[[_BatchNorm, Activat
 
     Tracing fixes what depends on Python values: the network cannot take other branches later, and
     ``F.dropout`` in a module with a BatchNorm or an activation keeps the mode it was traced in.
-    Modules with neither, such as ``nn.Dropout`` and stochastic depth, stay as they are. A network
-    that cannot be traced gets such layers when it is built, as ``norm_layer``, with ``nn.Identity``
-    as activation.
+    Modules with neither, such as ``nn.Dropout`` and stochastic depth, stay as they are. Build a
+    network that cannot be traced with such a ``norm_layer``, and ``nn.Identity`` as activation.
 
     Args:
         model: Any network with BatchNorm layers; use it no more.
-        make: From a BatchNorm, and the activation that follows or None, to what takes the place of
-            both.
+        make: From a BatchNorm, and the activation that follows or None, to what replaces both.
 
     Returns:
         A traced network that shares everything else with ``model``, whose names it keeps.
@@ -88,10 +87,10 @@ def _trace(model: nn.Module) -> fx.GraphModule:
     try:
         graph = _Tracer({module for module in root.modules() if _has_nothing_to_take(module)}).trace(root)
     except Exception as error:  # whatever the network's own code raises where it meets a proxy
-        raise ValueError(
-            f"{type(model).__name__} cannot be traced by torch.fx, which finds the ReLU behind each BatchNorm: "
-            "expected one that can, or build it with this layer as norm_layer and nn.Identity as activation"
-        ) from error
+        raise untraceable(
+            model, error, "which finds the ReLU behind each BatchNorm: expected one that can, or build it with this "
+            "layer as norm_layer and nn.Identity as activation",
+        ) from error  # fmt: skip
     return _Traced(root, graph, type(model).__name__)
 
 

@@ -42,8 +42,7 @@ class CrossIterationNorm(AnyBatchNorm):
         mean = average of mu(s -> t)        var = average of max(nu(s -> t), mu(s -> t)^2) - mean^2
 
     over the last `window` iterations, or as many as there were. Gradients flow through the current
-    iteration's statistics only. ``eval()`` is BatchNorm's, by moving averages of these means and
-    variances.
+    iteration's statistics only. ``eval()`` is BatchNorm's, by moving averages of these two.
 
     An iteration is what happens under the same weights. Where it takes several forward passes
     (`passes`), each is like a device of its own: from the past it gets those batches that had its
@@ -53,16 +52,14 @@ class CrossIterationNorm(AnyBatchNorm):
     The layer below tells its filters by a hook (`announce`). Where no convolution or linear layer
     stands right below, or where nothing is differentiated (`torch.no_grad`), the layer is BatchNorm
     and remembers nothing. A changed bias below is not compensated. The past iterations are not in
-    the ``state_dict``, and forgotten where the layer changes its device or type: the window then
-    fills again.
+    the ``state_dict``; the window fills again after the layer has changed its device or type.
 
     Args:
         num_features: Channels ``C`` of an input ``(N, C, *)``; the next three are BatchNorm's too.
         window: Iterations whose statistics count (the paper's k): this one and a buffer of past
             ones, 3 in the authors' released configuration,
             ``mask_rcnn_r50_fpn_cbn_buffer3_burnin8_1x.py``.
-        burn_in: Training steps as BatchNorm, before weights have calmed down. There it is 8 of 12
-            epochs.
+        burn_in: Training steps as BatchNorm, before weights have calmed down: there 8 of 12 epochs.
     """
 
     def __init__(self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True, *,

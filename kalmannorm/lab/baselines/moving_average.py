@@ -35,19 +35,15 @@ class MovingAverageNorm(nn.Module):
     Args:
         num_features: Channels ``C`` of an input ``(N, C, *)``.
         eps: Added to the mean square.
-        momentum: Weight of the newest step in ``running_square``; one minus the paper's alpha,
-            0.98.
+        momentum: Weight of the newest step in ``running_square``: 1 minus the paper's alpha, 0.98.
         affine: Learn ``weight`` and ``bias``, each ``(C,)``.
         buffer_size: Steps in a mean (the paper's m, 16).
         limit: Of ``r``, the paper's lambda; the authors' released code has 5.
-        warmup: Training steps that use the batch's own statistics.
-        renorm_start: Training steps with ``r = 1``. This and `warmup` are as in the authors'
-            released code.
-        samples: In training, normalize statistics batches of so many consecutive samples; None for
-            the whole batch.
-        pooled: Statistics batches share their past: ``chi^2``, ``psi`` and ``running_square`` of
-            past steps are means over all statistics batches of a step. The authors' devices share
-            nothing.
+        warmup: Training steps by the batch's own statistics, as many as in the authors' code.
+        renorm_start: Training steps with ``r = 1``, as many as in the same code.
+        samples: Consecutive samples of a statistics batch in training; None for the whole batch.
+        pooled: Statistics batches share their past, unlike the authors' devices: ``chi^2``, ``psi``
+            and ``running_square`` of past steps are means over all statistics batches of a step.
 
     Attributes:
         running_square: ``(S, C)``, for ``S`` statistics batches; 1 where they are pooled.
@@ -195,8 +191,7 @@ def centralize(model: nn.Module) -> nn.Module:
 def to_moving_average(model: nn.Module, centralized: bool = True, momentum: float = 0.02, **options: Any) -> nn.Module:
     """Replace every BatchNorm inside ``model``, in place, by `MovingAverageNorm`.
 
-    With ``centralized``, `centralize` comes too. A bias before the layer undoes what that is good
-    for.
+    With ``centralized``, `centralize` comes too; a bias before the layer undoes its effect.
 
     Example:
         >>> to_moving_average(nn.Sequential(nn.BatchNorm2d(8)), buffer_size=4)[0].squares.shape

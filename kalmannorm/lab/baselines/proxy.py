@@ -21,8 +21,7 @@ class ProxyNormalized(nn.Module):
         y = activation(norm(x))
         z = (y - E[activation(Y)]) / sqrt(Var[activation(Y)] + eps)
 
-    Each channel's proxy ``Y`` is what the layer's affine map makes of a Gaussian: with its
-    ``weight`` and ``bias``,
+    Each channel's proxy ``Y`` is the layer's affine map, ``weight`` and ``bias``, of a Gaussian:
 
         Y ~ N(bias + weight * shift, (weight * (1 + scale))^2)
 
@@ -31,14 +30,12 @@ class ProxyNormalized(nn.Module):
     travels through is moved alike.
 
     Args:
-        norm: with a ``weight`` and a ``bias`` of a number a channel, ``(C,)``; also what takes its
-            place later.
+        norm: with ``weight`` and ``bias``, ``(C,)`` each; so must be what replaces it later.
         activation: one that a rule exists for.
         learned: learn ``shift`` and ``scale``, which begin at 0; else they stay there. They are the
             rows of the parameter ``proxy``, ``(2, C)``, which is decayed like weights, as in the
-            authors' code.
-        eps: added to the variance, as in the authors' released code (``proxy_norm.py`` of
-            Graphcore's examples).
+            authors' released code (``proxy_norm.py`` of Graphcore's examples).
+        eps: added to the variance, as there.
     """
 
     proxy: Tensor | None
@@ -104,10 +101,9 @@ def _first_call(activation: Activation) -> _Call:
 def to_proxy(model: nn.Module, learned: bool = True) -> nn.Module:
     """Replace every BatchNorm before an activation, and that activation, by `ProxyNormalized`.
 
-    The BatchNorm stays inside; whatever replaces BatchNorm layers replaces it there. How an
-    activation is found, and what that asks of the network:
-    `kalmannorm.lab.baselines.activated.replace_batchnorm_relu`. So activations behind an addition
-    stay as they are.
+    The BatchNorm stays inside; whatever replaces BatchNorm layers replaces it there. Activations
+    behind an addition stay. How an activation is found, and what that asks of the network:
+    `kalmannorm.lab.baselines.activated.replace_batchnorm_relu`.
 
     Example:
         >>> to_proxy(nn.Sequential(nn.BatchNorm2d(8), nn.ReLU())).get_submodule("0").activation

@@ -1,9 +1,7 @@
 """Batch Renormalization (Ioffe, 2017, arXiv:1702.03275)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -33,14 +31,14 @@ class RenormSchedule:
             )
         _check_limits("RenormSchedule", self.r_max, self.d_max)
 
-    def scaled(self, factor: float) -> RenormSchedule:
+    def scaled(self, factor: float) -> Self:
         """The same course in `factor` times as many steps, for a shorter or longer training."""
-        return RenormSchedule(self.start * factor, self.r_until * factor, self.d_until * factor, self.r_max, self.d_max)
+        return type(self)(self.start * factor, self.r_until * factor, self.d_until * factor, self.r_max, self.d_max)
 
-    def delayed(self, steps: float) -> RenormSchedule:
+    def delayed(self, steps: float) -> Self:
         """The same course, `steps` later."""
         moved = (self.start + steps, self.r_until + steps, self.d_until + steps)
-        return RenormSchedule(*moved, self.r_max, self.d_max)
+        return type(self)(*moved, self.r_max, self.d_max)
 
     def limits(self, step: Tensor) -> tuple[Tensor, Tensor]:
         """``r_max`` and ``d_max`` after `step` steps."""
@@ -59,23 +57,20 @@ def _check_limits(who: str, r_max: float, d_max: float) -> None:
 class BatchRenorm(AnyBatchNorm):
     """Batch Renormalization of 2-d to 5-d inputs: BatchNorm, corrected towards its moving averages.
 
-    With the batch's mean ``m`` and ``s = sqrt(var + eps)``, the moving averages ``mu`` and
-    ``sigma`` of both:
+    With the batch's mean ``m``, ``s = sqrt(var + eps)``, and moving averages ``mu`` and ``sigma``:
 
         r = clip(s / sigma, 1 / r_max, r_max)        d = clip((m - mu) / sigma, -d_max, d_max)
         y = weight * ((x - m) / s * r + d) + bias
 
     No gradient flows through ``r`` and ``d``. Unclipped, ``y`` is the normalization by the moving
-    averages; at ``r_max=1, d_max=0`` it is BatchNorm. In ``eval()`` the moving averages normalize,
-    as in BatchNorm.
+    averages, which is ``eval()``'s, as in BatchNorm; at ``r_max=1, d_max=0`` it is BatchNorm.
 
     As in Algorithm 1, ``sigma`` is averaged, and not its square: ``running_var`` holds ``sigma^2 -
     eps``. A first ``running_var`` of 1 is no estimate, so without a schedule the first steps clip;
     the paper's schedule begins as BatchNorm for this reason.
 
     Args:
-        num_features: Channels ``C`` of an input ``(N, C, *)``; ``eps`` and ``affine`` are
-            BatchNorm's too.
+        num_features: Channels ``C`` of an input ``(N, C, *)``; ``eps``, ``affine``: as BatchNorm's.
         momentum: Weight of the newest batch in the averages (the paper's alpha, 0.01); None for
             their plain mean.
         schedule: The limits over training steps, counted by ``num_batches_tracked``; or one pair

@@ -85,8 +85,7 @@ def _replacement(old: _BatchNorm, make: Callable[[_BatchNorm], nn.Module]) -> nn
 def count_in_steps(model: nn.Module, passes: int) -> nn.Module:
     """Let BatchNorm and layers like it count optimizer steps, not forward passes, in place.
 
-    The ``passes`` of a step move a moving average as much as a single one did before, for this
-    momentum:
+    By this momentum the ``passes`` of a step move an average as much as a single one did before:
 
         (1 - momentum of a pass)^passes = 1 - momentum
 

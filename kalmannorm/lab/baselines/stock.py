@@ -80,8 +80,7 @@ def to_sync(model: nn.Module) -> nn.Module:
 def to_frozen(model: nn.Module) -> nn.Module:
     """BN*, of the KN paper's Table 6: running statistics normalize in training too; in place.
 
-    An untrained network then normalizes by its initial mean 0 and variance 1, which is no
-    normalization.
+    An untrained network then normalizes by its initial mean 0 and variance 1: not at all.
 
     Example:
         >>> to_frozen(nn.Sequential(nn.BatchNorm2d(8)))[0].weight.requires_grad

@@ -42,8 +42,7 @@ class Batches(ABC):
         trainer: Has the number of both; None for one of each.
         seed: Of the order and of the draws; None for the images' own order.
         drop_last: Leave out an epoch's last images, too few for a gradient step of equal size.
-            Otherwise up to one image less than there are processes is left out, so that all get as
-            many.
+            Otherwise fewer than there are processes are left out, so that all get as many.
 
     Attributes:
         images: A batch, of this process.
@@ -146,12 +145,11 @@ class ShuffledBatches(Batches):
         return iter(DataLoader(self.drawn, batch_sampler=places, generator=torch.Generator(), **self.options))
 
 
-class OrderedBatches:
+class OrderedBatches(DataLoader[Any]):
     """All images in order, each process with its share of the batches.
 
     Unlike under torch's ``DistributedSampler``, no image comes twice where they don't divide
-    evenly; and batches are the same for any number of processes. ``options`` are torch's
-    ``DataLoader``'s.
+    evenly; and batches are the same for any number of processes. ``options``: torch's.
     """
 
     def __init__(self, data: Any, images: int, trainer: lightning.Trainer | None = None, **options: Any) -> None:
@@ -159,14 +157,8 @@ class OrderedBatches:
             raise ValueError(f"score_batch must be at least 1; got {images}")
         rank, replicas = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
         starts = range(rank * images, len(data), replicas * images)
-        self.batches = [list(range(start, min(start + images, len(data)))) for start in starts]
-        self.data, self.options = data, _loading(trainer, options)
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(DataLoader(self.data, batch_sampler=self.batches, generator=torch.Generator(), **self.options))
+        batches = [list(range(start, min(start + images, len(data)))) for start in starts]
+        super().__init__(data, batch_sampler=batches, generator=torch.Generator(), **_loading(trainer, options))
 
 
 class DiskData(lightning.LightningDataModule):

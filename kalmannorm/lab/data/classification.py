@@ -11,8 +11,7 @@ from kalmannorm.lab.data.memory import MemoryBatches, MemoryData, Splits
 
 
 class ClassificationData(MemoryData):
-    """CIFAR-10, CIFAR-100 or SVHN in memory: batches are cropped, flipped and scaled on the
-    trainer's device.
+    """CIFAR-10, CIFAR-100 or SVHN in memory, cropped, flipped and scaled on the trainer's device.
 
     Example:
         >>> data = ClassificationData("cifar10", gradient_batch=128, scaling="pixel", limit=1000)
@@ -29,10 +28,8 @@ class ClassificationData(MemoryData):
             statistics of training images other than those of test images.
         scaling: A key of `kalmannorm.lab.data.augmentation.SCALINGS`, by the images trained on.
         validation: How many training images to hold out; with 0 there is no validation. ``"test"``
-            holds out none and validates on the test images, as the paper's curves do: nothing may
-            be chosen by them.
-        split_seed: Decides which, apart from ``seed`` so that all runs are compared on the same
-            images.
+            validates on the test images, as the paper's curves do: nothing may be chosen by them.
+        split_seed: Decides which, apart from ``seed``: all runs are compared on the same images.
         limit: See `kalmannorm.lab.data.images.load_images`; ``classes`` too.
         size: Side of the images that the network gets, resized last; None for 32.
     """

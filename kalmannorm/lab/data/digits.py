@@ -27,8 +27,7 @@ class Clutter:
     Attributes:
         digit_size: Smallest and largest side of the box that the labelled 8x8 digit is scaled to.
         fragments: How many pieces of other digits each image holds.
-        fragment_size: Smallest and largest side of the box that a fragment's whole digit would
-            fill.
+        fragment_size: Smallest and largest side of the box of a fragment's whole digit.
         fragment_side: Side of the square window, in pixels of the original, that a fragment shows.
         contrast: Smallest and largest contrast of an image, spread evenly on a logarithmic scale.
         noise: Standard deviation of the noise added to each pixel, before contrast is applied.

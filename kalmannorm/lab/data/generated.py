@@ -40,11 +40,9 @@ def generate_for(data: Mapping[str, Any], root: Path) -> Path:
 
 
 def pictures(count: int, size: int, num_classes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Generated images ``(count, size, size, 3)``, uint8, and labels ``(count,)``, class after
-    class.
+    """Generated images ``(count, size, size, 3)``, uint8, and labels ``(count,)``, class by class.
 
-    The size is a multiple of 4. The classes of a number are the same whatever the seed, which is of
-    brightness and noise.
+    The size is a multiple of 4. The seed is of brightness and noise, and not of the classes.
     """
     classes = np.random.default_rng(num_classes).integers(60, 196, (num_classes, PATCHES, PATCHES, 3))
     labels = np.arange(count) % num_classes

@@ -117,8 +117,7 @@ def load_images(
 
     So many of the training images are held out for the validation, as ``split_seed`` decides. With
     ``limit``, each split keeps the first so many. With ``classes``, the images of these labels
-    alone are kept, before anything else is counted; each then has its place among them, from 0 on,
-    as its label.
+    alone are kept, before anything else is counted; their new labels are places among ``classes``.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1; got {limit}")

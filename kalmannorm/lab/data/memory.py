@@ -23,8 +23,7 @@ class Splits(NamedTuple):
 
 
 class MemoryBatches(Batches):
-    """Batches of tensors ``(N, C, *)`` and labels on one device: no worker, no copy but the batch
-    itself.
+    """Batches of tensors ``(N, C, *)`` and labels on one device, without workers.
 
     Args:
         prepare: What is done to a batch of images last, such as a `Scaling`.

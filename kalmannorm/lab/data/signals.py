@@ -18,15 +18,8 @@ def load_set(name: str) -> tuple[Tensor, Tensor]:
     """All of a set: inputs ``(N, *)``, float32, as `SignalData` says, and labels ``(N,)``, int64."""
     from sklearn import datasets  # noqa: PLC0415  (slow to import, and only needed here)
 
-    _, _, shape = _known(name)
     found = getattr(datasets, f"load_{name}")()
-    return torch.from_numpy(found.data).float().unflatten(1, shape), torch.from_numpy(found.target).long()
-
-
-def _known(name: str) -> tuple[int, int, tuple[int, ...]]:
-    if name not in SETS:
-        raise ValueError(f"name must be one of {', '.join(SETS)}; got {name!r}")
-    return SETS[name]
+    return torch.from_numpy(found.data).float().unflatten(1, SETS[name][2]), torch.from_numpy(found.target).long()
 
 
 class SignalData(MemoryData):
@@ -57,7 +50,9 @@ class SignalData(MemoryData):
         **options: Any,
     ) -> None:
         super().__init__(gradient_batch, **options)
-        count, self.num_classes, _ = _known(name)
+        if name not in SETS:
+            raise ValueError(f"name must be one of {', '.join(SETS)}; got {name!r}")
+        count, self.num_classes, _ = SETS[name]
         self.dataset, self.split_seed = name, split_seed
         self.validation = count // 5 if validation is None else validation
         self.test = count // 4 if test is None else test
@@ -77,8 +72,7 @@ class SignalData(MemoryData):
 
 
 class ClutterData(MemoryData):
-    """The demo's images, see `kalmannorm.lab.data.digits.cluttered_digits`; they are given as they
-    are.
+    """The demo's images as they are, see `kalmannorm.lab.data.digits.cluttered_digits`.
 
     ``scored`` images are for the validation, and as many others for the test. ``split_seed``
     decides which digits go into which split, and how the images are composed.

@@ -102,8 +102,7 @@ def _smooth(rng: np.random.Generator, size: int, knots: int) -> np.ndarray:
 
 
 class VolumeData(MemoryData):
-    """`generate_volumes` in memory, scaled by the mean and the standard deviation of all that is
-    trained on.
+    """`generate_volumes` in memory, scaled by mean and standard deviation of those trained on.
 
     With ``standardize`` each volume is first scaled by its own, as is usual for scans without units
     (nnU-Net, arXiv:1809.10486; MONAI's ``NormalizeIntensity``). Without, a volume's own brightness

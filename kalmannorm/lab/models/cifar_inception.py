@@ -35,8 +35,7 @@ class CifarInception(nn.Module):
     """A convolution, three Inception modules at 16 x 16, the mean over space, a linear classifier.
 
     With 10 classes it has 903,018 parameters. ``width`` multiplies all numbers of filters, rounded:
-    0.25 makes a network that a CPU trains. ``norm_layer`` makes a normalization layer of so many
-    channels.
+    0.25 makes a network that a CPU trains. ``norm_layer`` makes a norm of so many channels.
     """
 
     def __init__(
