@@ -6,11 +6,12 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision
 from networks import made_of
 from torch import nn
 from torch.nn.utils import prune
 from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.models.mobilenetv3 import InvertedResidualConfig, MobileNetV3
+from torchvision.models.resnet import BasicBlock, ResNet
 
 import kalmannorm as kn
 
@@ -42,11 +43,22 @@ class Residual(nn.Module):
         return self.head(self.body(self.stem(x)).mean((2, 3)))
 
 
-NETWORKS = {
-    "residual": (Residual, 16),
-    "resnet18": (torchvision.models.resnet18, 32),
-    "mobilenet_v3_small": (torchvision.models.mobilenet_v3_small, 64),
-}
+def resnet(num_classes):
+    """ResNet-18 with one block a stage instead of two."""
+    return ResNet(BasicBlock, [1, 1, 1, 1], num_classes)
+
+
+def mobilenet(num_classes):
+    """MobileNetV3-small with a block of each kind: without an expansion, without squeeze-and-excitation, residual."""
+    blocks = [
+        (16, 3, 16, 16, True, "RE", 2), (16, 3, 72, 24, False, "RE", 2), (24, 5, 96, 40, True, "HS", 2),
+        (40, 5, 120, 40, True, "HS", 1),
+    ]  # fmt: skip
+    return MobileNetV3([InvertedResidualConfig(*block, dilation=1, width_mult=1.0) for block in blocks], 128,
+                       num_classes)  # fmt: skip
+
+
+NETWORKS = {"residual": (Residual, 16), "resnet": (resnet, 32), "mobilenet": (mobilenet, 64)}
 large = [pytest.param(name, marks=pytest.mark.slow) for name in list(NETWORKS)[1:]]
 
 
@@ -102,8 +114,8 @@ def deployed(model, how):
 every_network = pytest.mark.parametrize("name", ["residual", *large])
 # Each network and each kind of layers is exported, but not each with each: an export takes seconds.
 both_ways = pytest.mark.parametrize(("name", "how"), [
-    ("residual", "stock"), ("residual", "kalman"), pytest.param("resnet18", "kalman", marks=pytest.mark.slow),
-    pytest.param("mobilenet_v3_small", "stock", marks=pytest.mark.slow),
+    ("residual", "stock"), ("residual", "kalman"), pytest.param("resnet", "kalman", marks=pytest.mark.slow),
+    pytest.param("mobilenet", "stock", marks=pytest.mark.slow),
 ])  # fmt: skip
 
 
