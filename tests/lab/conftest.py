@@ -8,6 +8,7 @@ import pytest
 import yaml
 from torchvision.models.resnet import Bottleneck, ResNet
 
+from kalmannorm.lab import jobs
 from kalmannorm.lab.cli import main
 from kalmannorm.lab.data.generated import generate_images
 from kalmannorm.lab.experiments import merge
@@ -86,6 +87,16 @@ def writes(tmp_path, config):
         return write
 
     return of
+
+
+@pytest.fixture
+def _in_this_process(monkeypatch):
+    """Trainings run one after another here: a process of its own would take ten seconds to import Lightning."""
+
+    def run_all(todo, work, steps, workers, console):
+        return jobs.in_turn(todo, lambda job: work(job, lambda step: None), steps, console)
+
+    monkeypatch.setattr(jobs, "run_all", run_all)
 
 
 @pytest.fixture
