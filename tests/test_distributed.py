@@ -39,7 +39,7 @@ def torchrun(program, *arguments, restarts=0):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += [f"--max-restarts={restarts}", str(PROGRAMS / program), *map(str, arguments)]
     paths = f"{PROGRAMS.parents[1]}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    environment = {**os.environ, "PYTHONPATH": paths}
     # Processes that were started again find the addresses of the dead ones in a store that outlives them
     # (pytorch#135712, pytorch#167288): this gives each start a store of its own.
     environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"

@@ -22,7 +22,7 @@ def test_each_example_is_tested_and_short():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_loss_falls_and_every_layer_has_a_prior(name, tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-W", "error::UserWarning:kalmannorm", str(EXAMPLES / f"{name}.py")]
     done = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600, check=False
