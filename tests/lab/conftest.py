@@ -6,6 +6,8 @@ import functools
 import datasets
 import pytest
 import yaml
+from lightning.fabric.utilities.data import get_all_subclasses
+from torch.utils.data import BatchSampler, DataLoader
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from kalmannorm.lab import jobs
@@ -34,6 +36,18 @@ CONFIG = {
     "trainer": {"max_steps": 20, "val_check_interval": 6, "accelerator": "cpu", "devices": 1},
     "checkpoint_every": 4,
 }
+
+
+@pytest.fixture(autouse=True)
+def _loaders_as_they_were():
+    """Lightning wraps the methods of all data loaders while a module makes its own, and leaves them so if it raises."""
+    yield
+    for base in (DataLoader, BatchSampler):
+        for each in (base, *get_all_subclasses(base)):
+            for name in ("__init__", "__setattr__", "__delattr__"):
+                if f"__old{name}" in vars(each):
+                    setattr(each, name, vars(each)[f"__old{name}"])
+                    delattr(each, f"__old{name}")
 
 
 @pytest.fixture

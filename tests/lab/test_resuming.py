@@ -35,22 +35,7 @@ def kill_after_a_checkpoint(process, checkpoint, draw):
     process.join()
 
 
-@pytest.fixture
-def one_thread():
-    """Sums over pixels are split among threads, and rounded by how."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def fit_on_one_thread(config, folder):
-    torch.set_num_threads(1)
-    fit(config, folder)
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("method", ["kn-paper", "mabn"])
 def test_killed_and_resumed_it_is_the_same_run_bit_for_bit(images, config, tmp_path, method):
     """With "kn-paper", whose draws follow torch's generator; and with "mabn", whose layers remember past steps."""
@@ -60,7 +45,7 @@ def test_killed_and_resumed_it_is_the_same_run_bit_for_bit(images, config, tmp_p
     context, draw = fork_server(), random.Random(method)
     broken = tmp_path / "broken"
     for _ in range(KILLS):
-        process = context.Process(target=fit_on_one_thread, args=(config, broken))
+        process = context.Process(target=fit, args=(config, broken))
         process.start()
         kill_after_a_checkpoint(process, broken / "last.ckpt", draw)
         assert process.exitcode == -signal.SIGKILL
