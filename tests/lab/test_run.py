@@ -311,11 +311,11 @@ def test_what_has_ended_is_told_without_training_more(here, written):
         file.write_text(true.replace(whole[0][0]["accuracy_running"], "0.999"))
         assert told(*options) == whole
     here.train = None
-    # Of a folder that is gone, the row is: of one that counts, and of one of the search.
-    for job in (trained[-1], trained[0]):
-        gone = job.folder.rename(job.folder.with_name("gone"))
-        assert told("--collect") == whole
-        gone.rename(job.folder)
+    # Of folders that are gone, the rows are: of one that counts, and of one of the search.
+    gone = [(job.folder, job.folder.rename(job.folder.with_name("gone"))) for job in (trained[-1], trained[0])]
+    assert told("--collect") == whole
+    for folder, elsewhere in gone:
+        elsewhere.rename(folder)
     # The second run that counts was cut off, and so was the search's best: the other one is then all there is.
     (trained[-1].folder / "result.json").unlink()
     assert told("--collect")[0] == whole[0][:-1]
