@@ -126,6 +126,7 @@ def root(monkeypatch, tmp_path):
 @pytest.fixture(scope="session")
 def generated(tmp_path_factory):
     """A folder with a small CIFAR-10."""
+    datasets.disable_progress_bars()  # whichever test reads it first would have one on its screen
     folder = tmp_path_factory.mktemp("generated")
     generate_images(folder, "cifar10")
     return folder
