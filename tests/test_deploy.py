@@ -37,7 +37,9 @@ class Residual(nn.Module):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
         self.body = nn.Sequential(*(Block(8 * 2**number, 1 + number) for number in range(blocks)))
-        self.head = nn.Sequential(nn.Linear(8 * 2**blocks, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, num_classes))
+        self.head = nn.Sequential(
+            nn.Linear(8 * 2**blocks, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, num_classes)
+        )  # fmt: skip
 
     def forward(self, x):
         return self.head(self.body(self.stem(x)).mean((2, 3)))
