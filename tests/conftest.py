@@ -1,5 +1,7 @@
 """What all tests share."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import Phase, settings
@@ -8,6 +10,7 @@ pytest.register_assert_rewrite("browser", "drawing", "networks", "short_training
 
 # A draw of a million is one core's work; the other cores have other tests.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
 
 # The same examples in every run: what passes here passes on the next machine. A failure is shown as
 # it was found: to look for a simpler one would take minutes, at a million draws a try.

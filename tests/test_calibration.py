@@ -1,7 +1,6 @@
 """Priors corrected by running statistics, or by data."""
 
 import copy
-import functools
 import math
 import warnings
 
@@ -821,9 +820,20 @@ def calibrated_where_one_has_no_data(rank, has_data):
     return scales(model), [row.source for row in table.rows]
 
 
+def calibrated_in_each_way(rank):
+    return [*(calibrated_where_one_has_no_data(rank, has_data) for has_data in range(2)), calibrated_by_two(rank)]
+
+
+@pytest.fixture(scope="module")
+def by_two(tmp_path_factory):
+    """Of each way what the first process and what the second one found."""
+    return list(zip(*in_two_processes(calibrated_in_each_way, tmp_path_factory.mktemp("by_two")), strict=True))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("has_data", [0, 1])
-def test_a_process_without_data_gets_the_corrections_of_the_other(has_data, tmp_path):
-    first, second = in_two_processes(functools.partial(calibrated_where_one_has_no_data, has_data=has_data), tmp_path)
+def test_a_process_without_data_gets_the_corrections_of_the_other(has_data, by_two):
+    first, second = by_two[has_data]
     assert torch.equal(first[0], second[0])
     assert (first[0] != 1).all()
     assert first[1] == second[1] == ["data"] * 3
@@ -1030,9 +1040,9 @@ def calibrated_by_two(rank):
 
 
 @pytest.mark.slow
-def test_two_processes_get_the_corrections_of_all_data(tmp_path):
+def test_two_processes_get_the_corrections_of_all_data(by_two):
     """The same to the bit. Above the first layer, each sees what its own batch makes of the network."""
-    first, second = in_two_processes(calibrated_by_two, tmp_path)
+    first, second = by_two[-1]
     torch.testing.assert_close(first, second, rtol=0, atol=0)
     alone, batches = spread()
     kn.calibrate(alone, batches, source="data", progress=False)

@@ -39,7 +39,7 @@ def torchrun(program, *arguments, restarts=0):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += [f"--max-restarts={restarts}", str(PROGRAMS / program), *map(str, arguments)]
     paths = f"{PROGRAMS.parents[1]}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    environment = {**os.environ, "PYTHONPATH": paths}
     # Processes that were started again find the addresses of the dead ones in a store that outlives them
     # (pytorch#135712, pytorch#167288): this gives each start a store of its own.
     environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
@@ -111,10 +111,20 @@ def with_weights_of_the_first(rank):
     return {"DDP": output, "set_model_state_dict": by_dict(images).detach()}
 
 
-def test_all_processes_get_the_weights_and_corrections_of_the_first(tmp_path):
+@pytest.fixture(scope="module")
+def spawned(tmp_path_factory):
+    """What each of two processes gives."""
+    return in_two_processes(outputs_of_one, tmp_path_factory.mktemp("spawned"))
+
+
+def outputs_of_one(rank):
+    return {"weights of the first": with_weights_of_the_first(rank), **passes(rank)}
+
+
+def test_all_processes_get_the_weights_and_corrections_of_the_first(spawned):
     expected = kn.convert(pretrained())(batch(0)[0]).detach()
-    for result in in_two_processes(with_weights_of_the_first, tmp_path):
-        for output in result.values():
+    for result in spawned:
+        for output in result["weights of the first"].values():
             torch.testing.assert_close(output, expected)
 
 
@@ -151,11 +161,6 @@ def forward_and_backward(rank, split):
         "y": y.detach(), "dx": x.grad / 2, "grads": {n: p.grad for n, p in model.named_parameters()},
         "buffers": dict(model.named_buffers()),
     }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def spawned(tmp_path_factory):
-    return in_two_processes(passes, tmp_path_factory.mktemp("spawned"))
 
 
 @pytest.mark.parametrize("split", SPLITS, ids=str)

@@ -391,7 +391,7 @@ def test_a_graph_break_in_the_middle_changes_nothing():
 
     torch._dynamo.reset()
     model = Checkpointed(False)
-    model.blocks.insert(1, Break())
+    model.blocks = nn.ModuleList([model.blocks[0], Break(), model.blocks[1]])
     eager = kn.convert(model).double()
     compiled = copy.deepcopy(eager)
     x = torch.randn(2, 3, 10, 10, dtype=torch.float64)

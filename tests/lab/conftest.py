@@ -6,8 +6,11 @@ import functools
 import datasets
 import pytest
 import yaml
+from lightning.fabric.utilities.data import get_all_subclasses
+from torch.utils.data import BatchSampler, DataLoader
 from torchvision.models.resnet import Bottleneck, ResNet
 
+from kalmannorm.lab import jobs
 from kalmannorm.lab.cli import main
 from kalmannorm.lab.data.generated import generate_images
 from kalmannorm.lab.experiments import merge
@@ -33,6 +36,18 @@ CONFIG = {
     "trainer": {"max_steps": 20, "val_check_interval": 6, "accelerator": "cpu", "devices": 1},
     "checkpoint_every": 4,
 }
+
+
+@pytest.fixture(autouse=True)
+def _loaders_as_they_were():
+    """Lightning wraps the methods of all data loaders while a module makes its own, and leaves them so if it raises."""
+    yield
+    for base in (DataLoader, BatchSampler):
+        for each in (base, *get_all_subclasses(base)):
+            for name in ("__init__", "__setattr__", "__delattr__"):
+                if f"__old{name}" in vars(each):
+                    setattr(each, name, vars(each)[f"__old{name}"])
+                    delattr(each, f"__old{name}")
 
 
 @pytest.fixture
@@ -89,6 +104,16 @@ def writes(tmp_path, config):
 
 
 @pytest.fixture
+def _in_this_process(monkeypatch):
+    """Trainings run one after another here: a process of its own would take ten seconds to import Lightning."""
+
+    def run_all(todo, work, steps, workers, console):
+        return jobs.in_turn(todo, lambda job: work(job, lambda step: None), steps, console)
+
+    monkeypatch.setattr(jobs, "run_all", run_all)
+
+
+@pytest.fixture
 def root(monkeypatch, tmp_path):
     """An empty folder that KALMANNORM_DATA names; whatever `datasets` caches goes beside it."""
     folder = tmp_path / "data"
@@ -101,6 +126,7 @@ def root(monkeypatch, tmp_path):
 @pytest.fixture(scope="session")
 def generated(tmp_path_factory):
     """A folder with a small CIFAR-10."""
+    datasets.disable_progress_bars()  # whichever test reads it first would have one on its screen
     folder = tmp_path_factory.mktemp("generated")
     generate_images(folder, "cifar10")
     return folder

@@ -26,7 +26,7 @@ def rows_of(output):
     return read_table(output / "compare" / "runs.csv").to_dict("records")
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("_in_this_process")
 def test_a_comparison_from_beginning_to_end(folder, tmp_path, capsys, refused):
     """From weights of its own, with a setting of the trainer's."""
     output = tmp_path / "out"

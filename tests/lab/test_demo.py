@@ -28,6 +28,7 @@ def arms():
     return found
 
 
+@pytest.mark.usefixtures("_in_this_process")
 def test_it_prints_a_verdict_and_writes_a_page(tmp_path, capsys):
     line = ["demo", "--only", "bn,kn", "--scale", "tiny", "--seeds", "2", "--workers", "1"]
     assert main([*line, "--output", str(tmp_path)]) == 0

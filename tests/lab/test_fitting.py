@@ -1,16 +1,14 @@
 """A run from its configuration to its result."""
 
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-import yaml
 
 from kalmannorm.lab.configuration import Run
+from kalmannorm.lab.experiments import merge
 from kalmannorm.lab.fitting import _Folder, fit, load, score, steps
+from kalmannorm.lab.jobs import Job, fit_on_devices
 from kalmannorm.lab.results import Result, finished
 from kalmannorm.lab.rows import read_table
 
@@ -137,32 +135,23 @@ def test_in_half_precision_it_is_nearly_the_same(images, short, tmp_path):
     assert half.losses != plain.losses
 
 
-def kalmannorm(*arguments):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "kalmannorm.lab.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["kn", "brn"])
 def test_two_processes_train_as_one(images, config, tmp_path, method):
-    """The real command line, against this process: the same gradient batch and statistics batch."""
+    """The real command, against this process: the same gradient batch and statistics batch."""
     config["model"]["init_args"]["normalization"] = method
     config["trainer"]["precision"] = "64-true"  # a rounding error of float32 grows in 20 steps
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    settings = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
-    done = kalmannorm("fit", "--config", tmp_path / "config.yaml", "--output", tmp_path / "two", *settings)
-    assert done.returncode == 0, done.stderr
-    one = fit(config, tmp_path / "one")
-    two = Result.read(tmp_path / "two")
-    assert two.config["trainer"]["devices"] in (2, "2")
+    of_two = merge(config, {"trainer": {"devices": 2, "strategy": "ddp"}})
+    two = fit_on_devices(Job("", 0, of_two, tmp_path / "two", "validation"))
+    one = fit(config, tmp_path / "one", split="validation")
+    assert (two.config["trainer"]["devices"], two.split) == (2, "validation")
     assert len(one.losses) == 20
     assert two.losses == pytest.approx(one.losses, rel=1e-4)
     ours, theirs = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name, tensor in ours.items():  # running statistics too
         assert (tensor.double() - theirs[name].double()).abs().max() < 1e-4, name
     assert [each["step"] for each in two.validations] == [each["step"] for each in one.validations]
-    assert done.stdout.count("accuracy_running") == 1
+    assert (tmp_path / "two.log").read_text().count("accuracy_running") == 1
     assert finished(tmp_path / "two")
 
 

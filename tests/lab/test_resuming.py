@@ -35,22 +35,7 @@ def kill_after_a_checkpoint(process, checkpoint, draw):
     process.join()
 
 
-@pytest.fixture
-def one_thread():
-    """Sums over pixels are split among threads, and rounded by how."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def fit_on_one_thread(config, folder):
-    torch.set_num_threads(1)
-    fit(config, folder)
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("method", ["kn-paper", "mabn"])
 def test_killed_and_resumed_it_is_the_same_run_bit_for_bit(images, config, tmp_path, method):
     """With "kn-paper", whose draws follow torch's generator; and with "mabn", whose layers remember past steps."""
@@ -60,7 +45,7 @@ def test_killed_and_resumed_it_is_the_same_run_bit_for_bit(images, config, tmp_p
     context, draw = fork_server(), random.Random(method)
     broken = tmp_path / "broken"
     for _ in range(KILLS):
-        process = context.Process(target=fit_on_one_thread, args=(config, broken))
+        process = context.Process(target=fit, args=(config, broken))
         process.start()
         kill_after_a_checkpoint(process, broken / "last.ckpt", draw)
         assert process.exitcode == -signal.SIGKILL
@@ -75,20 +60,18 @@ def test_killed_and_resumed_it_is_the_same_run_bit_for_bit(images, config, tmp_p
         assert torch.equal(tensor, theirs["state_dict"][name]), name
 
 
-@pytest.mark.parametrize("step", [4, 6, 7])
-def test_a_checkpoint_of_any_step_leads_to_the_same_end(images, config, tmp_path, monkeypatch, step):
-    """Within an epoch (of 6 steps) and at its end, with a validation at the same step and without."""
-    config["checkpoint_every"] = step
+@pytest.mark.parametrize(
+    ("every", "method", "step"),
+    [(4, "training_step", 5), (6, "training_step", 7), (7, "training_step", 8), (6, "on_validation_epoch_end", 12)],
+)
+def test_a_checkpoint_of_any_step_leads_to_the_same_end(images, config, tmp_path, monkeypatch, every, method, step):
+    """Within an epoch (of 6 steps) and at its end, with a validation at the same step and without; and a validation
+    that was cut short is repeated.
+    """
+    config["checkpoint_every"] = every
     unbroken = fit(config, tmp_path / "unbroken")
-    break_off(monkeypatch, "training_step", step + 1, config, tmp_path / "broken")
+    break_off(monkeypatch, method, step, config, tmp_path / "broken")
     assert (tmp_path / "broken" / "last.ckpt").exists()
-    same(fit(config, tmp_path / "broken"), unbroken)
-
-
-def test_a_validation_that_was_cut_short_is_repeated(images, config, tmp_path, monkeypatch):
-    config["checkpoint_every"] = 6
-    unbroken = fit(config, tmp_path / "unbroken")
-    break_off(monkeypatch, "on_validation_epoch_end", 12, config, tmp_path / "broken")
     same(fit(config, tmp_path / "broken"), unbroken)
 
 

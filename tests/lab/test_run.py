@@ -311,11 +311,11 @@ def test_what_has_ended_is_told_without_training_more(here, written):
         file.write_text(true.replace(whole[0][0]["accuracy_running"], "0.999"))
         assert told(*options) == whole
     here.train = None
-    # Of a folder that is gone, the row is: of one that counts, and of one of the search.
-    for job in (trained[-1], trained[0]):
-        gone = job.folder.rename(job.folder.with_name("gone"))
-        assert told("--collect") == whole
-        gone.rename(job.folder)
+    # Of folders that are gone, the rows are: of one that counts, and of one of the search.
+    gone = [(job.folder, job.folder.rename(job.folder.with_name("gone"))) for job in (trained[-1], trained[0])]
+    assert told("--collect") == whole
+    for folder, elsewhere in gone:
+        elsewhere.rename(folder)
     # The second run that counts was cut off, and so was the search's best: the other one is then all there is.
     (trained[-1].folder / "result.json").unlink()
     assert told("--collect")[0] == whole[0][:-1]
@@ -716,13 +716,14 @@ def test_figure_5_by_the_real_command_and_table_7_from_the_same_trainings(tmp_pa
             assert "not comparable with the paper's" in found.facts["text"]
 
 
-@pytest.mark.slow
-def test_on_several_devices_it_is_a_command_of_its_own(tmp_path, images, config):
-    config["trainer"] |= {"max_steps": 4, "devices": 2, "strategy": "ddp"}
-    found = fit_on_devices(Job("", 0, config, tmp_path / "run", "validation"))
-    assert (len(found.losses), found.split) == (4, "validation")
-    assert found.config["trainer"]["devices"] == 2
-    config["data"]["init_args"]["name"] = "cifar11"
-    config["trainer"]["devices"] = 1  # to start one takes seconds
-    with pytest.raises(RuntimeError, match=r"cifar11.*exit code 2.*other\.log"):
+def test_a_training_on_several_devices_that_fails_says_why(tmp_path, config, monkeypatch):
+    """In the words of the first process that failed, of those that its command has started."""
+    command = tmp_path / "python"
+    said = ("a warning", "kalmannorm: 'cifar11' was not found", "RuntimeError: Connection closed by peer", "the end")
+    command.write_text("\n".join(["#!/bin/sh", *(f'echo "{line}"' for line in said), "exit 2"]))
+    command.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(command))
+    words = r"^kalmannorm: 'cifar11' was not found \(exit code 2; all of it is in other\.log\)$"
+    with pytest.raises(RuntimeError, match=words):
         fit_on_devices(Job("", 0, config, tmp_path / "other"))
+    assert (tmp_path / "other.log").read_text().splitlines() == [*said]

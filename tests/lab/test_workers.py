@@ -28,24 +28,17 @@ def done(jobs, shown=None):
     return run_all(jobs, work, lambda job: 2, 2, Console(file=shown or io.StringIO()))
 
 
-def test_results_are_in_the_order_of_the_jobs_with_errors_in_their_place():
-    shown = io.StringIO()
-    results = done([("sleep", 1), ("sleep", 2), ("fail", 3), ("go", 4)], shown)
-    assert "8/8" in shown.getvalue()
-    assert [results[place][0] for place in (0, 1, 3)] == [10, 20, 40]
-    assert isinstance(results[2], ValueError)
-    assert str(results[2]) == "job 3"
-    processes = {results[place][1] for place in (0, 1, 3)}
-    assert len(processes) == 2
-    assert os.getpid() not in processes
-
-
 @pytest.mark.slow
-def test_a_process_that_dies_takes_no_other_job_with_it():
-    """Its neighbour, which had begun, and those that had not are done all the same."""
-    results = done([("sleep", 1), ("die", 2), ("go", 3), ("go", 4)])
-    assert isinstance(results[1], ChildProcessError)
-    assert [results[place][0] for place in (0, 2, 3)] == [10, 30, 40]
+def test_results_are_in_the_order_of_the_jobs_with_errors_in_their_place():
+    """And a process that dies takes no other job with it: not its neighbour's, which had begun, nor those to come."""
+    shown = io.StringIO()
+    results = done([("sleep", 1), ("sleep", 2), ("die", 3), ("sleep", 4), ("fail", 5), ("go", 6)], shown)
+    assert "11/12" in shown.getvalue()  # of the job that dies, the first of two steps
+    assert [results[place][0] for place in (0, 1, 3, 5)] == [10, 20, 40, 60]
+    assert isinstance(results[2], ChildProcessError)
+    assert isinstance(results[4], ValueError)
+    assert str(results[4]) == "job 5"
+    assert len({results[0][1], results[1][1], os.getpid()}) == 3
 
 
 def test_in_turn_keeps_errors_and_counts_steps():

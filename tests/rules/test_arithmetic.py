@@ -175,7 +175,7 @@ def test_a_number_over_an_activation(function):
     check_draws(function, Gaussian(10 + x.mean.abs(), x.var, x.shape), 3.0, groups=2)
 
 
-@covers(*aliases("maximum", "fmax", "minimum", "fmin"))
+@covers(torch.maximum, torch.minimum)
 @given(kind=st.sampled_from([k for k in OPERANDS if k not in ("map", "pixels")]), seed=_seeds, groups=st.integers(1, 2))
 def test_the_larger_and_the_smaller_of_two(function, kind, seed, groups):
     """But for known pixels, which are summarized: their values are not normal."""
@@ -186,6 +186,13 @@ def test_the_larger_and_the_smaller_of_two(function, kind, seed, groups):
     itself = RULES[function](x, x)
     assert torch.equal(itself.mean, x.mean)
     assert torch.equal(itself.var, x.var)
+
+
+@covers(*aliases("maximum", "fmax", "minimum", "fmin"))
+def test_other_names_of_the_larger_and_the_smaller(function):
+    main = torch.maximum if "max" in function.__name__ else torch.minimum
+    for other in (believe((40, 3, 4, 2), 7), values(3, 1, 1)):
+        check_alias(function, main, believe((40, 3, 4, 2)), other)
 
 
 def test_the_larger_of_two_that_lie_far_apart_is_the_one():
