@@ -157,7 +157,8 @@ class Recorder(TorchFunctionMode):
         parents: list[Step] = []
         picks, place = func in PICKING, PLACES.get(func)
         recorded, keywords = _with_steps(args, kwargs, parents, output, picks, place)
-        if not parents and (picks or place):  # a known tensor, perhaps by an index computed from the input
+        if not parents and (picks or place) and func not in SOURCES:
+            # A known tensor, perhaps by an index computed from the input.
             recorded, keywords = _with_steps(args, kwargs, parents, output, False)
         if (not parents and func not in SOURCES) or (func in LIKE and not isinstance(recorded[0], Step)):
             return

@@ -212,6 +212,32 @@ class Tracker(nn.Module):
         return self.head(self.between(found)).mean((2, 3))
 
 
+class Conformer(nn.Module):
+    """A reader of sequences, some of them padded: attention behind a mask, then convolutions with a norm."""
+
+    def __init__(self, width=16, blocks=2):
+        super().__init__()
+        self.stem, self.head = nn.Linear(12, width), nn.Linear(width, 2)
+        self.attention = nn.ModuleList(nn.MultiheadAttention(width, 2, batch_first=True) for _ in range(blocks))
+        self.before = nn.ModuleList(nn.ModuleList(nn.LayerNorm(width) for _ in range(2)) for _ in range(blocks))
+        self.convs = nn.ModuleList(
+            nn.Sequential(nn.Conv1d(width, 2 * width, 1), nn.GLU(1),
+                          nn.Conv1d(width, width, 5, padding=2, groups=width),
+                          nn.BatchNorm1d(width), nn.SiLU(), nn.Conv1d(width, width, 1))
+            for _ in range(blocks)
+        )  # fmt: skip
+
+    def forward(self, sequences):
+        x = self.stem(sequences.transpose(1, 2))
+        lengths = x.shape[1] - 4 * torch.arange(len(x), device=x.device) % x.shape[1]
+        padded = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
+        for attention, (first, second), convs in zip(self.attention, self.before, self.convs, strict=True):
+            y = first(x)
+            x = x + attention(y, y, y, key_padding_mask=padded, need_weights=False)[0]
+            x = x + convs(second(x).transpose(1, 2)).transpose(1, 2)
+        return self.head(x.mean(1))
+
+
 COPIED = {
     "DCGAN generator": Network("generation", generator, (16, 1, 1)),
     "DCGAN discriminator": Network("generation", discriminator, (3, 32, 32)),
@@ -223,6 +249,7 @@ COPIED = {
     "spiking neurons": Network("classification", Spiking, (3, 32, 32)),
     "convolutions and an LSTM": Network("classification", Columns, (3, 32, 32)),
     "conditional convolutions": Network("classification", Conditional, (3, 32, 32)),
+    "conformer": Network("sequences", Conformer, (12, 32)),
     "tracker": Network("classification", Tracker, (3, 32, 32)),
 }
 NETWORKS = {"copied": COPIED, **OF_PACKAGES}

@@ -97,8 +97,9 @@ def check_same(folder: Path, config: Mapping[str, Any], there: Mapping[str, Any]
     """
     path = folder / "config.yaml"
     if there is None:
-        # With the defaults of options that are newer than the run.
-        there = Run(load(path)).complete() if path.is_file() else config
+        there = load(path) if path.is_file() else config
+        if difference(there, config):  # perhaps by defaults of options that are newer than the run
+            there = Run(there).complete()
     if found := difference(there, config):
         key, before, now = found
         raise ValueError(f"{folder} holds a run with another configuration: {key} is {before} there; got {now}")

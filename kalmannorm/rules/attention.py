@@ -157,6 +157,17 @@ def softmax(x: Gaussian, dim: int | None = None, *args: Any, **kwargs: Any) -> B
     return Unknown("softmax without a dim") if dim is None else Shares(_softmax(x, dim), dim % x.ndim)
 
 
+@belief_rule("gumbel_softmax")
+def gumbel_softmax(x: Gaussian, tau: float = 1, hard: bool = False, eps: float = 1e-10, dim: int = -1) -> Gaussian:
+    """The softmax of ``(x + g) / tau``, with noise ``g`` of variance ``pi^2 / 6``; a ``hard`` one chooses by a softmax
+    of ``x``.
+    """
+    if not hard:
+        return Shares(_softmax(Gaussian(x.mean / tau, (x.var + math.pi**2 / 6) / tau**2, x.shape), dim), dim % x.ndim)
+    share = _softmax(x, dim).mean
+    return Shares(Gaussian(share, share * (1 - share)), dim % x.ndim)
+
+
 @belief_rule("softmin")
 def softmin(x: Gaussian, dim: int | None = None, *args: Any, **kwargs: Any) -> Belief:
     """``softmax(-x)``."""

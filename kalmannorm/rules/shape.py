@@ -286,8 +286,12 @@ def getitem(x: Gaussian, index: Any) -> Belief:
     parts = list(index) if isinstance(index, tuple) else [index]
     if not torch.compiler.is_compiling():  # numpy's arrays and numbers
         parts = [p if isinstance(p, Tensor) or not hasattr(p, "__array__") else torch.as_tensor(p) for p in parts]
-    if any(isinstance(p, Tensor) and p.dtype == torch.bool and p.ndim > 1 for p in parts):
-        return Unknown("a mask over several axes")
+    if masks := [i for i, p in enumerate(parts) if isinstance(p, Tensor) and p.dtype == torch.bool and p.ndim > 1]:
+        before, indices = parts[: masks[0]], [p for p in parts if isinstance(p, Tensor | list)]
+        if len(indices) > 1 or any(p is Ellipsis for p in before):
+            return Unknown("a mask over several axes, behind an ellipsis or beside other indices")
+        x = _merged(x, sum(p is not None for p in before), parts[masks[0]].ndim)
+        parts[masks[0]] = slice(None)
     rest = x.ndim - sum(p is not None and p is not Ellipsis for p in parts)
     if not any(p is Ellipsis for p in parts):
         parts.append(Ellipsis)
@@ -299,6 +303,13 @@ def getitem(x: Gaussian, index: Any) -> Belief:
             x, parts[i] = _index_of_axis(x, axis, part)
             axis += 1
     return x.map(lambda t: t[tuple(parts)])
+
+
+def _merged(x: Gaussian, first: int, count: int) -> Gaussian:
+    """The belief about an element of these axes, whichever it is: they become one."""
+    axes = range(first, first + count)
+    size = math.prod(x.shape[d] for d in axes)
+    return drop(x.pool(axes), axes[1:]).of((*x.shape[:first], size, *x.shape[first + count :]))
 
 
 def _index_of_axis(x: Gaussian, axis: int, part: Any) -> tuple[Gaussian, Any]:

@@ -164,7 +164,7 @@ BLANK: frozenset[Callable[..., Any]] = frozenset(
 # Functions with an index. One that is computed from activations, such as that of the nearest neighbours, is taken as
 # independent of what it picks.
 PICKING: frozenset[Callable[..., Any]] = frozenset(
-    aliases("__getitem__", "__setitem__", "gather", "index_add", "index_add_", "index_select",
+    aliases("__getitem__", "__setitem__", "embedding", "gather", "index_add", "index_add_", "index_select",
             "max_unpool1d", "max_unpool2d", "max_unpool3d", "scatter_add", "scatter_add_", "scatter_reduce",
             "scatter_reduce_", "take_along_dim")
 )  # fmt: skip

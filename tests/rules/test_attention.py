@@ -12,7 +12,7 @@ from networks import made_of, prior_of
 from torch import nn
 
 import kalmannorm as kn
-from kalmannorm.gaussian import Gaussian
+from kalmannorm.gaussian import Gaussian, Shares
 from kalmannorm.recording import Recorder, attach
 from kalmannorm.rules import RULES, aliases
 from kalmannorm.rules.attention import _leaves_out
@@ -114,6 +114,21 @@ def test_softmax_of_alike_elements(function, n, std):
     belief = RULES[function](x, 1)
     assert torch.allclose(belief.mean, torch.tensor(1 / n))
     _near(Gaussian(belief.mean, belief.var, (1, 1)), draw_through(function, (x, 1), {}).reshape(-1, 1), 0.02)
+
+
+@covers(F.gumbel_softmax)
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("tau", [1.0, 2.0])
+def test_gumbel_softmax(function, hard, tau):
+    """Against draws; the noise counts as Gaussian."""
+    x = believe((2**16, 5, 3), axes=(1,))
+    belief = RULES[function](x, tau, hard, dim=1)
+    assert isinstance(belief, Shares)
+    assert belief.dim == 1
+    drawn = draw_through(function, (x,), {"tau": tau, "hard": hard, "dim": 1})
+    var, mean = torch.var_mean(drawn, (0, 2))
+    torch.testing.assert_close(belief.mean.flatten(), mean, rtol=0.05, atol=0.01)
+    torch.testing.assert_close(belief.var.flatten(), var, rtol=0.15, atol=0.006)
 
 
 @covers(*aliases("softmin"))

@@ -9,7 +9,10 @@ import torch.nn.functional as F
 from drawing import agree, believe, check_draws, check_refused, check_unknown, covers, samples, values
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import made_of
+from torch import nn
 
+import kalmannorm as kn
 from kalmannorm.gaussian import Gaussian
 from kalmannorm.rules import RULES
 
@@ -266,3 +269,16 @@ def test_one_variance_for_all_channels_through_a_filter():
     torch.testing.assert_close(
         RULES[F.conv1d](x, values(2, 4, 1).float()).var, RULES[F.conv1d](x.full([1]), values(2, 4, 1).float()).var
     )
+
+
+def test_a_table_is_read_by_an_index_that_the_network_computes():
+    """As a codebook is (VQ-VAE)."""
+
+    def forward(self, x):
+        h = self.first(x)
+        index = torch.cdist(h, self.codes).argmin(-1)
+        return self.second(h + (F.embedding(index, self.codes) - h).detach())
+
+    codes = nn.Parameter(torch.randn(5, 8))
+    model = made_of(forward, first=nn.BatchNorm1d(8), second=nn.BatchNorm1d(8), codes=codes)
+    assert kn.describe(kn.convert(model, input_stats=(0.0, 1.0)), torch.randn(4, 8)).with_prior == 2

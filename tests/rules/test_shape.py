@@ -12,6 +12,7 @@ from drawing import (
     check_moved,
     check_unknown,
     covers,
+    draw_through,
     values,
     written_out,
 )
@@ -353,11 +354,31 @@ def test_indexing(function, index, groups, axes, blocks):
     check_moved(function, x, index)
 
 
+@pytest.mark.parametrize(("index", "axes"), [
+    (lambda mask: (mask,), (3,)), (lambda mask: (mask[:, :, 0],), (3,)), (lambda mask: (slice(None), mask[0]), (3,)),
+    (lambda mask: (slice(None), mask[0] | True), (1, 3)), (lambda mask: (mask, slice(1, 3)), (1, 2, 3)),
+    (lambda mask: (None, mask, Ellipsis), (3,)), (lambda mask: (slice(None), slice(2), mask[:6, :4, 0]), (1,)),
+])  # fmt: skip
+def test_masks_over_several_axes(index, axes):
+    """Any of the elements that are masked may be picked."""
+    x = believe((2**11, 8, 6, 4), axes=axes)
+    index = index(torch.rand(2**11, 8, 6, generator=torch.Generator().manual_seed(0)) > 0.3)
+    belief = RULES[torch.Tensor.__getitem__](x, index)
+    drawn = draw_through(torch.Tensor.__getitem__, (x, index), {})
+    assert belief.ndim == drawn.ndim
+    axes = [d for d in range(drawn.ndim) if belief.mean.shape[d] == 1]
+    var, mean = torch.var_mean(drawn, axes, keepdim=True)
+    torch.testing.assert_close(belief.mean.expand(mean.shape), mean, rtol=0.05, atol=0.08)
+    torch.testing.assert_close(belief.var.expand(var.shape), var, rtol=0.15, atol=0.02)
+
+
 def test_indices_that_cannot_be_followed():
     x = believe((4, 4, 3))
     getitem = torch.Tensor.__getitem__
-    check_unknown("mask over several axes", getitem, x, torch.ones(4, 4, dtype=torch.bool))
-    check_unknown("mask over several axes", getitem, x, (slice(None), torch.ones(4, 3, dtype=torch.bool)))
+    mask = torch.ones(4, 3, dtype=torch.bool)
+    check_unknown("mask over several axes", getitem, x, (..., mask))
+    check_unknown("mask over several axes", getitem, x, (torch.arange(12), mask))
+    check_unknown("mask over several axes", getitem, x, (slice(None), mask, torch.arange(12)))
 
 
 def test_slices_of_space_leave_the_belief_small():
