@@ -145,7 +145,7 @@ class ShuffledBatches(Batches):
         return iter(DataLoader(self.drawn, batch_sampler=places, generator=torch.Generator(), **self.options))
 
 
-class OrderedBatches(DataLoader[Any]):
+class OrderedBatches:
     """All images in order, each process with its share of the batches.
 
     Unlike under torch's ``DistributedSampler``, no image comes twice where they don't divide
@@ -157,8 +157,14 @@ class OrderedBatches(DataLoader[Any]):
             raise ValueError(f"score_batch must be at least 1; got {images}")
         rank, replicas = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
         starts = range(rank * images, len(data), replicas * images)
-        batches = [list(range(start, min(start + images, len(data)))) for start in starts]
-        super().__init__(data, batch_sampler=batches, generator=torch.Generator(), **_loading(trainer, options))
+        self.batches = [list(range(start, min(start + images, len(data)))) for start in starts]
+        self.data, self.options = data, _loading(trainer, options)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(DataLoader(self.data, batch_sampler=self.batches, generator=torch.Generator(), **self.options))
 
 
 class DiskData(lightning.LightningDataModule):
