@@ -105,7 +105,7 @@ def numbers_of(path):
         scores = ("accuracy_running", "accuracy_online")
         found = {100 * float(row[score]) for row in searched for score in scores if row.get(score)}
         return found | decimals(path.read_text().partition("\n| arm ")[0])
-    if path.name in ("table.md", "evalnorm.md"):
+    if path.name in ("table.md", "evalnorm.md", "tried.md"):
         return decimals(path.read_text())
     if path == ROOT / "history":
         found = json.loads((path / "pennfudan-cpu" / "fpn-kn" / "result.json").read_text())["scores"]
