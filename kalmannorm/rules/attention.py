@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from kalmannorm.gaussian import Gaussian, Shares, Unknown
-from kalmannorm.kernels.autograd import is_transformed
 from kalmannorm.rules.arithmetic import add, dropout, mul
 from kalmannorm.rules.linear import through_matrix
 from kalmannorm.rules.pointwise import quadrature
@@ -174,14 +173,6 @@ def softmin(x: Gaussian, dim: int | None = None, *args: Any, **kwargs: Any) -> B
     return softmax(Gaussian(-x.mean, x.var, x.shape), dim)
 
 
-def _leaves_out(mask: Tensor) -> bool:
-    """Whether a mask leaves out keys, and does not only weigh them. A compiler and a CUDA graph cannot look at it."""
-    unseen = is_transformed() or (mask.is_cuda and torch.cuda.is_current_stream_capturing())
-    if mask.dtype == torch.bool or unseen:
-        return mask.dtype == torch.bool
-    return bool((mask <= _LEAVES_OUT).any())
-
-
 def _softmax(x: Gaussian, dim: int, met: Tensor | None = None) -> Gaussian:
     """The moments; see :func:`softmax`. Of all elements along ``dim``, only as many as ``met`` may take part."""
     dim = dim % x.ndim
@@ -224,11 +215,11 @@ def _exponential_moments(x: Gaussian, dim: int, n: Any) -> tuple[list[Tensor], T
 
 def _keys_met(mask: Any, is_causal: bool, queries: int, keys: int, like: Tensor) -> Tensor | None:
     """How many keys a query meets, or None for all: the harmonic mean over queries, as a mean of ``n`` varies by
-    ``v / n``.
+    ``v / n``. Nothing waits for the mask's values.
     """
     if is_causal:
         met = torch.arange(1, queries + 1, device=like.device).clamp_max(keys)
-    elif isinstance(mask, Tensor) and _leaves_out(mask):
+    elif isinstance(mask, Tensor):
         stays = mask if mask.dtype == torch.bool else mask > _LEAVES_OUT
         met = stays.expand(*stays.shape[:-1], keys).sum(-1)
     else:

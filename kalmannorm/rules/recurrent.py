@@ -1,7 +1,7 @@
 """Recurrent layers and cells: the gates by quadrature, step by step until the moments of the state settle.
 
 A state counts as independent of the next input, and the factors of a product as independent of each other. Inputs at
-different times share one belief, and so do outputs.
+different times share one belief, and outputs have that of the last one.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from kalmannorm.kernels.formulas import at_least_float32
 from kalmannorm.rules.arithmetic import add, dropout, mul
 from kalmannorm.rules.linear import linear
 from kalmannorm.rules.pointwise import quadrature, relu
-from kalmannorm.rules.shape import cat, cut, stack
+from kalmannorm.rules.shape import cat, cut
 from kalmannorm.rules.table import aliases, rule
 
-# Later steps count as this one: a gate that forgets one half leaves 0.4 % of what was before.
+# Of later steps the moments count as settled: a gate that forgets one half leaves 0.4 % of what was before.
 _STEPS = 8
 _NODES = 33
 _State = tuple[Gaussian, ...]  # (S, hidden) each: the hidden state, and of an LSTM the cell
@@ -79,20 +79,6 @@ def _believed(value: Gaussian | Tensor, samples: int) -> Gaussian:
     return Gaussian(known, torch.zeros_like(known)).pool([samples])
 
 
-def _over_time(step: _Step, x: Gaussian, state: _State, weights: Sequence[Any],
-               length: int) -> tuple[Gaussian, _State]:  # fmt: skip
-    """The hidden state at all times, as one belief, and the last state."""
-    x, seen = _through(x, 0, weights), []
-    for _ in range(min(length, _STEPS)):
-        state = step(x, state, weights)
-        seen.append(state[0])
-    every = stack(seen)
-    share = torch.full_like(every.mean[:, :1, :1], 1 / length)
-    share[-1] *= 1 + length - len(seen)
-    mean = (share * every.mean).sum(0)
-    return Gaussian(mean, (share * (every.var + (every.mean - mean).square())).sum(0)), state
-
-
 def _layers(step: _Step) -> Callable[..., Any]:
     def layers(x: Gaussian | Tensor, hx: Any, weights: Any, has_biases: Any, num_layers: int, drop: float,
                training: bool, bidirectional: bool, batch_first: bool) -> Any:  # fmt: skip
@@ -109,8 +95,11 @@ def _layers(step: _Step) -> Callable[..., Any]:
             outputs = []
             for k in range(layer * directions, (layer + 1) * directions):
                 state = tuple([Gaussian(each.mean[k], each.var[k]) for each in first])
-                output, state = _over_time(step, x, state, weights[k * own : (k + 1) * own], length)
-                outputs.append(output)
+                its = weights[k * own : (k + 1) * own]
+                driven = _through(x, 0, its)
+                for _ in range(min(length, _STEPS)):
+                    state = step(driven, state, its)
+                outputs.append(state[0])
                 last.append(state)
             x = cat(outputs, 1)
             x = dropout(x, drop, training) if layer < num_layers - 1 else x

@@ -15,7 +15,6 @@ import kalmannorm as kn
 from kalmannorm.gaussian import Gaussian, Shares
 from kalmannorm.recording import Recorder, attach
 from kalmannorm.rules import RULES, aliases
-from kalmannorm.rules.attention import _leaves_out
 
 
 @covers(*aliases("matmul", "__matmul__", "mm"))
@@ -446,15 +445,14 @@ def test_a_penalty_that_leaves_no_key_out_is_a_bias():
 
 @pytest.mark.parametrize(("penalty", "leaves_out"), [(-9999.0, False), (-1e4, True), (-math.inf, True)])
 def test_a_penalty_from_ten_thousand_on_leaves_out_keys(penalty, leaves_out):
-    """As BERT's masks have it, and those of half precision."""
-    assert _leaves_out(torch.tensor([0.0, penalty])) == leaves_out
-
-
-def test_a_mask_inside_of_a_transform_is_not_looked_at():
-    """It has no one value there."""
-    masks = torch.full((2, 3), -math.inf)
-    assert not torch.func.vmap(lambda mask: torch.zeros(()) + _leaves_out(mask))(masks).any()
-    assert torch.func.vmap(lambda mask: torch.zeros(()) + _leaves_out(mask))(masks == 0).all()
+    """As BERT's masks have it, and those of half precision; in a transform too, where nothing can be looked at."""
+    mask = torch.zeros(4, 4).double().masked_fill(torch.ones(4, 4).triu(1) > 0, penalty)
+    x = believe((2, 2, 4, 3), axes=(1, 3))
+    found = RULES[F.scaled_dot_product_attention](x, x, x, attn_mask=mask)
+    causal = RULES[F.scaled_dot_product_attention](x, x, x, is_causal=True)
+    assert torch.allclose(found.var, causal.var) == leaves_out
+    batched = torch.func.vmap(lambda m: RULES[F.scaled_dot_product_attention](x, x, x, attn_mask=m).var)(mask[None])
+    torch.testing.assert_close(batched[0], found.var)
 
 
 def test_dropout_of_attention_scales_the_values_common_mean():
