@@ -8,7 +8,7 @@ READY := .venv/.ready
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo    BatchNorm, GroupNorm and Kalman Normalization at two samples a batch (2 minutes)"
+	@echo "make demo    BatchNorm, GroupNorm and Kalman Normalization at two samples a batch (2 to 4 minutes)"
 	@echo "make test    run the tests"
 	@echo "make test-oldest  run the core's tests on the oldest torch that is supported, in .venv-oldest (a large download)"
 	@echo "make check   ruff and mypy"
