@@ -78,7 +78,7 @@ def input_beliefs(model: nn.Module, input_stats: InputStats | None) -> dict[str 
     """The beliefs that ``input_stats`` describe, by names of arguments; None for the first floating-point tensor."""
     if input_stats is None:
         return {}
-    if isinstance(model, nn.ModuleList | nn.ModuleDict):
+    if getattr(model.forward, "__func__", None) is nn.Module.forward:  # a plain ModuleList, say
         raise ValueError(
             f"kalmannorm.convert got input_stats for {type(model).__name__}, whose parts are called and not itself, "
             "expected a module with a forward"

@@ -149,6 +149,10 @@ class KalmanLayer(CorrectedPrior):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """As torch's. Tensors that no BatchNorm checkpoint has leave the meta device with their initial values."""
+        self._leave_meta()
+        return self._apply_to_all(fn, recurse)
+
+    def _apply_to_all(self, fn: Callable[[Tensor], Tensor], recurse: bool) -> Any:
         added = ("gain", "process_noise", "nonfinite_batches")
         on_meta = [name for name in added if isinstance(t := getattr(self, name, None), Tensor) and t.is_meta]
         was_on_meta = self.prior_scale.is_meta
@@ -334,10 +338,10 @@ class KalmanLayer(CorrectedPrior):
             )
 
     def _leave_meta(self) -> None:
-        """Bring what an assigned BatchNorm checkpoint lacks from the meta device to the checkpoint's."""
+        """Bring what a checkpoint lacked from the meta device to where its tensors are."""
         there = self._of_checkpoints
         if there is not None and not there.is_meta and any(t.is_meta for t in tensors_of(self)):
-            self._apply(lambda t: torch.empty_like(t, device=there.device) if t.is_meta else t, recurse=False)
+            self._apply_to_all(lambda t: torch.empty_like(t, device=there.device) if t.is_meta else t, recurse=False)
 
 
 class KalmanNorm(KalmanLayer, _BatchNorm):

@@ -644,6 +644,22 @@ def test_a_network_from_the_meta_device_has_initial_values_of_what_a_checkpoint_
     assert model(torch.randn(2, 3, 8, 8)).isfinite().all()
 
 
+def test_a_network_whose_tensors_were_loaded_one_by_one_leaves_the_meta_device():
+    with torch.device("meta"):
+        model = kn.convert(small())
+    for name, tensor in kn.convert(small()).state_dict().items():  # as accelerate does
+        module, _, name = name.rpartition(".")
+        tensors = model.get_submodule(module)._buffers
+        if name not in tensors:
+            tensors, tensor = model.get_submodule(module)._parameters, nn.Parameter(tensor)
+        tensors[name] = tensor
+    model.to("cpu")
+    counters = [layer.nonfinite_batches for layer in model.modules() if isinstance(layer, kn.KalmanNorm)]
+    assert len(counters) > 1
+    assert all(counter.item() == 0 for counter in counters)
+    assert model(torch.randn(2, 3, 8, 8)).isfinite().all()
+
+
 @pytest.mark.parametrize("convert", [
     lambda model: kn.convert(model, layers=("batch", "instance")),
     lambda model: kn.to_batchnorm(kn.convert(model, layers=("batch", "group"))),

@@ -728,6 +728,16 @@ def test_a_container_whose_parts_are_called_takes_no_input_stats():
         kn.convert(nn.ModuleDict({"body": nn.BatchNorm2d(3)}), input_stats=([0.0] * 3, [1.0] * 3))
 
 
+def test_a_container_that_is_called_itself_takes_input_stats():
+    class Features(nn.ModuleDict):  # as torchvision's IntermediateLayerGetter and timm's `features_only` are
+        def forward(self, x):
+            return [x := layer(x) for layer in self.values()]
+
+    model = Features({"conv": nn.Conv2d(3, 4, 3), "norm": nn.BatchNorm2d(4)})
+    model = kn.convert(model, input_stats=([0.0] * 3, [1.0] * 3))
+    assert kn.describe(model, torch.randn(2, 3, 8, 8)).rows[0].prior_from == ("input",)
+
+
 def test_input_stats_by_name_that_do_not_fit():
     with pytest.raises(ValueError, match=r"input_stats of 'y', expected names of what Graph's forward takes: \['x'"):
         kn.convert(Graph(), input_stats={"y": (0.0, 1.0)})
