@@ -27,6 +27,8 @@ _DISTANCE = 0.25
 # where statistics spread so much from batch to batch, or outputs differ so much.
 _SPREAD = 0.5
 _OUTPUTS = 0.2
+# Below this share of the data's variance, a prior leaves a layer to its batch.
+_NARROW = 0.5
 # A variance below this share of the squared mean is what rounding in single precision leaves of a constant.
 _ROUNDING = 1e-12
 
@@ -212,6 +214,8 @@ def _advice(running: float, mean: float, spread: float, prior: float, in_eval: f
         return "statistics are not finite: kalmannorm.first_nonfinite(model)"
     if _is_off(running) or mean > _DISTANCE:
         return "its running statistics are not those of the weights as they are: kalmannorm.recalibrate(model, loader)"
+    if _is_off(in_eval) and prior < _NARROW and not validated:
+        return "its prior is too narrow, so it follows its batch as eval() cannot: kalmannorm.online_statistics(model)"
     if _is_off(in_eval):
         others = "validation batches differ from training batches" if validated else "its input differs in eval()"
         return f"{others}, or a layer below is off: mend the first layer of this table"

@@ -99,6 +99,16 @@ def test_a_prior_that_is_off_shows():
     assert 3 < row.prior < 5
 
 
+def test_a_narrow_prior_leaves_a_layer_to_its_batches():
+    loader = [x * scale for x, scale in zip(batches(), [0.1, 0.2, 0.4, 1, 4, 8], strict=True)]
+    advice = {}
+    for deviation in (0.1, 4.0):
+        model = kn.convert(network(), input_stats=([0.0] * 3, [deviation] * 3))
+        advice[deviation] = kn.diagnose(trained(model, loader), loader, progress=False).rows[0].advice
+    assert advice[0.1].startswith("its prior is too narrow, so it follows its batch as eval() cannot")
+    assert "narrow" not in advice[4.0]
+
+
 def test_dead_channels_do_not_count():
     loader = batches()
     model = network()
