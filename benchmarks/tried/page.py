@@ -12,7 +12,8 @@ Made by `python -m benchmarks.tried` from [tried.csv](results/tried.csv): networ
 from public issue threads, with BatchNorm and with Kalman layers. A network is built from a small configuration, without
 weights. It is converted (`input_stats=(0.0, 1.0)`), described, and trained for {STEPS} steps of Adam (rate {RATE:g}) at
 1 and at 2 samples, from the same weights and on the same samples as with BatchNorm. Each output is to say, by -1 or 1,
-which of two waves the sample contains; the loss is the mean square of what is off.
+which of two waves the sample contains; the loss is the mean square of what is off. *Alone* is the loss in `eval()` where
+each sample is normalized by its own statistics (`kn.online_statistics`, or `convert(track_running_stats=False)`).
 
 These are {STEPS} steps of one seed: they show faults, not which normalization is better.
 [Results](evidence.md) asks that.
@@ -58,11 +59,14 @@ def _summary(networks):
     yield f"the converted network's loss was the smaller one at the end (the mean of {LAST} steps) in "
     yield f"{sum(float(r['kalman_last']) < float(r['batchnorm_last']) for r in both)}, in `eval()` on new samples in "
     yield f"{sum(float(r['kalman_eval']) < float(r['batchnorm_eval']) for r in both)}; its largest loss on the way was "
-    yield f"the larger one in {sum(float(r['kalman_largest']) > float(r['batchnorm_largest']) for r in both)}.\n\n"
+    yield f"the larger one in {sum(float(r['kalman_largest']) > float(r['batchnorm_largest']) for r in both)}. "
+    yield f"Where a network was trained on single samples, *alone* was smaller than `eval()` in "
+    ones = [row for row in networks if row["samples"] == "1" and row["kalman_last"]]
+    yield f"{sum(float(r['kalman_alone']) < float(r['kalman_eval']) for r in ones)} of {len(ones)} converted ones.\n\n"
 
 
 def _networks(networks):
-    head = ["network", "samples", "with a prior", "loss: first, last, largest; in `eval()`: BatchNorm", "Kalman",
+    head = ["network", "samples", "with a prior", "loss: first, last, largest; in `eval()`, alone: BatchNorm", "Kalman",
             "save and load, `to_batchnorm`"]  # fmt: skip
     lines = []
     for row in networks:
@@ -79,8 +83,10 @@ def _networks(networks):
 def _side(row, side):
     if row[f"{side}_error"]:
         return row[f"{side}_error"].split(", got")[0]
-    first, last, largest, in_eval = (row[f"{side}_{what}"] for what in ("first", "last", "largest", "eval"))
-    return f"{first}, {last}, {largest}; {in_eval}"
+    first, last, largest, in_eval, alone = (
+        row[f"{side}_{what}"].replace("nan", "-") for what in ("first", "last", "largest", "eval", "alone")
+    )
+    return f"{first}, {last}, {largest}; {in_eval}, {alone}"
 
 
 def _reasons(networks):
