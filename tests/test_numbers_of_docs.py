@@ -151,7 +151,8 @@ def facts():
     """What the pages derive from the files, by page: the numbers as they are."""
     small, deep = "batch-sizes-cpu", "deeper-cpu"
     gpu = {arm: difference("batch-sizes-gpu", "bn-128", arm) for arm in ("bn-2", "gn-2", "kn-2")}
-    deeper = [difference(deep, "bn-128", "kn-2"), difference(deep, "bn-128", "kn-2-ws")]
+    deeper = [difference(deep, "bn-128", "kn-2"), difference(deep, "bn-128-ws", "kn-2-ws")]
+    layernorm = study("tabular")["ln"].values("accuracy_running")
     without_filters = [difference("signals", "kn", "kn-ws"), difference("tabular", "kn", "kn-ws")]
     at_one = [100 * (float(row["accuracy_online"]) - float(row["accuracy_running"]))
               for row in study("batch-sizes-gpu")["kn-1"].search]  # fmt: skip
@@ -166,7 +167,7 @@ def facts():
     eager, two, graph = (f"step/resnet50/{rest}/bfloat16" for rest in ("b32/224/eager", "b2/224/eager", "b2/224/graph"))
     mobile = "step/efficientnet_b0/b2/128/eager/float32"
     step, compiled = (f"step/resnet50/b2/128/{mode}/float32" for mode in ("eager", "compiled"))
-    steps = [ratio(cpu, step), ratio(cpu, step, "kalman_norm_standardized"), ratio(cuda, eager), ratio(cuda, graph)]
+    steps = [ratio(cpu, step), ratio(cpu, mobile), ratio(cuda, eager), ratio(cuda, graph)]
     extra = [(ms(cuda, case) - ms(cuda, case, "batch_norm")) / 53 for case in (two, eager)]
     act = [ratio(cpu, f"layer/{case}/eager/float32", "kalman_norm_act") for case in (
         "n2-c64-56x56", "n2-c256-28x28", "n1-c64-112x112", "n8-c64-28x28", "n32-c64-32x32")]  # fmt: skip
@@ -182,12 +183,13 @@ def facts():
         "README.md": [*at_one, *deeper, *steps],
         "start.md": steps,
         "which-normalization.md": [
-            *without_filters, *gpu.values(), *steps, ratio(cuda, eager, "group_norm"),
+            *without_filters, *gpu.values(), *steps, *layernorm,
+            *(ratio(of, case, "group_norm") for of, case in ((cpu, step), (cuda, eager))),
             difference("gains-cpu", "fixed-ws-1", "learned-ws-1"),
         ],
         "evidence.md": [
             *gpu.values(), difference("batch-sizes-gpu", "kn-2", "bn-128", "accuracy_online"), *at_one, *deeper,
-            difference(deep, "bn-128-ws", "kn-2-ws"), *without_filters, ratios["prior"][0], ratios["prior"][-1],
+            *layernorm, *without_filters, ratios["prior"][0], ratios["prior"][-1],
             *(difference("fine-tuning-cpu", f"kn-{n}", f"frozen-{n}") for n in (1, 2, 4)), *frozen,
             difference("fine-tuning-cpu", "kn-4", "bn-4"),
             difference(small, "kn-2", "bn-2"), difference(small, "bn-128", "bn-2"), difference(small, "bn-128", "kn-2"),
@@ -202,9 +204,10 @@ def facts():
             *(score(small, arm, first=3) - score(small, arm) for arm in ("kn-2-ws", "kn-1-ws-fixed")),
         ],
         "speed.md": [
-            *steps, ratio(cpu, compiled), ratio(cpu, "step/resnet18/b32/64/eager/float32"), min(act), max(act),
-            ratio(cpu, "step/resnet18/b2/64/eager/bfloat16"),
-            ratio(cpu, "step/mobilenet_v3_large/b2/160/eager/float32"), ratio(cpu, mobile),
+            *steps, ratio(cpu, step, "group_norm"), ratio(cpu, compiled), min(act), max(act),
+            ratio(cpu, "step/resnet18/b32/64/eager/float32"), ratio(cpu, "step/resnet18/b2/64/eager/bfloat16"),
+            ratio(cpu, "step/mobilenet_v3_large/b2/160/eager/float32"),
+            float(cpu[mobile, "kalman_norm"]["peak_bytes"]) / float(cpu[mobile, "batch_norm"]["peak_bytes"]),
             (float(cpu[mobile, "kalman_norm"]["saved_bytes"]) - float(cpu[mobile, "batch_norm"]["saved_bytes"])) / 1e6,
             ratio(cpu, "layer/n2-c512-7x7/eager/float32", "kalman_norm_act"), *extra, ms(cuda, two), ms(cuda, eager),
             ms(cuda, graph), 100 * (ratio(cuda, graph) - 1), ratio(cuda, wide), ratio(cuda, wide, "kalman_norm_act"),

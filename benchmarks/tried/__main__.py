@@ -15,7 +15,8 @@ from benchmarks.environment import keep_memory
 
 COLUMNS = (
     "kind", "library", "name", "samples", "layers", "with_prior", "reasons",
-    *(f"{side}_{what}" for side in ("batchnorm", "kalman") for what in ("first", "last", "largest", "eval", "error")),
+    *(f"{side}_{what}" for side in ("batchnorm", "kalman")
+      for what in ("first", "last", "largest", "eval", "alone", "error")),
     "reloaded", "deployed", "in_stock", "measures", "batchnorm", "kalman", "happened", "packages", "seconds",
 )  # fmt: skip
 SAMPLES = (1, 2)

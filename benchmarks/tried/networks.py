@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import DeformConv2d
 
+import kalmannorm as kn
 from benchmarks.coverage_networks import NETWORKS as OF_PACKAGES
 from benchmarks.coverage_networks import Network
 
@@ -252,4 +253,23 @@ COPIED = {
     "conformer": Network("sequences", Conformer, (12, 32)),
     "tracker": Network("classification", Tracker, (3, 32, 32)),
 }
-NETWORKS = {"copied": COPIED, **OF_PACKAGES}
+
+# What a network's name ends with if its filters are standardized, on both sides.
+STANDARDIZED = ", standardized filters"
+
+
+def standardized(network):
+    """The same network with filters of zero mean and unit norm."""
+    inputs = network.call(torch.zeros(2, *network.shape))
+    build = lambda: kn.standardize_weights(network.build(), inputs=inputs)  # noqa: E731
+    return Network(network.task, build, network.shape, network.call)
+
+
+_SEGMENTATION = OF_PACKAGES["segmentation_models_pytorch"]
+NETWORKS = {
+    "copied": COPIED,
+    **OF_PACKAGES,
+    "segmentation_models_pytorch": {
+        **_SEGMENTATION, **{name + STANDARDIZED: standardized(network) for name, network in _SEGMENTATION.items()},
+    },
+}  # fmt: skip

@@ -4,6 +4,7 @@ import textwrap
 from collections import Counter
 
 from benchmarks.tables import table
+from benchmarks.tried.networks import STANDARDIZED
 from benchmarks.tried.trial import LAST, RATE, STEPS
 
 HEAD = f"""# What was tried, and what happened
@@ -12,10 +13,27 @@ Made by `python -m benchmarks.tried` from [tried.csv](results/tried.csv): networ
 from public issue threads, with BatchNorm and with Kalman layers. A network is built from a small configuration, without
 weights. It is converted (`input_stats=(0.0, 1.0)`), described, and trained for {STEPS} steps of Adam (rate {RATE:g}) at
 1 and at 2 samples, from the same weights and on the same samples as with BatchNorm. Each output is to say, by -1 or 1,
-which of two waves the sample contains; the loss is the mean square of what is off.
+which of two waves the sample contains; the loss is the mean square of what is off. *Alone* is the loss in `eval()`
+where each sample is normalized by its own statistics: by `kn.online_statistics`, or
+`convert(track_running_stats=False)`.
 
 These are {STEPS} steps of one seed: they show faults, not which normalization is better.
 [Results](evidence.md) asks that.
+
+"""
+
+# A loss is listed that is more than so many times BatchNorm's; and so many times in `eval()` are a failure.
+TIMES = {"eval": 2, "last": 1.2, "largest": 2}
+FAILED = 10
+WORSE = f"""These networks start from fresh weights and plain filters, where
+[priors are too narrow](evidence.md#where-the-prior-is-wrong). In training each layer still follows its own batch, which
+keeps its output small. In `eval()` no layer does, so an excess grows from layer to layer. The loss in training need not
+show it. Two remedies: [each sample by itself](guide/options.md#each-sample-by-itself) (*alone*), and
+[standardized filters](guide/options.md#standardized-filters), tried below.
+
+Listed is a loss in `eval()` of more than {TIMES["eval"]} times BatchNorm's, one at the end of training of more than
+{TIMES["last"]} times, and a largest one of more than {TIMES["largest"]} times. A network that answers 0 has a loss of
+1.
 
 """
 
@@ -26,10 +44,16 @@ def page(rows):
     Args:
         rows: the CSV's, their cells as text.
     """
-    networks = [row for row in rows if row["kind"] == "network" and not row["happened"]]
+    every = [row for row in rows if row["kind"] == "network" and not row["happened"]]
+    networks = [row for row in every if not row["name"].endswith(STANDARDIZED)]
+    standardized = [row for row in every if row["name"].endswith(STANDARDIZED)]
     skipped = sorted({row["library"] for row in rows if row["happened"].startswith("skipped")})
     situations = [row for row in rows if row["kind"] == "situation"]
-    parts = [HEAD, *_summary(networks), "## Networks\n\n", _networks(networks)]
+    parts = [HEAD, *_summary(networks), "## Where Kalman layers are worse\n\n"]
+    parts += [_failures(networks), WORSE, _worse(networks)]
+    if standardized:
+        parts += ["### With standardized filters\n\n", *_filters(standardized), _networks(standardized, False)]
+    parts += ["## Networks\n\n", _networks(networks)]
     if skipped:
         parts.append(f"Not installed where this ran: {', '.join(skipped)}.\n\n")
     parts += ["### Layers without a prior\n\n", _reasons(networks)]
@@ -58,29 +82,74 @@ def _summary(networks):
     yield f"the converted network's loss was the smaller one at the end (the mean of {LAST} steps) in "
     yield f"{sum(float(r['kalman_last']) < float(r['batchnorm_last']) for r in both)}, in `eval()` on new samples in "
     yield f"{sum(float(r['kalman_eval']) < float(r['batchnorm_eval']) for r in both)}; its largest loss on the way was "
-    yield f"the larger one in {sum(float(r['kalman_largest']) > float(r['batchnorm_largest']) for r in both)}.\n\n"
+    yield f"the larger one in {sum(float(r['kalman_largest']) > float(r['batchnorm_largest']) for r in both)}. "
+    yield "Where a network was trained on single samples, *alone* was smaller than `eval()` in "
+    ones = [row for row in networks if row["samples"] == "1" and row["kalman_last"]]
+    yield f"{sum(float(r['kalman_alone']) < float(r['kalman_eval']) for r in ones)} of {len(ones)} converted ones.\n\n"
 
 
-def _networks(networks):
-    head = ["network", "samples", "with a prior", "loss: first, last, largest; in `eval()`: BatchNorm", "Kalman",
+def _above(row, times, what="eval"):
+    """Whether Kalman's loss is so many times BatchNorm's; or, where that raises in training, a constant 0's."""
+    theirs = row[f"batchnorm_{what}"] or (what == "eval" and 1)
+    return bool(row[f"kalman_{what}"] and theirs) and float(row[f"kalman_{what}"]) > times * float(theirs)
+
+
+def _failures(networks):
+    failed = {}
+    for row in networks:
+        if _above(row, FAILED):
+            failed.setdefault(row["name"], []).append(row["samples"])
+    named = ", ".join(f"{name} at {' and '.join(samples)}" for name, samples in failed.items())
+    return f"**In `eval()`, after training at so many samples, these fail: {named}.** " if failed else ""
+
+
+def _filters(networks):
+    """What standardized filters leave of it."""
+    worse = [
+        f"{row['name'].removesuffix(STANDARDIZED)} at {row['samples']} ({row['kalman_eval']}, BatchNorm "
+        f"{row['batchnorm_eval']})"
+        for row in networks if row["batchnorm_eval"] and float(row["kalman_eval"]) > float(row["batchnorm_eval"])
+    ]  # fmt: skip
+    yield f"The same networks with standardized filters on both sides. {sum(_above(r, FAILED) for r in networks)} of "
+    yield f"{len(networks)} trainings fail. BatchNorm's loss in `eval()` is still the smaller one in {len(worse)}"
+    yield f": {', '.join(worse)}.\n\n" if worse else ".\n\n"
+
+
+def _worse(networks):
+    names = {"eval": "in `eval()`", "last": "at the end", "largest": "largest"}
+    lines = [
+        [f"{row['name']} ({row['library']})", row["samples"], name, row[f"batchnorm_{what}"] or "raises",
+         row[f"kalman_{what}"], row["kalman_alone"] if what == "eval" else ""]
+        for what, name in names.items() for row in networks if _above(row, TIMES[what], what)
+    ]  # fmt: skip
+    head = ["network", "samples", "loss", "BatchNorm", "Kalman", "Kalman, alone"]
+    return table(head, lines) + "\n\n" if lines else "Nowhere.\n\n"
+
+
+def _networks(networks, whole=True):
+    head = ["network", "samples", "with a prior", "loss: first, last, largest; in `eval()`, alone: BatchNorm", "Kalman",
             "save and load, `to_batchnorm`"]  # fmt: skip
     lines = []
     for row in networks:
-        saved = [row[name] for name in ("reloaded", "deployed", "in_stock")]
+        # A filter that was standardized is standardized again where it is loaded into such a network.
+        saved = [row[name] for name in ("reloaded", "deployed", *(["in_stock"] if whole else []))]
         lines.append([
             f"{row['name']} ({row['library']})", row["samples"],
             f"{row['with_prior'] or '-'} of {row['layers'] or '-'}",
             _side(row, "batchnorm"), _side(row, "kalman"),
             "-" if not all(saved) else "equal" if not any(map(float, saved)) else f"{max(map(float, saved)):.1e}",
         ])  # fmt: skip
-    return table(head, lines) + "\n\nDetectors give other numbers in `eval()` than in training: boxes, say.\n\n"
+    note = "Detectors give other numbers in `eval()` than in training: boxes, say.\n\n" if whole else ""
+    return f"{table(head, lines)}\n\n{note}"
 
 
 def _side(row, side):
     if row[f"{side}_error"]:
         return row[f"{side}_error"].split(", got")[0]
-    first, last, largest, in_eval = (row[f"{side}_{what}"] for what in ("first", "last", "largest", "eval"))
-    return f"{first}, {last}, {largest}; {in_eval}"
+    first, last, largest, in_eval, alone = (
+        row[f"{side}_{what}"].replace("nan", "-") for what in ("first", "last", "largest", "eval", "alone")
+    )
+    return f"{first}, {last}, {largest}; {in_eval}, {alone}"
 
 
 def _reasons(networks):

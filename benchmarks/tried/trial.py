@@ -65,6 +65,19 @@ def in_eval(model, network):
     return [t for t in outputs_of(output) if t.is_floating_point()], loss_of(output, classes).item()
 
 
+@torch.no_grad()
+def alone(model, network):
+    """The loss in `eval()` of the same samples, each normalized by its own statistics; NaN if a layer cannot."""
+    x, classes = examples(network, 8, 10**6)
+    torch.manual_seed(0)
+    try:
+        with kn.online_statistics(model.eval()):
+            losses = [loss_of(model(*network.call(x[[i]])), classes[[i]]).item() for i in range(len(x))]
+    except ValueError:  # BatchNorm, at one value a channel
+        return math.nan
+    return sum(losses) / len(losses)
+
+
 def difference(one, other):
     """The largest, over the largest number; infinite where one is not finite."""
     worst = 0.0
@@ -89,7 +102,7 @@ def side(kind, model, network, samples):
         losses = trained(model, network, samples)
         return {
             f"{kind}_first": losses[0], f"{kind}_last": sum(losses[-LAST:]) / LAST, f"{kind}_largest": max(losses),
-            f"{kind}_eval": in_eval(model, network)[1],
+            f"{kind}_eval": in_eval(model, network)[1], f"{kind}_alone": alone(model, network),
         }  # fmt: skip
     except Exception as error:  # of a package's code, it may be any
         return {f"{kind}_error": described(error)}

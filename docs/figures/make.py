@@ -300,8 +300,8 @@ def draw_priors(found: dict[str, dict[str, list[float]]]) -> Figure:
 
 METHODS = {"bn": ("BatchNorm", "#c44e52"), "kn": ("Kalman Normalization", "#4c72b0")}
 TOGETHER = (128, 32, 8, 4, 2, 1)
-STANDARDIZED = {2: "kn-2-ws", 1: "kn-1-ws-fixed"}
-PROXIED = {2: "kn-2-ws-proxy", 1: "kn-1-ws-proxy"}
+STANDARDIZED = {"bn": {128: "bn-128-ws"}, "kn": {2: "kn-2-ws", 1: "kn-1-ws-fixed"}}
+PROXIED = {"bn": {128: "bn-128-ws-proxy"}, "kn": {2: "kn-2-ws-proxy", 1: "kn-1-ws-proxy"}}
 RIVAL = "gn-2-ws-proxy"
 
 
@@ -328,9 +328,11 @@ def draw_front(scores: dict[str, list[float]]) -> Figure:
 
     for key, (name, colour) in METHODS.items():
         points({size: f"{key}-{size}" for size in TOGETHER}, fmt="o-", color=colour, label=name)
-    colour = METHODS["kn"][1]
-    points(STANDARDIZED, fmt="s--", color=colour, markerfacecolor="white", label="... with standardized filters")
-    points(PROXIED, fmt="^", color=colour, markerfacecolor="white", label="... and a proxy")
+    for key, (_, colour) in METHODS.items():
+        label = {"kn": "squares: standardized filters", "bn": None}[key]
+        points(STANDARDIZED[key], fmt="s--", color=colour, markerfacecolor="white", label=label)
+        label = {"kn": "triangles: and a proxy", "bn": None}[key]
+        points(PROXIED[key], fmt="^", color=colour, markerfacecolor="white", label=label)
     axes.axhline(statistics.fmean(scores[RIVAL]), color="#8c8c8c", linestyle=":",
                  label="GroupNorm with standardized filters and a proxy")  # fmt: skip
     axes.set(xlabel="images normalized together", ylabel="test accuracy in %", ylim=(0, 62), xlim=(-0.2, 5.2))

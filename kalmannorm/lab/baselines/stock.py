@@ -77,13 +77,20 @@ def to_sync(model: nn.Module) -> nn.Module:
     return converted
 
 
-def to_frozen(model: nn.Module) -> nn.Module:
+def to_frozen(model: nn.Module, last_layer: bool = False) -> nn.Module:
     """BN*, of the KN paper's Table 6: running statistics normalize in training too; in place.
 
-    An untrained network then normalizes by its initial mean 0 and variance 1: not at all.
+    An untrained network then normalizes by its initial mean 0 and variance 1: not at all. With ``last_layer`` the last
+    linear layer alone is trained.
 
     Example:
         >>> to_frozen(nn.Sequential(nn.BatchNorm2d(8)))[0].weight.requires_grad
         False
+        >>> network = to_frozen(nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Linear(8, 2)), last_layer=True)
+        >>> [name for name, parameter in network.named_parameters() if parameter.requires_grad]
+        ['2.weight', '2.bias']
     """
+    if last_layer:
+        model.requires_grad_(False)
+        [layer for layer in model.modules() if isinstance(layer, nn.Linear)][-1].requires_grad_(True)
     return kalmannorm.freeze(model)
