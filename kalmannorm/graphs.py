@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import threading
 import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -396,17 +397,25 @@ def _recorded(module: nn.Module, run: _Function, samples: Sequence[Tensor]) -> _
 
 
 def _graphed(run: _Function, samples: tuple[Tensor, ...]) -> _Function:
-    before = torch.cuda.current_stream(samples[0].device)
+    device = samples[0].device
+    before = torch.cuda.current_stream(device)
     graph: Any = torch.cuda.graph
     # Other threads, a data loader's or NCCL's, may go on; torch 2.11 takes the mode where it makes the graph alone.
     mode: dict[str, Any] = {"capture_error_mode": "thread_local"}
-    with (torch.cuda.device(samples[0].device), attributes_kept([graph], "default_capture_stream"),
+    record = partial(graph, **mode)
+    gc.collect()  # graphs that were dropped refer to themselves, and hold the memory of a step each
+    with (torch.cuda.device(device), attributes_kept([graph], "default_capture_stream"),
           attributes_kept([torch.cuda], "graph")):  # fmt: skip
         graph.default_capture_stream = None  # may be another device's
         if "capture_error_mode" not in inspect.signature(torch.cuda.make_graphed_callables).parameters:
-            torch.cuda.graph, mode = partial(graph, **mode), {}  # type: ignore[misc, assignment]
+            torch.cuda.graph, mode = record, {}  # type: ignore[misc, assignment]
         try:
             graphed: Any = torch.cuda.make_graphed_callables(run, samples, allow_unused_input=True, **mode)
+        except BaseException:
+            # In torch 2.11 random numbers then wait for the end of a capture: a successful one.
+            with suppress(RuntimeError), record(torch.cuda.CUDAGraph()):
+                torch.zeros(1, device=device)
+            raise
         finally:
             torch.cuda.set_stream(before)  # a recording that failed leaves its own
     return graphed  # type: ignore[no-any-return]

@@ -1,8 +1,10 @@
 """Passes replayed as CUDA graphs, without a GPU: `fake_cuda` captures and replays on the CPU."""
 
 import copy
+import gc
 import pickle
 import warnings
+import weakref
 
 import fake_cuda
 import pytest
@@ -262,11 +264,13 @@ def test_hooks_of_parameters_run_once(recorded):
 def test_what_is_said_of_an_input_inside_is_recorded_too(recorded, monkeypatch):
     # From bytes to images.
     _, captured = pair(made_of(lambda self, x: self.body(x.permute(0, 3, 1, 2).float() / 255), body=net()), warm_up=1)
+    watch = next(hook.__self__ for hook in captured._forward_pre_hooks.values())
     belief_of_first = []
     captured.body[0].register_forward_hook(lambda _, args, y: belief_of_first.append(step_of(args[0]).belief))
     x = torch.randint(256, (2, 8, 8, 3), dtype=torch.uint8)
     for _ in range(3):
         captured(x)
+        assert watch.known[None].mean.dtype == torch.float32, "it is still as it was given, on the CPU"
     assert len(recorded) == 1
     assert len(belief_of_first) > 4
     assert all(isinstance(belief, kn.Gaussian) for belief in belief_of_first)
@@ -293,6 +297,21 @@ def test_a_part_may_begin_in_place_and_return_what_needs_no_gradient(recorded):
         assert y.requires_grad
         assert not mean.requires_grad
     assert recorded
+
+
+def test_a_dropped_graph_is_gone_before_the_next_recording(recorded):
+    _, captured = pair(warm_up=1)
+    kept = []
+    gc.disable()
+    try:
+        for momentum in (0.1, 0.2):
+            captured[1].momentum = momentum
+            for _ in range(2):
+                captured(images())
+            kept.append(weakref.ref(recorded.pop()[0]))
+    finally:
+        gc.enable()
+    assert [sample() is None for sample in kept] == [True, False]
 
 
 def test_who_never_comes_to_a_recording_is_told(recorded):
@@ -366,6 +385,7 @@ def test_what_cannot_be_recorded_says_what_to_change(recorded, streams):
         assert torch.equal(captured.state_dict()[name], tensor), name
     assert all(p is q for p, q in zip(captured.parameters(), parameters, strict=True))
     assert streams[-1] == "default"
+    assert not fake_cuda._Capture.is_unfinished
     captured.asks = False
     captured(images())
     assert len(recorded) == 1
