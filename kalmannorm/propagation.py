@@ -189,7 +189,8 @@ def _by_its_own_rule(step: Step, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     if known is None:
         return Unknown(f"{function_name(step.function)} was called with arguments that its rule does not take")
     args, kwargs = known
-    refused = bool(args) and isinstance(args[0], Tensor) and rule in BELIEF_FIRST
+    # Not `bool(args)`, which torch 2.11 cannot compile.
+    refused = len(args) > 0 and isinstance(args[0], Tensor) and rule in BELIEF_FIRST
     if rule in BELIEF_ALONE and step.function not in LIKE:
         refused = refused or any([isinstance(each, Gaussian) for each in (*args[1:], *kwargs.values())])
     if refused:
