@@ -249,7 +249,7 @@ class _Graph:
                 outputs, self.form = tree_flatten(replayed.as_it_is(*args, **kwargs))
             self.found_input = waiting is not None and mode is not None and mode.await_input(None) is None
             tensors = _tensors(outputs)
-            _check_parameters(tensors, self.parameters)
+            _check_parameters(tensors, given)
             self.outputs = [_TENSOR if isinstance(t, Tensor) else t for t in outputs]
             self.are_derived = [t.requires_grad for t in tensors]
             with paused():
@@ -361,8 +361,10 @@ def _twins(module: nn.Module) -> Iterator[list[nn.Parameter]]:
                 parameters[name] = p
 
 
-def _check_parameters(outputs: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> None:
-    """Refuse a module that refers to a parameter by other ways than its attribute: the graph would have no gradient."""
+def _check_parameters(outputs: Sequence[Tensor], known: Sequence[Tensor]) -> None:
+    """Refuse a module that uses parameters of others, or its own by other ways than their attributes: the graph would
+    have no gradient.
+    """
     waiting: list[Any] = [t.grad_fn for t in outputs]
     seen = set()
     while waiting:
@@ -370,8 +372,8 @@ def _check_parameters(outputs: Sequence[Tensor], parameters: Sequence[nn.Paramet
         if node is not None and node not in seen:
             seen.add(node)
             waiting += [below for below, _ in node.next_functions]
-    used = {id(getattr(node, "variable", None)) for node in seen}
-    if any(id(p) in used for p in parameters):
+    leaves = {id(leaf) for node in seen if (leaf := getattr(node, "variable", None)) is not None}
+    if not leaves <= {id(t) for t in known}:
         raise RuntimeError("a parameter is used by way of a list, closure or hook, and not as its module's attribute")
 
 

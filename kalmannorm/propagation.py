@@ -219,9 +219,9 @@ def _call_rule(rule: Rule, step: Step, args: Any, kwargs: dict[str, Any]) -> Any
         return rule(*args, **kwargs)
     try:
         return rule(*args, **kwargs)
-    except torch.OutOfMemoryError:
-        raise
     except FAILURES as error:
+        if is_of_device(error):
+            raise
         said = f"{type(error).__name__}: {first_line(error)}"
         name = function_name(step.function)
         warnings.warn(
@@ -230,6 +230,11 @@ def _call_rule(rule: Rule, step: Step, args: Any, kwargs: dict[str, Any]) -> Any
             stacklevel=2,
         )
         return Unknown(f"the rule for {name} failed ({said})")
+
+
+def is_of_device(error: Exception) -> bool:
+    """Whether an error is of memory, or of the capture of a CUDA graph, and not of the function that was called."""
+    return isinstance(error, torch.OutOfMemoryError) or "captur" in str(error)
 
 
 def first_line(error: Exception) -> str:

@@ -50,7 +50,7 @@ class _Graph:
 
 
 class _Capture:
-    """As `torch.cuda.graph`, which leaves its stream current when the capture has failed, and random numbers unusable."""
+    """As `torch.cuda.graph`: a capture that has failed leaves its stream current, and random numbers unusable."""
 
     default_capture_stream = "of another device"
     now = None  # the graph that is being captured

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import kalmannorm as kn
 from kalmannorm import graphs
+from kalmannorm.rules import RULES
 from kalmannorm.steps import step_of
 
 STATS = ([0.0] * 3, [1.0] * 3)
@@ -391,9 +392,29 @@ def test_what_cannot_be_recorded_says_what_to_change(recorded, streams):
     assert len(recorded) == 1
 
 
-def test_a_parameter_that_is_used_by_another_way_is_refused(recorded):
-    conv = nn.Conv2d(3, 4, 3)
-    captured = kn.capture(made_of(lambda self, x: F.conv2d(x, self.kept[0]), conv=conv, kept=[conv.weight]), warm_up=1)
+def test_a_rule_that_cannot_be_recorded_takes_no_prior_away(recorded, monkeypatch):
+    monkeypatch.setitem(RULES, F.gelu, lambda x, **_: x if x.mean.sum().item() else kn.Unknown("nothing"))
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.GELU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+    _, captured = pair(model, warm_up=1)
+    captured(images())
+    with pytest.raises(RuntimeError, match=r"cannot record Sequential \(operation not .*_scalar_dense\)"):
+        captured(images())
+
+
+def test_the_rule_of_a_transposed_convolution_is_recorded(recorded):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ConvTranspose2d(4, 4, 3, 2), nn.BatchNorm2d(4))
+    plain, captured = pair(model, warm_up=1)
+    batches = [images(seed=seed) for seed in range(3)]
+    for x in batches:
+        torch.testing.assert_close(steps_of(captured, x, times=1), steps_of(plain, x, times=1))
+    assert recorded
+
+
+@pytest.mark.parametrize("is_its_own", [True, False])
+def test_a_parameter_that_is_used_by_another_way_is_refused(recorded, is_its_own):
+    conv, other = nn.Conv2d(3, 4, 3), nn.Parameter(torch.ones(4, 3, 3, 3))
+    kept = [conv.weight if is_its_own else other]
+    captured = kn.capture(made_of(lambda self, x: F.conv2d(x, self.kept[0]), conv=conv, kept=kept), warm_up=1)
     captured(images())
     with pytest.raises(RuntimeError, match=r"cannot record Net \(a parameter is used by way of a list"):
         captured(images())
