@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import threading
 import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -248,7 +249,7 @@ class _Graph:
                 outputs, self.form = tree_flatten(replayed.as_it_is(*args, **kwargs))
             self.found_input = waiting is not None and mode is not None and mode.await_input(None) is None
             tensors = _tensors(outputs)
-            _check_parameters(tensors, self.parameters)
+            _check_parameters(tensors, given)
             self.outputs = [_TENSOR if isinstance(t, Tensor) else t for t in outputs]
             self.are_derived = [t.requires_grad for t in tensors]
             with paused():
@@ -360,8 +361,10 @@ def _twins(module: nn.Module) -> Iterator[list[nn.Parameter]]:
                 parameters[name] = p
 
 
-def _check_parameters(outputs: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> None:
-    """Refuse a module that refers to a parameter by other ways than its attribute: the graph would have no gradient."""
+def _check_parameters(outputs: Sequence[Tensor], known: Sequence[Tensor]) -> None:
+    """Refuse a module that uses parameters of others, or its own by other ways than their attributes: the graph would
+    have no gradient.
+    """
     waiting: list[Any] = [t.grad_fn for t in outputs]
     seen = set()
     while waiting:
@@ -369,8 +372,8 @@ def _check_parameters(outputs: Sequence[Tensor], parameters: Sequence[nn.Paramet
         if node is not None and node not in seen:
             seen.add(node)
             waiting += [below for below, _ in node.next_functions]
-    used = {id(getattr(node, "variable", None)) for node in seen}
-    if any(id(p) in used for p in parameters):
+    leaves = {id(leaf) for node in seen if (leaf := getattr(node, "variable", None)) is not None}
+    if not leaves <= {id(t) for t in known}:
         raise RuntimeError("a parameter is used by way of a list, closure or hook, and not as its module's attribute")
 
 
@@ -396,17 +399,25 @@ def _recorded(module: nn.Module, run: _Function, samples: Sequence[Tensor]) -> _
 
 
 def _graphed(run: _Function, samples: tuple[Tensor, ...]) -> _Function:
-    before = torch.cuda.current_stream(samples[0].device)
+    device = samples[0].device
+    before = torch.cuda.current_stream(device)
     graph: Any = torch.cuda.graph
     # Other threads, a data loader's or NCCL's, may go on; torch 2.11 takes the mode where it makes the graph alone.
     mode: dict[str, Any] = {"capture_error_mode": "thread_local"}
-    with (torch.cuda.device(samples[0].device), attributes_kept([graph], "default_capture_stream"),
+    record = partial(graph, **mode)
+    gc.collect()  # graphs that were dropped refer to themselves, and hold the memory of a step each
+    with (torch.cuda.device(device), attributes_kept([graph], "default_capture_stream"),
           attributes_kept([torch.cuda], "graph")):  # fmt: skip
         graph.default_capture_stream = None  # may be another device's
         if "capture_error_mode" not in inspect.signature(torch.cuda.make_graphed_callables).parameters:
-            torch.cuda.graph, mode = partial(graph, **mode), {}  # type: ignore[misc, assignment]
+            torch.cuda.graph, mode = record, {}  # type: ignore[misc, assignment]
         try:
             graphed: Any = torch.cuda.make_graphed_callables(run, samples, allow_unused_input=True, **mode)
+        except BaseException:
+            # In torch 2.11 random numbers then wait for the end of a capture: a successful one.
+            with suppress(RuntimeError), record(torch.cuda.CUDAGraph()):
+                torch.zeros(1, device=device)
+            raise
         finally:
             torch.cuda.set_stream(before)  # a recording that failed leaves its own
     return graphed  # type: ignore[no-any-return]

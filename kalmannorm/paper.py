@@ -10,7 +10,16 @@ from torch import Tensor
 
 from kalmannorm.gaussian import Gaussian, Unknown
 from kalmannorm.kernels.autograd import in_grad_mode, saved_tensor_hooks
-from kalmannorm.propagation import FAILURES, NO_INPUT, evaluate, exact, first_line, function_name, operands
+from kalmannorm.propagation import (
+    FAILURES,
+    NO_INPUT,
+    evaluate,
+    exact,
+    first_line,
+    function_name,
+    is_of_device,
+    operands,
+)
 from kalmannorm.rules import Belief
 from kalmannorm.rules.table import PLACES
 from kalmannorm.steps import Step, computed_in, may_use, replace, step_of
@@ -105,9 +114,9 @@ def _by_call(step: Step, kept: Callable[[Step], Any]) -> Tensor | Unknown:
         with in_grad_mode(step.grad):
             output = step.function(*args, **kwargs)  # type: ignore[misc]
         output = output if step.index is None else output[step.index]
-    except torch.OutOfMemoryError:
-        raise
     except FAILURES as error:  # torch's own functions assert shapes, too
+        if is_of_device(error):
+            raise
         return Unknown(f"{function_name(step.function)} fails on draws: {first_line(error)}")
     if not output.is_floating_point():
         return Unknown(f"{function_name(step.function)} is not continuous")

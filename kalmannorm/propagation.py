@@ -189,7 +189,8 @@ def _by_its_own_rule(step: Step, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     if known is None:
         return Unknown(f"{function_name(step.function)} was called with arguments that its rule does not take")
     args, kwargs = known
-    refused = bool(args) and isinstance(args[0], Tensor) and rule in BELIEF_FIRST
+    # Not `bool(args)`, which torch 2.11 cannot compile.
+    refused = len(args) > 0 and isinstance(args[0], Tensor) and rule in BELIEF_FIRST
     if rule in BELIEF_ALONE and step.function not in LIKE:
         refused = refused or any([isinstance(each, Gaussian) for each in (*args[1:], *kwargs.values())])
     if refused:
@@ -218,9 +219,9 @@ def _call_rule(rule: Rule, step: Step, args: Any, kwargs: dict[str, Any]) -> Any
         return rule(*args, **kwargs)
     try:
         return rule(*args, **kwargs)
-    except torch.OutOfMemoryError:
-        raise
     except FAILURES as error:
+        if is_of_device(error):
+            raise
         said = f"{type(error).__name__}: {first_line(error)}"
         name = function_name(step.function)
         warnings.warn(
@@ -229,6 +230,11 @@ def _call_rule(rule: Rule, step: Step, args: Any, kwargs: dict[str, Any]) -> Any
             stacklevel=2,
         )
         return Unknown(f"the rule for {name} failed ({said})")
+
+
+def is_of_device(error: Exception) -> bool:
+    """Whether an error is of memory, or of the capture of a CUDA graph, and not of the function that was called."""
+    return isinstance(error, torch.OutOfMemoryError) or "captur" in str(error)
 
 
 def first_line(error: Exception) -> str:

@@ -50,10 +50,11 @@ class _Graph:
 
 
 class _Capture:
-    """As `torch.cuda.graph`, which leaves its stream current when the capture has failed."""
+    """As `torch.cuda.graph`: a capture that has failed leaves its stream current, and random numbers unusable."""
 
     default_capture_stream = "of another device"
     now = None  # the graph that is being captured
+    is_unfinished = False  # torch 2.11: "Offset increment outside graph capture encountered unexpectedly"
 
     def __init__(self, graph, pool=None, stream=None, capture_error_mode="global", **_):
         assert capture_error_mode == "thread_local"
@@ -69,6 +70,7 @@ class _Capture:
     def __exit__(self, kind, *_):
         self.noted.__exit__(kind, *_)
         _Capture.now = None
+        _Capture.is_unfinished = kind is not None
         if kind is not None:
             raise RuntimeError("operation failed due to a previous error during capture")
         torch.cuda.set_stream("side")

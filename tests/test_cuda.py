@@ -173,6 +173,69 @@ def test_captured_in_one_line(autocast):
             torch.testing.assert_close(a, b, **close)
 
 
+class Parts(nn.Module):
+    """Bytes come in; rules that compute on the device, dropout and a recurrent layer follow."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.GELU(), nn.Dropout2d(0.2))
+        self.body = nn.Sequential(
+            nn.ConvTranspose2d(8, 8, 3, 2), nn.BatchNorm2d(8), nn.Hardswish(),
+            nn.Upsample(scale_factor=2, mode="bilinear"), nn.Conv2d(8, 8, 3, groups=2), nn.BatchNorm2d(8),
+            nn.Softmax(1), nn.Conv2d(8, 8, 1), nn.GroupNorm(2, 8), nn.ReLU(), nn.AdaptiveAvgPool2d(4),
+        )  # fmt: skip
+        self.gru = nn.GRU(8, 8, batch_first=True)
+        self.head = nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 3))
+        self.asks = False
+
+    def forward(self, x):
+        x = self.body(self.stem(x.permute(0, 3, 1, 2).float() / 255))
+        if self.asks and x.mean().item() > 1e9:
+            raise AssertionError
+        return self.head(self.gru(x.flatten(2).mT)[0].mean(1))
+
+
+@pytest.mark.usefixtures("_exact_matmul")
+@pytest.mark.parametrize("options", [{}, {"stats_batch_size": 1, "layers": ("batch", "group")}, {"guard": 100.0}])
+def test_captured_with_bytes_and_many_rules(options):
+    eager = kn.convert(Parts(), input_stats=([0.5] * 3, [0.2] * 3), **options).to(DEVICE)
+    eager.stem[3].p = 0.0
+    captured = kn.capture(copy.deepcopy(eager))
+    x = torch.randint(256, (4, 12, 12, 3), dtype=torch.uint8, device=DEVICE)
+    losses = []
+    for model in (eager, captured):
+        torch.manual_seed(1)
+        optimizer = torch.optim.SGD(model.parameters(), 0.01)
+        of_model = []
+        for _ in range(8):
+            optimizer.zero_grad()
+            loss = model(x).square().mean()
+            loss.backward()
+            optimizer.step()
+            of_model.append(loss.detach())
+        losses.append(torch.stack(of_model))
+    assert DEVICE != "cuda" or len(captured.forward.graphs) == 1
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-2, atol=1e-4)
+
+
+def test_after_a_recording_that_failed_all_goes_on():
+    if DEVICE != "cuda":
+        pytest.skip("graphs are CUDA's")
+    model = kn.capture(kn.convert(Parts(), input_stats=([0.5] * 3, [0.2] * 3)).to(DEVICE), warm_up=1)
+    x = torch.randint(256, (4, 12, 12, 3), dtype=torch.uint8, device=DEVICE)
+    model.asks = True
+    model(x)
+    with pytest.raises(RuntimeError, match="cannot record Parts"):
+        model(x)
+    assert torch.rand(4, device=DEVICE).isfinite().all()
+    model.asks = False
+    for _ in range(3):
+        model(x).sum().backward()
+    assert len(model.forward.graphs) == 1
+    assert kn.first_nonfinite(model) is None
+
+
 @pytest.mark.parametrize("method", ["bn", "gn", "brn", "mabn", "kn", "kn-paper"])
 def test_a_captured_training_of_the_laboratory(method):
     if DEVICE != "cuda":

@@ -1,8 +1,10 @@
 """Passes replayed as CUDA graphs, without a GPU: `fake_cuda` captures and replays on the CPU."""
 
 import copy
+import gc
 import pickle
 import warnings
+import weakref
 
 import fake_cuda
 import pytest
@@ -14,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import kalmannorm as kn
 from kalmannorm import graphs
+from kalmannorm.rules import RULES
 from kalmannorm.steps import step_of
 
 STATS = ([0.0] * 3, [1.0] * 3)
@@ -262,11 +265,13 @@ def test_hooks_of_parameters_run_once(recorded):
 def test_what_is_said_of_an_input_inside_is_recorded_too(recorded, monkeypatch):
     # From bytes to images.
     _, captured = pair(made_of(lambda self, x: self.body(x.permute(0, 3, 1, 2).float() / 255), body=net()), warm_up=1)
+    watch = next(hook.__self__ for hook in captured._forward_pre_hooks.values())
     belief_of_first = []
     captured.body[0].register_forward_hook(lambda _, args, y: belief_of_first.append(step_of(args[0]).belief))
     x = torch.randint(256, (2, 8, 8, 3), dtype=torch.uint8)
     for _ in range(3):
         captured(x)
+        assert watch.known[None].mean.dtype == torch.float32, "it is still as it was given, on the CPU"
     assert len(recorded) == 1
     assert len(belief_of_first) > 4
     assert all(isinstance(belief, kn.Gaussian) for belief in belief_of_first)
@@ -293,6 +298,21 @@ def test_a_part_may_begin_in_place_and_return_what_needs_no_gradient(recorded):
         assert y.requires_grad
         assert not mean.requires_grad
     assert recorded
+
+
+def test_a_dropped_graph_is_gone_before_the_next_recording(recorded):
+    _, captured = pair(warm_up=1)
+    kept = []
+    gc.disable()
+    try:
+        for momentum in (0.1, 0.2):
+            captured[1].momentum = momentum
+            for _ in range(2):
+                captured(images())
+            kept.append(weakref.ref(recorded.pop()[0]))
+    finally:
+        gc.enable()
+    assert [sample() is None for sample in kept] == [True, False]
 
 
 def test_who_never_comes_to_a_recording_is_told(recorded):
@@ -366,14 +386,35 @@ def test_what_cannot_be_recorded_says_what_to_change(recorded, streams):
         assert torch.equal(captured.state_dict()[name], tensor), name
     assert all(p is q for p, q in zip(captured.parameters(), parameters, strict=True))
     assert streams[-1] == "default"
+    assert not fake_cuda._Capture.is_unfinished
     captured.asks = False
     captured(images())
     assert len(recorded) == 1
 
 
-def test_a_parameter_that_is_used_by_another_way_is_refused(recorded):
-    conv = nn.Conv2d(3, 4, 3)
-    captured = kn.capture(made_of(lambda self, x: F.conv2d(x, self.kept[0]), conv=conv, kept=[conv.weight]), warm_up=1)
+def test_a_rule_that_cannot_be_recorded_takes_no_prior_away(recorded, monkeypatch):
+    monkeypatch.setitem(RULES, F.gelu, lambda x, **_: x if x.mean.sum().item() else kn.Unknown("nothing"))
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.GELU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+    _, captured = pair(model, warm_up=1)
+    captured(images())
+    with pytest.raises(RuntimeError, match=r"cannot record Sequential \(operation not .*_scalar_dense\)"):
+        captured(images())
+
+
+def test_the_rule_of_a_transposed_convolution_is_recorded(recorded):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ConvTranspose2d(4, 4, 3, 2), nn.BatchNorm2d(4))
+    plain, captured = pair(model, warm_up=1)
+    batches = [images(seed=seed) for seed in range(3)]
+    for x in batches:
+        torch.testing.assert_close(steps_of(captured, x, times=1), steps_of(plain, x, times=1))
+    assert recorded
+
+
+@pytest.mark.parametrize("is_its_own", [True, False])
+def test_a_parameter_that_is_used_by_another_way_is_refused(recorded, is_its_own):
+    conv, other = nn.Conv2d(3, 4, 3), nn.Parameter(torch.ones(4, 3, 3, 3))
+    kept = [conv.weight if is_its_own else other]
+    captured = kn.capture(made_of(lambda self, x: F.conv2d(x, self.kept[0]), conv=conv, kept=kept), warm_up=1)
     captured(images())
     with pytest.raises(RuntimeError, match=r"cannot record Net \(a parameter is used by way of a list"):
         captured(images())

@@ -90,7 +90,7 @@ def conv_transpose(x: Gaussian, weight: Tensor, bias: Tensor | None = None, stri
     squares = taps.square()
     for axis, (s, d) in enumerate(zip(per_axis(stride, spatial), per_axis(dilation, spatial), strict=True)):
         phase_of_tap = (torch.arange(weight.shape[2 + axis], device=weight.device) * d) % s
-        to_phase = F.one_hot(phase_of_tap, s).to(taps.dtype)
+        to_phase = (phase_of_tap[:, None] == torch.arange(s, device=weight.device)).to(taps.dtype)
         taps, squares = (torch.tensordot(t, to_phase, dims=([2], [0])) for t in (taps, squares))
     phases = math.prod(taps.shape[2:])
 
