@@ -107,6 +107,12 @@ def test_a_narrow_prior_leaves_a_layer_to_its_batches():
         advice[deviation] = kn.diagnose(trained(model, loader), loader, progress=False).rows[0].advice
     assert advice[0.1].startswith("its prior is too narrow, so it follows its batch as eval() cannot")
     assert "narrow" not in advice[4.0]
+    model = kn.convert(network(), input_stats=([0.0] * 3, [4.0] * 3))  # the second layer's prior is wide enough
+    with torch.no_grad():
+        trained(model, loader)[1].running_var *= 16
+    row = kn.diagnose(model, loader, progress=False).rows[1]
+    assert row.prior > 0.5
+    assert row.advice.startswith("its input differs in eval(), or a layer below is off")
 
 
 def test_dead_channels_do_not_count():
