@@ -152,6 +152,7 @@ def facts():
     small, deep = "batch-sizes-cpu", "deeper-cpu"
     gpu = {arm: difference("batch-sizes-gpu", "bn-128", arm) for arm in ("bn-2", "gn-2", "kn-2")}
     deeper = [difference(deep, "bn-128", "kn-2"), difference(deep, "bn-128-ws", "kn-2-ws")]
+    fixed_gain = score(small, "kn-1-ws-fixed", first=3) - score(small, "kn-1-ws")
     layernorm = study("tabular")["ln"].values("accuracy_running")
     without_filters = [difference("signals", "kn", "kn-ws"), difference("tabular", "kn", "kn-ws")]
     at_one = [100 * (float(row["accuracy_online"]) - float(row["accuracy_running"]))
@@ -185,7 +186,7 @@ def facts():
         "which-normalization.md": [
             *without_filters, *gpu.values(), *steps, *layernorm,
             *(ratio(of, case, "group_norm") for of, case in ((cpu, step), (cuda, eager))),
-            difference("gains-cpu", "fixed-ws-1", "learned-ws-1"),
+            difference("gains-cpu", "fixed-ws-1", "learned-ws-1"), fixed_gain,
         ],
         "evidence.md": [
             *gpu.values(), difference("batch-sizes-gpu", "kn-2", "bn-128", "accuracy_online"), *at_one, *deeper,
@@ -201,7 +202,7 @@ def facts():
             difference("detection-cpu", "gn-ws", "kn", "box_ap"), *volumes,
             difference("detection-cpu", "kn", "bn-recalibrated", "box_ap_online"),
             *(difference("detection-pretrained-cpu", "kn", "frozen", of) for of in ("box_ap", "mask_ap")),
-            *(score(small, arm, first=3) - score(small, arm) for arm in ("kn-2-ws", "kn-1-ws-fixed")),
+            *(score(small, arm, first=3) - score(small, arm) for arm in ("kn-2-ws", "kn-1-ws-fixed")), fixed_gain,
         ],
         "speed.md": [
             *steps, ratio(cpu, step, "group_norm"), ratio(cpu, compiled), min(act), max(act),
