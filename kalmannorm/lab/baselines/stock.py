@@ -91,6 +91,9 @@ def to_frozen(model: nn.Module, last_layer: bool = False) -> nn.Module:
         ['2.weight', '2.bias']
     """
     if last_layer:
+        linear = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+        if not linear:
+            raise ValueError(f"{type(model).__name__} has no linear layer, expected one to train alone (last_layer)")
         model.requires_grad_(False)
-        [layer for layer in model.modules() if isinstance(layer, nn.Linear)][-1].requires_grad_(True)
+        linear[-1].requires_grad_(True)
     return kalmannorm.freeze(model)

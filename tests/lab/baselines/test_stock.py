@@ -61,3 +61,12 @@ def test_frozen_layers_normalize_by_what_they_have_learned():
     assert not any(parameter.requires_grad for parameter in model.norms.parameters())
     with pytest.raises(ValueError, match="nothing to freeze"):
         to_frozen(nn.Sequential(nn.ReLU()))
+
+
+def test_the_last_layer_may_be_trained_alone():
+    model = to_frozen(SmallConvNet(), last_layer=True)
+    last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert {id(parameter) for parameter in trained} == {id(parameter) for parameter in last.parameters()}
+    with pytest.raises(ValueError, match="Sequential has no linear layer, expected one to train alone"):
+        to_frozen(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), last_layer=True)
