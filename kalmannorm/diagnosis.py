@@ -214,9 +214,12 @@ def _advice(running: float, mean: float, spread: float, prior: float, in_eval: f
         return "statistics are not finite: kalmannorm.first_nonfinite(model)"
     if _is_off(running) or mean > _DISTANCE:
         return "its running statistics are not those of the weights as they are: kalmannorm.recalibrate(model, loader)"
-    if _is_off(in_eval) and prior < _NARROW and not validated:
-        return "its prior is too narrow, so it follows its batch as eval() cannot: kalmannorm.online_statistics(model)"
     if _is_off(in_eval):
+        if prior < _NARROW and not validated:
+            return (
+                "its prior is too narrow, so it follows its batch as eval() cannot: "
+                "kalmannorm.online_statistics(model)"
+            )
         others = "validation batches differ from training batches" if validated else "its input differs in eval()"
         return f"{others}, or a layer below is off: mend the first layer of this table"
     if spread > _SPREAD:
