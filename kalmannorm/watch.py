@@ -180,10 +180,10 @@ class Watch:
         """
         if not self.given or is_transformed():  # torch.func makes wrappers that end with the call
             return
-        tensors = sorted(found_in(values, Tensor), key=Tensor.is_floating_point, reverse=True)
-        if not tensors or tensors[0].is_meta:
+        floating = (t for t in found_in(values, Tensor) if t.is_floating_point())
+        tensor = next(floating, next(found_in(values, Tensor), None))  # of bytes where there are no others
+        if tensor is None or tensor.is_meta:
             return
-        tensor = tensors[0]  # of bytes or indices where there are no others
         device, dtype = tensor.device, torch.promote_types(tensor.dtype, torch.float32)
         if all((device, dtype) == (known.mean.device, known.mean.dtype) for known in self.known.values()):
             return
