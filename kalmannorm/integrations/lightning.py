@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from kalmannorm import anneal, convert, first_nonfinite, online_statistics, recalibrate
+from kalmannorm import anneal, convert, first_nonfinite, freeze, online_statistics, recalibrate
 from kalmannorm.modules import KalmanNorm, is_stock_batchnorm
 from kalmannorm.stand_ins import stand_in
 from kalmannorm.traversal import kalman_layers
@@ -55,6 +56,8 @@ class KalmanNormCallback(lightning.Callback):
         anneal: The factor of `kalmannorm.anneal` over the whole training; each optimizer step takes its share. 1
             leaves gains to the optimizer. With manual optimization, each optimizer must make one step a batch.
         anneal_from: The share of the steps before annealing starts: until the learning rate is low.
+        freeze_from: The share of the steps after which all normalization layers are frozen, see `kalmannorm.freeze`:
+            the network then trains as `eval()` uses it. They stay frozen after training. 1 never freezes.
         log_gains: Log the layers' mean gain for a single feature map after each epoch, as `kalman_gain`.
         stop_at_nonfinite: End training at a loss that is not finite; checked as often as the trainer logs.
         convert_options: Options of `kalmannorm.convert`. `input_stats` describe the input of the one attribute with
@@ -62,8 +65,9 @@ class KalmanNormCallback(lightning.Callback):
 
     Raises:
         ValueError: In `setup`, from `kalmannorm.convert`, for example without a layer to convert, and for a callback
-            before it that averages weights. For an ``anneal`` not above 0 or an ``anneal_from`` outside [0, 1); in
-            training, if the number of steps is unknown.
+            before it that averages weights. For an ``anneal`` not above 0, an ``anneal_from`` outside [0, 1), a
+            ``freeze_from`` outside (0, 1], or one below 1 with ``recalibrate``. In training, if the number of steps is
+            unknown, and with ``freeze_from`` for a DDP strategy that expects a gradient for each parameter.
         FloatingPointError: In training, for a loss that is not finite; it names the layer where it began.
 
     Example:
@@ -72,12 +76,19 @@ class KalmanNormCallback(lightning.Callback):
     """
 
     def __init__(self, *, online: bool = False, recalibrate: int | None = None, anneal: float = 1.0,
-                 anneal_from: float = 0.0, log_gains: bool = False, stop_at_nonfinite: bool = True,
-                 **convert_options: Any) -> None:  # fmt: skip
-        check_annealing("KalmanNormCallback: ", anneal, anneal_from)
-        self.online, self.recalibrate, self.anneal, self.anneal_from = online, recalibrate, anneal, anneal_from
+                 anneal_from: float = 0.0, freeze_from: float = 1.0, log_gains: bool = False,
+                 stop_at_nonfinite: bool = True, **convert_options: Any) -> None:  # fmt: skip
+        check_shares("KalmanNormCallback: ", anneal, anneal_from, freeze_from)
+        if recalibrate is not None and freeze_from < 1:
+            raise ValueError(
+                f"KalmanNormCallback got recalibrate={recalibrate} and freeze_from={freeze_from}, expected one of "
+                "them: frozen layers keep their statistics"
+            )
+        self.online, self.recalibrate = online, recalibrate
+        self.anneal, self.anneal_from, self.freeze_from = anneal, anneal_from, freeze_from
         self.log_gains, self.stop_at_nonfinite = log_gains, stop_at_nonfinite
         self.convert_options = convert_options
+        self._counts_steps, self._froze = anneal != 1 or freeze_from < 1, False
         self._annealed = 0
         self._annealed_at: int | None = None  # the trainer's step
         self._switched = ExitStack()
@@ -128,14 +139,22 @@ class KalmanNormCallback(lightning.Callback):
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Count the steps to come."""
-        if self.anneal == 1:
+        if not self._counts_steps:
             return
         steps = trainer.estimated_stepping_batches
         if not 0 < steps < math.inf:
             raise ValueError(
-                f"KalmanNormCallback got anneal={self.anneal} and a training of {steps} steps, expected a Trainer with "
-                "max_epochs or max_steps"
+                f"KalmanNormCallback got anneal={self.anneal}, freeze_from={self.freeze_from} and a training of "
+                f"{steps} steps, expected a Trainer with max_epochs or max_steps"
             )
+        wrapped = trainer.model
+        waits = isinstance(wrapped, DistributedDataParallel) and not wrapped.find_unused_parameters
+        if self.freeze_from < 1 and waits:
+            raise ValueError(
+                f"KalmanNormCallback got freeze_from={self.freeze_from} with DistributedDataParallel, which waits for "
+                "a gradient of each parameter, expected Trainer(strategy='ddp_find_unused_parameters_true')"
+            )
+        self._froze = False
         # `max_steps` counts those of all optimizers.
         each = 1 if steps != trainer.max_steps else len(trainer.optimizers)
         self._steps = math.ceil(steps / each)
@@ -146,16 +165,21 @@ class KalmanNormCallback(lightning.Callback):
 
     def on_train_batch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any,
                              batch_idx: int) -> None:  # fmt: skip
-        """Anneal gains by a step's share. The trainer counts the steps of all optimizers; those of a batch are one."""
-        if self.anneal == 1 or trainer.global_step == self._annealed_at:
+        """Anneal gains by a step's share, and freeze. The trainer counts the steps of all optimizers; those of a batch
+        are one.
+        """
+        if not self._counts_steps or trainer.global_step == self._annealed_at:
             return
+        if not self._froze and self._annealed >= self.freeze_from * self._steps:
+            freeze(pl_module)
+            self._froze = True
         share = annealing(self._annealed, self._steps, self.anneal, self.anneal_from)
         if share != 1:
             anneal(pl_module, share)
         self._annealed, self._annealed_at = self._annealed + 1, trainer.global_step
 
     def state_dict(self) -> dict[str, Any]:
-        """How often gains were annealed, and at which step last."""
+        """How many steps were counted, and the trainer's number of the last."""
         return {"annealed": self._annealed, "annealed_at": self._annealed_at}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -223,12 +247,14 @@ def network_of(module: nn.Module, wanted: Callable[[nn.Module], bool]) -> nn.Mod
     return parts[0] if len(parts) == 1 and not wanted(parts[0]) else module
 
 
-def check_annealing(who: str, factor: float, start: float) -> None:
-    """Check the arguments of `annealing`; the error begins with ``who``."""
+def check_shares(who: str, factor: float, start: float, freeze_from: float) -> None:
+    """Check the arguments of `annealing`, and when to freeze; the error begins with ``who``."""
     if not 0 < factor < math.inf:
         raise ValueError(f"{who}anneal must be above 0; got {factor}")
     if not 0 <= start < 1:
         raise ValueError(f"{who}anneal_from must be a share of the training, 0 up to below 1; got {start}")
+    if not 0 < freeze_from <= 1:
+        raise ValueError(f"{who}freeze_from must be a share of the training, above 0 up to 1; got {freeze_from}")
 
 
 def annealing(step: int, steps: int, factor: float, start: float = 0.0) -> float:

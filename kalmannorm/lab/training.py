@@ -1,6 +1,7 @@
 """Training and scoring an image classifier with Lightning, in a way that is fair between normalizations."""
 
 import logging
+import math
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -16,7 +17,8 @@ from torchmetrics.classification import MulticlassAccuracy
 
 import kalmannorm
 from kalmannorm.convert import with_stock_norms
-from kalmannorm.integrations.lightning import annealing, check_annealing
+from kalmannorm.freezing import unfrozen_layers
+from kalmannorm.integrations.lightning import annealing, check_shares
 from kalmannorm.lab.baselines.renorm import BatchRenorm
 from kalmannorm.lab.baselines.replacing import count_in_steps
 from kalmannorm.lab.baselines.weight_norm import initialize
@@ -63,6 +65,8 @@ class Classifier(lightning.LightningModule):
         anneal: What priors are worth in the end, in units of what they were worth at the start, see
             `kalmannorm.anneal`; 1 leaves gains to what is learned.
         anneal_from: The share of the steps after which that begins.
+        freeze_from: The share of the steps after which normalization layers are frozen, see `kalmannorm.freeze`:
+            of BatchNorm and Kalman layers alone. 1 never freezes.
         capture: Replay forward and backward passes as CUDA graphs, see `kalmannorm.capture`: the
             same numbers, faster where a network is small. No method that counts in Python is captured.
 
@@ -92,11 +96,12 @@ class Classifier(lightning.LightningModule):
         channels_last: bool = False,
         anneal: float = 1.0,
         anneal_from: float = 0.0,
+        freeze_from: float = 1.0,
         capture: bool = False,
     ) -> None:
         super().__init__()
         check_schedule(rate, steps, schedule, milestones)
-        check_annealing("", anneal, anneal_from)
+        check_shares("", anneal, anneal_from, freeze_from)
         options = {"statistics_batch": statistics_batch, "steps": steps, **(normalization_options or {})}
         stock = any(map(is_stock_batchnorm, network.modules()))
         self._was_batchnorm = normalization == "bn" and stock and statistics_batch is not None
@@ -108,6 +113,11 @@ class Classifier(lightning.LightningModule):
         self._optimization = (rate, steps, schedule, milestones, momentum, weight_decay, self.method.warmup)
         self.score_online = score_online
         self._anneal = partial(annealing, steps=steps, factor=anneal, start=anneal_from)
+        self._freeze_at = math.ceil(freeze_from * steps) if freeze_from < 1 else math.inf
+        if freeze_from < 1 and not unfrozen_layers(self.network):
+            raise ValueError(
+                f"freeze_from={freeze_from} needs BatchNorm or Kalman layers; got normalization={normalization!r}"
+            )
         # A function, and not the compiled network, which would be a second submodule.
         self._forward: Callable[[Tensor], Tensor] = torch.compile(self._plain) if compile else self._plain
         if capture and self.method.capturable:
@@ -143,6 +153,11 @@ class Classifier(lightning.LightningModule):
             raise ValueError(
                 f"statistics_batch must divide the {images} images that a process takes at a time; got {size}"
             )
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        if self.global_step >= self._freeze_at:
+            kalmannorm.freeze(self.network)
+            self._freeze_at = math.inf
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, labels = batch

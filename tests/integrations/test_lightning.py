@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import lightning
@@ -214,7 +215,7 @@ def test_steps_of_several_optimizers_are_those_of_a_batch():
 
 
 def test_without_an_end_of_training_nothing_can_be_annealed():
-    with pytest.raises(ValueError, match=r"anneal=10\.0 and a training of inf steps, expected a Trainer with"):
+    with pytest.raises(ValueError, match=r"anneal=10\.0, freeze_from=1\.0 and a training of inf steps, expected"):
         trainer_of(KalmanNormCallback(anneal=10.0), -1).fit(Nested(), pairs())
     with pytest.raises(ValueError, match="KalmanNormCallback: anneal must be above 0; got 0"):
         KalmanNormCallback(anneal=0)
@@ -374,3 +375,43 @@ def test_recalibration_runs_in_the_trainers_precision():
     trainer.fit(module, pairs())
     assert seen == [torch.bfloat16] * len(seen)
     assert len(seen) >= 4
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_layers_are_frozen_for_the_last_steps_also_from_a_checkpoint(accumulated, tmp_path):
+    seen = []
+
+    class Watch(lightning.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            seen.append({layer.frozen for _, layer in kalman_layers(pl_module)})
+
+    module, options = Nested(), {"max_epochs": 2, "accumulate_grad_batches": accumulated}
+    trainer = trainer_of(KalmanNormCallback(freeze_from=0.75), -1, Watch(), **options)
+    trainer.fit(module, pairs())
+    assert seen == [{False}] * 6 + [{True}] * 2
+    trainer.save_checkpoint(tmp_path / "frozen.ckpt")
+    seen.clear()
+    options["max_epochs"] = 3
+    again = trainer_of(KalmanNormCallback(freeze_from=0.5), -1, Watch(), **options)
+    again.fit(Nested(), pairs(), ckpt_path=tmp_path / "frozen.ckpt")
+    assert seen == [{True}] * 4
+
+
+def test_arguments_of_freezing():
+    with pytest.raises(ValueError, match=r"KalmanNormCallback: freeze_from must be a share of the training, .* got 0"):
+        KalmanNormCallback(freeze_from=0.0)
+    with pytest.raises(ValueError, match=r"got recalibrate=2 and freeze_from=0\.5, expected one of them"):
+        KalmanNormCallback(freeze_from=0.5, recalibrate=2)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "ddp_find_unused_parameters_true"])
+def test_frozen_layers_need_a_strategy_that_waits_for_no_gradient(strategy):
+    module = Nested()
+    trainer = trainer_of(KalmanNormCallback(freeze_from=0.5), 4, devices=1, accelerator="cpu", strategy=strategy)
+    refused = pytest.raises(ValueError, match=r"freeze_from=0\.5 with DistributedDataParallel, which waits")
+    try:
+        with refused if strategy == "ddp" else nullcontext():
+            trainer.fit(module, pairs())
+    finally:
+        torch.distributed.destroy_process_group()
+    assert {layer.frozen for _, layer in kalman_layers(module)} == {strategy != "ddp"}

@@ -1,6 +1,7 @@
 """Training and scoring: who is decayed, in what order data come, and that both scores are what they say."""
 
 import math
+from itertools import pairwise
 
 import fake_cuda
 import lightning
@@ -10,6 +11,7 @@ from short_trainings import loader, quiet_trainer
 from torch import nn
 
 import kalmannorm
+from kalmannorm.freezing import unfrozen_layers
 from kalmannorm.integrations.lightning import annealing
 from kalmannorm.lab.curve import Curve
 from kalmannorm.lab.methods import normalize
@@ -97,6 +99,20 @@ def test_annealing_may_begin_late():
     assert gains == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize("normalization", ["kn", "bn"])
+def test_layers_are_frozen_for_the_last_steps(normalization):
+    variances = []
+
+    class Watch(lightning.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            variances.append(next(b.clone() for n, b in pl_module.network.named_buffers() if n.endswith("running_var")))
+
+    classifier = _classifier(SmallConvNet(), normalization=normalization, steps=4, freeze_from=0.7)
+    quiet_trainer(4, Watch()).fit(classifier, loader(*_data(), 2, 0))
+    assert [bool((a == b).all()) for a, b in pairwise(variances)] == [False, False, True]
+    assert unfrozen_layers(classifier.network) == {}
+
+
 @pytest.mark.parametrize(("steps", "start"), [(8, 0.0), (8, 0.5), (8, 0.99), (7, 0.3), (1, 0.9)])
 def test_shares_of_annealing_make_the_factor(steps, start):
     shares = [annealing(step, steps, 10.0, start) for step in range(steps)]
@@ -116,6 +132,7 @@ def test_shares_of_annealing_make_the_factor(steps, start):
         ({"steps": 0}, "steps must be at least 1"),
         ({"rate": 0.0}, "rate above 0"),
         ({"anneal": 0.0}, "anneal must be above 0; got 0.0"),
+        ({"freeze_from": 0.5, "normalization": "gn"}, "freeze_from=0.5 needs BatchNorm or Kalman layers; got .*'gn'"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(options, message):
