@@ -19,9 +19,12 @@ def freeze(model: _M, frozen: bool = True) -> _M:
     parameters get no gradient. A layer without running statistics, such as :class:`GroupKalmanNorm`, still fuses. The
     belief about a frozen Kalman layer's output comes from its running statistics.
 
+    Called after 70 % of the steps, it closes the gap between training and ``eval()`` at one or two samples: the network
+    then trains as ``eval()`` uses it.
+
     Layers stay frozen through ``model.train()``, copying and pickling; the ``state_dict`` does not say so.
     ``reset_running_stats()``, and so ``torch.optim.swa_utils.update_bn``, leaves a frozen Kalman layer as it is, and
-    empties a stock one. Freeze before the model is wrapped for distributed training.
+    empties a stock one. Wrap the model for distributed training after it, or again.
 
     Args:
         model: the network, or a part of one, changed in place.

@@ -1,6 +1,7 @@
 """Networks of a few lines that are usually copied, not installed."""
 
 import itertools
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -265,11 +266,31 @@ def standardized(network):
     return Network(network.task, build, network.shape, network.call)
 
 
+# And if it is trained for longer; and if layers are frozen for the last of these steps, on both sides.
+LONGER = ", 100 steps"
+FROZEN = f"{LONGER}, frozen late"
+
+
+@dataclass(frozen=True)
+class Longer(Network):
+    """A network that is trained for more steps, at a rate that falls to 0 by a cosine."""
+
+    steps: int = 100
+    frozen: int = 0
+    """For how many of the last steps its normalization layers are frozen."""
+
+
+def _longer(network, frozen=0):
+    return Longer(network.task, network.build, network.shape, network.call, frozen=frozen)
+
+
 _SEGMENTATION = OF_PACKAGES["segmentation_models_pytorch"]
 NETWORKS = {
     "copied": COPIED,
     **OF_PACKAGES,
     "segmentation_models_pytorch": {
         **_SEGMENTATION, **{name + STANDARDIZED: standardized(network) for name, network in _SEGMENTATION.items()},
+        **{name + LONGER: _longer(network) for name, network in _SEGMENTATION.items()},
+        **{name + FROZEN: _longer(network, frozen=30) for name, network in _SEGMENTATION.items()},
     },
 }  # fmt: skip

@@ -4,7 +4,7 @@ import textwrap
 from collections import Counter
 
 from benchmarks.tables import table
-from benchmarks.tried.networks import STANDARDIZED
+from benchmarks.tried.networks import FROZEN, LONGER, STANDARDIZED
 from benchmarks.tried.trial import LAST, RATE, STEPS
 
 HEAD = f"""# What was tried, and what happened
@@ -28,8 +28,9 @@ FAILED = 10
 WORSE = f"""These networks start from fresh weights and plain filters, where
 [priors are too narrow](evidence.md#where-the-prior-is-wrong). In training each layer still follows its own batch, which
 keeps its output small. In `eval()` no layer does, so an excess grows from layer to layer. The loss in training need not
-show it. Two remedies: [each sample by itself](guide/options.md#each-sample-by-itself) (*alone*), and
-[standardized filters](guide/options.md#standardized-filters), tried below.
+show it. Three remedies: [frozen layers](guide/fine-tuning.md#the-last-steps-as-in-eval) at the end of the training and
+[standardized filters](guide/options.md#standardized-filters), both tried below, and
+[each sample by itself](guide/options.md#each-sample-by-itself) (*alone*).
 
 Listed is a loss in `eval()` of more than {TIMES["eval"]} times BatchNorm's, one at the end of training of more than
 {TIMES["last"]} times, and a largest one of more than {TIMES["largest"]} times. A network that answers 0 has a loss of
@@ -45,12 +46,14 @@ def page(rows):
         rows: the CSV's, their cells as text.
     """
     every = [row for row in rows if row["kind"] == "network" and not row["happened"]]
-    networks = [row for row in every if not row["name"].endswith(STANDARDIZED)]
-    standardized = [row for row in every if row["name"].endswith(STANDARDIZED)]
+    networks = [row for row in every if not row["name"].endswith((STANDARDIZED, LONGER, FROZEN))]
+    longer, frozen, standardized = ([r for r in every if r["name"].endswith(s)] for s in (LONGER, FROZEN, STANDARDIZED))
     skipped = sorted({row["library"] for row in rows if row["happened"].startswith("skipped")})
     situations = [row for row in rows if row["kind"] == "situation"]
     parts = [HEAD, *_summary(networks), "## Where Kalman layers are worse\n\n"]
     parts += [_failures(networks), WORSE, _worse(networks)]
+    if frozen:
+        parts += ["### With layers frozen for the last steps\n\n", *_frozen(longer, frozen)]
     if standardized:
         parts += ["### With standardized filters\n\n", *_filters(standardized), _networks(standardized, False)]
     parts += ["## Networks\n\n", _networks(networks)]
@@ -105,14 +108,36 @@ def _failures(networks):
 
 def _filters(networks):
     """What standardized filters leave of it."""
+    yield f"The same networks with standardized filters on both sides. {sum(_above(r, FAILED) for r in networks)} of "
+    yield f"{len(networks)} trainings fail. {_smaller(networks, STANDARDIZED)}"
+
+
+def _smaller(networks, suffix):
+    """Where BatchNorm's loss is the smaller one."""
     worse = [
-        f"{row['name'].removesuffix(STANDARDIZED)} at {row['samples']} ({row['kalman_eval']}, BatchNorm "
+        f"{row['name'].removesuffix(suffix)} at {row['samples']} ({row['kalman_eval']}, BatchNorm "
         f"{row['batchnorm_eval']})"
         for row in networks if row["batchnorm_eval"] and float(row["kalman_eval"]) > float(row["batchnorm_eval"])
     ]  # fmt: skip
-    yield f"The same networks with standardized filters on both sides. {sum(_above(r, FAILED) for r in networks)} of "
-    yield f"{len(networks)} trainings fail. BatchNorm's loss in `eval()` is still the smaller one in {len(worse)}"
-    yield f": {', '.join(worse)}.\n\n" if worse else ".\n\n"
+    said = f"BatchNorm's loss in `eval()` is still the smaller one in {len(worse)}"
+    return f"{said}: {', '.join(worse)}.\n\n" if worse else f"{said}.\n\n"
+
+
+def _frozen(longer, frozen):
+    """What a longer training leaves of it, as it is and with layers frozen at its end."""
+    yield "The same networks with plain filters, trained for 100 steps at a rate that falls to 0 by a cosine: as they are, "
+    yield "and with their layers frozen (`kn.freeze`) for the last 30 of these steps, on both sides. Listed is the loss "
+    yield f"in `eval()`. As they are, {sum(_above(r, FAILED) for r in longer)} of {len(longer)} trainings fail; frozen, "
+    yield f"{sum(_above(r, FAILED) for r in frozen)}. {_smaller(frozen, FROZEN)}"
+    late = {(row["name"].removesuffix(FROZEN), row["samples"]): row for row in frozen}
+    head = ["network", "samples", "BatchNorm", "BatchNorm, frozen", "Kalman", "Kalman, frozen", "Kalman, alone"]
+    lines = []
+    for row in longer:
+        name = row["name"].removesuffix(LONGER)
+        then = late[name, row["samples"]]
+        losses = [each[f"{side}_eval"] or "raises" for side in ("batchnorm", "kalman") for each in (row, then)]
+        lines.append([f"{name} ({row['library']})", row["samples"], *losses, row["kalman_alone"]])
+    yield f"{table(head, lines)}\n\n"
 
 
 def _worse(networks):

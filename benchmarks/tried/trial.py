@@ -43,15 +43,21 @@ def converted(network):
 
 def trained(model, network, samples):
     """The losses of some steps of Adam."""
+    steps, frozen = getattr(network, "steps", STEPS), getattr(network, "frozen", 0)
     optimizer = torch.optim.Adam(model.parameters(), RATE)
+    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps) if steps > STEPS else None
     losses = []
-    for step in range(STEPS):
+    for step in range(steps):
+        if frozen and step == steps - frozen:
+            kn.freeze(model)
         x, classes = examples(network, samples, step)
         torch.manual_seed(step)  # dropout
         loss = loss_of(model.train()(*network.call(x)), classes)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        if falling:
+            falling.step()
         losses.append(loss.item())
     return losses
 
