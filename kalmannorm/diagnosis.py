@@ -76,7 +76,7 @@ class Diagnosis:
         if self.outputs == self.outputs:
             said += f"; outputs in eval() and by batch statistics differ by {100 * self.outputs:.3g} % of their size"
         if not wrong and self.outputs > _OUTPUTS:
-            said += ": the network uses what batches' own statistics tell: kalmannorm.freeze(model), train on"
+            said += ": the network uses what batches' own statistics tell: train on after kalmannorm.freeze(model)"
         return "\n".join([*(line.rstrip() for line in in_columns(lines)), said])
 
 
@@ -216,7 +216,7 @@ def _advice(running: float, mean: float, spread: float, prior: float, in_eval: f
         return "its running statistics are not those of the weights as they are: kalmannorm.recalibrate(model, loader)"
     if _is_off(in_eval):
         if prior < _NARROW and not validated:
-            return "its prior is too narrow, so it follows its batch as eval() cannot: kalmannorm.freeze(model), train on"
+            return "its prior is too narrow, so it follows its batch: train on after kalmannorm.freeze(model)"
         others = "validation batches differ from training batches" if validated else "its input differs in eval()"
         return f"{others}, or a layer below is off: mend the first layer of this table"
     if spread > _SPREAD:

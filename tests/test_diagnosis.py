@@ -105,7 +105,7 @@ def test_a_narrow_prior_leaves_a_layer_to_its_batches():
     for deviation in (0.1, 4.0):
         model = kn.convert(network(), input_stats=([0.0] * 3, [deviation] * 3))
         advice[deviation] = kn.diagnose(trained(model, loader), loader, progress=False).rows[0].advice
-    assert advice[0.1].startswith("its prior is too narrow, so it follows its batch as eval() cannot")
+    assert advice[0.1].startswith("its prior is too narrow, so it follows its batch: train on after kalmannorm.freeze")
     assert "narrow" not in advice[4.0]
     model = kn.convert(network(), input_stats=([0.0] * 3, [4.0] * 3))  # the second layer's prior is wide enough
     with torch.no_grad():
