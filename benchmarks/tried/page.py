@@ -127,8 +127,8 @@ def _frozen(longer, frozen):
     """What a longer training leaves of it, as it is and with layers frozen at its end."""
     yield "The same networks with plain filters, trained for 100 steps at a rate that falls to 0 by a cosine: as they "
     yield "are, and with their layers frozen (`kn.freeze`) for the last 30 of these steps, on both sides. Listed is "
-    yield f"the loss in `eval()`. As they are, {sum(_above(r, FAILED) for r in longer)} of {len(longer)} trainings fail; "
-    yield f"frozen, {sum(_above(r, FAILED) for r in frozen)}. {_smaller(frozen, FROZEN)}"
+    yield f"the loss in `eval()`. As they are, {sum(_above(r, FAILED) for r in longer)} of {len(longer)} trainings "
+    yield f"fail; frozen, {sum(_above(r, FAILED) for r in frozen)}. {_smaller(frozen, FROZEN)}"
     late = {(row["name"].removesuffix(FROZEN), row["samples"]): row for row in frozen}
     head = ["network", "samples", "BatchNorm", "BatchNorm, frozen", "Kalman", "Kalman, frozen", "Kalman, alone"]
     lines = []
