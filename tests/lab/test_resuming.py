@@ -16,13 +16,6 @@ from kalmannorm.lab.training import Classifier
 KILLS = 3
 
 
-def fork_server():
-    # Its children have the imports done, and none of this process's threads.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["kalmannorm.lab.fitting", "kalmannorm.lab.data.classification"])
-    return context
-
-
 def kill_after_a_checkpoint(process, checkpoint, draw):
     before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
     end = time.monotonic() + 60
@@ -42,7 +35,7 @@ def test_killed_and_resumed_it_is_the_same_run_bit_for_bit(images, config, tmp_p
     config["model"]["init_args"]["normalization"] = method
     config["trainer"]["max_steps"] = 48
     unbroken = fit(config, tmp_path / "unbroken")
-    context, draw = fork_server(), random.Random(method)
+    context, draw = multiprocessing.get_context("forkserver"), random.Random(method)
     broken = tmp_path / "broken"
     for _ in range(KILLS):
         process = context.Process(target=fit, args=(config, broken))
