@@ -1,5 +1,8 @@
 """Short trainings for tests."""
 
+import os
+
+import datasets
 import lightning
 import torch
 from torch import nn
@@ -9,6 +12,7 @@ from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign
 
+from kalmannorm.lab.fitting import fit
 from kalmannorm.lab.training import quiet
 
 
@@ -37,6 +41,13 @@ def quiet_trainer(steps, *callbacks, **options):
         "callbacks": list(callbacks),
     }
     return lightning.Trainer(**(settings | options))
+
+
+def fit_forked(environment, *args):
+    """``fit``, in a process that a fork server starts: that has the environment in which the server began."""
+    os.environ.update(environment)
+    datasets.config.HF_DATASETS_CACHE = environment["HF_DATASETS_CACHE"]
+    fit(*args)
 
 
 def descent(model, loss_of, steps=30, rate=0.05):

@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+from short_trainings import fit_forked
 
 from kalmannorm.lab.experiments import merge
 from kalmannorm.lab.fitting import fit
@@ -38,7 +39,7 @@ def test_killed_and_resumed_it_is_the_same_run_bit_for_bit(images, config, tmp_p
     context, draw = multiprocessing.get_context("forkserver"), random.Random(method)
     broken = tmp_path / "broken"
     for _ in range(KILLS):
-        process = context.Process(target=fit, args=(config, broken))
+        process = context.Process(target=fit_forked, args=(dict(os.environ), config, broken))
         process.start()
         kill_after_a_checkpoint(process, broken / "last.ckpt", draw)
         assert process.exitcode == -signal.SIGKILL
