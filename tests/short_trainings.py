@@ -43,11 +43,11 @@ def quiet_trainer(steps, *callbacks, **options):
     return lightning.Trainer(**(settings | options))
 
 
-def fit_forked(environment, *args):
+def fit_forked(environment, *args, **options):
     """``fit``, in a process that a fork server starts: that has the environment in which the server began."""
     os.environ.update(environment)
     datasets.config.HF_DATASETS_CACHE = environment["HF_DATASETS_CACHE"]
-    fit(*args)
+    fit(*args, **options)
 
 
 def descent(model, loss_of, steps=30, rate=0.05):
