@@ -8,6 +8,7 @@ import pytest
 import torch
 from network import in_two_processes
 from short_trainings import fit_forked
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from kalmannorm.lab.configuration import Run
 from kalmannorm.lab.experiments import merge
@@ -123,11 +124,14 @@ def test_a_callback_of_ones_own(images, short, tmp_path):
 
 
 @pytest.mark.slow
-def test_compiled_it_is_nearly_the_same(images, short, tmp_path):
+def test_compiled_it_is_nearly_the_same(images, short, tmp_path, monkeypatch):
+    counter = CompileCounterWithBackend("aot_eager")  # inductor's C++ compiler takes longer
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
     network = {"class_path": "kalmannorm.lab.models.small.SmallConvNet"}
     short["model"]["init_args"]["network"] = network | {"init_args": {"layers": [[4, 2], [8, 2]], "in_channels": 3}}
     plain = fit(short, tmp_path / "plain")
     compiled = fit(short, tmp_path / "compiled", overrides=["--model.init_args.compile=true"])
+    assert counter.frame_count > 0
     assert compiled.losses == pytest.approx(plain.losses, rel=1e-4)
     assert set(weights(tmp_path / "compiled")) == set(weights(tmp_path / "plain"))
 
