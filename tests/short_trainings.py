@@ -2,7 +2,6 @@
 
 import os
 
-import datasets
 import lightning
 import torch
 from torch import nn
@@ -12,7 +11,6 @@ from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign
 
-from kalmannorm.lab.fitting import fit
 from kalmannorm.lab.training import quiet
 
 
@@ -45,6 +43,10 @@ def quiet_trainer(steps, *callbacks, **options):
 
 def fit_forked(environment, *args, **options):
     """``fit``, in a process that a fork server starts: that has the environment in which the server began."""
+    import datasets
+
+    from kalmannorm.lab.fitting import fit
+
     os.environ.update(environment)
     datasets.config.HF_DATASETS_CACHE = environment["HF_DATASETS_CACHE"]
     fit(*args, **options)
