@@ -1,5 +1,7 @@
 """Short trainings for tests."""
 
+import os
+
 import lightning
 import torch
 from torch import nn
@@ -37,6 +39,17 @@ def quiet_trainer(steps, *callbacks, **options):
         "callbacks": list(callbacks),
     }
     return lightning.Trainer(**(settings | options))
+
+
+def fit_forked(environment, *args, **options):
+    """``fit``, in a process that a fork server starts: that has the environment in which the server began."""
+    import datasets
+
+    from kalmannorm.lab.fitting import fit
+
+    os.environ.update(environment)
+    datasets.config.HF_DATASETS_CACHE = environment["HF_DATASETS_CACHE"]
+    fit(*args, **options)
 
 
 def descent(model, loss_of, steps=30, rate=0.05):

@@ -1,6 +1,6 @@
 """Many processes: statistics shared between them, DDP, FSDP2, checkpoints, restarts. All on gloo and this machine.
 
-The programs that torchrun starts are in ``torchrun/``; each does several things, as a start takes seconds.
+What two processes do is in ``torchrun/``; each does several things, as a start takes seconds.
 """
 
 import copy
@@ -8,15 +8,18 @@ import importlib
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from data_parallel import in_each_way as data_parallel_in_each_way
 from network import batch, build, in_two_processes, layers_with_prior, pretrained, sgd, state_of, train_step
 from restart import KILLED_AT
 from sharded import HALVES, load_and_go_on, save_and_go_on
+from sharded import in_each_way as sharded_in_each_way
 from torch import nn
 from torch.distributed import pipelining
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
@@ -51,10 +54,6 @@ def torchrun(program, *arguments, restarts=0):
             output, _ = run.communicate(timeout=60)
             pytest.fail(f"{program} did not end in time\n{output}")
     assert run.returncode == 0, output
-
-
-def results(folder):
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
 def assert_same(actual, expected, **tolerance):
@@ -185,8 +184,7 @@ def test_two_processes_equal_one_with_the_whole_batch(spawned, split):
 def data_parallel(tmp_path_factory):
     """Results of each process."""
     folder = tmp_path_factory.mktemp("data_parallel")
-    torchrun("data_parallel.py", folder)
-    return results(folder)
+    return in_two_processes(partial(data_parallel_in_each_way, folder=folder), folder)
 
 
 @pytest.mark.parametrize(("name", "micro_batches"), [("each for itself", 1), ("accumulated", 2)])
@@ -234,8 +232,7 @@ def sharded(tmp_path_factory):
     """What the two processes did, and the one that saved the checkpoint that they loaded."""
     folder = tmp_path_factory.mktemp("sharded")
     one = save_and_go_on(kn.convert(build()), folder / "by_one")
-    torchrun("sharded.py", folder)
-    return results(folder), one, folder
+    return in_two_processes(partial(sharded_in_each_way, folder=folder), folder), one, folder
 
 
 def all_but_the_first_layer():
@@ -430,7 +427,8 @@ def test_stages_cut_by_hand_are_connected_one_by_one(trained):
 
 def test_training_goes_on_after_a_process_was_killed(data_parallel, tmp_path):
     torchrun("restart.py", tmp_path, restarts=1)
-    for killed, spared in zip(results(tmp_path), data_parallel, strict=True):
+    for rank, spared in enumerate(data_parallel):
+        killed = torch.load(tmp_path / f"{rank}.pt")
         assert (spared["spared"]["began"], killed["began"]) == (0, KILLED_AT)
         assert_same(killed["state"], spared["spared"]["state"], rtol=0, atol=0)
 

@@ -1,19 +1,18 @@
 """The callback: who is converted and when, checkpoints, statistics in scoring, and what stops a training."""
 
+import functools
 import math
 import os
-import subprocess
-import sys
-import textwrap
 import warnings
 from contextlib import nullcontext
-from pathlib import Path
 
 import lightning
 import pytest
 import torch
+from network import in_two_processes
 from short_trainings import Nested, assert_same, pairs, quiet_trainer
 from torch import nn
+from torch.multiprocessing import start_processes
 from torch.nn import functional as F
 
 import kalmannorm as kn
@@ -247,46 +246,41 @@ def test_it_says_so_where_all_statistics_are_finite():
         trainer_of(KalmanNormCallback(), 4).fit(module, pairs())
 
 
-SCRIPT = """
-    import sys
-    import torch
-    sys.path.insert(0, {folder!r})
-    import lightning
-    from short_trainings import Nested, pairs, quiet_trainer
-    from kalmannorm.traversal import kalman_layers
-    from kalmannorm.integrations.lightning import KalmanNormCallback, annealing, network_of
+class Ranks(lightning.Callback):
+    """Keeps what each process has in the end."""
 
-    class Ranks(lightning.Callback):
-        def on_train_end(self, trainer, pl_module):
-            state = {{name: value.clone() for name, value in pl_module.state_dict().items()}}
-            groups = [layer.process_group is not None for _, layer in kalman_layers(pl_module)]
-            torch.save((state, groups), f"{out}/{{sys.argv[1]}}-{{trainer.global_rank}}.pt")
+    def __init__(self, folder):
+        self.folder = folder
 
-    if __name__ == "__main__":
-        torch.set_num_threads(1)
-        trainer = quiet_trainer(2, KalmanNormCallback(recalibrate=2, input_stats=([3.0], [1.0])), Ranks(), devices=2,
-                                strategy=sys.argv[1], sync_batchnorm=sys.argv[2] == "sync", log_every_n_steps=1)
-        module = Nested()
-        trainer.fit(module, pairs())
-        torch.save(module.state_dict(), f"{out}/{{sys.argv[1]}}-main.pt")
-"""
+    def on_train_end(self, trainer, pl_module):
+        groups = [layer.process_group is not None for _, layer in kalman_layers(pl_module)]
+        torch.save((pl_module.state_dict(), groups), self.folder / f"rank-{trainer.global_rank}.pt")
+
+
+def train_by_two(rank, folder, callback, strategy):
+    if strategy == "ddp":
+        os.environ["LOCAL_RANK"] = str(rank)  # Lightning starts no process, as the other one is there
+    options = {"devices": 2, "strategy": strategy, "sync_batchnorm": strategy == "ddp"}
+    module = Nested()
+    trainer_of(callback, 2, Ranks(folder), **options).fit(module, pairs())
+    torch.save(module.state_dict(), folder / "main.pt")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("strategy", "sync"), [("ddp", "sync"), ("ddp_spawn", "own")])
-def test_two_processes(strategy, sync, tmp_path):
-    script, folder = tmp_path / "fit.py", str(Path(__file__).parents[1])
-    script.write_text(textwrap.dedent(SCRIPT.format(folder=folder, out=str(tmp_path))))
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(script), strategy, sync]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    (first, groups), (second, _) = (torch.load(tmp_path / f"{strategy}-{rank}.pt") for rank in range(2))
+@pytest.mark.parametrize("strategy", ["ddp", "ddp_fork"])
+def test_two_processes(strategy, tmp_path):
+    callback = KalmanNormCallback(recalibrate=2, input_stats=([3.0], [1.0]))
+    work = functools.partial(train_by_two, folder=tmp_path, callback=callback, strategy=strategy)
+    if strategy == "ddp":
+        in_two_processes(work, tmp_path)
+    else:  # from a process that has no threads
+        start_processes(work, nprocs=1, start_method="forkserver")
+    (first, groups), (second, _) = (torch.load(tmp_path / f"rank-{rank}.pt") for rank in range(2))
     assert_same(first, second)  # recalibrated statistics too: of both processes' data
     assert bool(first["net.1.process_noise"].any())
-    assert groups == [sync == "sync"] * 2
-    main = torch.load(tmp_path / f"{strategy}-main.pt")
-    for name, value in main.items():  # spawned: BatchNorm's, which has no gain
+    assert groups == [strategy == "ddp"] * 2
+    main = torch.load(tmp_path / "main.pt")
+    for name, value in main.items():  # forked: BatchNorm's, which has no gain
         assert torch.equal(value, first[name])
 
 

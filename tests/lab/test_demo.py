@@ -1,8 +1,8 @@
 """The demo, by the real command: what it prints and writes, that it repeats itself, and that Ctrl-C ends it."""
 
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
 
@@ -79,25 +79,27 @@ def _group_exists(group):
     return True
 
 
+def demo_for_long(folder):
+    """In a group of its own, as a terminal starts a command."""
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with (folder / "stderr").open("w") as file:
+        os.dup2(file.fileno(), 2)
+    line = ["demo", "--only", "bn", "--seeds", "1", "--workers", "1", "--scale", "100"]
+    sys.exit(main([*line, "--output", str(folder / "out")]))
+
+
 def test_ctrl_c_ends_it_at_once_with_one_line(tmp_path):
-    line = [sys.executable, "-m", "kalmannorm.lab.cli", "demo", "--only", "bn", "--seeds", "1", "--workers", "1"]
-    process = subprocess.Popen(
-        [*line, "--scale", "100", "--output", str(tmp_path / "out")],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        # Children of a job in the background would ignore it.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - no thread holds a lock here
-    )
+    process = multiprocessing.get_context("forkserver").Process(target=demo_for_long, args=(tmp_path,))
+    process.start()
     try:
         while not list((tmp_path / "out").rglob("config.yaml")):  # it trains
-            assert process.poll() is None
+            assert process.is_alive()
             time.sleep(0.1)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to parent and workers alike
-        _, err = process.communicate(timeout=20)
-        assert process.returncode == 130
-        assert err.splitlines()[-1] == "kalmannorm: interrupted"
+        process.join(20)
+        assert process.exitcode == 130
+        assert (tmp_path / "stderr").read_text().splitlines()[-1] == "kalmannorm: interrupted"
         patience = time.monotonic() + 10  # the system takes a moment to clean up after the dead
         while _group_exists(process.pid) and time.monotonic() < patience:
             time.sleep(0.1)

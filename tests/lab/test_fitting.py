@@ -1,9 +1,14 @@
 """A run from its configuration to its result."""
 
+import os
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+from network import in_two_processes
+from short_trainings import fit_forked
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from kalmannorm.lab.configuration import Run
 from kalmannorm.lab.experiments import merge
@@ -119,11 +124,14 @@ def test_a_callback_of_ones_own(images, short, tmp_path):
 
 
 @pytest.mark.slow
-def test_compiled_it_is_nearly_the_same(images, short, tmp_path):
+def test_compiled_it_is_nearly_the_same(images, short, tmp_path, monkeypatch):
+    counter = CompileCounterWithBackend("aot_eager")  # inductor's C++ compiler takes longer
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
     network = {"class_path": "kalmannorm.lab.models.small.SmallConvNet"}
     short["model"]["init_args"]["network"] = network | {"init_args": {"layers": [[4, 2], [8, 2]], "in_channels": 3}}
     plain = fit(short, tmp_path / "plain")
     compiled = fit(short, tmp_path / "compiled", overrides=["--model.init_args.compile=true"])
+    assert counter.frame_count > 0
     assert compiled.losses == pytest.approx(plain.losses, rel=1e-4)
     assert set(weights(tmp_path / "compiled")) == set(weights(tmp_path / "plain"))
 
@@ -135,14 +143,24 @@ def test_in_half_precision_it_is_nearly_the_same(images, short, tmp_path):
     assert half.losses != plain.losses
 
 
+def fit_as_one_of_two(environment, config, folder, rank):
+    """Lightning starts no process where it finds a rank."""
+    fit_forked({**environment, "LOCAL_RANK": str(rank)}, config, folder, split="validation")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["kn", "brn"])
 def test_two_processes_train_as_one(images, config, tmp_path, method):
-    """The real command, against this process: the same gradient batch and statistics batch."""
+    """The real command, or two that are forked, against this process: the same gradient batch and statistics batch."""
     config["model"]["init_args"]["normalization"] = method
     config["trainer"]["precision"] = "64-true"  # a rounding error of float32 grows in 20 steps
     of_two = merge(config, {"trainer": {"devices": 2, "strategy": "ddp"}})
-    two = fit_on_devices(Job("", 0, of_two, tmp_path / "two", "validation"))
+    if method == "kn":
+        two = fit_on_devices(Job("", 0, of_two, tmp_path / "two", "validation"))
+        assert (tmp_path / "two.log").read_text().count("accuracy_running") == 1
+    else:
+        in_two_processes(partial(fit_as_one_of_two, dict(os.environ), of_two, tmp_path / "two"), tmp_path)
+        two = Result.read(tmp_path / "two")
     one = fit(config, tmp_path / "one", split="validation")
     assert (two.config["trainer"]["devices"], two.split) == (2, "validation")
     assert len(one.losses) == 20
@@ -151,7 +169,6 @@ def test_two_processes_train_as_one(images, config, tmp_path, method):
     for name, tensor in ours.items():  # running statistics too
         assert (tensor.double() - theirs[name].double()).abs().max() < 1e-4, name
     assert [each["step"] for each in two.validations] == [each["step"] for each in one.validations]
-    assert (tmp_path / "two.log").read_text().count("accuracy_running") == 1
     assert finished(tmp_path / "two")
 
 

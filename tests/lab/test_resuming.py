@@ -8,19 +8,13 @@ import time
 
 import pytest
 import torch
+from short_trainings import fit_forked
 
 from kalmannorm.lab.experiments import merge
 from kalmannorm.lab.fitting import fit
 from kalmannorm.lab.training import Classifier
 
 KILLS = 3
-
-
-def fork_server():
-    # Its children have the imports done, and none of this process's threads.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["kalmannorm.lab.fitting", "kalmannorm.lab.data.classification"])
-    return context
 
 
 def kill_after_a_checkpoint(process, checkpoint, draw):
@@ -42,10 +36,10 @@ def test_killed_and_resumed_it_is_the_same_run_bit_for_bit(images, config, tmp_p
     config["model"]["init_args"]["normalization"] = method
     config["trainer"]["max_steps"] = 48
     unbroken = fit(config, tmp_path / "unbroken")
-    context, draw = fork_server(), random.Random(method)
+    context, draw = multiprocessing.get_context("forkserver"), random.Random(method)
     broken = tmp_path / "broken"
     for _ in range(KILLS):
-        process = context.Process(target=fit, args=(config, broken))
+        process = context.Process(target=fit_forked, args=(dict(os.environ), config, broken))
         process.start()
         kill_after_a_checkpoint(process, broken / "last.ckpt", draw)
         assert process.exitcode == -signal.SIGKILL

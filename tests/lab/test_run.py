@@ -3,7 +3,6 @@
 import itertools
 import math
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -692,21 +691,20 @@ def test_devices_have_folders_of_their_own_and_weights_are_found_in_all(here, wr
 
 
 @pytest.mark.slow
-def test_figure_5_by_the_real_command_and_table_7_from_the_same_trainings(tmp_path, monkeypatch, capsys):
+def test_figure_5_by_a_worker_and_table_7_from_the_same_trainings(tmp_path, monkeypatch, capfd):
     # Nothing of the machine's own data, nor of its cache.
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("KALMANNORM_DATA", "")
     options = ["--kalman", "default", "--scale", "tiny", "--seeds", "1", "--workers", "1", "--output", str(tmp_path)]
-    line = [sys.executable, "-m", "kalmannorm.lab.cli", "reproduce", "figure5", *options]
-    done = subprocess.run(line, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    assert re.search(r"BN +\| [\d.]+ ", done.stdout)
+    assert main(["reproduce", "figure5", *options]) == 0
+    out, err = capfd.readouterr()
+    assert err == ""
+    assert re.search(r"BN +\| [\d.]+ ", out)
     assert (read_table(tmp_path / "figure5" / "runs.csv")["variance_gap"].astype(float) > 0).all()
     finished = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
     assert len(finished) == 2
     assert main(["run", "table7", "--only", "*-bs2*", *options]) == 0
-    assert capsys.readouterr().out.count("(90.0)") == 1
+    assert capfd.readouterr().out.count("(90.0)") == 1
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")} == finished
     with browser.started() as chromium:
         for size in (browser.DESKTOP, browser.PHONE):

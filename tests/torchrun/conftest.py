@@ -1,3 +1,3 @@
-"""Programs that torchrun starts: pytest collects nothing here."""
+"""What several processes do: pytest collects nothing here."""
 
 collect_ignore_glob = ["*.py"]

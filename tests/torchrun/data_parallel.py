@@ -1,13 +1,11 @@
 """Two processes train under DistributedDataParallel, each on its part of every batch."""
 
-import sys
 from contextlib import nullcontext
 
 import restart
-import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from network import batch, build, join, layers_with_prior, leave, pretrained, sgd, state_of
+from network import batch, build, layers_with_prior, pretrained, sgd, state_of
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -43,10 +41,9 @@ def with_layers_of(model, kind):
     return model
 
 
-def main(folder):
-    rank = join()
+def in_each_way(rank, folder):
     halves, uneven = (slice(0, 2), slice(2, 4))[rank], (slice(0, 3), slice(3, 4))[rank]
-    results = {
+    return {
         "each for itself": train(kn.convert(build()), halves),
         "pretrained": train(kn.convert(pretrained()), halves),
         "accumulated": train(kn.convert(build()), halves, micro_batches=2),
@@ -55,9 +52,3 @@ def main(folder):
         "spared": restart.train(folder, rank, kill=False),
         "convert_sync_batchnorm": train(kn.convert(nn.SyncBatchNorm.convert_sync_batchnorm(build())), uneven),
     }
-    torch.save(results, f"{folder}/{rank}.pt")
-    leave()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

@@ -126,7 +126,7 @@ def leave():
 
 def in_two_processes(work, folder):
     """What ``work(rank)`` gives in each of two processes that have a group."""
-    mp.spawn(_one_of_two, (work, str(folder)), nprocs=2)
+    mp.start_processes(_one_of_two, (work, str(folder)), nprocs=2, start_method="forkserver")
     return [torch.load(f"{folder}/{rank}.pt") for rank in range(2)]
 
 

@@ -1,11 +1,9 @@
 """Two processes train a model sharded by FSDP2, each on its half of every batch."""
 
-import sys
-
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from network import adam, build, join, layers_with_prior, leave, pretrained, sgd, state_of, train_step
+from network import adam, build, layers_with_prior, pretrained, sgd, state_of, train_step
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -110,10 +108,9 @@ def shared():
     return kn.convert(build(), process_group=dist.group.WORLD)
 
 
-def main(folder):
-    rank = join()
+def in_each_way(rank, folder):
     low = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
-    results = {
+    return {
         "blocks": train(by_blocks(kn.convert(build())), rank),
         "pretrained": train(by_blocks(kn.convert(pretrained())), rank),
         "leaves": train(by_leaves(kn.convert(build())), rank),
@@ -124,9 +121,3 @@ def main(folder):
         "saved": save_and_go_on(by_blocks(shared()), f"{folder}/by_two", HALVES[rank]),
         "loaded": load_and_go_on(by_blocks(shared()), f"{folder}/by_one", HALVES[rank]),
     }
-    torch.save(results, f"{folder}/{rank}.pt")
-    leave()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

@@ -22,7 +22,7 @@ NETWORKS = {
     "postactivation": (functools.partial(CifarResNet, 8, num_classes=4, width=8, preactivation=False), (3, 16, 16)),
     "cifar_inception": (functools.partial(CifarInception, num_classes=4, width=0.25), (3, 16, 16)),
     "inception_v2": (functools.partial(InceptionV2, num_classes=4, width=0.25), (3, 48, 48)),
-    "bottlenecks": (functools.partial(ResNet, Bottleneck, [1, 1, 1, 1], num_classes=4), (3, 48, 48)),
+    "bottlenecks": (functools.partial(ResNet, Bottleneck, [1] * 4, num_classes=4, width_per_group=16), (3, 48, 48)),
     "signals": (functools.partial(SignalNet, num_classes=4), (1, 64)),
     "rows": (functools.partial(TabularNet, num_classes=4), (30,)),
 }
