@@ -21,18 +21,19 @@ loader = DataLoader(TensorDataset(*discs(16)), batch_size=2, shuffle=True)  # yo
 model = smp.Unet("resnet18", encoder_weights=None)  # "imagenet", for pretrained ones
 model = kn.convert(model, input_stats=([0.0] * 3, [1.0] * 3))
 print(str(kn.describe(model, next(iter(loader))[0])).splitlines()[-1])
-
 dice = smp.losses.DiceLoss("binary")
-optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-for epoch in range(3):
-    total = 0.0
+optimizer, epochs = torch.optim.Adam(model.parameters(), lr=1e-3), 6
+schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+for epoch in range(epochs):
+    if epoch == 4:
+        kn.freeze(model)  # so that the network ends as eval() uses it
     for images, masks in loader:
         loss = dice(model(images), masks)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        total += loss.item()
-    print(f"epoch {epoch}: loss {total / len(loader):.3f}")
+    schedule.step()
+    print(f"epoch {epoch}: loss {loss.item():.3f}")
 
 plain = kn.to_batchnorm(model).eval()  # torch's own layers, to save and deploy
 print(f"a batch's loss in eval(): {dice(plain(images), masks).item():.3f}")

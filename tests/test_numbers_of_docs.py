@@ -36,7 +36,7 @@ SETTINGS = {
     "versions, and the numbers of papers": r"(?:[Vv]ersion|Python|torch) \d+\.\d+|arXiv:[\d.]+",
     "learning rates": r"[Rr]ates? of [\d., and]+|rate [\d.]+|[Ww]ith a gain of 0\.1|code's 0\.1",
     "columns of rates": r"\| rate \| [\d. |]+|^\| 0\.[13] \|",
-    "share of a training": r"last 30 %",
+    "share of a training": r"last (?:30|15) %|after 70 %",
     "overlap that counts as found": r"boxes at 0\.5",
     "the paper's own scores": r"\| (?:92\.1 / 90\.0|89\.4 / 90\.0|90\.9 / 90\.9|90\.4|87\.8|77\.7) \|$",
     "ImageNet's mean and deviation": r"0\.485 and 0\.229",
