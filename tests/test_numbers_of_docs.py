@@ -152,6 +152,8 @@ def facts():
     small, deep = "batch-sizes-cpu", "deeper-cpu"
     gpu = {arm: difference("batch-sizes-gpu", "bn-128", arm) for arm in ("bn-2", "gn-2", "kn-2")}
     deeper = [difference(deep, "bn-128", "kn-2"), difference(deep, "bn-128-ws", "kn-2-ws")]
+    frozen_late = [score(small, "kn-1-ws-frozen", first=3) - score(small, "kn-1-ws"),
+                   score(small, "kn-1-ws-frozen") - score(small, "kn-1-ws-fixed")]  # fmt: skip
     fixed_gain = score(small, "kn-1-ws-fixed", first=3) - score(small, "kn-1-ws")
     layernorm = study("tabular")["ln"].values("accuracy_running")
     without_filters = [difference("signals", "kn", "kn-ws"), difference("tabular", "kn", "kn-ws")]
@@ -175,9 +177,6 @@ def facts():
     wide, deep_map = "layer/n128-c64-112x112/eager/bfloat16", "layer/n64-c256-56x56/eager/bfloat16"
     peak = {method: float(cuda[eager, method]["peak_bytes"]) for method in ("kalman_norm", "batch_norm")}
     covered = rows(RESULTS / "coverage.csv")
-    late = study("annealed-cpu")["kn-1-late-fast"].values("accuracy_running")
-    settled = [100 * float(row["accuracy_running"]) for row in rows(ROOT / "history" / "priors" / "settled.csv")
-               if (row["how"], float(row["rate"])) == ("frozen", 0.3)]  # fmt: skip
     corrected, uncorrected = (sorted(layer_ratios(name, "prior")) for name in ("pretrained-corrected", "pretrained"))
     volumes = [difference("volumes-standardized", "in-ws", "kn-ws", "dice_running")]
     return {
@@ -186,7 +185,6 @@ def facts():
         "which-normalization.md": [
             *without_filters, *gpu.values(), *steps, *layernorm,
             *(ratio(of, case, "group_norm") for of, case in ((cpu, step), (cuda, eager))),
-            difference("gains-cpu", "fixed-ws-1", "learned-ws-1"), fixed_gain,
         ],
         "evidence.md": [
             *gpu.values(), difference("batch-sizes-gpu", "kn-2", "bn-128", "accuracy_online"), *at_one, *deeper,
@@ -203,6 +201,9 @@ def facts():
             difference("detection-cpu", "kn", "bn-recalibrated", "box_ap_online"),
             *(difference("detection-pretrained-cpu", "kn", "frozen", of) for of in ("box_ap", "mask_ap")),
             *(score(small, arm, first=3) - score(small, arm) for arm in ("kn-2-ws", "kn-1-ws-fixed")), fixed_gain,
+            frozen_late[1], difference(small, "bn-128-ws", "kn-1-ws-frozen"),
+            difference(small, "kn-1-ws-frozen", "gn-2-ws"),
+            *(score(small, arm, first=3) for arm in ("kn-1", "kn-1-ws-frozen", "kn-2-ws")),
         ],
         "speed.md": [
             *steps, ratio(cpu, step, "group_norm"), ratio(cpu, compiled), min(act), max(act),
@@ -222,8 +223,7 @@ def facts():
         "volumes.md": volumes,
         "options.md": [ratios["prior"][0], ratios["prior"][-1]],
         "troubleshooting.md": [*steps, *extra],
-        "fine-tuning.md": [*frozen, difference(small, "kn-1-annealed", "kn-1"),
-                           sum(settled) / len(settled) - sum(late) / len(late)],
+        "fine-tuning.md": [*frozen, frozen_late[0]],
         "compared.md": [float(len([row for row in covered if row["library"] in ("torchvision", "timm")]))],
     }  # fmt: skip
 

@@ -57,6 +57,25 @@ def test_each_output_is_to_say_the_class_of_its_sample():
     assert trial.loss_of((nodes, torch.zeros(2, 3)), classes) == 0.5
 
 
+def test_a_longer_training_may_end_with_frozen_layers():
+    def build():
+        return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+
+    rows = {}
+    for frozen in (0, 4):
+        network = networks.Longer("", build, (3, 8, 8), steps=trial.STEPS + 4, frozen=frozen)
+        rows[frozen] = trial.tried(network, 2)
+        model = trial.converted(network)
+        assert len(trial.trained(model, network, 2)) == trial.STEPS + 4
+        assert model[1].num_batches_tracked == trial.STEPS + 4 - frozen
+    assert rows[0]["kalman_largest"] == rows[4]["kalman_largest"]
+    assert rows[0]["kalman_eval"] != rows[4]["kalman_eval"]
+    assert math.isfinite(rows[0]["groupnorm_eval"])
+    assert "groupnorm_eval" not in rows[4]
+    layers = trial.with_groupnorm(nn.Sequential(build(), build()))
+    assert [type(layer) for layer in layers[1]] == [nn.Conv2d, nn.GroupNorm]
+
+
 QUICK = [name for name in SITUATIONS if name != "processes with unequal batches"]
 # Where a converted network shall not do worse than BatchNorm. One that is not here has no better side by itself.
 NO_WORSE = {

@@ -17,6 +17,7 @@ COLUMNS = (
     "kind", "library", "name", "samples", "layers", "with_prior", "reasons",
     *(f"{side}_{what}" for side in ("batchnorm", "kalman")
       for what in ("first", "last", "largest", "eval", "alone", "error")),
+    "groupnorm_eval",
     "reloaded", "deployed", "in_stock", "measures", "batchnorm", "kalman", "happened", "packages", "seconds",
 )  # fmt: skip
 SAMPLES = (1, 2)

@@ -8,6 +8,7 @@ import warnings
 from collections import Counter
 
 import torch
+from torch import nn
 
 import kalmannorm as kn
 from benchmarks.coverage_networks import outputs_of
@@ -119,12 +120,26 @@ def described(error):
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}".replace("|", "/")
 
 
+def with_groupnorm(model, groups=8):
+    """The model with GroupNorm in place of BatchNorm."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, nn.GroupNorm(groups, layer.num_features))
+    return model
+
+
 def tried(network, samples):
     """The columns of a network's row."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
         row = side("batchnorm", network.build(), network, samples)
+        if hasattr(network, "steps") and not network.frozen:
+            torch.manual_seed(0)
+            model = with_groupnorm(network.build())
+            trained(model, network, samples)
+            row["groupnorm_eval"] = in_eval(model, network)[1]
         try:
             model = converted(network)
             row |= _described(kn.describe(model, *network.call(examples(network, samples, 0)[0])))
