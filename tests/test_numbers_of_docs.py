@@ -153,7 +153,9 @@ def facts():
     gpu = {arm: difference("batch-sizes-gpu", "bn-128", arm) for arm in ("bn-2", "gn-2", "kn-2")}
     deeper = [difference(deep, "bn-128", "kn-2"), difference(deep, "bn-128-ws", "kn-2-ws")]
     frozen_late = [score(small, "kn-1-ws-frozen", first=3) - score(small, "kn-1-ws"),
-                   score(small, "kn-1-ws-frozen") - score(small, "kn-1-ws-fixed")]  # fmt: skip
+                   score(small, "kn-1-ws-frozen") - score(small, "kn-1-ws-fixed"),
+                   score(small, "kn-1-ws-proxy-frozen") - score(small, "kn-1-ws-proxy", first=3)]  # fmt: skip
+    late_batchnorm = difference(small, "bn-2-ws-frozen", "bn-2-ws")
     fixed_gain = score(small, "kn-1-ws-fixed", first=3) - score(small, "kn-1-ws")
     layernorm = study("tabular")["ln"].values("accuracy_running")
     without_filters = [difference("signals", "kn", "kn-ws"), difference("tabular", "kn", "kn-ws")]
@@ -201,7 +203,8 @@ def facts():
             difference("detection-cpu", "kn", "bn-recalibrated", "box_ap_online"),
             *(difference("detection-pretrained-cpu", "kn", "frozen", of) for of in ("box_ap", "mask_ap")),
             *(score(small, arm, first=3) - score(small, arm) for arm in ("kn-2-ws", "kn-1-ws-fixed")), fixed_gain,
-            frozen_late[1], difference(small, "bn-128-ws", "kn-1-ws-frozen"),
+            *frozen_late[1:], late_batchnorm, score(small, "kn-2-ws", first=3) - score(small, "bn-2-ws-frozen"),
+            difference(small, "bn-128-ws", "kn-1-ws-frozen"),
             difference(small, "kn-1-ws-frozen", "gn-2-ws"),
             *(score(small, arm, first=3) for arm in ("kn-1", "kn-1-ws-frozen", "kn-2-ws")),
         ],
@@ -223,7 +226,7 @@ def facts():
         "volumes.md": volumes,
         "options.md": [ratios["prior"][0], ratios["prior"][-1]],
         "troubleshooting.md": [*steps, *extra],
-        "fine-tuning.md": [*frozen, frozen_late[0]],
+        "fine-tuning.md": [*frozen, frozen_late[0], late_batchnorm],
         "compared.md": [float(len([row for row in covered if row["library"] in ("torchvision", "timm")]))],
     }  # fmt: skip
 

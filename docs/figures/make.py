@@ -301,7 +301,7 @@ def draw_priors(found: dict[str, dict[str, list[float]]]) -> Figure:
 METHODS = {"bn": ("BatchNorm", "#c44e52"), "kn": ("Kalman Normalization", "#4c72b0")}
 TOGETHER = (128, 32, 8, 4, 2, 1)
 STANDARDIZED = {"bn": {128: "bn-128-ws"}, "kn": {2: "kn-2-ws", 1: "kn-1-ws-frozen"}}
-PROXIED = {"bn": {128: "bn-128-ws-proxy"}, "kn": {2: "kn-2-ws-proxy", 1: "kn-1-ws-proxy"}}
+PROXIED = {"bn": {128: "bn-128-ws-proxy"}, "kn": {2: "kn-2-ws-proxy", 1: "kn-1-ws-proxy-frozen"}}
 RIVAL = "gn-2-ws-proxy"
 
 
