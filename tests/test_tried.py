@@ -57,7 +57,10 @@ def test_each_output_is_to_say_the_class_of_its_sample():
     assert trial.loss_of((nodes, torch.zeros(2, 3)), classes) == 0.5
 
 
-def test_a_longer_training_may_end_with_frozen_layers():
+def test_a_longer_training_may_end_with_frozen_layers(monkeypatch):
+    optimizers = []
+    monkeypatch.setattr(torch.optim, "Adam", lambda *args: optimizers.append(torch.optim.SGD(*args)) or optimizers[-1])
+
     def build():
         return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
 
@@ -68,6 +71,7 @@ def test_a_longer_training_may_end_with_frozen_layers():
         model = trial.converted(network)
         assert len(trial.trained(model, network, 2)) == trial.STEPS + 4
         assert model[1].num_batches_tracked == trial.STEPS + 4 - frozen
+    assert all(optimizer.param_groups[0]["lr"] == pytest.approx(0) for optimizer in optimizers)
     assert rows[0]["kalman_largest"] == rows[4]["kalman_largest"]
     assert rows[0]["kalman_eval"] != rows[4]["kalman_eval"]
     assert math.isfinite(rows[0]["groupnorm_eval"])
