@@ -75,9 +75,8 @@ def test_a_longer_training_may_end_with_frozen_layers(monkeypatch):
     assert rows[0]["kalman_largest"] == rows[4]["kalman_largest"]
     assert rows[0]["kalman_eval"] != rows[4]["kalman_eval"]
     assert math.isfinite(rows[0]["groupnorm_eval"])
+    assert rows[0]["groupnorm_eval"] not in (rows[0]["batchnorm_eval"], rows[0]["kalman_eval"])
     assert "groupnorm_eval" not in rows[4]
-    layers = trial.with_groupnorm(nn.Sequential(build(), build()))
-    assert [type(layer) for layer in layers[1]] == [nn.Conv2d, nn.GroupNorm]
 
 
 QUICK = [name for name in SITUATIONS if name != "processes with unequal batches"]

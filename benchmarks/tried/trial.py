@@ -12,6 +12,7 @@ from torch import nn
 
 import kalmannorm as kn
 from benchmarks.coverage_networks import outputs_of
+from kalmannorm.lab.baselines.replacing import replace_batchnorm
 
 STEPS, LAST, RATE = 20, 5, 1e-3
 
@@ -120,15 +121,6 @@ def described(error):
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}".replace("|", "/")
 
 
-def with_groupnorm(model, groups=8):
-    """The model with GroupNorm in place of BatchNorm."""
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-            parent, _, own = name.rpartition(".")
-            setattr(model.get_submodule(parent), own, nn.GroupNorm(groups, layer.num_features))
-    return model
-
-
 def tried(network, samples):
     """The columns of a network's row."""
     with warnings.catch_warnings():
@@ -137,7 +129,7 @@ def tried(network, samples):
         row = side("batchnorm", network.build(), network, samples)
         if hasattr(network, "steps") and not network.frozen:
             torch.manual_seed(0)
-            model = with_groupnorm(network.build())
+            model = replace_batchnorm(network.build(), lambda norm: nn.GroupNorm(8, norm.num_features))
             trained(model, network, samples)
             row["groupnorm_eval"] = in_eval(model, network)[1]
         try:
