@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import kalmannorm as kn
 from benchmarks.rows import add
-from benchmarks.sides import group_norm
+from kalmannorm.lab.baselines.stock import to_groupnorm
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {"pspnet": smp.PSPNet, "fpn": smp.FPN}
 # Of each normalization, what was tried; "" is nothing.
@@ -56,7 +56,7 @@ def scenes(count: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
 def build(network: str, norm: str, remedy: str, images: Tensor) -> nn.Module:
     model = NETWORKS[network]("efficientnet-b0", encoder_weights=None)
     if norm == "group_norm":
-        return group_norm(model)
+        return to_groupnorm(model)
     if norm == "kalman_norm":
         model = kn.convert(model)
     if remedy == "calibrate":

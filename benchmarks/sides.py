@@ -1,16 +1,16 @@
 """The normalizations that are compared: each turns a network built with BatchNorm into its own, in place."""
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.modules._functions import SyncBatchNorm as synchronized_batch_norm
-from torch.nn.modules.batchnorm import _BatchNorm
 
 import kalmannorm as kn
 from benchmarks.networks import UnavailableError
+from kalmannorm.lab.baselines.replacing import replace_batchnorm
+from kalmannorm.lab.baselines.stock import to_ghost, to_groupnorm
 
 
 class Side(NamedTuple):
@@ -24,11 +24,6 @@ class Side(NamedTuple):
 
 def keep(model, case):
     return model
-
-
-def group_norm(model, case=None):
-    """At most 32 groups, GroupNorm's usual number; where channels are no multiple, the largest divisor of both."""
-    return replaced(model, lambda norm: nn.GroupNorm(math.gcd(32, norm.num_features), norm.num_features))
 
 
 class SynchronizedBatchNorm(nn.SyncBatchNorm):
@@ -50,16 +45,7 @@ def sync_batch_norm(model, case):
     if not torch.distributed.is_initialized():
         store = torch.distributed.HashStore()
         torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
-    return replaced(model, lambda norm: SynchronizedBatchNorm(norm.num_features))
-
-
-def replaced(model, make):
-    """Another layer in the place of each BatchNorm, on its device."""
-    for parent in list(model.modules()):
-        for name, layer in parent.named_children():
-            if isinstance(layer, _BatchNorm):
-                setattr(parent, name, make(layer).to(layer.weight.device))
-    return model
+    return replace_batchnorm(model, lambda norm: SynchronizedBatchNorm(norm.num_features))
 
 
 def kalman_norm(model, case, **options):
@@ -72,11 +58,6 @@ def kalman_norm_by_groups(model, case):
 
 def kalman_norm_monte_carlo(model, case):
     return kalman_norm(model, case, estimator="monte_carlo")
-
-
-def ghost_batch_norm(model, case):
-    """BatchNorm of each group by itself: with a gain of 1, a Kalman layer is that."""
-    return kn.convert(model, gain=1.0, process_noise=False, stats_batch_size=case.stats_batch)
 
 
 def kalman_norm_act(model, case):
@@ -122,9 +103,9 @@ def captured(model, case):
 
 SIDES = {
     "batch_norm": Side(keep),
-    "group_norm": Side(group_norm),
+    "group_norm": Side(lambda model, case: to_groupnorm(model)),
     "sync_batch_norm": Side(sync_batch_norm),
-    "ghost_batch_norm": Side(ghost_batch_norm),
+    "ghost_batch_norm": Side(lambda model, case: to_ghost(model, case.stats_batch)),
     "kalman_norm": Side(kalman_norm_by_groups),
     "kalman_norm_act": Side(kalman_norm_act),
     "kalman_norm_monte_carlo": Side(kalman_norm_monte_carlo),
