@@ -41,18 +41,26 @@ def efficientnet_lite0(num_classes: int = 10, size: int | None = 112) -> nn.Modu
     return network
 
 
-def mask_rcnn_lite0(num_classes: int = 2, **options: Any) -> nn.Module:
+def mask_rcnn_lite0(num_classes: int = 2, trainable_backbone_layers: int = 4, **options: Any) -> nn.Module:
     """Mask R-CNN with a feature pyramid on the trained network: the paper's Table 6 in small.
 
     The backbone has all normalization layers; the pyramid of 128 channels, at strides 8 to 64, and
-    torchvision's heads have none. For the arguments see
-    `kalmannorm.lab.models.detection.mask_rcnn_c4`.
+    torchvision's heads have none. For the other arguments see
+    `kalmannorm.lab.models.detection.mask_rcnn_c4`. The last ``trainable_backbone_layers`` of the
+    trained network's four stages are trained; the weights of the others stay fixed.
+
+    Raises:
+        ValueError: If ``trainable_backbone_layers`` is not 0 to 4.
     """
+    if trainable_backbone_layers not in range(5):
+        raise ValueError(f"trainable_backbone_layers must be 0 to 4; got {trainable_backbone_layers}")
     network: Any = efficientnet_lite0(size=None)
     blocks = list(network._blocks)
     stages = {"stride4": blocks[:3], "stride8": blocks[3:5], "stride16": blocks[5:11], "stride32": blocks[11:]}
     stages["stride4"] = [network._conv_stem, network._bn0, network._swish, *blocks[:3]]
     body = nn.Sequential(OrderedDict((name, nn.Sequential(*layers)) for name, layers in stages.items()))
+    for stage in list(body)[: 4 - trainable_backbone_layers]:
+        stage.requires_grad_(False)
     levels = {"stride8": "0", "stride16": "1", "stride32": "2"}
     backbone = BackboneWithFPN(body, levels, [40, 112, 320], 128)
     heads = {

