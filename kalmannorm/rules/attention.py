@@ -125,9 +125,10 @@ def _product(x: Gaussian | Tensor, other: Gaussian | Tensor) -> Gaussian:
 def baddbmm(input: Gaussian | Tensor, batch1: Gaussian | Tensor, batch2: Gaussian | Tensor, *,
             beta: float = 1, alpha: float = 1) -> Belief:  # fmt: skip
     """``beta input + alpha batch1 batch2``."""
+    if not isinstance(batch1, Gaussian) and not isinstance(batch2, Gaussian):
+        return add(mul(input, float(beta)), batch1 @ batch2, alpha=alpha)
     product = matmul(batch1, batch2)
-    if isinstance(product, Unknown):
-        return product
+    assert isinstance(product, Gaussian)  # of matrices
     product = mul(product, float(alpha))
     if beta == 0:
         return product

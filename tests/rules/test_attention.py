@@ -350,6 +350,10 @@ def test_softmin_counts_alike_elements():
     torch.testing.assert_close(RULES[F.softmin](x, 2).mean, torch.full((1, 3, 1), 0.2).double())
 
 
+def test_addmm_of_an_activation_and_two_known_matrices():
+    check_draws(torch.addmm, believe((2**16, 4)), values(2**16, 2), values(2, 4), beta=0.5, alpha=2.0)
+
+
 def test_baddbmm_ignores_its_input_for_a_beta_of_zero():
     nothing, x, y = torch.full((2, 3, 5), math.nan).double(), believe((2, 3, 4)), values(2, 4, 5)
     torch.testing.assert_close(RULES[torch.baddbmm](nothing, x, y, beta=0).mean, RULES[torch.bmm](x, y).mean)
