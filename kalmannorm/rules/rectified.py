@@ -68,13 +68,12 @@ class Rectified(Gaussian):
         return self.below.is_per_channel(channels)
 
     def of(self, shape: Sequence[int]) -> Gaussian:
-        self.shape = tuple(shape)
-        return self
+        return self if tuple(shape) == self.shape else self.evaluate().of(shape)
 
     def detach(self) -> Gaussian:
         new = Rectified(self.below.detach())
         new._grad = False
-        return new.of(self.shape)
+        return new
 
     def packed(self) -> Packed:
         return self.evaluate().packed()

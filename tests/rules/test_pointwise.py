@@ -385,3 +385,11 @@ def test_rounding(function):
     var, mean = torch.var_mean(drawn.unflatten(0, (2, -1)), 1)
     torch.testing.assert_close(belief.mean, mean, rtol=0, atol=0.06)  # of the jumps, the nodes see so much
     torch.testing.assert_close(belief.var, var, rtol=0.15, atol=0)
+
+
+def test_a_belief_behind_a_relu_stays_as_it_is_where_another_shape_gets_it():
+    """`where` hands it to a larger output, by broadcasting; the mean of the ReLU's own counts its own pixels."""
+    x = RULES[torch.relu](believe((6, 4, 1, 1)))
+    larger = RULES[torch.where](torch.ones(6, 4, 8, 8, dtype=torch.bool), x, -1e9).of((6, 4, 8, 8))
+    assert (larger.shape, x.shape) == ((6, 4, 8, 8), (6, 4, 1, 1))
+    torch.testing.assert_close(larger.mean, x.mean)
