@@ -61,11 +61,11 @@ class Gaussian:
 
     def of(self, shape: Sequence[int]) -> Gaussian:
         """The same belief, about an activation of that shape."""
-        return Gaussian(self.mean, self.var, shape)
+        return type(self)(self.mean, self.var, shape)
 
     def detach(self) -> Gaussian:
         """The same belief, cut from the autograd graph."""
-        return Gaussian(self.mean.detach(), self.var.detach(), self.shape)
+        return type(self)(self.mean.detach(), self.var.detach(), self.shape)
 
     def packed(self) -> Packed:
         """The same belief in one tensor. The mean and the variance must be of one shape."""
@@ -181,10 +181,10 @@ class Shares(Gaussian):
         self.dim = dim
 
     def of(self, shape: Sequence[int]) -> Gaussian:
-        return Shares(super().of(shape), self.dim)
+        return Shares(Gaussian(self.mean, self.var, shape), self.dim)
 
     def detach(self) -> Gaussian:
-        return Shares(super().detach(), self.dim)
+        return Shares(Gaussian(self.mean.detach(), self.var.detach(), self.shape), self.dim)
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> Shares:
         """As :meth:`map`, for a function that only exchanges axes: ``dim`` goes along."""

@@ -7,7 +7,6 @@ belief is the mixture over all rows. The rules read the index of the first colum
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -154,12 +153,6 @@ class _PartlyFilled(Gaussian):
     """The belief about rows of which some are zero still, until an index assigns them."""
 
     __slots__ = ()
-
-    def of(self, shape: Sequence[int]) -> Gaussian:
-        return _PartlyFilled(self.mean, self.var, shape)
-
-    def detach(self) -> Gaussian:
-        return _PartlyFilled(self.mean.detach(), self.var.detach(), self.shape)
 
 
 def _rows_assigned(x: Gaussian, index: Tensor, value: Gaussian | Tensor | float) -> Gaussian:
