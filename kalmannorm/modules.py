@@ -524,10 +524,8 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
             self.collect(_posterior(out.statistics), x.shape[0])
         if mode is None or is_resting(mode):
             return out.output
-        if self.keeps_priors:
+        if self.keeps_priors or (groups > 1 and not self.training and self.carry == "output"):
             self._attach_belief(out.output, _posterior(out.statistics), *prior.corrected(groups))
-        elif groups > 1 and not self.training and self.carry == "output":
-            self._attach_belief(out.output, _posterior(out.statistics))
         else:
             attach(out.output, Packed(out.belief), self.layer_name or type(self).__name__)
         if relu:
