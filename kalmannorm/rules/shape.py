@@ -468,13 +468,10 @@ def col2im(x: Gaussian, output_size: Any, *args: Any, **kwargs: Any) -> Belief:
 
 
 belief_rules("which moves elements", {
-    "contiguous clone alias requires_grad_ retain_grad as_tensor asarray": lambda x, *args, **kwargs: x,
-    "float double half bfloat16": lambda x, *args, **kwargs: x,  # a belief keeps its own precision
-    "nan_to_num nan_to_num_": lambda x, *args, **kwargs: x,
-    # Steps of a quantized network are small.
-    "fake_quantize_per_tensor_affine fake_quantize_per_channel_affine fused_moving_avg_obs_fake_quant": (
-        lambda x, *args, **kwargs: x
-    ),
+    # A belief keeps its own precision. Steps of a quantized network are small.
+    "contiguous clone alias requires_grad_ retain_grad as_tensor asarray float double half bfloat16 nan_to_num "
+    "nan_to_num_ fake_quantize_per_tensor_affine fake_quantize_per_channel_affine "
+    "fused_moving_avg_obs_fake_quant": lambda x, *args, **kwargs: x,
     "squeeze squeeze_": lambda x, dim=None: drop(x, [d for d in axes_of(x, dim) if x.shape[d] == 1]),
     "expand": lambda x, *sizes: of_rank(x, len(_ints(sizes))),  # axes of size 1 stay so
     "expand_as": lambda x, other: of_rank(x, len(other.shape)),
