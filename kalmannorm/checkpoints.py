@@ -14,7 +14,7 @@ from torch.utils import checkpoint
 
 
 def is_recomputing() -> bool:
-    """Whether a backward pass recomputes the forward pass."""
+    """Whether this thread runs a backward pass, in which a checkpoint recomputes the forward pass."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 

@@ -109,7 +109,7 @@ class CorrectedPrior(nn.Module):
         self.is_corrected = bool((shift != 0).any()) or bool((scale != 1).any())
         self._settled = _Reading(scale) if _counts_changes(scale) else None
 
-    def _look_at_correction(self) -> None:
+    def _note_if_corrected(self) -> None:
         """Read the correction again if the buffers may have changed: a state may be restored, DistributedDataParallel
         sends the first process's, and ``torch.func.functional_call`` replaces tensors for one call.
         """

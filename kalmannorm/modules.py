@@ -233,7 +233,7 @@ class KalmanLayer(CorrectedPrior):
                 "around it. Call model(x) and not its parts or model.forward(x), which leave out the hooks; a model "
                 "that kalmannorm.convert did not make needs kalmannorm.connect(model) once"
             )
-        self._look_at_correction()
+        self._note_if_corrected()
         belief = self.belief(x, groups)
         if not isinstance(belief, Unknown):
             return Prior(belief, self.process_noise, *self._correction(belief))
@@ -411,7 +411,7 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
 
     def drop_running_stats(self) -> None:
         """Keep no running statistics any more: fuse in ``eval()`` too."""
-        self._look_at_correction()
+        self._note_if_corrected()
         if self.awaits_correction:
             self.dropped_statistics = self.correction_target()
         self.track_running_stats = False
@@ -423,7 +423,7 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
         if self.frozen:
             return
         if "prior_scale" in self._buffers:  # not in torch's constructor
-            self._look_at_correction()
+            self._note_if_corrected()
             if self.awaits_correction:
                 self.dropped_statistics = self.correction_target().map(Tensor.clone)
         super().reset_running_stats()

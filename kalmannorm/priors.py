@@ -66,7 +66,8 @@ class KeptPriors:
     def begin(self, module: nn.Module, layers: Sequence[Any], values: Any, may_keep: bool) -> None:
         """Begin a pass: a call of a network with these values; ``may_keep`` is :func:`may_be_kept` of its layers.
 
-        If the last pass called each layer that fuses once, no error ended it, and inputs did not change its course.
+        Kept priors are complete if the last pass called each layer that fuses exactly once: no error ended it, and
+        inputs did not change its course. Then nothing is recorded.
         """
         tensors: list[Tensor] = []
         if not may_keep:
@@ -79,7 +80,7 @@ class KeptPriors:
         now = [*map(id, tensors)]
         is_same = [id(ref()) for ref in self.tensors] == now  # and no later tensor in the memory of one that is gone
         if not torch.compiler.is_compiling() and (key is None or not is_same):
-            self.kept, self.key = {}, None  # a step may follow a pass with gradients, and no count tell of its changes
+            self.kept, self.key = {}, None  # a step may follow, and some leave no trace in `_version`
         once = {layer: 1 for layer in layers if layer.is_fusing and not layer.ignores_prior}
         self.are_complete = key is not None and key == self.key and self.calls == once
         self.layers, self.calls, self.are_used = layers, {}, key is not None
@@ -153,7 +154,7 @@ def tensors_of(module: nn.Module) -> list[Tensor]:
 
 
 def _course(value: Any) -> Any:
-    """What a pass's course may depend on: all of its arguments but the numbers in tensors; None for other objects."""
+    """What a pass's course may depend on: its arguments without tensors' values; None if some cannot be compared."""
     if isinstance(value, Mapping):
         return None if (course := _course([*value.values()])) is None else (*value, course)
     if isinstance(value, tuple | list):

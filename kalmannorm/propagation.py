@@ -27,8 +27,10 @@ from kalmannorm.steps import Step, computed_in, found_in, may_use, replace, step
 _T = TypeVar("_T")
 NO_INPUT = Unknown("its input does not depend on a floating-point input, or went through torch.jit, vmap or DTensor")
 _NOTHING = nullcontext()
-# Errors of a rule that gets unexpected shapes, and of a torch function that gets draws.
-FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+# Errors of a rule that gets unexpected arguments or shapes, and of a torch function that gets draws.
+FAILURES = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, StopIteration, TypeError, ValueError,
+)  # fmt: skip
 
 
 def belief_for(tensor: Tensor, groups: int) -> Belief:

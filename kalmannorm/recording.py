@@ -91,7 +91,7 @@ class Recorder(TorchFunctionMode):
         return self.of_threads[thread]
 
     def await_input(self, given: Gaussian | None) -> Gaussian | None:
-        """Look for the tensor of these `input_stats`, or for none any more; return those that were looked for."""
+        """Set the `input_stats` whose tensor this thread still looks for, or None; return those before."""
         thread = 0 if torch.compiler.is_dynamo_compiling() else threading.get_ident()
         # Behind a graph break, what a compiled part waits for is looked for here.
         before = self.waiting.pop(thread, None) or self.waiting.pop(0, None)
@@ -180,7 +180,7 @@ class Recorder(TorchFunctionMode):
             attach(output, unknown, "")
             return
         step = Step(func, recorded, keywords, tuple(output.shape), index, parents=parents, recorded_in=mark)
-        # A belief may have a graph where its tensor has none: behind `detach`, of a mask, assigned without gradients.
+        # A belief may have gradients that its tensor lacks: behind `detach`, of a mask, assigned under `no_grad`.
         if mark is not None and (not output.requires_grad if step.grad else func in _WITHOUT_GRAPH):
             mark.append(weakref.ref(step))
         put(output, step)
@@ -211,7 +211,7 @@ class Recorder(TorchFunctionMode):
                 attach(each, lost, "")
 
     def end_pass(self) -> None:
-        """Let what was detached in this thread's pass, and is kept, keep no graph of it."""
+        """Free the graph behind what this thread's pass detached, where that is kept."""
         copies: dict[Step, Step] = {}
         for noted in self.this_pass() or ():
             if (step := noted()) is not None:

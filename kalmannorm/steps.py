@@ -95,7 +95,7 @@ def may_use(where: Any, step: Step, now: Any) -> bool:
 
 
 def computed_in(kept: Any, now: Any) -> Any:
-    """The note beside a value that is computed now: where, and whether it replaces a value kept before."""
+    """Where a value was computed, to be kept beside it; marked if it replaces an older value."""
     return now if kept is None else (_AGAIN, now)
 
 
@@ -114,7 +114,7 @@ def replace(value: Any, kind: type | UnionType, by: Callable[[Any], Any]) -> Any
 def step_of(tensor: Tensor, as_it_was: bool = False) -> Step | None:
     """The step recorded on a tensor, or on the tensor of which it is an alias.
 
-    An unrecorded change in place makes it unknown, `detach_` a constant, unless it is asked ``as_it_was`` before.
+    After an unrecorded change in place it is Unknown, after `detach_` a constant; ``as_it_was`` skips this check.
     """
     step = getattr(tensor, _STEP, None)
     if step is None and type(tensor) is nn.Parameter:

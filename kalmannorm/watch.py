@@ -194,7 +194,7 @@ class Watch:
 
 
 def _start_belief(tensor: Tensor, given: Gaussian | None, place: str) -> bool:
-    """Attach a belief about an input, :class:`Unknown` if it is None or does not fit; whether it is None or fits."""
+    """Attach ``given`` to an input, or :class:`Unknown`. Returns False if ``given`` does not fit the input."""
     can = given is None or fits(given, tensor)
     step = step_of(tensor)
     if step is not None and step.source != "input":

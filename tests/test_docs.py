@@ -8,6 +8,7 @@ import re
 import shlex
 import socket
 from fnmatch import fnmatch
+from pkgutil import resolve_name
 
 import pytest
 from pages import DOCS, FENCE, MADE, ROOT
@@ -252,6 +253,8 @@ def test_the_page_of_the_api_has_every_public_name():
     }  # fmt: skip
     for name in set(kn.__all__) - {"functional", "rules"}:
         assert name in documented, name
+    for name in re.findall(r"^\.\. py:data:: (\S+)$", page, re.M):
+        resolve_name(name)
     for module, shown in members.items():
         assert shown is not None, module
         assert not shown or shown == set(module.__all__), module

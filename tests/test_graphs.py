@@ -659,3 +659,12 @@ def test_inputs_of_other_types_have_graphs_of_their_own(recorded):
     _, captured = pair(made_of(lambda self, x: self.norm(x.float()).to(x.dtype), norm=nn.BatchNorm2d(3)), warm_up=1)
     assert steps_of(captured, images()).dtype == torch.float32
     assert steps_of(captured, images().bfloat16()).dtype == torch.bfloat16
+
+
+def test_recordings_use_other_parameters_also_where_modules_and_weights_are_shared():
+    model = nn.ModuleDict({"a": nn.Linear(2, 2), "tied": nn.Linear(2, 2), "r": nn.LSTM(2, 2)})
+    model["again"], model["tied"].weight = model["a"], model["a"].weight
+    before = [(name, id(p)) for name, p in model.named_parameters(remove_duplicate=False)]
+    with graphs._twins(model) as twins:
+        assert {*map(id, model.parameters())} == {*map(id, twins)} >= {id(p) for p in model["r"]._flat_weights}
+    assert before == [(name, id(p)) for name, p in model.named_parameters(remove_duplicate=False)]

@@ -44,7 +44,7 @@ def constant_to_compilers(function: _F) -> _F:
 def traced_with_its_caller(function: _F) -> _F:
     """A function that a compiler never compiles by itself, as it would behind a graph break, some of it wrongly.
 
-    There a mode's function would return a number for ``x.dtype``.
+    A mode's ``__torch_function__``, compiled by itself, returns a number for ``x.dtype``.
     """
     frames: Any = torch._C._dynamo.eval_frame
     skip = frames._FrameAction.SKIP

@@ -57,7 +57,7 @@ class Layer(NamedTuple):
 
 
 def _plain(x: Tensor, given: Given, posterior: bool, options: Options, running: Running | None) -> Layer:
-    """In functions that autograd can differentiate: for the gradient of a gradient, transforms and torch.compile."""
+    """In differentiable functions: for second derivatives, transforms, and where a compiler cannot use the operator."""
     y, statistics = on_torch.layer_forward(at_least_float32(x), given, running, options)
     return Layer(y.to(x.dtype), carried(statistics, x, posterior), statistics.detach())
 
@@ -107,7 +107,7 @@ class _Layer(torch.autograd.Function):
 
 
 def rectify_output(y: Tensor) -> bool:
-    """Rectify a layer's output in place, and apply the mask in the layer's backward pass, if possible: whether it is.
+    """Rectify a layer's output in place and apply the mask in the layer's backward pass, if possible; say if it was.
 
     This saves a ReLU's backward pass. Nothing else may have been computed from the output yet. Hooks on its gradient
     forbid it, and a backend that needs a pass of its own for the mask.

@@ -19,8 +19,6 @@ from kalmannorm.rules.rectified import Rectified
 from kalmannorm.rules.shape import align, of_rank, summarize
 from kalmannorm.rules.table import RULES, Belief, aliases, belief_rule, rule
 
-__all__ = ["ELEMENTWISE", "JOINT", "LINES", "MIXING", "PRELU"]
-
 _Operand = Gaussian | Tensor | float
 
 

@@ -11,11 +11,6 @@ import torch
 
 from kalmannorm.gaussian import Gaussian, Unknown
 
-__all__ = [
-    "BELIEF_ALONE", "BELIEF_FIRST", "BLANK", "FACTORIES", "LIKE", "OVERWRITING", "PICKING", "PLACES", "RULES",
-    "SOURCES", "Belief", "Rule", "aliases", "as_rule_is_called", "belief_rule", "belief_rules", "rule",
-]  # fmt: skip
-
 Belief = Gaussian | Unknown
 Rule = Callable[..., Any]
 _R = TypeVar("_R", bound=Rule)
