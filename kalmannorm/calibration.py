@@ -19,10 +19,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kalmannorm.describe import geometric_mean, in_columns, mean_distance, or_dash
-from kalmannorm.functional import add_process_noise, observe
+from kalmannorm.functional import observe
 from kalmannorm.gaussian import Gaussian, Packed, Unknown
 from kalmannorm.modules import KalmanLayer
 from kalmannorm.passes import Population, call_with, merge_over_processes, run_batches
+from kalmannorm.priors import with_noise
 from kalmannorm.propagation import without_autocast
 from kalmannorm.traversal import attributes_kept, in_eval, inputs_seen, kalman_layers
 
@@ -192,7 +193,7 @@ class _Observed(Population):
         target = self.statistics if self.target is None else self.target
         prior = self.mean_prior()
         self._set(*layer.correction_to(prior, target))
-        var = add_process_noise(prior, layer.process_variance()).var.detach()
+        var = with_noise(prior, layer.process_noise).var.detach()
         alive = target.var > 0
         if not bool(alive.any()):
             return CalibrationRow(name, source, reason="all of its channels are constant")

@@ -16,11 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kalmannorm.functional import add_process_noise
 from kalmannorm.gaussian import Gaussian
 from kalmannorm.kernels.autograd import is_transformed
 from kalmannorm.kernels.formulas import at_least_float32
-from kalmannorm.priors import process_variance
+from kalmannorm.priors import with_noise
 
 # The largest scale. Half precision holds it, and a gradient through the prior stays finite.
 _LARGEST_SCALE = 1e4
@@ -75,10 +74,6 @@ class CorrectedPrior(nn.Module):
     dropped_statistics: Gaussian | None  # the target of an awaited correction, if running statistics were dropped
     _settled: _Reading | None = None  # of the scale, when it was read or found
 
-    def process_variance(self) -> Tensor | None:
-        """``R``, ``(C,)``: added to the prior's variance for the path from the layer below."""
-        return process_variance(self.process_noise)
-
     def await_correction(self) -> None:
         """Correct the prior by the running statistics at the next call that computes a prior."""
         # An average of weights moves the scale towards others, and must not reach 0.
@@ -131,7 +126,7 @@ class CorrectedPrior(nn.Module):
 
         The scale is at most 10,000. A channel that is not finite gets shift 0 and scale 1.
         """
-        var = add_process_noise(prior, self.process_variance()).var[0]
+        var = with_noise(prior, self.process_noise).var[0]
         shift = target.mean[0] - prior.mean[0]
         scale = target.var[0] / var.clamp_min(torch.finfo(var.dtype).tiny)
         finite = shift.isfinite() & scale.isfinite()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kalmannorm.correction import is_trained
 from kalmannorm.describe import geometric_mean, in_columns, mean_distance, or_dash
-from kalmannorm.functional import add_process_noise, observe
+from kalmannorm.functional import observe
 from kalmannorm.gaussian import Gaussian
 from kalmannorm.inference import collecting, layers_to_recalibrate
 from kalmannorm.modules import KalmanLayer
@@ -160,9 +160,8 @@ class _Spread(Population):
     def look(self, x: Tensor) -> None:
         """Keep the input of a Kalman layer, ``(N, C, *)``, and its prior."""
         self.input = x
-        prior, noise = self.layer.prior(x, 1)
-        if prior is not None:
-            self.priors.append(add_process_noise(prior, noise).var.double())
+        if (prior := self.layer.prior(x, 1)) is not None:
+            self.priors.append(prior.var.double())
 
 
 def _power(given: Gaussian, statistics: Gaussian, eps: float) -> Tensor:

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from kalmannorm.checkpoints import is_recomputing, is_reentrant
 from kalmannorm.correction import CorrectedPrior
-from kalmannorm.functional import KalmanNormOutput, add_process_noise, group_kalman_norm, kalman_norm, synchronize
+from kalmannorm.functional import KalmanNormOutput, group_kalman_norm, kalman_norm, synchronize
 from kalmannorm.gaussian import Gaussian, Packed, Unknown
 from kalmannorm.kernels.arguments import Given, Options, Running
 from kalmannorm.kernels.autograd import is_transformed
@@ -205,10 +205,10 @@ class KalmanLayer(CorrectedPrior):
         fuses = not self.training and not self.online and getattr(self, "running_mean", None) is None
         return fuses and self.estimator == "exact" and self.carry == "output"
 
-    def prior(self, x: Tensor, groups: int) -> tuple[Gaussian | None, Tensor | None]:
-        """The corrected prior of an input, ``(S, C)``, and its process noise ``R``, ``(C,)`` or None.
+    def prior(self, x: Tensor, groups: int) -> Gaussian | None:
+        """The prior of an input, ``(S, C)``, with process noise and corrected.
 
-        The prior is None where it is unknown, and where the gain is fixed at 1.
+        It is None where it is unknown, and where the gain is fixed at 1.
         """
         with without_autocast(x.device):
             return self._prior(x, groups, current()).corrected(groups)
@@ -255,8 +255,7 @@ class KalmanLayer(CorrectedPrior):
             self._warned.add(message)
             warnings.warn(message, stacklevel=4)
 
-    def _attach_belief(self, y: Tensor, posterior: Gaussian, prior: Gaussian | None = None,
-                       noise: Tensor | None = None) -> None:  # fmt: skip
+    def _attach_belief(self, y: Tensor, posterior: Gaussian, prior: Gaussian | None = None) -> None:
         """Attach the belief about the output, ``(beta, gamma^2 v / (v + eps))``, or the posterior, ``(m, v)``.
 
         Where priors are kept, ``v`` is the prior's, so that the beliefs above do not depend on the batch. In training
@@ -267,7 +266,7 @@ class KalmanLayer(CorrectedPrior):
         belief = posterior
         if self.keeps_priors:
             unit = Gaussian(torch.zeros_like(posterior.mean[:1]), torch.ones_like(posterior.var[:1]))
-            belief = unit if prior is None else add_process_noise(prior.map(lambda t: t[:1]), noise)
+            belief = unit if prior is None else prior.map(lambda t: t[:1])
         if self.carry == "output":
             scale = belief.var / (belief.var + self.eps)
             if self.training:
@@ -361,7 +360,7 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
         gain: how far to trust the batch: a number ``q`` in (0, 1]; ``"learned"``, one scalar;
             ``"prior-strength"``, ``q = n / (n + kappa)`` at ``n`` samples a group, with one learned
             ``kappa``, the number of samples that the prior is worth.
-        process_noise: learn ``R``, ``(C,)``, added to the prior's variance.
+        process_noise: learn ``R``, added to the prior's variance, as a share of it for each channel.
         spread: add the distance of the two means to the fused variance.
         carry: pass on the belief about the ``"output"``, or the ``"posterior"`` of the input.
         estimator: move beliefs by ``"exact"`` rules, or ``"monte_carlo"`` draws as in the paper.
@@ -475,19 +474,19 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
         observation = None
         if self.process_group is not None:
             observation, samples, count = synchronize(x, self.process_group)
-        prior, noise = self.prior(x, groups)
+        prior = self.prior(x, groups)
         if prior is None and not isinstance(count, Tensor):
             self._check_values(count)
         bias = self.bias if prior is not None else self._bias_without_prior()
         out = kalman_norm(
-            x, prior, self.weight, bias, gain=self.kalman_gain(samples), spread=self.spread, process_noise=noise,
-            guard=self.guard, groups=groups, eps=self.eps, observation=observation,
+            x, prior, self.weight, bias, gain=self.kalman_gain(samples), spread=self.spread, guard=self.guard,
+            groups=groups, eps=self.eps, observation=observation,
         )  # fmt: skip
         if self.training:
             self._remember(out, count, least=1 if prior is None else 0)
         if self.collect is not None:
             self.collect(out.posterior, groups * samples)
-        self._attach_belief(out.output, out.posterior, prior, noise)
+        self._attach_belief(out.output, out.posterior, prior)
         return out.output
 
     def _has_kernel(self) -> bool:
@@ -525,7 +524,7 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
         if mode is None or is_resting(mode):
             return out.output
         if self.keeps_priors or (groups > 1 and not self.training and self.carry == "output"):
-            self._attach_belief(out.output, _posterior(out.statistics), *prior.corrected(groups))
+            self._attach_belief(out.output, _posterior(out.statistics), prior.corrected(groups))
         else:
             attach(out.output, Packed(out.belief), self.layer_name or type(self).__name__)
         if relu:
@@ -701,14 +700,14 @@ class GroupKalmanNorm(KalmanLayer, nn.GroupNorm):
             self._check_input(x)
             if x.numel() == 0:
                 return self._normalize_nothing(x)
-            prior, noise = self.prior(x, x.shape[0])
+            prior = self.prior(x, x.shape[0])
             bias = self.bias if prior is not None else self._bias_without_prior()
             out = group_kalman_norm(
                 x, prior, self.num_groups, self.weight, bias,
-                gain=self.kalman_gain(self.observed_maps(x.shape[0])), process_noise=noise,
-                spread=self.spread, guard=self.guard, eps=self.eps,
+                gain=self.kalman_gain(self.observed_maps(x.shape[0])), spread=self.spread, guard=self.guard,
+                eps=self.eps,
             )  # fmt: skip
-            self._attach_belief(out.output, out.posterior, prior, noise)
+            self._attach_belief(out.output, out.posterior, prior)
             return out.output
 
 

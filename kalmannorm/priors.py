@@ -14,33 +14,36 @@ from kalmannorm.kernels.autograd import is_exporting, is_transformed
 from kalmannorm.kernels.formulas import at_least_float32
 from kalmannorm.steps import SCALARS, found_in, step_of
 
-# The process noise ``R`` that a layer begins with.
+# The process noise ``R`` that a layer begins with, as a share of the prior's variance.
 INITIAL_NOISE = 0.01
 
 
-def process_variance(noise: Tensor | None) -> Tensor | None:
-    """``R``, ``(C,)``, in float32 at least, from the parameter ``process_noise``, its logarithm; None without one."""
-    return None if noise is None else INITIAL_NOISE * at_least_float32(noise).exp()
+def noise_ratio(noise: Tensor) -> Tensor:
+    """``R`` over the prior's variance, ``(C,)``, in float32 at least, from the parameter ``process_noise``."""
+    return INITIAL_NOISE * at_least_float32(noise).exp()
+
+
+def with_noise(belief: Gaussian, noise: Tensor | None) -> Gaussian:
+    """A prior, ``(S, C)``, with the process noise of the parameter ``process_noise``, if there is one."""
+    return belief if noise is None else Gaussian(belief.mean, belief.var * (1 + noise_ratio(noise)))
 
 
 class Prior(NamedTuple):
     """The prior as a layer's kernel takes it."""
 
     belief: Gaussian | None  # in a shape of `kalmannorm.propagation.belief_for`; None where it is unknown
-    noise: Tensor | None  # the logarithm of its process noise, (C,)
+    noise: Tensor | None  # the parameter of its process noise, (C,)
     shift: Tensor | None = None  # its correction, (C,), as `kalmannorm.kernels.arguments.Given` has it
     scale: Tensor | None = None
 
-    def corrected(self, groups: int) -> tuple[Gaussian | None, Tensor | None]:
-        """Mean and variance, ``(S, C)``, or None, and the process noise ``R``, ``(C,)`` or None, corrected."""
-        belief, variance = self.belief, process_variance(self.noise)
-        if belief is None:
-            return None, variance
-        belief = belief.per_channel(groups)
+    def corrected(self, groups: int) -> Gaussian | None:
+        """Mean and variance, ``(S, C)``, with process noise and corrected."""
+        if self.belief is None:
+            return None
+        belief = with_noise(self.belief.per_channel(groups), self.noise)
         if self.shift is None or self.scale is None:
-            return belief, variance
-        variance = None if variance is None else variance * self.scale
-        return Gaussian(belief.mean + self.shift, belief.var * self.scale), variance
+            return belief
+        return Gaussian(belief.mean + self.shift, belief.var * self.scale)
 
     def copied(self) -> Prior:
         """Without gradients, in memory of its own."""

@@ -59,8 +59,8 @@ def priors(model, x):
     found = []
 
     def look(layer, args):
-        prior, noise = layer.prior(args[0], 1)
-        found.append((prior.mean[0].detach(), (prior.var[0] + (0 if noise is None else noise)).detach()))
+        prior = layer.prior(args[0], 1)
+        found.append((prior.mean[0].detach(), prior.var[0].detach()))
 
     handles = [layer.register_forward_pre_hook(look) for layer in kalman_layers(model)]
     model(x)
@@ -114,9 +114,7 @@ def test_the_correction_is_constant_and_gradients_flow_through_the_prior(trained
     expected_var = [var for _, var in priors(model, images(2))]
     for mine, its in zip(before, corrections(model), strict=True):
         torch.testing.assert_close(mine, its, rtol=0, atol=0)
-    noise = before[1][1] * model[4].process_variance().detach()
-    unscaled = (expected_var[1] - noise) / 4 + noise
-    torch.testing.assert_close(unscaled, model[4].running_var, rtol=0.2, atol=0.1)  # four times as wide
+    torch.testing.assert_close(expected_var[1] / 4, model[4].running_var, rtol=0.2, atol=0.1)  # four times as wide
     model(images(1)).square().sum().backward()
     assert model[0].weight.grad.abs().sum() > 0
     assert model[4].process_noise.grad.abs().sum() > 0
@@ -233,16 +231,15 @@ def test_a_layer_called_twice_has_one_correction():
         model(images(2))
     first = model.norm.prior_scale.clone()
     found = []
-    handle = model.norm.register_forward_pre_hook(lambda layer, args: found.append(layer.prior(args[0], 1)[0].var[0]))
+    handle = model.norm.register_forward_pre_hook(lambda layer, args: found.append(layer.prior(args[0], 1).var[0]))
     with kn.online_statistics(model):
         model(images(2))
     handle.remove()
-    noise = model.norm.process_variance().detach()
-    torch.testing.assert_close(found[0] + first * noise, model.norm.running_var, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found[0], model.norm.running_var, rtol=1e-4, atol=1e-6)
     ratio = found[1] / found[0]
     kn.calibrate(model, images(2))  # for the mean of both calls' priors
     unscaled = found[0] / first
-    expected = model.norm.running_var / (unscaled * (1 + ratio) / 2 + noise)
+    expected = model.norm.running_var / (unscaled * (1 + ratio) / 2)
     torch.testing.assert_close(model.norm.prior_scale, expected, rtol=1e-4, atol=1e-6)
 
 

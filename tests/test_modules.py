@@ -222,7 +222,7 @@ def test_paper_preset_is_equation_7():
         conv.weight.fill_(3.0)
         conv.bias.fill_(1.0)
         second.gain.fill_(math.log(0.25 / 0.75) - math.log(0.1 / 0.9))  # q = 0.25
-        second.process_noise.fill_(math.log(0.5 / 0.01))  # R = 0.5
+        second.process_noise.fill_(math.log(0.5 / 0.01))  # R is half of what is predicted
     x = torch.tensor([1.0, 2.0, 3.0, 6.0]).view(1, 1, 2, 2)  # mean 3, variance 3.5
     seen = {}
     second.register_forward_hook(lambda layer, args, y: seen.update(x=args[0], y=y))
@@ -230,7 +230,7 @@ def test_paper_preset_is_equation_7():
     z = seen["x"]
     # Eq. 7: the posterior of layer 1 is (3, 3.5), without its own normalization; A = 3, bias 1.
     mean = 0.75 * (3 * 3 + 1) + 0.25 * z.mean()
-    var = 0.75 * (9 * 3.5 + 0.5) + 0.25 * z.var(correction=0)
+    var = 0.75 * (9 * 3.5 * (1 + 0.5)) + 0.25 * z.var(correction=0)
     torch.testing.assert_close(seen["y"], (z - mean) / (var + 1e-5).sqrt())
 
 

@@ -224,3 +224,19 @@ def test_draws_that_lose_an_axis_give_no_prior(name):
     model = kn.convert(model, **kn.preset(name))
     reason = kn.describe(model, torch.randn(2, 4, 6, 6)).rows[1].reason
     assert reason == "torch.Tensor.squeeze gives draws of another rank than the activation's"
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_the_scale_of_filters_makes_no_difference(scale):
+    """As with BatchNorm: the process noise is a share of what is predicted."""
+
+    def output(scale):
+        model = conv_net(input_stats=(0.0, 1.0))  # from a seed
+        for layer in model:
+            if isinstance(layer, nn.Conv2d):
+                layer.weight.data.mul_(scale)
+                nn.init.zeros_(layer.bias)
+            layer.eps = 1e-20
+        return model(torch.randn(2, 3, 8, 8))
+
+    torch.testing.assert_close(output(scale), output(1.0), rtol=1e-3, atol=1e-4)

@@ -78,16 +78,18 @@ def gain_by(parameter: Tensor | None, samples: int | Tensor, slope: float, offse
     return samples / (samples + others)
 
 
-def noise_of(noise: Tensor, options: Options) -> Tensor:
-    """``R``, ``(C,)``."""
-    return options.noise_scale * noise.exp() if options.noise_scale else noise
+def noise_of(given: Given, var: Tensor, options: Options) -> Tensor | float:
+    """``R``, ``(C,)``; as a share of the prior's variance ``(1 or S, C)``, of its shape. 0 without one."""
+    if given.noise is None:
+        return 0.0
+    return options.noise_scale * given.noise.exp() * var if options.noise_scale else given.noise
 
 
 def predicted(given: Given, options: Options) -> Gaussian:
     """The prior, corrected and with process noise: ``(1 or S, C)``."""
     assert given.prior is not None
     mean, var = given.prior.reshape(given.prior.shape[:3]).unbind()
-    var = var if given.noise is None else var + noise_of(given.noise, options)
+    var = var + noise_of(given, var, options)
     mean = mean if given.shift is None else mean + given.shift
     return Gaussian(mean, var if given.scale is None else var * given.scale)
 

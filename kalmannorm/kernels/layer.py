@@ -26,9 +26,10 @@ which is ``a dy + b x + c`` for each channel of a group. The affine map gets
 
     d gamma = sum dy (x - m) / s + 2 du gamma v / s^2        d beta = sum dy + d(output mean)
 
-A gain that is learned is ``q = sigmoid(slope g + offset)``, with ``d g = slope q (1 - q) d q``; a process noise that is
-learned is ``R = scale exp(r)``, with ``d r = R d R``. Where the prior is corrected, ``m_prior`` and ``v_prior`` stand
-for ``m_prior + shift`` and ``scale (v_prior + R)``.
+A gain that is learned is ``q = sigmoid(slope g + offset)``, with ``d g = slope q (1 - q) d q``. A process noise that is
+learned is a share of the predicted variance ``p``, so that a layer acts alike on an input of any scale, as BatchNorm
+does: ``R = scale exp(r) p``, with ``d r = R d R`` and ``d p = (1 + scale exp(r)) d R``. Where the prior is corrected,
+``m_prior + shift`` and ``factor (p + R)`` stand for its mean and variance.
 """
 
 from __future__ import annotations

@@ -38,9 +38,11 @@ static float gain_of(const Inputs *f) {
     return 1.0f / (1.0f + expf(-(f->gain_slope * f->gain[0] + f->gain_offset)));
 }
 
-static float noise_of(const Inputs *f, int64_t c) {
-    if (!f->noise) return 0.0f;
-    return f->noise_scale == 0.0f ? f->noise[c] : f->noise_scale * expf(f->noise[c]);
+/* The process noise of channel c, and of the share of the prior's variance that it is. */
+static float noise_of(const Inputs *f, int64_t c) { return f->noise && f->noise_scale == 0.0f ? f->noise[c] : 0.0f; }
+
+static float share_of(const Inputs *f, int64_t c) {
+    return f->noise && f->noise_scale != 0.0f ? f->noise_scale * expf(f->noise[c]) : 0.0f;
 }
 
 /* The prior of channel c, at p among those that are given: corrected, and with process noise. */
@@ -51,7 +53,7 @@ static float prior_mean_of(const Inputs *f, int64_t p, int64_t c) {
 static float scale_of(const Inputs *f, int64_t c) { return f->scale ? f->scale[c] : 1.0f; }
 
 static float prior_var_of(const Inputs *f, int64_t p, int64_t c) {
-    return scale_of(f, c) * (f->prior_var[p] + noise_of(f, c));
+    return scale_of(f, c) * (f->prior_var[p] * (1 + share_of(f, c)) + noise_of(f, c));
 }
 
 static float weight_of(const Inputs *f, int64_t c) { return f->weight ? f->weight[c] : 1.0f; }
@@ -310,16 +312,18 @@ static void collect(const Backward *a, float q, const float *terms) {
     int64_t C = a->shape.channels, S = a->shape.groups, size = S * C;
     double by_gain = 0;
     for (int64_t c = 0; c < C; c++) {
-        float by_mean = 0, by_var = 0, by_weight = 0, by_bias = 0;
+        float by_mean = 0, by_var = 0, by_noise = 0, by_weight = 0, by_bias = 0, share = share_of(f, c);
         for (int64_t s = 0; s < S; s++) {
             int64_t i = s * C + c;
             if (f->prior_mean) {
+                int64_t p = f->prior_groups == 1 ? c : i;
                 by_mean += terms[i];
                 by_var += terms[size + i];
+                by_noise += terms[size + i] * (f->noise_scale == 0.0f ? 1.0f : share * f->prior_var[p]);
                 by_gain += terms[2 * size + i];
                 if (f->prior_groups > 1) {
                     g->d_prior_mean[i] = terms[i];
-                    g->d_prior_var[i] = terms[size + i];
+                    g->d_prior_var[i] = terms[size + i] * (1 + share);
                 }
             }
             by_weight += terms[3 * size + i];
@@ -327,9 +331,9 @@ static void collect(const Backward *a, float q, const float *terms) {
         }
         if (f->prior_mean && f->prior_groups == 1) {
             g->d_prior_mean[c] = by_mean;
-            g->d_prior_var[c] = by_var;
+            g->d_prior_var[c] = by_var * (1 + share);
         }
-        if (g->d_noise) g->d_noise[c] = f->prior_mean ? by_var * (f->noise_scale == 0.0f ? 1.0f : noise_of(f, c)) : 0.0f;
+        if (g->d_noise) g->d_noise[c] = by_noise;
         if (g->d_weight) g->d_weight[c] = by_weight;
         if (g->d_bias) g->d_bias[c] = by_bias;
     }

@@ -110,8 +110,13 @@ def _through_fusion(g_mean: Tensor, g_var: Tensor, mean: Tensor, var: Tensor, gi
     if gain is not None:
         d_gain = (g_mean * innovation + g_var * by_gain).sum().view(1)
         d_gain = d_gain * (options.gain_slope * q * (1 - q)) if options.gain_slope else d_gain
-    slope = 1 if noise is None or not options.noise_scale else noise_of(noise, options)
-    d_noise = None if noise is None else by_prior_var.sum(0) * slope
+    d_noise = None
+    if noise is not None and options.noise_scale:  # both factors of `R`
+        added = noise_of(given, given.prior.reshape(given.prior.shape[:3])[1], options)
+        d_noise = (by_prior_var * added).sum(0)
+        by_prior_var = by_prior_var * (1 + options.noise_scale * noise.exp())
+    elif noise is not None:
+        d_noise = by_prior_var.sum(0)
     by_prior = torch.stack([by_prior_mean, by_prior_var])
     by_prior = by_prior.sum(1, keepdim=True) if given.prior.shape[1] == 1 else by_prior
     return by_observed, q, by_prior.view(given.prior.shape), d_gain, d_noise

@@ -130,16 +130,22 @@ def _gain(gain, GAIN_SLOPE: tl.constexpr, GAIN_OFFSET: tl.constexpr):
 
 @triton.jit
 def _prior(given, where, NOISE_SCALE: tl.constexpr):
-    """Mean, variance with process noise, the noise, and the scale. A prior of one group serves all."""
+    """Mean, variance with process noise, and its slopes by the variance without and by the noise.
+
+    A prior of one group serves all.
+    """
     at, channel, here, _ = where
     prior, prior_shift, prior_scale, _, noise, prior_size = given
-    added = _or(noise, channel, here, 0.0)
-    if noise is not None and NOISE_SCALE != 0:
-        added = NOISE_SCALE * tl.exp(added)
     mean = tl.load(prior + at % prior_size, mask=here, other=0.0) + _or(prior_shift, channel, here, 0.0)
-    factor = _or(prior_scale, channel, here, 1.0)
     var = tl.load(prior + prior_size + at % prior_size, mask=here, other=0.0)
-    return mean, factor * (var + added), added, factor
+    added = _or(noise, channel, here, 0.0)
+    factor = _or(prior_scale, channel, here, 1.0)
+    slope, by_noise = factor, factor
+    if noise is not None and NOISE_SCALE != 0:
+        share = NOISE_SCALE * tl.exp(added)
+        added = share * var
+        slope, by_noise = factor * (1 + share), factor * added
+    return mean, factor * (var + added), slope, by_noise
 
 
 @triton.jit
@@ -212,7 +218,7 @@ def _through_fusion(g_mean, g_var, mean, var, where, given, terms, GAIN_SLOPE: t
     at, _, here, size = where
     _, _, _, gain, noise, _ = given
     q = _gain(gain, GAIN_SLOPE, GAIN_OFFSET)
-    p_mean, p_var, added, factor = _prior(given, where, NOISE_SCALE)
+    p_mean, p_var, slope, slope_by_noise = _prior(given, where, NOISE_SCALE)
     innovation = mean - p_mean
     by_observed = q * g_mean
     by_prior_mean = (1 - q) * g_mean
@@ -226,13 +232,10 @@ def _through_fusion(g_mean, g_var, mean, var, where, given, terms, GAIN_SLOPE: t
     if gain is not None and GAIN_SLOPE != 0:
         by_gain *= GAIN_SLOPE * q * (1 - q)
     tl.store(terms + 2 * size + at, by_prior_mean, mask=here)
-    tl.store(terms + 3 * size + at, (1 - q) * g_var * factor, mask=here)
+    tl.store(terms + 3 * size + at, (1 - q) * g_var * slope, mask=here)
     tl.store(terms + 4 * size + at, by_gain, mask=here)
     if noise is not None:
-        by_noise = (1 - q) * g_var * factor
-        if NOISE_SCALE != 0:
-            by_noise *= added
-        tl.store(terms + 5 * size + at, by_noise, mask=here)
+        tl.store(terms + 5 * size + at, (1 - q) * g_var * slope_by_noise, mask=here)
     return by_observed, q
 
 

@@ -12,6 +12,7 @@ from kalmannorm.lab.analysis import errors_of
 from kalmannorm.lab.results import csv_text, write_atomically
 from kalmannorm.lab.seen import calls_of, is_watched
 from kalmannorm.modules import KalmanNorm
+from kalmannorm.priors import noise_ratio
 
 
 class FilterHistory(Callback):
@@ -74,8 +75,8 @@ def _rows(network: nn.Module, batch: Any) -> list[dict[str, Any]]:
         if not isinstance(layer, KalmanNorm):
             continue
         with torch.no_grad():
-            gain, noise = layer.kalman_gain(calls[0].samples), layer.process_variance()
-            row = {"layer": name, "gain": float(gain), "process_noise": None if noise is None else float(noise.mean())}
+            noise = None if layer.process_noise is None else float(noise_ratio(layer.process_noise).mean())
+            row = {"layer": name, "gain": float(layer.kalman_gain(calls[0].samples)), "process_noise": noise}
         for error in errors:
             if error.layer == name:
                 what = f"{error.estimate}_{error.reference}_"

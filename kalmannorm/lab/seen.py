@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kalmannorm.freezing import is_frozen
-from kalmannorm.functional import add_process_noise, observe, synchronize
+from kalmannorm.functional import observe, synchronize
 from kalmannorm.gaussian import Gaussian
 from kalmannorm.inference import collecting
 from kalmannorm.modules import KalmanNorm
@@ -71,8 +71,7 @@ class _Watcher:
             return
         groups = layer.statistic_groups(len(x))
         # The layer finds again what this evaluates: the rules' beliefs, and the draws, are kept.
-        prior, noise = layer.prior(x, groups)
-        prior = None if prior is None else add_process_noise(prior, noise)
+        prior = layer.prior(x, groups)
         if shared is None:
             self._add(prior, observe(x, groups), len(x) // groups)
         else:

@@ -163,7 +163,7 @@ def _layer_reference(x, prior, shift, scale, gain, noise, weight, bias, o: Optio
         else:
             q = torch.sigmoid(o.gain_slope * gain + o.gain_offset) if o.gain_slope else gain
         if noise is not None:
-            prior_var = prior_var + (o.noise_scale * noise.exp() if o.noise_scale else noise)
+            prior_var = prior_var + (o.noise_scale * noise.exp() * prior_var if o.noise_scale else noise)
         if shift is not None:
             prior_mean, prior_var = prior_mean + shift, scale * prior_var
         m = (1 - q) * prior_mean + q * mean

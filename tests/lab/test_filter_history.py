@@ -9,6 +9,7 @@ from kalmannorm.integrations.lightning import KalmanNormCallback
 from kalmannorm.lab.analysis import prior_errors
 from kalmannorm.lab.filter_history import FilterHistory
 from kalmannorm.lab.rows import read_table
+from kalmannorm.priors import noise_ratio
 
 
 def converted(**options):
@@ -32,7 +33,7 @@ def test_a_row_says_what_holds_after_the_step():
     quiet_trainer(3, history).fit(module, pairs(6))
     layer, row = module.net[4], history.rows[1]
     assert row["gain"] == pytest.approx(float(layer.kalman_gain(2).detach()))
-    assert row["process_noise"] == pytest.approx(float(layer.process_variance().mean().detach()))
+    assert row["process_noise"] == pytest.approx(float(noise_ratio(layer.process_noise).mean().detach()))
     images = list(pairs(6))[2][0]
     expected = next(e for e in prior_errors(module.net, [images]) if (e.layer, e.estimate) == ("4", "posterior"))
     assert row["posterior_population_log_ratio"] == pytest.approx(expected.log_ratio)
