@@ -278,7 +278,9 @@ def fuse(model: _M) -> _M:
 
 
 def _traced(model: nn.Module) -> torch.fx.GraphModule:
-    """The model's graph with a copy of a convolution for each call, as different layers may follow."""
+    """The model's graph with a copy of a convolution for each call, as different layers may follow, and functions may
+    read the weight of the first.
+    """
     try:
         traced = torch.fx.symbolic_trace(model)
     except Exception as error:  # the model's own code runs on stand-ins, and may raise anything
@@ -286,7 +288,7 @@ def _traced(model: nn.Module) -> torch.fx.GraphModule:
             model, error, "expected a forward whose course does not depend on its input: deploy "
             "kalmannorm.to_batchnorm(model), or fuse the parts of it that can be traced",
         ) from error  # fmt: skip
-    called: set[str] = set()
+    called = {str(node.target).rpartition(".")[0] for node in traced.graph.nodes if node.op == "get_attr"}
     for node in traced.graph.nodes:
         if node.op != "call_module":
             continue

@@ -27,8 +27,8 @@ _DISTANCE = 0.25
 # where statistics spread so much from batch to batch, or outputs differ so much.
 _SPREAD = 0.5
 _OUTPUTS = 0.2
-# Below this share of the data's variance, a prior leaves a layer to its batch.
-_NARROW = 0.5
+# Below this share of the data's variance, a prior leaves a layer to its batch; above this one, it makes outputs small.
+_NARROW, _WIDE = 0.5, 2.0
 # A variance below this share of the squared mean is what rounding in single precision leaves of a constant.
 _ROUNDING = 1e-12
 
@@ -218,6 +218,8 @@ def _advice(running: float, mean: float, spread: float, prior: float, in_eval: f
             return "its prior is too narrow, so it follows its batch: train on after kalmannorm.freeze(model)"
         others = "validation batches differ from training batches" if validated else "its input differs in eval()"
         return f"{others}, or a layer below is off: mend the first layer of this table"
+    if prior > _WIDE:
+        return "its prior is too wide, so its output is small: kalmannorm.calibrate(model, loader, source='data')"
     if spread > _SPREAD:
         return "statistics differ much from batch to batch: larger batches, or kalmannorm.convert(model)"
     return ""

@@ -128,8 +128,8 @@ def _refuse(layer: nn.Module, name: str, kalman: type[KalmanLayer]) -> None:
         layer.has_uninitialized_params() or getattr(layer, "num_features", 1) == 0  # it may have no parameters
     ):
         raise ValueError(
-            f"{type(layer).__name__} {name!r} is lazy and does not know its channels yet: run the model once before "
-            "kalmannorm.convert"
+            f"{type(layer).__name__} {name!r} is lazy and does not know its channels yet: run the model once in "
+            "eval() before kalmannorm.convert"
         )
     if issubclass(kalman, GroupKalmanNorm) and getattr(layer, "track_running_stats", False):
         raise ValueError(

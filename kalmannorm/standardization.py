@@ -161,14 +161,17 @@ def bake(model: nn.Module) -> None:
 
 def filters_below_norms(model: nn.Module, inputs: Any = None) -> list[nn.Module]:
     """The layers that :func:`standardize_weights` changes; warns of those that it cannot change."""
-    reached = _norms_in_a_trace(model) if inputs is None else _norms_in_a_call(model, inputs)
+    reached, read = _norms_in_a_trace(model) if inputs is None else _norms_in_a_call(model, inputs)
     if not reached:
         raise ValueError(
             f"{type(model).__name__} has nothing to standardize: no convolution or linear layer whose output reaches a "
             "normalization layer without an activation in between, expected at least one"
         )
     layers = {name: layer for name, layer in model.named_modules(remove_duplicate=False) if name in reached}
-    reasons = {name: _why_not(model, layer) for name, layer in layers.items()}
+    reasons = {
+        name: _why_not(model, layer) or ("has a weight that another function uses" if f"{name}.weight" in read else "")
+        for name, layer in layers.items()
+    }
     found = {name: layer for name, layer in layers.items() if not reasons[name] and type(layer) not in _STOCK}
     for norm in (norm for name in found for norm in reached[name]):
         _refuse_trained(norm, model.get_submodule(norm))
@@ -268,11 +271,14 @@ def _traced_in_training(model: nn.Module) -> fx.Graph:
             delattr(model, name)
 
 
-def _norms_in_a_trace(model: nn.Module) -> _Norms:
-    """The normalization layers that each filter's output reaches, in a trace of the model."""
+def _norms_in_a_trace(model: nn.Module) -> tuple[_Norms, set[str]]:
+    """In a trace of the model: the normalization layers that each filter's output reaches, and the names of the
+    parameters that functions outside of layers read.
+    """
     norms: _Norms = defaultdict(list)
+    read: set[str] = set()
     if _is_norm(model):
-        return norms
+        return norms, read
     filters: dict[fx.Node, _Filters | None] = {}  # None: computed from parameters and buffers alone
     for node in _traced_in_training(model).nodes:
         inputs = [filters[each] for each in node.all_input_nodes]
@@ -289,10 +295,11 @@ def _norms_in_a_trace(model: nn.Module) -> _Norms:
                 filters[node] = _union(below)
         elif node.op == "get_attr":
             filters[node] = None
+            read.add(str(node.target))
         elif node.op in ("call_function", "call_method"):
             function = node.target if isinstance(node.target, str) else node.target.__name__
             filters[node] = None if inputs and not below else _after(function, below)
-    return norms
+    return norms, read
 
 
 def _after(function: str, below: Sequence[_Filters]) -> _Filters:
@@ -315,6 +322,8 @@ class _Following(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.filters = WeakTensorKeyDictionary()
+        self.read: set[int] = set()  # parameters, by `id`, that functions outside of layers read
+        self.in_layer = False
 
     def of(self, values: Any) -> list[_Filters]:
         return [self.filters[t] for t in found_in((values,), Tensor) if t in self.filters]
@@ -324,12 +333,14 @@ class _Following(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
+        if not self.in_layer:
+            self.read.update(map(id, found_in((args, kwargs or {}), nn.Parameter)))
         if below := self.of((args, kwargs or {})):
             self.put(output, _after(func.__name__, below))
         return output
 
 
-def _norms_in_a_call(model: nn.Module, inputs: Any) -> _Norms:
+def _norms_in_a_call(model: nn.Module, inputs: Any) -> tuple[_Norms, set[str]]:
     """As :func:`_norms_in_a_trace`, by a call of a copy."""
     args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
     args = args if isinstance(args, tuple) else (args,)
@@ -340,7 +351,11 @@ def _norms_in_a_call(model: nn.Module, inputs: Any) -> _Norms:
         for each in _union(following.of(args)):
             norms[each].append(name)
 
+    def enter(layer: nn.Module, args: Any) -> None:
+        following.in_layer = True
+
     def leave(filters: _Filters, layer: nn.Module, args: Any, output: Any) -> None:
+        following.in_layer = False
         following.put(output, filters)
 
     followed = copy.deepcopy(model).train()
@@ -349,8 +364,9 @@ def _norms_in_a_call(model: nn.Module, inputs: Any) -> _Norms:
             module.register_forward_pre_hook(partial(enter_norm, name))
             module.register_forward_hook(partial(leave, frozenset()))
         elif isinstance(module, _ConvNd | nn.Linear):
+            module.register_forward_pre_hook(enter)
             module.register_forward_hook(partial(leave, frozenset({name})))
     following.put((args, kwargs), frozenset())
     with torch.no_grad(), random_state_kept(model), following:
         followed(*args, **kwargs)
-    return norms
+    return norms, {name for name, p in followed.named_parameters(remove_duplicate=False) if id(p) in following.read}

@@ -169,6 +169,19 @@ def test_a_convolution_called_at_several_places():
     assert not any(isinstance(module, nn.BatchNorm2d) for module in fused.modules())
 
 
+def test_a_convolution_whose_weight_a_function_uses():
+    model = made_of(
+        lambda self, x: F.linear(self.norm(self.encoder(x)), self.encoder.weight.t()),
+        encoder=nn.Linear(5, 8), norm=nn.BatchNorm1d(8),
+    )  # fmt: skip
+    model = kn.convert(model)
+    x = torch.randn(8, 5)
+    model(x)
+    fused = kn.fuse(model.eval())
+    torch.testing.assert_close(fused(x), model(x), rtol=1e-5, atol=1e-5)
+    assert not any(isinstance(module, nn.BatchNorm1d) for module in fused.modules())
+
+
 def test_a_model_that_cannot_be_traced_says_so():
     model = kn.convert(made_of(lambda self, x: self.norm(x) if x.sum() > 0 else x, norm=nn.BatchNorm2d(3))).eval()
     with pytest.raises(ValueError, match=r"Net cannot be traced by torch.fx \(TraceError: symbolically traced"):

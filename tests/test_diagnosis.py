@@ -97,6 +97,10 @@ def test_a_prior_that_is_off_shows():
     loader = batches()
     row = kn.diagnose(trained(model, loader), loader, progress=False).rows[0]
     assert 3 < row.prior < 5
+    assert "calibrate(model, loader, source='data')" in row.advice
+    kn.calibrate(model, loader, source="data", progress=False)
+    row = kn.diagnose(trained(model, loader), loader, progress=False).rows[0]
+    assert (row.prior, row.advice) == (pytest.approx(1, abs=0.2), "")
 
 
 def test_a_narrow_prior_leaves_a_layer_to_its_batches():

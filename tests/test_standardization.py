@@ -204,7 +204,7 @@ class Ways(nn.Module):
         super().__init__()
         self.reaches = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(7))
         self.stops = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(6))
-        self.scale = nn.Parameter(torch.ones(4, 1, 1))
+        self.scale, self.free = nn.Parameter(torch.ones(4, 1, 1)), nn.Parameter(torch.randn(4, 4, 3, 3))
         self.drop, self.identity = torchvision.ops.StochasticDepth(0.5, "row"), nn.Identity()
         self.other, self.norm = nn.LayerNorm(8), nn.BatchNorm2d(4)
         self.made = torch.zeros(())
@@ -217,7 +217,7 @@ class Ways(nn.Module):
         reaches += F.interpolate(F.max_pool2d(F.pad(e, (1, 1, 1, 1)), 3, 2)[:, :, :4, :4], scale_factor=2) / 2
         reaches += f.permute(0, 2, 3, 1).reshape(f.shape[0], -1, 4).permute(0, 2, 1).view(f.size(0), 4, 8, 8)
         reaches += torch.stack([g, g]).mean(0)
-        stops = F.relu(h) + i * j.sigmoid() + j * i + self.other(k) + F.gelu(m) + F.conv2d(n, self.reaches[0].weight)[
+        stops = F.relu(h) + i * j.sigmoid() + j * i + self.other(k) + F.gelu(m) + F.conv2d(n, self.free)[
             :, :, :1, :1]  # fmt: skip
         return self.norm(reaches + stops)
 
@@ -266,6 +266,18 @@ def test_a_weight_that_another_layer_uses_too():
     with pytest.warns(UserWarning, match="'0' shares its weight with '3'"):
         kn.standardize_weights(model)
     assert names(model) == []
+
+
+@pytest.mark.parametrize("inputs", [None, torch.randn(4, 5)])
+def test_a_weight_that_a_function_uses_too(inputs):
+    """A decoder that is the encoder, transposed: `to_batchnorm` may not write into the one for the other."""
+    model = made_of(
+        lambda self, x: F.linear(self.norm(self.encoder(x) + self.other(x)).relu(), self.encoder.weight.t()),
+        encoder=nn.Linear(5, 8), other=nn.Linear(5, 8), norm=nn.BatchNorm1d(8),
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="'encoder' has a weight that another function uses"):
+        kn.standardize_weights(model, inputs=inputs)
+    assert names(model) == ["other"]
 
 
 def test_layers_by_name():
