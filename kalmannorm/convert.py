@@ -53,8 +53,8 @@ def convert(model: _M, *, layers: Sequence[str] = ("batch",), input_stats: Input
             ``"instance"`` (InstanceNorm1d/2d/3d). A subclass with a forward of its own stays, with a warning.
         input_stats: mean and standard deviation of the network's first input, from which the first layer gets its
             prior: one number a channel each, or single numbers whichever axis has the channels; zeros and ones for an
-            input that was normalized as usual. For several inputs: a mapping from names of the forward's arguments to
-            such pairs.
+            input that was normalized as usual. For several inputs: a mapping from names of the forward's arguments, or
+            of places in them (``"batch['image']"``), to such pairs.
         calibrate: correct priors by running statistics (:func:`kalmannorm.calibrate`) at the first call that computes
             them, so that the first training step sees a pretrained network as it was trained. None: in each layer with
             trained running statistics. True: in every layer, or raise. False: in none.

@@ -159,11 +159,12 @@ class Watch:
         for name, value in zip(names, values, strict=True):
             for place, tensor in placed_in(name, value, Tensor):
                 if tensor.is_floating_point() or tensor.is_complex():  # indices, masks and classes are constants
-                    unmet.pop(name, None)
-                    if not _start_belief(tensor, self.known.get(name), place):
-                        if tensor is value:
-                            raise _misfit(self.known[name], tensor, f"an input {place!r}", module)
-                        mode.await_input(self.known[name])  # a list of images
+                    key = place if place in self.known else name
+                    unmet.pop(key, None)
+                    if not _start_belief(tensor, self.known.get(key), place):
+                        if tensor is value or key != name:
+                            raise _misfit(self.known[key], tensor, f"an input {place!r}", module)
+                        mode.await_input(self.known[key])  # a list of images
         if unmet and None not in self.known and len(unmet) == len(self.known):
             self._warn_of_unused_belief(next(iter(unmet.values())), module)
         if None in self.known:

@@ -723,6 +723,27 @@ def test_input_stats_by_name():
     assert kn.describe(model, x, adj).with_prior == 2
 
 
+def test_input_stats_of_a_place_inside_of_an_argument():
+    model = made_of(
+        lambda self, batch: self.image(batch["image"]) + self.pose(batch["pose"])[..., None, None],
+        image=nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)),
+        pose=nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)),
+    )  # fmt: skip
+    batch = {"image": torch.randn(2, 3, 4, 4), "pose": torch.randn(2, 3)}
+    reasons = [row.reason for row in kn.describe(kn.convert(copy.deepcopy(model)), batch).rows]
+    assert reasons == ["the network's input \"batch['image']\"", "the network's input \"batch['pose']\""]
+    stats = {"batch['image']": ([0.0] * 3, [1.0] * 3), "batch['pose']": ([5.0] * 3, [10.0] * 3)}
+    model = kn.convert(model, input_stats=stats)
+    for part, deviation in ((model.image, 1.0), (model.pose, 10.0)):
+        found = []
+        part[1].register_forward_pre_hook(lambda layer, args, found=found: found.append(prior_of(args[0], 1)))
+        model(batch)
+        var = deviation**2 * part[0].weight.detach().flatten(1).square().sum(1)
+        torch.testing.assert_close(found[0].var.detach()[0], var)
+    with pytest.raises(ValueError, match=r"describe 3 channels, but Net got an input \"batch\['pose'\]\" of shape"):
+        model({"image": batch["image"], "pose": torch.randn(2, 4)})
+
+
 def test_a_container_whose_parts_are_called_takes_no_input_stats():
     with pytest.raises(ValueError, match="got input_stats for ModuleDict, whose parts are called and not itself"):
         kn.convert(nn.ModuleDict({"body": nn.BatchNorm2d(3)}), input_stats=([0.0] * 3, [1.0] * 3))
