@@ -278,6 +278,14 @@ class KalmanLayer(CorrectedPrior):
         belief = belief.map(lambda t: t.reshape(*t.shape, *[1] * (y.ndim - 2)))
         attach(y, belief, self.layer_name or type(self).__name__)
 
+    def _refuse_tracing(self) -> None:
+        """The sizes of groups would be constants of the trace."""
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            raise TypeError(
+                f"torch.jit.trace cannot trace the statistic groups of {self._label()}, expected torch.export in its "
+                "place, or stock layers: kalmannorm.to_batchnorm(model) first"
+            )
+
     def _check_input(self, x: Tensor) -> None:
         channels = self._channels
         if x.ndim not in self._ranks or x.shape[1] != channels:
@@ -559,11 +567,7 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
         size = self.stats_batch_size
         if size is None:
             return 1
-        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-            raise TypeError(
-                f"torch.jit.trace cannot trace the statistic groups of {self._label()}, expected torch.export in its "
-                "place, or stock layers: kalmannorm.to_batchnorm(model) first"
-            )
+        self._refuse_tracing()
         if samples % size:
             raise ValueError(
                 f"{self._label()} got a batch of {samples}, expected a multiple of stats_batch_size={size}"
@@ -700,6 +704,7 @@ class GroupKalmanNorm(KalmanLayer, nn.GroupNorm):
             self._check_input(x)
             if x.numel() == 0:
                 return self._normalize_nothing(x)
+            self._refuse_tracing()
             prior = self.prior(x, x.shape[0])
             bias = self.bias if prior is not None else self._bias_without_prior()
             out = group_kalman_norm(

@@ -400,9 +400,11 @@ def test_an_exported_network_trains_without_a_graph_that_grows():
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace.* is deprecated")
-def test_torch_jit_trace_of_groups_is_told_what_to_do():
-    model = kn.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), stats_batch_size=1)
-    with pytest.raises(TypeError, match=r"torch\.jit\.trace cannot trace the statistic groups of KalmanNorm2d '1'"):
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(4), nn.GroupNorm(2, 4)])
+def test_torch_jit_trace_of_groups_is_told_what_to_do(norm):
+    options = {"stats_batch_size": 1} if isinstance(norm, nn.BatchNorm2d) else {"layers": ("group",)}
+    model = kn.convert(nn.Sequential(nn.Conv2d(3, 4, 3), norm), **options)
+    with pytest.raises(TypeError, match=r"torch\.jit\.trace cannot trace the statistic groups of \w+ '1'"):
         torch.jit.trace(model, torch.randn(2, 3, 8, 8))
 
 
