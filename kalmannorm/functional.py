@@ -144,9 +144,9 @@ def kalman_norm(x: Tensor, prior: Gaussian | None, weight: Tensor | None = None,
         [0.7, 1.83]
     """
     if observation is None and guard is None:  # the same by one kernel
-        stacked = None if prior is None else prior.packed().moments
+        stacked = None if prior is None else add_process_noise(prior, process_noise).packed().moments
         learned, fixed = (gain, 0.0) if isinstance(gain, Tensor) else (None, gain)
-        given = Given(prior=stacked, gain=learned, noise=process_noise, weight=weight, bias=bias)
+        given = Given(prior=stacked, gain=learned, weight=weight, bias=bias)
         options = Options(groups=groups, gain_offset=fixed, spread=spread, eps=eps, relu=relu)
         out = layer(x, given, options, posterior=True)
         posterior: Gaussian = Packed(out.belief.view(2, groups, x.shape[1]))

@@ -29,7 +29,7 @@ class Options(NamedTuple):
     gain_samples: int = 1  # `n`, whose logarithm is added to the offset: see `for_kernels`
     gain_slope: float = 0.0  # 0: the gain is given as it is; else it is `sigmoid(slope * gain + offset + log n)`
     gain_offset: float = 0.0  # without a gain, the gain itself
-    noise_scale: float = 0.0  # 0: the process noise is given as it is; else it is `scale * exp(noise)` of the variance
+    noise_scale: float = 1.0  # the process noise is `scale * exp(noise)` of the variance without it
     spread: bool = True
     eps: float = 1e-5
     relu: bool = False

@@ -38,12 +38,8 @@ static float gain_of(const Inputs *f) {
     return 1.0f / (1.0f + expf(-(f->gain_slope * f->gain[0] + f->gain_offset)));
 }
 
-/* The process noise of channel c, and of the share of the prior's variance that it is. */
-static float noise_of(const Inputs *f, int64_t c) { return f->noise && f->noise_scale == 0.0f ? f->noise[c] : 0.0f; }
-
-static float share_of(const Inputs *f, int64_t c) {
-    return f->noise && f->noise_scale != 0.0f ? f->noise_scale * expf(f->noise[c]) : 0.0f;
-}
+/* The process noise of channel c, over the variance without it. */
+static float share_of(const Inputs *f, int64_t c) { return f->noise ? f->noise_scale * expf(f->noise[c]) : 0.0f; }
 
 /* The prior of channel c, at p among those that are given: corrected, and with process noise. */
 static float prior_mean_of(const Inputs *f, int64_t p, int64_t c) {
@@ -53,7 +49,7 @@ static float prior_mean_of(const Inputs *f, int64_t p, int64_t c) {
 static float scale_of(const Inputs *f, int64_t c) { return f->scale ? f->scale[c] : 1.0f; }
 
 static float prior_var_of(const Inputs *f, int64_t p, int64_t c) {
-    return scale_of(f, c) * (f->prior_var[p] * (1 + share_of(f, c)) + noise_of(f, c));
+    return scale_of(f, c) * f->prior_var[p] * (1 + share_of(f, c));
 }
 
 static float weight_of(const Inputs *f, int64_t c) { return f->weight ? f->weight[c] : 1.0f; }
@@ -319,7 +315,7 @@ static void collect(const Backward *a, float q, const float *terms) {
                 int64_t p = f->prior_groups == 1 ? c : i;
                 by_mean += terms[i];
                 by_var += terms[size + i];
-                by_noise += terms[size + i] * (f->noise_scale == 0.0f ? 1.0f : share * f->prior_var[p]);
+                by_noise += terms[size + i] * share * f->prior_var[p];
                 by_gain += terms[2 * size + i];
                 if (f->prior_groups > 1) {
                     g->d_prior_mean[i] = terms[i];

@@ -20,7 +20,7 @@ from kalmannorm.kernels.formulas import (
     gain_of,
     layer_forward,
     link_forward,
-    noise_of,
+    noise_share,
     normalize,
     predicted,
 )
@@ -107,16 +107,14 @@ def _through_fusion(g_mean: Tensor, g_var: Tensor, mean: Tensor, var: Tensor, gi
         by_observed, by_prior_mean = by_observed + through_spread, by_prior_mean - through_spread
         by_gain = by_gain + (1 - 2 * q) * innovation.square()
     by_prior_var = (1 - q) * g_var if given.scale is None else (1 - q) * g_var * given.scale
+    d_noise = None
+    if noise is not None:  # by `v' = (1 + share) v`
+        share = noise_share(given, options)
+        d_noise = (by_prior_var * given.prior.reshape(given.prior.shape[:3])[1]).sum(0) * share
+        by_prior_var = by_prior_var * (1 + share)
     if gain is not None:
         d_gain = (g_mean * innovation + g_var * by_gain).sum().view(1)
         d_gain = d_gain * (options.gain_slope * q * (1 - q)) if options.gain_slope else d_gain
-    d_noise = None
-    if noise is not None and options.noise_scale:  # both factors of `R`
-        added = noise_of(given, given.prior.reshape(given.prior.shape[:3])[1], options)
-        d_noise = (by_prior_var * added).sum(0)
-        by_prior_var = by_prior_var * (1 + options.noise_scale * noise.exp())
-    elif noise is not None:
-        d_noise = by_prior_var.sum(0)
     by_prior = torch.stack([by_prior_mean, by_prior_var])
     by_prior = by_prior.sum(1, keepdim=True) if given.prior.shape[1] == 1 else by_prior
     return by_observed, q, by_prior.view(given.prior.shape), d_gain, d_noise

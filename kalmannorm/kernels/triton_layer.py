@@ -130,7 +130,7 @@ def _gain(gain, GAIN_SLOPE: tl.constexpr, GAIN_OFFSET: tl.constexpr):
 
 @triton.jit
 def _prior(given, where, NOISE_SCALE: tl.constexpr):
-    """Mean, variance with process noise, and its slopes by the variance without and by the noise.
+    """Mean, variance with process noise, and its slopes by the variance without and by the logarithm of the noise.
 
     A prior of one group serves all.
     """
@@ -138,14 +138,12 @@ def _prior(given, where, NOISE_SCALE: tl.constexpr):
     prior, prior_shift, prior_scale, _, noise, prior_size = given
     mean = tl.load(prior + at % prior_size, mask=here, other=0.0) + _or(prior_shift, channel, here, 0.0)
     var = tl.load(prior + prior_size + at % prior_size, mask=here, other=0.0)
-    added = _or(noise, channel, here, 0.0)
     factor = _or(prior_scale, channel, here, 1.0)
     slope, by_noise = factor, factor
-    if noise is not None and NOISE_SCALE != 0:
-        share = NOISE_SCALE * tl.exp(added)
-        added = share * var
-        slope, by_noise = factor * (1 + share), factor * added
-    return mean, factor * (var + added), slope, by_noise
+    if noise is not None:
+        share = NOISE_SCALE * tl.exp(_or(noise, channel, here, 0.0))
+        slope, by_noise = factor * (1 + share), factor * share * var
+    return mean, slope * var, slope, by_noise
 
 
 @triton.jit

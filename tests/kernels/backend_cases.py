@@ -56,8 +56,8 @@ LAYERS = {
     "corrected_groups": LayerCase(
         (6, 5, 3, 3), Options(groups=3), prior_groups=3, noise=True, corrected=True, sent="posterior"
     ),
-    "noise_exponential": LayerCase((3, 4, 5), Options(**_SIGMOID, noise_scale=0.01), noise=True),
-    "noise_itself": LayerCase((3, 4, 5), Options(groups=3), noise=True),
+    "noise": LayerCase((3, 4, 5), Options(**_SIGMOID, noise_scale=0.01), noise=True),
+    "noise_groups": LayerCase((3, 4, 5), Options(groups=3), noise=True),
     "no_affine": LayerCase((3, 4, 5), Options(relu=True), affine=""),
     "no_bias": LayerCase((3, 4, 5), affine="weight"),
     "nothing_sent": LayerCase((3, 4, 5), sent="", running=False),
@@ -163,7 +163,7 @@ def _layer_reference(x, prior, shift, scale, gain, noise, weight, bias, o: Optio
         else:
             q = torch.sigmoid(o.gain_slope * gain + o.gain_offset) if o.gain_slope else gain
         if noise is not None:
-            prior_var = prior_var + (o.noise_scale * noise.exp() * prior_var if o.noise_scale else noise)
+            prior_var = prior_var * (1 + o.noise_scale * noise.exp())
         if shift is not None:
             prior_mean, prior_var = prior_mean + shift, scale * prior_var
         m = (1 - q) * prior_mean + q * mean

@@ -39,7 +39,7 @@ def inputs(shape, dtype=torch.float64, groups=1):
 def plain(x, prior, gain, noise, weight, bias, options):
     q = torch.sigmoid(options.gain_slope * gain + options.gain_offset) if options.gain_slope else gain
     prior, seen = Gaussian(*prior), observe(x, options.groups)
-    noise = options.noise_scale * noise.exp() * prior.var if options.noise_scale else noise
+    noise = options.noise_scale * noise.exp() * prior.var
     posterior = kalman_update(prior, seen, q, process_noise=noise, spread=options.spread)
     y = normalize(x, posterior, weight, bias, options.eps)
     return y.relu() if options.relu else y, posterior.mean, posterior.var
