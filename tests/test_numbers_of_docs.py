@@ -42,7 +42,7 @@ SETTINGS = {
     "ImageNet's mean and deviation": r"0\.485 and 0\.229",
     "the gain by its formula": r"is 5 or 10 %",
     "bounds of a healthy layer": r"0\.5 to 2",
-    "an initial value": r"a variance of 0\.01",
+    "an initial value": r"starts at 1 %|prior is 1 % wider",
     "the unit of a comparison": r"BatchNorm, the 1\.0",
     "sizes of tensors, by their shapes": r"are\s+94 MB|103 to\s+205 MB",
 }  # fmt: skip
