@@ -149,7 +149,7 @@ def layer_ratios(name, estimate, column="log_ratio"):
 @functools.cache
 def facts():
     """What the pages derive from the files, by page: the numbers as they are."""
-    small, deep = "batch-sizes-cpu", "deeper-cpu"
+    small, deep, tuned = "batch-sizes-cpu", "deeper-cpu", "fine-tuning-imagenet-cpu"
     gpu = {arm: difference("batch-sizes-gpu", "bn-128", arm) for arm in ("bn-2", "gn-2", "kn-2")}
     deeper = [difference(deep, "bn-128", "kn-2"), difference(deep, "bn-128-ws", "kn-2-ws")]
     frozen_late = [score(small, "kn-1-ws-frozen", first=3) - score(small, "kn-1-ws"),
@@ -202,6 +202,8 @@ def facts():
             difference("detection-cpu", "gn-ws", "kn", "box_ap"), *volumes,
             difference("detection-cpu", "kn", "bn-recalibrated", "box_ap_online"),
             *(difference("detection-pretrained-cpu", "kn", "frozen", of) for of in ("box_ap", "mask_ap")),
+            *(difference(tuned, *pair) for pair in (("kn-2-clipped", "kn-2"), ("kn-2-clipped", "last-2-clipped"),
+                                                    ("kn-1", "kn-1-clipped"))),
             *(score(small, arm, first=3) - score(small, arm) for arm in ("kn-2-ws", "kn-1-ws-fixed")), fixed_gain,
             *frozen_late[1:], late_batchnorm, score(small, "kn-2-ws", first=3) - score(small, "bn-2-ws-frozen"),
             difference(small, "bn-128-ws", "kn-1-ws-frozen"),
