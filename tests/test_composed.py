@@ -248,7 +248,8 @@ def test_a_gate_by_hand_is_as_torchs_own_function(by_hand, function):
         y.square().sum().backward()
         found.append((y, [model[0].weight.grad, model[1].weight.grad]))
     torch.testing.assert_close(found[0][0], found[1][0], rtol=2e-3, atol=2e-3)
-    torch.testing.assert_close(found[0][1], found[1][1], rtol=3e-2, atol=2e-2)
+    for ours, theirs in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=3e-2, atol=0.01 * float(theirs.abs().max()))
 
 
 @pytest.mark.parametrize(

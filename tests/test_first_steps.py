@@ -39,13 +39,13 @@ def constant_part(x):
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_of_fresh_features_much_is_constant_until_the_batch_has_a_say(seed):
+def test_of_fresh_features_a_part_is_constant_until_the_batch_has_a_say(seed):
     image = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
     share = {kind: constant_part(features(kind, image, seed))
              for kind in ("batch_norm", "default", "calibrated", "gain of a half")}  # fmt: skip
     assert share.pop("batch_norm") < 1e-6
-    assert share.pop("default") > 0.2
-    assert max(share.values()) < 0.01, share
+    assert share.pop("default") > 0.005
+    assert max(share.values()) < 0.001, share
 
 
 @pytest.mark.parametrize("seed", [1, 2])
