@@ -28,7 +28,7 @@ class Line(nn.Module):
 
 def fused(mean, var):
     """Of the first layer at a gain of 0.25: its prior and posterior, each with a mean and a variance."""
-    prior_mean, prior_var = torch.tensor([0.5, 1, -1]).double(), torch.tensor([1.0, 4, 9]).double() + 0.01
+    prior_mean, prior_var = torch.tensor([0.5, 1, -1]).double(), 1.01 * torch.tensor([1.0, 4, 9]).double()
     spread = 0.75 * 0.25 * (mean - prior_mean) ** 2
     posterior = 0.75 * prior_mean + 0.25 * mean, 0.75 * prior_var + 0.25 * var + spread
     return (prior_mean.expand_as(mean), prior_var.expand_as(mean)), posterior
@@ -55,7 +55,7 @@ def test_prior_observation_and_posterior_by_hand():
     # What leaves the first layer is believed to be normalized.
     weight, bias = model[0].weight.detach(), model[0].bias.detach()
     torch.testing.assert_close(second.prior.mean, (2 * bias + 1).expand(2, 3))
-    torch.testing.assert_close(second.prior.var, 4 * weight**2 * fused_var / (fused_var + 1e-5) + 0.01)
+    torch.testing.assert_close(second.prior.var, 1.01 * 4 * weight**2 * fused_var / (fused_var + 1e-5))
     y = (groups - fused_mean[:, None, :, None, None]) * (fused_var[:, None, :, None, None] + 1e-5).rsqrt()
     y = 2 * (y * weight.view(3, 1, 1) + bias.view(3, 1, 1)) + 1
     torch.testing.assert_close(second.observation.var, y.var((1, 3, 4), correction=0))
