@@ -88,7 +88,7 @@ def input_beliefs(model: nn.Module, input_stats: InputStats | None) -> dict[str 
         return {None: _belief(input_stats, "input_stats")}
     arguments = _arguments(model)
     for name in input_stats:
-        first = re.split(r"[.\[]", name)[0]  # of a place inside of an argument, as "batch['image']"
+        first = re.split(r"[.\[]", str(name))[0]  # of a place inside of an argument, as "batch['image']"
         if first not in arguments and not any(p.kind is p.VAR_KEYWORD for p in arguments.values()):
             raise ValueError(
                 f"kalmannorm.convert got input_stats of {name!r}, expected names of what {type(model).__name__}'s "

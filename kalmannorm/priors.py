@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kalmannorm.gaussian import Gaussian
 from kalmannorm.kernels.autograd import is_exporting, is_transformed
-from kalmannorm.kernels.formulas import at_least_float32
+from kalmannorm.kernels.formulas import at_least_float32, noise_share
 from kalmannorm.steps import SCALARS, found_in, step_of
 
 # The process noise ``R`` that a layer begins with, as a share of the prior's variance.
@@ -20,7 +20,7 @@ INITIAL_NOISE = 0.01
 
 def noise_ratio(noise: Tensor) -> Tensor:
     """``R`` over the prior's variance, ``(C,)``, in float32 at least, from the parameter ``process_noise``."""
-    return INITIAL_NOISE * at_least_float32(noise).exp()
+    return noise_share(at_least_float32(noise), INITIAL_NOISE)
 
 
 def with_noise(belief: Gaussian, noise: Tensor | None) -> Gaussian:

@@ -762,6 +762,8 @@ def test_a_container_that_is_called_itself_takes_input_stats():
 def test_input_stats_by_name_that_do_not_fit():
     with pytest.raises(ValueError, match=r"input_stats of 'y', expected names of what Graph's forward takes: \['x'"):
         kn.convert(Graph(), input_stats={"y": (0.0, 1.0)})
+    with pytest.raises(ValueError, match=r"input_stats of 0, expected names of what Graph's forward takes"):
+        kn.convert(Graph(), input_stats={0: (0.0, 1.0)})
     with pytest.raises(ValueError, match=r"got input_stats\['adj'\]=\(0.0, 0.0\), expected"):
         kn.convert(Graph(), input_stats={"adj": (0.0, 0.0)})
     model = kn.convert(Graph(), input_stats={"x": ([0.0] * 2, [1.0] * 2)})

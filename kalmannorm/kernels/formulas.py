@@ -78,16 +78,16 @@ def gain_by(parameter: Tensor | None, samples: int | Tensor, slope: float, offse
     return samples / (samples + others)
 
 
-def noise_share(given: Given, options: Options) -> Tensor | float:
-    """The process noise over the variance without it, ``(C,)``; 0 without any."""
-    return 0.0 if given.noise is None else options.noise_scale * given.noise.exp()
+def noise_share(noise: Tensor, scale: float) -> Tensor:
+    """The process noise over the variance without it, ``(C,)``, from the parameter ``process_noise``."""
+    return scale * noise.exp()
 
 
 def predicted(given: Given, options: Options) -> Gaussian:
     """The prior, corrected and with process noise: ``(1 or S, C)``."""
     assert given.prior is not None
     mean, var = given.prior.reshape(given.prior.shape[:3]).unbind()
-    var = var if given.noise is None else var * (1 + noise_share(given, options))
+    var = var if given.noise is None else var * (1 + noise_share(given.noise, options.noise_scale))
     mean = mean if given.shift is None else mean + given.shift
     return Gaussian(mean, var if given.scale is None else var * given.scale)
 

@@ -109,7 +109,7 @@ def _through_fusion(g_mean: Tensor, g_var: Tensor, mean: Tensor, var: Tensor, gi
     by_prior_var = (1 - q) * g_var if given.scale is None else (1 - q) * g_var * given.scale
     d_noise = None
     if noise is not None:  # by `v' = (1 + share) v`
-        share = noise_share(given, options)
+        share = noise_share(noise, options.noise_scale)
         d_noise = (by_prior_var * given.prior.reshape(given.prior.shape[:3])[1]).sum(0) * share
         by_prior_var = by_prior_var * (1 + share)
     if gain is not None:
