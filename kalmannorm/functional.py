@@ -69,7 +69,14 @@ def kalman_update(prior: Gaussian | None, observation: Gaussian, gain: Tensor | 
 
 def add_process_noise(prior: Gaussian, process_noise: Tensor | None) -> Gaussian:
     """``v_prior + R``: the path from the layer below adds ``R`` to the uncertainty (Eq. 4)."""
-    return prior if process_noise is None else Gaussian(prior.mean, prior.var + process_noise)
+    if process_noise is None:
+        return prior
+    channels = prior.mean.shape[-1]
+    if process_noise.shape != (channels,):
+        raise ValueError(
+            f"got process_noise of shape {tuple(process_noise.shape)}, expected ({channels},), one a channel"
+        )
+    return Gaussian(prior.mean, prior.var + process_noise)
 
 
 def trusted_gain(prior: Gaussian, observation: Gaussian, gain: Tensor | float, guard: float | None) -> Tensor | float:

@@ -21,6 +21,14 @@ def test_update_as_printed_in_equation_7():
     assert posterior.var.item() == 5.75
 
 
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("guard", [None, 100.0])
+def test_process_noise_of_another_size_is_refused(size, guard):
+    with pytest.raises(ValueError, match=rf"got process_noise of shape \({size},\), expected \(4,\), one a channel"):
+        kalman_norm(torch.randn(2, 4), belief([0.0] * 4, [1.0] * 4), gain=0.5, process_noise=torch.ones(size),
+                    guard=guard)  # fmt: skip
+
+
 def test_update_of_the_released_code_adds_the_distance_of_the_means():
     # q (1 - q) (6 - 2)^2 = 3 more than 0.75 * 4 + 0.25 * 8 = 5.
     posterior = kalman_update(belief([2.0], [4.0]), belief([6.0], [8.0]), 0.25)
