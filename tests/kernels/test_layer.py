@@ -38,9 +38,9 @@ def inputs(shape, dtype=torch.float64, groups=1):
 
 def plain(x, prior, gain, noise, weight, bias, options):
     q = torch.sigmoid(options.gain_slope * gain + options.gain_offset) if options.gain_slope else gain
-    prior, seen = Gaussian(*prior), observe(x, options.groups)
-    noise = options.noise_scale * noise.exp() * prior.var
-    posterior = kalman_update(prior, seen, q, process_noise=noise, spread=options.spread)
+    mean, var = prior
+    prior, seen = Gaussian(mean, var * (1 + options.noise_scale * noise.exp())), observe(x, options.groups)
+    posterior = kalman_update(prior, seen, q, spread=options.spread)
     y = normalize(x, posterior, weight, bias, options.eps)
     return y.relu() if options.relu else y, posterior.mean, posterior.var
 
