@@ -12,8 +12,7 @@ import datasets
 from kalmannorm.lab.costs import build
 from kalmannorm.lab.data.folders import locate
 from kalmannorm.lab.data.generated import generate_for
-from kalmannorm.lab.data.images import SOURCES
-from kalmannorm.lab.data.roots import VARIABLE, find
+from kalmannorm.lab.data.roots import SOURCES, VARIABLE, find
 from kalmannorm.lab.experiments import Scale
 
 

@@ -8,8 +8,8 @@ import torch
 from rich.console import Console
 
 import kalmannorm
-from kalmannorm.lab import experiments, fitting
-from kalmannorm.lab.data.images import SOURCES
+from kalmannorm.lab import experiments
+from kalmannorm.lab.data.roots import SOURCES
 from kalmannorm.lab.formatting import as_markdown
 from kalmannorm.lab.methods import METHODS
 from kalmannorm.lab.workers import bars
@@ -34,6 +34,8 @@ def fit(
         settings: Override any setting of the configuration, such as --trainer.max_steps 10.
     """
     chosen = experiments.config_of(config, settings)
+    from kalmannorm.lab import fitting  # noqa: PLC0415 - slow, and not for --help
+
     shown = fitting.is_first_process()
     progress = bars(Console(stderr=True), shown=shown)
     bar = progress.add_task("steps", total=fitting.steps(chosen, settings))
@@ -47,8 +49,8 @@ def fit(
     finally:
         if progress.live.is_started:
             progress.stop()
-    _show(result.scores)
     if shown:
+        _show(result.scores)
         print(f"{1000 * result.seconds_per_step:.1f} ms a step; {output}")
 
 
@@ -59,7 +61,7 @@ def on_validation(*, output: Path, settings: Sequence[str] = ()) -> None:
         output: The run's folder.
         settings: Override any setting of its configuration, such as --trainer.accelerator cpu.
     """
-    _show(fitting.score(output, "validation", settings))
+    _score(output, "validation", settings)
 
 
 def on_test(*, output: Path, settings: Sequence[str] = ()) -> None:
@@ -69,13 +71,20 @@ def on_test(*, output: Path, settings: Sequence[str] = ()) -> None:
         output: The run's folder.
         settings: Override any setting of its configuration, such as --trainer.accelerator cpu.
     """
-    _show(fitting.score(output, "test", settings))
+    _score(output, "test", settings)
+
+
+def _score(run: Path, split: Literal["validation", "test"], settings: Sequence[str]) -> None:
+    from kalmannorm.lab import fitting  # noqa: PLC0415
+
+    scores = fitting.score(run, split, settings)
+    if fitting.is_first_process():
+        _show(scores)
 
 
 def _show(scores: dict[str, float]) -> None:
-    if fitting.is_first_process():
-        for name, value in scores.items():
-            print(f"{name} {value:.4f}")
+    for name, value in scores.items():
+        print(f"{name} {value:.4f}")
 
 
 def export(run: Path, file: Path, *, stock: bool = False) -> None:
@@ -86,6 +95,8 @@ def export(run: Path, file: Path, *, stock: bool = False) -> None:
         file: Where to write the state dict, such as model.pt.
         stock: Replace Kalman layers by torch's own, which give the same outputs in eval().
     """
+    from kalmannorm.lab import fitting  # noqa: PLC0415
+
     module: Any = fitting.load(run)
     network, given = module.network, experiments.load(run / "config.yaml")["model"]["init_args"]
     if stock:

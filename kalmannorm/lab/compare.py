@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -14,16 +14,15 @@ from PIL import Image
 from rich.progress import track
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torchvision import models
 
-from kalmannorm.lab.configuration import Run, difference, flat
-from kalmannorm.lab.data.folders import FolderData
 from kalmannorm.lab.experiments import load, merge, nested
 from kalmannorm.lab.methods import METHODS, normalize
-from kalmannorm.lab.pretrained import load_trunk, trained_weights
-from kalmannorm.lab.results import write_atomically
-from kalmannorm.lab.run import alone, run
+from kalmannorm.lab.results import alone, write_atomically
+from kalmannorm.lab.run import run
 from kalmannorm.lab.workers import available_cpus
+
+if TYPE_CHECKING:
+    from kalmannorm.lab.data.folders import FolderData
 
 # Of images that are normalized as `folders.image_transform` does, about.
 _INPUT_STATS = [[0.0, 0.0, 0.0], [1.0, 1.0, 1.0]]
@@ -55,6 +54,8 @@ def _classifier(name: str, num_classes: int | None, *, trained: bool) -> nn.Modu
 
         known = timm.list_models()
     else:
+        from torchvision import models  # noqa: PLC0415 - slow
+
         known = models.list_models(module=models)
     if own not in known:
         library = "timm" if of_timm else "torchvision"
@@ -127,6 +128,8 @@ def compare(
         if key not in METHODS:
             raise ValueError(f"--methods: unknown method {key!r}; expected some of {', '.join(METHODS)}")
     searched, more = _numbers(rates), _settings(settings)
+    from kalmannorm.lab.configuration import Run, flat  # noqa: PLC0415 - slow, and not for --help
+
     if Path(folder).is_dir():  # and not one of this name among the data sets
         folder = str(Path(folder).resolve())
     data = _checked_data(folder, images, size, more.get("data", {}).get("init_args", {}))
@@ -151,7 +154,7 @@ def compare(
         return run(str(_written(output, content)), seeds=seeds, workers=workers, output=output)
 
 
-def _config(network: str, data: FolderData, group: int, start: Path | None, steps: int) -> dict[str, Any]:
+def _config(network: str, data: "FolderData", group: int, start: Path | None, steps: int) -> dict[str, Any]:
     """What `kalmannorm.lab.fitting.fit` takes, for all methods."""
     # A process that trains on the CPU has one core, and would wait for its own workers.
     workers = 4 if torch.cuda.is_available() else 0
@@ -233,7 +236,9 @@ def _settings(words: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def _checked_data(folder: str, images: int, size: int, more: dict[str, Any]) -> FolderData:
+def _checked_data(folder: str, images: int, size: int, more: dict[str, Any]) -> "FolderData":
+    from kalmannorm.lab.data.folders import FolderData  # noqa: PLC0415
+
     try:
         data = FolderData(folder, images, size=size, **more)
     except TypeError as error:
@@ -248,7 +253,7 @@ def _checked_data(folder: str, images: int, size: int, more: dict[str, Any]) -> 
     return data
 
 
-def _check_pictures(data: FolderData) -> None:
+def _check_pictures(data: "FolderData") -> None:
     """Decode every picture once: a truncated one would end each training that comes to it."""
     sets: list[Any] = [data.train_set, data.validation_set, data.test_set]
     sets = [part for part in sets if hasattr(part.dataset, "samples")]  # but for Parquet files
@@ -272,7 +277,7 @@ def _broken(file: str) -> str:
     return ""
 
 
-def _largest_share(data: FolderData) -> float:
+def _largest_share(data: "FolderData") -> float:
     """Of the test images, the share of the class that most of them are of: who names it each time has so many right."""
     for split, part in (("validation", data.validation_set), ("test", data.test_set)):
         if not len(part):
@@ -292,6 +297,8 @@ def _check_methods(
     except RuntimeError as error:
         raise ValueError(f"--size: {name} cannot take images of {size} pixels: {error}") from error
     if start is not None:
+        from kalmannorm.lab.pretrained import load_trunk, trained_weights  # noqa: PLC0415 - slow
+
         load_trunk(network, trained_weights(start))
     for method in methods:
         if method == "frozen" and start is None:
@@ -304,6 +311,8 @@ def _check_methods(
 
 def _written(output: Path, content: dict[str, Any]) -> Path:
     """The file of the experiment, which may get more methods, and another search; refused where it is another one."""
+    from kalmannorm.lab.configuration import difference  # noqa: PLC0415
+
     path = output / "compare.yaml"
     if path.exists():
         before = load(path)

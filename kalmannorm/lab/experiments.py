@@ -28,6 +28,8 @@ FORMS: dict[str, tuple[str, dict[str, Any], str, str]] = {
 # Lengths of a training, which a scale multiplies.
 _LENGTHS = (("trainer", "max_steps"), ("trainer", "val_check_interval"), (None, "checkpoint_every"))
 _NEEDED = ("title", "arms")
+# libyaml's, where it is there, is ten times as fast.
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _KEYS = (
     *_NEEDED, "question", "of", "only", "base", "config", "scored", "metric", "search", "search_seed", "search_scale",
     "seeds", "start", "tiny", "rows", "label", "column", "input_stats", "verdict",
@@ -264,7 +266,7 @@ def check_search_seed(who: str, experiment: Experiment) -> None:
 def load(path: Path) -> dict[str, Any]:
     """The content of a YAML file, without its bases."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_LOADER)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):

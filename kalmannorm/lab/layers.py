@@ -10,8 +10,6 @@ from rich.console import Console
 
 import kalmannorm
 from kalmannorm.convert import with_stock_norms
-from kalmannorm.lab import fitting
-from kalmannorm.lab.analysis import errors_of
 from kalmannorm.lab.formatting import as_markdown
 from kalmannorm.lab.results import csv_text, write_atomically
 from kalmannorm.lab.scoring import online_logits
@@ -44,7 +42,10 @@ def layers(
     """
     if batches < 1:
         raise ValueError(f"--batches: expected at least 1; got {batches}")
-    module, data = fitting.load_with_data(run)
+    from kalmannorm.lab.analysis import errors_of  # noqa: PLC0415 - slow, and not for --help
+    from kalmannorm.lab.fitting import load_with_data  # noqa: PLC0415
+
+    module, data = load_with_data(run)
     size = statistics_batch or getattr(module, "statistics_batch", None)
     network: Any = getattr(module, "network", None)
     if network is None or not isinstance(size, int):

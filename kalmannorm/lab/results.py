@@ -7,8 +7,8 @@ import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from filelock import FileLock, Timeout
 
 import kalmannorm
 from kalmannorm.lab.experiments import load
@@ -77,6 +78,17 @@ class Result:
 def finished(folder: Path) -> bool:
     """Whether a run ended here."""
     return (Path(folder) / "result.json").is_file()
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Refuse an experiment's folder that another process trains in."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0, mode=0o666, is_singleton=True):
+            yield
+    except Timeout as error:
+        raise ValueError(f"--output: another process is running {folder.name} in {folder}") from error
 
 
 def write_atomically(path: Path, text: str) -> None:

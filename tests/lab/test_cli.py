@@ -73,6 +73,21 @@ def test_help_lists_the_commands_and_needs_nothing_of_the_extra():
     assert done.stdout.endswith("[]\n")
 
 
+def test_what_trains_nothing_does_not_wait_for_what_trains():
+    slow = ["datasets", "lightning", "matplotlib", "pandas", "timm", "torch._dynamo", "torchmetrics", "torchvision"]
+    code = f"""
+import contextlib, sys
+from kalmannorm.lab import cli
+for line in (*([name, "--help"] for name in cli.COMMANDS), ["list"], ["run", "nothing"]):
+    with contextlib.suppress(SystemExit):
+        cli.main(line)
+    assert not set({slow}) & set(sys.modules), (line, [name for name in {slow} if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "no experiment or file 'nothing'" in done.stderr
+
+
 def _help(capsys, command):
     with pytest.raises(SystemExit):
         main([command, "--help"])

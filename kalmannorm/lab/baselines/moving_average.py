@@ -85,16 +85,17 @@ class MovingAverageNorm(nn.Module):
         x = input.to(torch.promote_types(input.dtype, torch.float32))
         shape = (-1, *[1] * (x.ndim - 2))
         if self.training:
-            y: Tensor = self._by_moving_averages(in_groups(x, self.samples)).view(x.shape)
+            # A compiler would lose what the backward pass writes to a buffer. Not as a decorator: its import is slow.
+            apply = torch.compiler.disable(self._by_moving_averages)
+            y: Tensor = apply(in_groups(x, self.samples)).view(x.shape)
         else:
             y = x * (self.running_square.mean(0) + self.eps).rsqrt().view(shape)
         if self.weight is not None:
             y = y * self.weight.view(shape) + self.bias.view(shape)
         return y.to(input.dtype)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _by_moving_averages(self, groups: Tensor) -> Tensor:
-        """``r z`` of ``(groups, samples, C, *)``. A compiler would lose what the backward pass writes to a buffer."""
+        """``r z`` of ``(groups, samples, C, *)``."""
         if not self.pooled:
             self._make_places(len(groups))
         square, r = self._observe(groups)

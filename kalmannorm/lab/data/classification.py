@@ -6,8 +6,9 @@ from typing import Any, Literal
 from torch import Tensor
 
 from kalmannorm.lab.data.augmentation import SCALINGS, Scaling, mean_colour
-from kalmannorm.lab.data.images import load_images, open_images, source
+from kalmannorm.lab.data.images import load_images, open_images
 from kalmannorm.lab.data.memory import MemoryBatches, MemoryData, Splits
+from kalmannorm.lab.data.roots import source
 
 
 class ClassificationData(MemoryData):

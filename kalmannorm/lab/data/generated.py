@@ -15,8 +15,8 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as run_lengths
 
-from kalmannorm.lab.data.images import source
 from kalmannorm.lab.data.objects import SOURCES, Files
+from kalmannorm.lab.data.roots import source
 from kalmannorm.lab.results import write_atomically
 
 PATCHES = 4

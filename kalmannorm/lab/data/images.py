@@ -5,7 +5,6 @@ else downloaded from there (and cached) by the ``datasets`` library.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
 
@@ -16,53 +15,7 @@ from PIL import Image
 
 from kalmannorm.lab.data.hub import hub_parts, local_parts
 from kalmannorm.lab.data.memory import Labelled, Splits
-from kalmannorm.lab.data.roots import find, missing
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a set of images comes from.
-
-    Attributes:
-        folder: Its folder under ``KALMANNORM_DATA``.
-        repository: Its repository on the Hugging Face hub; ``configuration`` is one of its several.
-        image: The column of encoded images; ``label`` of labels, 0 to ``num_classes`` - 1.
-        training: The parts that together are the training images.
-    """
-
-    folder: str
-    repository: str
-    image: str
-    label: str
-    num_classes: int
-    configuration: str | None = None
-    training: tuple[str, ...] = ("train",)
-
-    @property
-    def origin(self) -> str:
-        return f"https://huggingface.co/datasets/{self.repository}/tree/main/{self.configuration or ''}".rstrip("/")
-
-    @property
-    def layout(self) -> list[str]:
-        """The Parquet files, as patterns relative to the folder."""
-        return [f"{part}-*.parquet" for part in (*self.training, "test")]
-
-
-_SVHN = ("svhn", "ufldl-stanford/svhn", "image", "label", 10, "cropped_digits")
-
-SOURCES = {
-    "cifar10": Source("cifar10", "uoft-cs/cifar10", "img", "label", 10),
-    "cifar100": Source("cifar100", "uoft-cs/cifar100", "img", "fine_label", 100),
-    "svhn": Source(*_SVHN),
-    # With the 531,131 easier images, which results near 98 % are usually trained on as well.
-    "svhn_extra": Source(*_SVHN, training=("train", "extra")),
-}
-
-
-def source(name: str) -> Source:
-    if name not in SOURCES:
-        raise ValueError(f"name must be one of {', '.join(SOURCES)}; got {name!r}")
-    return SOURCES[name]
+from kalmannorm.lab.data.roots import Source, find, missing, source
 
 
 def open_images(name: str) -> dict[str, Any]:

@@ -5,8 +5,8 @@ import pytest
 import torch
 from image_files import numbered_images, write_parquet
 
-from kalmannorm.lab.data.images import SOURCES, load_images
-from kalmannorm.lab.data.roots import MissingDataError
+from kalmannorm.lab.data.images import load_images
+from kalmannorm.lab.data.roots import SOURCES, MissingDataError
 
 
 def numbers(images):
