@@ -79,7 +79,7 @@ class Run(LightningCLI):
 
     def complete(self) -> dict[str, Any]:
         """All settings, as plain types."""
-        whole: dict[str, Any] = yaml.safe_load(self.parser.dump(self.config, skip_none=False, format="yaml"))
+        whole: dict[str, Any] = yaml.safe_load(self.parser.dump(self.config, skip_unset=False, format="yaml"))
         return whole
 
 

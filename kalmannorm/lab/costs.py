@@ -30,9 +30,7 @@ def build(config: Mapping[str, Any], part: Literal["model", "data"]) -> Any:
         parsed = parser.parse_object({part: given})
     except ArgumentError as error:
         raise ValueError(f"{part}: {reason(error)}") from error
-    # The second is the name in older versions.
-    make = getattr(parser, "instantiate", None) or parser.instantiate_classes
-    return make(parsed)[part]
+    return parser.instantiate(parsed)[part]
 
 
 def device() -> torch.device:
