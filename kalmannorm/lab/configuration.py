@@ -11,7 +11,7 @@ from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from kalmannorm.lab.experiments import load
+from kalmannorm.lab.experiments import load, merge, nested
 from kalmannorm.lab.training import quiet
 
 # A run is so many steps, whatever an epoch is; and what its folder keeps, the callbacks here write.
@@ -59,9 +59,10 @@ class Run(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """The configuration, and the overrides onto it."""
-        self.config = parser.parse_object(self._given)
-        if self._overrides:
-            self.config = parser.parse_args(self._overrides, namespace=self.config)
+        given, rest = _merged(self._given, self._overrides)
+        self.config = parser.parse_object(given)
+        if rest:
+            self.config = parser.parse_args(rest, namespace=self.config)
         self.config.pop("config", None)
 
     def instantiate_classes(self) -> None:
@@ -81,6 +82,22 @@ class Run(LightningCLI):
         """All settings, as plain types."""
         whole: dict[str, Any] = yaml.safe_load(self.parser.dump(self.config, skip_unset=False, format="yaml"))
         return whole
+
+
+def _merged(config: Mapping[str, Any], overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """With the overrides of the module's arguments, and the others.
+
+    jsonargparse 4.53 raises an error for these beside a network that a function makes, not a class.
+    """
+    merged, rest = dict(config), []
+    words = iter([part for word in overrides for part in (word.split("=", 1) if word.startswith("--") else [word])])
+    for name in words:
+        value = next(words, None)
+        if name.startswith("--model.init_args.") and not name.endswith(("+", ".class_path")) and value is not None:
+            merged = merge(merged, nested(name.removeprefix("--"), yaml.safe_load(value)))
+        else:
+            rest += [name] if value is None else [name, value]
+    return merged, rest
 
 
 def reason(error: Exception) -> str:

@@ -6,6 +6,7 @@ import yaml
 
 from kalmannorm.lab import experiments
 from kalmannorm.lab.cli import main
+from kalmannorm.lab.configuration import Run
 from kalmannorm.lab.fitting import load
 from kalmannorm.lab.methods import METHODS
 
@@ -52,6 +53,13 @@ def test_train_then_score(images, recipe, tmp_path, capsys):
 def test_bad_input_is_one_line_and_leaves_nothing(images, recipe, tmp_path, refused, settings, words):
     assert refused(["fit", "--config", recipe, "--output", tmp_path / "run", *settings], *words) == ""
     assert not (tmp_path / "run").exists()
+
+
+def test_a_setting_of_a_network_that_a_function_makes():
+    arm, settings = experiments.config_of("detection-cpu/kn"), ["--model.init_args.rate", "1e-3", "--seed_everything=3"]
+    complete = Run(arm, settings).complete()
+    assert (complete["model"]["init_args"]["rate"], complete["seed_everything"]) == (1e-3, 3)
+    assert complete["model"]["init_args"]["network"]["class_path"].endswith("mask_rcnn_fpn")
 
 
 def test_a_folder_without_a_run(tmp_path, refused):
