@@ -30,7 +30,7 @@ from kalmannorm.lab.cli import COMMANDS, main
         (["run", "batch-sizes-cpu", "--only", "xn-*"], ["--only", "'xn-*'", "kn-2"]),
         (["run", "batch-sizes-cpu", "--scale", "small"], ["--scale", "small"]),
         (["run", "batch-sizes-cpu", "--seeds", "0"], ["--seeds", "got 0"]),
-        (["run", "batch-sizes-cpu", "--seeds", "101"], ["--seeds", "one of the 101 seeds that count", "got 100"]),
+        (["run", "batch-sizes-cpu", "--seeds", "101"], ["--seeds", "the 101 seeds of the final runs", "got 100"]),
         (["run", "batch-sizes-cpu", "--report", "--output", "/nowhere"], ["--output", "/nowhere"]),
         (["run"], ["name"]),
         (["dance"], ["dance"]),
