@@ -96,8 +96,8 @@ def _help(capsys, command):
 
 def test_help_tells_all_of_an_option(capsys):
     text = _help(capsys, "study")
-    assert "Trust the output folder's runs.csv for runs whose own folders are gone" in text
-    assert "Nobody can check that these runs were of the same configuration. (default: False) --list Only say" in text
+    assert "Trust the rows of the output folder's runs.csv whose run folders are gone" in text
+    assert "Their configuration cannot be checked. (default: False) --list Only list" in text
 
 
 def test_help_tells_of_the_settings_of_the_configuration(capsys):

@@ -460,9 +460,9 @@ def test_a_search_may_be_shorter(here, written, capsys):
     assert here.run(path) == 0
     lengths = {(job.split, job.config["trainer"]["max_steps"]) for job in here.jobs}
     assert lengths == {("validation", 4), ("test", 8)}
-    assert "A run of the search takes 0.5 of the steps" in capsys.readouterr().out
+    assert "A search run takes 0.5 of the steps" in capsys.readouterr().out
     assert main(["run", str(path), "--list"]) == 0
-    assert "| bn-2 | 3                  | 2               | 8           | 28    |" in capsys.readouterr().out
+    assert "| bn-2 | 3           | 2          | 8           | 28    |" in capsys.readouterr().out
     here.jobs.clear()
     here.output = here.output.with_name("half")
     assert here.run(path, "--scale", "0.5") == 0
