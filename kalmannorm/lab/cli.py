@@ -24,7 +24,7 @@ COMMANDS = {
     "validate": ("kalmannorm.lab.commands:on_validation", "Score a run's last checkpoint on validation images."),
     "test": ("kalmannorm.lab.commands:on_test", "Score a run's last checkpoint on test images."),
     "export": ("kalmannorm.lab.commands:export", "Write the weights of a run, for a script without the laboratory."),
-    "layers": ("kalmannorm.lab.layers:layers", "Show the errors of prior, observation and posterior in each layer of a trained network."),
+    "layers": ("kalmannorm.lab.layers:layers", "Show how accurate priors and posteriors are in a trained network."),
 }
 # Other names of a subcommand, with the words that replace them on the command line.
 ALIASES = {"study": ["run"], "reproduce": ["run"], "demo": ["run", "demo"]}
