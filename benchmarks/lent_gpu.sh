@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Jobs for a machine with one GPU that is lent for minutes: each part keeps its time limit, and leaves its results so far
-# in OUT, in few and small files.
+# Jobs for a machine with one GPU that is lent for minutes: each part keeps its time limit, and leaves its results so
+# far in OUT, in few and small files.
 #
 #     OUT=/tmp/out KALMANNORM_DATA=../shared/data bash benchmarks/lent_gpu.sh tests
 #     OUT=/tmp/out bash benchmarks/lent_gpu.sh overhead
@@ -10,9 +10,10 @@
 #
 # tests: tests that need a GPU. overhead: CPU time of a step, by part. throughput: steps per second, by number of
 # processes. speed SECONDS PATTERN...: cases of `python -m benchmarks`, added to those in RUNS/cuda.csv.
-# study NAME SECONDS WORKERS: continues the study in RUNS (default runs/gpu), with CUDA's multi-process service, and packs
-# its runs. Checkpoints of unfinished runs are packed in pieces: join them with cat, and unpack them into RUNS before a
-# later session. On another machine `kalmannorm run NAME --collect --output RUNS`, with the same torch, makes the tables.
+# study NAME SECONDS WORKERS: continues the study in RUNS (default runs/gpu), with CUDA's multi-process service, and
+# packs its runs. Checkpoints of unfinished runs are packed in pieces: join them with cat, and unpack them into RUNS
+# before a later session. On another machine with the same torch, `kalmannorm run NAME --collect --output RUNS` makes
+# the tables.
 # ONLY='kn-1*,brn-2' selects arms. GROW=1 trusts the runs in docs/results, and trains only runs that are not there
 # (--collect then needs --grow too, and that folder's CSV files). SCALE=tiny rehearses a study on a CPU.
 # KALMANNORM_COMMIT names the commit of a copy without git history. Wheels in .whl are installed first.
