@@ -1,5 +1,5 @@
-"""What Kalman Normalization costs beside what a user would pick instead: ``python -m benchmarks --help``.
+"""The cost of Kalman Normalization compared with its alternatives: ``python -m benchmarks --help``.
 
-`cases` says what is measured, `networks` and `sides` make both sides of it, `steps` makes a step of them, `timing` and
-`memory` measure, `rows` writes the CSV; `goals`, `tables`, `figures` and `page` read it.
+`cases` lists the measurements, `networks` and `sides` build the networks, `steps` builds their steps, `timing` and
+`memory` measure, `rows` writes the CSV; `goals`, `tables`, `figures` and `plot` read it.
 """

@@ -1,4 +1,4 @@
-"""The cases of each device, the most telling first."""
+"""The cases of each device, the most informative first."""
 
 import itertools
 from dataclasses import dataclass, replace
@@ -22,22 +22,22 @@ DEPTHS, WIDTHS, CHAIN_BATCHES = (2, 4, 8, 16, 32, 64), (16, 32, 64, 128, 256, 51
 
 @dataclass(frozen=True)
 class Case:
-    """Some sides that do the same work, and what that is."""
+    """A workload, and the methods that are compared on it."""
 
     kind: str
     """``step``, ``layer``, ``groups``, ``chain``, ``inference`` or ``copy``."""
     network: str
     batch: int
     size: int
-    """Side of the square (or cubic) input; of a copy, the MiB."""
+    """Side of the square or cubic input; for a copy, MiB."""
     methods: tuple[str, ...]
     mode: str = "eager"
-    """``eager``, ``compiled``, ``reduce_overhead`` (torch.compile's) or ``graph`` (the step captured as it is)."""
+    """``eager``, ``compiled``, ``reduce_overhead`` (torch.compile's) or ``graph`` (the eager step, captured)."""
     dtype: str = "float32"
-    """``bfloat16`` is autocast's."""
+    """``bfloat16`` by autocast."""
     memory_format: str = "contiguous"
     channels: int = 3
-    """Of the input; a chain's width."""
+    """Channels of the input; a chain's width."""
     depth: int = 0
     """Layers of a chain."""
     stats_batch: int = 0
@@ -46,24 +46,24 @@ class Case:
     warm_up: int = 5
     """Steps of each side before the first round."""
     repeats: int = 1
-    """Steps that one reading of the clock spans."""
+    """Steps in each reading of the clock."""
 
     @property
     def name(self):
-        """How ``--only``, the goals and the CSV call it."""
-        what = f"{self.network}/b{self.batch}/{self.size}"
+        """The name in ``--only``, the goals and the CSV."""
+        work = f"{self.network}/b{self.batch}/{self.size}"
         if self.kind == "chain":
-            what = f"d{self.depth}-w{self.channels}-b{self.batch}"
+            work = f"d{self.depth}-w{self.channels}-b{self.batch}"
         elif self.network == "layer":
-            what = f"n{self.batch}-c{self.channels}-{self.size}x{self.size}"
+            work = f"n{self.batch}-c{self.channels}-{self.size}x{self.size}"
         elif self.kind == "copy":
-            what = f"{self.size}MiB"
+            work = f"{self.size}MiB"
         groups = f"({self.stats_batch},{self.batch})/" if self.stats_batch else ""
-        return f"{self.kind}/{groups}{what}/{self.mode}/{self.dtype}"
+        return f"{self.kind}/{groups}{work}/{self.mode}/{self.dtype}"
 
 
 def cases(device, tiny=False, everything=False):
-    """The cases of a device, without doubles."""
+    """The cases of a device, without duplicates."""
     if tiny:
         return _tiny()
     chosen = (_cpu() if device == "cpu" else _cuda()) + (_product() if everything else [])
@@ -92,7 +92,7 @@ def _chain(depth, width, batch, mode="eager", methods=PAIR, **more):
 
 
 def _chains(mode="eager"):
-    """Depth, width and batch, each alone, around 8 layers of 64 channels at a batch of 2."""
+    """Vary depth, width and batch one at a time, around 8 layers of 64 channels at a batch of 2."""
     yield _chain(8, 64, 2, mode, (BN, KN, MC))
     for depth in DEPTHS:
         yield _chain(depth, 64, 2, mode)
@@ -128,7 +128,7 @@ def _cpu():
 
 
 def _cuda():
-    """Some 25 minutes, most of them torch.compile's: hence the order, and ``--only``."""
+    """About 25 minutes, most of them in torch.compile."""
     half = "bfloat16"
     found = [
         _step("resnet50", 2, 224, dtype=half, methods=(*GRAPHS, MC)),
@@ -158,7 +158,7 @@ def _cuda():
     for shape in ((2, 256, 56), (2, 2048, 7)):
         found += [_layer(*shape, mode, half, (BN, KN, ACT)) for mode in ("eager", "graph")]
     found.append(_layer(128, 64, 112, methods=(BN, KN, ACT)))
-    # NCCL is left for last: where it hangs, nothing else is lost.
+    # NCCL comes last: if it hangs, no other case is lost.
     synchronized = [_layer(*shape, dtype=half, methods=(BN, KN, SYNC)) for shape in ((128, 256, 28), (4, 256, 56))]
     for network, batch, size in (("resnet50", 32, 224), ("resnet50", 2, 224)):
         found.append(Case("inference", network, batch, size, DEPLOYED, dtype=half))
@@ -174,7 +174,7 @@ def _cuda():
 
 
 def _product():
-    """Every network at every batch, eager and compiled, fp32 and bf16: hours, for ``--all``."""
+    """For ``--all``: every network at every batch, eager and compiled, fp32 and bf16; takes hours."""
     networks = (("resnet18", 224), ("resnet50", 224), ("inception_v2", 224), ("unet3d", 64))
     modes = itertools.product(("eager", "compiled"), ("float32", "bfloat16"))
     return [
@@ -184,14 +184,14 @@ def _product():
 
 
 def _on_gpu(case):
-    """Channels-last where there are two dimensions, and readings over several steps, without waiting for each."""
+    """The case with channels-last memory, if it is 2-d, and with several steps in each reading."""
     repeats = {"step": 3, "layer": 10, "groups": 1, "chain": 3, "inference": 5, "copy": 1}
     layout = "contiguous" if case.network.endswith("3d") or case.kind == "copy" else "channels_last"
     return replace(case, repeats=repeats[case.kind], memory_format=layout)
 
 
 def _tiny():
-    """Every kind and mode that a CPU has, in seconds: a rehearsal, whose numbers mean nothing."""
+    """Every kind and mode that a CPU supports, in seconds; their numbers mean nothing."""
     return [
         _step("cifar_resnet8", 2, 16, methods=SIDES),
         _step("cifar_resnet8", 2, 16, dtype="bfloat16", memory_format="channels_last"),

@@ -1,7 +1,7 @@
-"""Measure speed and memory of Kalman Normalization beside BatchNorm and others; a CSV, row by row.
+"""Measure speed and memory of Kalman Normalization, BatchNorm and others, into a CSV.
 
-All sides of a case live in one process and take their steps in turn. A case that fails leaves a row with its error, and
-the others go on; rows are written as they are measured. `python -m benchmarks.plot` makes tables and figures of them.
+All sides of a case are in one process and take their steps in turn. A case that fails gets a row with its error, and
+the others continue; rows are written as they are measured. `python -m benchmarks.plot` makes tables and figures.
 """
 
 import argparse
@@ -22,9 +22,9 @@ from benchmarks.memory import nothing
 from benchmarks.networks import UnavailableError
 from benchmarks.steps import COMPILED, step_of
 
-# Maps that a layer and its ReLU must read or write where no cache holds one: forward, read for the statistics, read and
-# write to normalize; backward, read input and gradient for the sums, read both and write to apply them. One count for
-# every method, whatever it really moves, so that the shares of a copy's speed compare.
+# Maps that a layer and its ReLU must read or write without a cache: forward, read for the statistics, read and write to
+# normalize; backward, read input and gradient for the sums, read both and write the result. All methods use this count,
+# so that their shares of a copy's speed are comparable.
 MAPS_MOVED = 8
 
 
@@ -32,17 +32,17 @@ def arguments(given=None):
     parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, help="the CSV; rows are added to it")
-    parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="of names: 'step/resnet50/*'")
-    parser.add_argument("--all", action="store_true", help="every network, batch, mode and type: hours")
-    parser.add_argument("--tiny", action="store_true", help="a rehearsal of every kind of case, in seconds")
+    parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="cases by name: 'step/resnet50/*'")
+    parser.add_argument("--all", action="store_true", help="every network, batch, mode and type; takes hours")
+    parser.add_argument("--tiny", action="store_true", help="a tiny case of every kind, in seconds")
     parser.add_argument("--list", action="store_true", help="print the cases' names")
-    parser.add_argument("--steps", type=int, help="rounds a case, in place of its own number")
-    parser.add_argument("--warm-up", type=int, help="steps of each side before these, likewise")
-    parser.add_argument("--seconds", type=float, help="after which a case ends early; 25 on a CPU, else 10")
+    parser.add_argument("--steps", type=int, help="rounds of each case; by default the case's own number")
+    parser.add_argument("--warm-up", type=int, help="warm-up steps of each side; by default the case's own number")
+    parser.add_argument("--seconds", type=float, help="time limit of a case; by default 25 on a CPU, 10 on a GPU")
     parser.add_argument("--backend", default="inductor", help="torch.compile's")
     start = parser.add_mutually_exclusive_group()
-    start.add_argument("--anew", action="store_true", help="remove what the CSV has")
-    start.add_argument("--resume", action="store_true", help="leave out cases that the CSV has")
+    start.add_argument("--anew", action="store_true", help="delete the CSV's rows first")
+    start.add_argument("--resume", action="store_true", help="skip cases that are in the CSV")
     options = parser.parse_args(given)
     if options.output is None and not options.list:
         parser.error("expected --output, or --list")
@@ -55,7 +55,7 @@ def chosen(options):
     """The cases to measure, in their order.
 
     Raises:
-        ValueError: no case has such a name.
+        ValueError: No case has such a name.
     """
     every = cases(options.device, options.tiny, options.all)
     found = [case for case in every if any(fnmatch.fnmatchcase(case.name, pattern) for pattern in options.only)]
@@ -68,7 +68,7 @@ def chosen(options):
 
 
 def prepare(case, method, options):
-    """A side after its warm-up, and what was seen on the way."""
+    """A side's step after its warm-up, and its compile time and memory."""
     seen = {}
     on_gpu = options.device == "cuda"
     before = allocated() if on_gpu else 0
@@ -84,19 +84,19 @@ def prepare(case, method, options):
             seen["saved_bytes"] = memory.saved_bytes(step, persistent())
         if not on_gpu:
             seen["peak_bytes"] = memory.peak_cpu(step, persistent())
-        elif not method.endswith("_captured"):  # of a graph's own memory the allocator does not see what is in use
+        elif not method.endswith("_captured"):  # the allocator does not track the memory in use within a graph
             seen["peak_bytes"] = memory.peak_cuda(step, before)
     return step, seen
 
 
 def allocated():
-    """Bytes allocated on the GPU, without garbage."""
+    """Bytes allocated on the GPU, after garbage collection."""
     gc.collect()
     return torch.cuda.memory_allocated()
 
 
 def cold_cache(case, options):
-    """torch.compile finds nothing of an earlier side or run, but is awake: its time is then one number."""
+    """An empty cache for torch.compile, warmed up, so that compile times are comparable."""
     if case.mode not in COMPILED:
         return contextlib.nullcontext()
     from torch._inductor.utils import fresh_cache  # noqa: PLC0415  (inductor is slow to import)
@@ -107,7 +107,7 @@ def cold_cache(case, options):
 
 @functools.cache
 def wake_compiler(device, backend):
-    """Do what only a process's first compilation does: imports, worker processes, the C++ compiler's properties."""
+    """Compile a trivial function, as a process's first compilation imports modules and starts workers."""
     x = torch.randn(8, device=device, requires_grad=True)
     torch.compile(lambda x: x.sin().sum(), backend=backend)(x).backward()
 
@@ -140,7 +140,7 @@ def measure(case, options):
 
 
 def moved(case, taken, options):
-    """How fast a layer, or a copy, goes through memory."""
+    """Memory bandwidth of a layer or a copy; empty for other cases."""
     sizes = {"float32": 4, "bfloat16": 2}
     if case.kind == "copy":
         moved = 2 * case.size * 2**20
@@ -155,7 +155,7 @@ def moved(case, taken, options):
 
 @functools.cache
 def copy_speed(device, tiny):
-    """GB/s of the device's copy, read and written bytes together, measured once a process."""
+    """GB/s of the device's copy, read and written bytes together, measured once per process."""
     (case,) = (case for case in cases(device, tiny) if case.kind == "copy")
     step, _ = step_of(case, "copy", device)
     readings = timing.in_turn({"copy": step}, 30, device=device)["copy"][5:]
@@ -163,14 +163,14 @@ def copy_speed(device, tiny):
 
 
 def described(error):
-    """For the CSV: what was missing, or the first line of what went wrong."""
+    """An error's text for the CSV."""
     if isinstance(error, UnavailableError):
         return f"skipped: {error}"
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
 
 
 def is_fatal(error):
-    """Whether the GPU answers nothing more in this process."""
+    """Whether the GPU is unusable in this process from now on."""
     text = str(error)
     return "CUDA error" in text and "out of memory" not in text
 
@@ -188,7 +188,7 @@ def show(found):
 
 
 def main(given=None):
-    """Measure; 1 where a case failed (one that was skipped did not)."""
+    """Measure; 1 if a case failed (skipped cases did not)."""
     options = arguments(given)
     if options.list:
         print("\n".join(case.name for case in cases(options.device, options.tiny, options.all)))
@@ -208,7 +208,7 @@ def main(given=None):
         errors = [row["error"] for row in found if row.get("error")]
         failed |= any(not error.startswith("skipped") for error in errors)
         if any(is_fatal(error) for error in errors):
-            go_on_in_a_new_process()
+            continue_in_new_process()
         gc.collect()
         if options.device == "cuda":
             torch.cuda.empty_cache()
@@ -216,8 +216,8 @@ def main(given=None):
     return int(failed)
 
 
-def go_on_in_a_new_process():
-    """With the cases that have no row yet."""
+def continue_in_new_process():
+    """Replace this process by one that measures the remaining cases."""
     given = [word for word in sys.orig_argv[1:] if word not in ("--anew", "--resume")]
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, *given, "--resume"])

@@ -1,8 +1,8 @@
 """Which layers of which models get a prior: torchvision's, each family of timm's, and networks of other packages.
 
-``python -m benchmarks.coverage --output docs/results`` makes the table and the page of it; rows of models that are
-passed over stay as they are. Each model is built without weights, converted, described, trained for one step on a batch
-of noise, and deployed. Models too large for that are described on the meta device, where nothing is computed.
+``python -m benchmarks.coverage --output docs/results`` writes the table and its page; rows of models that are not
+selected stay. Each model is built without weights, converted, described, trained for one step on a batch of noise, and
+deployed. Models too large for that are only described, on the meta device.
 """
 
 import argparse
@@ -27,8 +27,8 @@ from benchmarks.coverage_networks import NETWORKS, Network, is_installed, output
 from kalmannorm.lab.formatting import filled
 from kalmannorm.stand_ins import stand_in
 
-# Of each of timm's families with BatchNorm (a family is a file of timm.models) the smallest model, and
-# more of those that build several kinds of network.
+# The smallest model of each of timm's families with BatchNorm (a family is a file of timm.models), and more models of
+# families with several kinds of network.
 TIMM = """
     halonet_h1 lambda_resnet26t botnet26t_256 eca_halonext26ts sehalonet33ts repvgg_a0 mobileone_s0 gernet_s
     resnet33ts eca_resnet33ts resnet50_clip convmixer_768_32 cpubone_nano cs3darknet_focus_s cspresnet50 darknet53
@@ -45,19 +45,19 @@ TIMM = """
     xcit_nano_12_p16_224
 """.split()  # noqa: SIM905 - a list of one name a line would fill two screens
 
-# More parameters than this: described on the meta device.
+# Models with more parameters are described on the meta device.
 _LARGEST = 70_000_000
 
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A model to look at."""
+    """A model to examine."""
 
     library: str
     name: str
     task: str
     network: Network | None = None
-    """How it is built; None for torchvision and timm, which build models by name."""
+    """How to build it; None for torchvision and timm, which build models by name."""
 
     def build(self) -> nn.Module:
         """The model, without weights."""
@@ -81,7 +81,7 @@ class Subject:
         return built
 
     def inputs(self, model: nn.Module, size: int, samples: int) -> tuple[Any, ...]:
-        """What to call it with."""
+        """The arguments to call it with."""
         if self.network is not None:
             return self.network.call(torch.randn(samples, *self.network.shape))
         if self.task == "video":
@@ -102,7 +102,7 @@ class Subject:
         return sorted({64, 96, 128, own, 299})
 
     def input_stats(self, model: nn.Module) -> tuple[Any, Any]:
-        """Zeros and ones, one a channel; of networks of other packages one for all, as their inputs' axes differ."""
+        """Zeros and ones, for each channel; scalars for other packages, whose inputs have different axes."""
         if self.network is not None:
             return 0.0, 1.0
         return [0.0] * _channels(model), [1.0] * _channels(model)
@@ -125,7 +125,7 @@ def _target(name: str) -> dict[str, Tensor]:
 
 @dataclasses.dataclass
 class Coverage:
-    """What was found for one model."""
+    """The result for one model."""
 
     library: str
     model: str
@@ -135,27 +135,27 @@ class Coverage:
     layers: int
     """Layers converted."""
     with_prior: int
-    """Of these, layers with a prior, all of it by rules."""
+    """Converted layers with a prior that comes entirely from rules."""
     from_input: int
-    """Of these, layers that have it from ``input_stats`` alone."""
+    """Converted layers whose prior comes from ``input_stats`` alone."""
     not_called: int
-    """Layers that the network never called."""
+    """Converted layers that the network never called."""
     left_alone: int
-    """Layers of the kind that were not converted."""
+    """Normalization layers of a supported kind that were not converted."""
     reasons: str
-    """Why the others have none, with how many."""
+    """Reasons for layers without a prior, with their numbers of layers."""
     step: str
-    """``ok`` after one training step with finite gradients at a batch of 2; ``meta`` where none was tried."""
+    """``ok`` after one training step with finite gradients at a batch of 2; ``meta`` if none was tried."""
     deployed: float
     """Largest difference of the ``eval()`` outputs before and after ``to_batchnorm``, over the largest output."""
     seconds: float
     packages: str
-    """Their versions."""
+    """Versions of the packages."""
 
 
 def subjects() -> Iterator[Subject]:
-    """Every torchvision model, one model of every timm family, and the networks of packages that are installed; those
-    without BatchNorm are passed over later.
+    """All torchvision models, those of `TIMM`, and the networks of installed packages; `cover` skips models without
+    BatchNorm.
     """
     import torchvision.models as zoo  # noqa: PLC0415 - slow
 
@@ -176,7 +176,7 @@ def subjects() -> Iterator[Subject]:
 
 
 def cover(subject: Subject) -> Coverage | None:
-    """Convert, describe, train and deploy one model; None where it has no BatchNorm."""
+    """Convert, describe, train and deploy one model; None if it has no BatchNorm."""
     began = time.perf_counter()
     torch.manual_seed(0)
     with warnings.catch_warnings(record=True) as raised:
@@ -207,13 +207,13 @@ def cover(subject: Subject) -> Coverage | None:
 
 
 def _packages(library: str) -> str:
-    """Of what a model was made, with versions."""
+    """The versions of torch and of a model's package."""
     names = [name for name in ("torch", library) if is_installed(name)]
     return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
 
 
 def _describe(subject: Subject, model: nn.Module) -> tuple[int, tuple[Any, ...], kn.Description]:
-    """At the smallest size that the model takes."""
+    """Describe the model at the smallest size that it supports: the size, the inputs and the description."""
     meta = next(model.parameters()).is_meta
     failed: Exception | None = None
     for size in subject.sizes(model):
@@ -222,14 +222,14 @@ def _describe(subject: Subject, model: nn.Module) -> tuple[int, tuple[Any, ...],
             inputs = tuple(each.to("meta") if isinstance(each, Tensor) else each for each in inputs)
         try:
             return size, inputs, kn.describe(model, *inputs)
-        except (RuntimeError, ValueError, AssertionError) as error:  # too small for it
+        except (RuntimeError, ValueError, AssertionError) as error:  # the size is too small
             failed = error
     assert failed is not None
     raise failed
 
 
 def _train(model: nn.Module, inputs: tuple[Any, ...]) -> str:
-    """One step; what went wrong, or ``ok``."""
+    """Train one step, and return ``ok`` or the error."""
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), 1e-3)
     terms = [t.float().square().mean() for t in outputs_of(model(*inputs)) if t.is_floating_point() and t.requires_grad]
@@ -275,7 +275,7 @@ def main(given: Sequence[str] | None = None) -> None:
     folder: Path = options.output
     folder.mkdir(parents=True, exist_ok=True)
     table = folder / "coverage.csv"
-    # In the order of the table, and new ones behind.
+    # In the order of the existing table, new rows last.
     rows = {(each.library, each.model): each for each in read(table)}
     for subject in track(chosen, "models"):
         key = subject.library, subject.name
@@ -290,7 +290,7 @@ def main(given: Sequence[str] | None = None) -> None:
 
 
 def read(path: Path) -> list[Coverage]:
-    """The rows of a table, as they were written; none where there is no such file."""
+    """The rows of a table; an empty list if there is no such file."""
     if not path.exists():
         return []
     table = pd.read_csv(path, keep_default_na=False, float_precision="round_trip")
@@ -302,17 +302,13 @@ def _total(found: Sequence[Coverage]) -> str:
 
 
 def _share(found: Sequence[Coverage], unit: str = "") -> str:
-    """Layers with a prior, of all."""
+    """The number and share of layers with a prior."""
     priors, layers = sum(each.with_prior for each in found), sum(each.layers for each in found)
     return f"{priors:,} of {layers:,}{unit} ({100 * priors / max(layers, 1):.2f} %)"
 
 
 def page(found: Sequence[Coverage]) -> str:
-    """What was found, as Markdown.
-
-    Args:
-        found: one entry a model.
-    """
+    """The results, one for each model, as Markdown."""
     libraries: dict[str, list[Coverage]] = defaultdict(list)
     models: dict[str, list[str]] = defaultdict(list)
     layers: Counter[str] = Counter()

@@ -1,6 +1,6 @@
-"""Networks of other packages, small and without weights: for the coverage table and for ``python -m benchmarks.tried``.
+"""Small untrained networks of other packages, for the coverage table and for ``python -m benchmarks.tried``.
 
-Each maker imports its package when it is called, so packages that are not installed cost nothing but their rows.
+Each network's function imports its package when it is called, so packages that are not installed are not needed.
 """
 
 import dataclasses
@@ -17,20 +17,20 @@ from torch import Tensor, nn
 __all__ = ["NETWORKS", "Network", "graph", "is_installed", "outputs_of"]
 
 
-def _alone(x: Tensor) -> tuple[Any, ...]:
+def _single(x: Tensor) -> tuple[Any, ...]:
     return (x,)
 
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """How to build one, and what to call it with."""
+    """How to build a network, and the arguments to call it with."""
 
     task: str
     build: Callable[[], nn.Module]
     """The network with BatchNorm layers, untrained."""
     shape: tuple[int, ...] = (3, 64, 64)
-    """Of one sample."""
-    call: Callable[[Tensor], tuple[Any, ...]] = _alone
+    """The shape of one sample."""
+    call: Callable[[Tensor], tuple[Any, ...]] = _single
     """From samples, ``(N, *shape)``, to the arguments of ``forward``."""
 
 
@@ -49,21 +49,21 @@ def outputs_of(output: Any) -> list[Tensor]:
 
 
 def graph(x: Tensor) -> tuple[Any, ...]:
-    """Graphs of equal size as one: nodes ``(N nodes, features)``, and edges between nodes of one graph."""
+    """Batch graphs of equal size: nodes ``(N nodes, features)``, and random edges within each graph."""
     graphs, nodes = x.shape[:2]
     edges = torch.randint(nodes, (graphs, 2, 4 * nodes), generator=torch.Generator().manual_seed(0))
     return x.flatten(0, 1), (edges + nodes * torch.arange(graphs).view(-1, 1, 1)).transpose(0, 1).flatten(1)
 
 
 def _with_lengths(x: Tensor) -> tuple[Any, ...]:
-    """Of sequences ``(N, time, features)``: the first is whole, the others are cut short."""
+    """Sequences ``(N, time, features)`` and their lengths: all but the first are padded by a quarter."""
     lengths = torch.full((len(x),), 3 * x.shape[1] // 4)
     lengths[0] = x.shape[1]
     return x, lengths
 
 
 def _of(path: str, *args: Any, **kwargs: Any) -> nn.Module:
-    """Call what a dotted path leads to."""
+    """Import a dotted path and call it."""
     module, _, name = path.rpartition(".")
     made: nn.Module = getattr(importlib.import_module(module), name)(*args, **kwargs)
     return made
@@ -204,7 +204,7 @@ def _smp(kind: str) -> Network:
 
 
 def _head(kind: str) -> Network:
-    """A projection head behind a small encoder."""
+    """A projection head after a small encoder."""
 
     def build() -> nn.Module:
         encoder = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3, 2),

@@ -3,18 +3,18 @@
 import os
 import sys
 
-# glibc gives a freed block of more than 128 KiB back to the system, and takes a page fault for every 4 KiB when it asks
-# again: of a step of small layers that is the larger part, differs from run to run and says nothing of either side.
+# glibc returns freed blocks of more than 128 KiB to the system; allocating them again takes a page fault every 4 KiB.
+# In a step of small layers this takes most of the time, varies between runs, and is the same for all sides.
 KEEPING = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
 
-# The profiler, which reads the peak of memory, tells of each start and of blocks that are older than it.
+# The profiler, which measures peak memory, logs each start and blocks that were allocated before it.
 QUIET = {"KINETO_LOG_LEVEL": "6", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 
 def keep_memory():
-    """Start this process again with an allocator that keeps what it has; glibc reads that at the start only.
+    """Restart this process with an allocator that keeps freed memory; glibc reads the settings at start only.
 
-    Whoever has set one of the two, to glibc's own 131072 for instance, keeps that.
+    Does nothing if one of the two variables is already set, for example to glibc's default 131072.
     """
     if not any(name in os.environ for name in KEEPING):
         os.environ.update(KEEPING)

@@ -1,7 +1,7 @@
 """EvalNorm (Singh and Shrivastava, 2019): does a blend of an image's own and the running statistics score better?
 
 ``python -m benchmarks.evalnorm --output docs/results/evalnorm.csv`` trains arms of the study `batch-sizes-cpu` at the
-rates that its search chose, and scores each network by every share of the image's own statistics;
+rates that its search chose, and scores each network with several shares of the image's own statistics;
 ``python -m benchmarks.evalnorm --summary docs/results/evalnorm.csv`` prints the page ``docs/results/evalnorm.md``.
 """
 
@@ -30,20 +30,20 @@ SEEDS = 3
 def evalnorm(network: nn.Module, alpha: float) -> Iterator[None]:
     """Normalize each image by a blend of its own and the running statistics: EvalNorm (Singh and Shrivastava, 2019).
 
-    With an image's mean ``m`` and variance ``v`` in a channel, and the running ones ``M`` and ``V``, it takes those of
-    a mixture of both:
+    With an image's mean ``m`` and variance ``v`` in a channel, and the running ones ``M`` and ``V``, the blend is a
+    mixture of both:
 
         mean = alpha m + (1 - alpha) M        var = alpha v + (1 - alpha) V + alpha (1 - alpha) (m - M)^2
 
-    The paper (arXiv:1904.06031) estimates a share of the mean and one of the variance for each layer. Here one share is
-    that of both in all layers, to be chosen on validation images. 0 is plain ``eval()``.
+    The paper (arXiv:1904.06031) estimates a share of the mean and one of the variance for each layer. Here one share
+    serves for both in all layers, and is to be chosen on validation images. 0 is plain ``eval()``.
 
     Args:
         network: In ``eval()``, with BatchNorm or Kalman layers that have running statistics.
         alpha: From 0 to 1.
 
     Raises:
-        ValueError: Another ``alpha``; a network in training, or without running statistics.
+        ValueError: ``alpha`` is out of range, or the network is in training or has no running statistics.
     """
     layers = tracking_layers(network).values()
     if not 0 <= alpha <= 1:
@@ -59,7 +59,7 @@ def evalnorm(network: nn.Module, alpha: float) -> Iterator[None]:
 
 
 def _blended(alpha: float, layer: Any, args: tuple[Tensor, ...]) -> Tensor:
-    """An input that running statistics normalize as the blend would the layer's own: forward pre-hook."""
+    """Forward pre-hook: change the input so that running statistics normalize it as the blend would the original."""
     x = args[0].to(torch.promote_types(args[0].dtype, torch.float32))
     shape = (-1, x.shape[1], *[1] * (x.ndim - 2))
     var, mean = torch.var_mean(x.reshape(*x.shape[:2], -1), 2, correction=0)
@@ -72,7 +72,7 @@ def _blended(alpha: float, layer: Any, args: tuple[Tensor, ...]) -> Tensor:
 
 
 def accuracy(network: nn.Module, loader: object, share: float) -> float:
-    """Of a network in ``eval()``, on all images of a loader."""
+    """The accuracy of a network in ``eval()``, on all images of a loader."""
     right = total = 0
     with torch.no_grad(), evalnorm(network, share):
         for images, labels in loader:  # type: ignore[attr-defined]
@@ -82,7 +82,7 @@ def accuracy(network: nn.Module, loader: object, share: float) -> float:
 
 
 def trial(arm: str, rate: float, seed: int, folder: Path) -> list[dict[str, object]]:
-    """Train one network, and score it by every share on both splits."""
+    """Train one network, and score it with every share on both splits."""
     settings = [f"--model.init_args.rate={rate}", f"--seed_everything={seed}", "--model.init_args.score_online=false"]
     fitting.fit(experiments.config_of(f"{STUDY}/{arm}"), folder, overrides=settings, split="validation")
     module, data = fitting.load_with_data(folder)
@@ -95,7 +95,7 @@ def trial(arm: str, rate: float, seed: int, folder: Path) -> list[dict[str, obje
 
 
 def chosen_rates() -> dict[str, float]:
-    """The rate of each arm's runs that count."""
+    """The rate of each arm's final runs."""
     rows = pd.read_csv(f"docs/results/studies/{STUDY}/runs.csv", low_memory=False)
     final = rows[(rows.kind == "final") & rows.arm.isin(ARMS)]
     rates = final.groupby("arm")["model.init_args.rate"].first()
@@ -103,7 +103,7 @@ def chosen_rates() -> dict[str, float]:
 
 
 def summary(rows: pd.DataFrame) -> str:
-    """A page with a row an arm: plain ``eval()``, and EvalNorm by the share that is best on validation images."""
+    """A page with a row for each arm: plain ``eval()``, and EvalNorm with the best share on validation images."""
     lines = [
         "# EvalNorm",
         "",

@@ -1,4 +1,4 @@
-"""Figures from the rows of a CSV; each function returns one, or None where there is nothing to draw."""
+"""Figures from the rows of a CSV; each function returns one, or None if there is nothing to draw."""
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
@@ -6,7 +6,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from benchmarks.goals import GOALS, over
 from benchmarks.tables import NAMES, extra_a_layer, measured
 
-# Okabe and Ito's colours, and a marker each, for those who see none.
+# Okabe and Ito's colours, with a marker each for readers who cannot tell them apart.
 STYLES = {
     "kalman_norm": ("#0072B2", "o"), "kalman_norm_act": ("#56B4E9", "s"), "kalman_norm_monte_carlo": ("#E69F00", "D"),
     "group_norm": ("#009E73", "^"), "sync_batch_norm": ("#D55E00", "v"), "ghost_batch_norm": ("#000000", "P"),
@@ -20,7 +20,7 @@ MODES = (("#0072B2", "o"), ("#E69F00", "s"), ("#009E73", "^"))
 
 
 def ratios(rows, kind, title):
-    """A line a case, a mark a method: its ratio to BatchNorm with quartiles; goals as short bars."""
+    """Ratios to BatchNorm with quartiles, a line for each case and a mark for each method; goals as short bars."""
     cases = [(case, sides) for case, sides in measured(rows, kind)
              if any(row["ratio_to_batch_norm"] is not None for row in sides.values())]  # fmt: skip
     if not cases:
@@ -32,7 +32,7 @@ def ratios(rows, kind, title):
         for number, method in enumerate(drawn):
             row = sides[method]
             colour, marker = STYLES[method]
-            # Beside one another, so that none hides another.
+            # Shifted, so that marks do not overlap.
             y = height + 0.5 * ((number + 0.5) / len(drawn) - 0.5)
             axes.plot((row["ratio_quartile_1"], row["ratio_quartile_3"]), (y, y), color=colour, lw=1.5, alpha=0.6)
             axes.plot(row["ratio_to_batch_norm"], y, marker, color=colour, ms=5.5)
@@ -59,7 +59,7 @@ def label(case):
 
 
 def mark_goals(axes, cases):
-    """Whether there is one, of a ratio of times to BatchNorm's."""
+    """Draw the goals for time ratios to BatchNorm; whether there is one."""
     marked = False
     for goal in GOALS:
         if goal.measure != "ratio_to_batch_norm" or goal.over:
@@ -72,7 +72,7 @@ def mark_goals(axes, cases):
 
 
 def plain_ticks(axis, limits):
-    """1.5, not 1.5 x 10^0; on both sides of 1 even where all is close to it."""
+    """Plain numbers as ticks of a logarithmic axis, with limits on both sides of 1."""
     low, high = min(limits[0], 0.8), max(limits[1], 1.6)
     axis.axes.set_xlim(low, high) if axis.axis_name == "x" else axis.axes.set_ylim(low, high)
     ticks = (*TICKS, 0.8, 1.2) if high < 3 else TICKS
@@ -82,7 +82,7 @@ def plain_ticks(axis, limits):
 
 
 def growth(rows):
-    """The time that a layer adds to a step, and the ratio, against depth, width and batch."""
+    """The extra time of each layer, and the ratio, against depth, width and batch."""
     chains = [sides for _, sides in measured(rows, "chain") if {"batch_norm", "kalman_norm"} <= set(sides)]
     if not chains:
         return None
@@ -114,9 +114,9 @@ def growth(rows):
 
 
 def along(chains, name, mode):
-    """The chains that differ from the usual one in this alone, with its value.
+    """Yield the chains in which only this column varies, with its value.
 
-    The usual one is the most frequent value of the other two columns.
+    The other two columns have their most frequent value.
     """
     rows = [sides["kalman_norm"] for sides in chains]
     others = [other for other in ("depth", "channels", "batch") if other != name]
@@ -128,7 +128,7 @@ def along(chains, name, mode):
 
 
 def memory(rows):
-    """Peak memory, and what is kept for the backward pass, over BatchNorm's."""
+    """Peak memory, and memory saved for the backward pass, over BatchNorm's."""
     found = []
     for kind in ("step", "groups"):
         for case, sides in measured(rows, kind):

@@ -1,7 +1,7 @@
-"""The losses of the first steps from fresh weights: segmentation networks of segmentation_models_pytorch, by Adam.
+"""Losses of the first steps of untrained segmentation networks of segmentation_models_pytorch, with Adam.
 
 ``python -m benchmarks.first_steps --output docs/results/first-steps.csv`` writes every loss;
-``python -m benchmarks.first_steps --summary docs/results/first-steps.csv`` prints what the documentation says of them.
+``python -m benchmarks.first_steps --summary docs/results/first-steps.csv`` prints the numbers of the documentation.
 """
 
 import argparse
@@ -20,22 +20,22 @@ from benchmarks.rows import add
 from kalmannorm.lab.baselines.stock import to_groupnorm
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {"pspnet": smp.PSPNet, "fpn": smp.FPN}
-# Of each normalization, what was tried; "" is nothing.
+# Normalization and remedy; "" is no remedy.
 ARMS = (
     ("kalman_norm", ""), ("batch_norm", ""), ("kalman_norm", "warm-up"), ("group_norm", ""),
     ("kalman_norm", "falling gain"), ("kalman_norm", "calibrate"),
-    # No remedies, but a proof: the decoder gets features without their constant part, or with one.
+    # Not remedies, but tests of the cause: the decoder gets features without their constant part, or with an added one.
     ("kalman_norm", "centred"), ("batch_norm", "constant added"),
 )  # fmt: skip
 # "constant": the share of the mean over pixels and images in the power of the encoder's last features.
 COLUMNS = ("network", "norm", "remedy", "images", "seed", "step", "loss", "constant")
 RATE = 1e-3
 WARM_UP, FALLING = 20, 50  # steps
-FIRST = 20  # the steps in which a loss leaps
+FIRST = 20  # steps within which the loss may jump
 
 
 def scenes(count: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Two discs each, on clouds, standardized; and their masks, ``(count, 1, size, size)``."""
+    """Standardized images ``(count, 3, size, size)`` of two discs on clouds, and masks ``(count, 1, size, size)``."""
     generator = torch.Generator().manual_seed(seed)
     rows, columns = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
     coarse = torch.randn(count, 3, size // 8, size // 8, generator=generator)
@@ -67,7 +67,7 @@ def build(network: str, norm: str, remedy: str, images: Tensor) -> nn.Module:
 
 
 class Features:
-    """A forward hook of the encoder: looks at its last features, and changes all where a proof asks for it."""
+    """A forward hook of the encoder that measures its last features, and changes all features for some arms."""
 
     def __init__(self, remedy: str, seed: int) -> None:
         self.remedy, self.seed, self.constant = remedy, seed, 0.0
@@ -93,7 +93,7 @@ def _mean(x: Tensor) -> Tensor:
 
 def losses(network: str, norm: str, remedy: str, images: int, seed: int, steps: int,
            size: int) -> Iterator[tuple[float, float]]:  # fmt: skip
-    """Of each step the loss, and how much of the features is constant."""
+    """Yield each step's loss, and the features' constant share."""
     torch.manual_seed(seed)
     inputs, masks = scenes(64, size, seed=100 + seed)
     model = build(network, norm, remedy, inputs).train()
@@ -116,7 +116,7 @@ def losses(network: str, norm: str, remedy: str, images: int, seed: int, steps: 
 
 
 def summary(rows: Iterable[dict[str, str]]) -> str:
-    """Of each network, arm and number of images, in the mean over seeds."""
+    """A line for each network, arm and number of images, the mean over seeds."""
     runs: dict[tuple[str, str, str, str], dict[str, list[tuple[float, float]]]] = {}
     for row in rows:
         key = (row["network"], row["images"], row["norm"], row["remedy"])
@@ -139,11 +139,11 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--networks", nargs="+", choices=tuple(NETWORKS), default=list(NETWORKS))
     parser.add_argument("--images", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="+", type=int, default=list(range(len(ARMS))), help="their places in ARMS")
+    parser.add_argument("--arms", nargs="+", type=int, default=list(range(len(ARMS))), help="indices of ARMS")
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--size", type=int, default=96, help="of an image, in pixels")
+    parser.add_argument("--size", type=int, default=96, help="side of the images, in pixels")
     parser.add_argument("--output", type=Path, help="the CSV, to which rows are added")
-    parser.add_argument("--summary", type=Path, help="a CSV to print, in place of a training")
+    parser.add_argument("--summary", type=Path, help="summarize this CSV instead of training")
     options = parser.parse_args(given)
     if options.summary:
         with options.summary.open(newline="") as file:
@@ -159,8 +159,8 @@ def main(given: list[str] | None = None) -> None:
                     cells = (network, *ARMS[arm], images, seed)
                     rows += [dict(zip(COLUMNS, (*cells, step, *(f"{each:.4g}" for each in both)), strict=True))
                              for step, both in enumerate(found, 1)]  # fmt: skip
-                said = summary({name: str(cell) for name, cell in row.items()} for row in rows)
-                print(said.splitlines()[1], flush=True)
+                text = summary({name: str(cell) for name, cell in row.items()} for row in rows)
+                print(text.splitlines()[1], flush=True)
                 if options.output:
                     add(options.output, COLUMNS, rows, lineterminator="\n")
 

@@ -1,4 +1,4 @@
-"""The goals of the issue on speed, and where in the CSV each is found."""
+"""The speed goals, and their measured values in the CSV."""
 
 from typing import NamedTuple
 
@@ -7,20 +7,20 @@ LARGE = ("layer/n128-c64-112x112/eager/bfloat16", "layer/n64-c256-56x56/eager/bf
 
 
 class Goal(NamedTuple):
-    """A number that is wanted of one method in some cases."""
+    """A bound on a measured number of one method, in some cases."""
 
     words: str
     device: str
     cases: tuple[str, ...]
     bound: float
     measure: str = "ratio_to_batch_norm"
-    """A column of the CSV, or ``peak``, over BatchNorm's."""
+    """A column of the CSV, or ``peak``: peak memory over BatchNorm's."""
     method: str = "kalman_norm"
     over: str = ""
-    """Another method, whose median time over this one's is meant: the goal is then at least the bound."""
+    """Another method; the number is then its median time over this one's, and must be at least the bound."""
 
     in_all: bool = False
-    """Of several cases the worst counts; otherwise the best."""
+    """Whether the worst of several cases is used; otherwise the best."""
 
     @property
     def at_most(self):
@@ -32,7 +32,7 @@ class Goal(NamedTuple):
 
 
 def _layer_goals(words, method):
-    """The layer alone with its ReLU, on large maps."""
+    """Goals for a single layer with its ReLU, on large maps."""
     yield Goal(f"layer and ReLU, large maps, bf16: {words}, time", "cuda", LARGE, 0.80, method=method, in_all=True)
     yield Goal(f"layer and ReLU, large maps, bf16: {words}, share of a copy's bandwidth", "cuda", LARGE, 0.80,
                "share_of_copy", method, in_all=True)  # fmt: skip
@@ -70,7 +70,7 @@ def by_case(rows):
 
 
 def value(goal, rows):
-    """The measured number, and its case; None for both where there is none."""
+    """The measured number and its case; None for both if it was not measured."""
     table = by_case(row for row in rows if row["device"] == goal.device)
     found = [(number, case) for case in goal.cases if (number := _in_case(goal, case, table)) is not None]
     if not found:
@@ -90,7 +90,7 @@ def _in_case(goal, case, table):
 
 
 def over(a, b):
-    """``a / b``, of what was measured."""
+    """``a / b``; None if one is missing."""
     return None if a is None or not b else a / b
 
 

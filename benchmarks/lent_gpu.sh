@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What a machine with one GPU does for this repository where it is lent for minutes: each part ends in time, and leaves
-# in OUT all that it has got so far, in few and small files.
+# Jobs for a machine with one GPU that is lent for minutes: each part keeps its time limit, and leaves its results so
+# far in OUT, in few and small files.
 #
 #     OUT=/tmp/out KALMANNORM_DATA=../shared/data bash benchmarks/lent_gpu.sh tests
 #     OUT=/tmp/out bash benchmarks/lent_gpu.sh overhead
@@ -8,19 +8,18 @@
 #     OUT=/tmp/out bash benchmarks/lent_gpu.sh speed 300 'step/resnet50/*'
 #     OUT=/tmp/out bash benchmarks/lent_gpu.sh study batch-sizes-gpu 500 14
 #
-# tests: what only a GPU can show. overhead: what a step costs the CPU, by part. throughput: how many steps a second, by
-# how many processes. speed SECONDS PATTERN...: cases of `python -m benchmarks`, added to those in RUNS/cuda.csv.
-# study NAME SECONDS WORKERS: goes on with the study in RUNS (default runs/gpu), with CUDA's multi-process service, and
-# packs its runs; the checkpoints of those that have not ended are in pieces, to be laid together (cat) and unpacked
-# into RUNS before a later session goes on. Elsewhere `kalmannorm run NAME --collect --output RUNS`, with the same
-# torch, makes the tables.
-# ONLY='kn-1*,brn-2' are the arms, if not all. GROW=1 believes what docs/results tells of runs that ended before, and
-# trains what it does not tell of (there too, --collect then wants --grow, and that folder's CSV files). SCALE=tiny
-# rehearses a study on a CPU. KALMANNORM_COMMIT names the commit where files travel without their history. Wheels in
-# .whl are installed first.
+# tests: tests that need a GPU. overhead: CPU time of a step, by part. throughput: steps per second, by number of
+# processes. speed SECONDS PATTERN...: cases of `python -m benchmarks`, added to those in RUNS/cuda.csv.
+# study NAME SECONDS WORKERS: continues the study in RUNS (default runs/gpu), with CUDA's multi-process service, and
+# packs its runs. Checkpoints of unfinished runs are packed in pieces: join them with cat, and unpack them into RUNS
+# before a later session. On another machine with the same torch, `kalmannorm run NAME --collect --output RUNS` makes
+# the tables.
+# ONLY='kn-1*,brn-2' selects arms. GROW=1 trusts the runs in docs/results, and trains only runs that are not there
+# (--collect then needs --grow too, and that folder's CSV files). SCALE=tiny rehearses a study on a CPU.
+# KALMANNORM_COMMIT names the commit of a copy without git history. Wheels in .whl are installed first.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-: "${OUT:?a folder for what is to be kept}" "${PYTHON:=python3}" "${RUNS:=runs/gpu}" "${SCALE:=1}" "${ONLY:=*}"
+: "${OUT:?a folder for the results}" "${PYTHON:=python3}" "${RUNS:=runs/gpu}" "${SCALE:=1}" "${ONLY:=*}"
 : "${GROW:=}"
 export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 mkdir -p "$OUT" "$RUNS"
@@ -54,7 +53,7 @@ study)
         cp "docs/results/studies/$name/"*.csv "$RUNS/$name"
     fi
     nvidia-cuda-mps-control -d 2>/dev/null && served=yes || served=
-    # Interrupted, it stops at once, and has a checkpoint of each run.
+    # After an interrupt it stops at once, with a checkpoint of each run.
     timeout -s INT -k 20 "$seconds" "$PYTHON" -m kalmannorm.lab.cli run "$name" --workers "$workers" --scale "$SCALE" \
         --only "$ONLY" --output "$RUNS" ${GROW:+--grow} >"$OUT/study.log" 2>&1
     echo "the study: $?"

@@ -1,4 +1,4 @@
-"""Memory of a step: at its peak, and kept from the forward pass for the backward pass."""
+"""Memory of a step: its peak, and that saved for the backward pass."""
 
 import gc
 
@@ -6,21 +6,21 @@ import torch
 
 
 def nothing(part):
-    """A ``mark`` for steps whose parts are not timed."""
+    """A ``mark`` that does nothing, for steps whose parts are not timed."""
 
 
 def saved_bytes(step, persistent):
-    """Bytes that autograd keeps for the backward pass, each storage once, those of `persistent` tensors apart.
+    """Bytes that autograd saves for the backward pass, each storage once, `persistent` tensors left out.
 
-    What a function keeps past autograd (as an attribute) is not seen here; the peak has it.
+    Tensors that a function keeps as attributes are not counted; they are in the peak.
     """
-    apart = {tensor.untyped_storage().data_ptr() for tensor in persistent}
+    left_out = {tensor.untyped_storage().data_ptr() for tensor in persistent}
     kept = {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in apart:
-            kept[storage.data_ptr()] = storage  # held, so that its address is not given away again
+        if storage.data_ptr() not in left_out:
+            kept[storage.data_ptr()] = storage  # kept alive, so that its address is not reused
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -29,7 +29,7 @@ def saved_bytes(step, persistent):
 
 
 def peak_cuda(step, before):
-    """Highest number of bytes allocated in a step, above what was there before this side was made."""
+    """Peak bytes allocated in a step, less ``before``, those allocated before this side was built."""
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -39,7 +39,7 @@ def peak_cuda(step, before):
 
 
 def peak_cpu(step, persistent):
-    """The same on the CPU: torch's allocator tells its profiler of each block. Scratch space of oneDNN is not seen."""
+    """The same on the CPU, from the profiler's record of allocations; oneDNN's scratch space is not included."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step(nothing)
     roots = profile.profiler.kineto_results.experimental_event_tree()
@@ -51,7 +51,7 @@ def peak_cpu(step, persistent):
 
 
 def allocations(roots):
-    """When, and how many bytes; freed ones are negative."""
+    """Yield the time and the bytes of each allocation; freed bytes are negative."""
     waiting = list(roots)
     while waiting:
         event = waiting.pop()

@@ -1,4 +1,4 @@
-"""The networks, built with BatchNorm; each method then replaces it from outside."""
+"""The networks, built with BatchNorm, which each method then replaces."""
 
 import itertools
 
@@ -14,7 +14,7 @@ WIDE = ("resnet50_wide", "maskrcnn")
 
 
 class UnavailableError(Exception):
-    """Something that a case needs is not on this machine: its row says so."""
+    """A requirement of a case is missing on this machine; its row records this."""
 
 
 def build(case):
@@ -31,7 +31,7 @@ def build(case):
         "deeplabv3": DeepLab,
         "maskrcnn": Detector,
         "chain": lambda: chain(case.channels, case.depth),
-        # In place: what torchvision's networks have behind their norms.
+        # In place, as in torchvision's networks.
         "layer": lambda: nn.Sequential(nn.BatchNorm2d(case.channels), nn.ReLU(inplace=True)),
     }
     if case.network not in makers:
@@ -40,13 +40,13 @@ def build(case):
 
 
 def batch(case, device):
-    """Random images and labels; of volumes, a label a voxel."""
+    """Random images and labels; for volumes and segmentation a label for each voxel or pixel."""
     generator = torch.Generator().manual_seed(1)
     volumes = case.network.endswith("3d")
     channels = {"layer": case.channels}.get(case.network, 1 if volumes else 3)
     pixels = [case.size] * (3 if volumes else 2)
     if case.network in WIDE:
-        pixels[1] = pixels[0] * 1344 // 800  # as detectors have them
+        pixels[1] = pixels[0] * 1344 // 800  # the usual input of detectors
     images = torch.randn(case.batch, channels, *pixels, generator=generator)
     dense = volumes or case.network == "deeplabv3"
     labels = torch.randint(2, (case.batch, *pixels) if dense else (case.batch,), generator=generator)
@@ -54,12 +54,12 @@ def batch(case, device):
 
 
 def layout(case):
-    """As torch calls it."""
+    """torch's memory format of a case."""
     return torch.channels_last if case.memory_format == "channels_last" else torch.contiguous_format
 
 
 def chain(width, depth):
-    """Convolution, norm and ReLU, ``depth`` times, and a classifier: each further layer is like the last."""
+    """Convolution, norm and ReLU, ``depth`` times, and a classifier."""
     widths = [3, *[width] * depth]
     blocks = [
         nn.Sequential(nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU(inplace=True))
@@ -69,7 +69,7 @@ def chain(width, depth):
 
 
 class DeepLab(nn.Module):
-    """torchvision's, without its second head: logits a pixel."""
+    """torchvision's DeepLabV3 without its auxiliary head; returns logits for each pixel."""
 
     def __init__(self):
         super().__init__()
@@ -80,7 +80,7 @@ class DeepLab(nn.Module):
 
 
 class Detector(nn.Module):
-    """torchvision's Mask R-CNN on images with two boxes each; gives the sum of its losses."""
+    """torchvision's Mask R-CNN on images with two boxes each; returns the sum of its losses."""
 
     def __init__(self):
         super().__init__()
@@ -101,7 +101,7 @@ class Detector(nn.Module):
 
 
 def monai_unet():
-    """MONAI's residual U-Net, as in `examples/monai_unet3d.py` but with its usual widths."""
+    """MONAI's residual U-Net, as in `examples/monai_unet3d.py`, but with the usual widths."""
     try:
         from monai.networks.nets import UNet  # noqa: PLC0415  (not on every machine, and slow to import)
     except ImportError as error:

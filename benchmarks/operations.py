@@ -1,7 +1,7 @@
-"""How many torch operations a training step dispatches a normalization layer: KN beside BatchNorm.
+"""Count the torch operations that a training step dispatches for each normalization layer: KN and BatchNorm.
 
-Counted on a plain chain of ten convolutions, norms and ReLUs, so a count is the same on every machine
-with this torch. What the convolution and the ReLU dispatch themselves is in both.
+The network is a chain of ten convolutions, norms and ReLUs, so counts are the same on every machine with this torch.
+The operations of the convolution and the ReLU are included on both sides.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def chain():
 
 
 def count(model):
-    """Operations a layer, forward and backward, of a step that is not the first."""
+    """Operations for each layer, forward and backward, in the second step."""
     images = torch.randn(2, 16, 8, 8)
     model(images).sum().backward()
     with Counter() as forward:

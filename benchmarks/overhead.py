@@ -1,9 +1,9 @@
-"""What a training step costs the CPU, and where: BatchNorm beside KN, into a CSV and a page's ``<!-- overhead -->``.
+"""CPU time of a training step, by part of the library: BatchNorm and KN, into a CSV and a page's ``<!-- overhead -->``.
 
 ``python -m benchmarks.overhead --output docs/results/speed/overhead.csv --page docs/speed.md``
 
-The time is the process's own, so others on the machine count little; on a GPU it is what launching costs, with nothing
-waited for. It is measured first, the sides in turn. Then a signal asks, once a millisecond, where it is.
+The time is process time, which other load affects little; on a GPU it is the time of launching kernels. The sides'
+steps are timed in turn. Then a signal samples the running code once a millisecond.
 """
 
 import argparse
@@ -33,7 +33,7 @@ HOME = f"{Path(__file__).parent.parent / 'kalmannorm'}/"
 
 
 def cases():
-    """A chain whose convolutions are cheap, so that the rest shows; and a network."""
+    """A chain with cheap convolutions, so that other costs show; and a network."""
     from benchmarks.cases import PAIR, Case  # noqa: PLC0415  (after `keep_memory`)
 
     return {
@@ -44,7 +44,7 @@ def cases():
 
 
 def part_of(frame):
-    """The part of the library that the innermost frame is in; ``network`` where it only watches."""
+    """The part of the library that the innermost frame is in; ``network`` if the library only intercepts a call."""
     while frame is not None:
         file = frame.f_code.co_filename
         if file.startswith(HOME):
@@ -57,14 +57,14 @@ def part_of(frame):
 
 
 def shares(step, seconds):
-    """The share of a step's time that each part takes, of samples one a millisecond of the process's time."""
+    """Each part's share of a step's time, sampled once per millisecond of process time."""
     import torch  # noqa: PLC0415
 
     found = Counter()
     before = signal.signal(signal.SIGPROF, lambda _, frame: found.update([part_of(frame)]))
     signal.setitimer(signal.ITIMER_PROF, 1e-3, 1e-3)
     end = time.perf_counter() + seconds
-    with torch.autograd.set_multithreading_enabled(False):  # signals come to this thread alone
+    with torch.autograd.set_multithreading_enabled(False):  # only this thread receives signals
         while time.perf_counter() < end:
             step(lambda part: None)
     signal.setitimer(signal.ITIMER_PROF, 0)
@@ -73,7 +73,7 @@ def shares(step, seconds):
 
 
 def measured(case, device, seconds):
-    """A row a method."""
+    """A row for each method."""
     from torch.nn.modules.batchnorm import _BatchNorm  # noqa: PLC0415
 
     from benchmarks.networks import build  # noqa: PLC0415
@@ -97,7 +97,7 @@ def measured(case, device, seconds):
 
 
 def table(rows):
-    """The page's table: both sides of each case, and the time that a layer adds."""
+    """The page's table: both sides of each case, and the time that each layer adds."""
     from benchmarks.tables import NAMES, table  # noqa: PLC0415
 
     of_parts = [f"{name.replace(' ', '_')}_ms" for name in ("network", *PARTS)]
@@ -121,9 +121,9 @@ def main(given=None):
     parser = argparse.ArgumentParser("python -m benchmarks.overhead", description=__doc__)
     parser.add_argument("--cases", nargs="+", choices=tuple(cases()), default=["chain", "resnet50"])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of sampling, a side")
-    parser.add_argument("--output", type=Path, help="the CSV; rows take the place of older ones")
-    parser.add_argument("--page", type=Path, help="markdown with the marks, filled from all of the CSV")
+    parser.add_argument("--seconds", type=float, default=10.0, help="sampling time of each side")
+    parser.add_argument("--output", type=Path, help="the CSV; new rows replace older ones of the same case and device")
+    parser.add_argument("--page", type=Path, help="a Markdown file with the marks, filled from the whole CSV")
     options = parser.parse_args(given)
     torch.set_num_threads(1)
     about = machine(options.device)

@@ -1,6 +1,7 @@
-"""Figures and tables from CSVs of ``python -m benchmarks``, into a page that keeps its own words.
+"""Write figures and tables from CSVs of ``python -m benchmarks`` into a page.
 
-Of the page, what stands between ``<!-- goals -->`` and ``<!-- /goals -->`` is replaced; so are ``cpu`` and ``cuda``.
+Only the text between ``<!-- goals -->`` and ``<!-- /goals -->`` is replaced, and that between the marks of ``cpu`` and
+``cuda``.
 """
 
 import argparse
@@ -16,10 +17,10 @@ DEVICES = ("cpu", "cuda")
 
 
 def fill(page, name, text):
-    """Put a text between a page's two marks.
+    """Replace the text between a page's two marks.
 
     Raises:
-        ValueError: the page has not both.
+        ValueError: A mark is missing.
     """
     marks = f"<!-- {name} -->", f"<!-- /{name} -->"
     pattern = re.compile(f"{re.escape(marks[0])}.*?{re.escape(marks[1])}", re.DOTALL)
@@ -29,9 +30,9 @@ def fill(page, name, text):
 
 
 def draw(found, device, folder):
-    """Save a device's figures; their files."""
+    """Save a device's figures, and yield their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    # The same rows give the same file.
+    # Makes the files reproducible.
     with mpl.rc_context({"svg.hashsalt": "kalmannorm", "svg.fonttype": "none"}):
         for name, figure in figures.of_device(found).items():
             path = folder / f"{device}-{name}.svg"
@@ -51,10 +52,10 @@ def section(found, device, page, folder, sources):
 def main(given=None):
     parser = argparse.ArgumentParser("python -m benchmarks.plot", description=__doc__)
     parser.add_argument("csv", type=Path, nargs="*")
-    parser.add_argument("--page", type=Path, required=True, help="markdown with the marks")
-    parser.add_argument("--figures", type=Path, required=True, help="a folder for them")
+    parser.add_argument("--page", type=Path, required=True, help="a Markdown file with the marks")
+    parser.add_argument("--figures", type=Path, required=True, help="folder for the figures")
     options = parser.parse_args(given)
-    # A folder's other CSVs, of profiles for instance, have other columns.
+    # Other CSVs in the folder, such as profiles, have other columns.
     read = {path: rows.read(path) for path in options.csv if path.exists() and rows.header(path) == rows.COLUMNS}
     found = [row for table in read.values() for row in table]
     page = fill(options.page.read_text(), "goals", tables.goals(found))

@@ -1,4 +1,4 @@
-"""Where the time of a case goes: each side's operators by their own time, into a CSV.
+"""Profile a case: each side's operators by self time, into a CSV.
 
 ``python -m benchmarks.profiling --case step/resnet50/b2/128/eager/float32 --output docs/results/speed/profile.csv``
 """
@@ -14,7 +14,7 @@ COLUMNS = ("case", "method", "operator", "self_ms_a_step", "share", "calls_a_ste
 
 
 def operators(case, method, device, steps, warm_up, backend):
-    """Name, own milliseconds and calls, a step; on a GPU its kernels' time."""
+    """Each operator's name, self time in milliseconds and calls per step, sorted by time; on a GPU of its kernels."""
     import torch  # noqa: PLC0415  (after `keep_memory`)
 
     from benchmarks.memory import nothing  # noqa: PLC0415
@@ -49,15 +49,15 @@ def main(given=None):
     from benchmarks.rows import add, machine  # noqa: PLC0415
 
     parser = argparse.ArgumentParser("python -m benchmarks.profiling", description=__doc__)
-    parser.add_argument("--case", required=True, help="a name of python -m benchmarks --list")
+    parser.add_argument("--case", required=True, help="a name from python -m benchmarks --list")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--methods", nargs="+", help="some of the case's; all of them otherwise")
+    parser.add_argument("--methods", nargs="+", help="some of the case's; by default all")
     parser.add_argument("--output", type=Path, required=True, help="the CSV; rows are added")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--warm-up", type=int, default=5)
-    parser.add_argument("--top", type=int, default=25, help="operators a side")
+    parser.add_argument("--top", type=int, default=25, help="operators to print for each side")
     parser.add_argument("--backend", default="inductor", help="torch.compile's")
-    parser.add_argument("--tiny", action="store_true", help="of the rehearsal's cases")
+    parser.add_argument("--tiny", action="store_true", help="choose from the cases of python -m benchmarks --tiny")
     options = parser.parse_args(given)
     every = cases(options.device, options.tiny, everything=True)
     case = next((case for case in every if case.name == options.case), None)

@@ -1,4 +1,4 @@
-"""The CSV: a row a case and method, written as soon as it is measured."""
+"""The CSV, with a row for each case and method, written as soon as it is measured."""
 
 import csv
 import datetime
@@ -20,7 +20,7 @@ MEASURED = ("method", "steps", "repeats", "median_ms", "quartile_1_ms", "quartil
             "error")  # fmt: skip
 MACHINE = ("device", "processor", "threads", "allocator", "torch", "commit", "dirty", "date")
 COLUMNS = (*CASE, *MEASURED, *MACHINE)
-# What stays text though it may look like a number, as the commit 3e69644 does.
+# Columns that stay text even if they look like a number, as the commit 3e69644 does.
 WORDS = {"case", "kind", "network", "mode", "dtype", "memory_format", "method", "error", *MACHINE} - {"threads"}
 ROOT = Path(__file__).parent.parent
 
@@ -31,7 +31,7 @@ def of_case(case):
 
 
 def machine(device):
-    """The machine and the commit; `KALMANNORM_COMMIT` is for a copy of the working tree without its history."""
+    """The machine's columns; `KALMANNORM_COMMIT` is the commit of a copy without git history."""
     return {
         "device": device,
         "processor": torch.cuda.get_device_name() if device == "cuda" else processor(),
@@ -39,14 +39,14 @@ def machine(device):
         "allocator": allocator(),
         "torch": torch.__version__,
         "commit": os.environ.get("KALMANNORM_COMMIT") or git("rev-parse", "--short", "HEAD") or "unknown",
-        # Whether what was measured differs from the commit.
+        # Whether the measured code differs from the commit.
         "dirty": bool(git("status", "--porcelain", "--", "kalmannorm", "benchmarks")),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
 
 def processor():
-    """Its name, where Linux tells."""
+    """The processor's name (from /proc/cpuinfo, if there is one) and its number of cores."""
     try:
         names = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     except OSError:
@@ -68,10 +68,10 @@ def append(path, rows):
 
 
 def add(path, columns, rows, **dialect):
-    """Add rows to a CSV, which is made where it is missing.
+    """Add rows to a CSV, which is created if it is missing.
 
     Raises:
-        ValueError: it has other columns.
+        ValueError: The CSV has other columns.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists() or path.stat().st_size == 0
@@ -90,16 +90,16 @@ def header(path):
 
 
 def rounded(value):
-    """Four digits are more than a timing has."""
+    """Floats with four digits, more than a timing is accurate to."""
     return f"{value:.4g}" if isinstance(value, float) and abs(value) < 1000 else (
         round(value) if isinstance(value, float) else value
     )  # fmt: skip
 
 
 def read(path):
-    """The rows, numbers as numbers, empty cells as None; of a case and method measured twice, the last.
+    """The rows, with numbers parsed and empty cells as None.
 
-    A method whose last run failed has the row that says so, and no older one.
+    If a case and method were measured several times, only the last row is returned, also if it failed.
     """
     with Path(path).open(newline="") as file:
         found = {(row["case"], row["method"]): row for row in csv.DictReader(file)}

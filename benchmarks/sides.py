@@ -1,4 +1,4 @@
-"""The normalizations that are compared: each turns a network built with BatchNorm into its own, in place."""
+"""The compared normalizations: each converts a network with BatchNorm, in place."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -14,12 +14,12 @@ from kalmannorm.lab.baselines.stock import to_ghost, to_groupnorm
 
 
 class Side(NamedTuple):
-    """How a method changes the network, and whether it takes the batch piece by piece."""
+    """A method's conversion of the network, and whether it splits the batch."""
 
     convert: Callable
-    """From the network and its case to the network."""
+    """From the network and its case to the converted network."""
     in_pieces: bool = False
-    """A forward and a backward pass for each `stats_batch` samples, then one step of the optimizer."""
+    """Forward and backward pass for each `stats_batch` samples, then one optimizer step."""
 
 
 def keep(model, case):
@@ -27,9 +27,9 @@ def keep(model, case):
 
 
 class SynchronizedBatchNorm(nn.SyncBatchNorm):
-    """``nn.SyncBatchNorm`` that takes its own way with one process too, where torch's is BatchNorm.
+    """``nn.SyncBatchNorm`` that uses its own kernels with one process too, where torch falls back to BatchNorm.
 
-    Its kernels and an all-gather, with no other device to wait for: the least that it costs.
+    It runs the kernels and an all-gather without waiting for other devices: a lower bound of its cost.
     """
 
     def forward(self, x):
@@ -61,14 +61,14 @@ def kalman_norm_monte_carlo(model, case):
 
 
 def kalman_norm_act(model, case):
-    """The layer that does its ReLU itself, for the case of one layer."""
+    """The layer with a built-in ReLU, for the case of one layer."""
     device = next(model.parameters()).device
     layer = kn.KalmanNormAct2d(case.channels, act=nn.ReLU(inplace=True)).to(device)
     return kn.connect(nn.Sequential(layer), input_stats=input_stats(model, case))
 
 
 def to_batchnorm(model, case):
-    """As deployed: converted, run once in training, and turned back."""
+    """The deployed network: converted, run once in training, and converted back."""
     model = kn.convert(model)
     weight = next(model.parameters())
     model(torch.randn(2, 3, case.size, case.size, device=weight.device))
@@ -76,9 +76,9 @@ def to_batchnorm(model, case):
 
 
 def input_stats(model, case):
-    """A layer alone gets its prior from what is said of the input; in a network, from the layers below.
+    """Statistics of the input for a single layer, whose prior has no layer below; None for networks.
 
-    On the layer's device: to copy it there in each step is not the layer's cost.
+    They are on the layer's device, so that steps do not copy them.
     """
     if case.network != "layer":
         return None
@@ -87,7 +87,7 @@ def input_stats(model, case):
 
 
 def one_by_one(model, case):
-    """Each sample by itself, in ``eval()`` too."""
+    """Normalize each sample by itself, in ``eval()`` too."""
     return kn.convert(model, track_running_stats=False)
 
 
@@ -96,7 +96,7 @@ def kalman_norm_standardized(model, case):
 
 
 def captured(model, case):
-    """Replayed as CUDA graphs; of a detector, the part whose shapes are static."""
+    """The network replayed as CUDA graphs; of a detector, only the part with static shapes."""
     kn.capture(getattr(model, "static_part", model))
     return model
 

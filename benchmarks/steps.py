@@ -1,4 +1,4 @@
-"""The step of a side: a function that calls ``mark(part)`` as each part ends."""
+"""The step of a side: a function that calls ``mark(part)`` at the end of each part."""
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ COMPILED = {"compiled": {}, "reduce_overhead": {"mode": "reduce-overhead"}}
 
 
 def step_of(case, method, device, backend="inductor"):
-    """The step of one method, and what stays in memory between two: parameters, buffers, the optimizer's state."""
+    """The step of one method, and a function that returns the tensors kept between steps, see `persistent`."""
     if case.mode in ("graph", "reduce_overhead") and device == "cpu":
         raise UnavailableError("graphs are CUDA's")
     if case.kind == "copy":
@@ -46,7 +46,7 @@ def autocast(case, device):
 
 
 def training(model, pieces, optimizer, case, device):
-    """Forward and backward for each piece, then the optimizer's step; gradients are let go at its end."""
+    """A step: forward and backward for each piece, then the optimizer's step, which also clears the gradients."""
 
     def step(mark):
         for images, labels in pieces:
@@ -64,14 +64,14 @@ def training(model, pieces, optimizer, case, device):
 
 
 def layer(model, called, pieces, case, device):
-    """Output and all gradients, for a given gradient of the output.
+    """A step: the output and all gradients, for a given gradient of the output.
 
-    Asked of `autograd.grad`: that leaves out the cost of accumulating them into ``.grad``, which no side causes.
+    `autograd.grad` leaves out the accumulation into ``.grad``, which costs the same on all sides.
     """
     parameters = list(model.parameters())
     inputs = [piece.to(getattr(torch, case.dtype)).clone().requires_grad_() for piece in pieces]
     with autocast(case, device):
-        given = torch.randn_like(model(inputs[0]))  # not `called`: what compiles is timed apart
+        given = torch.randn_like(model(inputs[0]))  # `called` would compile here, which is timed separately
 
     def step(mark):
         for x in inputs:
@@ -94,14 +94,14 @@ def inference(model, images, case, device):
 
 
 def copy(case, device):
-    """As much as the device can move: the measure for a layer's bandwidth."""
+    """A step that copies memory; a layer's bandwidth is compared with it."""
     source = torch.randn(case.size * 2**18, device=device)
     target = torch.empty_like(source)
     return lambda mark: target.copy_(source)
 
 
 def in_new_generation(step):
-    """torch.compile's graphs overwrite the outputs of the last step only after they are told that it is over."""
+    """Mark the beginning of each step, so that torch.compile's CUDA graphs may overwrite the last step's outputs."""
 
     def next_step(mark):
         torch.compiler.cudagraph_mark_step_begin()
@@ -111,7 +111,7 @@ def in_new_generation(step):
 
 
 def captured(step):
-    """The whole step as one CUDA graph, warmed up on a stream of its own, as torch asks for."""
+    """The whole step as one CUDA graph, warmed up on a side stream, as torch requires."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -122,7 +122,7 @@ def captured(step):
     with torch.cuda.graph(graph):
         step(lambda part: None)
 
-    def replay(mark, held=step):  # the graph reads what the step holds: its batch
+    def replay(mark, held=step):  # the graph reads the step's batch, so keep it alive
         graph.replay()
 
     return replay

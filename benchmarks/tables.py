@@ -18,13 +18,13 @@ def table(header, lines):
     return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *text])
 
 
-def told(words, header, lines):
-    """A table below its words; nothing where it has no lines."""
-    return f"{words}\n\n{table(header, lines)}" if lines else ""
+def with_text(text, header, lines):
+    """A table below a text; empty if it has no lines."""
+    return f"{text}\n\n{table(header, lines)}" if lines else ""
 
 
 def goals(rows):
-    """Each goal, and what was measured."""
+    """A table of the goals and the measured numbers."""
     lines = []
     for goal in GOALS:
         number, case = value(goal, rows)
@@ -35,7 +35,7 @@ def goals(rows):
 
 
 def of_device(rows):
-    """All that one device measured: a heading, a line on how to read it, a table."""
+    """All sections of one device: a heading, a sentence and a table each."""
     sections = (
         ("Whole training steps", steps(rows, "step")),
         ("(2, 128): groups in one pass, and a loop over batches of 2", groups(rows)),
@@ -74,7 +74,7 @@ def times(number):
 
 
 def ratio(row, quartiles=False):
-    """Over BatchNorm, with its quartiles."""
+    """The ratio to BatchNorm, optionally with its quartiles."""
     if row is None or row["ratio_to_batch_norm"] is None:
         return None
     text = times(row["ratio_to_batch_norm"])
@@ -86,12 +86,12 @@ def milliseconds(row):
 
 
 def described(row):
-    """A network, its input and how it ran."""
+    """The cells for a network, its input and its mode."""
     return [row["network"], row["batch"], row["size"], row["mode"], row["dtype"]]
 
 
 def compare(ours, theirs, column):
-    """One column over the other's."""
+    """The ratio of a column of both sides."""
     return times(over(ours.get(column), theirs.get(column))) if ours and theirs else None
 
 
@@ -112,7 +112,7 @@ def steps(rows, kind):
     header = ["network", "batch", "size", "mode", "type", "BatchNorm", "KN / BN (quartiles)", "forward", "backward",
               "optimizer", *(NAMES[method] for method in others), "peak memory", "kept for backward",
               "compile, s: BN / KN"]  # fmt: skip
-    return told("Ratios to BatchNorm, of time and of bytes.", header, lines)
+    return with_text("Ratios to BatchNorm, of time and of bytes.", header, lines)
 
 
 def groups(rows):
@@ -127,7 +127,7 @@ def groups(rows):
                       times(faster)])  # fmt: skip
     header = ["network", "statistics, batch", "size", "BatchNorm of the whole batch",
               *(NAMES[method] for method in methods), "KN: loop / one pass"]  # fmt: skip
-    return told("Ratios to BatchNorm of the whole batch, with the same activations.", header, lines)
+    return with_text("Ratios to BatchNorm of the whole batch, with the same activations.", header, lines)
 
 
 def layers(rows):
@@ -147,13 +147,13 @@ def layers(rows):
               "of a copy's bandwidth: BN / KN / KN with its ReLU", "kept for backward"]  # fmt: skip
     copied = [row["gb_per_s"] for row in rows if row["kind"] == "copy" and row["gb_per_s"]]
     speed = f" A copy: {copied[-1]:.0f} GB/s, read and written." if copied else ""
-    return told(f"Forward and backward; ratios to BatchNorm2d and ReLU.{speed}", header, lines)
+    return with_text(f"Forward and backward; ratios to BatchNorm2d and ReLU.{speed}", header, lines)
 
 
 def extra_a_layer(sides):
     """Microseconds that each Kalman layer adds to a chain's step."""
     theirs, ours = sides["batch_norm"], sides["kalman_norm"]
-    # Of the ratio, not of the two medians: it is the steadier number.
+    # From the median ratio, which varies less than the ratio of the medians.
     return 1e3 * theirs["median_ms"] * (ours["ratio_to_batch_norm"] - 1) / ours["depth"]
 
 
@@ -167,7 +167,7 @@ def chains(rows):
         lines.append([*shape, milliseconds(sides["batch_norm"]), ratio(ours), f"{extra_a_layer(sides):.0f}",
                       ratio(sides.get("kalman_norm_monte_carlo"))])  # fmt: skip
     header = ["layers", "width", "batch", "mode", "BatchNorm", "KN / BN", "extra µs a layer", "Monte-Carlo / BN"]
-    return told("Chains of convolution, norm and ReLU on 16 x 16 maps.", header, lines)
+    return with_text("Chains of convolution, norm and ReLU on 16 x 16 maps.", header, lines)
 
 
 def inference(rows):
@@ -179,11 +179,11 @@ def inference(rows):
     ]  # fmt: skip
     header = ["network", "batch", "size", "mode", "type", "BatchNorm", "after to_batchnorm", "KN in eval()",
               "KN, each sample by itself", "GroupNorm"]  # fmt: skip
-    return told("In `eval()`, ratios to BatchNorm.", header, lines)
+    return with_text("In `eval()`, ratios to BatchNorm.", header, lines)
 
 
 def failures(rows):
-    """The cases that could not be measured, and why; a reason once a case."""
+    """The cases that could not be measured, with each error once for a case."""
     reasons = {}
     for row in rows:
         if row["error"]:

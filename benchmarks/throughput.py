@@ -1,7 +1,7 @@
-"""How many training steps a GPU takes in a second: from one process, and from several at once.
+"""Training steps per second on a GPU, from one process and from several at once: ResNet-32, batches of 128 images.
 
-Small networks leave a GPU idle, so a study trains several at a time. This says how many, in which precision, with or
-without CUDA's multi-process service, before minutes of a lent GPU are planned on it. ResNet-32, batches of 128 images.
+Small networks leave a GPU idle, so a study trains several at a time. This measures the throughput in several
+precisions, with and without CUDA's multi-process service.
 """
 
 import argparse
@@ -31,7 +31,7 @@ ALONE = [
 
 @contextlib.contextmanager
 def multi_process_service():
-    """CUDA's, so that kernels of several processes run at the same time; whether it could be started."""
+    """CUDA's service that runs kernels of several processes at the same time; yields whether it started."""
     os.environ["CUDA_MPS_PIPE_DIRECTORY"] = os.environ["CUDA_MPS_LOG_DIRECTORY"] = "/tmp/mps"
     os.makedirs("/tmp/mps", exist_ok=True)
     try:
@@ -48,7 +48,7 @@ def multi_process_service():
 
 
 def step_of(method, samples, dtype, layout, device, depth=32):
-    """A whole training step, captured where there is a GPU."""
+    """A whole training step, captured on a GPU."""
     torch.manual_seed(0)
     layout = getattr(torch, "contiguous_format" if layout == "contiguous" else layout)
     options = {"kn": {"input_stats": [[0.0] * 3, [0.5] * 3]}, "gn": {"groups": 4}}.get(method, {})
@@ -76,7 +76,7 @@ def step_of(method, samples, dtype, layout, device, depth=32):
 
 
 def rate(step, seconds, device):
-    """Steps a second."""
+    """Steps per second."""
     begun, count = time.perf_counter(), 0
     while time.perf_counter() - begun < seconds:
         for _ in range(5):
@@ -97,7 +97,7 @@ def work(place, phases, seconds, device, depth, barrier, found):
 
 
 def together(phases, seconds, device, depth):
-    """All processes' steps a second, for each phase."""
+    """The sum of all processes' steps per second, for each phase."""
     context = multiprocessing.get_context("spawn")
     most = max(phase[0] for phase in phases)
     barrier, found = context.Barrier(most), context.Queue()

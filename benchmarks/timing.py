@@ -1,4 +1,4 @@
-"""Sides that take their steps in turn in one process, read by a clock of the device's own."""
+"""Time the steps of several sides in turn in one process, by the device's clock."""
 
 import itertools
 import statistics
@@ -6,28 +6,28 @@ import time
 
 import torch
 
-# A case may stop early once its time is over, but not before so many steps.
+# A case stops at its time limit, but not before this many rounds.
 FEWEST_STEPS = 8
-# The GPU idles so long (1 ms) before a reading of graphs, while the CPU launches them: in a training loop, which does
-# not wait for a step to end, a launch is not seen either.
+# Before a reading of graphs the GPU idles for 1 ms, so that the CPU can launch them: a training loop, which does not
+# wait for each step, hides the launches too.
 HEAD_START_CYCLES = 2_000_000
 
 
 def in_turn(steps, count, repeats=1, seconds=60.0, head_start=False, device="cpu", clock=None):
-    """Time steps of several sides, one of each in turn; every other round in reverse, so that no side always
-    follows the same one.
+    """Time the steps of several sides in turn, in reverse order in every other round, so that a side does not always
+    follow the same one.
 
     Args:
-        steps: A function a side, called with ``mark``.
-        count: Rounds.
-        repeats: Steps a reading.
-        seconds: After which no further round starts, if `FEWEST_STEPS` are done.
-        head_start: Let the CPU run ahead, for what is launched as a whole.
+        steps: Each side's step, called with ``mark``.
+        count: Number of rounds.
+        repeats: Steps in each reading.
+        seconds: Time limit: no round starts after it, once `FEWEST_STEPS` are done.
+        head_start: Let the CPU launch ahead of the GPU, for graphs.
         device: ``cpu`` or ``cuda``.
-        clock: In seconds, in place of the device's own.
+        clock: Returns seconds; used instead of the device's clock.
 
     Returns:
-        For each side a list of readings: milliseconds of ``step`` and of each part.
+        A list of readings for each side: milliseconds of ``step`` and of each part.
     """
     readings = {name: [] for name in steps}
     end = time.perf_counter() + seconds
@@ -45,7 +45,7 @@ def in_turn(steps, count, repeats=1, seconds=60.0, head_start=False, device="cpu
 
 
 def read_cpu(step, repeats, clock=time.perf_counter):
-    """Milliseconds a step."""
+    """Milliseconds per step."""
     parts = {}
     start = last = clock()
 
@@ -61,7 +61,7 @@ def read_cpu(step, repeats, clock=time.perf_counter):
 
 
 def read_cuda(step, repeats, head_start):
-    """Milliseconds a step, between events on the GPU; nothing waits for the GPU within."""
+    """Milliseconds per step, between events on the GPU, without synchronizing in between."""
     marks = []
 
     def mark(part):
@@ -85,7 +85,7 @@ def read_cuda(step, repeats, head_start):
 
 
 def first_seconds(step, device):
-    """The first step, which compiles."""
+    """Seconds of the first step, which compiles."""
     start = time.perf_counter()
     step(lambda part: None)
     if device == "cuda":
@@ -101,10 +101,10 @@ def quartiles(values):
 
 
 def summary(readings, reference):
-    """Medians of a side, and its ratio to another.
+    """Medians of a side, and its ratio to the reference.
 
-    The ratio is the median of each round's own: the two steps of a round are neighbours, so whatever slows the machine
-    for a while meets both and cancels, which it does not in the ratio of two medians (kept beside it).
+    The ratio is the median over rounds of the ratio within a round: a temporary slowdown of the machine affects both
+    steps of a round and cancels. The ratio of the two medians is recorded too.
     """
     times = [reading["step"] for reading in readings]
     first, median, third = quartiles(times)

@@ -1,5 +1,5 @@
-"""Networks that no test names, and situations from public bug reports: ``python -m benchmarks.tried --help``.
+"""Networks beyond those of the tests, and situations from public bug reports: ``python -m benchmarks.tried --help``.
 
-`networks` has those that need no package; `benchmarks.coverage_networks` builds the others. `trial` tries a
-network, `situations` makes what was reported, `page` writes the table.
+`networks` has networks that need no package; `benchmarks.coverage_networks` has the others. `trial` tries a network,
+`situations` reproduces the reports, `page` writes the page.
 """

@@ -1,7 +1,7 @@
-"""Try networks of other packages and situations from public issue threads; a CSV, and a page made from it.
+"""Try networks of other packages and situations from public issue threads; write a CSV, and a page made from it.
 
-Rows that are tried take the place of older ones; others stay. What needs a package that is not installed is skipped,
-with a row that says so, unless the CSV has one from where it was.
+New rows replace older ones of the same network or situation. Networks whose package is not installed are skipped: they
+get a row that says so, or keep the row that the CSV has.
 """
 
 import argparse
@@ -15,8 +15,8 @@ from benchmarks.environment import keep_memory
 
 COLUMNS = (
     "kind", "library", "name", "samples", "layers", "with_prior", "reasons",
-    *(f"{side}_{what}" for side in ("batchnorm", "kalman")
-      for what in ("first", "last", "largest", "eval", "alone", "error")),
+    *(f"{side}_{measure}" for side in ("batchnorm", "kalman")
+      for measure in ("first", "last", "largest", "eval", "alone", "error")),
     "groupnorm_eval",
     "reloaded", "deployed", "in_stock", "measures", "batchnorm", "kalman", "happened", "packages", "seconds",
 )  # fmt: skip
@@ -24,10 +24,10 @@ SAMPLES = (1, 2)
 
 
 def rows(only=""):
-    """A row a network and number of samples, and a row a situation, as they are tried.
+    """Yield a row for each network and number of samples, and for each situation.
 
     Args:
-        only: a regular expression for library/name; situations have the library ``issues``.
+        only: A regular expression for library/name; situations have the library ``issues``.
     """
     from benchmarks.tried.networks import NETWORKS  # noqa: PLC0415 - after `keep_memory`
     from benchmarks.tried.situations import SITUATIONS  # noqa: PLC0415
@@ -75,12 +75,12 @@ def _versions(library):
 
 
 def key(row):
-    """The columns by which a row replaces one of an earlier run."""
+    """The columns that identify a row."""
     return row["kind"], row["library"], row["name"], str(row.get("samples", ""))
 
 
 def read(path):
-    """The rows of a CSV, cells as text; none where there is no such file."""
+    """The rows of a CSV, cells as text; an empty list if there is no such file."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
@@ -88,7 +88,6 @@ def read(path):
 
 
 def write(path, found):
-    """All rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
@@ -97,7 +96,7 @@ def write(path, found):
 
 
 def main(given=None):
-    """Try, write, and say what failed of ours: 1 where something did."""
+    """Try and write; 1 if a converted network failed."""
     import torch  # noqa: PLC0415
 
     from benchmarks.tried.page import page  # noqa: PLC0415

@@ -1,4 +1,4 @@
-"""Networks of a few lines that are usually copied, not installed."""
+"""Small networks that are usually copied, not installed."""
 
 import itertools
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from benchmarks.coverage_networks import Network
 
 
 def generator():
-    """DCGAN's: transposed convolutions from noise ``(N, 16, 1, 1)`` to images of 32 pixels a side."""
+    """DCGAN's generator: transposed convolutions from noise ``(N, 16, 1, 1)`` to images of 32 pixels a side."""
     layers = [nn.ConvTranspose2d(16, 32, 4), nn.BatchNorm2d(32), nn.ReLU(True)]
     for below, above in ((32, 16), (16, 8)):
         layers += [nn.ConvTranspose2d(below, above, 4, 2, 1), nn.BatchNorm2d(above), nn.ReLU(True)]
@@ -22,7 +22,7 @@ def generator():
 
 
 def discriminator(size=32):
-    """DCGAN's: strided convolutions to one number an image."""
+    """DCGAN's discriminator: strided convolutions to one number for each image."""
     layers = [nn.Conv2d(3, 8, 4, 2, 1), nn.LeakyReLU(0.2, True)]
     for below, above in ((8, 16), (16, 32)):
         layers += [nn.Conv2d(below, above, 4, 2, 1), nn.BatchNorm2d(above), nn.LeakyReLU(0.2, True)]
@@ -30,7 +30,7 @@ def discriminator(size=32):
 
 
 class PointNet(nn.Module):
-    """Clouds ``(N, 3, points)`` turned by a matrix that the network computes, and pooled by their largest features."""
+    """Point clouds ``(N, 3, points)``, multiplied by a matrix that the network computes, and max-pooled."""
 
     def __init__(self):
         super().__init__()
@@ -45,7 +45,7 @@ class PointNet(nn.Module):
 
 
 def _points(*widths):
-    """The same map of every point."""
+    """Layers that map each point separately."""
     blocks = [nn.Sequential(nn.Conv1d(a, b, 1), nn.BatchNorm1d(b), nn.ReLU())
               for a, b in itertools.pairwise(widths)]  # fmt: skip
     return nn.Sequential(*blocks)
@@ -86,7 +86,7 @@ class Unrolled(nn.Module):
 
 
 class Warped(nn.Module):
-    """A spatial transformer: images are turned and shifted as the network computes."""
+    """A spatial transformer: the network computes an affine transform of its feature maps."""
 
     def __init__(self):
         super().__init__()
@@ -128,7 +128,7 @@ class Deformable(nn.Module):
 
 
 class Spike(torch.autograd.Function):
-    """Whether a neuron is above its threshold; the gradient is that of an arc tangent."""
+    """A step function of a neuron's charge; its gradient is that of an arc tangent."""
 
     @staticmethod
     def forward(ctx, charge):
@@ -142,7 +142,7 @@ class Spike(torch.autograd.Function):
 
 
 class Spiking(nn.Module):
-    """Neurons that leak, integrate and fire, for three steps of one image."""
+    """Leaky integrate-and-fire neurons, for three steps of one image."""
 
     def __init__(self, steps=3):
         super().__init__()
@@ -164,7 +164,7 @@ class Spiking(nn.Module):
 
 
 class Columns(nn.Module):
-    """A reader: convolutions, an LSTM over an image's columns, and a norm of its last state."""
+    """Text recognition: convolutions, an LSTM over an image's columns, and a norm of its last state."""
 
     def __init__(self):
         super().__init__()
@@ -178,7 +178,7 @@ class Columns(nn.Module):
 
 
 class Conditional(nn.Module):
-    """Filters that each image mixes of four (CondConv)."""
+    """Convolutions whose filters are a mixture of four, different for each image (CondConv)."""
 
     def __init__(self):
         super().__init__()
@@ -198,7 +198,7 @@ class Conditional(nn.Module):
 
 
 class Tracker(nn.Module):
-    """A template is searched in an image, channel by channel (SiamRPN++)."""
+    """Cross-correlation of a template with an image, channel by channel (SiamRPN++)."""
 
     def __init__(self):
         super().__init__()
@@ -215,7 +215,7 @@ class Tracker(nn.Module):
 
 
 class Conformer(nn.Module):
-    """A reader of sequences, some of them padded: attention behind a mask, then convolutions with a norm."""
+    """Padded sequences: attention with a padding mask, then convolutions with a norm."""
 
     def __init__(self, width=16, blocks=2):
         super().__init__()
@@ -255,7 +255,7 @@ COPIED = {
     "tracker": Network("classification", Tracker, (3, 32, 32)),
 }
 
-# What a network's name ends with if its filters are standardized, on both sides.
+# Suffix of a network's name if its filters are standardized, on both sides.
 STANDARDIZED = ", standardized filters"
 
 
@@ -266,18 +266,18 @@ def standardized(network):
     return Network(network.task, build, network.shape, network.call)
 
 
-# And if it is trained for longer; and if layers are frozen for the last of these steps, on both sides.
+# Suffixes if it is trained for longer, and if its layers are also frozen for the last steps, on both sides.
 LONGER = ", 100 steps"
 FROZEN = f"{LONGER}, frozen late"
 
 
 @dataclass(frozen=True)
 class Longer(Network):
-    """A network that is trained for more steps, at a rate that falls to 0 by a cosine."""
+    """A network that is trained for more steps, at a rate that falls to 0 along a cosine."""
 
     steps: int = 100
     frozen: int = 0
-    """For how many of the last steps its normalization layers are frozen."""
+    """Number of last steps with frozen normalization layers."""
 
 
 def _longer(network, frozen=0):

@@ -1,4 +1,4 @@
-"""The page: what was tried, and what happened."""
+"""The page of networks and situations, from the rows of the CSV."""
 
 import textwrap
 from collections import Counter
@@ -7,44 +7,38 @@ from benchmarks.tables import table
 from benchmarks.tried.networks import FROZEN, LONGER, STANDARDIZED
 from benchmarks.tried.trial import LAST, RATE, STEPS
 
-HEAD = f"""# What was tried, and what happened
+HEAD = f"""# Networks and situations that were tried
 
 Made by `python -m benchmarks.tried` from [tried.csv](results/tried.csv): networks of other packages, and situations
 from public issue threads, with BatchNorm and with Kalman layers. A network is built from a small configuration, without
 weights. It is converted (`input_stats=(0.0, 1.0)`), described, and trained for {STEPS} steps of Adam (rate {RATE:g}) at
-1 and at 2 samples, from the same weights and on the same samples as with BatchNorm. Each output is to say, by -1 or 1,
-which of two waves the sample contains; the loss is the mean square of what is off. *Alone* is the loss in `eval()`
-where each sample is normalized by its own statistics: by `kn.online_statistics`, or
+1 and at 2 samples, from the same weights and on the same samples as with BatchNorm. The target of each output is -1 or
+1, for the one of two waves that the sample contains; the loss is the mean squared error. *Alone* is the loss in
+`eval()` where each sample is normalized by its own statistics: by `kn.online_statistics`, or
 `convert(track_running_stats=False)`.
 
-These are {STEPS} steps of one seed: they show faults, not which normalization is better.
-[Results](evidence.md) asks that.
+{STEPS} steps of one seed show faults, not which normalization is better; for that see [Results](evidence.md).
 
 """
 
-# A loss is listed that is more than so many times BatchNorm's; and so many times in `eval()` are a failure.
+# A loss is listed if it is more than this many times BatchNorm's; more than FAILED times in `eval()` are a failure.
 TIMES = {"eval": 2, "last": 1.2, "largest": 2}
 FAILED = 10
 WORSE = f"""These networks start from fresh weights and plain filters, where
 [priors are too narrow](evidence.md#where-the-prior-is-wrong). In training each layer still follows its own batch, which
-keeps its output small. In `eval()` no layer does, so an excess grows from layer to layer. The loss in training need not
+keeps its output small. In `eval()` no layer does, so errors grow from layer to layer. The training loss may not
 show it. Three remedies: [frozen layers](guide/fine-tuning.md#the-last-steps-as-in-eval) at the end of the training and
 [standardized filters](guide/options.md#standardized-filters), both tried below, and
 [each sample by itself](guide/options.md#each-sample-by-itself) (*alone*).
 
-Listed is a loss in `eval()` of more than {TIMES["eval"]} times BatchNorm's, one at the end of training of more than
-{TIMES["last"]} times, and a largest one of more than {TIMES["largest"]} times. A network that answers 0 has a loss of
-1.
+Listed are losses in `eval()` of more than {TIMES["eval"]} times BatchNorm's, losses at the end of training of more than
+{TIMES["last"]} times, and largest losses of more than {TIMES["largest"]} times. A network that outputs 0 has loss 1.
 
 """
 
 
 def page(rows):
-    """The page, as Markdown.
-
-    Args:
-        rows: the CSV's, their cells as text.
-    """
+    """The page as Markdown, from the CSV's rows, cells as text."""
     every = [row for row in rows if row["kind"] == "network" and not row["happened"]]
     networks = [row for row in every if not row["name"].endswith((STANDARDIZED, LONGER, FROZEN))]
     longer, frozen, standardized = ([r for r in every if r["name"].endswith(s)] for s in (LONGER, FROZEN, STANDARDIZED))
@@ -91,10 +85,10 @@ def _summary(networks):
     yield f"{sum(float(r['kalman_alone']) < float(r['kalman_eval']) for r in ones)} of {len(ones)} converted ones.\n\n"
 
 
-def _above(row, times, what="eval"):
-    """Whether Kalman's loss is so many times BatchNorm's; or, where that raises in training, a constant 0's."""
-    theirs = row[f"batchnorm_{what}"] or (what == "eval" and 1)
-    return bool(row[f"kalman_{what}"] and theirs) and float(row[f"kalman_{what}"]) > times * float(theirs)
+def _above(row, times, measure="eval"):
+    """Whether Kalman's loss exceeds ``times`` BatchNorm's, or 1, the loss of a constant 0, if BatchNorm raised."""
+    theirs = row[f"batchnorm_{measure}"] or (measure == "eval" and 1)
+    return bool(row[f"kalman_{measure}"] and theirs) and float(row[f"kalman_{measure}"]) > times * float(theirs)
 
 
 def _failures(networks):
@@ -103,28 +97,28 @@ def _failures(networks):
         if _above(row, FAILED):
             failed.setdefault(row["name"], []).append(row["samples"])
     named = ", ".join(f"{name} at {' and '.join(samples)}" for name, samples in failed.items())
-    return f"**In `eval()`, after training at so many samples, these fail: {named}.** " if failed else ""
+    return f"**After training at 1 or 2 samples, these fail in `eval()`: {named}.** " if failed else ""
 
 
 def _filters(networks):
-    """What standardized filters leave of it."""
+    """Text on the failures that remain with standardized filters."""
     yield f"The same networks with standardized filters on both sides. {sum(_above(r, FAILED) for r in networks)} of "
     yield f"{len(networks)} trainings fail. {_smaller(networks, STANDARDIZED)}"
 
 
 def _smaller(networks, suffix):
-    """Where BatchNorm's loss is the smaller one."""
+    """Text on the trainings in which BatchNorm's loss is the smaller one."""
     worse = [
         f"{row['name'].removesuffix(suffix)} at {row['samples']} ({row['kalman_eval']}, BatchNorm "
         f"{row['batchnorm_eval']})"
         for row in networks if row["batchnorm_eval"] and float(row["kalman_eval"]) > float(row["batchnorm_eval"])
     ]  # fmt: skip
-    said = f"BatchNorm's loss in `eval()` is still the smaller one in {len(worse)}"
-    return f"{said}: {', '.join(worse)}.\n\n" if worse else f"{said}.\n\n"
+    text = f"BatchNorm's loss in `eval()` is still the smaller one in {len(worse)}"
+    return f"{text}: {', '.join(worse)}.\n\n" if worse else f"{text}.\n\n"
 
 
 def _frozen(longer, frozen):
-    """What a longer training leaves of it, as it is and with layers frozen at its end."""
+    """Text and table on the failures that remain in a longer training, with and without layers frozen at its end."""
     yield "The same networks with plain filters, trained for 100 steps at a rate that falls to 0 by a cosine: as they "
     yield "are, and with their layers frozen (`kn.freeze`) for the last 30 of these steps, on both sides; and with 8 "
     yield "groups of GroupNorm. Listed is the loss in `eval()`. As they are, "
@@ -146,9 +140,9 @@ def _frozen(longer, frozen):
 def _worse(networks):
     names = {"eval": "in `eval()`", "last": "at the end", "largest": "largest"}
     lines = [
-        [f"{row['name']} ({row['library']})", row["samples"], name, row[f"batchnorm_{what}"] or "raises",
-         row[f"kalman_{what}"], row["kalman_alone"] if what == "eval" else ""]
-        for what, name in names.items() for row in networks if _above(row, TIMES[what], what)
+        [f"{row['name']} ({row['library']})", row["samples"], name, row[f"batchnorm_{measure}"] or "raises",
+         row[f"kalman_{measure}"], row["kalman_alone"] if measure == "eval" else ""]
+        for measure, name in names.items() for row in networks if _above(row, TIMES[measure], measure)
     ]  # fmt: skip
     head = ["network", "samples", "loss", "BatchNorm", "Kalman", "Kalman, alone"]
     return table(head, lines) + "\n\n" if lines else "Nowhere.\n\n"
@@ -159,7 +153,7 @@ def _networks(networks, whole=True):
             "save and load, `to_batchnorm`"]  # fmt: skip
     lines = []
     for row in networks:
-        # A filter that was standardized is standardized again where it is loaded into such a network.
+        # The stock network would standardize filters again that were stored standardized.
         saved = [row[name] for name in ("reloaded", "deployed", *(["in_stock"] if whole else []))]
         lines.append([
             f"{row['name']} ({row['library']})", row["samples"],
@@ -175,7 +169,7 @@ def _side(row, side):
     if row[f"{side}_error"]:
         return row[f"{side}_error"].split(", got")[0]
     first, last, largest, in_eval, alone = (
-        row[f"{side}_{what}"].replace("nan", "-") for what in ("first", "last", "largest", "eval", "alone")
+        row[f"{side}_{measure}"].replace("nan", "-") for measure in ("first", "last", "largest", "eval", "alone")
     )
     return f"{first}, {last}, {largest}; {in_eval}, {alone}"
 

@@ -1,6 +1,6 @@
-"""Situations from public issue threads, with BatchNorm and with Kalman layers, and one number measured of both.
+"""Situations from public issue threads, with BatchNorm and with Kalman layers.
 
-A situation returns the number of each side, which is better where it is smaller.
+A situation measures a number for each side; smaller is better.
 """
 
 import copy
@@ -26,21 +26,21 @@ from benchmarks.tried.trial import described, reloaded
 
 @dataclass(frozen=True)
 class Situation:
-    """A situation, the threads that report it, and how to make it happen."""
+    """A situation, the threads that report it, and the function that reproduces it."""
 
     name: str
     threads: str
     measures: str
     """The meaning of the number."""
     make: Callable[[], tuple[float, float, str]]
-    """BatchNorm's number, ours, and a sentence."""
+    """Returns BatchNorm's number, ours, and a comment."""
 
 
 SITUATIONS: list[Situation] = []
 
 
 def situation(name: str, threads: str, measures: str):
-    """Register a function that makes a situation."""
+    """Register a function that reproduces a situation."""
 
     def register(make):
         SITUATIONS.append(Situation(name, threads, measures, make))
@@ -69,7 +69,7 @@ IMAGES = {"input_stats": ([0.0] * 3, [0.9] * 3)}
 
 
 def images(samples, seed, size=32):
-    """Waves of two frequencies, and which."""
+    """Images of waves with two frequencies, and their classes."""
     generator = torch.Generator().manual_seed(seed)
     classes = torch.randint(2, (samples,), generator=generator)
     period = torch.where(classes == 0, 8.0, 3.0).view(-1, 1, 1, 1)
@@ -78,7 +78,7 @@ def images(samples, seed, size=32):
 
 
 def train(model, steps=60, samples=2, rate=3e-3, first=0, data=images):
-    """Some steps of Adam."""
+    """Train with Adam."""
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], rate)
     model.train()
     for step in range(first, first + steps):
@@ -91,13 +91,13 @@ def train(model, steps=60, samples=2, rate=3e-3, first=0, data=images):
 
 @torch.no_grad()
 def loss_in_eval(model):
-    """Of new images."""
+    """The loss on new images."""
     x, classes = images(256, 10**6)
     return F.cross_entropy(model.eval()(x), classes).item()
 
 
 def state_gap(one, other):
-    """The largest of its parameters' and buffers'."""
+    """The largest `gap` of parameters and buffers."""
     states = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
     return max(gap(a, b) for a, b in states if a.is_floating_point() and a.abs().max() > 0)
 
@@ -122,7 +122,7 @@ def single_images():
 
 
 class PointNet(nn.Module):
-    """Points by themselves, the maximum over a cloud, and a classifier of it."""
+    """Layers for each point, the maximum over a cloud, and a classifier."""
 
     def __init__(self):
         super().__init__()
@@ -140,7 +140,7 @@ class PointNet(nn.Module):
 
 
 def clouds(samples, seed, points=64):
-    """A sphere, a cylinder, a cube or a helix, turned at random, and which."""
+    """Randomly rotated spheres, cylinders, cubes and helices, and their classes."""
     generator = torch.Generator().manual_seed(seed)
     classes = torch.randint(4, (samples,), generator=generator)
     angle = 2 * math.pi * torch.rand(samples, points, generator=generator)
@@ -251,7 +251,7 @@ def shared_over_levels():
     return *found, "levels of unlike spread share running statistics on both sides: layers of their own are the cure"
 
 
-def told_apart(real, fake):
+def discriminator_loss(real, fake):
     """The loss of a discriminator's logits."""
     return F.softplus(-real).mean() + F.softplus(fake).mean()
 
@@ -268,11 +268,11 @@ def discriminator_batches():
             real, _ = images(2, step)
             fake = fakes(torch.randn(2, 16, 1, 1)).detach()
             optimizer.zero_grad()
-            told_apart(model.train()(real), model(fake)).backward()
+            discriminator_loss(model.train()(real), model(fake)).backward()
             optimizer.step()
         with torch.no_grad():
             real, fake = images(128, 10**6)[0], fakes(torch.randn(128, 16, 1, 1))
-            losses.append(told_apart(model.eval()(real), model(fake)).item())
+            losses.append(discriminator_loss(model.eval()(real), model(fake)).item())
     return *losses, "each batch is of one kind, so batch statistics tell in training what eval() does not have"
 
 
@@ -288,7 +288,7 @@ def accumulated_gradients():
 
 
 def accumulation_angle(model):
-    """1 - cosine of a step's gradient in one piece and in 16."""
+    """1 - cosine of the gradients of a batch in one piece and in 16."""
     x, classes = images(32, 0)
     gradients = []
     for parts in (1, 16):
@@ -395,7 +395,7 @@ def unequal_processes():
 
 
 def _one_of_two(rank, meeting, x, folder):
-    """A process's pass over its share."""
+    """One process's forward pass over its share of the batch."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
     stock, _ = both()
@@ -405,5 +405,5 @@ def _one_of_two(rank, meeting, x, folder):
         if rank == 0:
             torch.save(model[1].running_var, f"{folder}/{kind}.pt")
     dist.destroy_process_group()
-    # Gloo's threads may outlive the group, and abort an interpreter that is cleaned up (pytorch/pytorch#179291).
+    # Gloo's threads may outlive the group and abort the interpreter's shutdown (pytorch/pytorch#179291).
     os._exit(0)

@@ -1,4 +1,4 @@
-"""Try one network: convert, describe, train beside BatchNorm, `eval()`, back to BatchNorm, save and load."""
+"""Try one network: convert, describe, train, score in `eval()`, convert back to BatchNorm, save and load."""
 
 import copy
 import io
@@ -28,7 +28,7 @@ def examples(network, samples, seed):
 
 
 def loss_of(output, classes):
-    """How far every number of the output is from its sample's class: the mean square, over the output's tensors."""
+    """The mean squared difference of the output's numbers from their sample's class, averaged over its tensors."""
     terms = [
         (t.float() - classes.repeat_interleave(len(t) // len(classes)).view(-1, *[1] * (t.ndim - 1))).square().mean()
         for t in outputs_of(output)
@@ -38,13 +38,13 @@ def loss_of(output, classes):
 
 
 def converted(network):
-    """With Kalman layers; its weights are those that `network.build` makes of the same seed."""
+    """The network with Kalman layers, and with the initial weights of the stock network."""
     torch.manual_seed(0)
     return kn.convert(network.build(), input_stats=(0.0, 1.0))
 
 
 def trained(model, network, samples):
-    """The losses of some steps of Adam."""
+    """Train with Adam, and return the losses."""
     steps, frozen = getattr(network, "steps", STEPS), getattr(network, "frozen", 0)
     optimizer = torch.optim.Adam(model.parameters(), RATE)
     falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps) if steps > STEPS else None
@@ -66,7 +66,7 @@ def trained(model, network, samples):
 
 @torch.no_grad()
 def in_eval(model, network):
-    """The output's tensors and the loss, of samples that were not trained on."""
+    """The output's tensors and the loss, for new samples."""
     x, classes = examples(network, 8, 10**6)
     torch.manual_seed(0)
     output = model.eval()(*network.call(x))
@@ -75,7 +75,7 @@ def in_eval(model, network):
 
 @torch.no_grad()
 def alone(model, network):
-    """The loss in `eval()` of the same samples, each normalized by its own statistics; NaN if a layer cannot."""
+    """The loss of `in_eval`'s samples, each normalized by its own statistics; NaN if a layer does not support that."""
     x, classes = examples(network, 8, 10**6)
     torch.manual_seed(0)
     try:
@@ -87,7 +87,7 @@ def alone(model, network):
 
 
 def difference(one, other):
-    """The largest, over the largest number; infinite where one is not finite."""
+    """The largest relative difference; infinite if a number is not finite."""
     worst = 0.0
     for a, b in zip(one, other, strict=True):
         if a.numel():
@@ -97,7 +97,7 @@ def difference(one, other):
 
 
 def reloaded(model):
-    """A checkpoint of the model's, as it comes back from a file."""
+    """The model's state dict after saving and loading."""
     file = io.BytesIO()
     torch.save(model.state_dict(), file)
     file.seek(0)
@@ -105,19 +105,19 @@ def reloaded(model):
 
 
 def side(kind, model, network, samples):
-    """The columns of one side: losses of training and the loss in `eval()`, or the error."""
+    """The columns of one side: its losses, or the error."""
     try:
         losses = trained(model, network, samples)
         return {
             f"{kind}_first": losses[0], f"{kind}_last": sum(losses[-LAST:]) / LAST, f"{kind}_largest": max(losses),
             f"{kind}_eval": in_eval(model, network)[1], f"{kind}_alone": alone(model, network),
         }  # fmt: skip
-    except Exception as error:  # of a package's code, it may be any
+    except Exception as error:  # a package's code may raise anything
         return {f"{kind}_error": described(error)}
 
 
 def described(error):
-    """Its first line, for a cell of a table."""
+    """An error's first line, for a table cell."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}".replace("|", "/")
 
 
@@ -152,7 +152,9 @@ def _described(description):
 
 
 def _saved(model, network):
-    """Differences in `eval()`: of a checkpoint in a new Kalman network, and of `to_batchnorm`'s in a stock network."""
+    """Differences in `eval()` after loading a checkpoint, after `to_batchnorm`, and after loading that into a stock
+    network.
+    """
     before, _ = in_eval(model, network)
     again = converted(network)
     again.load_state_dict(reloaded(model))

@@ -1,4 +1,4 @@
-"""What the filter is worth, layer by layer: how far prior, observation and posterior are from the truth."""
+"""Errors of prior, observation and posterior, layer by layer, and the variance gaps of Fig. 5."""
 
 import statistics
 from collections.abc import Iterable, Mapping
@@ -14,17 +14,17 @@ from kalmannorm.lab import figures
 from kalmannorm.lab.fitting import load_with_data
 from kalmannorm.lab.seen import Seen, calls_of, statistics_batches
 
-# Batches that Fig. 5 is of.
+# Batches in Fig. 5.
 BATCHES = 1000
 
 
 def variance_gaps(network: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
-    """How far each batch's variance is from the moving variance, layer by layer (Fig. 5).
+    """Distance of each batch's variance from the moving variance, layer by layer (Fig. 5).
 
     Args:
-        network: A trained network with BatchNorm or Kalman layers; `watched` leaves it as it was.
-        batches: Inputs, or tuples that begin with them. A BatchNorm layer takes each as one batch;
-            the groups of a Kalman layer with ``stats_batch_size`` are batches of their own.
+        network: A trained network with BatchNorm or Kalman layers; it does not change.
+        batches: Inputs, or tuples that begin with them. For a Kalman layer with
+            ``stats_batch_size``, each group is a batch.
 
     Returns:
         For each layer with running statistics ``|variance - running_var|``, ``(batches, C)``.
@@ -38,7 +38,7 @@ def variance_gaps(network: nn.Module, batches: Iterable[Any]) -> dict[str, Tenso
 
 
 def measured_gap(folder: Path, drawing: Path | None = None) -> float:
-    """Fig. 5 of a run's network on test images, see `relative_gap`; drawn as PNG if asked for."""
+    """The `relative_gap` of a run's network on test images; ``drawing`` is a PNG file for its heat maps."""
     module: Any
     module, data = load_with_data(folder)
     network, size = module.network, module.statistics_batch
@@ -54,9 +54,9 @@ def relative_gap(gaps: Mapping[str, Tensor], running: Mapping[str, Tensor]) -> f
 
 
 class PriorError(NamedTuple):
-    """How far an estimate of a layer's moments is from the reference, over all batches and channels.
+    """Error of an estimate of a layer's moments, over all batches and channels.
 
-    Variances have the layer's ``eps`` added, as what a layer divides by has.
+    Variances include the layer's ``eps``.
     """
 
     layer: str
@@ -73,21 +73,20 @@ class PriorError(NamedTuple):
 
 
 def prior_errors(network: nn.Module, batches: Iterable[Any]) -> list[PriorError]:
-    """How good prior, observation and posterior are, layer by layer; arguments as of
-    `variance_gaps`.
+    """Errors of prior, observation and posterior, layer by layer; arguments as of `variance_gaps`.
 
-    The population is what the layer's observations are together, by the law of total variance, each
-    sample counting the same. All moments of all batches are kept: a few hundred batches are enough.
+    The population has the moments of all the layer's samples, from its observations by the law of
+    total variance. All batches' moments are kept in memory; a few hundred batches are enough.
 
-    For each layer, in the order of the calls: where it has a prior the prior's, the observation's
-    and the posterior's error against the population, and the prior's against the observation;
-    elsewhere the observation's alone. Of a layer with a prior, batches without one do not count.
+    Layers are in the order of their calls. A layer with a prior has the errors of prior, observation
+    and posterior against the population, and of the prior against the observation; its batches
+    without a prior are left out. Other layers have the observation's error alone.
     """
     return errors_of(network, calls_of(network, batches))
 
 
 def errors_of(network: nn.Module, layers: dict[str, list[Seen]]) -> list[PriorError]:
-    """`prior_errors`, of what the layers saw already."""
+    """`prior_errors` from recorded calls."""
     rows = []
     for name, calls in layers.items():
         eps = float(network.get_submodule(name).eps)  # type: ignore[arg-type]

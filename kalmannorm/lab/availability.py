@@ -1,4 +1,4 @@
-"""Which cells' data are at hand, and generated ones where a training is only to be tried."""
+"""Find the data of configurations, or generate them for the tiny scale."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,10 +18,10 @@ from kalmannorm.lab.experiments import Scale
 
 @contextmanager
 def data_at(place: Path | None, configs: Sequence[Mapping[str, Any]], output: Path, scale: Scale) -> Iterator[None]:
-    """Within it, this process and those it starts find their data sets.
+    """Set the folder of data sets for this process and its children.
 
-    They are in ``place``, or else in the folder that ``KALMANNORM_DATA`` names. At the tiny scale,
-    those of the configurations are generated in the output folder.
+    It is ``place``, or else that of ``KALMANNORM_DATA``. At the tiny scale, the configurations' data
+    are generated in the output folder.
     """
     if place is not None and scale == "tiny":
         raise ValueError("--data: the tiny scale generates its data; leave this out")
@@ -34,7 +34,7 @@ def data_at(place: Path | None, configs: Sequence[Mapping[str, Any]], output: Pa
         place = (output / "generated-data").absolute()
         for config in configs:
             generate_for(config["data"], place)
-        # What `datasets` makes of generated images is no use to anything else.
+        # Keep generated images out of the user's cache.
         cache = place / "cache"
         changed["HF_DATASETS_CACHE"] = str(cache)
     if place is not None:
@@ -44,9 +44,9 @@ def data_at(place: Path | None, configs: Sequence[Mapping[str, Any]], output: Pa
 
 
 def missing_data(config: Mapping[str, Any], *, download: bool = True) -> str:
-    """Why a configuration's data cannot be had, in one line; empty if they can.
+    """Why a configuration's data are not available, in one line; empty if they are.
 
-    Without ``download`` nothing is downloaded: what could be is said to be.
+    Without ``download`` nothing is downloaded, and data that could be are reported.
     """
     given = config["data"].get("init_args", {})
     known = SOURCES.get(given.get("name", ""))

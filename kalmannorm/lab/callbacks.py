@@ -1,4 +1,4 @@
-"""Another name of `kalmannorm.integrations.lightning`, in configurations that are kept."""
+"""Another name of `kalmannorm.integrations.lightning`, for existing configurations."""
 
 from kalmannorm.integrations.lightning import KalmanNormCallback, recalibrate_by_training_batches
 

@@ -7,15 +7,15 @@ import sys
 from collections.abc import Callable, Collection, Sequence
 from pkgutil import resolve_name
 
-# What the extra brings, by the names that are imported.
+# Import names of the packages in the extra `lab`.
 NEEDED = (
     "datasets", "filelock", "jinja2", "jsonargparse", "lightning", "matplotlib", "pandas", "pycocotools", "rich",
     "sklearn", "timm", "torchmetrics", "torchvision", "yaml",
 )  # fmt: skip
 
-# Of each subcommand its function and its help. The function's keyword arguments are the options, and its docstring is
-# the help of the subcommand. A bool that is False by default is a flag, and what is not an option of its own goes to an
-# argument `settings`, if there is one. Functions are loaded when they are called for: their modules take seconds.
+# Each subcommand's function and help. The function's keyword arguments are the options; their help is in its docstring.
+# A bool that is False by default is a flag. An argument `settings`, if there is one, gets all unknown options.
+# Functions are imported when they are called, since their modules take seconds.
 COMMANDS = {
     "run": ("kalmannorm.lab.run:run", "Run an experiment: a table of the paper, or a comparison with a search."),
     "list": ("kalmannorm.lab.commands:show", "List experiments, normalizations and data sets."),
@@ -24,9 +24,9 @@ COMMANDS = {
     "validate": ("kalmannorm.lab.commands:on_validation", "Score a run's last checkpoint on validation images."),
     "test": ("kalmannorm.lab.commands:on_test", "Score a run's last checkpoint on test images."),
     "export": ("kalmannorm.lab.commands:export", "Write the weights of a run, for a script without the laboratory."),
-    "layers": ("kalmannorm.lab.layers:layers", "Show what the filter is worth in each layer of a trained network."),
+    "layers": ("kalmannorm.lab.layers:layers", "Show how accurate priors and posteriors are in a trained network."),
 }
-# Other names of a subcommand, with what comes before the arguments that are given.
+# Other names of a subcommand, with the words that replace them on the command line.
 ALIASES = {"study": ["run"], "reproduce": ["run"], "demo": ["run", "demo"]}
 USAGE = "usage: kalmannorm COMMAND ...; kalmannorm COMMAND --help for details"
 
@@ -35,11 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand.
 
     Args:
-        arguments: The command line without the program's name; that of the process if not given.
+        arguments: The command line without the program's name; by default that of the process.
 
     Returns:
-        The exit code: 0, 1 where a package is missing or a run failed, 2 where the command line is wrong or data are
-        missing, 130 after Ctrl-C.
+        The exit code: 0; 1 if a package is missing or a run failed; 2 if the command line is wrong or data are missing;
+        130 after Ctrl-C.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] in (["--help"], ["-h"]):
@@ -54,25 +54,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"kalmannorm: {wrong}; there are {', '.join((*COMMANDS, *ALIASES))}", file=sys.stderr)
         return 2
     name, *given = [*ALIASES.get(given[0], given[:1]), *given[1:]]
-    # Only now: all of these need the extra.
     from jsonargparse import ArgumentError, ArgumentParser  # noqa: PLC0415
 
     function = resolve_name(COMMANDS[name][0])
     options = inspect.signature(function).parameters
     parser = ArgumentParser(f"kalmannorm {name}", exit_on_error=False, epilog=_help(function, "settings"))
     flags = {option for option, parameter in options.items() if parameter.default is False}
-    # What a function cannot do without, and takes by its place, the command does too.
     positional = any(p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty for p in options.values())
     parser.add_function_arguments(function, as_group=False, as_positional=positional, skip={*flags, "settings"})
-    for flag in sorted(flags):  # left to itself, jsonargparse wants "--validation true"
+    for flag in sorted(flags):  # by default jsonargparse wants "--validation true"
         parser.add_argument(f"--{flag}", action="store_true", help=_help(function, flag))
     try:
-        own, settings = _own_and_settings(options, given)
-        return function(**parser.parse_args(own).as_dict(), **settings) or 0
+        known, settings = _split_settings(options, given)
+        return function(**parser.parse_args(known).as_dict(), **settings) or 0
     except (OSError, ArgumentError, ValueError, FloatingPointError) as error:
-        said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
-        print(f"kalmannorm: {_one_line(said)}", file=sys.stderr)
-        return 1 if isinstance(error, FloatingPointError) else 2  # a training that diverged
+        text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+        print(f"kalmannorm: {_one_line(text)}", file=sys.stderr)
+        return 1 if isinstance(error, FloatingPointError) else 2  # training diverged
     except KeyboardInterrupt:
         print("kalmannorm: interrupted", file=sys.stderr)
         return 130
@@ -80,25 +78,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _usage() -> str:
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {words}" for name, (_, words) in COMMANDS.items()]
-    others = [f"{name} ({' '.join(['kalmannorm', *instead])})" for name, instead in ALIASES.items()]
-    about = [USAGE, "", "Experiments with Kalman Normalization.", "", *lines, "", f"Also: {', '.join(others)}."]
-    return "\n".join(about)
+    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    aliases = [f"{name} ({' '.join(['kalmannorm', *words])})" for name, words in ALIASES.items()]
+    also = f"Also: {', '.join(aliases)}."
+    return "\n".join([USAGE, "", "Experiments with Kalman Normalization.", "", *lines, "", also])
 
 
 def _help(function: Callable[..., int | None], option: str) -> str:
-    """What the docstring says of it, to the end of the lines that are indented deeper."""
+    """An argument's description in the docstring."""
     found = re.search(rf"^( +){option}: (.*(?:\n\1 +\S.*)*)$", function.__doc__ or "", re.MULTILINE)
     return " ".join(found[2].split()) if found else ""
 
 
-def _own_and_settings(names: Collection[str], given: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
-    """What of a command line is for the options of these names, and the rest as ``settings``, if that is one."""
+def _split_settings(names: Collection[str], given: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """Split a command line into the options of these names and, if ``settings`` is one of the names, all others."""
     if "settings" not in names:
         return list(given), {}
     known = {f"--{name}" for name in names if name != "settings"} | {"--help", "-h"}
     parts: tuple[list[str], list[str]] = ([], [])
-    current = parts[0]  # what follows an option is its value
+    current = parts[0]  # an option's values go where it goes
     for word in given:
         if word.startswith("--") or word == "-h":
             current = parts[word.partition("=")[0] not in known]
@@ -108,7 +106,7 @@ def _own_and_settings(names: Collection[str], given: Sequence[str]) -> tuple[lis
 
 def _one_line(message: str) -> str:
     line = " ".join(message.split())
-    # jsonargparse recounts every type it has tried; the option, one type and the value are what one needs.
+    # jsonargparse lists every type it tried; shorten that to the option, one type and the value.
     option = r"Parser key \"([\w.]+)\""
     kind = r"(?:<class '(\w+)'>|typing\.Literal\[(.*?)\])"
     wrong = re.match(rf"{option}.*?Expected an? {kind}.* value: (.*)$", line)

@@ -1,4 +1,4 @@
-"""The subcommands of one network and of none: ``kalmannorm fit | validate | test | export | list``."""
+"""The subcommands ``kalmannorm fit | validate | test | export | list``."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,23 +29,23 @@ def fit(
     Args:
         config: An arm of an experiment, such as table8/resnet32-kn-bs2, or a file.
         output: Folder for the checkpoint, the curve and the scores.
-        split: Which images are scored at the end: test, or validation where there are no others.
-        longer: Continue the finished run in the folder, of the same configuration but fewer steps.
+        split: Images to score at the end: by default test, or validation if the data have no test split.
+        longer: Continue the folder's finished run, which has the same configuration but fewer steps.
         settings: Override any setting of the configuration, such as --trainer.max_steps 10.
     """
     chosen = experiments.config_of(config, settings)
-    from kalmannorm.lab import fitting  # noqa: PLC0415 - slow, and not for --help
+    from kalmannorm.lab import fitting  # noqa: PLC0415 - slow, not needed for --help
 
     shown = fitting.is_first_process()
     progress = bars(Console(stderr=True), shown=shown)
     bar = progress.add_task("steps", total=fitting.steps(chosen, settings))
 
-    def tell(step: int) -> None:
-        progress.start()  # only now, so that an error before is a line by itself
+    def show_step(step: int) -> None:
+        progress.start()  # not earlier: an earlier error is printed on a line of its own
         progress.update(bar, completed=step)
 
     try:
-        result = fitting.fit(chosen, output, tell, settings, split, longer=longer)
+        result = fitting.fit(chosen, output, show_step, settings, split, longer=longer)
     finally:
         if progress.live.is_started:
             progress.stop()
@@ -88,12 +88,12 @@ def _show(scores: dict[str, float]) -> None:
 
 
 def export(run: Path, file: Path, *, stock: bool = False) -> None:
-    """Write the weights of a run's network alone, and show the lines that load them.
+    """Write the weights of a run's network, and print the code that loads them.
 
     Args:
         run: The folder of a finished run.
         file: Where to write the state dict, such as model.pt.
-        stock: Replace Kalman layers by torch's own, which give the same outputs in eval().
+        stock: Replace Kalman layers by torch's BatchNorm, which gives the same outputs in eval().
     """
     from kalmannorm.lab import fitting  # noqa: PLC0415
 
@@ -106,11 +106,11 @@ def export(run: Path, file: Path, *, stock: bool = False) -> None:
     with file.open("wb") as opened:
         torch.save(network.state_dict(), opened)
     built = given["network"]
-    place, _, name = built["class_path"].rpartition(".")
+    module_name, _, name = built["class_path"].rpartition(".")
     arguments = {**(built.get("init_args") or {}), **(built.get("dict_kwargs") or {})}
-    # What is a class itself, such as the stock layer, is a default.
+    # Arguments that are classes, such as `norm_layer`, have their defaults.
     arguments = {key: value for key, value in arguments.items() if not isinstance(value, dict)}
-    lines = ["import torch", f"from {place} import {name}", f"network = {name}(**{arguments!r})"]
+    lines = ["import torch", f"from {module_name} import {name}", f"network = {name}(**{arguments!r})"]
     if not stock and given["normalization"] != "bn":
         options = {"statistics_batch": given.get("statistics_batch"), **(given.get("normalization_options") or {})}
         lines.insert(1, "from kalmannorm.lab.methods import normalize")
@@ -122,7 +122,7 @@ def export(run: Path, file: Path, *, stock: bool = False) -> None:
 def show() -> None:
     """List experiments with their runs and steps, normalizations and data sets.
 
-    `kalmannorm run NAME --list` shows what one experiment would take on this machine, and what is missing.
+    `kalmannorm run NAME --list` shows one experiment's estimated hours on this machine, and its missing data.
     """
     rows = [["experiment", "arms", "runs", "steps", ""]]
     for name in experiments.names():

@@ -1,4 +1,4 @@
-"""Which normalization to use: the same search and the same trainings with each, on one's own images."""
+"""``kalmannorm compare``: the same search and the same trainings with each normalization, on the user's images."""
 
 import difflib
 import math
@@ -17,16 +17,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from kalmannorm.lab.experiments import load, merge, nested
 from kalmannorm.lab.methods import METHODS, normalize
-from kalmannorm.lab.results import alone, write_atomically
+from kalmannorm.lab.results import locked, write_atomically
 from kalmannorm.lab.run import run
 from kalmannorm.lab.workers import available_cpus
 
 if TYPE_CHECKING:
     from kalmannorm.lab.data.folders import FolderData
 
-# Of images that are normalized as `folders.image_transform` does, about.
+# Approximate statistics of images after `folders.image_transform`.
 _INPUT_STATS = [[0.0, 0.0, 0.0], [1.0, 1.0, 1.0]]
-# Settings of the configuration that an option gives.
+# Settings of the configuration that have an option of their own.
 _OPTIONS = {
     "model.init_args.rate": "rates", "model.init_args.normalization": "methods", "model.init_args.network": "network",
     "model.init_args.num_classes": "network", "model.init_args.statistics_batch": "statistics_batch",
@@ -36,17 +36,17 @@ _OPTIONS = {
 
 
 def classifier(name: str, num_classes: int) -> nn.Module:
-    """An untrained classifier that has BatchNorm, from ``(N, 3, H, W)`` to ``(N, num_classes)``.
+    """An untrained classifier with BatchNorm, from ``(N, 3, H, W)`` to ``(N, num_classes)``.
 
     Args:
-        name: One of torchvision's, such as ``"resnet18"``; or ``"timm/resnet26d"`` for one of timm's.
+        name: A model of torchvision, such as ``"resnet18"``, or of timm, such as ``"timm/resnet26d"``.
         num_classes: Number of logits.
     """
     return _classifier(name, num_classes, trained=False)
 
 
 def _classifier(name: str, num_classes: int | None, *, trained: bool) -> nn.Module:
-    """A classifier; with trained weights it has as many classes as those."""
+    """A classifier; ``num_classes=None`` keeps the library's number of classes, which trained weights need."""
     of_timm, own = name.startswith("timm/"), name.removeprefix("timm/")
     network: nn.Module
     if of_timm:
@@ -65,7 +65,7 @@ def _classifier(name: str, num_classes: int | None, *, trained: bool) -> nn.Modu
     if of_timm:
         network = timm.create_model(own, pretrained=trained, **classes)
     else:
-        # Without auxiliary heads, whose outputs would come beside the logits; only these two have them.
+        # Without auxiliary heads, these two return logits alone.
         auxiliary = own in ("googlenet", "inception_v3") and not trained
         options: dict[str, Any] = {"aux_logits": False, "init_weights": True} if auxiliary else {}
         network = models.get_model(own, weights="DEFAULT" if trained else None, **options, **classes)
@@ -92,29 +92,29 @@ def compare(
 ) -> int:
     """Find out which normalization to use on your images, at your batch size.
 
-    Each method is trained once at each rate, in full, and scored on validation images; then at its best rate from
-    other seeds, and scored on test images, once. What was interrupted goes on when it is called again, then perhaps
-    with more methods, rates or seeds. The experiment is written as a file, OUTPUT/compare.yaml, for `kalmannorm run`.
+    Each method is trained in full at each rate and scored on validation images; then it is trained at its best rate
+    from other seeds and scored on test images. The same command resumes an interrupted comparison, also with more
+    methods, rates or seeds. The experiment is written to OUTPUT/compare.yaml, a file for `kalmannorm run`.
 
     Args:
-        folder: Images, one folder a class; or with train, val and perhaps test folders around those.
-        methods: Which to compare, separated by commas: some of bn, brn, gn, ln, in, wn, frozen, ghost, sync, mabn, cbn,
-            evonorm, frn, kn, kn-paper, kn-released, gkn.
+        folder: Images, one folder for each class, optionally within train, val and test folders.
+        methods: Methods to compare, separated by commas: some of bn, brn, gn, ln, in, wn, frozen, ghost, sync, mabn,
+            cbn, evonorm, frn, kn, kn-paper, kn-released, gkn.
         statistics_batch: Images that are normalized together.
-        gradient_batch: Images a training step, if more than that.
+        gradient_batch: Images in a training step; by default as many as are normalized together.
         network: A classifier of torchvision with BatchNorm; or timm/NAME.
-        weights: What trainings start from: default for the weights that the library has, where they can be had; none;
-            or a file with a state dict.
+        weights: Initial weights: default for the library's trained weights, if they can be downloaded; none; or a file
+            with a state dict.
         size: Side of the images, in pixels.
         steps: Training steps of each run.
         rates: Learning rates to search, separated by commas.
-        seeds: Runs of each method that count.
-        workers: Processes that train at the same time; as many as there are CPUs or GPUs if not given.
+        seeds: Final runs of each method.
+        workers: Processes that train at the same time; by default the number of GPUs, or else of CPUs.
         output: Folder for the runs, the table and the report.
         settings: Any setting of the configuration, such as --trainer.precision bf16-mixed.
 
     Returns:
-        The exit code: 1 where a run failed. One that diverged is a result.
+        The exit code: 1 if a run failed. A run that diverged is a result.
     """
     counts = {"statistics_batch": statistics_batch, "size": size, "steps": steps, "seeds": seeds, "workers": workers}
     for name, value in counts.items():
@@ -128,35 +128,35 @@ def compare(
         if key not in METHODS:
             raise ValueError(f"--methods: unknown method {key!r}; expected some of {', '.join(METHODS)}")
     searched, more = _numbers(rates), _settings(settings)
-    from kalmannorm.lab.configuration import Run, flat  # noqa: PLC0415 - slow, and not for --help
+    from kalmannorm.lab.configuration import Run, flat  # noqa: PLC0415 - slow, not needed for --help
 
-    if Path(folder).is_dir():  # and not one of this name among the data sets
+    if Path(folder).is_dir():  # it goes before a folder of this name in KALMANNORM_DATA
         folder = str(Path(folder).resolve())
     data = _checked_data(folder, images, size, more.get("data", {}).get("init_args", {}))
     start = _start(network, weights, output)
     _check_methods(keys, network, data.num_classes, statistics_batch, size, start)
     _check_pictures(data)
     config = _config(network, data, statistics_batch, start, steps)
-    words = _words(network, start, weights, images, statistics_batch, size, steps, flat(more))
+    question = _question(network, start, weights, images, statistics_batch, size, steps, flat(more))
     known = {"normalization_options": {"input_stats": _INPUT_STATS}}
     own = {key: {"normalization": key, **(known if key.startswith("kn") else {})} for key in keys}
     content: dict[str, Any] = {
         "title": f"Which normalization for {Path(folder).name}?",
-        "question": words,
+        "question": question,
         "search": {"model.init_args.rate": searched},
         "seeds": seeds,
         "verdict": {"guessing": _largest_share(data), "images": len(data.test_set)},
         "config": merge(config, more),
         "arms": {key: {"label": METHODS[key].label, "model": model} for key, model in own.items()},
     }
-    Run(merge(content["config"], {"model": {"init_args": own[keys[0]]}}))  # or a setting is wrong
-    with alone(output / "compare"):
-        return run(str(_written(output, content)), seeds=seeds, workers=workers, output=output)
+    Run(merge(content["config"], {"model": {"init_args": own[keys[0]]}}))  # raises if a setting is wrong
+    with locked(output / "compare"):
+        return run(str(_write_experiment(output, content)), seeds=seeds, workers=workers, output=output)
 
 
 def _config(network: str, data: "FolderData", group: int, start: Path | None, steps: int) -> dict[str, Any]:
-    """What `kalmannorm.lab.fitting.fit` takes, for all methods."""
-    # A process that trains on the CPU has one core, and would wait for its own workers.
+    """The configuration for `kalmannorm.lab.fitting.fit` that all methods share."""
+    # On the CPU each training has one core, so data workers would only slow it down.
     workers = 4 if torch.cuda.is_available() else 0
     of_network = {"name": network, "num_classes": data.num_classes}
     model = {
@@ -169,28 +169,29 @@ def _config(network: str, data: "FolderData", group: int, start: Path | None, st
     return {
         "model": {"class_path": "kalmannorm.lab.training.Classifier", "init_args": model},
         "data": {"class_path": "kalmannorm.lab.data.folders.FolderData", "init_args": of_data},
-        # Scored when it has ended, and not before.
+        # Scored at the end only.
         "trainer": {"max_steps": steps, "val_check_interval": steps + 1},
         "checkpoint_every": min(1000, steps),
     }
 
 
-def _words(
+def _question(
     network: str, start: Path | None, weights: str, images: int, group: int, size: int, steps: int, more: dict[str, Any]
 ) -> str:
-    asked = "; its trained weights could not be had" if weights == "default" else ""
-    begun = f"untrained{asked}" if start is None else "from trained weights"
-    but = f" But with {', '.join(f'{key} {value}' for key, value in more.items())}." if more else ""
+    """The text below the title: how all methods are trained."""
+    unavailable = "; its trained weights could not be had" if weights == "default" else ""
+    begin = f"untrained{unavailable}" if start is None else "from trained weights"
+    changes = f" But with {', '.join(f'{key} {value}' for key, value in more.items())}." if more else ""
     return (
-        f"{network}, {begun}; {steps} steps of SGD with momentum 0.9, weight decay 0.0001 on weights alone, and a rate "
+        f"{network}, {begin}; {steps} steps of SGD with momentum 0.9, weight decay 0.0001 on weights alone, and a rate "
         f"that rises over the first tenth and falls to 0 along a cosine. {images} images a step, of which {group} at a "
         f"time are normalized together; random crops of {size} pixels, flipped or not. A seed fixes the order of the "
-        f"images and what is not trained yet, alike for all methods.{but}"
+        f"images and the untrained weights, alike for all methods.{changes}"
     )
 
 
 def _start(network: str, weights: str, output: Path) -> Path | None:
-    """The file of weights to start from; None for none."""
+    """The file of initial weights; None to start untrained."""
     if weights == "none":
         return None
     if weights != "default":
@@ -202,11 +203,11 @@ def _start(network: str, weights: str, output: Path) -> Path | None:
         return kept
     try:
         state = _classifier(network, None, trained=True).state_dict()
-    except (OSError, RuntimeError):  # out of reach, or there are none
+    except (OSError, RuntimeError):  # no network, or the library has none
         return None
     own = set(classifier(network, 1000).state_dict())
     output.mkdir(parents=True, exist_ok=True)
-    torch.save({name: value for name, value in state.items() if name in own}, kept)  # but for auxiliary heads
+    torch.save({name: value for name, value in state.items() if name in own}, kept)  # without auxiliary heads
     return kept
 
 
@@ -221,7 +222,7 @@ def _numbers(rates: str) -> list[float]:
 
 
 def _settings(words: Sequence[str]) -> dict[str, Any]:
-    """Settings as a command line gives them: ``--trainer.precision bf16-mixed``, or with an equals sign."""
+    """Settings from a command line: ``--trainer.precision bf16-mixed``, or with an equals sign."""
     parts = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
     found: dict[str, Any] = {}
     for name, value in zip_longest(parts[::2], parts[1::2], fillvalue="--"):
@@ -254,9 +255,9 @@ def _checked_data(folder: str, images: int, size: int, more: dict[str, Any]) -> 
 
 
 def _check_pictures(data: "FolderData") -> None:
-    """Decode every picture once: a truncated one would end each training that comes to it."""
+    """Decode every picture once, since a truncated one would end a training."""
     sets: list[Any] = [data.train_set, data.validation_set, data.test_set]
-    sets = [part for part in sets if hasattr(part.dataset, "samples")]  # but for Parquet files
+    sets = [part for part in sets if hasattr(part.dataset, "samples")]  # not Parquet files
     files = sorted({str(part.dataset.samples[index][0]) for part in sets for index in part.indices})
     with ThreadPoolExecutor(available_cpus()) as pool:
         found = pool.map(_broken, files)
@@ -270,7 +271,7 @@ def _broken(file: str) -> str:
     try:
         with Image.open(file) as picture:
             picture.load()
-            if picture.mode.startswith(("I", "F")):  # which would become all white or black
+            if picture.mode.startswith(("I", "F")):  # conversion to RGB would clip it to white or black
                 return f"{file} has more than 8 bits a channel (mode {picture.mode}), expected 8"
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         return f"{file} cannot be read as a picture ({error})"
@@ -278,7 +279,7 @@ def _broken(file: str) -> str:
 
 
 def _largest_share(data: "FolderData") -> float:
-    """Of the test images, the share of the class that most of them are of: who names it each time has so many right."""
+    """The share of the largest class among the test images, which is the accuracy of always guessing it."""
     for split, part in (("validation", data.validation_set), ("test", data.test_set)):
         if not len(part):
             raise ValueError(f"{data.folder}: no class has images enough to hold one out for {split}: expected 3")
@@ -289,7 +290,7 @@ def _largest_share(data: "FolderData") -> float:
 def _check_methods(
     methods: Sequence[str], name: str, num_classes: int, statistics_batch: int, size: int, start: Path | None
 ) -> None:
-    """Refuse now what would fail in every run."""
+    """Raise a ValueError for a size, weights or methods with which every run would fail."""
     network = classifier(name, num_classes).eval()
     try:
         with torch.no_grad():
@@ -309,8 +310,8 @@ def _check_methods(
             raise ValueError(f"--methods: {method} does not suit {name}: {error}") from error
 
 
-def _written(output: Path, content: dict[str, Any]) -> Path:
-    """The file of the experiment, which may get more methods, and another search; refused where it is another one."""
+def _write_experiment(output: Path, content: dict[str, Any]) -> Path:
+    """Write the experiment's file; an existing one must have the same configuration, but may have other methods."""
     from kalmannorm.lab.configuration import difference  # noqa: PLC0415
 
     path = output / "compare.yaml"
@@ -318,8 +319,8 @@ def _written(output: Path, content: dict[str, Any]) -> Path:
         before = load(path)
         arms = before.get("arms", {}) | {key: arm for key, arm in content["arms"].items() if key not in before["arms"]}
         if found := difference(*({key: each[key] for key in ("config", "verdict")} for each in (before, content))):
-            key, there, here = found
-            raise ValueError(f"--output: {output} holds a comparison with {key}={there}; got {here}")
+            key, stored, given = found
+            raise ValueError(f"--output: {output} holds a comparison with {key}={stored}; got {given}")
         content = content | {"arms": arms}
     output.mkdir(parents=True, exist_ok=True)
     write_atomically(path, yaml.safe_dump(content, sort_keys=False, width=120))

@@ -1,4 +1,4 @@
-"""A run's configuration: parsed, completed, checked, and made into objects by LightningCLI."""
+"""A run's configuration: LightningCLI parses, completes and checks it, and builds the objects."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from kalmannorm.lab.experiments import load, merge, nested
 from kalmannorm.lab.training import quiet
 
-# A run is so many steps, whatever an epoch is; and what its folder keeps, the callbacks here write.
+# Runs are counted in steps, not epochs, and our own callbacks write the files of a run.
 _TRAINER: dict[str, Any] = {
     "max_epochs": -1,
     "check_val_every_n_epoch": None,
@@ -28,7 +28,7 @@ _TRAINER: dict[str, Any] = {
 
 
 class Run(LightningCLI):
-    """A configuration, complete and checked; `build` makes the objects."""
+    """A complete, checked configuration; `build` makes the objects."""
 
     def __init__(self, config: Mapping[str, Any], overrides: Sequence[str] = ()) -> None:
         quiet()
@@ -52,13 +52,13 @@ class Run(LightningCLI):
             raise ValueError(f"trainer.max_steps must be at least 1; got {self.config.trainer.max_steps}")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """What is not the trainer's, the module's or the data's, and what follows from other settings."""
+        """Add ``checkpoint_every``, and link the settings that follow from others."""
         parser.add_argument("--checkpoint_every", type=int, default=1000, help="Steps between two checkpoints.")
         parser.link_arguments("trainer.max_steps", "model.init_args.steps")
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """The configuration, and the overrides onto it."""
+        """Parse the configuration, then the overrides."""
         given, rest = _merged(self._given, self._overrides)
         self.config = parser.parse_object(given)
         if rest:
@@ -66,7 +66,7 @@ class Run(LightningCLI):
         self.config.pop("config", None)
 
     def instantiate_classes(self) -> None:
-        """Nothing yet."""
+        """Do nothing; `build` does it."""
 
     def build(self, *callbacks: lightning.Callback) -> tuple[lightning.Trainer, Any, Any]:
         """The trainer, the module and the data."""
@@ -85,7 +85,7 @@ class Run(LightningCLI):
 
 
 def _merged(config: Mapping[str, Any], overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """With the overrides of the module's arguments, and the others.
+    """The configuration with the overrides of the module's arguments, and the other overrides.
 
     jsonargparse 4.53 raises an error for these beside a network that a function makes, not a class.
     """
@@ -101,42 +101,42 @@ def _merged(config: Mapping[str, Any], overrides: Sequence[str]) -> tuple[dict[s
 
 
 def reason(error: Exception) -> str:
-    """What is wrong with a module or its data; jsonargparse says so between other types that they might have been."""
+    """The error of a module or its data, without jsonargparse's list of the types that it tried."""
     found = re.search(r"Errors:\s+- (.*?)\s+- Expected a <class 'NoneType'>", str(error), re.DOTALL)
     about_a_module = re.search(r"class 'lightning\.\S+Module'>, <class 'NoneType'>", str(error))
     return " ".join((found[1] if found and about_a_module else str(error)).split())
 
 
-def check_same(folder: Path, config: Mapping[str, Any], there: Mapping[str, Any] | None = None) -> None:
-    """Refuse a folder of another run than of this configuration.
+def check_same(folder: Path, config: Mapping[str, Any], stored: Mapping[str, Any] | None = None) -> None:
+    """Raise a ValueError if the folder holds a run of another configuration.
 
-    What is there is by default what its ``config.yaml`` says, if there is one.
+    ``stored`` is by default read from the folder's ``config.yaml``; a folder without one passes.
     """
     path = folder / "config.yaml"
-    if there is None:
-        there = load(path) if path.is_file() else config
-        if difference(there, config):  # perhaps by defaults of options that are newer than the run
-            there = Run(there).complete()
-    if found := difference(there, config):
+    if stored is None:
+        stored = load(path) if path.is_file() else config
+        if difference(stored, config):  # options may have been added since the run
+            stored = Run(stored).complete()
+    if found := difference(stored, config):
         key, before, now = found
         raise ValueError(f"{folder} holds a run with another configuration: {key} is {before} there; got {now}")
 
 
-def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
-    """The first setting that differs between two configurations, and what it is in both; None where none does."""
-    before, now = flat(there), flat(here)
+def difference(stored: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first setting that differs between two configurations, with both values; None if they are equal."""
+    before, now = flat(stored), flat(given)
     both = ((key, before.get(key, "nothing"), now.get(key, "nothing")) for key in dict.fromkeys([*now, *before]))
     return next((each for each in both if not _are_equal(*each[1:])), None)
 
 
-def _are_equal(there: Any, here: Any) -> bool:
-    """Whether two values are equal, or two spellings of one file."""
-    both = isinstance(there, str) and isinstance(here, str)
-    return there == here or (both and Path(there).resolve() == Path(here).resolve())
+def _are_equal(one: Any, other: Any) -> bool:
+    """Whether two values are equal, or paths of the same file."""
+    both = isinstance(one, str) and isinstance(other, str)
+    return one == other or (both and Path(one).resolve() == Path(other).resolve())
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A mapping of mappings as one, from names with dots."""
+    """A nested mapping as one from dotted names to values."""
     found: dict[str, Any] = {}
     for key, value in config.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}

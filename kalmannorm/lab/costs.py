@@ -1,4 +1,4 @@
-"""What a network costs without a training of it: its parameters, its speed, and hours on this machine."""
+"""A network's costs: its parameters, its speed, and its time for a training step on this machine."""
 
 import statistics
 import time
@@ -13,7 +13,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from kalmannorm.lab.configuration import reason
 from kalmannorm.lab.experiments import merge
 
-# Images of so many pixels together are timed on a CPU; a step of more is taken to cost in proportion.
+# On a CPU a step is timed on at most this many pixels, and extrapolated in proportion.
 PIXELS = 8 * 32 * 32
 Batch = tuple[torch.Tensor, torch.Tensor]
 BASES = {"model": lightning.LightningModule, "data": lightning.LightningDataModule}
@@ -38,20 +38,20 @@ def device() -> torch.device:
 
 
 def image_size(config: Mapping[str, Any]) -> int | None:
-    """Side of the square images that a configuration trains on; None where they are of many sizes."""
+    """Side of the square images that a configuration trains on; None if the images differ in size."""
     kind = config["data"]["class_path"].rpartition(".")[2]
     sizes = {"ClassificationData": 32, "FolderData": config["data"]["init_args"].get("size", 224)}
     return sizes.get(kind)
 
 
 def random_batch(count: int, size: int, classes: int) -> Batch:
-    """Images of noise ``(count, 3, size, size)``, and labels, where this machine would train."""
+    """Images of noise ``(count, 3, size, size)``, and labels, on `device`."""
     images = torch.randn(count, 3, size, size, device=device())
     return images, torch.randint(0, classes, (count,), device=device())
 
 
 def timed_step(module: Any, optimizer: torch.optim.Optimizer, batch: Batch) -> float:
-    """Seconds of one training step, to its end on the device too."""
+    """Seconds of one training step, the device's work included."""
     start = time.perf_counter()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*self.trainer. reference is not registered.*")
@@ -64,7 +64,7 @@ def timed_step(module: Any, optimizer: torch.optim.Optimizer, batch: Batch) -> f
 
 
 def _medians(configs: Sequence[Mapping[str, Any]], batch: Batch, warm_up: int, steps: int) -> list[float]:
-    """Seconds of a training step of each configuration, in turn: the median of so many, after some that warm up."""
+    """Median seconds of a training step of each configuration, timed in turn after ``warm_up`` steps."""
     modules = [build(config, "model").to(device()).train() for config in configs]
     pairs = [(module, module.configure_optimizers()["optimizer"]) for module in modules]
     seconds = [[timed_step(*pair, batch) for pair in pairs] for _ in range(warm_up + steps)]
@@ -72,10 +72,9 @@ def _medians(configs: Sequence[Mapping[str, Any]], batch: Batch, warm_up: int, s
 
 
 def seconds_per_step(config: Mapping[str, Any], steps: int = 3) -> float | None:
-    """How long a training step takes here on one thread, without loading data and validation.
+    """Seconds of a training step on one thread, without data loading and validation.
 
-    So many steps are timed, after one that is not; the median counts. None where the images are of
-    many sizes, so that there is no step to try.
+    It is the median of ``steps`` steps, after one to warm up. None if the images differ in size.
     """
     size = image_size(config)
     if size is None:
@@ -87,7 +86,7 @@ def seconds_per_step(config: Mapping[str, Any], steps: int = 3) -> float | None:
     count -= count % group
     smaller = merge(config, {"model": {"init_args": {"statistics_batch": group}}})
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as a training has
+    torch.set_num_threads(1)  # as in a training
     try:
         batch = random_batch(count, size, given.get("num_classes", 10))
         return _medians([smaller], batch, 1, steps)[0] * whole / count
@@ -96,17 +95,17 @@ def seconds_per_step(config: Mapping[str, Any], steps: int = 3) -> float | None:
 
 
 def where() -> str:
-    """What `seconds_per_step` is measured on, in words."""
+    """The device of `seconds_per_step`, in words."""
     return torch.cuda.get_device_name() if device().type == "cuda" else "one CPU thread"
 
 
 def parameters(config: Mapping[str, Any]) -> dict[str, float]:
-    """How many parameters the network of a configuration has, in millions (Table 2)."""
+    """The number of parameters of a configuration's network, in millions (Table 2)."""
     return {"parameters": sum(each.numel() for each in without_memory(config).network.parameters()) / 1e6}
 
 
 def without_memory(config: Mapping[str, Any]) -> Any:
-    """The module of a configuration, on torch's meta device; statistics of the input need numbers, and are left out."""
+    """The module of a configuration on the meta device, without ``input_stats``, which need values."""
     given = config["model"]["init_args"]
     options = dict(given.get("normalization_options") or {})
     options.pop("input_stats", None)
@@ -118,8 +117,8 @@ def without_memory(config: Mapping[str, Any]) -> Any:
 def speed(config: Mapping[str, Any], rounds: int = 20) -> dict[str, float]:
     """Images a second in training on random images, BN and a form of KN in turn (Table 3).
 
-    A step is of one statistics batch, as one device of the paper's takes it. The median of
-    ``rounds`` steps each, after two that warm up.
+    A step takes one statistics batch, as on one device in the paper. The median of ``rounds`` steps
+    each, after two to warm up.
     """
     given = config["model"]["init_args"]
     count, size = given["statistics_batch"], image_size(config)
@@ -130,5 +129,5 @@ def speed(config: Mapping[str, Any], rounds: int = 20) -> dict[str, float]:
     return {"images_per_second_bn": count / bn, "images_per_second_kn": count / kn, "ratio": kn / bn}
 
 
-# What is computed in place of a training, from a configuration.
+# Analyses that are computed from a configuration, without training.
 COMPUTED: dict[str, Callable[[Mapping[str, Any]], dict[str, float]]] = {"parameters": parameters, "speed": speed}

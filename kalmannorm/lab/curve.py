@@ -1,4 +1,4 @@
-"""Callbacks that belong to a run's record: its curve, and its random state, both kept in the checkpoint."""
+"""Callbacks that store a run's curve and its random state in the checkpoint."""
 
 import random
 import time
@@ -12,16 +12,16 @@ from torch import Tensor
 
 
 class Curve(Callback):
-    """Keeps the loss and the duration of each gradient step, and each validation.
+    """Records the loss and the duration of each gradient step, and each validation.
 
-    Losses stay where they are made and are moved over in blocks of ``every`` steps, so that no step
-    waits for a GPU; then ``tell`` is called with the number of steps done. A step's duration is the
-    mean over its block, without validation. The loss of a step is the mean over its accumulated
-    batches and over processes. It comes before callbacks that save checkpoints.
+    Losses stay on their device and are copied in blocks of ``every`` steps, so that steps do not
+    wait for the GPU; then ``on_progress`` is called with the number of steps done. A step's duration
+    is the mean over its block, without validation. Its loss is the mean over accumulated batches and
+    processes. Put it before callbacks that save checkpoints.
     """
 
-    def __init__(self, tell: Callable[[int], None] = lambda step: None, every: int = 25) -> None:
-        self.tell, self.every = tell, every
+    def __init__(self, on_progress: Callable[[int], None] = lambda step: None, every: int = 25) -> None:
+        self.on_progress, self.every = on_progress, every
         self.losses: list[float] = []
         self.seconds: list[float] = []
         self.validations: list[dict[str, float]] = []
@@ -36,22 +36,22 @@ class Curve(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # What Lightning differentiates: already divided by the number of accumulated batches.
+        # Lightning has divided this loss by the number of accumulated batches.
         self._parts.append(outputs["loss"].detach())
         if trainer.global_step > len(self.losses) + len(self._waiting):
             self._waiting.append(torch.stack(self._parts).sum())
             self._parts = []
         if len(self._waiting) >= self.every:
-            self._move_over(trainer)
+            self._copy_losses(trainer)
 
-    def _move_over(self, trainer: Trainer) -> None:
+    def _copy_losses(self, trainer: Trainer) -> None:
         if self._waiting:
             block = torch.stack(self._waiting)
             self.losses += trainer.strategy.reduce(block, reduce_op="mean").tolist()
             duration = time.perf_counter() - self._since
             self.seconds += [duration / len(self._waiting)] * len(self._waiting)
             self._waiting = []
-            self.tell(len(self.losses))
+            self.on_progress(len(self.losses))
         self._since = time.perf_counter()
 
     def _count_time(self) -> None:
@@ -59,9 +59,9 @@ class Curve(Callback):
         self.elapsed, self._last = self.elapsed + now - self._last, now
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """End a block, so that the validation is not counted as training."""
+        """End a block, so that validation time is left out."""
         if trainer.state.fn == "fit":
-            self._move_over(trainer)
+            self._copy_losses(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
@@ -70,11 +70,11 @@ class Curve(Callback):
             self._since = time.perf_counter()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._move_over(trainer)
+        self._copy_losses(trainer)
         self._count_time()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._move_over(trainer)
+        self._copy_losses(trainer)
         self._count_time()
         numbers = {name: torch.tensor(getattr(self, name), dtype=torch.float64) for name in ("losses", "seconds")}
         checkpoint["curve"] = {**numbers, "validations": [*self.validations], "elapsed": self.elapsed}
@@ -87,26 +87,26 @@ class Curve(Callback):
 
 
 class RandomState(Callback):
-    """Lets a resumed run draw the random numbers that the unbroken one would: torch's, numpy's and Python's own.
+    """Restores the random states of torch, numpy and Python in a resumed run.
 
-    In several processes they go on from the first one's.
+    All processes get the first one's states.
     """
 
     def __init__(self) -> None:
         self._kept: dict[str, Any] | None = None
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        kind, keys, *rest = np.random.get_state()  # noqa: NPY002  (the one that libraries draw from)
+        kind, keys, *rest = np.random.get_state()  # noqa: NPY002  (the global state that libraries use)
         checkpoint["random"] = {
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            # As plain types, which a checkpoint may hold.
+            # Plain types, for torch.load with weights_only.
             "numpy": [kind, np.asarray(keys).tolist(), *rest],
             "python": random.getstate(),
         }
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keep them until training starts: what is set up before may draw."""
+        """Keep the states until training starts, since setup may draw."""
         self._kept = checkpoint.get("random")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -22,12 +22,12 @@ from kalmannorm.lab.scoring import online
 
 Batch = tuple[list[Tensor], list[Target]]
 
-# Ours, and torchmetrics' names for them.
+# Names of the scores, here and in torchmetrics.
 SCORES = {"box_ap": "bbox_map", "mask_ap": "segm_map", "box_ap50": "bbox_map_50", "mask_ap50": "segm_map_50"}
 
 
 def _example() -> Batch:
-    """An image with one object, by whose way through a detector the filters below its norms are found."""
+    """An image with one object; tracing it through a detector finds the filters below its norms."""
     box, mask = torch.tensor([[16.0, 16.0, 48.0, 48.0]]), torch.zeros(1, 64, 64, dtype=torch.uint8)
     mask[0, 16:48, 16:48] = 1
     return [torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))], [
@@ -47,16 +47,16 @@ class Detector(lightning.LightningModule):
     Args:
         network: From `kalmannorm.lab.models.detection`, or a torchvision detector with masks built
             on a ResNet; with BatchNorm.
-        normalization: See `kalmannorm.lab.training.Classifier`, also for what is not named here.
-        weights: State dict of a trained ResNet, or a run's ``last.ckpt``; up to its classifier.
-        scratch: Allow ``normalization="frozen"`` in an untrained network: it normalizes nothing.
+        normalization: See `kalmannorm.lab.training.Classifier`, also for the arguments not listed here.
+        weights: State dict of a trained ResNet, or a run's ``last.ckpt``; its classifier is not loaded.
+        scratch: Allow ``normalization="frozen"`` in an untrained network, where it does not normalize.
         milestones: See `kalmannorm.lab.optimization.sgd`. ``{0: 0.33, 0.002: 1}`` warms up.
-        score_online: Score again by online statistics: each batch of images normalizes itself, and
-            its boxes do in the heads. See `kalmannorm.online_statistics`; a network without running
+        score_online: Score by online statistics too: those of each batch of images, and in the heads
+            those of its boxes. See `kalmannorm.online_statistics`; a network without running
             statistics scores the same.
-        recalibrate: Replace running statistics by those of so many training batches when training
-            ends, see `kalmannorm.recalibrate`; None leaves them. Validations and checkpoints in
-            training have the running averages.
+        recalibrate: When training ends, replace running statistics by those of this many training
+            batches, see `kalmannorm.recalibrate`. None keeps the running averages, as validations
+            and checkpoints during training do.
 
     Raises:
         FloatingPointError: In training, for a loss that is not finite.
@@ -100,7 +100,7 @@ class Detector(lightning.LightningModule):
             )
         self.recalibrate = recalibrate
         self._optimization = (rate, steps, schedule, milestones, momentum, weight_decay, METHODS[normalization].warmup)
-        # Processes gather by hand: the metric would wait forever where they have different numbers of images.
+        # The metric's own synchronization would hang where processes have different numbers of images.
         self.average_precision: Any = nn.ModuleDict(
             {
                 way: MeanAveragePrecision(iou_type=("bbox", "segm"), sync_on_compute=False)
@@ -122,13 +122,13 @@ class Detector(lightning.LightningModule):
         return loss
 
     def on_fit_end(self) -> None:
-        """Recalibrate: also where what went on had trained all its steps."""
+        """Recalibrate, also if a resumed run had no steps left."""
         if self.recalibrate is not None:
             recalibrate_by_training_batches(self.network, self.trainer, self.recalibrate)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         images, targets = batch
-        there = [{key: each[key].cpu() for key in ("boxes", "labels", "masks", "iscrowd")} for each in targets]
+        expected = [{key: each[key].cpu() for key in ("boxes", "labels", "masks", "iscrowd")} for each in targets]
         for way, metric in self.average_precision.items():
             with online(self.network) if way == "online" else nullcontext():
                 found = [
@@ -136,10 +136,10 @@ class Detector(lightning.LightningModule):
                     | {"masks": (each["masks"][:, 0] > 0.5).to("cpu", torch.uint8)}
                     for each in self.network(images)
                 ]
-            metric.update(found, there)
+            metric.update(found, expected)
 
     def on_validation_epoch_end(self) -> None:
-        """Publish the average precisions, of the images of all processes."""
+        """Log the average precisions over the images of all processes."""
         for way, metric in self.average_precision.items():
             if dist.is_initialized() and dist.get_world_size() > 1:
                 parts: list[Any] = [None] * dist.get_world_size()

@@ -1,7 +1,7 @@
-"""Experiments: a question or a table of the paper, and the arms that answer it, written as one YAML file.
+"""Experiments: each a YAML file with a question, or a table of the paper, and its arms.
 
-``docs/reproduce.md`` has all keys of a file. Other files that one names, as ``base``, ``of``, ``start`` or ``run``, are
-looked for beside it, and then among those that come along.
+``docs/reproduce.md`` lists all keys of a file. Files that it names (``base``, ``of``, ``start``, ``run``) are searched
+in its own folder, then among the experiments of this package.
 """
 
 import copy
@@ -17,18 +17,18 @@ from typing import Any, Literal
 import yaml
 
 CONFIGS, STUDIES = Path(__file__).parent / "configs", Path(__file__).parent / "studies"
-# The forms of Kalman Normalization, by the option --kalman: an arm's method and options, and what is added to its name
-# and its label. The paper's number stands beside the first two: it does not say which of them it is of.
+# The forms of Kalman Normalization, by the option --kalman: method, options, and suffixes of the arm's name and label.
+# The paper's number is shown for the first two, as the paper does not say which of them it is of.
 FORMS: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "paper": ("kn-paper", {}, "", ""),
     "released": ("kn-released", {}, "-released", ", released code"),
     "default": ("kn", {}, "-default", ", our default"),
     "standardized": ("kn", {"weight_standardization": True}, "-standardized", ", ours with standardized filters"),
 }
-# Lengths of a training, which a scale multiplies.
+# Settings that a scale multiplies.
 _LENGTHS = (("trainer", "max_steps"), ("trainer", "val_check_interval"), (None, "checkpoint_every"))
 _NEEDED = ("title", "arms")
-# libyaml's, where it is there, is ten times as fast.
+# libyaml's loader is ten times as fast.
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _KEYS = (
     *_NEEDED, "question", "of", "only", "base", "config", "scored", "metric", "search", "search_seed", "search_scale",
@@ -45,7 +45,7 @@ def _is_verdict(value: Any) -> bool:
     return not value or (len(numbers) == 2 and all(type(number) in (int, float) for number in numbers))
 
 
-# Of plain values: the default, and what they must be.
+# Keys with plain values: the default, the check, and the expected value in words.
 _RULES: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
     "scored": ("test", lambda value: value in ("test", "validation"), "'test' or 'validation'"),
     "metric": ("accuracy_running", lambda value: isinstance(value, str) and value != "", "the name of a score"),
@@ -65,7 +65,7 @@ Place = str | dict[str, str]
 
 @dataclass(frozen=True)
 class Start:
-    """Whose weights trainings start from: an arm's, and which images its runs are scored on."""
+    """The arm whose weights trainings start from, and the split that its runs are scored on."""
 
     path: Path
     arm: str
@@ -74,16 +74,16 @@ class Start:
 
 @dataclass(frozen=True)
 class Arm:
-    """One of the things that an experiment compares; keys of its file are not explained here.
+    """One of the configurations that an experiment compares; for its keys in the file see ``docs/reproduce.md``.
 
     Attributes:
-        config: What ``fit`` takes, but for the searched settings.
-        note: What a reader of the table should know of it.
-        notes: What a reader of the page should: each choice that the paper leaves open.
+        config: The configuration for ``fit``, without the searched settings.
+        note: A note for the table.
+        notes: Notes for the page: each choice that the paper leaves open.
         reported: The paper's number by metric.
         baseline: The name of the arm whose final accuracy it is to reach; empty if there is none.
-        run: Whose training it is, ``(experiment, arm)``; its own by default.
-        form: Of Kalman Normalization, a key of `FORMS`; empty for another method.
+        run: The ``(experiment, arm)`` whose training it uses; itself by default.
+        form: The form of Kalman Normalization, a key of `FORMS`; empty for another method.
     """
 
     name: str
@@ -102,15 +102,15 @@ class Arm:
     form: str = ""
 
     def points(self) -> list[dict[str, Any]]:
-        """What to try: the searched settings, each with one of its values. Nothing where there is no search."""
+        """All combinations of the searched settings' values; empty without a search."""
         if not self.search:
             return []
         return [dict(zip(self.search, values, strict=True)) for values in itertools.product(*self.search.values())]
 
     def scaled(self, scale: Scale, settings: Mapping[str, Any] | None = None, seed: int = 0) -> dict[str, Any]:
-        """What `kalmannorm.lab.fitting.fit` takes, with these searched settings and this seed.
+        """The configuration for `kalmannorm.lab.fitting.fit`, with these searched settings and this seed.
 
-        The scale is a share of steps, schedules and intervals; or ``"tiny"``, by what `tiny` says.
+        The scale multiplies steps and intervals; ``"tiny"`` merges in the settings of `tiny`.
         """
         if scale == "tiny":
             config = merge(self.config, self.tiny)
@@ -127,9 +127,9 @@ class Arm:
         return merge(config, {"seed_everything": seed})
 
     def places(self, metric: str) -> Iterator[tuple[str, str, str]]:
-        """Metric, row and column of each number that a table of the paper shows of it.
+        """Metric, row and column of each of its numbers in a table of the paper.
 
-        ``metric`` is what is shown where neither row nor column says which.
+        ``metric`` is used if neither row nor column names one.
         """
         named = next((each for each in (self.label, self.column) if isinstance(each, Mapping)), {metric: ""})
         for each in named:
@@ -139,11 +139,11 @@ class Arm:
 
 @dataclass(frozen=True)
 class Experiment:
-    """A question, and what is trained to answer it; keys of its file are not explained here.
+    """A question, and the arms that are trained to answer it; for the keys of its file see ``docs/reproduce.md``.
 
     Attributes:
-        source: What the command is given: the name of one that comes along, or its file.
-        metric: The score that the search maximizes, on validation images; it is in the figure too.
+        source: Its argument on the command line: the name of an experiment of this package, or a file.
+        metric: The score that the search maximizes, on validation images; the figure shows it too.
     """
 
     name: str
@@ -161,14 +161,14 @@ class Experiment:
 
     @property
     def is_table(self) -> bool:
-        """Whether it is laid out as a table of the paper: each number in a place of its own."""
+        """Whether it is laid out as a table of the paper, each number in its own cell."""
         return any(arm.reported or isinstance(arm.label, dict) or isinstance(arm.column, dict) for arm in self.arms)
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of ``base`` with what ``over`` says; mappings in both are merged, all else is replaced.
+    """A copy of ``base``, updated by ``over``; mappings in both are merged, all else is replaced.
 
-    A mapping from numbers, as milestones are, is a value.
+    A mapping with numbers as keys, such as milestones, is replaced.
     """
     merged = dict(copy.deepcopy(base))
     for key, value in over.items():
@@ -179,7 +179,7 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tables() -> list[str]:
-    """The tables and figures of the paper, and what is laid out like them."""
+    """Names of the tables and figures of the paper, and of experiments laid out like them."""
     return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 
 
@@ -188,7 +188,7 @@ def names() -> list[str]:
 
 
 def read(name: str | Path) -> Experiment:
-    """Read an experiment: one that comes along, such as ``"table8"``, or a YAML file.
+    """Read an experiment of this package, such as ``"table8"``, or of a YAML file.
 
     Example:
         >>> [arm.name for arm in read("table2").arms if arm.form == "paper"]
@@ -199,9 +199,9 @@ def read(name: str | Path) -> Experiment:
     if path is None:
         raise ValueError(f"no experiment or file {str(name)!r}; experiments are {', '.join(names())}")
     try:
-        # Those that come along do not change.
+        # Files of this package do not change, so they are cached.
         return _known(path) if path.parent in (CONFIGS, STUDIES) else _parsed(path)
-    except (TypeError, AttributeError, KeyError, RecursionError) as error:  # a value of another kind
+    except (TypeError, AttributeError, KeyError, RecursionError) as error:  # a value of the wrong type
         raise ValueError(f"{path} is no experiment's file: {type(error).__name__}: {error}") from error
 
 
@@ -231,9 +231,9 @@ _known = functools.cache(_parsed)
 
 
 def config_of(name: str | Path, settings: Sequence[str] = ()) -> dict[str, Any]:
-    """What ``fit`` takes, of an arm, or of a file of settings with its bases.
+    """The configuration for ``fit`` of an arm, or of a file of settings with its bases.
 
-    Weights that an arm starts from must be among the settings that a command line gives beside it.
+    If the arm starts from weights, the settings of the command line must name a file.
 
     Example:
         >>> config_of("table8/resnet32-kn-bs2")["model"]["init_args"]["normalization"]
@@ -254,11 +254,11 @@ def config_of(name: str | Path, settings: Sequence[str] = ()) -> dict[str, Any]:
     return found[arm].config
 
 
-def check_search_seed(who: str, experiment: Experiment) -> None:
-    """Refuse a search from a seed that counts: what it chose would be good by that seed's luck."""
+def check_search_seed(source: str, experiment: Experiment) -> None:
+    """Raise a ValueError if the search has the seed of a final run: its settings would be fitted to that seed."""
     if experiment.search_seed < experiment.seeds and any(arm.search for arm in experiment.arms):
         raise ValueError(
-            f"{who}: search_seed must not be one of the {experiment.seeds} seeds that count, 0 to "
+            f"{source}: search_seed must not be one of the {experiment.seeds} seeds of the final runs, 0 to "
             f"{experiment.seeds - 1}; got {experiment.search_seed}"
         )
 
@@ -275,7 +275,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def _content(path: Path) -> dict[str, Any]:
-    """A file, on top of the one that it is of."""
+    """A file's content, merged over that of the file in its ``of``."""
     content = load(path)
     if "of" in content:
         whole = _file(path, f"{content['of']}.yaml")
@@ -291,7 +291,7 @@ def _content(path: Path) -> dict[str, Any]:
 
 
 def _file(path: Path, name: str) -> Path:
-    """Another file that one names: beside it, or else one that comes along."""
+    """The path of a file that another one names: in its folder, or else in this package."""
     places = (path.parent, STUDIES, CONFIGS, CONFIGS / "bases")
     return next((place / name for place in places if (place / name).is_file()), path.parent / name)
 
@@ -309,7 +309,7 @@ def _based(path: Path, bases: str | Sequence[str]) -> dict[str, Any]:
 
 
 def shown(value: Any) -> str:
-    """A searched setting's value as tables and folders have it."""
+    """A searched setting's value as text, for tables and folders."""
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
@@ -338,24 +338,24 @@ def _arms(path: Path, content: Mapping[str, Any], metric: str) -> Iterator[Arm]:
 
 
 def _of_form(name: str, raw: Mapping[str, Any], form: str, input_stats: Any) -> dict[str, Any]:
-    """What the file says of an arm, with its name, and with a form of Kalman Normalization where it is one."""
+    """An arm's keys in the file, with its name, and with a form of Kalman Normalization if it has one."""
     given = {**raw, "name": name, "form": form}
     if not form:
         return given
-    method, options, ending, words = FORMS[form]
+    method, options, ending, suffix = FORMS[form]
     if input_stats is not None:
         options = {"input_stats": input_stats, **options}
     given["name"] += ending
     given["model"] = merge({"normalization": method, "normalization_options": options}, raw.get("model") or {})
-    for key in ("run", "start"):  # of the same form
+    for key in ("run", "start"):  # the other arm has the same form
         if raw.get(key):
             given[key] += ending
     if form not in ("paper", "released"):
         given["reported"] = {}
-    # Where the methods are the columns, the words are the column's.
+    # If the columns are methods, the column gets the suffix.
     named = "column" if "KN" in str(raw.get("column", "")) else "label"
     place = raw.get(named, name)
-    given[named] = {key: text + words for key, text in place.items()} if isinstance(place, Mapping) else place + words
+    given[named] = {key: text + suffix for key, text in place.items()} if isinstance(place, Mapping) else place + suffix
     return given
 
 
@@ -424,13 +424,13 @@ def _start(path: Path, place: str, given: Any) -> Start | None:
         raise ValueError(
             f"{path}: {place}.start must be an arm of {name} that has no search and no start itself; got {given!r}"
         )
-    if arm.run != (name, arm_name):  # it is trained in that one's folder
+    if arm.run != (name, arm_name):  # the arm uses another one's training
         return _start(path, place, "/".join(arm.run))
     return Start(other, arm_name, whole.scored)
 
 
 def _check_data(path: Path, arm: Arm, scored: str) -> None:
-    """Refuse what would choose by test images, or by none."""
+    """Raise a ValueError if settings would be chosen without validation images, or on test images."""
     for config in (arm.config, arm.scaled("tiny")):
         held_out = config["data"].get("init_args", {}).get("validation")
         if (arm.search or scored == "validation") and held_out in ("test", 0):
@@ -453,7 +453,7 @@ def _mapping(path: Path, place: str, given: Any, known: Sequence[str] = ()) -> d
 
 
 def nested(setting: str, value: Any) -> dict[str, Any]:
-    """A setting, as ``model.init_args.rate``, with its value as a mapping of mappings."""
+    """A setting such as ``model.init_args.rate`` and its value, as a nested mapping."""
     for key in reversed(setting.split(".")):
         value = {key: value}
     return dict(value)

@@ -1,4 +1,4 @@
-"""Figures of runs and of what the filter does in them; each function returns one to save or to show in a report."""
+"""Figures of runs and of variance gaps; each function returns a Figure."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -21,15 +21,15 @@ def empty(width: float, height: float) -> Figure:
 
 
 def plain(axes: Axes, **settings: Any) -> None:
-    """Axes with these settings, and no frame above and to the right."""
+    """Apply settings to axes, and remove the frame above and on the right."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.set(**settings)
 
 
 def search(points: Mapping[str, Sequence[tuple[float, float]]], colours: Mapping[str, Any], setting: str) -> Figure:
-    """Validation scores by the setting that is searched, a line an arm.
+    """Validation scores by the searched setting, a line for each arm.
 
-    ``points`` are pairs of a value of the setting and a score in per cent, by the arm's label.
+    ``points`` maps each arm's label to pairs of a value of the setting and a score in per cent.
     """
     drawing = empty(7, 3.4)
     axes = drawing.subplots()
@@ -47,8 +47,8 @@ def search(points: Mapping[str, Sequence[tuple[float, float]]], colours: Mapping
 def arms(scores: Mapping[str, Mapping[str, Sequence[float]]], score_label: str) -> Figure:
     """Mean scores for each label and column, with bars of one standard deviation over seeds.
 
-    With several columns these go from left to right, and each label has a line; with one, each
-    label has a row. An arm without scores is left out.
+    Several columns go from left to right, with a line for each label; with a single column, each
+    label has a row. Arms without scores are left out.
     """
     columns = list(dict.fromkeys(column for own in scores.values() for column in own))
     several = len(columns) > 1
@@ -58,7 +58,7 @@ def arms(scores: Mapping[str, Mapping[str, Sequence[float]]], score_label: str) 
         found = {column: mean_and_deviation(values) for column, values in own.items() if len(values)}
         means, spreads = ([pair[place] for pair in found.values()] for place in (0, 1))
         if several:
-            # Beside one another, so that bars of equal scores can be told apart.
+            # Shifted, so that bars of equal scores do not overlap.
             offset = 0.06 * (row - (len(scores) - 1) / 2)
             places = [columns.index(column) + offset for column in found]
             axes.errorbar(places, means, spreads, fmt="o-", capsize=3, markersize=5, color=f"C{row % 10}", label=label)
@@ -77,14 +77,14 @@ def arms(scores: Mapping[str, Mapping[str, Sequence[float]]], score_label: str) 
 def variance_gaps(title: str, gaps: Mapping[str, Tensor], at_most: int = 4) -> Figure:
     """Heat maps of variance gaps: batches from left to right, channels from top to bottom (Fig. 5).
 
-    Of what `kalmannorm.lab.analysis.variance_gaps` returned so many layers have a row each, evenly
-    from the first to the last.
+    ``gaps`` is the output of `kalmannorm.lab.analysis.variance_gaps`. At most ``at_most`` layers,
+    evenly spaced from the first to the last, have a panel each.
     """
     names, count = list(gaps), min(at_most, len(gaps))
     names = [names[round(i * (len(names) - 1) / max(1, count - 1))] for i in range(count)]
     every = torch.cat([gaps[name].flatten() for name in names]).double()
     every = every[every.isfinite() & (every > 0)]
-    # One scale for all panels, of four decades: gaps that are nearly zero would stretch it over many.
+    # One scale of at most four decades for all panels: gaps near zero would stretch it.
     high = float(every.max()) if len(every) else 1.0
     low = max(float(every.min()), high / 1e4) if len(every) else high
     scale = LogNorm(low, max(high, low * 1.01))
@@ -93,7 +93,7 @@ def variance_gaps(title: str, gaps: Mapping[str, Tensor], at_most: int = 4) -> F
     for axes, name in zip(panels, names, strict=True):
         panel = gaps[name].double().clamp_min(low).T.numpy()
         image = axes.imshow(panel, aspect="auto", norm=scale, cmap="viridis")
-        # A name's parts below one another: the panels are low, and names are long.
+        # Wrapped at dots, since panels are low and names are long.
         axes.set_ylabel("\n".join([*textwrap.wrap(name.replace(".", ". "), 14), "channel"]), fontsize=8)
     panels[0].set_title(title)
     panels[-1].set_xlabel("batch")

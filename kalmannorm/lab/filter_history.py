@@ -1,4 +1,4 @@
-"""What the filter learns: gains, process noise and the priors' errors while a network trains."""
+"""Gains, process noise and the priors' errors while a network trains."""
 
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,15 @@ from kalmannorm.priors import noise_ratio
 
 
 class FilterHistory(Callback):
-    """Keeps, every so many steps, the gain and process noise of each Kalman layer, and its prior's errors.
+    """Records the gain and process noise of each Kalman layer, and its prior's errors, every few steps.
 
-    The errors are those of `prior_errors` on the batch just trained on, under the weights after it. Nothing of
-    the training changes by it, but for its time: a look is a forward pass. ``rows`` is in checkpoints. A batch is an
-    input or begins with one, of the module's one attribute with Kalman layers, or else of the module.
+    The errors are those of `prior_errors` on the last training batch, with the weights after that step. Each record
+    costs a forward pass and does not change the training. ``rows`` is in checkpoints. A batch is an input, or begins
+    with one, of the module's one attribute that has Kalman layers, or else of the module.
 
     Args:
-        every: Steps between two looks; the first is after that many.
-        path: A CSV file for the rows, written when training ends; None for none.
+        every: Steps between two records; the first is after that many.
+        path: A CSV file for the rows, written when training ends; None writes none.
     """
 
     def __init__(self, every: int = 100, path: Path | None = None) -> None:
@@ -32,8 +32,8 @@ class FilterHistory(Callback):
             raise ValueError(f"FilterHistory got every={every}, expected a number above 0")
         self.every, self.path = every, path
         self.rows: list[dict[str, Any]] = []
-        """One a look and layer: ``step``, ``layer``, ``gain`` at the samples a group it had, the mean over channels
-        of ``process_noise`` (None where it has none), and ``ESTIMATE_REFERENCE_MEASURE`` of `PriorError`."""
+        """One for each record and layer: ``step``, ``layer``, ``gain`` for its samples a group, the mean over channels
+        of ``process_noise`` (None if it has none), and ``ESTIMATE_REFERENCE_MEASURE`` of `PriorError`."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.path is not None and 0 < trainer.max_steps < self.every:
@@ -43,7 +43,7 @@ class FilterHistory(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        # With accumulated gradients a step has several batches.
+        # With accumulated gradients, several batches have the same step.
         if step % self.every or (self.rows and self.rows[-1]["step"] == step) or not step:
             return
         with trainer.precision_plugin.forward_context():
@@ -79,7 +79,7 @@ def _rows(network: nn.Module, batch: Any) -> list[dict[str, Any]]:
             row = {"layer": name, "gain": float(layer.kalman_gain(calls[0].samples)), "process_noise": noise}
         for error in errors:
             if error.layer == name:
-                what = f"{error.estimate}_{error.reference}_"
-                row |= {what + measure: getattr(error, measure) for measure in ("mean", "log_ratio", "log_ratio_rms")}
+                prefix = f"{error.estimate}_{error.reference}_"
+                row |= {prefix + measure: getattr(error, measure) for measure in ("mean", "log_ratio", "log_ratio_rms")}
         rows.append(row)
     return rows

@@ -18,14 +18,14 @@ from rich.console import Console
 from kalmannorm.lab.experiments import Split
 from kalmannorm.lab.fitting import fit
 from kalmannorm.lab.results import Result
-from kalmannorm.lab.workers import Tell, available_cpus, in_turn, run_all
+from kalmannorm.lab.workers import OnProgress, available_cpus, in_turn, run_all
 
 
 @dataclass(frozen=True)
 class Job:
     """A training, such as ``"table8/resnet32-kn-bs2"``, with its configuration, seed and folder.
 
-    Scores and curves stay once the run has ended; with ``keep`` the last checkpoint too.
+    ``keep`` keeps the last checkpoint after the run has finished.
     """
 
     name: str
@@ -36,14 +36,14 @@ class Job:
     keep: bool = True
 
     def __str__(self) -> str:
-        """What a progress bar calls it."""
+        """Its label in a progress bar."""
         return f"{self.name.partition('/')[2]}, seed {self.seed}"
 
 
 def run_jobs(jobs: Sequence[Job], workers: int | None, console: Console) -> list[Result | Exception]:
-    """What comes of trainings, in their order: each a result, or what it raised.
+    """Run trainings, and return each one's result, or the exception that it raised.
 
-    Those on several devices run one after another; of others so many at the same time, by default
+    Trainings on several devices run one after another; others run ``workers`` at a time, by default
     as many as there are GPUs, or else CPUs.
     """
     if not jobs:
@@ -58,20 +58,20 @@ def _steps(job: Job) -> int:
     return int(job.config["trainer"]["max_steps"])
 
 
-def _fit(job: Job, tell: Tell) -> Result:
-    result = fit(job.config, job.folder, tell, split=job.split)
+def _fit(job: Job, on_progress: OnProgress) -> Result:
+    result = fit(job.config, job.folder, on_progress, split=job.split)
     if not job.keep:
         (job.folder / "last.ckpt").unlink(missing_ok=True)
     return result
 
 
 def fit_on_devices(job: Job) -> Result:
-    """A training on several devices, as a command of its own: Lightning starts a process for each device from it.
+    """Train on several devices in a command of its own, of which Lightning starts a process for each device.
 
-    What it prints goes into a file beside the run's folder.
+    Its output goes to a log file next to the run's folder.
 
     Raises:
-        RuntimeError: The command failed; with its last line.
+        RuntimeError: The command failed; the message has its first error, or else its last line.
     """
     folder = job.folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -81,7 +81,7 @@ def fit_on_devices(job: Job) -> Result:
     line += ["--split", job.split] if job.split else []
     with (
         log.open("w", encoding="utf-8") as output,
-        # A group of its own, so that all of its processes can be ended together.
+        # A session of its own, so that all its processes can be killed together.
         subprocess.Popen(line, stdout=output, stderr=subprocess.STDOUT, start_new_session=True) as process,
     ):
         try:
@@ -90,16 +90,16 @@ def fit_on_devices(job: Job) -> Result:
             os.killpg(process.pid, signal.SIGKILL)
             raise
     if code:
-        said = [text for text in log.read_text(encoding="utf-8").splitlines() if text.strip()]
-        # Of several processes, the first that ended says why; those after it, that they lost it.
-        errors = [text for text in said if re.match(r"(kalmannorm|\w*(Error|Exception)): ", text)]
-        why = errors[0] if errors else said[-1] if said else "it said nothing"
-        raise RuntimeError(f"{why} (exit code {code}; all of it is in {log.name})")
+        lines = [text for text in log.read_text(encoding="utf-8").splitlines() if text.strip()]
+        # The first process that failed prints the cause; the others, that they lost the connection to it.
+        errors = [text for text in lines if re.match(r"(kalmannorm|\w*(Error|Exception)): ", text)]
+        cause = errors[0] if errors else lines[-1] if lines else "it printed nothing"
+        raise RuntimeError(f"{cause} (exit code {code}; the whole output is in {log.name})")
     return Result.read(folder)
 
 
 def divergence(result: Result) -> str:
-    """What is not finite at a run's end; empty where all is."""
+    """The message for a loss or score that is not finite; empty if all are finite."""
     if not math.isfinite(result.last_loss):
         step = next(step for step, loss in enumerate(result.losses, 1) if not math.isfinite(loss))
         return f"diverged: the loss was {result.losses[step - 1]} at step {step}"

@@ -1,4 +1,4 @@
-"""``kalmannorm layers``: what the filter is worth in a trained network, layer by layer, as a table."""
+"""``kalmannorm layers``: a table of the errors of prior, observation and posterior in a trained network."""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -34,15 +34,15 @@ def layers(
 
     Args:
         run: The folder of a finished run of a classifier.
-        batches: How many statistics batches of validation images to look at.
-        statistics_batch: Images in each, if not as many as in training.
-        convert: Look at a network that was trained with BatchNorm as it is after `kalmannorm.convert`, with priors
-            corrected by its running statistics or without; and say how accurate it is then, before any training.
-        output: A CSV file to write, beside what is shown.
+        batches: Number of statistics batches of validation images.
+        statistics_batch: Images in each; by default as many as in training.
+        convert: First convert a network that was trained with BatchNorm (`kalmannorm.convert`), with or without priors
+            corrected by its running statistics, and print its accuracy.
+        output: A CSV file to write as well.
     """
     if batches < 1:
         raise ValueError(f"--batches: expected at least 1; got {batches}")
-    from kalmannorm.lab.analysis import errors_of  # noqa: PLC0415 - slow, and not for --help
+    from kalmannorm.lab.analysis import errors_of  # noqa: PLC0415 - slow, not needed for --help
     from kalmannorm.lab.fitting import load_with_data  # noqa: PLC0415
 
     module, data = load_with_data(run)
@@ -72,7 +72,7 @@ def layers(
 
 
 def _accuracies(network: Any, loader: Any, size: int) -> Iterator[str]:
-    """In ``eval()``, and where each statistics batch normalizes itself."""
+    """Lines of the accuracy in ``eval()``, and by each statistics batch's own statistics."""
     right, images = {"eval()": 0, f"statistics batches of {size}": 0}, 0
     with torch.no_grad():
         for inputs, labels in loader:

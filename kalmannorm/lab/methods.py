@@ -1,4 +1,4 @@
-"""The normalizations that can be compared, by name: what they are called and drawn as, and how a network gets them."""
+"""The normalizations by name: their labels and colours, and how they replace a network's BatchNorm layers."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from kalmannorm.modules import is_stock_batchnorm
 from kalmannorm.steps import detached, put, step_of
 from kalmannorm.traversal import kalman_layers
 
-# Training steps of the papers whose schedules are given in steps.
+# Training steps in the paper of Batch Renormalization, whose schedule is in steps.
 _RENORM_STEPS = 130_000
 
 
@@ -31,13 +31,13 @@ class Method:
         label: Its name in tables.
         colour: Its colour in figures.
         replace: Replaces a network's BatchNorm layers; takes the method's options, returns the network.
-        statistics: Where they come from. ``"sample"``: each image by itself, or none at all. ``"groups"``: of groups
-            of images within one forward pass, told how many by ``samples``. ``"batch"``: of the whole batch, so that
-            smaller statistics batches take a forward pass each.
-        samples: The option of ``replace`` that says how many images a group has.
-        timed: The options that fit a training of so many steps.
-        capturable: A CUDA graph of one step stands for all: no layer counts in Python, or reads a tensor's value.
-        warmup: Its paper asks for a rate that rises at the start, which it gets with every schedule.
+        statistics: ``"sample"``: of each image, or none. ``"groups"``: of groups of images within one forward pass, of
+            the size given by ``samples``. ``"batch"``: of the whole batch, so that smaller statistics batches take a
+            forward pass each.
+        samples: The option of ``replace`` for the number of images in a group.
+        timed: From the number of training steps to the options that depend on it.
+        capturable: Whether a CUDA graph of one step can be replayed: no layer counts in Python, or reads a value.
+        warmup: Whether its paper asks for a rate that rises at the start; it then does with every schedule.
     """
 
     label: str
@@ -51,13 +51,13 @@ class Method:
 
 
 def _batchnorm(network: nn.Module, samples: int | None = None) -> nn.Module:
-    """BatchNorm is what networks are built with; a network that was given other layers before keeps those."""
+    """Keep the network's layers, or use Ghost BatchNorm for smaller statistics batches of stock BatchNorm layers."""
     stock = any(map(is_stock_batchnorm, network.modules()))
     return to_ghost(network, samples) if stock and samples is not None else network
 
 
 def _renorm(network: nn.Module, schedule: Any = None, **options: Any) -> nn.Module:
-    # As a configuration file can give it.
+    # Configuration files have mappings and lists.
     if isinstance(schedule, Mapping):
         schedule = RenormSchedule(**schedule)
     elif isinstance(schedule, list):
@@ -66,7 +66,7 @@ def _renorm(network: nn.Module, schedule: Any = None, **options: Any) -> nn.Modu
 
 
 def _kalman(network: nn.Module, constant_priors: bool = False, **options: Any) -> nn.Module:
-    """With ``constant_priors`` no gradient flows through them, which shows what it is worth."""
+    """`kalmannorm.convert`; with ``constant_priors`` no gradient flows through priors, for an ablation."""
     network = kalmannorm.convert(network, **options)
     if constant_priors:
         for _, layer in kalman_layers(network):
@@ -84,16 +84,16 @@ def _group_kalman(network: nn.Module, groups: int = 32, **options: Any) -> nn.Mo
 
 
 def _renorm_timed(steps: int) -> dict[str, Any]:
-    # In the paper the averages have 50 times their own length before anything is corrected towards them. In a short
-    # training they get three times their length, or they are still what they were at the start, in a tenth of the
-    # steps: in fewer than 3,000 they are quicker than the paper's, but no quicker than BatchNorm's.
+    # The paper corrects towards the averages after 50 times their time constant. Here it is after three times, in at
+    # most a tenth of the steps: trainings of fewer than 3,000 steps get faster averages than the paper's, but none
+    # faster than BatchNorm's.
     momentum = min(0.1, max(0.01, 30 / steps))
     schedule = RenormSchedule().scaled(min(1.0, steps / _RENORM_STEPS))
     return {"schedule": schedule.delayed(max(0.0, 3 / momentum - schedule.start)), "momentum": momentum}
 
 
 def _moving_average_timed(steps: int) -> dict[str, Any]:
-    # The released code's 100 and 1000 steps are a small part of its training; they stay one of a short training.
+    # The released code's 100 and 1000 steps are a small part of its training; scale them down for a short one.
     return {"warmup": min(100, steps // 20), "renorm_start": min(1000, steps // 10)}
 
 
@@ -105,9 +105,7 @@ def _cross_iteration_timed(steps: int) -> dict[str, Any]:
 _PAPER, _RELEASED = (partial(kalmannorm.convert, **kalmannorm.preset(name)) for name in ("paper", "released"))
 _KALMAN: dict[str, Any] = {"statistics": "groups", "samples": "stats_batch_size"}
 
-# Without options each has its defaults, so steps are counted in the papers' units: what is `timed` wants shorter
-# schedules in a short training. "evonorm" and "frn" trace the network (see `activated`), and "ghost" wants batches of
-# an even size.
+# "evonorm" and "frn" trace the network (see `activated`), and "ghost" needs batches of an even size.
 METHODS = {
     "bn": Method("BatchNorm", "#c44e52", _batchnorm, "groups"),
     "brn": Method("Batch Renorm", "#8172b3", _renorm, "groups", timed=_renorm_timed),
@@ -129,7 +127,7 @@ METHODS = {
 }
 
 
-# What has an activation of its own, and what leaves no normalization layer.
+# Methods with an activation of their own, or without a normalization layer.
 _WITHOUT_PROXY = ("wn", "evonorm", "frn")
 
 
@@ -137,20 +135,20 @@ def normalize(
     network: nn.Module, method: str, *, statistics_batch: int | None = None, steps: int | None = None,
     weight_standardization: bool = False, inputs: Any = None, proxy: bool | Literal["fixed"] = False, **options: Any,
 ) -> nn.Module:  # fmt: skip
-    """Put a normalization in the place of a network's BatchNorm layers, in place.
+    """Replace a network's BatchNorm layers by a normalization, in place.
 
     Args:
         network: Built with BatchNorm.
         method: A key of `METHODS`.
-        statistics_batch: Images that are normalized together in training, for methods that can do
-            so within one forward pass; the whole batch if None. Must divide every batch.
-        steps: Length of the training, by which methods with schedules in steps choose theirs.
+        statistics_batch: Images that are normalized together in training, for methods that support
+            groups within one forward pass; the whole batch if None. Must divide every batch.
+        steps: Length of the training, for methods with schedules in steps.
         weight_standardization: Standardize the filters below the layers too
             (`kalmannorm.standardize_weights`).
-        inputs: What to call a network with to find these filters, if ``torch.fx`` cannot trace it.
-        proxy: Normalize the activations behind the layers too, by Proxy Normalization; ``"fixed"``
+        inputs: Inputs to call the network with to find these filters, if ``torch.fx`` cannot trace it.
+        proxy: Normalize the activations after the layers too, by Proxy Normalization; ``"fixed"``
             without its own two parameters a channel. See `kalmannorm.lab.baselines.proxy.to_proxy`.
-        options: The method's own; they go before what follows from the other arguments.
+        options: The method's own; they override those that follow from the other arguments.
 
     Returns:
         The same network, or the one that takes its place.

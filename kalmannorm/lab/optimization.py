@@ -1,4 +1,4 @@
-"""SGD, who is decayed by it, and the course of its rate."""
+"""SGD: its parameter groups for weight decay, and the schedule of its rate."""
 
 import math
 from functools import partial
@@ -9,16 +9,15 @@ from torch import nn
 
 Schedule = Literal["cosine", "warmup", "milestones"]
 
-# What torch calls the `g` of ``w = g v / |v|``.
+# torch's name for the `g` of ``w = g v / |v|``.
 _SCALE = "parametrizations.weight.original0"
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Decay the weights of convolutions and linear layers and nothing else.
+    """Parameter groups that decay only the weights of convolutions and linear layers.
 
-    Scales, shifts, biases, gains and process noise all have fewer than two dimensions, but for the scales of
-    weight normalization; a decay would pull a gain or a noise towards a value that nobody chose, and pull
-    differently in each method.
+    Scales, shifts, biases, gains and process noise have fewer than two dimensions, except for the scales of weight
+    normalization. Decay would pull gains and noise towards arbitrary values, differently in each method.
     """
     is_decayed = {p: p.ndim > 1 and not name.endswith(_SCALE) for name, p in model.named_parameters()}
     weights = [p for p, decayed in is_decayed.items() if decayed]
@@ -36,12 +35,11 @@ def sgd(
     weight_decay: float = 1e-4,
     warmup: bool = False,
 ) -> dict[str, Any]:
-    """SGD with a rate that moves every step, as ``configure_optimizers`` returns it.
+    """SGD and a schedule of its rate, updated every step, as ``configure_optimizers`` returns them.
 
-    The schedule is laid out for so many steps: ``"cosine"`` falls to 0; ``"warmup"`` too, but rises
-    over the first tenth of the steps, which any schedule does with ``warmup``. The ``"milestones"``
-    are from a share of the training, 0 to 1, to the factor on the rate from there on. Weights alone
-    are decayed, see `parameter_groups`.
+    ``"cosine"`` falls to 0 over ``steps``; ``"warmup"`` also rises over the first tenth of them, as any
+    schedule does with ``warmup=True``. ``"milestones"`` maps shares of the training, 0 to 1, to the
+    factor on the rate from there on. Only weights are decayed, see `parameter_groups`.
     """
     optimizer = torch.optim.SGD(parameter_groups(model, weight_decay), lr=rate, momentum=momentum)
     factor = partial(share_of_rate, steps=steps, schedule=schedule, milestones=milestones, warmup=warmup)
@@ -50,7 +48,7 @@ def sgd(
 
 
 def check_schedule(rate: float, steps: int, schedule: Schedule, milestones: dict[float, float] | None) -> None:
-    """Refuse what `sgd` cannot do, when a module is made."""
+    """Raise a ValueError for arguments that `sgd` does not support."""
     if schedule not in ("cosine", "warmup", "milestones"):
         raise ValueError(f"schedule must be 'cosine', 'warmup' or 'milestones'; got {schedule!r}")
     if (milestones is not None) != (schedule == "milestones"):

@@ -1,4 +1,4 @@
-"""An experiment's page: one self-contained file of HTML, from the files of its runs alone."""
+"""An experiment's page: one self-contained HTML file, from ``runs.csv`` and ``curves.csv`` alone."""
 
 import base64
 import html
@@ -21,16 +21,16 @@ from kalmannorm.lab.experiments import Experiment, Scale
 from kalmannorm.lab.formatting import filled
 from kalmannorm.lab.methods import METHODS
 from kalmannorm.lab.results import ENVIRONMENT
-from kalmannorm.lab.tables import ArmRuns, Runs, grids, notes, read_runs, said, summary, verdict_of
+from kalmannorm.lab.tables import ArmRuns, Runs, conditions, grids, notes, read_runs, summary, verdict_of
 
-# How files of figures of variance gaps begin.
+# Prefix of the files of figures of variance gaps.
 GAPS = "variance-gaps-"
-# What matplotlib writes into an SVG unless it is told not to.
+# Metadata that matplotlib writes into an SVG by default.
 _METADATA = ("Creator", "Date", "Format", "Type")
 
 
 def write_page(experiment: Experiment, folder: Path) -> Path:
-    """Write ``report.html`` beside ``runs.csv`` in an experiment's folder, and return its path."""
+    """Write ``report.html`` to an experiment's folder, and return its path."""
     runs = read_runs(experiment, folder)
     groups = {title: arms for title, arms in _groups(runs).items() if any(len(arm.curve("loss")) for arm in arms)}
     searched = _searched(experiment, runs)
@@ -40,7 +40,7 @@ def write_page(experiment: Experiment, folder: Path) -> Path:
     page = render(
         title=experiment.title,
         question=experiment.question,
-        verdict=verdict_of(experiment, runs) if experiment.verdict else said(experiment, runs),
+        verdict=verdict_of(experiment, runs) if experiment.verdict else conditions(experiment, runs),
         grids=[(title, [[_unbroken(row[0]), *row[1:]] for row in rows]) for title, rows in grids(experiment, runs)],
         notes=notes(experiment, runs),
         gaps=[(gap.stem.removeprefix(GAPS), base64.b64encode(gap.read_bytes()).decode()) for gap in gaps],
@@ -49,19 +49,19 @@ def write_page(experiment: Experiment, folder: Path) -> Path:
         metric=experiment.metric.replace("_", " "),
         summary=measured if len(measured) > 1 else [],
         is_table=experiment.is_table,
-        **_made(experiment, runs, folder.parent),
+        **_commands(experiment, runs, folder.parent),
     )
     path.write_text(page, encoding="utf-8")
     return path
 
 
 def render(**content: Any) -> str:
-    """The page of ``page.html``; texts are escaped."""
+    """Fill in ``page.html``; texts are escaped."""
     return filled(Path(__file__).with_suffix(".html"), **content)
 
 
 def _drawn(drawing: Figure) -> Markup:
-    """A figure as a part of the page. Who points at a line, or near it, reads its label, and the others fade."""
+    """A figure as inline SVG. Hovering over a line, or near it, shows its label and fades the other lines."""
     lines = [line for axes in drawing.axes for line in axes.lines]
     for place, line in enumerate(lines):
         line.set_gid(f"line-{place}")
@@ -69,7 +69,7 @@ def _drawn(drawing: Figure) -> Markup:
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "kalmannorm"}):
         drawing.savefig(buffer, format="svg", bbox_inches="tight", metadata=dict.fromkeys(_METADATA))
     svg = buffer.getvalue()
-    svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg[svg.index("<svg") :])  # which HTML needs not
+    svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg[svg.index("<svg") :])  # HTML does not need them
 
     def named(found: re.Match[str]) -> str:
         path, label = found[2], html.escape(str(lines[int(found[1])].get_label()))
@@ -80,12 +80,12 @@ def _drawn(drawing: Figure) -> Markup:
 
 
 def _unbroken(name: str) -> str:
-    """A short name stays on one line."""
+    """A name with no-break spaces, if it is short."""
     return name.replace(" ", "\N{NO-BREAK SPACE}") if len(name) < 20 else name
 
 
 def _groups(runs: Runs) -> dict[str, list[ArmRuns]]:
-    """Arms that are compared with one another, by the beginning of their figure's caption."""
+    """Arms that share a figure, by the beginning of its caption."""
     groups: dict[str, list[ArmRuns]] = {}
     for arm in runs.arms:
         baseline, column = arm.arm.baseline, f"{arm.column}. " if len(runs.columns) > 1 else ""
@@ -95,7 +95,7 @@ def _groups(runs: Runs) -> dict[str, list[ArmRuns]]:
 
 
 def curves(runs: Runs, arms: Sequence[ArmRuns]) -> Figure:
-    """Loss and scores of the arms' trainings as they went on, mean over seeds."""
+    """Learning curves of the arms, loss and validation scores, mean over seeds."""
     scored = {arm.name: [name for name in runs.scores if len(arm.curve(name))] for arm in arms}
     several = any(scored.values())
     drawing = figures.empty(10 if several else 6, 4.2)
@@ -105,7 +105,7 @@ def curves(runs: Runs, arms: Sequence[ArmRuns]) -> Figure:
         losses.plot(loss.index, loss, color=colour, label=arm.label if len(arms) > 1 else runs.title(arm))
         for name in scored[arm.name]:
             points = 100 * arm.curve(name)
-            # Equal curves hide each other unless the one behind is seen through the other's gaps.
+            # Dashes let an equal curve behind show through.
             style = "--" if name.endswith("online") or name == "mask_ap" else "-"
             marker, label = "." if len(points) < 20 else "", f"{runs.title(arm)}, {name.replace('_', ' ')}"
             others[0].plot(points.index, points, style, color=colour, marker=marker, label=label)
@@ -117,7 +117,7 @@ def curves(runs: Runs, arms: Sequence[ArmRuns]) -> Figure:
 
 
 def _colours(arms: Sequence[ArmRuns]) -> list[Any]:
-    """A colour each: the method's, the first time that it comes."""
+    """A colour for each arm: its method's, or another one if an earlier arm has that."""
     found: list[Any] = []
     for place, arm in enumerate(arms):
         method = METHODS.get(arm.arm.config["model"]["init_args"].get("normalization", "bn"))
@@ -127,7 +127,7 @@ def _colours(arms: Sequence[ArmRuns]) -> list[Any]:
 
 
 def _top(axes: Axes) -> float | None:
-    """Where the axis of losses ends: a curve that shoots up must not flatten the others."""
+    """Upper limit of the loss axis: at most three times the median, so that an outlier does not flatten the curves."""
     drawn: list[float] = [float(y) for line in axes.lines for y in line.get_ydata()]  # type: ignore[union-attr, arg-type]
     values = sorted(filter(math.isfinite, drawn))
     return min(values[-1], 3 * values[len(values) // 2]) * 1.05 or None if values else None
@@ -136,7 +136,7 @@ def _top(axes: Axes) -> float | None:
 def _searched(
     experiment: Experiment, runs: Runs
 ) -> tuple[dict[str, list[tuple[float, float]]], dict[str, Any], str] | None:
-    """Points, colours and the name of the setting, where one setting of numbers is searched and arms are few."""
+    """Points, colours and the setting's name; None unless one numeric setting was searched for at most 12 arms."""
     arms = [arm for arm in runs.arms if arm.search]
     if len(runs.settings) != 1 or not arms or len(arms) > 12:
         return None
@@ -150,8 +150,8 @@ def _searched(
     return points, dict(zip(points, _colours(arms), strict=True)), runs.short(setting)
 
 
-def _made(experiment: Experiment, runs: Runs, output: Path) -> dict[str, Any]:
-    """The command, and each arm's notes and configuration."""
+def _commands(experiment: Experiment, runs: Runs, output: Path) -> dict[str, Any]:
+    """The command, each arm's command, notes and configuration, and the environment."""
     scale = runs.rows[0]["scale"]
     amount: Scale = "tiny" if scale == "tiny" else float(scale)
     seeds = max(len(arm.final) for arm in runs.arms)
@@ -170,5 +170,5 @@ def _made(experiment: Experiment, runs: Runs, output: Path) -> dict[str, Any]:
             }
 
     first = next((row for row in runs.rows if row.get("torch")), {})
-    told = [f"{name} {first[name]}" for name in ENVIRONMENT if first.get(name)]
-    return {"command": command, "arms": list(arms()), "told": ", ".join(told)}
+    environment = [f"{name} {first[name]}" for name in ENVIRONMENT if first.get(name)]
+    return {"command": command, "arms": list(arms()), "environment": ", ".join(environment)}

@@ -1,4 +1,4 @@
-"""Weights of a trained network to start from: a classifier's, or a ResNet's for a detector's backbone."""
+"""Initial weights from a trained network: for a classifier, or of a ResNet for a detector's backbone."""
 
 import pickle
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from torchvision.models._utils import IntermediateLayerGetter
 
 
 def trained_weights(file: Path) -> dict[str, Tensor]:
-    """The state dict in a file: one as torchvision's, or the ``last.ckpt`` of a run of ours."""
+    """The state dict in a file: a plain one, as torchvision's, or that of a run's ``last.ckpt``."""
     if not file.is_file():
         raise ValueError(
             f"weights: there is no file {file}; expected a trained network's state dict, or a run's last.ckpt"
@@ -24,7 +24,7 @@ def trained_weights(file: Path) -> dict[str, Tensor]:
 
 
 Part = Callable[[Any], tuple[nn.Module, str]]
-"""From a network to the module whose weights are taken over, and how the names of its head begin, which are not."""
+"""From a network to the module whose weights are loaded, and the prefix of its head's names, which are left out."""
 
 
 def classifier(network: nn.Module) -> tuple[nn.Module, str]:
@@ -36,12 +36,12 @@ def classifier(network: nn.Module) -> tuple[nn.Module, str]:
     """
     linear = [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear)]
     if not linear:
-        raise ValueError(f"weights: {type(network).__name__} has no head to train anew: expected a linear layer")
+        raise ValueError(f"weights: {type(network).__name__} has no head to leave out: expected a linear layer")
     return network, f"{linear[-1]}."
 
 
 def resnet(network: Any) -> tuple[nn.Module, str]:
-    """The parts of a detector that are a ResNet's, under their names there."""
+    """The ResNet layers of a detector, under their names in the ResNet."""
     body, stages = network.backbone, nn.Module()
     for name, child in getattr(body, "body", body).named_children():
         stages.add_module(name, child)
@@ -51,31 +51,31 @@ def resnet(network: Any) -> tuple[nn.Module, str]:
 
 
 def _states(network: nn.Module, state: dict[str, Tensor], part: Part) -> tuple[nn.Module, list[dict[str, Tensor]]]:
-    """The part, with its own weights and those of a state dict, both but for the head's."""
+    """The part's module, its state dict and the given one, both without the head."""
     module, head = part(network)
     both = (module.state_dict(), state)
     return module, [{name: value for name, value in each.items() if not name.startswith(head)} for each in both]
 
 
 def load_trunk(network: nn.Module, state: dict[str, Tensor], part: Part = classifier) -> None:
-    """Give a network, or a part of it, the weights of a trained one, all but the head's."""
+    """Load a trained network's weights, without the head's, into a network or a part of it."""
     module, (own, given) = _states(network, state, part)
     for name in dict.fromkeys([*own, *given]):
-        here, there = (tuple(each[name].shape) if name in each else "absent" for each in (own, given))
-        if here != there:
-            whose = "the network" if module is network else "the network's ResNet"
-            raise ValueError(f"weights: {name} is {there} there; expected {here}, as in {whose}")
+        expected, found = (tuple(each[name].shape) if name in each else "absent" for each in (own, given))
+        if expected != found:
+            owner = "the network" if module is network else "the network's ResNet"
+            raise ValueError(f"weights: {name} is {found} there; expected {expected}, as in {owner}")
     module.load_state_dict(given, strict=False)
 
 
 def started(
     network: nn.Module, weights: str | None, normalized: Callable[[nn.Module], nn.Module], part: Part = classifier
 ) -> nn.Module:
-    """The network with its normalization and, but for its head, with the weights of a file."""
+    """Normalize the network, and load a file's weights into all of it but its head."""
     if weights is None:
         return normalized(network)
     state = trained_weights(Path(weights))
-    # Those of a network with BatchNorm before the conversion, which may use its statistics; the method's own after it.
+    # Weights with BatchNorm's names are loaded before the conversion, which may use their statistics; others after it.
     own, given = _states(network, state, part)[1]
     if early := set(own) == set(given):
         load_trunk(network, state, part)

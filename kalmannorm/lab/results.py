@@ -1,4 +1,4 @@
-"""What a run leaves behind in its folder, and how it is read again."""
+"""The files of a finished run: writing and reading them."""
 
 import csv
 import io
@@ -22,7 +22,7 @@ import kalmannorm
 from kalmannorm.lab.experiments import load
 from kalmannorm.lab.workers import available_cpus
 
-# What `environment` says.
+# The keys of `environment`.
 ENVIRONMENT = ("commit", "kalmannorm", "torch", "lightning", "python", "machine", "accelerator", "date")
 
 
@@ -31,12 +31,12 @@ class Result:
     """A finished run.
 
     Attributes:
-        config: All that it was configured by.
-        seconds: Of training and validation; ``seconds_per_step`` is the median.
-        losses: One a step.
-        validations: Each a dict of ``step`` and of what was scored then.
-        environment: Where it ran, and with what.
-        split: Whose scores these are, ``"test"`` or ``"validation"``; empty in older runs.
+        config: The complete configuration.
+        seconds: Time of training and validation; ``seconds_per_step`` is the median.
+        losses: One for each step.
+        validations: Each a dict of ``step`` and the scores at that step.
+        environment: See `environment`.
+        split: The scored split, ``"test"`` or ``"validation"``; empty in older runs.
     """
 
     config: dict[str, Any]
@@ -66,7 +66,7 @@ class Result:
         return statistics.fmean(self.losses[-max(1, len(self.losses) // 10) :])
 
     def write(self, folder: Path) -> None:
-        """Write everything but the config, ``result.json`` last."""
+        """Write all files but ``config.yaml``, ``result.json`` last."""
         curve = [{"step": step, "loss": loss} for step, loss in enumerate(self.losses, 1)]
         write_atomically(folder / "curve.csv", csv_text(curve, ["step", "loss"]))
         write_atomically(folder / "validations.csv", csv_text(self.validations, ["step"]))
@@ -76,13 +76,13 @@ class Result:
 
 
 def finished(folder: Path) -> bool:
-    """Whether a run ended here."""
+    """Whether the folder holds a finished run."""
     return (Path(folder) / "result.json").is_file()
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Refuse an experiment's folder that another process trains in."""
+def locked(folder: Path) -> Iterator[None]:
+    """Lock an experiment's folder; a ValueError if another process trains in it."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", timeout=0, mode=0o666, is_singleton=True):
@@ -92,17 +92,15 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that it is there as a whole or not at all."""
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
 
 
 def csv_text(records: Sequence[Mapping[str, Any]], names: Sequence[str] = ()) -> str:
-    """A line a record, under a header; numbers are the shortest that read back as the same.
+    """Records as CSV; numbers are the shortest that read back as the same, missing values are empty.
 
-    What is absent in a record is left empty. The columns are these, then all others that records
-    have, in the order in which they first come.
+    The columns are ``names``, then the records' other keys, in the order of their first occurrence.
     """
     file = io.StringIO()
     columns = dict.fromkeys([*names, *(name for record in records for name in record)])
@@ -119,17 +117,16 @@ def _read_csv(path: Path) -> list[dict[str, Any]]:
 
 
 def environment() -> dict[str, str]:
-    """The machine, the versions, the commit if this is a checkout (with "-dirty" where it has
-    changes), and today's date.
+    """The machine, the versions, the commit of a checkout (with "-dirty" if it has changes), and today's date.
 
-    KALMANNORM_COMMIT, if it is set, says which commit: for files without their history.
+    KALMANNORM_COMMIT, if set, is the commit: for a copy of the files without the git history.
     """
     checkout = Path(kalmannorm.__file__).parents[1]
-    asked = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    describe = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     commit = os.environ.get("KALMANNORM_COMMIT", "")
-    if not commit and (checkout / ".git").exists():  # else it is installed, perhaps inside of somebody else's
+    if not commit and (checkout / ".git").exists():  # an installed package may lie in another project's checkout
         with suppress(OSError, subprocess.SubprocessError):
-            commit = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+            commit = subprocess.run(describe, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     return {
         "commit": commit or "unknown",
         "kalmannorm": kalmannorm.__version__,

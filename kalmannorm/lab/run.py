@@ -1,4 +1,4 @@
-"""``kalmannorm run``: what the command line asks for, checked before anything that is slow to import."""
+"""``kalmannorm run``: check the command line before slow imports, then run the experiment."""
 
 from dataclasses import replace
 from fnmatch import fnmatch
@@ -27,35 +27,34 @@ def run(
     collect: bool = False,
     grow: bool = False,
 ) -> int:
-    """Run an experiment: a table or a figure of the paper again, or a comparison with a fair search for each arm.
+    """Run an experiment: a table or a figure of the paper, or a comparison with a search for each arm.
 
-    Searches the settings of each arm alike, where there are some to search, trains each arm from several seeds, and
-    compares. What is finished is not trained again, and interrupted runs resume. The files of runs
-    and curves keep what they say of arms that were not asked for. Arms whose data are not here are listed as such.
-    Where arms start from another experiment's weights, these are trained first, in the same output folder.
+    Searches the settings of each arm, trains each arm with its best settings from several seeds, and compares. Finished
+    runs are not trained again, and interrupted runs resume. runs.csv and curves.csv keep the rows of arms that this
+    call leaves out. Arms whose data are missing are listed. If arms start from another experiment's weights, these are
+    trained first, in the same output folder.
 
     Args:
-        name: Such as table8 or batch-sizes-cpu, or a YAML file; `kalmannorm list` shows what there is.
-        only: The arms to run, as a pattern or several: 'kn-*,bn-2'.
-        kalman: Which forms of Kalman Normalization a table of the paper has rows of, separated by commas: some of
-            paper, released, default, standardized.
+        name: Such as table8 or batch-sizes-cpu, or a YAML file; `kalmannorm list` shows all.
+        only: The arms to run, as one or more patterns: 'kn-*,bn-2'.
+        kalman: Forms of Kalman Normalization to run for a table of the paper, separated by commas: some of paper,
+            released, default, standardized.
         scale: A share of the experiment's steps, or tiny: seconds a run, on generated images.
-        data: The folder with the data sets, in place of the one that KALMANNORM_DATA names.
-        weights: Where arms start from trained weights: the output folder that has them, or a file for all.
-        seeds: Trainings of each arm that count, with seeds 0, 1, ..., if not as many as the experiment says.
-        devices: Devices a training; with several, trainings run one after another.
-        workers: Trainings at the same time, by default as many as there are GPUs, or else CPUs.
+        data: The folder with the data sets, in place of KALMANNORM_DATA.
+        weights: For arms that start from trained weights: the output folder that has them, or one file for all.
+        seeds: Final runs of each arm, with seeds 0, 1, ...; by default as many as the experiment has.
+        devices: Devices for each training; with several, trainings run one after another.
+        workers: Trainings at the same time; by default the number of GPUs, or else of CPUs.
         output: Folder for the runs and the tables.
-        list: Only say what there is to do, about how long it would take, and what is missing for it.
-        report: Only make the table, the figure and the page again, from the files of runs in the output folder.
-        collect: Train nothing: tell what has come to an end in the output folder, as of an experiment that was
-            interrupted or that ran elsewhere, and what its runs.csv tells of runs whose own folders are gone.
-        grow: Trust the output folder's runs.csv for runs whose own folders are gone, for example if only that
-            file was kept, and train what it does not tell of: new values of a search, more seeds. Nobody can check that
-            these runs were of the same configuration.
+        list: Only list the runs, an estimate of their hours, and missing data.
+        report: Only make the table, the figure and the page again, from runs.csv and curves.csv in the output folder.
+        collect: Train nothing; report the finished runs in the output folder, for example of an interrupted experiment,
+            and the rows of its runs.csv whose run folders are gone.
+        grow: Trust the rows of the output folder's runs.csv whose run folders are gone, and train only the runs that it
+            lacks: new values of a search, more seeds. Their configuration cannot be checked.
 
     Returns:
-        The exit code: 1 where a run failed. One that diverged is a result.
+        The exit code: 1 if a run failed. A run that diverged is a result.
     """
     amount = _checked(scale, devices, workers=workers, seeds=seeds)
     if weights is not None and not weights.exists():
@@ -63,7 +62,7 @@ def run(
     whole = experiments.read(name)
     asked = replace(whole, arms=_chosen(whole, only, kalman, amount), seeds=seeds or whole.seeds)
     experiments.check_search_seed("--seeds", asked)
-    from kalmannorm.lab.availability import data_at  # noqa: PLC0415 - slow, and not for --help
+    from kalmannorm.lab.availability import data_at  # noqa: PLC0415 - slow, not needed for --help
     from kalmannorm.lab.trials import Plan, listed, run_experiment  # noqa: PLC0415
 
     plan = Plan(asked, amount, output, devices, workers, weights, report, collect, grow, Console())
@@ -75,7 +74,7 @@ def run(
 
 
 def _checked(scale: str, devices: int, **others: int | None) -> Scale:
-    """The scale that a command line gives, with its counts checked as well."""
+    """Check the command line's numbers, and return its scale."""
     for name, value in {"devices": devices, **others}.items():
         if value is not None and value < 1:
             raise ValueError(f"--{name}: expected at least 1; got {value}")
@@ -93,19 +92,19 @@ def _checked(scale: str, devices: int, **others: int | None) -> Scale:
 
 
 def _chosen(asked: Experiment, only: str, kalman: str, amount: Scale) -> tuple[Arm, ...]:
-    """The arms that are asked for, at this scale."""
+    """The arms that ``--only`` and ``--kalman`` select."""
     forms = [form.strip() for form in kalman.split(",")]
     for form in forms:
         if form not in FORMS:
             raise ValueError(f"--kalman: expected some of {', '.join(FORMS)}; got {form!r}")
     patterns = [pattern.strip() for pattern in only.split(",")]
-    there = [arm for arm in asked.arms if not arm.form or arm.form in forms]
+    available = [arm for arm in asked.arms if not arm.form or arm.form in forms]
     for pattern in patterns:
-        if not any(fnmatch(arm.name, pattern) for arm in there):
-            arms = ", ".join(arm.name for arm in there)
+        if not any(fnmatch(arm.name, pattern) for arm in available):
+            arms = ", ".join(arm.name for arm in available)
             raise ValueError(f"--only: no arm of {asked.name} is called {pattern!r}; there are {arms}")
-    chosen = [arm for arm in there if any(fnmatch(arm.name, pattern) for pattern in patterns)]
-    if amount == "tiny":  # with weights of its own there, an arm starts from nothing
-        own = ["weights" in arm.tiny.get("model", {}).get("init_args", {}) for arm in chosen]
-        chosen = [replace(arm, start=None) if has else arm for arm, has in zip(chosen, own, strict=True)]
+    chosen = [arm for arm in available if any(fnmatch(arm.name, pattern) for pattern in patterns)]
+    if amount == "tiny":  # an arm that sets its weights at the tiny scale does not start from another arm's
+        sets_weights = ["weights" in arm.tiny.get("model", {}).get("init_args", {}) for arm in chosen]
+        chosen = [replace(arm, start=None) if sets else arm for arm, sets in zip(chosen, sets_weights, strict=True)]
     return tuple(chosen)

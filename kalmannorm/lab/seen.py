@@ -1,4 +1,4 @@
-"""What each normalization layer sees: its prior, its observation, its posterior."""
+"""Record each normalization layer's prior, observation and posterior."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -20,27 +20,26 @@ class Seen(NamedTuple):
 
     layer: str
     prior: Gaussian | None
-    """What it was told, process noise included; None where it has no prior, or the gain leaves it no say."""
+    """The prior with process noise; None if the layer has none, or ignores it at a gain of 1."""
     observation: Gaussian
-    """What the group itself shows."""
+    """The group's own moments."""
     posterior: Gaussian
-    """What normalized it."""
+    """The moments that normalized the group."""
     samples: int
-    """Samples a group."""
+    """Samples in each group."""
 
 
 @contextmanager
 def watched(network: nn.Module) -> Iterator[list[Seen]]:
-    """Run a network in ``eval()``, each batch normalizing itself, and keep what its layers see.
+    """Run a network in ``eval()`` by the statistics of each batch, and record its layers' moments.
 
-    `KalmanNorm` layers fuse each batch with their prior as in training, by groups of
-    ``stats_batch_size``; BatchNorm layers take a batch as one group. Layers that are frozen are not
-    watched. No buffer changes, training flags are restored, and training's random numbers go on as
-    if nothing had been drawn. Layers with a ``process_group`` share statistics here too: all
-    processes must take part.
+    `KalmanNorm` layers fuse each batch with their prior as in training, in groups of
+    ``stats_batch_size``; BatchNorm layers take a batch as one group. Frozen layers are not recorded.
+    Buffers do not change; training flags and random states are restored. Layers with a
+    ``process_group`` share statistics here too, so all processes must take part.
 
     Yields:
-        A list that grows with every call of a layer.
+        A list that gets an entry for every call of a layer.
     """
     seen: list[Seen] = []
     watchers = [_Watcher(name, layer, seen) for name, layer in network.named_modules() if is_watched(layer)]
@@ -55,22 +54,22 @@ def is_watched(layer: nn.Module) -> bool:
 
 
 class _Watcher:
-    """Keeps the calls of one layer."""
+    """Records the calls of one layer."""
 
     def __init__(self, name: str, layer: nn.Module, seen: list[Seen]) -> None:
         self.name, self.layer, self.seen = name, layer, seen
 
     def observe(self, x: Tensor) -> None:
-        """Before a call: prior and observation; the posterior is the observation until the layer says else."""
+        """Record prior and observation before a call; `add` replaces the posterior afterwards."""
         layer = self.layer
         shared = layer.process_group if isinstance(layer, KalmanNorm) else None
         if not x.numel() and shared is None:
-            return  # it normalizes nothing; others' samples are observed by an empty part too
+            return  # nothing to normalize; with a process group, an empty part still observes the others' samples
         if not isinstance(layer, KalmanNorm):
             self._add(None, observe(x), len(x))
             return
         groups = layer.statistic_groups(len(x))
-        # The layer finds again what this evaluates: the rules' beliefs, and the draws, are kept.
+        # The beliefs and draws evaluated here are cached, so the layer gets the same ones.
         prior = layer.prior(x, groups)
         if shared is None:
             self._add(prior, observe(x, groups), len(x) // groups)
@@ -87,7 +86,7 @@ class _Watcher:
 
 
 def calls_of(network: nn.Module, batches: Iterable[Any]) -> dict[str, list[Seen]]:
-    """Everything each layer saw, in the order of the layers' first calls; of inputs, or tuples that begin with them."""
+    """All calls of each layer, in the order of first calls; batches are inputs, or tuples that begin with them."""
     with watched(network) as seen:
         for batch in batches:
             images = batch if isinstance(batch, Tensor) else batch[0]
@@ -101,5 +100,5 @@ def calls_of(network: nn.Module, batches: Iterable[Any]) -> dict[str, list[Seen]
 
 
 def statistics_batches(loader: Iterable[Any], size: int) -> Iterator[Tensor]:
-    """The images of a loader of ``(images, labels)`` in whole statistics batches."""
+    """The images of a loader of ``(images, labels)`` in statistics batches, incomplete ones left out."""
     return (part for images, _ in loader for part in images.split(size) if len(part) == size)

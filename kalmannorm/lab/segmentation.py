@@ -1,4 +1,4 @@
-"""Training and scoring a network that gives each voxel a class, as `kalmannorm.lab.training` does an image."""
+"""Training and scoring a segmentation network, which classifies each voxel, with Lightning."""
 
 import math
 from typing import Any
@@ -14,19 +14,19 @@ from kalmannorm.lab.training import Classifier
 class Segmenter(Classifier):
     """Trains a network to classify voxels on the sum of cross entropy and `soft_dice_loss`.
 
-    That sum is the usual loss (nnU-Net, arXiv:1809.10486): by cross entropy alone a network learns
-    for long to call everything background, where nearly everything is.
+    That sum is the usual loss (nnU-Net, arXiv:1809.10486): with cross entropy alone a network
+    predicts background everywhere for long, since most voxels are background.
 
     Logs ``loss`` in training. Scoring gives ``dice_running`` (plain ``eval``) and ``dice_online``
-    (``eval``, but each ``statistics_batch`` images normalize themselves), 0 to 1: the mean over
-    images of an image's mean over the classes but the background, 0, of the Dice score. A class
-    that an image neither has nor is said to have does not count.
+    (``eval``, but each group of ``statistics_batch`` images is normalized by its own statistics),
+    0 to 1: the Dice score, averaged over the classes but the background, 0, then over images. A class
+    that is neither in an image nor predicted for it is left out.
 
     Args:
         network: Images or volumes ``(N, C, *)`` to logits ``(N, num_classes, *)``, built with
             BatchNorm. Labels are ``(N, *)``, int64, 0 to ``num_classes`` - 1.
-        num_classes: Number of classes, with the background.
-        dice_weight: Of `soft_dice_loss` in the loss, where cross entropy has 1.
+        num_classes: Number of classes, the background included.
+        dice_weight: Weight of `soft_dice_loss`; that of cross entropy is 1.
         options: See `kalmannorm.lab.training.Classifier`; ``channels_last`` does not suit volumes.
     """
 
@@ -56,10 +56,10 @@ class Segmenter(Classifier):
 
 
 def soft_dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """1 minus the probabilities' mean Dice score over images and all classes but the first.
+    """1 minus the mean Dice score of the probabilities, over images and all classes but the background.
 
-    Logits are ``(N, num_classes, *)`` and labels ``(N, *)``, int64, 0 being the background; the
-    loss is a scalar, 0 to 1.
+    Logits are ``(N, num_classes, *)`` and labels ``(N, *)``, int64, 0 for the background; the loss
+    is a scalar, 0 to 1.
 
     Example:
         >>> import torch
@@ -68,8 +68,8 @@ def soft_dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
         >>> soft_dice_loss(100 * F.one_hot(labels).mT.float(), labels)
         tensor(0.)
     """
-    said = logits.float().softmax(1)[:, 1:].flatten(2)
-    there = F.one_hot(labels, logits.shape[1]).movedim(-1, 1)[:, 1:].flatten(2)
-    tiny = 1e-5  # 1 for a class that is neither there nor said to be, and not 0 / 0
-    dice = (2 * (said * there).sum(2) + tiny) / (said.sum(2) + there.sum(2) + tiny)
+    predicted = logits.float().softmax(1)[:, 1:].flatten(2)
+    target = F.one_hot(labels, logits.shape[1]).movedim(-1, 1)[:, 1:].flatten(2)
+    tiny = 1e-5  # a class that is neither predicted nor in the target scores 1, not 0 / 0
+    dice = (2 * (predicted * target).sum(2) + tiny) / (predicted.sum(2) + target.sum(2) + tiny)
     return 1 - dice.mean()

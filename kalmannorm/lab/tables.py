@@ -1,4 +1,4 @@
-"""An experiment's table and figure, from the files of its runs alone."""
+"""An experiment's table and figure, from ``runs.csv`` and ``curves.csv`` alone."""
 
 import math
 import statistics
@@ -14,23 +14,23 @@ from kalmannorm.lab import figures
 from kalmannorm.lab.experiments import Arm, Experiment
 from kalmannorm.lab.formatting import as_markdown, format_value, is_share
 from kalmannorm.lab.rows import DIVERGED, RUNS, Row, read
-from kalmannorm.lab.verdict import listed, verdict
+from kalmannorm.lab.verdict import joined, verdict
 
-# Columns that follow, of `results.environment`, that a reader of the table is told.
-_TOLD = ("commit", "torch", "machine", "accelerator", "date")
+# The keys of `results.environment` that the table's last note shows.
+_SHOWN = ("commit", "torch", "machine", "accelerator", "date")
 
 
 @dataclass(frozen=True)
 class ArmRuns:
-    """The rows of an arm; those that count are of the settings that were chosen.
+    """The rows of an arm.
 
     Attributes:
         label: Its row in the table, as ``column`` is its column.
-        search: Its rows of the search.
-        final: Those that count, or failed or diverged.
-        curves: The rows of the curves of the latter.
-        arm: What the experiment's file says of it.
-        reached: The step of each run at which it was as good as its baseline.
+        search: Rows of its search runs.
+        final: Rows of its final runs with the chosen settings, failed and diverged ones included.
+        curves: Rows of the curves of ``final``.
+        arm: The arm in the experiment's file.
+        reached: For each run that was as good as the baseline, the first step at which it was.
     """
 
     name: str
@@ -44,7 +44,7 @@ class ArmRuns:
 
     @property
     def counted(self) -> list[Row]:
-        """Of the runs that count, those that did not fail or diverge."""
+        """The final runs that did not fail or diverge."""
         return [row for row in self.final if not row["error"]]
 
     @property
@@ -52,40 +52,40 @@ class ArmRuns:
         return next((row for row in self.search if row["chosen"]), None)
 
     def values(self, score: str) -> list[float]:
-        """A score of each run that counts, in the unit that is shown."""
+        """A score of each counted run, in the unit shown."""
         if score == "steps_to_baseline":
             return self.reached
         return [(100 if is_share(score) else 1) * float(row[score]) for row in self.counted if row.get(score)]
 
     def text(self, score: str) -> str:
-        """Mean and deviation of a score, and of how many runs if not of all."""
+        """Mean and deviation of a score, with the number of runs if it is not that of all."""
         values = self.values(score)
         found = format_value(score, values)
         whole = len(values) == len(self.final) or score == "steps_to_baseline"
         return found if whole else f"{found} ({len(values)} of {len(self.final)} runs)"
 
     def points(self, name: str) -> pd.DataFrame:
-        """Of the loss, or of a score in validation, the ``seed`` and ``step`` of each number of the runs that count."""
+        """The counted runs' losses or validation scores: columns ``seed``, ``step`` and ``name``."""
         seeds = [row["seed"] for row in self.counted]
-        own = (each for each in self.curves if each["seed"] in seeds and each.get(name))
-        return pd.DataFrame([(each["seed"], int(each["step"]), float(each[name])) for each in own],
+        rows = (each for each in self.curves if each["seed"] in seeds and each.get(name))
+        return pd.DataFrame([(each["seed"], int(each["step"]), float(each[name])) for each in rows],
                             columns=["seed", "step", name])  # fmt: skip
 
     def curve(self, name: str) -> pd.Series:
-        """The loss, or a score in validation, by step: the mean over the runs that count."""
+        """The loss, or a validation score, by step: the mean over the counted runs."""
         return self.points(name).groupby("step")[name].mean()
 
 
 @dataclass(frozen=True)
 class Runs:
-    """What the files say of an experiment's arms.
+    """An experiment's runs, by arm.
 
     Attributes:
         arms: In the experiment's order.
-        settings: Those that were searched.
-        scores: The names of all.
-        rows: Those of ``runs.csv``.
-        others: Arms in the files that the experiment does not have.
+        settings: Names of the searched settings.
+        scores: Names of the scores.
+        rows: The rows of ``runs.csv`` of these arms.
+        others: Names of arms in ``runs.csv`` that the experiment does not have.
     """
 
     arms: list[ArmRuns]
@@ -102,22 +102,22 @@ class Runs:
         return f"{arm.label}, {arm.column}" if len(self.columns) > 1 else arm.label
 
     def short(self, setting: str) -> str:
-        """A setting's last word, if no other has the same."""
+        """A setting's last word, or its whole name if another setting ends in the same word."""
         last = setting.rpartition(".")[2]
         return last if sum(other.rpartition(".")[2] == last for other in self.settings) == 1 else setting
 
-    def said(self, row: Row) -> str:
-        """A row's searched settings in words."""
+    def settings_text(self, row: Row) -> str:
+        """A row's searched settings as text."""
         return ", ".join(f"{self.short(setting)} {row[setting]}" for setting in self.settings if row[setting])
 
 
 def write_table(experiment: Experiment, folder: Path) -> str:
-    """Write ``table.md`` and ``figure.svg`` beside ``runs.csv``; the same file gives the same two.
+    """Write ``table.md`` and ``figure.svg`` to the folder of ``runs.csv``, and return the table.
 
-    Words and the order of arms are the experiment's; numbers, arms and settings are the file's.
+    Text and the order of arms are from the experiment; numbers, arms and settings are from ``runs.csv``.
     """
     runs = read_runs(experiment, folder)
-    text = "\n\n".join(part.strip("\n") for part in _parts(experiment, runs)) + "\n"
+    text = "\n\n".join(part.strip("\n") for part in _sections(experiment, runs)) + "\n"
     (folder / "table.md").write_text(text, encoding="utf-8")
     if not experiment.is_table:
         metric = experiment.metric.replace("_", " ")
@@ -130,42 +130,42 @@ def write_table(experiment: Experiment, folder: Path) -> str:
 
 
 def read_runs(experiment: Experiment, folder: Path) -> Runs:
-    told, path = read(folder), folder / RUNS
-    if not told.runs:
+    records, path = read(folder), folder / RUNS
+    if not records.runs:
         raise ValueError(f"--output: there is no {path} to report on")
     known = {arm.name: arm for arm in experiment.arms}
-    found = dict.fromkeys(row["arm"] for row in told.rows)
+    found = dict.fromkeys(row["arm"] for row in records.rows)
     others = [name for name in found if name not in known]
     arms: dict[str, ArmRuns] = {}
     for name in (name for name in known if name in found):
-        own = [run for run in told.runs.values() if run[0]["arm"] == name]
+        own = [run for run in records.runs.values() if run[0]["arm"] == name]
         search = [row for row, _ in own if row["kind"] == "search"]
         chosen: Row = next((row for row in search if row["chosen"]), {})
-        # Those of an earlier choice stay in the file.
-        now = {setting: chosen.get(setting, "") for setting in told.settings}
+        # The file keeps final runs with settings that were chosen earlier.
+        now = {setting: chosen.get(setting, "") for setting in records.settings}
         final = [run for run in own if run[0]["kind"] == "final" and now.items() <= run[0].items()]
         curves = [each for _, curve in final for each in curve]
         row = own[0][0]
         arms[name] = ArmRuns(name, row["label"], row["column"], search, [row for row, _ in final], curves, known[name])
     if not arms:
-        raise ValueError(f"{path} tells of other arms than those of {experiment.source}: {', '.join(others)}")
+        raise ValueError(f"{path} has other arms than {experiment.source}: {', '.join(others)}")
     for arm in arms.values():
         baseline = arms.get(arm.arm.baseline)
         if baseline is not None:
             arm.reached.extend(_steps_to(baseline, arm, _metric(experiment, arm.arm)))
-    counted = [row for row in told.rows if row["arm"] in known]
-    return Runs([*arms.values()], told.settings, told.scores, counted, others)
+    rows = [row for row in records.rows if row["arm"] in known]
+    return Runs([*arms.values()], records.settings, records.scores, rows, others)
 
 
 def _metric(experiment: Experiment, arm: Arm) -> str:
-    """What counts most: the first that the paper reports, or the experiment's."""
+    """An arm's main metric: the first that the paper reports, or the experiment's."""
     reported = (name for name in arm.reported if name != "steps_to_baseline")
     return next(reported, experiment.metric)
 
 
 def _steps_to(baseline: ArmRuns, arm: ArmRuns, metric: str) -> list[float]:
-    """The first validation of each run at which it was as good as the baseline is at its end, both on validation
-    images; nothing of a run that never was.
+    """The first step at which each run's validation score reaches the baseline's last one; runs that never do are
+    left out.
     """
     goal, own = baseline.curve(metric), arm.points(metric)
     if goal.empty:
@@ -174,10 +174,10 @@ def _steps_to(baseline: ArmRuns, arm: ArmRuns, metric: str) -> list[float]:
     return [float(step) for step in good.groupby("seed")["step"].min()]
 
 
-def _parts(experiment: Experiment, runs: Runs) -> list[str]:
+def _sections(experiment: Experiment, runs: Runs) -> list[str]:
     parts = [f"# {experiment.title}", *([experiment.question] if experiment.question else [])]
     parts += [verdict_of(experiment, runs)] if experiment.verdict else []
-    parts += [said(experiment, runs)]
+    parts += [conditions(experiment, runs)]
     for title, grid in grids(experiment, runs):
         parts += [*([f"**{title}**"] if title else []), as_markdown(grid)]
     more = summary(experiment, runs)
@@ -188,13 +188,13 @@ def _parts(experiment: Experiment, runs: Runs) -> list[str]:
 
 
 def verdict_of(experiment: Experiment, runs: Runs) -> str:
-    """`verdict` of an experiment's runs, and which arms have none that counts."""
+    """The `verdict` on an experiment's runs, with the runs that failed or diverged."""
     groups = {runs.title(arm): arm.counted for arm in runs.arms if arm.counted}
     absent = [runs.title(arm) for arm in runs.arms if not arm.counted]
-    without = f" No run of {listed(absent)} counts: each failed or diverged." if absent else ""
+    without = f" Each run of {joined(absent)} failed or diverged." if absent else ""
     lost = [(runs.title(arm), len(arm.final) - len(arm.counted), len(arm.final)) for arm in runs.arms if arm.counted]
     parts = [f"{count} of {of} runs of {label}" for label, count, of in lost if count]
-    without += f" Not counted, as they failed or diverged: {listed(parts)}." if parts else ""
+    without += f" Left out, as they failed or diverged: {joined(parts)}." if parts else ""
     if not groups:
         return without.strip()
     accuracies = {label: [float(row[experiment.metric]) for row in rows] for label, rows in groups.items()}
@@ -204,30 +204,29 @@ def verdict_of(experiment: Experiment, runs: Runs) -> str:
     return verdict(accuracies, seconds, known["guessing"], int(known["images"])) + without
 
 
-def said(experiment: Experiment, runs: Runs) -> str:
-    """How long trainings were, on which images they are scored, and over how many seeds numbers are."""
+def conditions(experiment: Experiment, runs: Runs) -> str:
+    """The runs' length, scored split and number of seeds, as text."""
     trained = [arm for arm in runs.arms if any(row["split"] and row["steps"] for row in arm.final)]
     counts = {len(arm.final) for arm in (trained if experiment.is_table else runs.arms) if arm.final} or {0}
     seeds = max(counts)
     split = next((row["split"] for row in runs.rows if row["kind"] == "final"), experiment.scored)
     several = f"{seeds}" if len(counts) == 1 else f"{min(counts)} to {seeds}"
-    over = {0: "no run counts", 1: "one seed"}.get(seeds, f"mean ± standard deviation over {several} seeds")
+    over = {0: "no final run", 1: "one seed"}.get(seeds, f"mean ± standard deviation over {several} seeds")
     scales = sorted({row["scale"] for row in runs.rows} - {"1"})
     if experiment.is_table:
-        words = ["In brackets: the paper."] if any(arm.arm.reported for arm in runs.arms) else []
+        note = ["In brackets: the paper."] if any(arm.arm.reported for arm in runs.arms) else []
         if trained:
             how = f"Scaled down ({', '.join(scales)}): not comparable with the paper's" if scales else "The paper's"
-            words = [f"{how} numbers of training steps; {over}.", *words]
-        return " ".join(words)
+            note = [f"{how} numbers of training steps; {over}.", *note]
+        return " ".join(note)
     small = f"Scaled down ({', '.join(scales)}): these numbers only show that the study runs.\n\n" if scales else ""
     return f"{small}In per cent, on {split} images; {over}."
 
 
 def grids(experiment: Experiment, runs: Runs) -> list[tuple[str, list[list[str]]]]:
-    """The tables, each with its title: a number in each place, or a table for each score."""
+    """The tables with their titles: one laid out as in the paper, or one for each score."""
     if experiment.is_table:
-        # A form of KN stands below the row that it is a form of.
-        return [("", _grid(_places(experiment, runs), experiment.rows))]
+        return [("", _grid(_cells(experiment, runs), experiment.rows))]
     scores = sorted(runs.scores, key=lambda name: name != experiment.metric) or [experiment.metric]
     if len(runs.columns) == 1:
         rows = [["", *(name.replace("_", " ") for name in scores)]]
@@ -237,7 +236,7 @@ def grids(experiment: Experiment, runs: Runs) -> list[tuple[str, list[list[str]]
 
 
 def _grid(texts: Mapping[tuple[str, str], str], order: Sequence[str] = ()) -> list[list[str]]:
-    """The header and the rows of texts by row and column; rows are in the order of these beginnings of their names."""
+    """A header and rows, from texts by row and column; rows are sorted by the prefixes in ``order``."""
     columns = list(dict.fromkeys(column for _, column in texts))
     rows = list(dict.fromkeys(row for row, _ in texts))
     places = {known: place for place, known in enumerate(order)}
@@ -245,24 +244,24 @@ def _grid(texts: Mapping[tuple[str, str], str], order: Sequence[str] = ()) -> li
     return [["", *columns], *([row, *(texts.get((row, column), "") for column in columns)] for row in rows)]
 
 
-def _places(experiment: Experiment, runs: Runs) -> dict[tuple[str, str], str]:
-    """By row and column what was measured, and in brackets what the paper reports."""
+def _cells(experiment: Experiment, runs: Runs) -> dict[tuple[str, str], str]:
+    """The measured numbers by row and column, the paper's in brackets."""
     texts: dict[tuple[str, str], str] = {}
     for arm in runs.arms:
         for metric, row, column in arm.arm.places(_metric(experiment, arm.arm)):
             reported = arm.arm.reported.get(metric)
-            measured = arm.text(metric) if arm.values(metric) else _why_not(arm)
+            measured = arm.text(metric) if arm.values(metric) else _placeholder(arm)
             texts[row, column] = measured if reported is None else f"{measured} ({reported:,})"
     return texts
 
 
-def _why_not(arm: ArmRuns) -> str:
-    """In place of a number: that the rule diverged, or nothing but a dash."""
+def _placeholder(arm: ArmRuns) -> str:
+    """The text for a missing number."""
     return "diverged" if any(row["error"].startswith(DIVERGED) for row in arm.final) else "-"
 
 
 def summary(experiment: Experiment, runs: Runs) -> list[list[str]]:
-    """A row an arm under a header: what it was trained with, and how its training went."""
+    """A table with a header and a row for each arm: chosen settings, validation score, last loss and time."""
     metric = experiment.metric.replace("_", " ")
     header = ["arm", "seeds", "searched", "chosen", f"its {metric} in validation, %", "last loss", "ms a step"]
     arms = runs.arms
@@ -274,7 +273,7 @@ def summary(experiment: Experiment, runs: Runs) -> list[list[str]]:
     rows = [header]
     for arm in arms:
         best = arm.chosen
-        settings = "as it is" if not arm.search else runs.said(best) if best else "-"
+        settings = "as it is" if not arm.search else runs.settings_text(best) if best else "-"
         score = f"{100 * float(best[experiment.metric]):.2f}" if best and best.get(experiment.metric) else "-"
         last = format_value("ratio", [float(row["last_loss"]) for row in arm.counted if row["last_loss"]])
         times = [1000 * float(row["seconds_per_step"]) for row in arm.counted if row["seconds_per_step"]]
@@ -287,48 +286,48 @@ def summary(experiment: Experiment, runs: Runs) -> list[list[str]]:
 
 
 def notes(experiment: Experiment, runs: Runs) -> list[str]:
-    """What to know before trusting the numbers."""
+    """Notes below the table: on arms, failed runs, the search, and where and when the runs were made."""
     found = []
-    words = {arm.name: arm.note for arm in experiment.arms if arm.note}
+    arm_notes = {arm.name: arm.note for arm in experiment.arms if arm.note}
     for arm in runs.arms:
-        found += [f"{runs.title(arm)}: {words[arm.name]}"] if arm.name in words else []
-        found += [*_edges(arm, runs), *_better(arm, runs, experiment.metric)]
+        found += [f"{runs.title(arm)}: {arm_notes[arm.name]}"] if arm.name in arm_notes else []
+        found += [*_edges(arm, runs), *_removed_from_search(arm, runs, experiment.metric)]
         if arm.search and not arm.chosen:
-            found.append(f"{runs.title(arm)}: each run of the search failed or diverged, so that no run counts.")
+            found.append(f"{runs.title(arm)}: each run of the search failed or diverged, so there is no final run.")
     for row in runs.rows:
         if row["error"].startswith("not run: "):
             found.append(f"{row['arm']}, {row['error']}")
         elif row["error"]:
-            settings = runs.said(row)
-            what = "search" if row["kind"] == "search" else "run"
+            settings = runs.settings_text(row)
+            kind = "search" if row["kind"] == "search" else "run"
             place = ", ".join(part for part in (settings, f"seed {row['seed']}") if part)
-            found.append(f"{row['arm']}, {what} of {place}: {row['error']}")
+            found.append(f"{row['arm']}, {kind} of {place}: {row['error']}")
     if runs.others:
         found.append(f"{RUNS} also has runs of {', '.join(runs.others)}, which {experiment.source} does not have.")
     sizes = {len(arm.search) for arm in runs.arms}
     if len(sizes) > 1:
         found.append("The searches are of different sizes: see the column of how many were searched.")
     if max(sizes) and experiment.search_scale != 1:
-        found.append(f"A run of the search takes {experiment.search_scale:g} of the steps of one that counts.")
+        found.append(f"A search run takes {experiment.search_scale:g} of the steps of a final run.")
     hours = sum(float(row["seconds"]) for row in runs.rows if row["seconds"]) / 3600
-    told = [f"{name} {' / '.join(values)}" for name in _TOLD if (values := _values(runs, name))]
+    environment = [f"{name} {' / '.join(values)}" for name in _SHOWN if (values := _values(runs, name))]
     searched = sum(len(arm.search) for arm in runs.arms)
     earlier = len(runs.rows) - searched - sum(len(arm.final) for arm in runs.arms)
     parts = ["1 run" if len(runs.rows) == 1 else f"{len(runs.rows)} runs"]
     parts += [f"{searched} of them of the search"] if searched else []
-    parts += [f"{earlier} of settings that were chosen before and do not count"] if earlier else []
+    parts += [f"{earlier} with settings that were chosen earlier, left out"] if earlier else []
     if any(row["seconds"] for row in runs.rows) or not experiment.is_table:
-        found.append(f"{', '.join(parts)}, {hours:.2g} hours in all.{' ' * bool(told)}{'; '.join(told)}")
+        found.append(f"{', '.join(parts)}, {hours:.2g} hours in all.{' ' * bool(environment)}{'; '.join(environment)}")
     return found
 
 
 def _edges(arm: ArmRuns, runs: Runs) -> list[str]:
-    """Where the best value is the lowest or the highest of those tried: a better one may lie beyond."""
+    """A note on each setting whose best value is the lowest or highest searched: a better one may lie beyond."""
     found = []
     for setting in runs.settings:
         try:
             tried = {float(row[setting]) for row in arm.search}
-        except ValueError:  # they are not numbers
+        except ValueError:  # not numbers
             continue
         if arm.chosen and len(tried) > 1:
             best, lowest, highest = float(arm.chosen[setting]), min(tried), max(tried)
@@ -340,14 +339,14 @@ def _edges(arm: ArmRuns, runs: Runs) -> list[str]:
     return found
 
 
-def _better(arm: ArmRuns, runs: Runs, metric: str) -> list[str]:
-    """What would have been chosen if it had still been among the values to try."""
+def _removed_from_search(arm: ArmRuns, runs: Runs, metric: str) -> list[str]:
+    """A note on each recorded search run that is better than the chosen one, but no longer in the search."""
     best = arm.chosen
     if best is None or not best.get(metric):
         return []
     ended = [row for row in arm.search if row[metric] and not row["error"]]
     better = [row for row in ended if float(row[metric]) > float(best[metric])]
-    return [f"{runs.title(arm)}: {runs.said(row)} was better, but is no longer searched." for row in better]
+    return [f"{runs.title(arm)}: {runs.settings_text(row)} was better, but is no longer searched." for row in better]
 
 
 def _values(runs: Runs, name: str) -> Sequence[str]:

@@ -1,4 +1,4 @@
-"""Training and scoring an image classifier with Lightning, in a way that is fair between normalizations."""
+"""Training and scoring an image classifier with Lightning, alike for all normalizations."""
 
 import logging
 import math
@@ -30,9 +30,9 @@ from kalmannorm.lab.scoring import online_logits
 from kalmannorm.modules import is_stock_batchnorm
 
 Batch = tuple[Tensor, Tensor]
-# Warnings that a run is not the place for.
+# Warnings that do not apply to our runs.
 UNWANTED = (
-    ".*does not have many workers.*",  # the data are tensors in memory: workers would only cost
+    ".*does not have many workers.*",  # the data are tensors in memory, which need no workers
     ".*have no `val_dataloader`.*",  # scored once, after training
     ".*isinstance\\(treespec, LeafSpec\\).*",  # Lightning 2.6 calling torch's old name
 )
@@ -43,35 +43,35 @@ class Classifier(lightning.LightningModule):
 
     Logs ``loss`` in training. Scoring gives both of the paper's options in one pass over the
     images: ``accuracy_running`` (A: plain ``eval``) and ``accuracy_online`` (B: ``eval``, but each
-    ``statistics_batch`` images normalize themselves), 0 to 1.
+    group of ``statistics_batch`` images is normalized by its own statistics), 0 to 1.
 
     Args:
         network: Images ``(N, C, H, W)`` to logits ``(N, num_classes)``, built with BatchNorm.
-        normalization: What takes BatchNorm's place, a key of `kalmannorm.lab.methods.METHODS`.
-            ``"bn"`` keeps what there is.
+        normalization: The replacement of BatchNorm, a key of `kalmannorm.lab.methods.METHODS`.
+            ``"bn"`` keeps the network's own layers.
         normalization_options: See `kalmannorm.lab.methods.normalize`.
-        weights: State dict of a network that was trained on other classes, or the ``last.ckpt`` of
-            one of our runs, to start from; the last linear layer keeps its own initial values. A
-            network with BatchNorm gets it before the conversion; one of the method itself, after.
+        weights: File to start from: a state dict, or the ``last.ckpt`` of one of our runs. The last
+            linear layer keeps its initial values. Weights of a network with BatchNorm are loaded
+            before the conversion, weights of a converted network after it.
         num_classes: Number of classes.
-        statistics_batch: Images that are normalized together, by methods that don't take each by
-            itself. None for all that a process takes at a time.
-        rate: Learning rate, before the schedule's factor; for what follows see
+        statistics_batch: Images that are normalized together, by methods with batch statistics.
+            None for all images that a process takes at a time.
+        rate: Learning rate, before the schedule's factor; for the next arguments see
             `kalmannorm.lab.optimization.sgd`.
-        score_online: Give ``accuracy_online`` too.
+        score_online: Score ``accuracy_online`` too.
         compile: Train through ``torch.compile``.
-        channels_last: Keep the network's weights and its images ``(N, C, H, W)`` in channels-last
-            memory, which suits convolutions on GPUs in half precision; results differ by rounding.
-        anneal: What priors are worth in the end, in units of what they were worth at the start, see
-            `kalmannorm.anneal`; 1 leaves gains to what is learned.
-        anneal_from: The share of the steps after which that begins.
-        freeze_from: The share of the steps after which normalization layers are frozen, see `kalmannorm.freeze`:
-            of BatchNorm and Kalman layers alone. 1 never freezes.
+        channels_last: Keep weights and images ``(N, C, H, W)`` in channels-last memory, which is
+            faster for half-precision convolutions on GPUs; results differ by rounding.
+        anneal: Factor on the priors' weight by the end of training, see `kalmannorm.anneal`; 1 does
+            not anneal.
+        anneal_from: The share of the steps after which annealing begins.
+        freeze_from: The share of the steps after which BatchNorm and Kalman layers are frozen, see
+            `kalmannorm.freeze`. 1 never freezes.
         capture: Replay forward and backward passes as CUDA graphs, see `kalmannorm.capture`: the
-            same numbers, faster where a network is small. No method that counts in Python is captured.
+            same numbers, faster for small networks. Methods that are not capturable ignore it.
 
     Attributes:
-        score: What the scores are called; `metric` and `loss` are what another task has others of.
+        score: Prefix of the scores' names. Subclasses for other tasks override it, `metric` and `loss`.
     """
 
     score = "accuracy"
@@ -118,7 +118,7 @@ class Classifier(lightning.LightningModule):
             raise ValueError(
                 f"freeze_from={freeze_from} needs BatchNorm or Kalman layers; got normalization={normalization!r}"
             )
-        # A function, and not the compiled network, which would be a second submodule.
+        # A compiled network would be a second submodule, so a function is compiled.
         self._forward: Callable[[Tensor], Tensor] = torch.compile(self._plain) if compile else self._plain
         if capture and self.method.capturable:
             kalmannorm.capture(self.network)
@@ -144,7 +144,7 @@ class Classifier(lightning.LightningModule):
         if hasattr(data, "gradient_batch"):
             self._check_statistics_batch(images_a_process(data.gradient_batch, self.trainer))
         if any(name.endswith("awaits_data") for name, _ in self.network.named_buffers()):
-            # In each process, before they are wrapped: the first one's parameters then go to all.
+            # In each process, before DDP wraps the network and broadcasts the first process's parameters.
             initialize(self.network, next(iter(data.train_dataloader()))[0].to(self.device))
 
     def _check_statistics_batch(self, images: int) -> None:
@@ -166,23 +166,23 @@ class Classifier(lightning.LightningModule):
         return loss
 
     def training_logits(self, images: Tensor) -> Tensor:
-        """Logits of a batch that is normalized as the method says."""
+        """Logits of a batch, normalized in statistics batches."""
         images = images.to(memory_format=self._memory_format)
         self._check_statistics_batch(len(images))
         if self._was_batchnorm and len(images) == self.statistics_batch:
-            with_stock_norms(self.network)  # one group of everything: torch's own layers do that, and faster
+            with_stock_norms(self.network)  # torch's own layers are faster for a single group
             self._was_batchnorm = False
         whole = self.method.statistics != "batch" or self.statistics_batch is None
         parts = (images,) if whole else images.split(self.statistics_batch)
-        if len(parts) > self._passes:  # known only now, and an epoch may end with fewer
+        if len(parts) > self._passes:  # the last batch of an epoch may have fewer parts
             self._passes = len(parts)
             count_in_steps(self.network, self._passes)
         return torch.cat([self._forward(part) for part in parts])
 
     def on_after_backward(self) -> None:
-        """Average the running statistics over processes: those of all images, as in a single process."""
+        """Average the running statistics over processes, so that they are those of all images."""
         if dist.is_initialized() and dist.get_world_size() > 1:
-            # Batch Renorm averages deviations, and keeps their squares.
+            # Batch Renorm averages standard deviations, and stores variances.
             renorm: list[Any] = [layer for layer in self.network.modules() if isinstance(layer, BatchRenorm)]
             for layer in renorm:
                 layer.running_var.add_(layer.eps).sqrt_()
@@ -212,7 +212,7 @@ class Classifier(lightning.LightningModule):
 
 
 def quiet() -> None:
-    """Leave out what Lightning says of every run."""
+    """Silence the messages that Lightning prints for every run."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for message in UNWANTED:

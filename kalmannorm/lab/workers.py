@@ -1,4 +1,4 @@
-"""Many jobs at the same time, each in one of several processes, with a progress bar a process."""
+"""Run jobs in several processes, with a progress bar for each."""
 
 import multiprocessing
 import os
@@ -23,36 +23,36 @@ from rich.progress import (
 
 J = TypeVar("J")
 R = TypeVar("R")
-Tell = Callable[[int], None]
+OnProgress = Callable[[int], None]
 """Takes the number of steps done."""
 
 
 def available_cpus() -> int:
-    """CPUs that this process may use, where the system can tell: a container often has fewer than the machine."""
+    """Number of CPUs that this process may use, which in a container may be fewer than the machine's."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def bars(console: Console, *, shown: bool = True) -> Progress:
-    """Progress bars that count steps, with the time that has passed and the time that is left."""
+    """Progress bars that count steps, with elapsed and remaining time."""
     columns = (TextColumn("{task.description:<32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, TimeRemainingColumn(), console=console, disable=not shown)
 
 
 def run_all(
-    jobs: Sequence[J], work: Callable[[J, Tell], R], steps: Callable[[J], int], workers: int, console: Console
+    jobs: Sequence[J], work: Callable[[J, OnProgress], R], steps: Callable[[J], int], workers: int, console: Console
 ) -> list[R | Exception]:
-    """Do ``jobs`` in ``workers`` processes of one thread, and of one GPU if there are any, each.
+    """Run ``jobs`` in ``workers`` processes, each with one thread and at most one GPU.
 
     Args:
-        jobs: What can be sent to another process; ``str`` of one is the name of its bar.
-        work: Does a job, and tells now and then how many steps are done; a function of a module.
-        steps: How many steps a job has.
+        jobs: Picklable objects; ``str`` of one is the label of its bar.
+        work: Does a job, and calls its second argument with the number of steps done; picklable.
+        steps: From a job to its number of steps.
         workers: Number of processes.
-        console: Where the bars are.
+        console: Where to show the bars.
 
     Returns:
-        The results, in the order of ``jobs``; in place of one what its job raised. A job whose
-        process ends (for want of memory, say) is tried once more, alone.
+        The results, in the order of ``jobs``; for a job that raised, the exception. A job whose
+        process was killed (out of memory, for example) is run once more, alone.
     """
     with bars(console) as progress:
         team = _Team(jobs, work, steps, progress)
@@ -67,7 +67,7 @@ def run_all(
 def in_turn(
     jobs: Sequence[J], work: Callable[[J], R], steps: Callable[[J], int], console: Console
 ) -> list[R | Exception]:
-    """Do ``jobs`` one after another in this process, with a bar; what one raised takes its result's place."""
+    """Run ``jobs`` one after another in this process, with a bar; for a job that raised, return the exception."""
     outcomes: list[R | Exception] = []
     with bars(console) as progress:
         bar = progress.add_task("all steps", total=sum(map(steps, jobs)))
@@ -82,10 +82,10 @@ def in_turn(
 
 
 class _Team(Generic[J, R]):
-    """Jobs, known by their places in a list, and what came of them: nothing where a process was ended."""
+    """Jobs, identified by their index, and their outcomes; a job whose process was killed has none."""
 
     def __init__(
-        self, jobs: Sequence[J], work: Callable[[J, Tell], R], steps: Callable[[J], int], progress: Progress
+        self, jobs: Sequence[J], work: Callable[[J, OnProgress], R], steps: Callable[[J], int], progress: Progress
     ) -> None:
         self.jobs, self.work, self.steps, self.progress = jobs, work, [steps(job) for job in jobs], progress
         self.overall = progress.add_task("all steps", total=sum(self.steps))
@@ -93,12 +93,12 @@ class _Team(Generic[J, R]):
         self.done = [0] * len(jobs)
         self.running: set[int] = set()
         self.outcomes: dict[int, R | Exception] = {}
-        # Fresh processes: a forked one would inherit torch's thread pools in whatever state they are.
+        # A forked process would inherit torch's thread pools in an undefined state.
         self.context = multiprocessing.get_context("spawn")
         self.queue = self.context.Queue()
 
     def run(self, places: Sequence[int], workers: int) -> None:
-        """Do these jobs: a thread for each process, which gives it one after another."""
+        """Run these jobs; each worker process has a thread that sends it one job after another."""
         others, left = set(multiprocessing.active_children()), iter(list(places))
         with ThreadPoolExecutor(workers) as threads:
             lanes = [threads.submit(self._lane, number, left) for number in range(workers)]
@@ -106,7 +106,7 @@ class _Team(Generic[J, R]):
                 while wait(lanes, 0.2).not_done:
                     self._show()
             except BaseException:
-                # Without this, leaving would wait for every job.
+                # Otherwise leaving the `with` block would wait for every job.
                 list(left)
                 while wait(lanes, 0.05).not_done:
                     for process in set(multiprocessing.active_children()) - others:
@@ -132,7 +132,7 @@ class _Team(Generic[J, R]):
             pool.shutdown()
 
     def _show(self) -> None:
-        """Bring the bars up to date: in the main thread alone, so that they need no lock."""
+        """Update the bars; only the main thread does, so they need no lock."""
         while not self.queue.empty():
             place, step = self.queue.get()
             self.done[place] = step
@@ -149,21 +149,21 @@ _queue: Any = None
 
 
 def _start(queue: Any, number: int) -> None:
-    global _queue  # noqa: PLW0603  (a queue can only be handed to a process when it starts)
+    global _queue  # noqa: PLW0603  (a queue can only be passed to a process when it starts)
     _queue = queue
     torch.set_num_threads(1)
     _take_gpu(number)
-    # Ctrl-C is the parent's to answer; and no worker outlives a parent that was killed.
+    # The parent handles Ctrl-C, and a worker exits when its parent is killed.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _take_gpu(number: int) -> None:
-    """Show this process one GPU of those it could see; CUDA looks when it is first used."""
+    """Make one GPU visible to this process, before CUDA is initialized."""
     count = torch.cuda.device_count()
     if count > 1:
-        seen: Iterable[Any] = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-        names = [name for name in seen if name] or list(range(count))
+        visible: Iterable[Any] = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        names = [name for name in visible if name] or list(range(count))
         os.environ["CUDA_VISIBLE_DEVICES"] = str(names[number % len(names)])
 
 
@@ -174,5 +174,5 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _work(work: Callable[[J, Tell], R], place: int, job: J) -> R:
+def _work(work: Callable[[J, OnProgress], R], place: int, job: J) -> R:
     return work(job, lambda step: _queue.put((place, step)))

@@ -30,7 +30,7 @@ def everything(tmp_path_factory):
         title="A title that says a lot, " * 3, question=path, verdict=f"KalmanNorm is best, says {path}.",
         grids=[("A wide table. " * 9, wide)], notes=[path] * 20, gaps=[], is_table=True, metric="accuracy " * 20,
         curves=[("A figure. " * 20, page._drawn(drawing))], search=page._drawn(drawing), summary=wide,
-        command="z" * 300, arms=[arm, arm], told=path,
+        command="z" * 300, arms=[arm, arm], environment=path,
     )  # fmt: skip
     written = tmp_path_factory.mktemp("page") / "page.html"
     written.write_text(text, encoding="utf-8")

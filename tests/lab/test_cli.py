@@ -30,7 +30,7 @@ from kalmannorm.lab.cli import COMMANDS, main
         (["run", "batch-sizes-cpu", "--only", "xn-*"], ["--only", "'xn-*'", "kn-2"]),
         (["run", "batch-sizes-cpu", "--scale", "small"], ["--scale", "small"]),
         (["run", "batch-sizes-cpu", "--seeds", "0"], ["--seeds", "got 0"]),
-        (["run", "batch-sizes-cpu", "--seeds", "101"], ["--seeds", "one of the 101 seeds that count", "got 100"]),
+        (["run", "batch-sizes-cpu", "--seeds", "101"], ["--seeds", "the 101 seeds of the final runs", "got 100"]),
         (["run", "batch-sizes-cpu", "--report", "--output", "/nowhere"], ["--output", "/nowhere"]),
         (["run"], ["name"]),
         (["dance"], ["dance"]),
@@ -96,8 +96,8 @@ def _help(capsys, command):
 
 def test_help_tells_all_of_an_option(capsys):
     text = _help(capsys, "study")
-    assert "Trust the output folder's runs.csv for runs whose own folders are gone" in text
-    assert "Nobody can check that these runs were of the same configuration. (default: False) --list Only say" in text
+    assert "Trust the rows of the output folder's runs.csv whose run folders are gone" in text
+    assert "Their configuration cannot be checked. (default: False) --list Only list" in text
 
 
 def test_help_tells_of_the_settings_of_the_configuration(capsys):

@@ -37,7 +37,7 @@ def test_it_prints_a_verdict_and_writes_a_page(tmp_path, capsys):
     assert "Scaled down (tiny)" in out
     assert "BatchNorm" in out
     assert "KalmanNorm (default)" in out
-    assert "GroupNorm" not in out.partition("- ")[0].replace("GroupNorm keeps none", "")
+    assert "GroupNorm" not in out.partition("- ")[0].replace("GroupNorm has neither", "")
     rows = read_table(tmp_path / "demo" / "runs.csv").to_dict("records")
     assert [(row["arm"], row["seed"], row["split"]) for row in rows] == [
         ("bn", "0", "test"), ("bn", "1", "test"), ("kn", "0", "test"), ("kn", "1", "test"),

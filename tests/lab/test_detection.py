@@ -248,7 +248,7 @@ def test_a_training_ended_in_mid_epoch_or_at_its_end_goes_on_bit_for_bit(tiny, t
 
     whole = fitting.fit(config, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        fitting.fit(config, tmp_path / "stopped", tell=stop)
+        fitting.fit(config, tmp_path / "stopped", on_progress=stop)
     kept = torch.load(tmp_path / "stopped" / "last.ckpt")
     assert kept["global_step"] == 2
     again = fitting.fit(config, tmp_path / "stopped")

@@ -262,7 +262,7 @@ def test_an_unknown_arm_lists_the_known_ones(name, words):
         ({"scored": "train"}, "scored must be 'test' or 'validation'; got 'train'"),
         ({"seeds": 0}, "seeds must be a whole number from 1 on; got 0"),
         ({"seeds": True}, "seeds must be a whole number from 1 on; got True"),
-        ({"search_seed": 1}, "search_seed must not be one of the 2 seeds that count, 0 to 1; got 1"),
+        ({"search_seed": 1}, "search_seed must not be one of the 2 seeds of the final runs, 0 to 1; got 1"),
         ({"search_scale": 0}, "search_scale must be a number above 0, up to 1; got 0"),
         ({"search_scale": True}, "search_scale must be a number above 0, up to 1; got True"),
         ({"search_seed": "x"}, "search_seed must be a whole number from 0 on; got 'x'"),

@@ -17,7 +17,7 @@ def written():
     drawing.subplots().plot([1, 2], label=GIVEN)
     arm = {"title": GIVEN, "command": GIVEN, "notes": [GIVEN], "config": GIVEN}
     grid, picture = [[GIVEN, GIVEN], [GIVEN, "1 ± 2"]], page._drawn(drawing)
-    texts = dict.fromkeys(("title", "question", "verdict", "metric", "command", "told"), GIVEN)
+    texts = dict.fromkeys(("title", "question", "verdict", "metric", "command", "environment"), GIVEN)
     return page.render(
         **texts, gaps=[(GIVEN, "AAAA")], curves=[(GIVEN, picture)], search=picture, grids=[(GIVEN, grid)],
         notes=[GIVEN], summary=grid, is_table=True, arms=[arm],

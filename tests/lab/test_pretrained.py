@@ -141,7 +141,7 @@ def test_weights_that_are_not_a_classifier_s_are_named(tmp_path):
         ValueError, match=r"weights: stages\.0\.1\.\S+ is \(.* there; expected absent, as in the network"
     ):
         Classifier(small(), weights=weights, num_classes=5)
-    with pytest.raises(ValueError, match=r"weights: Conv2d has no head to train anew: expected a linear layer"):
+    with pytest.raises(ValueError, match=r"weights: Conv2d has no head to leave out: expected a linear layer"):
         Classifier(nn.Conv2d(3, 5, 3), weights=weights, num_classes=5)
     with pytest.raises(ValueError, match=r"no file .*absent"):
         Classifier(small(), weights=str(tmp_path / "absent"), num_classes=5)

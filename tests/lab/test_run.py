@@ -166,7 +166,7 @@ def test_what_diverges_or_fails_never_wins_and_stops_nothing(here, written, caps
     out = capsys.readouterr().out
     assert "79.00 (1 of 2 runs)" in out
     assert "bn-2, search of rate 0.03, seed 100: RuntimeError: no memory" in out
-    assert "BN, 2: each run of the search failed or diverged, so that no run counts." in out
+    assert "BN, 2: each run of the search failed or diverged, so there is no final run." in out
     assert "KN, 2: the best rate, 0.03, is at the end of those searched (0.01 to 0.03)." in out
 
 
@@ -177,7 +177,7 @@ def test_the_verdict_is_shown_and_says_what_does_not_count(here, written, capsys
     here.train = train
     known = {"guessing": 0.1, "images": 100}
     assert here.run(written(search={}, verdict=known), "--only", "kn-2") == 0
-    assert "Not counted, as they failed or diverged: 1 of 2 runs of KN." in capsys.readouterr().out
+    assert "Left out, as they failed or diverged: 1 of 2 runs of KN." in capsys.readouterr().out
     # An arm is known by its column too.
     assert here.run(written(search={}, verdict=known)) == 0
     said = next(line for line in capsys.readouterr().out.splitlines() if "has the highest accuracy" in line)
@@ -297,7 +297,7 @@ def test_no_run_looks_at_test_images_but_those_that_count(here, written, monkeyp
 def test_what_has_ended_is_told_without_training_more(here, written):
     here.train = jobs._fit
     path, file = written(search={RATE: [0.01, 0.02]}, seeds=2), here.output / "ours" / "runs.csv"
-    here.refuses("no run of ours has ended", path, "--collect")
+    here.refuses("no run of ours has finished", path, "--collect")
     assert here.run(path, "--only", "kn-2") == 0
     whole, true, trained = (here.rows(), here.rows("curves.csv")), file.read_text(), [*here.jobs]
 
@@ -362,7 +362,7 @@ def test_arms_that_are_not_asked_for_keep_their_rows(here, written):
     assert "runs.csv also has runs of bn-2, which " in table
     assert "| bn-2 " not in table
     # Runs of another size are other runs; where these files are all that there is of them, nothing is written over.
-    words = "tells of runs of scale 1, whose own folders are gone; got --scale 0.5"
+    words = "has runs of scale 1, whose own folders are gone; got --scale 0.5"
     here.refuses(words, path, "--only", "kn-4", "--scale", "0.5")
     assert here.rows() == left
     (here.output / "ours" / "runs" / "1").mkdir(parents=True)
@@ -390,7 +390,7 @@ def test_a_study_grows_by_what_its_files_do_not_tell(here, written):
     here.output = here.output.with_name("anew")
     assert here.run(written(search={RATE: [0.01, 0.04, 0.02, 0.05]}, seeds=3)) == 0
     assert (grown, curves) == (here.rows(), here.rows("curves.csv"))
-    told = "27 runs, 12 of them of the search, 6 of settings that were chosen before and do not count, 0.015 hours"
+    told = "27 runs, 12 of them of the search, 6 with settings that were chosen earlier, left out, 0.015 hours"
     anew = (here.output / "ours" / "table.md").read_text()
     assert table == anew.replace("21 runs, 12 of them of the search, 0.012 hours", told)
     here.jobs.clear()
@@ -425,7 +425,7 @@ def test_runs_that_nothing_else_tells_of_stay(here, written, capsys):
     out = capsys.readouterr().out
     assert "| KN | 78.90 ± 0.10 | 79.90 ± 0.10 |" in out
     assert "KN, 2: rate 0.02 was better, but is no longer searched." in out
-    assert "21 runs, 9 of them of the search, 3 of settings that were chosen before" in out
+    assert "21 runs, 9 of them of the search, 3 with settings that were chosen earlier" in out
 
 
 def test_what_is_told_to_have_diverged_is_believed_and_what_failed_is_tried_again(here, written):
@@ -460,9 +460,9 @@ def test_a_search_may_be_shorter(here, written, capsys):
     assert here.run(path) == 0
     lengths = {(job.split, job.config["trainer"]["max_steps"]) for job in here.jobs}
     assert lengths == {("validation", 4), ("test", 8)}
-    assert "A run of the search takes 0.5 of the steps" in capsys.readouterr().out
+    assert "A search run takes 0.5 of the steps" in capsys.readouterr().out
     assert main(["run", str(path), "--list"]) == 0
-    assert "| bn-2 | 3                  | 2               | 8           | 28    |" in capsys.readouterr().out
+    assert "| bn-2 | 3           | 2          | 8           | 28    |" in capsys.readouterr().out
     here.jobs.clear()
     here.output = here.output.with_name("half")
     assert here.run(path, "--scale", "0.5") == 0
@@ -515,7 +515,7 @@ def test_what_is_started_from_is_trained_first_once(here, written, tmp_path, cap
     path = written(start="before/bn", arms={"kn-4": {"start": None}})
     assert here.run(path, "--list") == 0
     assert "15 runs" in (out := capsys.readouterr().out)
-    assert "- kn-2: the weights of before/bn are missing, and trained first.\n" in out
+    assert "- kn-2: the weights of before/bn are missing, and are trained first.\n" in out
     assert "kn-4: the weights" not in out
     assert here.run(path) == 0
     first, *others = here.jobs
@@ -570,7 +570,7 @@ def test_trainings_start_from_what_was_trained_at_the_same_scale(here, written, 
 def test_the_list_counts_runs_and_steps_and_trains_nothing(here, written, capsys):
     assert here.run(written(), "--list", "--seeds", "5", "--scale", "2") == 0
     out = capsys.readouterr().out
-    assert "| kn-4 | 3                  | 5               | 8           | 64    |" in out
+    assert "| kn-4 | 3           | 5          | 8           | 64    |" in out
     assert "24 runs, 9 of them of the search; 192 steps; " in out
     assert "An estimate" in out
     assert not here.jobs
@@ -721,7 +721,7 @@ def test_a_training_on_several_devices_that_fails_says_why(tmp_path, config, mon
     command.write_text("\n".join(["#!/bin/sh", *(f'echo "{line}"' for line in said), "exit 2"]))
     command.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(command))
-    words = r"^kalmannorm: 'cifar11' was not found \(exit code 2; all of it is in other\.log\)$"
+    words = r"^kalmannorm: 'cifar11' was not found \(exit code 2; the whole output is in other\.log\)$"
     with pytest.raises(RuntimeError, match=words):
         fit_on_devices(Job("", 0, config, tmp_path / "other"))
     assert (tmp_path / "other.log").read_text().splitlines() == [*said]

@@ -31,7 +31,7 @@ def test_seeds_that_agree_need_more_than_a_test_images_difference():
 
 def test_one_seed_says_nothing_of_chance():
     said = verdict({"BN": [0.5], "KN": [0.9]}, SECONDS, 0.1, 1000)
-    assert "40.0 points above BN. With a single seed nothing says how much of that is chance" in said
+    assert "40.0 points above BN. A single seed does not show how much of that is chance" in said
     assert "beats" not in said
 
 

@@ -1,1 +1,1 @@
-"""The normalizations that Kalman Normalization is compared with, each as a replacement of BatchNorm layers."""
+"""The normalizations that Kalman Normalization is compared with, as replacements of BatchNorm layers."""

@@ -1,4 +1,4 @@
-"""Layers in the place of a BatchNorm and the ReLU behind it."""
+"""Replacing a BatchNorm and the ReLU after it by one layer."""
 
 import copy
 from collections.abc import Callable
@@ -21,24 +21,25 @@ _METHODS = ("relu", "relu_")
 
 
 def replace_batchnorm_relu(model: nn.Module, make: Callable[[_BatchNorm, Activation | None], nn.Module]) -> nn.Module:
-    """Replace every BatchNorm of a network, and take away the ReLU that directly follows it.
+    """Replace every BatchNorm of a network, and remove the ReLU that directly follows it.
 
-    `torch.fx` traces the network to find which ReLU belongs to which layer, so ``F.relu``, and one
-    ``nn.ReLU`` called in many places, are told apart. An activation elsewhere, such as behind a
-    residual addition, stays. ReLU means here: it, its relatives, SiLU, GELU and ELU; the activation
-    inside timm's ``BatchNormAct2d`` too.
+    `torch.fx` traces the network to find the ReLU of each layer, so ``F.relu`` and an ``nn.ReLU``
+    that is called in many places work too. Other activations, such as after a residual addition,
+    stay. "ReLU" includes its relatives, SiLU, GELU and ELU, and the activation inside timm's
+    ``BatchNormAct2d``.
 
-    Tracing fixes what depends on Python values: the network cannot take other branches later, and
+    Tracing fixes Python control flow: the network cannot take other branches later, and
     ``F.dropout`` in a module with a BatchNorm or an activation keeps the mode it was traced in.
-    Modules with neither, such as ``nn.Dropout`` and stochastic depth, stay as they are. Build a
-    network that cannot be traced with such a ``norm_layer``, and ``nn.Identity`` as activation.
+    Modules with neither, such as ``nn.Dropout`` and stochastic depth, are not traced. A network that
+    cannot be traced must be built with the replacement as ``norm_layer`` and ``nn.Identity`` as
+    activation.
 
     Args:
-        model: Any network with BatchNorm layers; use it no more.
-        make: From a BatchNorm, and the activation that follows or None, to what replaces both.
+        model: Any network with BatchNorm layers; do not use it afterwards.
+        make: From a BatchNorm, and the activation that follows or None, to the layer that replaces both.
 
     Returns:
-        A traced network that shares everything else with ``model``, whose names it keeps.
+        A traced network that shares all other modules with ``model``, under the same names.
     """
     traced = _trace(model)
     removed = _remove_activations(traced)
@@ -51,12 +52,12 @@ class _Tracer(fx.Tracer):
         self.whole = whole
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Other libraries' BatchNorm layers stay whole, too, and what there is nothing to take from."""
+        """Do not trace into BatchNorm layers of any library, or into the modules in ``whole``."""
         return isinstance(m, _BatchNorm) or m in self.whole or super().is_leaf_module(m, module_qualified_name)
 
 
 class _Traced(fx.GraphModule):
-    """Keeps forward hooks when it is copied, by which a network is connected to its Kalman layers."""
+    """A GraphModule whose copies keep the forward hooks, which connect a network to its Kalman layers."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         copied: Any = super().__deepcopy__(memo)
@@ -66,27 +67,27 @@ class _Traced(fx.GraphModule):
         return copied  # type: ignore[no-any-return]
 
 
-def _has_nothing_to_take(module: nn.Module) -> bool:
-    """Whether a module is without BatchNorm and activation; False where that cannot be told."""
+def _has_no_activation(module: nn.Module) -> bool:
+    """Whether a module has neither BatchNorm nor activation; False if it cannot be traced."""
     if any(isinstance(layer, _BatchNorm) for layer in module.modules()):
         return False
     try:
         graph = fx.Tracer().trace(module)
-    except Exception:  # whatever its own code raises; where it stands it may get other arguments
+    except Exception:  # the module's own code may raise anything
         return False
     modules = dict(module.named_modules(remove_duplicate=False))
     *calls, output = graph.nodes
-    # A network may look into a list or a dict that it gets, which one call's output does not let it do.
+    # The network may index a list or dict output, which the output of a single traced call does not support.
     return isinstance(output.args[0], fx.Node) and not any(_is_activation(node, modules) for node in calls)
 
 
 def _trace(model: nn.Module) -> fx.GraphModule:
-    # A module that is a leaf of its own tracing would not be called at all. Inside of those with nothing to take,
-    # tracing would fix what they did in training, as stochastic depth draws.
+    # A root that is a leaf module would not be called at all, so it is wrapped. Modules without an activation are
+    # leaves, because tracing would fix their random behaviour, such as stochastic depth.
     root = nn.Sequential(model) if isinstance(model, _BatchNorm) else model
     try:
-        graph = _Tracer({module for module in root.modules() if _has_nothing_to_take(module)}).trace(root)
-    except Exception as error:  # whatever the network's own code raises where it meets a proxy
+        graph = _Tracer({module for module in root.modules() if _has_no_activation(module)}).trace(root)
+    except Exception as error:  # the network's own code may raise anything on a proxy
         raise untraceable(
             model, error, "which finds the ReLU behind each BatchNorm: expected one that can, or build it with this "
             "layer as norm_layer and nn.Identity as activation",
@@ -95,7 +96,7 @@ def _trace(model: nn.Module) -> fx.GraphModule:
 
 
 def _remove_activations(traced: fx.GraphModule) -> dict[nn.Module, Activation]:
-    """The BatchNorm layers that had an activation behind them, and which."""
+    """Remove the activations after BatchNorm layers, and return them by layer."""
     modules = dict(traced.named_modules(remove_duplicate=False))
     found: dict[nn.Module, set[bool]] = {}
     removed: dict[nn.Module, Activation] = {}
@@ -123,7 +124,7 @@ def _remove_activations(traced: fx.GraphModule) -> dict[nn.Module, Activation]:
 
 @dataclass(frozen=True)
 class _Function:
-    """A function or method of torch, and its arguments behind the first."""
+    """A function or method of torch, and its arguments after the first."""
 
     function: Callable[..., Tensor]
     args: tuple[Any, ...]
@@ -134,7 +135,7 @@ class _Function:
 
 
 def _called(node: fx.Node, modules: dict[str, nn.Module]) -> Activation:
-    """The function or module that a node of an activation calls."""
+    """The function or module that an activation's node calls."""
     if node.op == "call_module":
         return modules[str(node.target)]
     function: Any = getattr(Tensor, node.target) if isinstance(node.target, str) else node.target
@@ -143,7 +144,7 @@ def _called(node: fx.Node, modules: dict[str, nn.Module]) -> Activation:
 
 
 def _activation_behind(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | None:
-    """The call that alone uses a layer's output, if it is an activation; timm has an ``nn.Identity`` between them."""
+    """The only user of a layer's output, if it is an activation; timm has an ``nn.Identity`` between them."""
     while len(node.users) == 1:
         (node,) = node.users
         if _is_activation(node, modules):

@@ -24,7 +24,7 @@ class _Iteration:
     pixels: int
 
     def under(self, filters: Tensor) -> tuple[Tensor, Tensor]:
-        """Its mean and variance under other filters, to first order; the variance is at least 0."""
+        """Mean and variance for other filters, to first order; the variance is at least 0."""
         change = filters - self.filters
         mean = self.mean + (self.mean_slope * change).sum(1)
         square = self.square + (self.square_slope * change).sum(1)
@@ -32,7 +32,7 @@ class _Iteration:
 
 
 class CrossIterationNorm(AnyBatchNorm):
-    """CBN: BatchNorm over the last iterations' batches, as they would be under today's weights.
+    """CBN: BatchNorm over the batches of the last iterations, compensated for the change of the weights.
 
     With the mean ``mu`` and second moment ``nu`` of iteration ``s``, and the filters ``theta`` of
     the convolution right below, each channel's statistics are carried to iteration ``t`` to first
@@ -42,24 +42,23 @@ class CrossIterationNorm(AnyBatchNorm):
         mean = average of mu(s -> t)        var = average of max(nu(s -> t), mu(s -> t)^2) - mean^2
 
     over the last `window` iterations, or as many as there were. Gradients flow through the current
-    iteration's statistics only. ``eval()`` is BatchNorm's, by moving averages of these two.
+    iteration's statistics only. ``eval()`` is BatchNorm's, by moving averages of ``mean`` and ``var``.
 
-    An iteration is what happens under the same weights. Where it takes several forward passes
-    (`passes`), each is like a device of its own: from the past it gets those batches that had its
-    place among them. All are remembered, so memory grows with their number. See
-    `kalmannorm.lab.baselines.replacing.count_in_steps`.
+    An iteration is a step of the optimizer. If it has several forward passes (`passes`), each is
+    treated as a device: it uses the past batches of the same pass. All are stored, so memory grows
+    with their number. See `kalmannorm.lab.baselines.replacing.count_in_steps`.
 
-    The layer below tells its filters by a hook (`announce`). Where no convolution or linear layer
-    stands right below, or where nothing is differentiated (`torch.no_grad`), the layer is BatchNorm
-    and remembers nothing. A changed bias below is not compensated. The past iterations are not in
-    the ``state_dict``; the window fills again after the layer has changed its device or type.
+    A forward hook (`announce`) marks the output of the layer below. Without a convolution or linear
+    layer directly below, or without gradients (`torch.no_grad`), the layer is BatchNorm and stores
+    nothing. A changed bias below is not compensated. The past iterations are not in the
+    ``state_dict``, and are dropped when the layer changes its device or dtype.
 
     Args:
         num_features: Channels ``C`` of an input ``(N, C, *)``; the next three are BatchNorm's too.
-        window: Iterations whose statistics count (the paper's k): this one and a buffer of past
+        window: Iterations in the average (the paper's k): the current one and a buffer of past
             ones, 3 in the authors' released configuration,
             ``mask_rcnn_r50_fpn_cbn_buffer3_burnin8_1x.py``.
-        burn_in: Training steps as BatchNorm, before weights have calmed down: there 8 of 12 epochs.
+        burn_in: First training steps, which are BatchNorm's; 8 of 12 epochs in that configuration.
     """
 
     def __init__(self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True, *,
@@ -89,13 +88,13 @@ class CrossIterationNorm(AnyBatchNorm):
             self._past.append(newest)
             while len(self._past) > (self.window - 1) * self.passes:
                 self._past.popleft()
-        self._remember(mean.detach(), var.detach(), pixels)
+        self._update_averages(mean.detach(), var.detach(), pixels)
         scale = (var + self.eps).rsqrt()
         return self._scaled(x, scale, -mean * scale, (-1, *[1] * (x.ndim - 2))).to(input.dtype)
 
     @torch.no_grad()
-    def _remember(self, mean: Tensor, var: Tensor, pixels: int) -> None:
-        """Into the moving averages, with the unbiased variance, as BatchNorm."""
+    def _update_averages(self, mean: Tensor, var: Tensor, pixels: int) -> None:
+        """Update the moving averages, with the unbiased variance, as BatchNorm does."""
         self._steps += 1
         newest = self._count()
         self.running_mean += newest * (mean - self.running_mean)
@@ -120,7 +119,7 @@ def _describe(x: Tensor, below: Any, mean: Tensor, var: Tensor) -> _Iteration:
     """A batch's statistics and their derivatives by each channel's own filter."""
     pixels = x.numel() // x.shape[1]
     weight: Tensor = below.weight
-    # A filter moves its own channel only, so the gradient of all channels' sum holds each one's derivative.
+    # A filter affects its own channel only, so the gradient of the sum over channels has each channel's derivative.
     with torch.no_grad():
         of_mean = torch.full_like(x, 1 / pixels)
         of_square = x * (2 / pixels)
@@ -138,25 +137,25 @@ def _describe(x: Tensor, below: Any, mean: Tensor, var: Tensor) -> _Iteration:
 def _over_iterations(
     mean: Tensor, var: Tensor, newest: _Iteration, past: Sequence[_Iteration]
 ) -> tuple[Tensor, Tensor, int]:
-    """Mean and variance over iterations, and how many pixels they stand for."""
+    """Mean and variance over iterations, and their number of pixels."""
     carried = [iteration.under(newest.filters) for iteration in past]
     means = torch.stack([mean, *(each for each, _ in carried)])
     variances = torch.stack([var, *(each for _, each in carried)])
     pixels = newest.pixels + sum(iteration.pixels for iteration in past)
-    # ``average of nu - (average of mu)^2``, written so that rounding does not turn it negative.
+    # ``average of nu - (average of mu)^2``, in a form that rounding cannot make negative.
     return means.mean(0), variances.mean(0) + means.var(0, correction=0), pixels
 
 
 def _sign(layer: nn.Module, args: Any, output: Tensor) -> None:
-    """Forward hook: the output tells which layer made it, to whom gets this very tensor."""
+    """Forward hook: mark the output tensor with the layer that made it."""
     output._made_by = layer  # type: ignore[attr-defined]
 
 
 def announce(model: nn.Module) -> nn.Module:
-    """Let convolutions and linear layers inside ``model`` tell the layer above that they are below.
+    """Mark the outputs of convolutions and linear layers inside ``model`` with their layer.
 
-    Transposed convolutions, whose filters are not the first axis of their weight, do not; nor do
-    layers whose weight is parametrized.
+    Transposed convolutions, whose filters are not the first axis of their weight, are left out, and
+    so are layers with a parametrized weight.
     """
     for layer in model.modules():
         filters_first = isinstance(layer, nn.Linear) or (isinstance(layer, _ConvNd) and not layer.transposed)

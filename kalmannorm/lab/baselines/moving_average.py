@@ -22,15 +22,15 @@ class MovingAverageNorm(nn.Module):
         z = x / sqrt(mean chi^2 + eps)         y = weight * r * z + bias
         dL/dx = (dL/dz - z * mean psi) / sqrt(mean chi^2 + eps)
 
-    For ``eval()``, ``running_square`` is the exponential moving average of ``mean chi^2``. ``r``,
-    without a gradient, draws training towards it: ``r^2 = (mean chi^2 + eps) / (running_square +
+    ``eval()`` uses ``running_square``, the exponential moving average of ``mean chi^2``. ``r``, which
+    has no gradient, corrects training towards it: ``r^2 = (mean chi^2 + eps) / (running_square +
     eps)``, with ``r`` clipped to ``[1 / limit, limit]``. With ``buffer_size=1, limit=1`` this is
     BatchNorm without the mean.
 
-    Where a forward pass has several statistics batches (`samples`), each is like a device: by its
-    place in the batch it has its own past statistics and its own ``running_square``, and ``eval()``
-    uses the mean over these. The buffers have a place for each from the first training step on;
-    further ones begin with the mean of those there are.
+    If a forward pass has several statistics batches (`samples`), each is treated as a device: it has
+    its own past statistics and its own ``running_square``, by its index in the batch, and ``eval()``
+    uses the mean over these. The buffers get a slot for each at the first training step; slots added
+    later begin with the mean of the existing ones.
 
     Args:
         num_features: Channels ``C`` of an input ``(N, C, *)``.
@@ -38,20 +38,20 @@ class MovingAverageNorm(nn.Module):
         momentum: Weight of the newest step in ``running_square``: 1 minus the paper's alpha, 0.98.
         affine: Learn ``weight`` and ``bias``, each ``(C,)``.
         buffer_size: Steps in a mean (the paper's m, 16).
-        limit: Of ``r``, the paper's lambda; the authors' released code has 5.
-        warmup: Training steps by the batch's own statistics, as many as in the authors' code.
-        renorm_start: Training steps with ``r = 1``, as many as in the same code.
+        limit: Limit of ``r``, the paper's lambda; the authors' released code has 5.
+        warmup: First training steps, by the batch's own statistics; the default is the authors'.
+        renorm_start: First training steps with ``r = 1``; the default is the authors'.
         samples: Consecutive samples of a statistics batch in training; None for the whole batch.
-        pooled: Statistics batches share their past, unlike the authors' devices: ``chi^2``, ``psi``
-            and ``running_square`` of past steps are means over all statistics batches of a step.
+        pooled: Share past statistics, unlike the authors' devices: ``chi^2``, ``psi`` and
+            ``running_square`` of past steps are means over all statistics batches of a step.
 
     Attributes:
-        running_square: ``(S, C)``, for ``S`` statistics batches; 1 where they are pooled.
+        running_square: ``(S, C)``, for ``S`` statistics batches; ``S`` is 1 if they are pooled.
         squares: ``(buffer_size, S, C)``; `responses` too.
-        of_places: The names of these three, whose ``S`` follows what is loaded.
+        slotted: The names of these three; a loaded state dict sets their ``S``.
     """
 
-    of_places = ("running_square", "squares", "responses")
+    slotted = ("running_square", "squares", "responses")
     weight: Any
     bias: Any
     running_square: Tensor
@@ -85,7 +85,7 @@ class MovingAverageNorm(nn.Module):
         x = input.to(torch.promote_types(input.dtype, torch.float32))
         shape = (-1, *[1] * (x.ndim - 2))
         if self.training:
-            # A compiler would lose what the backward pass writes to a buffer. Not as a decorator: its import is slow.
+            # A compiler would lose the backward pass's writes to a buffer. As a decorator this would import slowly.
             apply = torch.compiler.disable(self._by_moving_averages)
             y: Tensor = apply(in_groups(x, self.samples)).view(x.shape)
         else:
@@ -97,7 +97,7 @@ class MovingAverageNorm(nn.Module):
     def _by_moving_averages(self, groups: Tensor) -> Tensor:
         """``r z`` of ``(groups, samples, C, *)``."""
         if not self.pooled:
-            self._make_places(len(groups))
+            self._make_slots(len(groups))
         square, r = self._observe(groups)
         step = self.num_batches_tracked - 1
         shape = (len(groups), 1, -1, *[1] * (groups.ndim - 3))
@@ -107,28 +107,28 @@ class MovingAverageNorm(nn.Module):
 
     @torch.no_grad()
     def _observe(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``mean chi^2`` and ``r``, ``(groups, C)``, by the average before this step joins it."""
+        """``mean chi^2`` and ``r``, ``(groups, C)``, by the running average before this step's update."""
         step = self.num_batches_tracked.clone()
-        square = _remember(self.squares, x.square().mean([1, *range(3, x.ndim)]), step, step < self.warmup)
+        square = _push_and_average(self.squares, x.square().mean([1, *range(3, x.ndim)]), step, step < self.warmup)
         running = self.running_square[: len(square)]
         r = ((square + self.eps) / (running + self.eps)).sqrt().clamp(1 / self.limit, self.limit)
         r = torch.where(step < self.renorm_start, torch.ones_like(r), r)
-        running += self.momentum * (_to_places(square, running) - running)
+        running += self.momentum * (_to_slots(square, running) - running)
         self.num_batches_tracked += 1
         return square, r
 
     @torch.no_grad()
-    def _make_places(self, count: int) -> None:
-        """Let the buffers have a place for each of ``count`` statistics batches."""
-        for name in self.of_places:
+    def _make_slots(self, count: int) -> None:
+        """Extend the buffers to at least ``count`` slots."""
+        for name in self.slotted:
             buffer = getattr(self, name)
             if (more := count - buffer.shape[-2]) > 0:
                 size = [-1] * (buffer.ndim - 2) + [more, -1]
                 setattr(self, name, torch.cat([buffer, buffer.mean(-2, keepdim=True).expand(size)], -2))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """A checkpoint may have other numbers of statistics batches: this layer takes on its number."""
-        for name in self.of_places:
+        """Resize the buffers to the checkpoint's number of statistics batches, then load."""
+        for name in self.slotted:
             buffer, saved = getattr(self, name), state_dict.get(prefix + name)
             if saved is not None and saved.ndim == buffer.ndim and not self.pooled:
                 setattr(self, name, buffer[..., :1, :].expand(*buffer.shape[:-2], saved.shape[-2], -1).clone())
@@ -138,37 +138,37 @@ class MovingAverageNorm(nn.Module):
         return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, buffer_size={self.buffer_size}"
 
 
-def _remember(buffer: Tensor, newest: Tensor, step: Tensor, alone: Tensor) -> Tensor:
-    """The mean of past steps ``(m, places, C)`` and the newest ``(groups, C)``, which joins them; it, if ``alone``."""
+def _push_and_average(buffer: Tensor, newest: Tensor, step: Tensor, warmup: Tensor) -> Tensor:
+    """Write ``newest`` ``(groups, C)`` into the buffer ``(m, slots, C)``; its mean, or in the warm-up ``newest``."""
     buffer = buffer[:, : len(newest)]
     size = len(buffer)
-    joins = _to_places(newest, buffer[0])
-    buffer.index_copy_(0, (step % size).view(1), joins[None].to(buffer.dtype))
-    mean = (buffer.sum(0) + (newest - joins)) / (step + 1).clamp_max(size)
-    return torch.where(alone, newest, mean)
+    stored = _to_slots(newest, buffer[0])
+    buffer.index_copy_(0, (step % size).view(1), stored[None].to(buffer.dtype))
+    mean = (buffer.sum(0) + (newest - stored)) / (step + 1).clamp_max(size)
+    return torch.where(warmup, newest, mean)
 
 
-def _to_places(of_groups: Tensor, places: Tensor) -> Tensor:
-    """``(groups, C)`` as it goes into ``(places, C)``: each into its own, or their mean into a single one."""
-    return of_groups if len(of_groups) == len(places) else of_groups.mean(0, keepdim=True)
+def _to_slots(of_groups: Tensor, slots: Tensor) -> Tensor:
+    """``(groups, C)`` for ``(slots, C)``: one group for each slot, or the mean for a single slot."""
+    return of_groups if len(of_groups) == len(slots) else of_groups.mean(0, keepdim=True)
 
 
 class _Divide(torch.autograd.Function):
-    """``x / chi``, whose gradient takes ``chi`` for the batch's own, with ``psi`` averaged over steps."""
+    """``x / chi``; its gradient treats ``chi`` as the batch's own, with ``psi`` averaged over steps."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, chi: Tensor, responses: Tensor, step: Tensor, alone: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, chi: Tensor, responses: Tensor, step: Tensor, warmup: Tensor) -> Tensor:
         z = x / chi
-        ctx.save_for_backward(z, chi, step, alone)
+        ctx.save_for_backward(z, chi, step, warmup)
         ctx.responses = responses  # written to in the backward pass, so it must not be a saved tensor
         return z
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
-        z, chi, step, alone = ctx.saved_tensors
+        z, chi, step, warmup = ctx.saved_tensors
         newest = (gradient * z).mean([1, *range(3, z.ndim)])
-        psi = _remember(ctx.responses, newest, step, alone)
+        psi = _push_and_average(ctx.responses, newest, step, warmup)
         return (gradient - z * psi.view(chi.shape)) / chi, None, None, None, None
 
 
@@ -180,8 +180,8 @@ class _Centralized(nn.Module):
 def centralize(model: nn.Module) -> nn.Module:
     """Subtract its mean from every filter of every convolution inside ``model``, in place.
 
-    It is a parametrization: what is learned is the filter with its mean. Transposed convolutions
-    stay as they are, and filters of a single number, of which nothing would be left.
+    It is a parametrization: the learned parameter is the filter with its mean. Transposed
+    convolutions and filters of a single number stay as they are.
     """
     for layer in list(model.modules()):
         if isinstance(layer, _ConvNd) and not layer.transposed and layer.weight[0].numel() > 1:
@@ -192,7 +192,7 @@ def centralize(model: nn.Module) -> nn.Module:
 def to_moving_average(model: nn.Module, centralized: bool = True, momentum: float = 0.02, **options: Any) -> nn.Module:
     """Replace every BatchNorm inside ``model``, in place, by `MovingAverageNorm`.
 
-    With ``centralized``, `centralize` comes too; a bias before the layer undoes its effect.
+    With ``centralized``, also `centralize` the convolutions; a bias before the layer undoes its effect.
 
     Example:
         >>> to_moving_average(nn.Sequential(nn.BatchNorm2d(8)), buffer_size=4)[0].squares.shape

@@ -1,8 +1,8 @@
 """Normalization and activation in one, by timm: EvoNorm-S0 and Filter Response Normalization.
 
-Liu et al., 2020, arXiv:2004.02967; Singh & Krishnan, 2020, arXiv:1911.09737. No other sample is seen, and training and
-``eval()`` do the same. Where no ReLU follows a BatchNorm, what takes its place has no activation of its own: EvoNorm is
-then its affine map alone, which the paper leaves open and its authors' released code does.
+Liu et al., 2020, arXiv:2004.02967; Singh & Krishnan, 2020, arXiv:1911.09737. Samples are independent, and training and
+``eval()`` do the same. If no ReLU follows a BatchNorm, its replacement has no activation. EvoNorm is then only an
+affine map, as in its authors' released code; the paper leaves this open.
 """
 
 import math
@@ -14,18 +14,17 @@ from kalmannorm.lab.baselines.activated import replace_batchnorm_relu
 
 
 def _channels(norm: _BatchNorm) -> int:
-    """Of a BatchNorm of images: timm's layers take nothing else."""
+    """A BatchNorm's channels; a ValueError if it is not for images, as timm's layers are."""
     if isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm3d)):
         raise ValueError(f"EvoNorm and FRN got a {type(norm).__name__} to replace, expected BatchNorm of images")
     return norm.num_features
 
 
 def to_evonorm(model: nn.Module, groups: int = 32) -> nn.Module:
-    """Put EvoNorm-S0 in the place of every BatchNorm and the ReLU behind it, in a traced network.
+    """Replace every BatchNorm and the ReLU after it by EvoNorm-S0, in a traced network.
 
-    How a ReLU is found, and what that asks of the network:
-    `kalmannorm.lab.baselines.activated.replace_batchnorm_relu`. Where the channel groups do not
-    divide a layer's channels, it has their greatest common divisor with them.
+    For how a ReLU is found see `kalmannorm.lab.baselines.activated.replace_batchnorm_relu`. If
+    ``groups`` does not divide a layer's channels, their greatest common divisor is used.
     """
     from timm.layers.evo_norm import EvoNorm2dS0  # noqa: PLC0415 - slow
 
@@ -38,10 +37,10 @@ def to_evonorm(model: nn.Module, groups: int = 32) -> nn.Module:
 
 
 def to_frn(model: nn.Module) -> nn.Module:
-    """Put FRN and TLU in the place of every BatchNorm and the ReLU behind it; see `to_evonorm`.
+    """Replace every BatchNorm and the ReLU after it by FRN and TLU; see `to_evonorm`.
 
-    The paper asks for a learning rate that rises at the start, which
-    `kalmannorm.lab.training.Classifier` gives it with every schedule.
+    The paper asks for a learning rate that rises at the start;
+    `kalmannorm.lab.training.Classifier` adds that to every schedule.
     """
     from timm.layers.filter_response_norm import FilterResponseNormTlu2d  # noqa: PLC0415 - slow
 

@@ -1,4 +1,4 @@
-"""Proxy Normalization behind an activation (Labatie et al., NeurIPS 2021, arXiv:2106.03743)."""
+"""Proxy Normalization after an activation (Labatie et al., NeurIPS 2021, arXiv:2106.03743)."""
 
 from typing import Any
 
@@ -11,12 +11,12 @@ from kalmannorm import Gaussian
 from kalmannorm.lab.baselines.activated import Activation, replace_batchnorm_relu
 from kalmannorm.rules.table import RULES, as_rule_is_called
 
-# A function of torch, and the arguments of its rule behind the belief.
+# A function of torch, and the arguments of its rule after the belief.
 _Call = tuple[Any, tuple[Any, ...], dict[str, Any]]
 
 
 class ProxyNormalized(nn.Module):
-    """A normalization layer, the activation behind it, and Proxy Normalization.
+    """A normalization layer, the activation after it, and Proxy Normalization.
 
         y = activation(norm(x))
         z = (y - E[activation(Y)]) / sqrt(Var[activation(Y)] + eps)
@@ -25,17 +25,17 @@ class ProxyNormalized(nn.Module):
 
         Y ~ N(bias + weight * shift, (weight * (1 + scale))^2)
 
-    Its moments are those of the library's rule for the activation, in closed form where that is
-    (the authors' code takes 200 quantiles). Gradients flow through them to all four. A prior that
-    travels through is moved alike.
+    Its moments come from the library's rule for the activation, most in closed form (the authors'
+    code uses 200 quantiles). Gradients flow through them to weight, bias, shift and scale. A prior
+    that is propagated through the layer is transformed in the same way.
 
     Args:
-        norm: with ``weight`` and ``bias``, ``(C,)`` each; so must be what replaces it later.
-        activation: one that a rule exists for.
-        learned: learn ``shift`` and ``scale``, which begin at 0; else they stay there. They are the
+        norm: A layer with ``weight`` and ``bias``, ``(C,)`` each; so must be a later replacement.
+        activation: One that has a rule.
+        learned: Learn ``shift`` and ``scale``, which begin at 0; otherwise they stay 0. They are the
             rows of the parameter ``proxy``, ``(2, C)``, which is decayed like weights, as in the
             authors' released code (``proxy_norm.py`` of Graphcore's examples).
-        eps: added to the variance, as there.
+        eps: Added to the variance, with the authors' default.
     """
 
     proxy: Tensor | None
@@ -73,7 +73,7 @@ class ProxyNormalized(nn.Module):
 
 
 class _FirstCall(TorchFunctionMode):
-    """Notes the first call of a function that a rule exists for, in place of which its input is returned."""
+    """Records the first call of a function that has a rule, and returns its input instead."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class _FirstCall(TorchFunctionMode):
 
 
 def _first_call(activation: Activation) -> _Call:
-    """The function with a rule that an activation calls first."""
+    """The first function with a rule that an activation calls."""
     first = _FirstCall()
     with first:
         activation(torch.zeros(1))
@@ -101,9 +101,8 @@ def _first_call(activation: Activation) -> _Call:
 def to_proxy(model: nn.Module, learned: bool = True) -> nn.Module:
     """Replace every BatchNorm before an activation, and that activation, by `ProxyNormalized`.
 
-    The BatchNorm stays inside; whatever replaces BatchNorm layers replaces it there. Activations
-    behind an addition stay. How an activation is found, and what that asks of the network:
-    `kalmannorm.lab.baselines.activated.replace_batchnorm_relu`.
+    The BatchNorm stays inside, where it can be replaced later. Activations after an addition stay.
+    For how an activation is found see `kalmannorm.lab.baselines.activated.replace_batchnorm_relu`.
 
     Example:
         >>> to_proxy(nn.Sequential(nn.BatchNorm2d(8), nn.ReLU())).get_submodule("0").activation

@@ -11,10 +11,10 @@ from kalmannorm.lab.baselines.replacing import AnyBatchNorm, in_groups, replace_
 
 @dataclass(frozen=True)
 class RenormSchedule:
-    """How the limits of `r` and `d` grow over training steps in the paper's experiments.
+    """The limits of `r` and `d` over training steps, by default as in the paper's experiments.
 
     Until step `start` they are 1 and 0, which is BatchNorm; then they grow linearly to `r_max` at
-    step `r_until` and to `d_max` at step `d_until`. The defaults are the paper's.
+    step `r_until` and to `d_max` at step `d_until`.
     """
 
     start: float = 5_000
@@ -32,11 +32,11 @@ class RenormSchedule:
         _check_limits("RenormSchedule", self.r_max, self.d_max)
 
     def scaled(self, factor: float) -> Self:
-        """The same course in `factor` times as many steps, for a shorter or longer training."""
+        """The same schedule over `factor` times as many steps."""
         return type(self)(self.start * factor, self.r_until * factor, self.d_until * factor, self.r_max, self.d_max)
 
     def delayed(self, steps: float) -> Self:
-        """The same course, `steps` later."""
+        """The same schedule, `steps` later."""
         moved = (self.start + steps, self.r_until + steps, self.d_until + steps)
         return type(self)(*moved, self.r_max, self.d_max)
 
@@ -49,9 +49,9 @@ class RenormSchedule:
         return 1 + (self.r_max - 1) * share(self.r_until), self.d_max * share(self.d_until)
 
 
-def _check_limits(who: str, r_max: float, d_max: float) -> None:
+def _check_limits(name: str, r_max: float, d_max: float) -> None:
     if not (r_max >= 1 and d_max >= 0):
-        raise ValueError(f"{who} got r_max={r_max} and d_max={d_max}, expected r_max >= 1 and d_max >= 0")
+        raise ValueError(f"{name} got r_max={r_max} and d_max={d_max}, expected r_max >= 1 and d_max >= 0")
 
 
 class BatchRenorm(AnyBatchNorm):
@@ -63,11 +63,11 @@ class BatchRenorm(AnyBatchNorm):
         y = weight * ((x - m) / s * r + d) + bias
 
     No gradient flows through ``r`` and ``d``. Unclipped, ``y`` is the normalization by the moving
-    averages, which is ``eval()``'s, as in BatchNorm; at ``r_max=1, d_max=0`` it is BatchNorm.
+    averages, as in ``eval()``; at ``r_max=1, d_max=0`` it is BatchNorm.
 
-    As in Algorithm 1, ``sigma`` is averaged, and not its square: ``running_var`` holds ``sigma^2 -
-    eps``. A first ``running_var`` of 1 is no estimate, so without a schedule the first steps clip;
-    the paper's schedule begins as BatchNorm for this reason.
+    As in Algorithm 1, ``sigma`` is averaged, not its square: ``running_var`` holds ``sigma^2 -
+    eps``. The initial ``running_var`` of 1 is not an estimate, so without a schedule the first steps
+    clip; the paper's schedule therefore begins as BatchNorm.
 
     Args:
         num_features: Channels ``C`` of an input ``(N, C, *)``; ``eps``, ``affine``: as BatchNorm's.
@@ -75,8 +75,8 @@ class BatchRenorm(AnyBatchNorm):
             their plain mean.
         schedule: The limits over training steps, counted by ``num_batches_tracked``; or one pair
             ``(r_max, d_max)`` for all steps.
-        samples: In training, normalize groups of so many consecutive samples, each by its own ``m``
-            and ``s`` against the same averages, which move once, by the mean of both over groups;
+        samples: In training, normalize groups of this many consecutive samples, each by its own
+            ``m`` and ``s``. The averages are shared, and updated once, by the means over groups.
             None for the whole batch.
     """
 
@@ -96,21 +96,21 @@ class BatchRenorm(AnyBatchNorm):
         x = in_groups(input.to(torch.promote_types(input.dtype, torch.float32)), self.samples)
         var, mean = torch.var_mean(x, [1, *range(3, x.ndim)], correction=0)  # (groups, C)
         std = (var + self.eps).sqrt()
-        r, d = self._correct_and_remember(mean.detach(), std.detach())
+        r, d = self._correct_and_update(mean.detach(), std.detach())
         scale = r / std
         y = self._scaled(x, scale, d - mean * scale, (len(x), 1, -1, *[1] * (x.ndim - 3)))
         return y.view(input.shape).to(input.dtype)
 
     @torch.no_grad()
-    def _correct_and_remember(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
-        """``r`` and ``d``, ``(groups, C)``, by the averages before this batch joins them."""
+    def _correct_and_update(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+        """``r`` and ``d``, ``(groups, C)``, by the averages before this batch updates them."""
         sigma = (self.running_var + self.eps).sqrt()
         r_max, d_max = self._limits(self.num_batches_tracked)
         r = (std / sigma).clamp(1 / r_max, r_max)
         d = ((mean - self.running_mean) / sigma).clamp(-d_max, d_max)
         newest = self._count()
         self.running_mean += newest * (mean.mean(0) - self.running_mean)
-        # Rounding must not leave a negative variance where all pixels are equal.
+        # If all pixels are equal, rounding could give a negative variance.
         self.running_var.copy_(((sigma + newest * (std.mean(0) - sigma)).square() - self.eps).clamp_min(0))
         return r, d
 

@@ -1,4 +1,4 @@
-"""Another layer in the place of each BatchNorm, and what such layers share."""
+"""Replacing BatchNorm layers, and a base class of the replacements."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,12 +8,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from kalmannorm.modules import is_stock_batchnorm
 
-# A new layer takes these over, where it has a tensor of this name and shape.
+# A new layer shares these with the old one, if it has a tensor of this name and shape.
 _TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
 class AnyBatchNorm(_BatchNorm):
-    """A base of layers that take the place of ``BatchNorm1d``, ``2d`` and ``3d`` alike."""
+    """Base class of layers that replace ``BatchNorm1d``, ``2d`` and ``3d``."""
 
     weight: Any
     bias: Any
@@ -29,25 +29,25 @@ class AnyBatchNorm(_BatchNorm):
             )
 
     def _count(self) -> Any:
-        """Count a training step; the weight of its statistics in the moving averages."""
+        """Count a training step, and return the weight of its statistics in the moving averages."""
         self.num_batches_tracked += 1
         return 1 / self.num_batches_tracked if self.momentum is None else self.momentum
 
     def _scaled(self, x: Tensor, scale: Tensor, shift: Tensor, shape: Sequence[int]) -> Tensor:
-        """``x * scale + shift``, both ``(*, C)`` and to be seen as `shape`, and then the layer's affine map."""
+        """``x * scale + shift``, then the layer's affine map; ``(*, C)`` scale and shift are viewed as `shape`."""
         if self.affine:
             scale, shift = scale * self.weight, shift * self.weight + self.bias
         return x * scale.view(shape) + shift.view(shape)
 
 
 def replace_batchnorm(model: nn.Module, make: Callable[[_BatchNorm], nn.Module]) -> nn.Module:
-    """Replace every BatchNorm inside ``model``, in place, by what ``make`` gives for it.
+    """Replace every BatchNorm inside ``model``, in place, by the layer that ``make`` returns for it.
 
-    The new layer gets the old one's device, dtype and training flag, and the very same parameters
-    and buffers where it has some of the same name and shape: a residual block that starts at
-    ``weight = 0`` still does. Where BatchNorm stands twice in the network, so does its replacement.
-    A BatchNorm with an activation inside (timm's ``BatchNormAct2d``) becomes an ``nn.Sequential``
-    of the new layer and that activation.
+    The new layer gets the old one's device, dtype and training flag, and shares its parameters and
+    buffers of the same name and shape: a residual block that starts at ``weight = 0`` still does. A
+    BatchNorm that is shared in the network has one replacement. A BatchNorm with an activation
+    inside (timm's ``BatchNormAct2d``) becomes an ``nn.Sequential`` of the new layer and that
+    activation.
 
     Returns:
         The same ``model``; if it is itself a BatchNorm, its replacement.
@@ -62,7 +62,7 @@ def replace_batchnorm(model: nn.Module, make: Callable[[_BatchNorm], nn.Module])
     if isinstance(model, _BatchNorm):
         return replaced[model]
     for parent in list(model.modules()):
-        for name, layer in parent._modules.items():  # each place, where `named_children` gives each module once
+        for name, layer in parent._modules.items():  # `named_children` would skip a shared layer's other names
             if isinstance(layer, _BatchNorm):
                 parent._modules[name] = replaced[layer]
     return model
@@ -83,14 +83,14 @@ def _replacement(old: _BatchNorm, make: Callable[[_BatchNorm], nn.Module]) -> nn
 
 
 def count_in_steps(model: nn.Module, passes: int) -> nn.Module:
-    """Let BatchNorm and layers like it count optimizer steps, not forward passes, in place.
+    """Rescale BatchNorm's momentum from optimizer steps to forward passes, in place; replacements likewise.
 
-    By this momentum the ``passes`` of a step move an average as much as a single one did before:
+    With this momentum the ``passes`` of a step move an average as much as a single pass did before:
 
         (1 - momentum of a pass)^passes = 1 - momentum
 
-    A plain mean (momentum None) is one already. Windows and schedules in steps read the layer's
-    ``passes``. It may be called again with another number.
+    A plain mean (momentum None) stays. Windows and schedules in steps read the layer's ``passes``.
+    It may be called again with another number.
 
     Example:
         >>> count_in_steps(nn.BatchNorm2d(8, momentum=0.75), 2).momentum
@@ -105,7 +105,7 @@ def count_in_steps(model: nn.Module, passes: int) -> nn.Module:
 
 
 def in_groups(x: Tensor, samples: int | None) -> Tensor:
-    """``(N, C, *)`` as ``(groups, samples, C, *)``; consecutive samples make a group, or all."""
+    """``(N, C, *)`` as ``(groups, samples, C, *)``, of consecutive samples; a single group for None."""
     size = len(x) if samples is None else samples
     if size < 1 or len(x) % size:
         raise ValueError(f"got a batch of {len(x)}, expected a multiple of the statistics batch, {samples}")

@@ -1,8 +1,8 @@
-"""Layers of torch and of this library in BatchNorm's place.
+"""Layers of torch and of this library as replacements of BatchNorm.
 
-GroupNorm (Wu & He, 2018, arXiv:1803.08494) and its two ends, one group of all channels and one group a channel:
-LayerNorm (Ba et al., 2016, arXiv:1607.06450) and InstanceNorm (Ulyanov et al., 2016, arXiv:1607.08022), which see each
-sample by itself. BatchNorm by parts of a batch, over all devices, and frozen.
+GroupNorm (Wu & He, 2018, arXiv:1803.08494) and its extremes, one group of all channels and one group for each channel:
+LayerNorm (Ba et al., 2016, arXiv:1607.06450) and InstanceNorm (Ulyanov et al., 2016, arXiv:1607.08022), which normalize
+each sample by itself. BatchNorm by parts of a batch, over all devices, and frozen.
 """
 
 import math
@@ -23,8 +23,8 @@ def _to_groups(model: nn.Module, groups_of: Callable[[int], int]) -> nn.Module:
 def to_groupnorm(model: nn.Module, groups: int = 32) -> nn.Module:
     """Replace every BatchNorm inside ``model``, in place, by ``nn.GroupNorm``, and return it.
 
-    The paper has 32 groups. Where they do not divide a layer's channels, it has their greatest
-    common divisor with them.
+    The paper has 32 groups. If they do not divide a layer's channels, their greatest common divisor
+    is used.
 
     Example:
         >>> [norm.num_groups for norm in to_groupnorm(nn.Sequential(nn.BatchNorm2d(64), nn.BatchNorm2d(24)))]
@@ -38,8 +38,8 @@ def to_groupnorm(model: nn.Module, groups: int = 32) -> nn.Module:
 def to_layernorm(model: nn.Module) -> nn.Module:
     """Replace every BatchNorm inside ``model``, in place, by LayerNorm over ``(C, H, W)``.
 
-    It is GroupNorm with one group: weight and bias stay one a channel, where `nn.LayerNorm` has one
-    an element.
+    It is GroupNorm with one group: it has a weight and a bias for each channel, `nn.LayerNorm` for
+    each element.
     """
     return _to_groups(model, lambda channels: 1)
 
@@ -47,8 +47,8 @@ def to_layernorm(model: nn.Module) -> nn.Module:
 def to_instancenorm(model: nn.Module) -> nn.Module:
     """Replace every BatchNorm inside ``model``, in place, by InstanceNorm over ``(H, W)``.
 
-    It is GroupNorm with a group a channel, which takes inputs of every rank. In training, features
-    of a single pixel have no variance, and torch raises an error.
+    It is GroupNorm with one group for each channel, for inputs of any rank. In training, torch
+    raises an error for features of a single pixel.
     """
     return _to_groups(model, lambda channels: channels)
 
@@ -56,10 +56,10 @@ def to_instancenorm(model: nn.Module) -> nn.Module:
 def to_ghost(model: nn.Module, samples: int = 2) -> nn.Module:
     """Ghost BatchNorm (Hoffer et al., 2017, arXiv:1705.08741): by parts of a batch, in place.
 
-    The layers are `kalmannorm.KalmanNorm2d` and the like with ``gain=1.0``, which is BatchNorm, by
-    groups of so many samples, which must divide every batch: 128 in the paper; 2 is the KN paper's
-    smallest. The running statistics move once a step towards the mean over groups; Hoffer et al.
-    move them once a group.
+    The layers are `kalmannorm.KalmanNorm2d` and the like with ``gain=1.0``, which is BatchNorm, in
+    groups of ``samples``, which must divide every batch. The paper has 128; 2 is the KN paper's
+    smallest. The running statistics are updated once for each batch, by the mean over groups; Hoffer
+    et al. update them once for each group.
 
     Example:
         >>> to_ghost(nn.Sequential(nn.BatchNorm2d(8)), 4)[0].stats_batch_size
@@ -71,17 +71,17 @@ def to_ghost(model: nn.Module, samples: int = 2) -> nn.Module:
 def to_sync(model: nn.Module) -> nn.Module:
     """Replace every BatchNorm inside ``model``, in place, by ``nn.SyncBatchNorm``.
 
-    Without a process group this is BatchNorm; with one, torch takes inputs on accelerators only.
+    Without a process group it is BatchNorm; with one, torch supports inputs on accelerators only.
     """
     converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return converted
 
 
 def to_frozen(model: nn.Module, last_layer: bool = False) -> nn.Module:
-    """BN*, of the KN paper's Table 6: running statistics normalize in training too; in place.
+    """BN* of the KN paper's Table 6: normalize by running statistics in training too; in place.
 
-    An untrained network then normalizes by its initial mean 0 and variance 1: not at all. With ``last_layer`` the last
-    linear layer alone is trained.
+    In an untrained network, with mean 0 and variance 1, this does not normalize. With ``last_layer`` only the last
+    linear layer is trained.
 
     Example:
         >>> to_frozen(nn.Sequential(nn.BatchNorm2d(8)))[0].weight.requires_grad

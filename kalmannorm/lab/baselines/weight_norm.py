@@ -15,14 +15,14 @@ def to_weight_norm(model: nn.Module) -> nn.Module:
     """Weight-normalize convolutions and linear layers, in place, and remove BatchNorm.
 
     ``w = g v / |v|``, with a norm over all but the output channels
-    (`torch.nn.utils.parametrizations`), and a bias where a layer had none. Transposed convolutions
-    in groups stay as they are: torch's norm cannot tell their output channels apart.
+    (`torch.nn.utils.parametrizations`); layers without a bias get one. Transposed convolutions in
+    groups stay as they are: torch's norm does not separate their output channels.
 
     The initialization depends on data: at its first forward pass in training, each layer sets ``g``
     and the bias so that its output has mean 0 and variance 1 in each channel, over that batch,
-    before the next layer sees it (the paper's section 3). A buffer ``awaits_data`` tells that it is
-    still to come, so a checkpoint's weights are not initialized again. On several devices, where
-    the first batches differ, call `initialize` before the network is wrapped.
+    before the next layer is called (the paper's section 3). The buffer ``awaits_data`` is True until
+    then, so weights of a checkpoint are not initialized again. On several devices, where the first
+    batches differ, call `initialize` before the network is wrapped.
 
     Example:
         >>> to_weight_norm(nn.Sequential(nn.Conv2d(1, 2, 3, bias=False), nn.BatchNorm2d(2)))[0].bias.shape
@@ -36,7 +36,7 @@ def to_weight_norm(model: nn.Module) -> nn.Module:
 
 
 def initialize(model: nn.Module, images: Tensor) -> nn.Module:
-    """Set ``g`` and biases of a network from `to_weight_norm` by a training batch, in place."""
+    """Initialize ``g`` and biases of a network from `to_weight_norm` by a training batch, in place."""
     for layer in model.modules():
         awaits_data = getattr(layer, "awaits_data", None)
         if isinstance(awaits_data, Tensor):
@@ -64,7 +64,7 @@ def _normalize(layer: Any) -> None:
 
 @torch.no_grad()
 def _initialize_once(layer: Any, args: tuple[Tensor, ...]) -> None:
-    """Forward pre-hook: before the layer's own pass, whose backward pass must see ``g`` as it is then."""
+    """Forward pre-hook: initialize ``g`` and the bias before the forward pass, which saves ``g`` for backward."""
     if not layer.training or not layer.awaits_data:
         return
     y = layer.forward(*args)
@@ -72,7 +72,7 @@ def _initialize_once(layer: Any, args: tuple[Tensor, ...]) -> None:
     if y.ndim == 3 and isinstance(layer, _ConvNd) and len(layer.kernel_size) == 2:
         channels = 0  # an image without a batch axis
     var, mean = torch.var_mean(y, [axis for axis in range(y.ndim) if axis != channels], correction=0)
-    # A channel that is constant has no scale to be found; it keeps its own.
+    # A constant channel keeps its scale.
     scale = torch.where(var > 1e-12, var.clamp_min(1e-12).rsqrt(), 1)
     g: Tensor = layer.parametrizations.weight.original0
     g.mul_(scale.view([-1 if size > 1 else 1 for size in g.shape]))

@@ -1,1 +1,1 @@
-"""Data sets, each a function that returns tensors or a data set and says what it needs."""
+"""Data sets as LightningDataModules, and the functions that load or generate them."""

@@ -1,6 +1,6 @@
-"""Crops, flips and scaling of whole batches, on the device that they lie on.
+"""Crops, flips and scaling of whole batches, on their device.
 
-A transform of torchvision's v2 draws once for a batch; here each image has its own draw.
+Transforms of torchvision's v2 draw once for a batch; these draw for each image.
 """
 
 from dataclasses import dataclass, replace
@@ -12,9 +12,9 @@ from torchvision.transforms.v2 import functional as F
 
 
 def draw_moves(count: int, generator: torch.Generator, *, padding: int = 4, flip: bool = True) -> Tensor:
-    """Where to crop, from 0 to 2 ``padding``, and whether to flip: ``(count, 3)``, int64.
+    """Random crop offsets, from 0 to 2 ``padding``, and flips, 0 or 1: ``(count, 3)``, int64.
 
-    The generator is the CPU's, so that each device gets the same draws.
+    The generator is on the CPU, so that the draws do not depend on the device.
     """
     corners = torch.randint(0, 2 * padding + 1, (count, 2), generator=generator)
     flips = torch.randint(0, 2, (count, 1), generator=generator) * int(flip)
@@ -28,10 +28,10 @@ def mean_colour(images: Tensor) -> Tensor:
 
 
 def crop_and_flip(images: Tensor, moves: Tensor, padding: int = 4, border: Tensor | None = None) -> Tensor:
-    """Pad images ``(N, C, H, W)``, cut each out at its own place, and flip some left to right.
+    """Pad images ``(N, C, H, W)``, crop each at its own offset, and flip some left to right.
 
-    ``moves`` are those of `draw_moves`, on the same device. ``border`` is the colour of the
-    padding, ``(C,)``, typed as the images; None for black.
+    ``moves`` are from `draw_moves`, on the images' device. ``border`` is the colour of the padding,
+    ``(C,)``, of the images' dtype; None for black.
     """
     count, channels, height, width = images.shape
     padded = F.pad(images, [padding] * 4)
@@ -50,12 +50,12 @@ def crop_and_flip(images: Tensor, moves: Tensor, padding: int = 4, border: Tenso
 
 @dataclass(frozen=True)
 class Scaling:
-    """Takes pixels, 0 to 255, to ``(pixels - mean) / scale``, float32.
+    """Scales pixels, 0 to 255, to ``(pixels - mean) / scale``, float32.
 
     Attributes:
         mean: In pixel values, broadcastable to ``(N, C, H, W)``.
         scale: Likewise.
-        size: Side of the squares that images are then resized to, bilinearly; None leaves them.
+        size: Side of the square images after bilinear resizing; None does not resize.
     """
 
     mean: Tensor
@@ -88,13 +88,13 @@ def standardization(inputs: Tensor) -> Scaling:
 
 
 def pixel_scaling(images: Tensor) -> Scaling:
-    """As the released code of the paper: pixels / 128 minus the mean of ``images`` ``(N, C, H, W)`` at each pixel."""
+    """As in the paper's released code: pixels minus the mean of ``images`` ``(N, C, H, W)`` at each pixel, over 128."""
     mean = images.sum(0, dtype=torch.int64).double() / len(images)
     return Scaling(mean.float(), torch.tensor(128.0, device=images.device))
 
 
 def fixed_scaling(images: Tensor) -> Scaling:
-    """(pixels - 127) / 128, whatever the images: what EfficientNet-Lite's weights expect."""
+    """(pixels - 127) / 128, independent of the images, as EfficientNet-Lite's weights expect."""
     return Scaling(*torch.tensor([127.0, 128.0], device=images.device))
 
 

@@ -1,4 +1,4 @@
-"""Batches whose order and draws follow from a seed and the epoch alone, shared out among processes, resumable."""
+"""Batches whose order and draws depend on a seed and the epoch alone, distributed over processes, resumable."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 
 def images_a_process(gradient_batch: int, trainer: lightning.Trainer | None) -> int:
-    """Images that one process takes at a time, so that all together make a gradient step."""
+    """Images of one process's batch: a gradient step's share of a process and an accumulated batch."""
     processes, accumulated = (trainer.world_size, trainer.accumulate_grad_batches) if trainer else (1, 1)
     if gradient_batch < 1:
         raise ValueError(f"gradient_batch must be at least 1; got {gradient_batch}")
@@ -28,32 +28,32 @@ def images_a_process(gradient_batch: int, trainer: lightning.Trainer | None) -> 
 class Batches(ABC):
     """An iterable of this process's batches.
 
-    Lightning calls ``sampler.set_epoch``, which moves on to another order and other draws, and
-    keeps the ``state_dict`` in checkpoints: after `load_state_dict` an epoch goes on where it was
-    left, and reads nothing that comes before. torchdata's ``StatefulDataLoader`` has no shares of a
-    gradient batch, and counts what workers have read ahead.
+    Lightning calls ``sampler.set_epoch``, which changes the order and the draws, and keeps the
+    ``state_dict`` in checkpoints: after `load_state_dict` an interrupted epoch resumes without reading
+    its earlier batches. torchdata's ``StatefulDataLoader`` does not split a gradient batch, and
+    counts batches that workers have prefetched.
 
-    The images of a gradient batch lie side by side in the order, and so do those of each process:
+    The images of a gradient batch are contiguous in the order, and so are those of each process:
     groups of images that are normalized together are the same for any number of processes.
 
     Args:
-        count: Images there are.
-        gradient_batch: Images a gradient step, over all processes and accumulated batches.
+        count: Number of images.
+        gradient_batch: Images in a gradient step, over all processes and accumulated batches.
         trainer: Has the number of both; None for one of each.
-        seed: Of the order and of the draws; None for the images' own order.
-        drop_last: Leave out an epoch's last images, too few for a gradient step of equal size.
-            Otherwise fewer than there are processes are left out, so that all get as many.
+        seed: Seed of the order and of the draws; None for the images' own order.
+        drop_last: Leave out the last images of an epoch if they are too few for a gradient step.
+            Otherwise fewer images than processes are left out, so that all processes get as many.
 
     Attributes:
-        images: A batch, of this process.
-        epoch: Of the next iteration.
-        handed_out: Batches of the epoch that were yielded.
+        images: Images in this process's batch.
+        epoch: Epoch of the next iteration.
+        yielded: Number of the epoch's batches that were yielded.
     """
 
     epoch = 0
-    handed_out = 0
-    _left_out = 0
-    # Lightning asks any loader that has a `sampler` for this too.
+    yielded = 0
+    _skipped = 0
+    # Lightning reads this from any loader that has a `sampler`.
     batch_sampler = None
 
     def __init__(
@@ -67,55 +67,55 @@ class Batches(ABC):
             raise ValueError(f"gradient_batch must be at most {count}, the images there are; got {gradient_batch}")
 
     def __len__(self) -> int:
-        """Batches an epoch, of this process."""
+        """Number of this process's batches in an epoch."""
         whole, rest = divmod(self.count, self.images * self.replicas)
         return whole - whole % self.accumulated if self.drop_last else whole + (rest >= self.replicas)
 
     def __iter__(self) -> Iterator[Any]:
-        # All of this happens at the first `next`: Lightning tells the epoch only after it has called `iter`.
-        first, self._left_out = self._left_out, 0
+        # A generator, so that this runs at the first `next`: Lightning sets the epoch after it calls `iter`.
+        first, self._skipped = self._skipped, 0
         for index, batch in enumerate(self.read(first), first + 1):
-            self.handed_out = index
+            self.yielded = index
             yield batch
 
     @abstractmethod
     def read(self, first: int) -> Iterator[Any]:
-        """The epoch's batches from one on."""
+        """The epoch's batches from the index ``first`` on."""
 
     def order(self) -> tuple[Tensor, torch.Generator]:
-        """Of one epoch, all processes together: the images' indices ``(N,)``; and a generator for further draws."""
+        """The order of the epoch's images over all processes, ``(N,)``, and a generator for further draws."""
         generator = torch.Generator()
         if self.seed is None:
             return torch.arange(self.count), generator
-        # On the CPU: no draw depends on the device.
+        # On the CPU, so that draws do not depend on the device.
         generator.manual_seed(_entropy(self.seed, self.epoch))
         return torch.randperm(self.count, generator=generator), generator
 
     def share(self, index: int) -> slice:
-        """Where in the order this process's part of a batch is."""
+        """The slice of the order with this process's part of a batch."""
         start = index * self.images * self.replicas
         size = min(self.images, (self.count - start) // self.replicas)
         return slice(start + self.rank * size, start + (self.rank + 1) * size)
 
     @property
     def sampler(self) -> Self:
-        """Itself: Lightning tells the epoch to a loader's sampler."""
+        """The loader itself; Lightning calls `set_epoch` of a loader's sampler."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of this epoch's batches that were yielded."""
-        return {"handed_out": self.handed_out}
+        """The number of this epoch's batches that were yielded; its key is that of existing checkpoints."""
+        return {"handed_out": self.yielded}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Leave those out of the next iteration (alone)."""
-        self._left_out = self.handed_out = state["handed_out"] % len(self)
+        """Skip the yielded batches in the next iteration."""
+        self._skipped = self.yielded = state["handed_out"] % len(self)
 
 
 class _Drawn(Dataset[Any]):
-    """A data set whose random transforms draw from ``(seed, epoch, index)``, in any process and order."""
+    """A data set whose random transforms are seeded by ``(seed, epoch, index)``, in any process and order."""
 
     def __init__(self, data: Any, seed: int) -> None:
         self.data, self.seed = data, seed
@@ -123,13 +123,13 @@ class _Drawn(Dataset[Any]):
     def __getitem__(self, place: tuple[int, int]) -> Any:
         epoch, index = place
         with torch.random.fork_rng(devices=[]):
-            # Not torch.manual_seed, which would seed the GPUs too.
+            # torch.manual_seed would seed the GPUs too.
             torch.default_generator.manual_seed(_entropy(self.seed, epoch, index))
             return self.data[index]
 
 
 class ShuffledBatches(Batches):
-    """Shuffled, whole gradient batches that worker processes read."""
+    """Shuffled, complete gradient batches, read by worker processes."""
 
     def __init__(
         self, data: Any, gradient_batch: int, trainer: lightning.Trainer | None = None, *, seed: int = 0, **options: Any
@@ -140,16 +140,15 @@ class ShuffledBatches(Batches):
     def read(self, first: int) -> Iterator[Any]:
         order = self.order()[0].tolist()
         places = [[(self.epoch, each) for each in order[self.share(index)]] for index in range(first, len(self))]
-        # A generator of its own: it draws a seed for its workers, and must leave torch's state as a resumed training
-        # finds it.
+        # The loader draws a seed for its workers; with its own generator, torch's random state does not change.
         return iter(DataLoader(self.drawn, batch_sampler=places, generator=torch.Generator(), **self.options))
 
 
 class OrderedBatches:
-    """All images in order, each process with its share of the batches.
+    """All images in order; each process gets its share of the batches.
 
-    Unlike under torch's ``DistributedSampler``, no image comes twice where they don't divide
-    evenly; and batches are the same for any number of processes. ``options``: torch's.
+    Unlike with torch's ``DistributedSampler``, no image is repeated, and batches are the same for any
+    number of processes. ``options`` are those of torch's ``DataLoader``.
     """
 
     def __init__(self, data: Any, images: int, trainer: lightning.Trainer | None = None, **options: Any) -> None:
@@ -168,11 +167,10 @@ class OrderedBatches:
 
 
 class DiskData(lightning.LightningDataModule):
-    """Data sets that a subclass's ``setup`` opens, read by worker processes.
+    """Base class of data modules that are read by worker processes; ``setup`` opens the data sets.
 
-    A gradient step is of ``gradient_batch`` images, over all processes and accumulated batches. The
-    seed is of the order, and of what is drawn for each image; ``options`` are torch's
-    ``DataLoader``'s.
+    A gradient step has ``gradient_batch`` images, over all processes and accumulated batches. The seed
+    decides the order and the draws for each image; ``options`` are those of torch's ``DataLoader``.
     """
 
     train_set: Any

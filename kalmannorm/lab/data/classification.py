@@ -22,17 +22,16 @@ class ClassificationData(MemoryData):
     Args:
         name: ``"cifar10"``, ``"cifar100"``, ``"svhn"`` or ``"svhn_extra"``.
         gradient_batch: See `MemoryData`; its other options too.
-        augment: ``"crop_flip"``, ``"crop"`` (digits must not be flipped) or ``"none"``; in training
-            alone.
-        border: What crops show beyond an image: ``"mean"``, the mean colour of the images trained
-            on, so that zeros reach the network (arXiv:1512.03385); or ``"black"``, which makes the
-            statistics of training images other than those of test images.
-        scaling: A key of `kalmannorm.lab.data.augmentation.SCALINGS`, by the images trained on.
-        validation: How many training images to hold out; with 0 there is no validation. ``"test"``
-            validates on the test images, as the paper's curves do: nothing may be chosen by them.
-        split_seed: Decides which, apart from ``seed``: all runs are compared on the same images.
+        augment: Augmentation of training images: ``"crop_flip"``, ``"crop"`` (for digits) or ``"none"``.
+        border: Colour of the padding in crops: ``"mean"``, the mean colour of the training images,
+            which is scaled to about 0 (arXiv:1512.03385); or ``"black"``, which shifts the statistics
+            of training images from those of test images.
+        scaling: A key of `kalmannorm.lab.data.augmentation.SCALINGS`, computed on the training images.
+        validation: Number of training images to hold out; 0 for no validation. ``"test"`` validates
+            on the test images, as the paper's curves do; choose no settings by them.
+        split_seed: Seed of the held-out images. It is not ``seed``, so that all runs have the same.
         limit: See `kalmannorm.lab.data.images.load_images`; ``classes`` too.
-        size: Side of the images that the network gets, resized last; None for 32.
+        size: Side of the resized images; None for 32.
     """
 
     def __init__(
@@ -78,7 +77,7 @@ class ClassificationData(MemoryData):
         return {"augment": self.augment, "border": mean_colour(inputs) if self.border == "mean" else None}
 
     def val_dataloader(self) -> MemoryBatches | list[Any]:
-        """All held-out images in order, in every process; none if none are held out."""
+        """All held-out images in order, in every process; an empty list if there are none."""
         if self.validation == "test":
             return self.test_dataloader()
         return super().val_dataloader() if self.validation else []

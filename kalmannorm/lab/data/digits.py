@@ -1,8 +1,8 @@
-"""Cluttered digits: a small, hard image task made from data that ships with scikit-learn.
+"""Cluttered digits: a small, hard image task made from scikit-learn's digits.
 
-Its 1797 8x8 digits are too easy as they are: any network passes 97 %. Here each is drawn at a random size and
-place on a 32x32 canvas among fragments of other digits, and every image has its own brightness, contrast and
-noise, as photographs have. Images that differ so much make the statistics of a mini-batch of two unreliable.
+The 1797 8x8 digits themselves are too easy: any network exceeds 97 %. Here each digit has a random size and place on
+a 32x32 canvas among fragments of other digits, and each image has its own brightness, contrast and noise. Such images
+make the statistics of a mini-batch of two unreliable.
 """
 
 from dataclasses import dataclass
@@ -16,20 +16,20 @@ from torch.nn import functional as F
 
 Split = Literal["train", "validation", "test"]
 
-# How many of the 1797 originals each split draws from. No original serves two splits, not even as clutter.
+# Number of the 1797 originals in each split. No original is in two splits, not even as clutter.
 SOURCES: dict[Split, int] = {"train": 1000, "validation": 300, "test": 497}
 
 
 @dataclass(frozen=True)
 class Clutter:
-    """How hard the task is. Lengths are pixels of the canvas, intensities run from 0 to 1.
+    """The difficulty of the task. Lengths are in pixels of the canvas, intensities from 0 to 1.
 
     Attributes:
-        digit_size: Smallest and largest side of the box that the labelled 8x8 digit is scaled to.
-        fragments: How many pieces of other digits each image holds.
+        digit_size: Smallest and largest side of the labelled digit's box.
+        fragments: Number of fragments of other digits in each image.
         fragment_size: Smallest and largest side of the box of a fragment's whole digit.
-        fragment_side: Side of the square window, in pixels of the original, that a fragment shows.
-        contrast: Smallest and largest contrast of an image, spread evenly on a logarithmic scale.
+        fragment_side: Side of a fragment's square window, in pixels of the original digit.
+        contrast: Smallest and largest contrast of an image, log-uniform.
         noise: Standard deviation of the noise added to each pixel, before contrast is applied.
     """
 
@@ -51,9 +51,7 @@ def _originals() -> tuple[Tensor, Tensor]:
 
 
 def source_indices(split: Split, seed: int = 0) -> np.ndarray:
-    """Which of scikit-learn's digits a split is made from, after a shuffle by the seed:
-    ``(SOURCES[split],)`` indices, none in two splits.
-    """
+    """Indices ``(SOURCES[split],)`` of a split's digits in scikit-learn's set; the seed decides the disjoint splits."""
     if split not in SOURCES:
         raise ValueError(f"split must be one of {', '.join(SOURCES)}; got {split!r}")
     *ends, total = np.cumsum(list(SOURCES.values()))
@@ -75,9 +73,9 @@ def _place(patches: Tensor, size: np.ndarray, centre: np.ndarray, canvas: int) -
 def cluttered_digits(split: Split, count: int, seed: int = 0, clutter: Clutter | None = None) -> tuple[Tensor, Tensor]:
     """Make labelled images; the same arguments give the same images.
 
-    Images are ``(count, 1, canvas, canvas)``, float32, between -1 and 1 but for the noise, and
-    labels ``(count,)``, int64, 0 to 9. The seed decides both the split of the originals and how
-    each image is composed.
+    Images are ``(count, 1, canvas, canvas)``, float32, from -1 to 1 without the noise, and labels
+    ``(count,)``, int64, 0 to 9. The seed decides the split of the originals and the composition of
+    each image.
 
     Example:
         >>> images, labels = cluttered_digits("train", 4)
@@ -102,7 +100,7 @@ def cluttered_digits(split: Split, count: int, seed: int = 0, clutter: Clutter |
         window = torch.zeros(count, 1, 8, 8)
         rows, columns = (torch.from_numpy(corner[:, i, None] + np.arange(how.fragment_side)) for i in (0, 1))
         window[torch.arange(count)[:, None, None], 0, rows[:, :, None], columns[:, None, :]] = 1
-        # The window's own centre lands on the random spot; the box around it may reach past the canvas.
+        # The window is centred on a random point; the digit's box may exceed the canvas.
         offset = (corner[:, ::-1] + how.fragment_side / 2 - 4) / 8 * size[:, None]
         centre = rng.uniform(0, how.canvas, (count, 2)) - offset
         image = torch.maximum(image, _place(digits[rng.choice(own, count)] * window, size, centre, how.canvas))
@@ -110,6 +108,6 @@ def cluttered_digits(split: Split, count: int, seed: int = 0, clutter: Clutter |
     noise = torch.from_numpy(rng.standard_normal(image.shape, dtype=np.float32))
     low, high = np.log(how.contrast)
     contrast = torch.from_numpy(np.exp(rng.uniform(low, high, (count, 1, 1, 1)))).float()
-    # Brightness: where the darkest and the lightest pixel may sit so that both stay between -1 and 1.
+    # Brightness: a random offset that keeps all pixels between -1 and 1.
     floor = torch.from_numpy(rng.uniform(-1, 1, (count, 1, 1, 1))).float() * (1 - contrast) - contrast
     return (image + how.noise * noise) * 2 * contrast + floor, targets[torch.from_numpy(chosen)]

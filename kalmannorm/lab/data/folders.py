@@ -1,4 +1,4 @@
-"""ImageNet-1k, and any images that lie in one folder a class, as a LightningDataModule."""
+"""ImageNet-1k, and any images in one folder for each class, as a LightningDataModule."""
 
 import copy
 import hashlib
@@ -17,10 +17,10 @@ from kalmannorm.lab.data.batches import DiskData, OrderedBatches
 from kalmannorm.lab.data.hub import HubImages, hub_parts, local_parts
 from kalmannorm.lab.data.roots import MissingDataError, data_root, find, missing
 
-# ImageNet's, of pixels from 0 to 1; what pretrained networks expect, whatever the images.
+# ImageNet's, for pixels from 0 to 1; pretrained networks expect them for any images.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-# One must have accepted its terms there, and be logged in. Its test images have no labels.
+# Downloading it needs a login that has accepted its terms. Its test images have no labels.
 REPOSITORY = "ILSVRC/imagenet-1k"
 HUB_PARTS = {"train": "train", "validation": "val"}
 LAYOUT = ["train/*/*", "val/*/*"]
@@ -28,7 +28,7 @@ ORIGIN = (
     "where it is published (ImageNet-1k: https://image-net.org/download-images, its validation images sorted into "
     "one folder a class as the training images are)"
 )
-# Of any other folder.
+# Layouts of any other folder.
 OWN_LAYOUTS = (
     "one with images as CLASS/*.jpg, or as train/CLASS/*.jpg, val/CLASS/*.jpg and perhaps test/CLASS/*.jpg "
     "(or .png and the like)"
@@ -36,7 +36,7 @@ OWN_LAYOUTS = (
 
 
 def image_transform(size: int, train: bool) -> Callable[[Any], Any]:
-    """Pictures to normalized float32 ``(3, size, size)``, as is usual for ImageNet."""
+    """Transform pictures to normalized float32 ``(3, size, size)``, as is usual for ImageNet."""
     random = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()]
     centre = [v2.Resize(size * 8 // 7), v2.CenterCrop(size)]
     last = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
@@ -45,20 +45,20 @@ def image_transform(size: int, train: bool) -> Callable[[Any], Any]:
 
 
 def locate(folder: str) -> Path | None:
-    """The folder of this name under ``KALMANNORM_DATA``, or else at this path; None where there is neither."""
+    """The folder of this name under ``KALMANNORM_DATA``, or else at this path; None if there is neither."""
     found = find(folder, [], ORIGIN)
     return Path(folder) if found is None and Path(folder).is_dir() else found
 
 
 def open_pictures(folder: str) -> dict[str, Any]:
-    """The parts of a set of pictures that there are, ``train`` at least, without a transform.
+    """The existing parts of a set of pictures, ``train`` at least, without a transform.
 
     Args:
         folder: Name of a folder under ``KALMANNORM_DATA``, or a path. ``"imagenet"`` may hold the Parquet files of its
-            Hugging Face repository instead, and is downloaded from there if it is nowhere.
+            Hugging Face repository instead; without a folder it is downloaded from there.
 
     Raises:
-        MissingDataError: There is no such folder, or it has some of its parts only.
+        MissingDataError: There is no such folder, or parts are missing.
     """
     place = locate(folder)
     if place is None:
@@ -67,7 +67,7 @@ def open_pictures(folder: str) -> dict[str, Any]:
             raise MissingDataError(f"the folder {folder!r} was not found{under}; expected {OWN_LAYOUTS}")
         try:
             return _hub_images(hub_parts(REPOSITORY, HUB_PARTS))
-        except OSError as error:  # also what the hub's errors are
+        except OSError as error:  # the hub's errors too
             raise missing(folder, LAYOUT, f"{ORIGIN}, or log in at the Hugging Face hub for {REPOSITORY}") from error
     if tables := local_parts(place, HUB_PARTS):
         return _hub_images(tables)
@@ -80,7 +80,7 @@ def open_pictures(folder: str) -> dict[str, Any]:
 
 
 class _Pictures(ImageFolder):  # type: ignore[misc]
-    """Without hidden files and folders, such as ``.ipynb_checkpoints`` and ``._1.jpg``."""
+    """An ImageFolder without hidden files and folders, such as ``.ipynb_checkpoints`` and ``._1.jpg``."""
 
     def __init__(self, folder: str) -> None:
         def is_picture(path: str) -> bool:
@@ -101,22 +101,22 @@ def _hub_images(tables: dict[str, Any]) -> dict[str, Any]:
 class FolderData(DiskData):
     """Images as ``train/CLASS/*.jpg``, ``val/CLASS/*.jpg`` and perhaps ``test/CLASS/*.jpg``, or as ``CLASS/*.jpg``.
 
-    Choices must not be made on the images whose score is reported. So where there is no ``test``, ``val`` takes its
-    place, and validation images are held out from ``train``; where there is neither, both are.
+    Settings must not be chosen on the images whose score is reported. So without a ``test`` folder, ``val`` is the test
+    split, and validation images are held out from ``train``; without both, both splits are held out.
 
-    After `setup`, ``classes`` are the names of the classes in the order of the labels, and ``num_classes`` how many.
+    After `setup`, ``classes`` are the names of the classes in the order of the labels; ``num_classes`` is their number.
 
     Args:
         folder: See `open_pictures`.
         gradient_batch: See `DiskData`; ``score_batch`` and ``seed`` too.
         size: Side of the images, in pixels.
         workers: Processes that load images.
-        validation: Share of each class's training images to hold out where there is no ``test``, one at least (but of a
-            class of very few images none); and where there is no ``val`` either, as many again for the test.
-            ``"test"`` holds none out and validates on the test images: for curves as papers show them, not for choices.
-        split_seed: Decides which; and with ``limit``, which ones are kept.
-        limit: Keep so many images of each split, drawn from all classes.
-        pictures: What ``found`` must be after `setup`: how many there are, and a digest of their names and sizes.
+        validation: Share of each class's training images to hold out if there is no ``test`` folder, at least one image
+            (none of a class with very few images); without ``val`` as many more for the test split. ``"test"`` holds
+            none out and validates on the test images, for curves as in papers; choose no settings by them.
+        split_seed: Seed of the held-out images, and with ``limit`` of the kept ones.
+        limit: Number of images to keep of each split, drawn from all classes.
+        pictures: Expected value of ``found``: the number of pictures and a digest of their names and sizes.
     """
 
     test_set: Any
@@ -153,24 +153,23 @@ class FolderData(DiskData):
         self.classes, self.num_classes = _common_classes(self.folder, pictures), len(pictures["train"].classes)
         splits = _splits(pictures, self.validation, self.split_seed)
         for split, (part, indices) in splits.items():
-            # Listed once: a large folder takes minutes.
+            # A copy, since listing a large folder again would take minutes.
             transformed = copy.copy(pictures[part])
             transformed.transform = image_transform(self.size, split == "train")
-            # The first of a random order: the first files would all be of one class.
+            # In random order: the first files are all of one class.
             kept = Subset(transformed, np.sort(indices[: self.limit]).tolist())
             setattr(self, f"{split}_set", kept)
 
     @property
     def found(self) -> str:
-        """After `setup`, how many pictures there are, and a digest of their names and sizes."""
-        told: list[str] = []
+        """After `setup`, the number of pictures, and a digest of their names and sizes, or of Parquet files' labels."""
+        entries: list[str] = []
         for part, files in self.parts.items():
-            # Of Parquet files, their labels.
-            places = [Path(path) for path, _ in getattr(files, "samples", [])]
-            told += [f"{part}/{each.relative_to(files.root)} {each.stat().st_size}" for each in places] or [
+            paths = [Path(path) for path, _ in getattr(files, "samples", [])]
+            entries += [f"{part}/{path.relative_to(files.root)} {path.stat().st_size}" for path in paths] or [
                 f"{part} {label}" for label in files.targets
             ]
-        return f"{len(told)} pictures, {hashlib.sha256(repr(told).encode()).hexdigest()[:12]}"
+        return f"{len(entries)} pictures, {hashlib.sha256(repr(entries).encode()).hexdigest()[:12]}"
 
     def test_dataloader(self) -> OrderedBatches:
         return OrderedBatches(self.test_set, self.score_batch, self.trainer, **self.options)
@@ -185,7 +184,7 @@ def _common_classes(place: str, folders: dict[str, Any]) -> list[str]:
 
 
 def _splits(pictures: dict[str, Any], share: float | Literal["test"], seed: int) -> dict[str, tuple[str, np.ndarray]]:
-    """From split to folder, and which of its images, in a random order; the share is that of `FolderData`."""
+    """Each split's folder and the indices of its images, in random order; ``share`` is the argument ``validation``."""
     order = {part: np.random.default_rng(seed).permutation(len(files)) for part, files in pictures.items()}
     whole = {part: (part, indices) for part, indices in order.items()}
     if share == "test":
@@ -200,14 +199,14 @@ def _splits(pictures: dict[str, Any], share: float | Literal["test"], seed: int)
 
 
 def _cut(order: np.ndarray, labels: np.ndarray, share: float, times: int) -> list[np.ndarray]:
-    """So many parts with a share of each class, but at least an image of it, and then the rest, all in this order."""
-    # A share of all images would leave it to chance how many of a small class are among them. A class that has not an
-    # image for each part and one for the rest is in the rest alone: it is trained on, and not scored.
+    """Cut ``order`` into ``times`` parts with a share of each class, at least one image, and the rest."""
+    # Shares are of each class, so that small classes are represented. A class with too few images for all parts and
+    # the rest is in the rest alone: it is trained on, but not scored.
     own = labels[order]
     counts = np.bincount(own)
     size = np.maximum(1, np.rint(share * counts)).astype(int)
     enough = counts > times
-    # How many of its class come before an image.
+    # An image's index within its class.
     place = np.empty_like(order)
     place[np.argsort(own, kind="stable")] = np.concatenate([np.arange(count) for count in counts])
     part = np.where(enough[own], np.minimum(place // size[own], times), times)

@@ -1,8 +1,8 @@
-"""Small sets of generated images, on disk in the layouts of the real ones: to try a training without its data.
+"""Small sets of generated images, on disk in the layouts of the real ones, for trying a training without its data.
 
-A class is a picture of a few coloured patches; an image is that picture, a little darker or lighter, under noise. A
-network learns to tell them apart in tens of steps. Objects to detect are up to three coloured shapes on grey noise,
-apart from one another: of the categories, the odd ones are red rectangles and the even ones blue ellipses.
+Each class is a picture of a few coloured patches; an image is that picture with random brightness and noise. A network
+learns to classify them in tens of steps. Images for detection have up to three separate shapes on grey noise: odd
+categories are red rectangles, even ones blue ellipses.
 """
 
 import json
@@ -25,7 +25,7 @@ CATEGORIES = {"coco": {1: "rectangle", 2: "ellipse"}, "pennfudan": {1: "person"}
 
 
 def generate_for(data: Mapping[str, Any], root: Path) -> Path:
-    """Write the set that a configuration's ``data`` names, unless it is there; return its folder."""
+    """Write the set that a configuration's ``data`` names, unless it exists; return its folder."""
     kind, options = data["class_path"].rpartition(".")[2], data["init_args"]
     if kind == "ClassificationData":
         return generate_images(root, options["name"])
@@ -35,14 +35,14 @@ def generate_for(data: Mapping[str, Any], root: Path) -> Path:
     if kind == "DetectionData":
         return generate_objects(root, options["name"])
     if kind in ("ClutterData", "SignalData", "VolumeData"):
-        return root  # which come without files
+        return root  # they need no files
     raise ValueError(f"there are no generated images for {kind}")
 
 
 def pictures(count: int, size: int, num_classes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Generated images ``(count, size, size, 3)``, uint8, and labels ``(count,)``, class by class.
 
-    The size is a multiple of 4. The seed is of brightness and noise, and not of the classes.
+    The size is a multiple of 4. The seed decides brightness and noise, not the classes.
     """
     classes = np.random.default_rng(num_classes).integers(60, 196, (num_classes, PATCHES, PATCHES, 3))
     labels = np.arange(count) % num_classes
@@ -53,7 +53,7 @@ def pictures(count: int, size: int, num_classes: int, seed: int) -> tuple[np.nda
 
 
 def generate_images(root: Path, name: str, train: int = 64, test: int = 16) -> Path:
-    """Write a set as `images.load_images` reads it, unless it is there; return its folder."""
+    """Write a set as `images.load_images` reads it, unless it exists; return its folder."""
     known = source(name)
     folder = root / known.folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -63,14 +63,14 @@ def generate_images(root: Path, name: str, train: int = 64, test: int = 16) -> P
             images, labels = pictures(test if part == "test" else train, 32, known.num_classes, seed)
             columns = {known.image: [Image.fromarray(image) for image in images], known.label: labels.tolist()}
             part_of_set = datasets.Dataset.from_dict(columns).cast_column(known.image, datasets.Image())
-            # Under another name first: what is there is complete.
+            # Written under another name first, so that an existing file is complete.
             part_of_set.to_parquet(path.with_suffix(".partial"))
             path.with_suffix(".partial").replace(path)
     return folder
 
 
 def generate_folders(root: Path, name: str, classes: int = 8, train: int = 8, val: int = 2, size: int = 72) -> Path:
-    """Write a set as `folders.FolderData` reads it, so many images a class."""
+    """Write a set as `folders.FolderData` reads it; ``train`` and ``val`` are images of each class."""
     for seed, (part, count) in enumerate((("train", train), ("val", val))):
         images, labels = pictures(count * classes, size, classes, seed)
         for number, (image, label) in enumerate(zip(images, labels, strict=True)):
@@ -81,7 +81,7 @@ def generate_folders(root: Path, name: str, classes: int = 8, train: int = 8, va
 
 
 def generate_objects(root: Path, name: str, train: int = 16, validation: int = 8, side: int = 96) -> Path:
-    """Write a set as `objects.DetectionData` reads it, unless it is there; a side is 32 or more."""
+    """Write a set as `objects.DetectionData` reads it, unless it exists; ``side`` is at least 32."""
     if name not in SOURCES:
         raise ValueError(f"name must be one of {', '.join(SOURCES)}; got {name!r}")
     folder = root / name
@@ -115,12 +115,12 @@ def _write_split(folder: Path, files: Files, numbers: range, side: int, categori
         picture.save(folder / files.images / f"{number:04}.jpg", quality=95)
     named = [{"id": number, "name": text} for number, text in categories.items()]
     content = {"images": images, "annotations": annotations, "categories": named}
-    # Last: where this file is, the split is complete.
+    # Written last: its existence means that the split is complete.
     write_atomically(folder / files.annotations, json.dumps(content))
 
 
 def _shape(draw: np.random.Generator, side: int, quarter: int, ellipse: bool) -> np.ndarray:
-    """The pixels ``(side, side)``, bool, of a shape somewhere in a quarter of the image."""
+    """The mask ``(side, side)``, bool, of a shape at a random place in a quarter of the image."""
     half = side // 2
     height, width = draw.integers(half // 2, half - 2, 2)
     top, left = draw.integers(0, half - height), draw.integers(0, half - width)
@@ -133,7 +133,7 @@ def _shape(draw: np.random.Generator, side: int, quarter: int, ellipse: bool) ->
 
 
 def _entry(mask: np.ndarray) -> dict[str, Any]:
-    """A mask as COCO's annotations give it, with its box and area."""
+    """A mask in COCO's annotation format, with its box and area."""
     encoded = run_lengths.encode(np.asfortranarray(mask.astype(np.uint8)))
     return {
         "iscrowd": 0,

@@ -1,4 +1,4 @@
-"""Parquet files as Hugging Face repositories have them, from a folder or from there."""
+"""Parquet files of Hugging Face repositories, from a folder or from the hub."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 
 
 class HubImages(Dataset[tuple[Any, int]]):
-    """Pictures, decoded one by one, and labels, as of an ``ImageFolder``."""
+    """Pictures and labels with the interface of an ``ImageFolder``, decoded one by one."""
 
     def __init__(self, part: Any, transform: Callable[[Any], Any] | None = None) -> None:
         label = part.features.get("label")
@@ -20,7 +20,7 @@ class HubImages(Dataset[tuple[Any, int]]):
 
     @property
     def targets(self) -> list[int]:
-        """The label of each picture, without opening any."""
+        """The label of each picture, without decoding pictures."""
         labels: list[int] = self.part.select_columns("label").with_format("numpy")[:]["label"].tolist()
         return labels
 
@@ -34,7 +34,7 @@ class HubImages(Dataset[tuple[Any, int]]):
 
 
 def local_parts(folder: Path, parts: Iterable[str]) -> dict[str, Any]:
-    """The parts of a repository, each from ``PART-*.parquet`` in a folder; none where one has no files."""
+    """The parts of a repository, each from ``PART-*.parquet`` in a folder; empty if a part has no files."""
     files = {part: sorted(map(str, folder.glob(f"{part}-*.parquet"))) for part in parts}
     if not all(files.values()):
         return {}
@@ -42,5 +42,5 @@ def local_parts(folder: Path, parts: Iterable[str]) -> dict[str, Any]:
 
 
 def hub_parts(repository: str, parts: Iterable[str], configuration: str | None = None) -> dict[str, Any]:
-    """The same, from the hub, and kept by ``datasets``; an OSError if they cannot be had."""
+    """The parts of a repository from the hub, cached by ``datasets``; an OSError if they are not available."""
     return {part: datasets.load_dataset(repository, configuration, split=part) for part in parts}

@@ -1,7 +1,7 @@
 """CIFAR-10, CIFAR-100 and SVHN: whole sets of 32x32 images as tensors in memory, small enough for any GPU.
 
-They are read from Parquet files under ``KALMANNORM_DATA``, in the layout of their Hugging Face repositories, or
-else downloaded from there (and cached) by the ``datasets`` library.
+They are read from Parquet files under ``KALMANNORM_DATA``, in the layout of their Hugging Face repositories, or else
+downloaded and cached by the ``datasets`` library.
 """
 
 from collections.abc import Sequence
@@ -19,10 +19,10 @@ from kalmannorm.lab.data.roots import Source, find, missing, source
 
 
 def open_images(name: str) -> dict[str, Any]:
-    """The parts of a set as ``datasets.Dataset``, still encoded; downloads them if need be.
+    """The parts of a set as ``datasets.Dataset``, still encoded; downloads them if necessary.
 
     Raises:
-        MissingDataError: It is neither under ``KALMANNORM_DATA`` nor to be had from the hub.
+        MissingDataError: It is neither under ``KALMANNORM_DATA`` nor available from the hub.
     """
     known = source(name)
     parts = (*known.training, "test")
@@ -30,16 +30,16 @@ def open_images(name: str) -> dict[str, Any]:
         return local_parts(folder, parts)
     try:
         return hub_parts(known.repository, parts, known.configuration)
-    except OSError as error:  # also what the hub's errors are: absent, no network, offline mode
+    except OSError as error:  # the hub's errors too: absent, no network, offline mode
         raise missing(known.folder, known.layout, known.origin) from error
 
 
 def _decoded(part: Any, known: Source, indices: np.ndarray, classes: Sequence[int] | None) -> Labelled:
-    """Some of a part: images ``(N, 3, 32, 32)``, uint8, and labels ``(N,)``, int64, by their place in ``classes``."""
+    """Images ``(N, 3, 32, 32)``, uint8, of a part, and labels ``(N,)``, int64, renumbered by ``classes``."""
     wanted = [known.image, known.label]
     if not set(wanted) <= set(part.column_names):
         raise ValueError(f"{known.folder} needs the columns {' and '.join(wanted)}; got {', '.join(part.column_names)}")
-    # As an Arrow table the images are still the files' bytes: no objects to build but the pictures themselves.
+    # An Arrow table has the files' bytes, without a Python object for each row.
     table = part.select_columns(wanted).with_format("arrow")[indices]
     images = np.zeros((len(indices), 32, 32, 3), dtype=np.uint8)
     for place, row in zip(images, table[known.image].to_pylist(), strict=True):
@@ -51,7 +51,7 @@ def _decoded(part: Any, known: Source, indices: np.ndarray, classes: Sequence[in
 
 
 def _indices(part: Any, known: Source, classes: Sequence[int] | None) -> np.ndarray:
-    """Which images of a part are of these classes, in order; all of them for None."""
+    """Sorted indices of a part's images of these classes; all for None."""
     if classes is None:
         return np.arange(len(part))
     labels = part.select_columns([known.label]).with_format("numpy")[:][known.label]
@@ -68,9 +68,9 @@ def load_images(
 ) -> Splits:
     """Load a set, images ``(N, 3, 32, 32)``, uint8; the same arguments give the same splits.
 
-    So many of the training images are held out for the validation, as ``split_seed`` decides. With
-    ``limit``, each split keeps the first so many. With ``classes``, the images of these labels
-    alone are kept, before anything else is counted; their new labels are places among ``classes``.
+    ``validation`` training images are held out, chosen by ``split_seed``. With ``classes``, only the
+    images of these labels are used; their new labels are indices into ``classes``. With ``limit``,
+    each split keeps its first ``limit`` images.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1; got {limit}")
@@ -85,7 +85,7 @@ def load_images(
     if not 0 <= validation < count:
         raise ValueError(f"validation must be 0 to {count - 1}, so that an image is left to train on; got {validation}")
     shuffled = indices[np.random.default_rng(split_seed).permutation(count)]
-    # In the order of the files again, so that `limit` keeps the first of them.
+    # Sorted, so that `limit` keeps the first images of the files.
     held_out, kept = np.sort(shuffled[:validation]), np.sort(shuffled[validation:])
     parts_of_splits = ((training, kept), (training, held_out), (test, _indices(test, known, classes)))
     return Splits(*(_decoded(part, known, chosen[:limit], classes) for part, chosen in parts_of_splits))

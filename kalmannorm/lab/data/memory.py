@@ -1,4 +1,4 @@
-"""Tensors in memory as a data module, whatever is in them: images, signals, tables or volumes."""
+"""Data modules of tensors in memory: images, signals, tables or volumes."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ class MemoryBatches(Batches):
     """Batches of tensors ``(N, C, *)`` and labels on one device, without workers.
 
     Args:
-        prepare: What is done to a batch of images last, such as a `Scaling`.
+        prepare: Applied to a batch of images last, such as a `Scaling`.
         augment: ``"none"``, ``"crop"`` (pad 4, crop at random) or ``"crop_flip"``; needs a seed.
         border: Colour of the padding, see `crop_and_flip`; for the other arguments see `Batches`.
     """
@@ -54,7 +54,7 @@ class MemoryBatches(Batches):
     def read(self, first: int) -> Iterator[tuple[Tensor, Tensor]]:
         order, generator = self.order()
         moves = None
-        if self.augment != "none":  # of a whole epoch at once: no draw depends on where one resumes
+        if self.augment != "none":  # for the whole epoch, so that draws do not depend on `first`
             moves = draw_moves(self.count, generator, flip=self.augment == "crop_flip").to(self.inputs.device)
         order = order.to(self.inputs.device)
         for here in map(self.share, range(first, len(self))):
@@ -65,14 +65,14 @@ class MemoryBatches(Batches):
 
 
 class MemoryData(lightning.LightningDataModule):
-    """Splits that a subclass loads, as batches that are scaled on the trainer's device.
+    """Base class of data modules in memory, whose batches are scaled on the trainer's device.
 
     Args:
-        gradient_batch: Inputs a gradient step, over all processes and accumulated batches.
-        score_batch: Inputs a batch in validation and test.
-        drop_last: Leave out an epoch's last batch of fewer inputs, in training.
-        seed: Of the order, and of what else is drawn in training.
-        device: Where the tensors are kept; by default where the trainer's model is.
+        gradient_batch: Inputs in a gradient step, over all processes and accumulated batches.
+        score_batch: Inputs in a batch of validation and test.
+        drop_last: Leave out an incomplete last batch of an epoch, in training.
+        seed: Seed of the order and of the draws in training.
+        device: Device of the tensors; by default the trainer's.
     """
 
     def __init__(
@@ -92,17 +92,17 @@ class MemoryData(lightning.LightningDataModule):
 
     @abstractmethod
     def load(self) -> Splits:
-        """All inputs, as they are; on the CPU."""
+        """All inputs, unscaled, on the CPU."""
 
     def scaling_of(self, inputs: Tensor) -> Scaling:
-        """Scales every batch by the inputs trained on: mean 0 and standard deviation 1 in each channel.
+        """The scaling of all batches, from the training inputs: mean 0 and standard deviation 1 in each channel.
 
-        Both are of all inputs together: the differences between inputs stay.
+        Both are over all inputs together, so differences between inputs stay.
         """
         return standardization(inputs)
 
     def augmentation_of(self, inputs: Tensor) -> dict[str, Any]:
-        """Options of `MemoryBatches` for training alone, from the inputs trained on."""
+        """Options of `MemoryBatches` for training only, from the training inputs."""
         return {}
 
     def setup(self, stage: str | None = None) -> None:

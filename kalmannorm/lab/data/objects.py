@@ -1,4 +1,4 @@
-"""Objects to find, with boxes and masks, from files in COCO's format: COCO 2017 and Penn-Fudan pedestrians."""
+"""Data sets for detection, with boxes and masks in COCO's format: COCO 2017 and Penn-Fudan pedestrians."""
 
 import contextlib
 import io
@@ -55,17 +55,16 @@ SOURCES = {
 
 
 class DetectionSet(Dataset[tuple[Tensor, Target]]):
-    """Images with what is to be found on them, from a folder with annotations in COCO's format,
-    masks as polygons or as run lengths.
+    """Images and their objects, from a folder with annotations in COCO's format, masks as polygons or
+    run lengths.
 
     An item is an image ``(3, H, W)``, float32, 0 to 1, and a target, as torchvision's detectors
     take them: ``boxes`` ``(K, 4)``, float32, left, top, right, bottom in pixels; ``labels``
     ``(K,)``, int64, COCO's category ids (0 is the background); ``masks`` ``(K, H, W)``, uint8;
     ``image_id``, int; ``iscrowd`` ``(K,)``, int64. Boxes without area are left out.
 
-    In training, half of the images are flipped, and crowds (one box around many objects) and images
-    on which nothing is to be found are left out. A score needs crowds, so as not to count against a
-    network what it finds there.
+    In training, half of the images are flipped; crowds (one box around many objects) and images
+    without objects are left out. Scoring needs crowds, where detections must not count as wrong.
     """
 
     def __init__(self, folder: Path, files: Files, train: bool, limit: int | None = None) -> None:
@@ -80,7 +79,7 @@ class DetectionSet(Dataset[tuple[Tensor, Target]]):
         self.places = kept[:limit]
 
     def _annotations(self, image: int) -> list[dict[str, Any]]:
-        """Those to be found; a box without area has no logarithm of its size to learn."""
+        """An image's annotations, without boxes of zero area, whose size has no logarithm."""
         known = self.coco.imgToAnns.get(image, [])
         return [each for each in known if not (self.train and each.get("iscrowd", 0)) and min(each["bbox"][2:]) > 0]
 
@@ -95,7 +94,7 @@ class DetectionSet(Dataset[tuple[Tensor, Target]]):
     def _target(self, annotations: list[dict[str, Any]], image: int, size: tuple[int, int]) -> Target:
         boxes = torch.tensor([annotation["bbox"] for annotation in annotations], dtype=torch.float32).view(-1, 4)
         corners = box_convert(boxes, "xywh", "xyxy")
-        # The empty mask in front gives a stack of none its shape.
+        # The first, empty mask lets `stack` work without annotations.
         masks = np.stack([np.zeros(size, np.uint8), *map(self.coco.annToMask, annotations)])[1:]
         return {
             "boxes": BoundingBoxes(corners, format="XYXY", canvas_size=size),  # type: ignore[call-overload]
@@ -107,7 +106,7 @@ class DetectionSet(Dataset[tuple[Tensor, Target]]):
 
 
 def as_lists(items: list[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:
-    """Images, which differ in size, and targets, each as a list."""
+    """Collate images of different sizes, and targets, as lists."""
     images, targets = zip(*items, strict=True)
     return list(images), list(targets)
 
@@ -116,8 +115,8 @@ class DetectionData(DiskData):
     """COCO 2017 (``coco``) or Penn-Fudan pedestrians (``pennfudan``), under ``KALMANNORM_DATA``.
 
     After `setup`, ``num_classes`` is the largest category id + 1. There is no test split: COCO's
-    test images have no public annotations, and papers report scores on its validation images. With
-    ``limit``, each split keeps the first so many images. For the other arguments see `DiskData`.
+    test images have no public annotations, and papers report scores on its validation images. Each
+    split keeps its first ``limit`` images. For the other arguments see `DiskData`.
     """
 
     def __init__(

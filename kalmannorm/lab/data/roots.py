@@ -1,4 +1,4 @@
-"""Where data sets lie: in the folder that the environment variable ``KALMANNORM_DATA`` names, one folder each."""
+"""Finding data sets in the folder of the environment variable ``KALMANNORM_DATA``, one folder for each."""
 
 import os
 from collections.abc import Sequence
@@ -9,11 +9,11 @@ VARIABLE = "KALMANNORM_DATA"
 
 
 class MissingDataError(FileNotFoundError):
-    """A data set is not there. The message says where to get it, where to put it, and in which layout."""
+    """A data set was not found. The message says where to get it, where to put it, and in which layout."""
 
 
 def data_root() -> Path | None:
-    """The folder that ``KALMANNORM_DATA`` names, or None if it isn't set."""
+    """The folder in ``KALMANNORM_DATA``; None if it is not set."""
     named = os.environ.get(VARIABLE)
     if not named:
         return None
@@ -24,7 +24,7 @@ def data_root() -> Path | None:
 
 
 def missing(name: str, layout: Sequence[str], origin: str) -> MissingDataError:
-    """The error to raise where a data set, which needs these files, is absent."""
+    """The error for a missing data set; ``layout`` has the patterns of its files."""
     root = data_root()
     place = str((root or Path(f"${VARIABLE}")) / name)
     first = "" if root else f"Set {VARIABLE} to a folder of your choice. "
@@ -33,7 +33,7 @@ def missing(name: str, layout: Sequence[str], origin: str) -> MissingDataError:
 
 
 def find(name: str, layout: Sequence[str], origin: str) -> Path | None:
-    """The folder of a data set under the root, or None where there is no such folder (or no root).
+    """The folder of a data set under the root; None if there is no such folder, or no root.
 
     Raises:
         MissingDataError: The folder is there, but a pattern of its layout matches nothing.
@@ -49,13 +49,13 @@ def find(name: str, layout: Sequence[str], origin: str) -> Path | None:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a set of images comes from.
+    """The source of a set of images.
 
     Attributes:
         folder: Its folder under ``KALMANNORM_DATA``.
-        repository: Its repository on the Hugging Face hub; ``configuration`` is one of its several.
-        image: The column of encoded images; ``label`` of labels, 0 to ``num_classes`` - 1.
-        training: The parts that together are the training images.
+        repository: Its repository on the Hugging Face hub; ``configuration`` is needed if there are several.
+        image: Name of the column of encoded images; ``label`` of labels, 0 to ``num_classes`` - 1.
+        training: The parts that make up the training images.
     """
 
     folder: str
@@ -82,7 +82,7 @@ SOURCES = {
     "cifar10": Source("cifar10", "uoft-cs/cifar10", "img", "label", 10),
     "cifar100": Source("cifar100", "uoft-cs/cifar100", "img", "fine_label", 100),
     "svhn": Source(*_SVHN),
-    # With the 531,131 easier images, which results near 98 % are usually trained on as well.
+    # With the 531,131 easier images, as usual for results near 98 %.
     "svhn_extra": Source(*_SVHN, training=("train", "extra")),
 }
 

@@ -1,4 +1,4 @@
-"""Data from sets that ship with scikit-learn, so that nothing is downloaded: signals, rows, and the demo's images."""
+"""Signals, rows and the demo's images, from data sets of scikit-learn, without a download."""
 
 from typing import Any
 
@@ -10,12 +10,12 @@ from kalmannorm.lab.data.augmentation import Scaling
 from kalmannorm.lab.data.digits import Split, cluttered_digits
 from kalmannorm.lab.data.memory import MemoryData, Splits
 
-# Inputs, classes, and the shape of one input.
+# Number of inputs, number of classes, and the shape of one input.
 SETS: dict[str, tuple[int, int, tuple[int, ...]]] = {"digits": (1797, 10, (1, 64)), "breast_cancer": (569, 2, (30,))}
 
 
 def load_set(name: str) -> tuple[Tensor, Tensor]:
-    """All of a set: inputs ``(N, *)``, float32, as `SignalData` says, and labels ``(N,)``, int64."""
+    """All inputs ``(N, *)`` of a set, float32, shaped as in `SignalData`, and labels ``(N,)``, int64."""
     from sklearn import datasets  # noqa: PLC0415  (slow to import, and only needed here)
 
     found = getattr(datasets, f"load_{name}")()
@@ -23,14 +23,14 @@ def load_set(name: str) -> tuple[Tensor, Tensor]:
 
 
 class SignalData(MemoryData):
-    """Signals or rows to classify, in memory, each channel scaled by what is trained on.
+    """Signals or rows to classify, in memory, each channel scaled by the training inputs.
 
     ``"digits"``: 1797 scanned digits (10 classes) read row by row, as signals ``(1, 64)``.
     ``"breast_cancer"``: 569 tumours (2 classes), each a row of 30 measurements ``(30,)``.
 
-    So many inputs are held out for ``validation``, by default a fifth, and ``test``, a quarter.
-    ``split_seed`` decides which, apart from ``seed`` so that all runs are compared on the same
-    inputs. For the other arguments see `MemoryData`.
+    ``validation`` and ``test`` are numbers of held-out inputs, by default a fifth and a quarter.
+    ``split_seed`` chooses them; it is not ``seed``, so that all runs have the same. For the other
+    arguments see `MemoryData`.
 
     Example:
         >>> data = SignalData("breast_cancer", gradient_batch=2)
@@ -66,16 +66,16 @@ class SignalData(MemoryData):
         """The three splits, disjoint; the same for the same ``split_seed`` and sizes."""
         inputs, labels = load_set(self.dataset)
         shuffled = torch.from_numpy(np.random.default_rng(self.split_seed).permutation(len(labels)))
-        # The test inputs first: they stay the same whatever the size of the validation split.
+        # The test inputs come first, so that they do not depend on the size of the validation split.
         test, validation, train = shuffled.tensor_split([self.test, self.test + self.validation])
         return Splits(*((inputs[chosen], labels[chosen]) for chosen in (train, validation, test)))
 
 
 class ClutterData(MemoryData):
-    """The demo's images as they are, see `kalmannorm.lab.data.digits.cluttered_digits`.
+    """The demo's images, unscaled, see `kalmannorm.lab.data.digits.cluttered_digits`.
 
-    ``scored`` images are for the validation, and as many others for the test. ``split_seed``
-    decides which digits go into which split, and how the images are composed.
+    Validation and test have ``scored`` images each. ``split_seed`` decides the split of the digits
+    and the composition of the images.
     """
 
     num_classes = 10
@@ -91,5 +91,5 @@ class ClutterData(MemoryData):
         return Splits(*(cluttered_digits(split, count, self.split_seed) for split, count in self.counts.items()))
 
     def scaling_of(self, inputs: Tensor) -> Scaling:
-        """Nothing: the images are about from -1 to 1."""
+        """The identity: the images are already from about -1 to 1."""
         return Scaling(torch.zeros(1), torch.ones(1))

@@ -1,8 +1,8 @@
-"""Generated volumes to segment: ellipsoids and tubes among clutter, each volume scanned in its own way.
+"""Generated volumes to segment: ellipsoids and tubes among clutter.
 
-As in magnetic resonance images, a voxel's value says little by itself: brightness, contrast, a smooth bias over the
-field and noise are each volume's own. What is to be found differs from the clutter by its form alone: ellipsoids (class
-1), tubes (class 2), and, left to the background (class 0), sheets and small balls of the same brightness.
+As in magnetic resonance images, each volume has its own brightness, contrast, smooth bias field and noise. Objects
+differ from the clutter by their shape alone: ellipsoids are class 1, tubes class 2, and sheets and small balls of the
+same brightness belong to the background, class 0.
 """
 
 from typing import Any
@@ -18,24 +18,24 @@ from kalmannorm.lab.data.memory import MemoryData, Splits
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 NUM_CLASSES = 3
 
-# How hard the task is. Lengths are in voxels of a volume with 24 a side, and grow with it; counts are of one volume,
-# and a pair is the smallest and the largest value.
+# The difficulty of the task. Lengths are in voxels of a volume with 24 a side, and scale with the side; counts are for
+# one volume; pairs are the smallest and the largest value.
 ELLIPSOIDS, HALF_AXES = 3, (2.5, 5.0)
 TUBES, TUBE_RADIUS = 2, (1.2, 1.8)
 SHEETS, HALF_THICKNESS = 1, 0.7
 BALLS, BALL_RADIUS = 4, 1.2
-TEXTURE = 0.3  # standard deviation of the smooth structure of all tissue, where objects are 1 brighter than it
+TEXTURE = 0.3  # standard deviation of the tissue's smooth structure; objects are 1 brighter than tissue
 BRIGHTNESS = 1.0  # standard deviation of a volume's offset
-CONTRAST = (0.3, 2.0)  # spread evenly on a logarithmic scale
+CONTRAST = (0.3, 2.0)  # log-uniform
 BIAS = 0.2  # standard deviation of the logarithm of the bias field
-NOISE = (0.1, 0.4)  # standard deviation of a volume's noise, where its contrast is 1
+NOISE = (0.1, 0.4)  # standard deviation of a volume's noise at contrast 1
 
 
 def generate_volumes(split: Split, count: int, size: int = 24, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Make volumes ``(count, 1, size, size, size)``, float32, and their classes, int64, 0 to 2.
 
-    The same arguments give the same ones, and the first are the same whatever their count. Each
-    split draws volumes of its own. A side has at least 8 voxels.
+    The same arguments give the same volumes, and the first ones do not depend on ``count``. Each
+    split draws its own volumes. A side has at least 8 voxels.
 
     Example:
         >>> volumes, classes = generate_volumes("train", 2, size=16)
@@ -77,40 +77,40 @@ def _volume(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray
 
 
 def _direction(rng: np.random.Generator) -> np.ndarray:
-    """A vector ``(3,)`` of length 1, in any direction alike."""
+    """A uniformly random unit vector ``(3,)``."""
     drawn = rng.standard_normal(3)
     return np.asarray(drawn / np.linalg.norm(drawn))
 
 
 def _tube(rng: np.random.Generator, place: np.ndarray) -> np.ndarray:
-    """How far each place ``(size, size, size, 3)`` is from a bent line through the volume: ``(size, size, size)``."""
+    """The distance ``(size, size, size)`` of places ``(size, size, size, 3)`` from a random curve in the volume."""
     axis = rng.integers(3)
     points = rng.uniform(4, 20, (3, 3))
     points[:, axis] = -2, 12, 26
     along = np.linspace(0, 1, 48)[:, None]
     line = (1 - along) ** 2 * points[0] + 2 * along * (1 - along) * points[1] + along**2 * points[2]
-    # |p - q|^2 by its parts: no array of all pairs' vectors.
+    # |p - q|^2 as |p|^2 - 2 p q + |q|^2, without an array of all differences.
     squares = np.square(place).sum(-1)[..., None] - 2 * place @ line.T + np.square(line).sum(-1)
     return np.asarray(np.sqrt(squares.min(-1).clip(0)))
 
 
 def _smooth(rng: np.random.Generator, size: int, knots: int) -> np.ndarray:
-    """A smooth random field ``(size, size, size)`` of standard deviation 1, from so many knots a side."""
+    """A smooth random field ``(size, size, size)`` of standard deviation 1, from ``knots`` random values a side."""
     drawn = torch.from_numpy(rng.standard_normal((1, 1, knots, knots, knots)))
     field = F.interpolate(drawn, size=(size,) * 3, mode="trilinear", align_corners=True)[0, 0].numpy()
     return np.asarray((field - field.mean()) / field.std())
 
 
 class VolumeData(MemoryData):
-    """`generate_volumes` in memory, scaled by mean and standard deviation of those trained on.
+    """`generate_volumes` in memory, scaled by the training volumes' mean and standard deviation.
 
     With ``standardize`` each volume is first scaled by its own, as is usual for scans without units
-    (nnU-Net, arXiv:1809.10486; MONAI's ``NormalizeIntensity``). Without, a volume's own brightness
-    and contrast stay: they are then what a normalization in the network has to deal with.
+    (nnU-Net, arXiv:1809.10486; MONAI's ``NormalizeIntensity``). Otherwise each volume keeps its
+    brightness and contrast.
 
     ``train``, ``validation`` and ``test`` are numbers of volumes of ``size`` voxels a side.
-    ``data_seed`` is apart from ``seed`` so that all runs are compared on the same volumes. For the
-    other arguments see `MemoryData`.
+    ``data_seed`` is not ``seed``, so that all runs have the same volumes. For the other arguments
+    see `MemoryData`.
 
     Example:
         >>> data = VolumeData(train=4, validation=2, test=2, size=16)
@@ -146,6 +146,6 @@ class VolumeData(MemoryData):
 
 
 def _standardized(volumes: Tensor) -> Tensor:
-    """Each volume ``(1, D, H, W)`` of ``(N, 1, D, H, W)`` with a mean of 0 and a standard deviation of 1."""
+    """Volumes ``(N, 1, D, H, W)``, each scaled to mean 0 and standard deviation 1."""
     var, mean = torch.var_mean(volumes, (1, 2, 3, 4), correction=0, keepdim=True)
     return (volumes - mean) / var.sqrt()

@@ -1,1 +1,1 @@
-"""Networks, built with stock BatchNorm layers that a recipe replaces from outside."""
+"""Networks with stock BatchNorm layers, which `kalmannorm.lab.methods.normalize` replaces."""

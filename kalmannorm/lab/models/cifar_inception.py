@@ -9,12 +9,12 @@
     pool/1x1                  32         64         64
 
 The three modules are 3a, 3b and 4a of GoogLeNet (Szegedy et al., arXiv:1409.4842, Table 1), with a norm between each
-convolution and its ReLU. The table leaves open, and here it is read so:
+convolution and its ReLU. Choices where the table is ambiguous:
 
 - The first convolution, which takes 32 x 32 images to 16 x 16, is 3x3 with stride 2, as no pooling is listed.
 - The pooling in a module is GoogLeNet's: the maximum over 3x3, stride 1.
-- The text omits "a fully connected layer with 1,000 output channels", which is taken for the classifier with its
-  number of classes left as on ImageNet: there is one linear layer, with ``num_classes`` outputs, and no dropout.
+- The text's "fully connected layer with 1,000 output channels" is taken to be ImageNet's classifier: there is one
+  linear layer, with ``num_classes`` outputs, and no dropout.
 - The 5x5 branch has one 5x5 convolution, not two of 3x3 as in Inception-v2.
 """
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from kalmannorm.lab.models.branches import Norm, inception, unit
 
-# Of each module's branches, the filters of each convolution and its size; the last branch begins with pooling.
+# For each module's branches, the filters and kernel size of each convolution; the last branch begins with pooling.
 MODULES = (
     (((64, 1),), ((96, 1), (128, 3)), ((16, 1), (32, 5)), ((32, 1),)),
     (((128, 1),), ((128, 1), (192, 3)), ((32, 1), (96, 5)), ((64, 1),)),
@@ -34,8 +34,8 @@ LEAST = 16
 class CifarInception(nn.Module):
     """A convolution, three Inception modules at 16 x 16, the mean over space, a linear classifier.
 
-    With 10 classes it has 903,018 parameters. ``width`` multiplies all numbers of filters, rounded:
-    0.25 makes a network that a CPU trains. ``norm_layer`` makes a norm of so many channels.
+    With 10 classes it has 903,018 parameters. ``width`` multiplies all numbers of filters, rounded;
+    0.25 is small enough for a CPU. ``norm_layer`` takes the number of channels.
     """
 
     def __init__(

@@ -28,7 +28,7 @@ def _shortcut(x: Tensor, missing: int, stride: int, window: int) -> Tensor:
 class PostActivationBlock(nn.Module):
     """Convolution, norm, ReLU, convolution, norm; the sum with the shortcut; ReLU (arXiv:1512.03385, Fig. 2).
 
-    Where it strides, its shortcut takes every other pixel.
+    With a stride, its shortcut takes every other pixel.
     """
 
     def __init__(self, in_channels: int, channels: int, stride: int, norm_layer: Norm) -> None:
@@ -49,8 +49,8 @@ class PostActivationBlock(nn.Module):
 class PreActivationBlock(nn.Module):
     """Norm, ReLU, convolution, norm, ReLU, convolution; the sum with the shortcut (arXiv:1603.05027, Fig. 1b).
 
-    Where it strides, its shortcut averages 2x2 pixels, as in the code that the paper's authors released. The
-    network's first block has no norm of its own in front: it follows the stem's (``norm0`` is None).
+    With a stride, its shortcut averages 2x2 pixels, as in the KN authors' released code. The network's first block
+    has no first norm (``norm0`` is None), since the stem ends in one.
     """
 
     def __init__(self, in_channels: int, channels: int, stride: int, norm_layer: Norm, first: bool = False) -> None:
@@ -71,13 +71,12 @@ class PreActivationBlock(nn.Module):
 class CifarResNet(nn.Module):
     """A residual network for small images.
 
-    The two forms, the blocks of arXiv:1603.05027 with ``preactivation`` and else those of
-    arXiv:1512.03385, have the same number of norms, of the same widths, so the same number of
-    parameters: ResNet-32 (``n = 5``) has 464,154 and ResNet-110 (``n = 18``) 1,727,962, with 10
-    classes.
+    With ``preactivation`` its blocks are those of arXiv:1603.05027, otherwise of arXiv:1512.03385.
+    Both have the same number of parameters: ResNet-32 (``n = 5``) has 464,154 and ResNet-110
+    (``n = 18``) 1,727,962, with 10 classes.
 
-    ``depth`` is ``6n + 2``; ``width`` has the channels of the first stage, the second has twice,
-    the third four times as many; ``norm_layer`` makes a normalization layer of so many channels.
+    ``depth`` is ``6n + 2``. The first stage has ``width`` channels, the second twice, the third four
+    times as many. ``norm_layer`` takes the number of channels.
     """
 
     def __init__(

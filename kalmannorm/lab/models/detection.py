@@ -18,7 +18,7 @@ from torchvision.ops import MultiScaleRoIAlign
 
 from kalmannorm.lab.models.branches import Norm
 
-# Sides of the anchors, in pixels, and their height to width.
+# Sides of the anchors, in pixels, and their ratios of height to width.
 SIZES = (32, 64, 128, 256, 512)
 RATIOS = (0.5, 1.0, 2.0)
 BOXES_PER_IMAGE = 256
@@ -39,19 +39,19 @@ class MeanOverSpace(nn.Module):
 def mask_rcnn_c4(num_classes: int = 91, norm_layer: Norm = nn.BatchNorm2d, **options: Any) -> nn.Module:
     """Mask R-CNN with the conv4 backbone of the paper's Table 6.
 
-    Regions of 14x14 pixels are cut from the features at stride 16. The last stage of the ResNet
-    takes them to ``(R, 2048, 7, 7)``. Boxes and classes are read off the mean over space, masks off
-    those features through a transposed convolution of 256 channels and a 1x1 convolution, at 14x14.
-    Boxes and masks share that stage's weights; torchvision runs it once on the sampled boxes, and
-    again on those boxes that have a mask.
+    Regions of 14x14 pixels are cut from the features at stride 16. The last stage of the ResNet maps
+    them to ``(R, 2048, 7, 7)``. Boxes and classes are predicted from the mean over space, masks from
+    those features by a transposed convolution of 256 channels and a 1x1 convolution, at 14x14. Boxes
+    and masks share that stage's weights; torchvision runs it on the sampled boxes, then again on the
+    boxes that have a mask.
 
     Args:
-        num_classes: Number of classes, the background's included.
-        norm_layer: Makes a normalization layer of so many channels.
+        num_classes: Number of classes, the background included.
+        norm_layer: Takes the number of channels.
         options: Arguments of torchvision's ``MaskRCNN``, such as ``min_size``.
     """
     resnet: Any = resnet50(norm_layer=norm_layer)
-    # Stride 16: conv4 in the paper's count.
+    # Stride 16; the paper calls this layer conv4.
     backbone: Any = IntermediateLayerGetter(resnet, {"layer3": "0"})
     backbone.out_channels = 1024
     region = {"featmap_names": ["0"], "output_size": 14, "sampling_ratio": 2}
@@ -70,11 +70,11 @@ def mask_rcnn_c4(num_classes: int = 91, norm_layer: Norm = nn.BatchNorm2d, **opt
 
 
 def mask_rcnn_fpn(num_classes: int = 91, norm_layer: Norm = nn.BatchNorm2d, **options: Any) -> nn.Module:
-    """Mask R-CNN with a feature pyramid (arXiv:1612.03144); norms are in it and in both heads.
+    """Mask R-CNN with a feature pyramid (arXiv:1612.03144), with norms in the pyramid and both heads.
 
-    The heads have four 3x3 convolutions of 256 channels each; the box head ends in a linear layer
-    of 1,024, as where GroupNorm was tried on Mask R-CNN (Wu and He, arXiv:1803.08494, section 4.2).
-    For the arguments see `mask_rcnn_c4`.
+    The heads have four 3x3 convolutions of 256 channels each; the box head ends in a linear layer of
+    1,024, as in GroupNorm's experiments (Wu and He, arXiv:1803.08494, section 4.2). For the
+    arguments see `mask_rcnn_c4`.
     """
     resnet: Any = resnet50(norm_layer=norm_layer)
     stages = {f"layer{i + 1}": str(i) for i in range(4)}

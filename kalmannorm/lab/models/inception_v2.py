@@ -1,21 +1,21 @@
 """Inception-v2, or BN-Inception: the network of the paper's ImageNet tables 1, 2, 3 and 5.
 
-Ioffe and Szegedy, "Batch Normalization" (arXiv:1502.03167), appendix and Figure 5. Two points are settled by the
-11.29M parameters in the paper's Table 2, which no other reading of the two gives:
+Ioffe and Szegedy, "Batch Normalization" (arXiv:1502.03167), appendix and Figure 5. Two choices follow from the 11.29M
+parameters in the KN paper's Table 2:
 
-- Convolutions in front of a norm have no bias: 11,285,224 parameters. With biases they would be 11,295,240 (11.30M).
-- Modules 4c and 4d have 128 channels after pooling, as Figure 5 lists, and so 608 channels; the output size of 576
-  that the figure states asks for 96, and the network would have 11.19M. The first convolution is a full one: the
-  separable one of the appendix ("depth multiplier 8") has other weights.
+- Convolutions before a norm have no bias: 11,285,224 parameters. With biases there would be 11,295,240 (11.30M).
+- Modules 4c and 4d have 128 channels after pooling, as Figure 5 lists, and so 608 channels. The figure's output size
+  of 576 needs 96, which gives 11.19M.
 
-Average pooling leaves the border's padding out of the mean, as TensorFlow does. No auxiliary classifiers, no dropout.
+The first convolution is a full one, not the separable one of the appendix ("depth multiplier 8"). Average pooling
+leaves padding out of the mean, as in TensorFlow. There are no auxiliary classifiers and no dropout.
 """
 
 from torch import Tensor, nn
 
 from kalmannorm.lab.models.branches import Norm, Row, inception, unit
 
-# Of each module the branches, the stride, and whether the pooling is the maximum.
+# For each module the branches, the stride, and whether the pooling is the maximum.
 FIGURE_5: dict[str, tuple[Row, int, bool]] = {
     "3a": ((((64, 1),), ((64, 1), (64, 3)), ((64, 1), (96, 3), (96, 3)), ((32, 1),)), 1, False),
     "3b": ((((64, 1),), ((64, 1), (96, 3)), ((64, 1), (96, 3), (96, 3)), ((64, 1),)), 1, False),
@@ -33,8 +33,8 @@ FIGURE_5: dict[str, tuple[Row, int, bool]] = {
 class InceptionV2(nn.Module):
     """A stem of three convolutions, ten modules, the mean over space, a linear classifier.
 
-    ``width`` multiplies the channels of every convolution, rounded; ``norm_layer`` makes a
-    normalization layer of so many channels.
+    ``width`` multiplies the channels of every convolution, rounded; ``norm_layer`` takes the number
+    of channels.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Small networks for what is no image: signals of one dimension, and rows of a table."""
+"""Small networks for one-dimensional signals, and for rows of a table."""
 
 from collections.abc import Sequence
 
@@ -13,8 +13,8 @@ LAYERS = ((16, 1), (32, 2), (32, 1), (64, 2), (64, 1), (64, 2))
 class SignalNet(nn.Sequential):
     """Convolutions over time, each with norm and ReLU, the mean over time and a classifier.
 
-    Signals ``(N, in_channels, L)`` to logits ``(N, num_classes)``. ``layers`` has channels and
-    stride of each convolution, ``kernel`` is their width in steps, odd.
+    Signals ``(N, in_channels, L)`` to logits ``(N, num_classes)``. ``layers`` has the channels and
+    stride of each convolution; ``kernel`` is their odd width in steps.
     """
 
     def __init__(

@@ -1,19 +1,18 @@
-"""The demo's network: small enough that a training step on two images takes milliseconds on one core."""
+"""The demo's network; a training step on two images takes milliseconds on one core."""
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# (channels, stride) of each 3x3 convolution. 32x32 images shrink to 2x2 features: as in networks made for
-# large photographs, the last layers have few pixels an image to take statistics from.
+# (channels, stride) of each 3x3 convolution. 32x32 images shrink to 2x2 features: as in networks for large images,
+# the last layers have few pixels an image for their statistics.
 LAYERS = ((16, 2), (32, 2), (32, 1), (64, 2), (64, 1), (64, 2))
 
 
 class SmallConvNet(nn.Module):
-    """3x3 convolution, norm and ReLU, as often as ``layers`` says (channels and stride), then the
-    mean over space and a classifier.
+    """3x3 convolutions with norm and ReLU, then the mean over space and a classifier.
 
-    It is built with stock ``nn.BatchNorm2d``. Other normalizations replace these layers from
-    outside, so every method starts from the same weights.
+    ``layers`` has the channels and stride of each convolution. The norms are ``nn.BatchNorm2d``; other
+    normalizations replace them afterwards, so every method starts from the same weights.
     """
 
     def __init__(

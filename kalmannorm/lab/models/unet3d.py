@@ -1,8 +1,8 @@
-"""A U-Net for volumes: what medical segmentation trains at one or two volumes a device.
+"""A U-Net for volumes, which medical segmentation trains at one or two volumes a device.
 
 Çiçek et al., "3D U-Net: Learning Dense Volumetric Segmentation from Sparse Annotation" (arXiv:1606.06650): two 3x3x3
 convolutions on each level, each with norm and ReLU; max pooling on the way down, transposed convolutions on the way up,
-and what each level of the way down found beside what comes up.
+and skip connections between them.
 """
 
 import itertools
@@ -17,12 +17,12 @@ class UNet3d(nn.Module):
     """A 3-d U-Net, wider inside a level than the paper's.
 
     Here a level's first convolution doubles the channels on the way down, and transposed
-    convolutions halve them on the way up; in the paper a level's second convolution doubles them,
-    and transposed ones keep them. At the paper's size, ``UNet3d(64, 4, 3, 3)``, that is 22.4
-    million parameters and not 19.07. Convolutions below a norm have no bias.
+    convolutions halve them on the way up. In the paper a level's second convolution doubles them,
+    and transposed convolutions keep them. At the paper's size, ``UNet3d(64, 4, 3, 3)``, this one has
+    22.4 million parameters, the paper's 19.07. Convolutions before a norm have no bias.
 
-    The first level has ``width`` channels, each further one twice as many on half the voxels a
-    side, which must be even. ``norm_layer`` makes a normalization layer of so many channels.
+    The first level has ``width`` channels; each further level has twice as many, on half the voxels
+    a side. ``norm_layer`` takes the number of channels.
 
     Example:
         >>> UNet3d(width=4, levels=2)(torch.zeros(1, 1, 8, 8, 8)).shape
@@ -62,7 +62,7 @@ class UNet3d(nn.Module):
         return logits
 
 
-@fx.wrap  # a trace has no sides to check
+@fx.wrap  # a traced shape cannot be checked
 def _check_sides(volumes: Tensor, levels: int) -> None:
     factor = 2 ** (levels - 1)
     if any(side % factor for side in volumes.shape[2:]):
