@@ -149,7 +149,7 @@ def detached(step: Step) -> Step:
 
 def state_of(tensor: Tensor) -> tuple[int, bool] | None:
     """torch's count of changes in place, and whether the tensor needs a gradient; None where torch does not count."""
-    if torch.compiler.is_dynamo_compiling() or tensor.is_inference():
+    if torch.compiler.is_dynamo_compiling() or tensor.is_inference() or torch._C._functorch.is_batchedtensor(tensor):
         return None
     return tensor._version, tensor.requires_grad
 
