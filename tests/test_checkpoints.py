@@ -111,3 +111,32 @@ def test_a_network_compiled_in_a_backward_pass_moves_its_statistics():
     y.square().sum().backward()
     compiled(torch.randn(2, 3, 4, 4))
     assert int(model[1].num_batches_tracked) == 2
+
+
+def mask_of_two_layers(net, x):
+    """The first one asks outside of the region."""
+    mask = x > 0
+    return net.side(mask * x) + mask * x
+
+
+@pytest.mark.parametrize("before", [
+    lambda net, x: torch.where(x > 0, x, 0.1 * x), lambda net, x: x + x.detach(),
+    lambda net, x: x.masked_fill(x > 0.5, 0.5), lambda net, x: x * net.side(x).sigmoid().detach(),
+    mask_of_two_layers,
+])  # fmt: skip
+def test_a_detach_or_mask_outside_of_a_region(before):
+    """What it comes from stays as it was, so that the second run computes the same beliefs, with gradients."""
+
+    def gradients(use):
+        def forward(self, x):
+            x = before(self, self.first(x))
+            return checkpoint(self.block, x, use_reentrant=False) if use else self.block(x)
+
+        torch.manual_seed(0)
+        block, side = (nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)) for _ in range(2))
+        model = kn.convert(made_of(forward, first=nn.BatchNorm2d(3), block=block, side=side))
+        model(torch.randn(2, 3, 4, 4)).square().mul(torch.arange(16.0).view(4, 4)).sum().backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    for saving, plain in zip(gradients(True), gradients(False), strict=True):
+        torch.testing.assert_close(saving, plain, rtol=0, atol=0)
