@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from kalmannorm.checkpoints import is_recomputing, is_reentrant
+from kalmannorm.checkpoints import is_recomputing, is_reentrant, of_first_run
 from kalmannorm.correction import CorrectedPrior
 from kalmannorm.functional import KalmanNormOutput, group_kalman_norm, kalman_norm, synchronize
 from kalmannorm.gaussian import Gaussian, Packed, Unknown
@@ -244,7 +244,7 @@ class KalmanLayer(CorrectedPrior):
         # A corrected layer then takes its running statistics, without process noise. In the logarithm, so that the
         # parameter keeps a gradient, of zero, for DistributedDataParallel.
         noise = None if self.process_noise is None else self.process_noise - math.inf
-        return Prior(self._running_belief().map(Tensor.clone), noise)
+        return Prior(of_first_run(self, self._running_belief().map(Tensor.clone)), noise)
 
     def belief(self, x: Tensor, groups: int) -> Belief:
         """The belief about an input by the layer's estimator, as ``kalmannorm.propagation.belief_for`` gives it."""
