@@ -46,7 +46,7 @@ class Step:
     parents: Sequence[Step] = None  # type: ignore[assignment]  # the steps among the arguments; None: look for them
     recorded_in: object = None  # the mark of the forward pass
     draws: Tensor | Unknown | None = field(default=None, init=False)
-    groups_drawn: int = field(default=0, init=False)
+    maps_drawn: int = field(default=0, init=False)
     is_used: bool = field(default=False, init=False)  # by a function that was called with its tensor
     depth: int = field(default=0, init=False)  # of the longest chain below it that was not evaluated yet
     grad: bool = field(init=False)
