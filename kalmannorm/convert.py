@@ -274,7 +274,25 @@ def fuse(model: _M) -> _M:
     """
     if model.training:
         raise ValueError(f"{type(model).__name__} is in training, expected eval(): only running statistics fold")
-    return fuse_graph(_traced(to_batchnorm(copy.deepcopy(model))), inplace=True, no_trace=True)  # type: ignore[return-value]
+    traced = _traced(to_batchnorm(copy.deepcopy(model)))
+    for norm in (left := _not_folded(traced)):
+        norm.track_running_stats = False  # by which torch leaves it
+    fused = fuse_graph(traced, inplace=True, no_trace=True)
+    for norm in left:
+        norm.track_running_stats = True
+    return fused  # type: ignore[return-value]
+
+
+def _not_folded(traced: torch.fx.GraphModule) -> list[nn.BatchNorm1d]:
+    """The layers behind linear ones that torch cannot fold: without a weight, or over an axis before the last."""
+    inside = dict(traced.named_modules())
+    calls = [node for node in traced.graph.nodes if node.op == "call_module" and node.args]
+    pairs = [(inside.get(getattr(node.args[0], "target", None)), inside[node.target]) for node in calls]
+    return [
+        norm for linear, norm in pairs
+        if isinstance(linear, nn.Linear) and isinstance(norm, nn.BatchNorm1d) and norm.track_running_stats
+        and (norm.weight is None or norm.num_features != linear.out_features)
+    ]  # fmt: skip
 
 
 def _traced(model: nn.Module) -> torch.fx.GraphModule:

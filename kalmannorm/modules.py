@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from kalmannorm.checkpoints import is_recomputing, is_reentrant
+from kalmannorm.checkpoints import is_recomputing, is_reentrant, of_first_run
 from kalmannorm.correction import CorrectedPrior
 from kalmannorm.functional import KalmanNormOutput, group_kalman_norm, kalman_norm, synchronize
 from kalmannorm.gaussian import Gaussian, Packed, Unknown
@@ -244,7 +244,7 @@ class KalmanLayer(CorrectedPrior):
         # A corrected layer then takes its running statistics, without process noise. In the logarithm, so that the
         # parameter keeps a gradient, of zero, for DistributedDataParallel.
         noise = None if self.process_noise is None else self.process_noise - math.inf
-        return Prior(self._running_belief().map(Tensor.clone), noise)
+        return Prior(of_first_run(self, self._running_belief().map(Tensor.clone)), noise)
 
     def belief(self, x: Tensor, groups: int) -> Belief:
         """The belief about an input by the layer's estimator, as ``kalmannorm.propagation.belief_for`` gives it."""
@@ -255,16 +255,18 @@ class KalmanLayer(CorrectedPrior):
             self._warned.add(message)
             warnings.warn(message, stacklevel=4)
 
-    def _attach_belief(self, y: Tensor, posterior: Gaussian, prior: Gaussian | None = None) -> None:
+    def _attach_belief(self, y: Tensor, posterior: Gaussian, prior: Gaussian | None = None,
+                       alone: bool = False) -> None:  # fmt: skip
         """Attach the belief about the output, ``(beta, gamma^2 v / (v + eps))``, or the posterior, ``(m, v)``.
 
         Where priors are kept, ``v`` is the prior's, so that the beliefs above do not depend on the batch. In training
-        groups share their mean; in ``eval()`` no group may depend on another.
+        groups share their mean; in ``eval()`` no group may depend on another. Of a value ``alone``, without a prior,
+        ``v`` would be 0, and the layers above would amplify what rounding leaves: it counts as 1.
         """
         if (mode := current()) is None or is_resting(mode):
             return
         belief = posterior
-        if self.keeps_priors:
+        if self.keeps_priors or (alone and self.carry == "output"):
             unit = Gaussian(torch.zeros_like(posterior.mean[:1]), torch.ones_like(posterior.var[:1]))
             belief = unit if prior is None else prior.map(lambda t: t[:1])
         if self.carry == "output":
@@ -483,8 +485,7 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
         if self.process_group is not None:
             observation, samples, count = synchronize(x, self.process_group)
         prior = self.prior(x, groups)
-        if prior is None and not isinstance(count, Tensor):
-            self._check_values(count)
+        alone = prior is None and not isinstance(count, Tensor) and self._is_alone(count)
         bias = self.bias if prior is not None else self._bias_without_prior()
         out = kalman_norm(
             x, prior, self.weight, bias, gain=self.kalman_gain(samples), spread=self.spread, guard=self.guard,
@@ -494,7 +495,7 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
             self._remember(out, count, least=1 if prior is None else 0)
         if self.collect is not None:
             self.collect(out.posterior, groups * samples)
-        self._attach_belief(out.output, out.posterior, prior)
+        self._attach_belief(out.output, out.posterior, prior, alone)
         return out.output
 
     def _has_kernel(self) -> bool:
@@ -510,10 +511,10 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
         with without_autocast(x.device):
             prior = self._prior(x, groups, mode)
             known = prior.belief
-            bias, moves = self.bias, self.training
+            bias, moves, alone = self.bias, self.training, False
             if known is None:
                 count = x.numel() // (groups * self.num_features)
-                self._check_values(count)
+                alone = self._is_alone(count)
                 moves = moves and count > 1
                 if torch.compiler.is_compiling():  # elsewhere the kernel gives zero gradients
                     bias = self._bias_without_prior()
@@ -531,8 +532,8 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
             self.collect(_posterior(out.statistics), x.shape[0])
         if mode is None or is_resting(mode):
             return out.output
-        if self.keeps_priors or (groups > 1 and not self.training and self.carry == "output"):
-            self._attach_belief(out.output, _posterior(out.statistics), prior.corrected(groups))
+        if self.keeps_priors or alone or (groups > 1 and not self.training and self.carry == "output"):
+            self._attach_belief(out.output, _posterior(out.statistics), prior.corrected(groups), alone)
         else:
             attach(out.output, Packed(out.belief), self.layer_name or type(self).__name__)
         if relu:
@@ -540,14 +541,18 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
             put(out.output, Step(F.relu, (below,), {}, tuple(x.shape), recorded_in=mode.this_pass()))
         return out.output
 
-    def _check_values(self, count: int) -> None:
-        """Warn of one value a channel without a prior, which is its own mean. BatchNorm raises its error there."""
-        if count == 1 and (self.training or self.running_mean is None):
+    def _is_alone(self, count: int) -> bool:
+        """Whether there is one value a channel, without a prior, which is its own mean. BatchNorm raises its error
+        there, and this warns.
+        """
+        alone = count == 1 and (self.training or self.running_mean is None)
+        if alone:
             self._warn_once(
                 f"{self._label()} got one value a channel, and nothing is believed of its input: its output is its "
                 "bias, whatever comes in, and its running statistics stay. Give kalmannorm.convert input_stats, or the "
                 "layer more samples; kalmannorm.describe says why there is no prior"
             )
+        return alone
 
     def _running(self) -> Running | None:
         """Buffers to update; None if there are none or a checkpoint is recomputing."""

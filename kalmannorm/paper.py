@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,9 +21,13 @@ from kalmannorm.propagation import (
     is_of_device,
     operands,
 )
-from kalmannorm.rules import Belief
+from kalmannorm.rules import RULES, Belief
+from kalmannorm.rules.shape import reshape
 from kalmannorm.rules.table import PLACES
 from kalmannorm.steps import Step, computed_in, may_use, replace, step_of
+
+# How many values a channel give a variance.
+_FEWEST = 16
 
 _PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"gain": "learned", "process_noise": True, "spread": False, "carry": "posterior",
@@ -60,38 +65,47 @@ def drawn_belief(tensor: Tensor, groups: int) -> Belief:
     step = step_of(tensor)
     if step is None:
         return NO_INPUT
-    draws = drawn(step, groups)
-    return draws if isinstance(draws, Unknown) else Gaussian.of_draws(draws, groups)
+    draws = drawn(step, maps_for(step.shape, groups))
+    if isinstance(draws, Unknown):
+        return draws
+    if draws.shape[1:] != tensor.shape[1:] or draws.shape[0] % groups:
+        return Unknown("its draws have another shape than the activation")
+    return Gaussian.of_draws(draws, groups)
 
 
-def drawn(step: Step, groups: int) -> Tensor | Unknown:
-    """Draw one feature map a group and put it through the same functions as the activation (section 3.2).
-
-    Returns:
-        ``(S, C, *)``; for activations without pixels, a draw of each sample, ``(N, C)``.
+def maps_for(shape: Sequence[int], groups: int) -> int:
+    """How many feature maps to draw for a layer: one a group (section 3.2), or where that is one value a channel, as
+    many as samples, or as give a variance.
     """
+    if math.prod(shape[2:]) > 1:
+        return groups
+    return shape[0] if shape[0] > groups else _FEWEST * groups
+
+
+def drawn(step: Step, maps: int) -> Tensor | Unknown:
+    """Draw feature maps and put them through the same functions as the activation, ``(maps, C, *)``."""
     now = saved_tensor_hooks()
 
     def kept(step: Step) -> Tensor | Unknown | None:
         draws = step.draws
         if draws is None or not may_use(step.draws_in, step, now):
             return None
-        return draws if isinstance(draws, Unknown) or step.groups_drawn == groups else None
+        return draws if isinstance(draws, Unknown) or step.maps_drawn == maps else None
 
     def draw(step: Step) -> Tensor | Unknown:
-        draws = _draw(step, groups) if step.function is None else _by_call(step, kept)
+        draws = _draw(step, maps) if step.function is None else _by_call(step, kept)
         step.draws, step.draws_in, step.depth = draws, computed_in(step.draws, now), 0
-        step.groups_drawn = groups
+        step.maps_drawn = maps
         return draws
 
     return evaluate(step, kept, draw)
 
 
-def _draw(step: Step, groups: int) -> Tensor | Unknown:
+def _draw(step: Step, maps: int) -> Tensor | Unknown:
     belief = exact(step)
     if isinstance(belief, Unknown):
         return belief
-    maps = groups if len(step.shape) > 2 else step.shape[0]
+    maps = maps if len(step.shape) > 2 else max(maps, step.shape[0])  # a vector of each sample
     with in_grad_mode(step.grad):
         return belief.draw((maps, *step.shape[1:]))
 
@@ -112,7 +126,7 @@ def _by_call(step: Step, kept: Callable[[Step], Any]) -> Tensor | Unknown:
         args = replace(args, Tensor, Tensor.clone)
     try:
         with in_grad_mode(step.grad):
-            output = step.function(*args, **kwargs)  # type: ignore[misc]
+            output = _call(step, args, kwargs)
         output = output if step.index is None else output[step.index]
     except FAILURES as error:  # torch's own functions assert shapes, too
         if is_of_device(error):
@@ -123,3 +137,17 @@ def _by_call(step: Step, kept: Callable[[Step], Any]) -> Tensor | Unknown:
     if output.ndim != len(step.shape):  # `squeeze` of one map, say, where there are several samples
         return Unknown(f"{function_name(step.function)} gives draws of another rank than the activation's")
     return output  # type: ignore[no-any-return]
+
+
+def _call(step: Step, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a step's function with draws. A network may write its number of samples down, `x.view(8, -1)`, so that a
+    reshape of samples is told what becomes of each.
+    """
+    before = step.parents[0].shape
+    of_samples = args and RULES.get(step.function) is reshape and args[0].shape[1:] == before[1:]  # type: ignore[arg-type]
+    if not of_samples or torch.dtype in map(type, (*args, *kwargs.values())):
+        return step.function(*args, **kwargs)  # type: ignore[misc]
+    maps, rest = divmod(len(args[0]) * step.shape[0], before[0])
+    if rest:
+        raise ValueError("it puts several samples into one")
+    return args[0].reshape(maps, *step.shape[1:])

@@ -35,7 +35,7 @@ _BASE = Tensor._base.__get__  # type: ignore[union-attr]
 # The longest chain: a state that a network passes to itself must not grow one without end. A vision transformer makes
 # some 1,000 calls between the BatchNorm of its stem and that at its end.
 _LONGEST = 2000
-# The attribute of a tensor of zeros: its state then.
+# The attribute of a tensor of zeros: its state then, None where torch does not count changes.
 _BLANK_AT = "_kalmannorm_blank"
 _WITHOUT_GRAPH = frozenset((*aliases("detach"), Tensor.__setitem__))
 _ASSIGNING = frozenset((Tensor.__setitem__, Tensor.index_put_))
@@ -134,7 +134,7 @@ class Recorder(TorchFunctionMode):
             self.learned.update(dict.fromkeys(found_in((output,), Tensor), True))
         is_same = of_tensor and output is args[0] and before is not None and before == state_of(output)
         if func in FACTORIES or func == _BASE:  # `Tensor._base` computes nothing
-            if func in BLANK:
+            if func in BLANK and not torch.compiler.is_dynamo_compiling():
                 setattr(output, _BLANK_AT, state_of(output))
         elif func in _ASSIGNING and len(args) == 3 and not kwargs.get("accumulate"):
             self._record_assignment(args, before)
@@ -154,6 +154,7 @@ class Recorder(TorchFunctionMode):
         return outputs
 
     def _record(self, func: Any, args: Any, kwargs: Any, output: Tensor, index: int | None) -> None:
+        _forget_zeros(output, *args[:1])
         parents: list[Step] = []
         picks, place = func in PICKING, PLACES.get(func)
         recorded, keywords = _with_steps(args, kwargs, parents, output, picks, place)
@@ -194,9 +195,10 @@ class Recorder(TorchFunctionMode):
         index = tuple(index) if isinstance(index, list) else index
         has_step = step_of(target, as_it_was=True) is not None
         if not has_step and not any([step_of(each) is not None for each in found_in((index, value), Tensor)]):
+            _forget_zeros(target)
             return
         whole = None if torch.compiler.is_compiling() else target._base
-        blank = before is not None and getattr(target, _BLANK_AT, None) == before
+        blank = getattr(target, _BLANK_AT, ()) == before
         itself = isinstance(value, Tensor) and value._base is target and step_of(value) is None
         if whole is None and has_step and _is_mask_of(index, target) and not isinstance(value, Tensor):
             self._record(torch.where, (index, value, target), {}, target, None)
@@ -220,6 +222,13 @@ class Recorder(TorchFunctionMode):
     def this_pass(self) -> list[weakref.ref[Step]] | None:
         """The mark of the pass that this thread is in; None to a compiler."""
         return None if torch.compiler.is_dynamo_compiling() else self.passes.get(threading.get_ident())
+
+
+def _forget_zeros(*tensors: Any) -> None:
+    """A function may have changed them, or made a view that will be: where torch does not count, zeros until then."""
+    for each in tensors:
+        if getattr(each, _BLANK_AT, ()) is None:
+            setattr(each, _BLANK_AT, ())
 
 
 def _why_unknown(func: Any, args: Any, recorded: Any, output: Tensor, parents: Sequence[Step]) -> Unknown | None:
@@ -335,6 +344,8 @@ def attach(tensor: Tensor, belief: Belief, source: str) -> None:
     if step.hooks is not None and (mode := current()) is not None:
         # A checkpointed region runs again with an open mode, too: it may be a function, which opens none itself.
         enter_again(step.hooks, lambda: Recorder(mode.layers))
+        if (mark := mode.this_pass()) is not None:
+            mark.clear()  # the second run computes beliefs from the steps before it as the first one did
 
 
 def started_on_first(given: Gaussian, values: Any, learned: Any = None) -> Gaussian | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kalmannorm.gaussian import Gaussian, Unknown
-from kalmannorm.paper import drawn
+from kalmannorm.paper import drawn, maps_for
 from kalmannorm.propagation import exact, without_autocast
 from kalmannorm.recording import current, paused
 from kalmannorm.steps import Step, found_in, put, step_of
@@ -51,19 +51,19 @@ def _without_shards(step: Step, module: Any, layers: Sequence[Any]) -> Step:
     if isinstance(belief, Gaussian):
         belief = Gaussian(_gathered(belief.mean, module), _gathered(belief.var, module), step.shape)
     new.belief = belief
-    if (groups := _groups_of_draws(layers, step)) is not None:
-        draws = drawn(step, groups)
+    if (maps := _maps_drawn(layers, step)) is not None:
+        draws = drawn(step, maps)
         new.draws = draws if isinstance(draws, Unknown) else _gathered(draws, module)
-        new.groups_drawn = groups
+        new.maps_drawn = maps
     return new
 
 
-def _groups_of_draws(layers: Sequence[Any], step: Step) -> int | None:
-    """The number of statistic groups that a layer draws for; None without such a layer."""
+def _maps_drawn(layers: Sequence[Any], step: Step) -> int | None:
+    """How many feature maps a layer draws; None without such a layer."""
     for layer in layers:
         if layer.estimator == "monte_carlo" and step.shape:
             with suppress(ValueError):
-                return int(layer.statistic_groups(step.shape[0]))
+                return maps_for(step.shape, layer.statistic_groups(step.shape[0]))
     return None
 
 

@@ -46,7 +46,7 @@ class Step:
     parents: Sequence[Step] = None  # type: ignore[assignment]  # the steps among the arguments; None: look for them
     recorded_in: object = None  # the mark of the forward pass
     draws: Tensor | Unknown | None = field(default=None, init=False)
-    groups_drawn: int = field(default=0, init=False)
+    maps_drawn: int = field(default=0, init=False)
     is_used: bool = field(default=False, init=False)  # by a function that was called with its tensor
     depth: int = field(default=0, init=False)  # of the longest chain below it that was not evaluated yet
     grad: bool = field(init=False)
@@ -149,7 +149,7 @@ def detached(step: Step) -> Step:
 
 def state_of(tensor: Tensor) -> tuple[int, bool] | None:
     """torch's count of changes in place, and whether the tensor needs a gradient; None where torch does not count."""
-    if torch.compiler.is_dynamo_compiling() or tensor.is_inference():
+    if torch.compiler.is_dynamo_compiling() or tensor.is_inference() or torch._C._functorch.is_batchedtensor(tensor):
         return None
     return tensor._version, tensor.requires_grad
 

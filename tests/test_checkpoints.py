@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import kalmannorm as kn
+from kalmannorm.checkpoints import _FIRST
 from kalmannorm.recording import Recorder
 
 
@@ -111,3 +112,57 @@ def test_a_network_compiled_in_a_backward_pass_moves_its_statistics():
     y.square().sum().backward()
     compiled(torch.randn(2, 3, 4, 4))
     assert int(model[1].num_batches_tracked) == 2
+
+
+def mask_of_two_layers(net, x):
+    """The first one asks outside of the region."""
+    mask = x > 0
+    return net.side(mask * x) + mask * x
+
+
+@pytest.mark.parametrize("before", [
+    lambda net, x: torch.where(x > 0, x, 0.1 * x), lambda net, x: x + x.detach(),
+    lambda net, x: x.masked_fill(x > 0.5, 0.5), lambda net, x: x * net.side(x).sigmoid().detach(),
+    mask_of_two_layers,
+])  # fmt: skip
+def test_a_detach_or_mask_outside_of_a_region(before):
+    """What it comes from stays as it was, so that the second run computes the same beliefs, with gradients."""
+
+    def gradients(use):
+        def forward(self, x):
+            x = before(self, self.first(x))
+            return checkpoint(self.block, x, use_reentrant=False) if use else self.block(x)
+
+        torch.manual_seed(0)
+        block, side = (nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)) for _ in range(2))
+        model = kn.convert(made_of(forward, first=nn.BatchNorm2d(3), block=block, side=side))
+        model(torch.randn(2, 3, 4, 4)).square().mul(torch.arange(16.0).view(4, 4)).sum().backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    for saving, plain in zip(gradients(True), gradients(False), strict=True):
+        torch.testing.assert_close(saving, plain, rtol=0, atol=0)
+
+
+def test_a_corrected_layer_without_a_prior_takes_the_statistics_of_the_first_run():
+    """The forward passes have moved its running statistics when the region runs again, for each backward pass."""
+
+    def gradients(use):
+        def region(x):
+            return model.second(torch.relu(model.norm(torch.cumsum(model.norm(model.first(x)), 2))))
+
+        def forward(self, x):
+            return checkpoint(region, x, use_reentrant=False) if use else region(x)
+
+        torch.manual_seed(0)
+        model = made_of(forward, first=nn.Conv2d(3, 4, 1), norm=nn.BatchNorm2d(4), second=nn.Conv2d(4, 4, 1))
+        for _ in range(20):
+            model(torch.randn(4, 3, 4, 4))
+        model = kn.convert(model)
+        losses = [model(3 * torch.randn(2, 3, 4, 4) + 1).square().sum() for _ in range(3)]
+        for each in (*losses, losses[0]):
+            each.backward(retain_graph=True)
+        return [parameter.grad for parameter in model.parameters()]
+
+    for saving, plain in zip(gradients(True), gradients(False), strict=True):
+        torch.testing.assert_close(saving, plain, rtol=0, atol=0)
+    assert not _FIRST  # it goes with the graph

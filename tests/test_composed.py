@@ -105,6 +105,8 @@ def prior_and_draws(activation):
     "a gate in numbers": lambda x: x * torch.where(x > 0, 1.0, 0.5),
     "after a map": lambda x: _squared(F.relu(x + 0 * _MAP)),
     "a moving average": lambda x: torch.lerp(x, torch.tanh(x), 0.3),
+    "a sum of products": lambda x: torch.addcmul(x, x, torch.tanh(x), value=0.5),
+    "a sum of quotients": lambda x: torch.addcdiv(x, x, 1 + x.abs(), value=2),
     "a difference": lambda x: F.softplus(x) - torch.tanh(x),
 }.items(), ids=lambda item: item[0])  # fmt: skip
 def test_one_function(activation):

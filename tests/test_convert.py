@@ -470,6 +470,19 @@ def test_fuse_folds_the_layers_away():
         kn.fuse(model.train())
 
 
+@pytest.mark.parametrize(("linear", "norm", "shape"), [
+    (nn.Linear(6, 4), nn.BatchNorm1d(4, affine=False), (5, 6)), (nn.Linear(6, 5), nn.BatchNorm1d(4), (3, 4, 6)),
+])  # fmt: skip
+def test_fuse_leaves_what_torch_cannot_fold(linear, norm, shape):
+    norm.running_mean.normal_()
+    model = kn.convert(nn.Sequential(nn.Linear(6, 6), nn.ReLU(), linear, norm)).eval()
+    x = torch.randn(shape)
+    fused = kn.fuse(model)
+    torch.testing.assert_close(fused(x), model(x), rtol=1e-5, atol=1e-5)
+    kept = next(module for module in fused.modules() if isinstance(module, nn.BatchNorm1d))
+    assert kept.track_running_stats
+
+
 def test_a_converted_network_learns():
     """The end of it all: a few steps at two samples lower the loss."""
     torch.manual_seed(0)

@@ -599,6 +599,22 @@ def test_one_value_a_channel_without_a_prior_is_told_of_once():
     kn.convert(network(), input_stats=([0.0] * 3, [1.0] * 3))(torch.randn(1, 3))
 
 
+@pytest.mark.filterwarnings("ignore:.*got one value a channel")
+@pytest.mark.parametrize("options", [{}, {"guard": 100.0}])
+def test_layers_above_one_value_a_channel_do_not_amplify_rounding(options):
+    """Its output is its bias. To the layers above it is an activation of the scale of its weight all the same."""
+    layers = [layer for _ in range(6) for layer in (nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU())]
+    model = kn.convert(nn.Sequential(*layers), **options)
+    nn.init.constant_(model[1].weight, 2.0)
+    model[3].register_forward_pre_hook(lambda layer, args: seen.update(belief=prior_of(args[0], 1)))
+    seen = {}
+    model(torch.randn(1, 8)).square().mean().backward()
+    assert max(parameter.grad.abs().max() for parameter in model.parameters()) < 10
+    pi = torch.pi
+    torch.testing.assert_close(seen["belief"].mean, torch.full((1, 8), 2 * (2 * pi) ** -0.5), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(seen["belief"].var, torch.full((1, 8), 2 - 2 / pi), rtol=1e-3, atol=1e-3)
+
+
 def test_a_relu_in_the_layer_skips_no_guard():
     x = torch.randn(2, 4, 6, 6)
     outputs = [

@@ -48,8 +48,52 @@ def test_monte_carlo_needs_no_rule():
     assert row.prior_from == ("first",)
     row = prior_after_monte_carlo(lambda net, y: y.clone() + F.relu(y, inplace=True))
     assert row.prior_from == ("first",)
-    row = prior_after_monte_carlo(lambda net, y: y.reshape(2, -1).reshape(2, 4, 6, 6))
+    row = prior_after_monte_carlo(lambda net, y: y.unflatten(0, (2, 1)).flatten(0, 1))
     assert "fails on draws" in row.reason  # the batch size is written into the network
+
+
+@pytest.mark.parametrize("between", [
+    lambda net, y: y.view(4, 4, -1), lambda net, y: y.reshape((y.shape[0], 4, 36)),
+    lambda net, y: y.view(4, -1).reshape(shape=(-1, 4, 36)), lambda net, y: y.view(16, 6, 6).view(-1, 4, 36),
+])  # fmt: skip
+def test_draws_keep_their_channels_where_a_batch_size_is_written_down(between):
+    model = made_of(
+        lambda self, x: self.second(between(self, self.first(x))), first=nn.BatchNorm2d(4), second=nn.BatchNorm1d(4)
+    )
+    model = kn.convert(model, estimator="monte_carlo", process_noise=False)
+    expected = torch.tensor([-10.0, 0.0, 10.0, 20.0])
+    model.first.bias.data.copy_(expected)
+    seen = {}
+    model.second.register_forward_pre_hook(lambda layer, args: seen.update(prior=layer.prior(args[0], 1)))
+    model(torch.randn(4, 4, 6, 6))
+    torch.testing.assert_close(seen["prior"].mean, expected[None], rtol=0, atol=1.0)
+    assert seen["prior"].var.max() < 4
+
+
+@pytest.mark.parametrize(("between", "reason"), [
+    (lambda net, y: y.view(1, -1).view(2, 72, 2), "it puts several samples into one"),
+    (lambda net, y: y.transpose(0, 1).reshape(2, -1, 2), "its draws have another shape than the activation"),
+])  # fmt: skip
+def test_draws_are_not_mixed(between, reason):
+    model = Net(between)
+    model.second = nn.BatchNorm1d(72)
+    model = kn.convert(model, estimator="monte_carlo")
+    assert reason in kn.describe(model, torch.randn(2, 4, 6, 6)).rows[1].reason
+
+
+@pytest.mark.parametrize(("norm", "shape"), [
+    (nn.BatchNorm1d, (1, 4)), (nn.BatchNorm2d, (1, 4, 1, 1)), (nn.BatchNorm2d, (3, 4, 1, 1)),
+])  # fmt: skip
+@pytest.mark.parametrize("size", [None, 1])
+def test_draws_of_one_value_a_channel_have_a_variance(norm, shape, size):
+    options = {"estimator": "monte_carlo", "stats_batch_size": size, "input_stats": (0.0, 1.0)}
+    model = kn.convert(nn.Sequential(norm(4), nn.ReLU(), norm(4)), **options)
+    seen = {}
+    model[2].register_forward_pre_hook(
+        lambda layer, args: seen.update(prior=layer.prior(args[0], layer.statistic_groups(shape[0])))
+    )
+    model(torch.randn(shape))
+    assert seen["prior"].var.mean() > 0.05
 
 
 def test_a_torch_function_that_asserts_shapes_fails_on_draws_and_the_network_goes_on():
@@ -219,7 +263,7 @@ def test_draws_that_lose_an_axis_give_no_prior(name):
         model = kn.convert(Net(between), **kn.preset(name))
         model(torch.randn(2, 4, 6, 6)).sum().backward()
         assert model.second.weight.grad.isfinite().all()
-    model = Net(lambda net, y: F.adaptive_avg_pool2d(y, 1).squeeze())
+    model = Net(lambda net, y: F.avg_pool2d(y, (1, 6)).squeeze())
     model.second = nn.BatchNorm1d(4)
     model = kn.convert(model, **kn.preset(name))
     reason = kn.describe(model, torch.randn(2, 4, 6, 6)).rows[1].reason

@@ -159,13 +159,39 @@ def test_what_was_assigned_by_an_activation_is_no_constant(between, reason):
     assert reason in prior_after(between).reason
 
 
-def test_changed_zeros_are_not_zeros_in_inference_mode():
+def assign_a_number_first(z):
+    z[:, 3] = 1
+
+
+@pytest.mark.parametrize("change", [
+    lambda z: z.add_(1), lambda z: z[:, 1:].add_(1), assign_a_number_first,
+    lambda z: z.chunk(2, 1)[0].add_(1),
+])  # fmt: skip
+def test_changed_zeros_are_not_zeros_in_inference_mode(change):
     with torch.inference_mode(), Recorder():
         y, z = torch.randn(2, 4, 6, 6), torch.zeros(2, 4, 6, 6)
         attach(y, Gaussian(torch.zeros(1, 4, 1, 1), torch.ones(1, 4, 1, 1)), "layer")
-        z += 1
+        change(z)
         z[:, :2] = y[:, :2]
         assert isinstance(prior_of(z, 1), Unknown)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_zeros_are_zeros_where_torch_counts_no_changes(training):
+    def every_other(net, y):
+        z = torch.zeros_like(y)
+        z[:, ::2] = y[:, ::2]
+        return z
+
+    model = kn.convert(Net(every_other), track_running_stats=training, stats_batch_size=None).train(training)
+    x = torch.randn(2, 4, 6, 6)
+    with torch.inference_mode():
+        found = model(x)
+    model.train().train(training)  # forget the priors that are kept
+    with torch.no_grad():
+        torch.testing.assert_close(found, model(x), rtol=0, atol=0)
+        if not training:
+            torch.testing.assert_close(torch.vmap(model)(x[None])[0], found)
 
 
 def test_a_memory_that_is_assigned_keeps_no_activations():

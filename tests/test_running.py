@@ -484,6 +484,18 @@ class TestTransforms:
             equal(forward_ad.unpack_dual(y).tangent, expected, 1e-5)
 
 
+@pytest.mark.parametrize("change", [
+    lambda net, x: F.relu(x, inplace=True), lambda net, x: x.sigmoid_(), lambda net, x: x.mul_(2.0),
+    lambda net, x: operator.iadd(torch.tanh(x), x),
+])  # fmt: skip
+def test_changes_in_place_that_vmap_does_not_count(change):
+    norms = {"first": nn.BatchNorm2d(3), "between": nn.Conv2d(3, 3, 3), "second": nn.BatchNorm2d(3)}
+    model = made_of(lambda self, x: self.second(change(self, self.between(self.first(x)))), **norms)
+    model = kn.convert(model.double(), track_running_stats=False, stats_batch_size=None)
+    x = batches()
+    equal(vmap(model)(x), torch.stack([model(each) for each in x]), 1e-12)
+
+
 @pytest.mark.parametrize("transform", ["vmap", "grad", "jacfwd"])
 def test_running_statistics_that_cannot_be_updated_are_an_error_as_batch_norms(transform):
     def attempt(kalman):

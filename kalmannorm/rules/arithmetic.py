@@ -96,11 +96,16 @@ def div(x: _Operand, y: _Operand, *, rounding_mode: str | None = None, out: obje
     """
     if rounding_mode is not None:
         return Unknown("division that rounds")
+    return mul(x, _divisor(y))
+
+
+def _divisor(y: _Operand) -> _Operand:
+    """By how much a numerator is multiplied."""
     if not isinstance(y, Gaussian):
-        return mul(x, 1 / y)
+        return 1 / y
     square = (y.mean.square() + y.var).clamp_min(torch.finfo(y.mean.dtype).tiny)
     scale = torch.where(y.mean < 0, -1.0, 1.0) / square.sqrt()  # the slope of rsqrt would overflow sooner
-    return mul(x, Gaussian(scale, torch.zeros_like(scale), y.shape))
+    return Gaussian(scale, torch.zeros_like(scale), y.shape)
 
 
 @belief_rule("__rtruediv__")
@@ -111,9 +116,20 @@ def rdiv(x: Gaussian, y: float) -> Gaussian:
 
 @rule(*aliases("addcmul", "addcmul_"))
 def addcmul(x: _Operand, first: _Operand, second: _Operand, *, value: float = 1, out: object = None) -> Gaussian:
-    """``x + value first second``, all independent."""
+    """``x + value first second``, independent unless they are one and the same."""
+    if first is second is x and isinstance(x, Gaussian):
+        return quadrature(x, lambda t: t + value * t**2)
+    if x is first or x is second:  # x (1 + value other)
+        other = second if x is first else first
+        return mul(x, add(mul(other, value), 1.0) if isinstance(other, Gaussian) else 1 + value * other)
     product: Any = mul(first, second) if isinstance(first, Gaussian) or isinstance(second, Gaussian) else first * second
     return add(x, product, alpha=value)
+
+
+@rule(*aliases("addcdiv", "addcdiv_"))
+def addcdiv(x: _Operand, first: _Operand, second: _Operand, *, value: float = 1, out: object = None) -> Gaussian:
+    """``x + value first / second``, see :func:`addcmul` and :func:`div`."""
+    return addcmul(x, first, _divisor(second), value=value)
 
 
 @rule(*aliases("lerp", "lerp_"))
@@ -223,7 +239,8 @@ def dropout(x: Gaussian, p: float = 0.5, training: bool = True, inplace: bool = 
 
 _OF_MASKS = (greater, less, equal, unequal, conjunction, disjunction)
 _OF_TWO = frozenset(
-    f for f, its in RULES.items() if its in (add, sub, rsub, mul, div, lerp, maximum, minimum, *_OF_MASKS)
+    f for f, its in RULES.items()
+    if its in (add, sub, rsub, mul, div, addcmul, addcdiv, lerp, maximum, minimum, *_OF_MASKS)
 )
 PRELU = frozenset(function for function, its in RULES.items() if its is prelu)
 _THE_SAME = frozenset(aliases("clone", "contiguous", "detach", *CASTS, *CASTS_TO))

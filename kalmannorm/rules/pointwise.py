@@ -399,6 +399,7 @@ _GUARDED: dict[str, Callable[..., Any]] = {
         lambda t, *args, **kwargs: t if t.is_floating_point() else t.to(torch.get_default_dtype())
     ),
     "div div_ divide divide_ true_divide __truediv__ __itruediv__": _quotient,
+    "addcdiv addcdiv_": lambda t, first, second, *, value=1: t + value * _quotient(first, second),
     "exp exp_": lambda t: t.clamp_max(_LARGEST_EXPONENT).exp(),
     "log log_": lambda t: _positive(t).log(),
     "log1p log1p_": lambda t: _positive(1 + t).log(),

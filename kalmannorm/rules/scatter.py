@@ -185,8 +185,8 @@ def setitem(x: Gaussian | Tensor, index: Any, value: Gaussian | Tensor | float) 
         return Unknown("assigned in place, other than by numbers, slices and an index of rows")
     if not isinstance(x, Gaussian):
         assert isinstance(value, Gaussian)
-        nothing = value.mean.new_zeros([1] * x.ndim)
-        x = _PartlyFilled(nothing, nothing, x.shape)
+        nothing = value.map(lambda t: t.new_zeros([1] * x.ndim))  # under vmap, not all moments may have its axis
+        x = _PartlyFilled(nothing.mean, nothing.var, x.shape)
     if names_rows:
         return _rows_assigned(x, parts[0], value)
     place = parts.index(Ellipsis) if Ellipsis in parts else len(parts)

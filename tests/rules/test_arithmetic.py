@@ -108,6 +108,25 @@ def test_sums_of_products(function):
             check_draws(function, x, first, second, value=0.7)
 
 
+@covers(*aliases("addcdiv", "addcdiv_"))
+def test_sums_of_quotients(function):
+    x, y, by = believe(SHAPE), believe(SHAPE, 7), values(3, 1, 1, seed=3).abs() + 0.5
+    for first in (y, by):
+        check_draws(function, x, first, by, value=0.7)
+
+
+@pytest.mark.parametrize("function", [torch.addcmul, torch.addcdiv])
+def test_one_and_the_same_activation_in_a_sum_of_products(function):
+    x, by = believe((2**18, 3), 3), values(3).abs() + 0.5
+    check_draws(function, x, x, by, value=0.7)
+    check_draws(function, by, x, by, value=0.7)
+    if function is torch.addcmul:
+        check_draws(function, x, by, x, value=0.7)
+        check_draws(function, x, x, x, value=0.3)
+        check_draws(function, by, x, x, value=0.3)
+        check_draws(function, x, x, believe((2**18, 3), 4), value=0.7)
+
+
 def test_aliases_take_alpha():
     x, y = believe((40, 3)), believe((40, 3), 7)
     for function, main in ((torch.Tensor.add_, torch.add), (torch.Tensor.sub_, torch.sub)):
