@@ -25,8 +25,6 @@ dice = smp.losses.DiceLoss("binary")
 optimizer, epochs = torch.optim.Adam(model.parameters(), lr=1e-3), 6
 schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
 for epoch in range(epochs):
-    if epoch == 4:
-        kn.freeze(model)  # so that the network ends as eval() uses it
     for images, masks in loader:
         loss = dice(model(images), masks)
         optimizer.zero_grad()
@@ -35,5 +33,6 @@ for epoch in range(epochs):
     schedule.step()
     print(f"epoch {epoch}: loss {loss.item():.3f}")
 
+kn.recalibrate(model, loader, progress=False)  # running statistics of inputs as in eval(), where it may fail otherwise
 plain = kn.to_batchnorm(model).eval()  # torch's own layers, to save and deploy
 print(f"a batch's loss in eval(): {dice(plain(images), masks).item():.3f}")

@@ -42,12 +42,12 @@ class DiagnosisRow:
     name: str
     """Its qualified name in the model."""
     running: float
-    """The running variance over that of the statistics which training normalizes by."""
+    """The running variance over that which :func:`recalibrate` would give the layer."""
     mean: float
-    """The RMS distance of the running mean from the training mean, in standard deviations."""
+    """The RMS distance of the running mean from the one of :func:`recalibrate`, in standard deviations."""
     spread: float
-    """How much these statistics differ from batch to batch: the standard deviation of the variances over their mean or,
-    if it is larger, of the means in the data's standard deviations."""
+    """How much the statistics that training normalizes by differ from batch to batch: the standard deviation of the
+    variances over their mean or, if it is larger, of the means in the data's standard deviations."""
     prior: float
     """The variance of a Kalman layer's prior over that of its input."""
     in_eval: float
@@ -113,28 +113,30 @@ def diagnose(model: nn.Module, loader: Iterable[Any], validation: Iterable[Any] 
     if isinstance(model, nn.parallel.DistributedDataParallel):  # its call would wait for the other processes
         model = model.module
     layers = layers_to_recalibrate(model)
-    by_running = {name: Population(layer) for name, layer in layers.items()}
+    inputs, by_running = ({name: Population(layer) for name, layer in layers.items()} for _ in range(2))
     by_batch = {name: _Spread(layer) for name, layer in layers.items()}
     call = partial(forward or call_with, model)
     differences: list[tuple[float, float]] = []
 
-    def run_by_running(batch: Any) -> object:
-        with in_eval(model), inputs_seen([(each.layer, each.observe) for each in by_running.values()]):
+    def see_inputs(batch: Any) -> object:
+        with in_eval(model), inputs_seen([(each.layer, each.observe) for each in inputs.values()]):
             return call(batch)
 
-    def run_by_batch(batch: Any) -> None:
+    def run_twice(batch: Any) -> None:
         kalman = [(each.layer, each.look) for each in by_batch.values() if isinstance(each.layer, KalmanLayer)]
         with collecting(model, by_batch.values()), inputs_seen(kalman):
             expected = call(batch)
+        with collecting(model, by_running.values(), by_running=True):
+            output = see_inputs(batch) if validation is None else call(batch)
         if validation is None:
-            differences.extend(_differences(run_by_running(batch), expected))
+            differences.extend(_differences(output, expected))
 
     run = partial(run_batches, model, caller="diagnose", max_batches=max_batches, progress=progress)
     with random_state_kept(model):
-        run(loader, run_by_batch)
+        run(loader, run_twice)
         if validation is not None:
-            run(validation, run_by_running, title="validation")
-    rows = [_row(name, seen, by_running[name], validation is not None) for name, seen in by_batch.items()]
+            run(validation, see_inputs, title="validation")
+    rows = [_row(name, by_batch[name], by_running[name], inputs[name], validation is not None) for name in layers]
     off, size = (sum(each) for each in zip(*differences, strict=True)) if differences else (0.0, 0.0)
     return Diagnosis(rows, math.sqrt(off / size) if size else math.nan)
 
@@ -178,10 +180,10 @@ def _differences(output: object, expected: object) -> list[tuple[float, float]]:
     ]  # fmt: skip
 
 
-def _row(name: str, seen: _Spread, by_running: Population, validated: bool) -> DiagnosisRow:
+def _row(name: str, seen: _Spread, by_running: Population, inputs: Population, validated: bool) -> DiagnosisRow:
     layer = seen.layer
     running = Gaussian(layer.running_mean, layer.running_var).map(Tensor.double)
-    true = seen.statistics.map(lambda t: t[0])
+    true, right = (each.statistics.map(lambda t: t[0]) for each in (seen, by_running))
     # The variance of a constant is what rounding leaves of its square.
     alive = (true.var > _ROUNDING * true.mean.square()) & (running.var != 0)
     if not seen.samples or not bool(alive.any()):
@@ -190,14 +192,14 @@ def _row(name: str, seen: _Spread, by_running: Population, validated: bool) -> D
     newest = _stacked(seen.newest)
     spreads = newest.mean.std(0, correction=0) / true.std, newest.var.std(0, correction=0) / newest.var.mean(0)
     observed = _stacked(seen.observed or seen.newest)
-    power = _power(by_running.statistics, running, layer.eps)[0] / _power(observed, newest, layer.eps).mean(0)
+    power = _power(inputs.statistics, running, layer.eps)[0] / _power(observed, newest, layer.eps).mean(0)
     own = observed.pool([0]).var[0]
     numbers = (
-        geometric_mean(running.var / true.var, alive),
-        mean_distance(running.mean, true, alive),
+        geometric_mean(running.var / right.var, alive),
+        mean_distance(running.mean, right, alive),
         max(float(spread[alive].square().mean().sqrt()) for spread in spreads),
         geometric_mean(torch.cat(seen.priors).mean(0) / own, alive & (own > 0)) if seen.priors else math.nan,
-        geometric_mean(power, alive & (power > 0)) if by_running.samples else math.nan,
+        geometric_mean(power, alive & (power > 0)) if inputs.samples else math.nan,
     )
     if is_trained(layer.running_mean, layer.running_var):
         return DiagnosisRow(name, *numbers, _advice(*numbers, validated))
@@ -212,7 +214,7 @@ def _advice(running: float, mean: float, spread: float, prior: float, in_eval: f
     if not math.isfinite(running) or not math.isfinite(mean):
         return "statistics are not finite: kalmannorm.first_nonfinite(model)"
     if _is_off(running) or mean > _DISTANCE:
-        return "its running statistics are not those of the weights as they are: kalmannorm.recalibrate(model, loader)"
+        return "its running statistics are not those of its input in eval(): kalmannorm.recalibrate(model, loader)"
     if _is_off(in_eval):
         if prior < _NARROW and not validated:
             return "its prior is too narrow, so it follows its batch: train on after kalmannorm.freeze(model)"

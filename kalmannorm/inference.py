@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kalmannorm.freezing import unfrozen_layers
+from kalmannorm.gaussian import Gaussian
 from kalmannorm.modules import KalmanNorm, is_stock_batchnorm
 from kalmannorm.passes import Population, call_with, merge_over_processes, run_batches
 from kalmannorm.traversal import attributes_kept, in_eval, inputs_seen
@@ -64,12 +65,18 @@ def recalibrate(model: _M, loader: Iterable[Any], *, forward: Callable[[nn.Modul
                 process_group: dist.ProcessGroup | None = None) -> _M:  # fmt: skip
     """Replace running statistics by those of a data set under the present weights.
 
-    Running averages lag behind the weights. This runs the data through the fixed network in ``eval()``
-    by :func:`online_statistics`, and merges the statistics that layers normalize by, each sample with
-    the same weight: the mean of the means and, by the law of total variance, the mean of the variances
-    plus the variance of the means. With ``gain=1.0`` and samples of one size, these are the mean and
-    the biased variance of the data set, however it is cut into batches. After Wu and Johnson,
-    *Rethinking "Batch" in BatchNorm* (2021), section 3 (Precise BatchNorm).
+    Running averages lag behind the weights, and they are averages over the inputs of layers in training.
+    In ``eval()`` inputs differ, since the layers below normalize by other statistics. In a deep network
+    that was trained at one or two images the difference grows from layer to layer, and ``eval()`` may
+    fail.
+
+    This runs the data through the fixed network in ``eval()``. Each layer computes the statistics that
+    it would normalize by in training, merges them with those of earlier batches, and normalizes by the
+    result. So the statistics of every layer are those of its inputs in ``eval()``. Each sample has the
+    same weight: the mean of the means and, by the law of total variance, the mean of the variances plus
+    the variance of the means. For a first layer with ``gain=1.0`` and samples of one size, these are
+    the mean and the biased variance of the data set, however it is cut into batches. Precise BatchNorm
+    (Wu and Johnson, *Rethinking "Batch" in BatchNorm*, 2021, section 3) takes the inputs in training.
 
     Frozen layers, training flags and all other buffers stay, ``num_batches_tracked`` too. Running
     statistics change at the very end, so an error leaves them unchanged.
@@ -102,13 +109,15 @@ def recalibrate(model: _M, loader: Iterable[Any], *, forward: Callable[[nn.Modul
         (tensor([2.]), tensor([1.]))
     """
     network: nn.Module = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    populations = {name: Population(layer) for name, layer in layers_to_recalibrate(network).items()}
-    with collecting(network, populations.values()):
-        run_batches(
-            network, loader, partial(forward or call_with, network), caller="recalibrate", max_batches=max_batches,
-            progress=progress, process_group=process_group,
-        )  # fmt: skip
-    merge_over_processes(populations.values(), process_group)
+    layers = layers_to_recalibrate(network)
+    populations = {name: _Current(layer) for name, layer in layers.items()}
+    with attributes_kept(layers.values(), "running_mean", "running_var"):
+        with collecting(network, populations.values(), by_running=True):
+            run_batches(
+                network, loader, partial(forward or call_with, network), caller="recalibrate", max_batches=max_batches,
+                progress=progress, process_group=process_group,
+            )  # fmt: skip
+        merge_over_processes(populations.values(), process_group)
     new = _finite_statistics(populations)
     with torch.no_grad():
         for buffer, value in new:
@@ -134,23 +143,56 @@ def layers_to_recalibrate(model: nn.Module) -> dict[str, _BatchNorm]:
     return layers
 
 
+class _Current(Population):
+    """Its layer's running statistics are those of all samples up to now."""
+
+    def __init__(self, layer: _BatchNorm) -> None:
+        super().__init__(layer)
+        self.buffer = layer.running_mean
+
+    def add(self, statistics: Gaussian, samples: int | Tensor) -> None:
+        """Merge those of a batch, ``(S, C)``."""
+        super().add(statistics, samples)
+        now = self.statistics.map(lambda t: t[0].to(self.buffer))
+        self.layer.running_mean, self.layer.running_var = now.mean, now.var
+
+
 @contextmanager
-def collecting(model: nn.Module, collectors: Iterable[Any]) -> Iterator[None]:
-    """Run a model in ``eval()`` by online statistics, and give those of each call to collectors.
+def collecting(model: nn.Module, collectors: Iterable[Any], *, by_running: bool = False) -> Iterator[None]:
+    """Run a model in ``eval()``, and give the statistics by which layers would normalize in training to collectors.
 
     Each has a ``layer``. Its ``observe(x)`` gets a stock layer's inputs, ``(N, C, *)``, and its
-    ``add(statistics, samples)`` a Kalman layer's fused statistics, ``(S, C)``.
+    ``add(statistics, samples)`` a Kalman layer's fused statistics, ``(S, C)``. Layers then normalize by
+    these statistics, or ``by_running`` ones.
     """
     with ExitStack() as stack:
-        stock = []
+        stock, kalman = [], []
         for each in collectors:
             if isinstance(each.layer, KalmanNorm):
                 each.layer.collect = each.add
                 stack.callback(vars(each.layer).pop, "collect", None)
+                kalman.append(each.layer)
             else:
                 stock.append((each.layer, each.observe))
-        with in_eval(model), inputs_seen(stock), online_statistics(model):
+        way = _fusing_then_by_running(kalman) if by_running else online_statistics(model)
+        with in_eval(model), inputs_seen(stock), way:
             yield
+
+
+@contextmanager
+def _fusing_then_by_running(layers: Iterable[KalmanNorm]) -> Iterator[None]:
+    """Let layers in ``eval()`` fuse each batch, and then replace their output by that of running statistics."""
+
+    def by_running(layer: KalmanNorm, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        with attributes_kept([layer], "online"):
+            layer.online = False
+            return layer.forward(*args, **kwargs)
+
+    with ExitStack() as stack, attributes_kept(layers, "online"):
+        for layer in layers:
+            layer.online = True
+            stack.callback(layer.register_forward_hook(by_running, with_kwargs=True, prepend=True).remove)
+        yield
 
 
 def _finite_statistics(populations: Mapping[str, Population]) -> list[tuple[Tensor, Tensor]]:

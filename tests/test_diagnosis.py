@@ -42,8 +42,8 @@ def test_nothing_is_wrong_after_recalibration(make):
     found = kn.diagnose(trained(make(), loader), loader, progress=False)
     assert [row.advice for row in found.rows] == ["", ""]
     for row in found.rows:
-        assert row.running == pytest.approx(1, abs=1e-5)
-        assert row.mean < 1e-5
+        assert row.running == pytest.approx(1, abs=0.01)  # not exactly: early batches saw other statistics below
+        assert row.mean < 0.01
         assert row.in_eval == pytest.approx(1, abs=0.1)
         assert math.isnan(row.prior) == (make is network)
     assert found.outputs < 0.3

@@ -16,10 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import kalmannorm as kn
 from kalmannorm import passes
+from kalmannorm.functional import kalman_update, observe
 from kalmannorm.gaussian import Gaussian
 from kalmannorm.passes import Population, run_batches
-from kalmannorm.propagation import exact
-from kalmannorm.steps import step_of
 from kalmannorm.traversal import device_of
 
 
@@ -155,30 +154,67 @@ def test_statistic_groups_are_pooled():
     torch.testing.assert_close(layer.running_var, x.var(0, correction=0))
 
 
+def merged(parts):
+    """The mean and variance of all samples, from samples, mean and variance of each part."""
+    total = sum(n for n, _, _ in parts)
+    mean = sum(n * own for n, own, _ in parts) / total
+    return mean, sum(n * (var + (own - mean) ** 2) for n, own, var in parts) / total
+
+
 @pytest.mark.parametrize("options", [{}, {"spread": False, "gain": 0.3}, {"stats_batch_size": 1}], ids=str)
-def test_a_network_gets_what_its_layers_were_normalized_by_in_training(options):
-    """The fused statistics themselves, read off what ``carry="posterior"`` hands on, merged as a sum."""
-    model = kn.convert(small(), input_stats=([0.0] * 3, [1.0] * 3), carry="posterior", **options).double()
+def test_each_layer_gets_the_fused_statistics_of_its_inputs_as_in_eval(options):
+    """One layer after another, the layer below by its statistics up to then."""
+    model = kn.convert(small(), input_stats=([0.0] * 3, [1.0] * 3), process_noise=False, **options).double()
     batches = [torch.randn(n, 3, 8, 8, dtype=torch.float64) * n for n in (3, 1, 4)]
-    seen = {"1": [], "4": []}
-    twin = copy.deepcopy(model)
-    for name, found in seen.items():
-        twin.get_submodule(name).register_forward_hook(
-            lambda layer, args, y, found=found: found.append((len(y), exact(step_of(y)).pool([0])))
+    result = quiet(copy.deepcopy(model), [(x, None) for x in batches])
+    lower, upper = kn.freeze(model[1]), model[4]
+    seen, parts = {}, {lower: [], upper: []}
+    for layer in parts:
+        layer.register_forward_pre_hook(lambda layer, args: seen.update({layer: (layer.prior(args[0], 1), args[0])}))
+    for x in batches:
+        for layer, own in parts.items():
+            with torch.no_grad(), kn.online_statistics(model.eval()):
+                model(x)
+            prior, z = seen[layer]
+            groups = layer.statistic_groups(len(z))
+            fused = kalman_update(prior, observe(z, groups), layer.kalman_gain(len(z) // groups), spread=layer.spread)
+            own += [(len(z) / groups, *each) for each in zip(fused.mean, fused.var, strict=True)]
+            layer.running_mean, layer.running_var = (t.detach() for t in merged(own))
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(getattr(result[1], name), getattr(lower, name))
+        torch.testing.assert_close(getattr(result[4], name), getattr(upper, name))
+
+
+class Amplifying(nn.Module):
+    """Layers that each get what the one below could not normalize: far more in eval() than in training."""
+
+    def __init__(self, depth):
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU()) for _ in range(depth)
         )
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("kalman", [True, False])
+def test_eval_of_a_deep_network_comes_back(kalman):
+    """Where running statistics are off in each layer, errors multiply; they are mended from the bottom to the top."""
+    torch.manual_seed(0)
+    model = Amplifying(12)
+    model = kn.convert(model, input_stats=([0.0] * 4, [1.0] * 4)) if kalman else model
+    batches = torch.randn(64, 4, 6, 6).split(2)
     with torch.no_grad():
         for x in batches:
-            twin(x)
-    quiet(model, [(x, None) for x in batches])
-    for name, found in seen.items():
-        mean = sum(n * b.mean for n, b in found) / 8
-        var = sum(n * (b.var + (b.mean - mean) ** 2) for n, b in found) / 8
-        layer = model.get_submodule(name)
-        torch.testing.assert_close(layer.running_mean, mean.flatten())
-        torch.testing.assert_close(layer.running_var, var.flatten())
-        # And these are not simply those of the data, or this test would say nothing of priors.
-        twin_layer = quiet(kn.convert(copy.deepcopy(kn.to_batchnorm(copy.deepcopy(model))), gain=1.0), batches)
-        assert not torch.allclose(twin_layer.get_submodule(name).running_var, layer.running_var, rtol=1e-2)
+            model(x)
+        for block in model.blocks:
+            block[1].running_var.mul_(0.1)
+        assert model.eval()(batches[0]).square().mean() > 1e6
+        quiet(model, batches)
+        assert model(batches[0]).square().mean() < 5
 
 
 class Stateful(nn.Module):
@@ -439,11 +475,11 @@ def test_statistics_that_are_not_finite_name_the_layer_and_change_none(convert, 
 
 def test_statistics_that_overflow_the_buffer():
     layer = kn.KalmanNorm1d(2).half()
-    quiet(layer, [torch.tensor([[1.0, 2.0], [3.0, 2.0]])])
+    quiet(layer, [torch.tensor([[1.0, 2.0], [3.0, 2.0]]).half()])
     assert layer.running_mean.dtype == torch.float16
     assert layer.running_mean.tolist() == [2.0, 2.0]
     with pytest.raises(ValueError, match=r"KalmanNorm1d '' got statistics that are not finite in torch\.float16"):
-        quiet(layer, [torch.tensor([[1.0, 1e4], [3.0, -1e4]])])
+        quiet(layer, [torch.tensor([[1.0, 1e4], [3.0, -1e4]]).half()])
     assert layer.running_mean.tolist() == [2.0, 2.0]
 
 
@@ -538,20 +574,19 @@ def recalibrated_by_two(rank):
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one_with_all_data(tmp_path):
+def test_two_processes_merge_what_each_found(tmp_path):
     found = in_two_processes(recalibrated_by_two, tmp_path)
     x = spread_data()
-    whole = [x[0:2], x[2:4], x[4:6], x[6:]]
-    expected = {
-        "merged": whole,
-        "one is empty": whole[:3],
-        # Each call there sees both processes' batches as one.
-        "shared": [x[[0, 1, 2, 5, 6, 7]], x[[3, 4, 8, 9]]],
-    }
-    expected["both"] = expected["shared"]
+    first, second = (statistics(quiet(spread_model(), parts)) for parts in (x[:6].split(2), [x[6:]]))
+    of_both = {}
+    for name in ("1", "4"):
+        mean, var = f"{name}.running_mean", f"{name}.running_var"
+        of_both[mean], of_both[var] = merged([(6, first[mean], first[var]), (4, second[mean], second[var])])
+    # Each call there sees both processes' batches as one.
+    shared = statistics(quiet(spread_model(), [x[[0, 1, 2, 5, 6, 7]], x[[3, 4, 8, 9]]]))
+    expected = {"merged": of_both, "one is empty": first, "shared": shared, "both": shared}
     for rank in range(2):
-        for name, batches in expected.items():
-            wanted = statistics(quiet(spread_model(), batches))
+        for name, wanted in expected.items():
             torch.testing.assert_close(
                 found[rank][name], wanted, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
             )
