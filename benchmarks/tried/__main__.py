@@ -16,7 +16,7 @@ from benchmarks.environment import keep_memory
 COLUMNS = (
     "kind", "library", "name", "samples", "layers", "with_prior", "reasons",
     *(f"{side}_{measure}" for side in ("batchnorm", "kalman")
-      for measure in ("first", "last", "largest", "eval", "alone", "error")),
+      for measure in ("first", "last", "largest", "eval", "alone", "recalibrated", "error")),
     "groupnorm_eval",
     "reloaded", "deployed", "in_stock", "measures", "batchnorm", "kalman", "happened", "packages", "seconds",
 )  # fmt: skip

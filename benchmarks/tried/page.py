@@ -5,7 +5,7 @@ from collections import Counter
 
 from benchmarks.tables import table
 from benchmarks.tried.networks import FROZEN, LONGER, STANDARDIZED
-from benchmarks.tried.trial import LAST, RATE, STEPS
+from benchmarks.tried.trial import LAST, RATE, RECALIBRATION, STEPS
 
 HEAD = f"""# Networks and situations that were tried
 
@@ -27,7 +27,9 @@ FAILED = 10
 WORSE = f"""These networks start from fresh weights and plain filters, where
 [priors are too narrow](evidence.md#where-the-prior-is-wrong). In training each layer still follows its own batch, which
 keeps its output small. In `eval()` no layer does, so errors grow from layer to layer. The training loss may not
-show it. Three remedies: [frozen layers](guide/fine-tuning.md#the-last-steps-as-in-eval) at the end of the training and
+show it. The remedy is [`kn.recalibrate`](guide/fine-tuning.md#running-statistics-of-eval) after the training
+(*recalibrated*: by {RECALIBRATION} batches of other samples). Others are
+[frozen layers](guide/fine-tuning.md#the-last-steps-as-in-eval) at the end of the training and
 [standardized filters](guide/options.md#standardized-filters), both tried below, and
 [each sample by itself](guide/options.md#each-sample-by-itself) (*alone*).
 
@@ -87,7 +89,7 @@ def _summary(networks):
 
 def _above(row, times, measure="eval"):
     """Whether Kalman's loss exceeds ``times`` BatchNorm's, or 1, the loss of a constant 0, if BatchNorm raised."""
-    theirs = row[f"batchnorm_{measure}"] or (measure == "eval" and 1)
+    theirs = row[f"batchnorm_{measure}"] or (measure in ("eval", "recalibrated") and 1)
     return bool(row[f"kalman_{measure}"] and theirs) and float(row[f"kalman_{measure}"]) > times * float(theirs)
 
 
@@ -97,13 +99,23 @@ def _failures(networks):
         if _above(row, FAILED):
             failed.setdefault(row["name"], []).append(row["samples"])
     named = ", ".join(f"{name} at {' and '.join(samples)}" for name, samples in failed.items())
-    return f"**After training at 1 or 2 samples, these fail in `eval()`: {named}.** " if failed else ""
+    still = sum(_above(row, FAILED, "recalibrated") for row in networks) or "none"
+    text = f"After training at 1 or 2 samples, these fail in `eval()`: {named}. Recalibrated, {still} of them fails."
+    return f"**{text}** " if failed else ""
 
 
 def _filters(networks):
     """Text on the failures that remain with standardized filters."""
     yield f"The same networks with standardized filters on both sides. {sum(_above(r, FAILED) for r in networks)} of "
-    yield f"{len(networks)} trainings fail. {_smaller(networks, STANDARDIZED)}"
+    yield f"{len(networks)} trainings fail. {_smaller(networks, STANDARDIZED)}{_recalibrated(networks)}.\n\n"
+
+
+def _recalibrated(networks):
+    """Text on how often Kalman's loss is the smaller one; BatchNorm may have raised."""
+    pairs = [(row["kalman_recalibrated"], row["batchnorm_recalibrated"]) for row in networks]
+    smaller = sum(not theirs or float(ours) < float(theirs) for ours, theirs in pairs)
+    text = "Recalibrated on both sides, Kalman's loss is smaller than BatchNorm's in"
+    return f"{text} {smaller} of {len(pairs)} trainings"
 
 
 def _smaller(networks, suffix):
@@ -121,17 +133,23 @@ def _frozen(longer, frozen):
     """Text and table on the failures that remain in a longer training, with and without layers frozen at its end."""
     yield "The same networks with plain filters, trained for 100 steps at a rate that falls to 0 by a cosine: as they "
     yield "are, and with their layers frozen (`kn.freeze`) for the last 30 of these steps, on both sides; and with 8 "
-    yield "groups of GroupNorm. Listed is the loss in `eval()`. As they are, "
-    yield f"{sum(_above(r, FAILED) for r in longer)} of {len(longer)} trainings fail; frozen, "
+    yield "groups of GroupNorm. Listed is the loss in `eval()`, also once recalibrated. As they are, "
+    yield f"{sum(_above(r, FAILED) for r in longer)} of {len(longer)} trainings fail; recalibrated, "
+    yield f"{sum(_above(r, FAILED, 'recalibrated') for r in longer)}; frozen, "
     yield f"{sum(_above(r, FAILED) for r in frozen)}. {_smaller(frozen, FROZEN)}"
+    ahead = sum(float(r["kalman_recalibrated"]) < float(r["groupnorm_eval"]) for r in longer)
+    yield f"{_recalibrated(longer)}, and than GroupNorm's in {ahead}.\n\n"
     late = {(row["name"].removesuffix(FROZEN), row["samples"]): row for row in frozen}
-    head = ["network", "samples", "BatchNorm", "BatchNorm, frozen", "Kalman", "Kalman, frozen", "Kalman, alone",
+    head = ["network", "samples", "BatchNorm", "recalibrated", "frozen", "Kalman", "recalibrated", "frozen", "alone",
             "GroupNorm"]  # fmt: skip
     lines, better = [], 0
     for row in longer:
         name, groupnorm = row["name"].removesuffix(LONGER), row["groupnorm_eval"]
         then = late[name, row["samples"]]
-        losses = [each[f"{side}_eval"] or "raises" for side in ("batchnorm", "kalman") for each in (row, then)]
+        losses = [
+            each[f"{side}_{what}"] or "raises" for side in ("batchnorm", "kalman")
+            for each, what in ((row, "eval"), (row, "recalibrated"), (then, "eval"))
+        ]  # fmt: skip
         lines.append([f"{name} ({row['library']})", row["samples"], *losses, row["kalman_alone"], groupnorm])
         better += float(groupnorm) < float(then["kalman_eval"])
     yield f"{table(head, lines)}\n\nGroupNorm's loss is smaller than that of frozen Kalman layers in {better}.\n\n"
@@ -141,10 +159,11 @@ def _worse(networks):
     names = {"eval": "in `eval()`", "last": "at the end", "largest": "largest"}
     lines = [
         [f"{row['name']} ({row['library']})", row["samples"], name, row[f"batchnorm_{measure}"] or "raises",
-         row[f"kalman_{measure}"], row["kalman_alone"] if measure == "eval" else ""]
+         row[f"kalman_{measure}"],
+         *([row["kalman_recalibrated"], row["kalman_alone"]] if measure == "eval" else ["", ""])]
         for measure, name in names.items() for row in networks if _above(row, TIMES[measure], measure)
     ]  # fmt: skip
-    head = ["network", "samples", "loss", "BatchNorm", "Kalman", "Kalman, alone"]
+    head = ["network", "samples", "loss", "BatchNorm", "Kalman", "Kalman, recalibrated", "Kalman, alone"]
     return table(head, lines) + "\n\n" if lines else "Nowhere.\n\n"
 
 

@@ -14,7 +14,7 @@ import kalmannorm as kn
 from benchmarks.coverage_networks import outputs_of
 from kalmannorm.lab.baselines.replacing import replace_batchnorm
 
-STEPS, LAST, RATE = 20, 5, 1e-3
+STEPS, LAST, RATE, RECALIBRATION = 20, 5, 1e-3, 64
 
 
 def examples(network, samples, seed):
@@ -86,6 +86,16 @@ def alone(model, network):
     return sum(losses) / len(losses)
 
 
+def recalibrated(model, network, samples):
+    """The loss in `eval()` after `kn.recalibrate` by other batches like those of training; NaN without such layers."""
+    x, _ = examples(network, RECALIBRATION * samples, 10**5)
+    try:
+        kn.recalibrate(model, x.split(samples), forward=lambda m, part: m(*network.call(part)), progress=False)
+    except ValueError:
+        return math.nan
+    return in_eval(model, network)[1]
+
+
 def difference(one, other):
     """The largest relative difference; infinite if a number is not finite."""
     worst = 0.0
@@ -111,6 +121,7 @@ def side(kind, model, network, samples):
         return {
             f"{kind}_first": losses[0], f"{kind}_last": sum(losses[-LAST:]) / LAST, f"{kind}_largest": max(losses),
             f"{kind}_eval": in_eval(model, network)[1], f"{kind}_alone": alone(model, network),
+            f"{kind}_recalibrated": recalibrated(model, network, samples),
         }  # fmt: skip
     except Exception as error:  # a package's code may raise anything
         return {f"{kind}_error": described(error)}
