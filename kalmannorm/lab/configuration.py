@@ -11,7 +11,7 @@ from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from kalmannorm.lab.experiments import load, merge, nested
+from kalmannorm.lab.experiments import load
 from kalmannorm.lab.training import quiet
 
 # Runs are counted in steps, not epochs, and our own callbacks write the files of a run.
@@ -25,6 +25,13 @@ _TRAINER: dict[str, Any] = {
     "enable_model_summary": False,
     "use_distributed_sampler": False,
 }
+
+
+class _Parser(LightningArgumentParser):
+    """Accepts overrides if a function makes the network: jsonargparse 4.53 then passes it an unknown argument."""
+
+    def add_function_arguments(self, *args: Any, linked_targets: Any = None, **kwargs: Any) -> list[str]:
+        return super().add_function_arguments(*args, **kwargs)  # type: ignore[no-any-return]
 
 
 class Run(LightningCLI):
@@ -57,12 +64,15 @@ class Run(LightningCLI):
         parser.link_arguments("trainer.max_steps", "model.init_args.steps")
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
 
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """A parser without Lightning's option for files."""
+        return _Parser(**kwargs)
+
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the configuration, then the overrides."""
-        given, rest = _merged(self._given, self._overrides)
-        self.config = parser.parse_object(given)
-        if rest:
-            self.config = parser.parse_args(rest, namespace=self.config)
+        self.config = parser.parse_object(self._given)
+        if self._overrides:
+            self.config = parser.parse_args(self._overrides, namespace=self.config)
         self.config.pop("config", None)
 
     def instantiate_classes(self) -> None:
@@ -82,22 +92,6 @@ class Run(LightningCLI):
         """All settings, as plain types."""
         whole: dict[str, Any] = yaml.safe_load(self.parser.dump(self.config, skip_unset=False, format="yaml"))
         return whole
-
-
-def _merged(config: Mapping[str, Any], overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """The configuration with the overrides of the module's arguments, and the other overrides.
-
-    jsonargparse 4.53 raises an error for these beside a network that a function makes, not a class.
-    """
-    merged, rest = dict(config), []
-    words = iter([part for word in overrides for part in (word.split("=", 1) if word.startswith("--") else [word])])
-    for name in words:
-        value = next(words, None)
-        if name.startswith("--model.init_args.") and not name.endswith(("+", ".class_path")) and value is not None:
-            merged = merge(merged, nested(name.removeprefix("--"), yaml.safe_load(value)))
-        else:
-            rest += [name] if value is None else [name, value]
-    return merged, rest
 
 
 def reason(error: Exception) -> str:

@@ -56,10 +56,19 @@ def test_bad_input_is_one_line_and_leaves_nothing(images, recipe, tmp_path, refu
 
 
 def test_a_setting_of_a_network_that_a_function_makes():
-    arm, settings = experiments.config_of("detection-cpu/kn"), ["--model.init_args.rate", "1e-3", "--seed_everything=3"]
-    complete = Run(arm, settings).complete()
-    assert (complete["model"]["init_args"]["rate"], complete["seed_everything"]) == (1e-3, 3)
-    assert complete["model"]["init_args"]["network"]["class_path"].endswith("mask_rcnn_fpn")
+    arm = experiments.config_of("detection-cpu/kn")
+    for name in ("--model.init_args.rate", "--model.rate"):
+        complete = Run(arm, [name, "1e-3", "--seed_everything=3"]).complete()
+        assert (complete["model"]["init_args"]["rate"], complete["seed_everything"]) == (1e-3, 3)
+        assert complete["model"]["init_args"]["network"]["class_path"].endswith("mask_rcnn_fpn")
+
+
+def test_a_network_named_again_keeps_its_settings():
+    arm = experiments.config_of("batch-sizes-cpu/kn-1")
+    network = arm["model"]["init_args"]["network"]
+    complete = Run(arm, ["--model.init_args.network", network["class_path"]]).complete()
+    found = complete["model"]["init_args"]["network"]["init_args"]
+    assert {name: found[name] for name in ("depth", "width")} == {"depth": 14, "width": 8}
 
 
 def test_a_folder_without_a_run(tmp_path, refused):
