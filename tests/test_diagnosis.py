@@ -50,6 +50,19 @@ def test_nothing_is_wrong_after_recalibration(make):
     assert "0 of 2 layers need attention" in str(found)
 
 
+@pytest.mark.parametrize("make", [network, kalman])
+def test_statistics_are_compared_with_those_of_inputs_as_in_eval(make):
+    loader = batches(samples=16)
+    model = trained(make(), loader)
+    with torch.no_grad():
+        model[1].running_var /= 4  # so that the layer above gets inputs of four times the variance
+    row = kn.diagnose(model, loader, progress=False).rows[1]
+    assert row.running < 0.5
+    assert "recalibrate" in row.advice
+    kn.recalibrate(model, loader, progress=False)
+    assert kn.diagnose(model, loader, progress=False).rows[1].advice == ""
+
+
 def test_the_numbers_are_those_of_their_definitions():
     loader = batches()
     model = trained(network(), loader)
