@@ -16,9 +16,10 @@ help:
 	@echo "make report  the tables and figures of docs again, from the files of runs"
 	@echo "make bench   speed and memory beside torch's layers, into docs/results/speed (10 to 25 minutes)"
 
+# Python compiles what is imported, at its first import: a minute less than compiling all that is installed.
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[lab,dev]"
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-compile -e ".[lab,dev]"
 	touch $(READY)
 
 demo: $(READY)
