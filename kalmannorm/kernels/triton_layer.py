@@ -119,12 +119,12 @@ def _or(pointer, at, here, default: tl.constexpr):
 
 
 @triton.jit
-def _gain(gain, GAIN_SLOPE: tl.constexpr, GAIN_OFFSET: tl.constexpr):
-    q = GAIN_OFFSET
+def _gain(gain, GAIN_SLOPE: tl.constexpr, gain_offset):
+    q = gain_offset
     if gain is not None:
         q = tl.load(gain)
         if GAIN_SLOPE != 0:
-            q = 1 / (1 + tl.exp(-(GAIN_SLOPE * q + GAIN_OFFSET)))
+            q = 1 / (1 + tl.exp(-(GAIN_SLOPE * q + gain_offset)))
     return q
 
 
@@ -171,7 +171,7 @@ def _move(running, channel, here, mean, var):
 
 @triton.jit
 def _fuse(mean, var, n, where, statistics, given, weight, bias, running, GAIN_SLOPE: tl.constexpr,
-          GAIN_OFFSET: tl.constexpr, NOISE_SCALE: tl.constexpr, SPREAD: tl.constexpr, EPS: tl.constexpr):  # fmt: skip
+          gain_offset, NOISE_SCALE: tl.constexpr, SPREAD: tl.constexpr, EPS: tl.constexpr):  # fmt: skip
     """Write the statistics of some channels, update their running statistics; return the posterior."""
     at, channel, here, size = where
     prior, _, _, gain, _, _ = given
@@ -179,7 +179,7 @@ def _fuse(mean, var, n, where, statistics, given, weight, bias, running, GAIN_SL
     posterior_mean = mean
     posterior_var = var
     if prior is not None:
-        q = _gain(gain, GAIN_SLOPE, GAIN_OFFSET)
+        q = _gain(gain, GAIN_SLOPE, gain_offset)
         p_mean, p_var, _, _ = _prior(given, where, NOISE_SCALE)
         innovation = mean - p_mean
         posterior_mean = p_mean + q * innovation
@@ -211,11 +211,11 @@ def _line(statistics, weight, bias, where, EPS: tl.constexpr):
 
 @triton.jit
 def _through_fusion(g_mean, g_var, mean, var, where, given, terms, GAIN_SLOPE: tl.constexpr,
-                    GAIN_OFFSET: tl.constexpr, NOISE_SCALE: tl.constexpr, SPREAD: tl.constexpr):  # fmt: skip
+                    gain_offset, NOISE_SCALE: tl.constexpr, SPREAD: tl.constexpr):  # fmt: skip
     """Write ``terms`` of prior, gain and noise; return the observed mean's, and ``q``."""
     at, _, here, size = where
     _, _, _, gain, noise, _ = given
-    q = _gain(gain, GAIN_SLOPE, GAIN_OFFSET)
+    q = _gain(gain, GAIN_SLOPE, gain_offset)
     p_mean, p_var, slope, slope_by_noise = _prior(given, where, NOISE_SCALE)
     innovation = mean - p_mean
     by_observed = q * g_mean
@@ -239,7 +239,7 @@ def _through_fusion(g_mean, g_var, mean, var, where, given, terms, GAIN_SLOPE: t
 
 @triton.jit
 def _gradients(sum_dy, sum_dyx, n, where, statistics, given, weight, d_belief, terms, POSTERIOR: tl.constexpr,
-               GAIN_SLOPE: tl.constexpr, GAIN_OFFSET: tl.constexpr, NOISE_SCALE: tl.constexpr, SPREAD: tl.constexpr,
+               GAIN_SLOPE: tl.constexpr, gain_offset, NOISE_SCALE: tl.constexpr, SPREAD: tl.constexpr,
                EPS: tl.constexpr):  # fmt: skip
     """Write each group and channel's share of every gradient; return mean, slope and offset of ``dx``.
 
@@ -273,7 +273,7 @@ def _gradients(sum_dy, sum_dyx, n, where, statistics, given, weight, d_belief, t
     q = 1.0
     if given[0] is not None:
         by_observed, q = _through_fusion(
-            g_mean, g_var, mean, var, where, given, terms, GAIN_SLOPE, GAIN_OFFSET, NOISE_SCALE, SPREAD
+            g_mean, g_var, mean, var, where, given, terms, GAIN_SLOPE, gain_offset, NOISE_SCALE, SPREAD
         )  # fmt: skip
     # A constant channel's deviations are nothing but rounding: see `slope_by_variance`.
     rounding = mean * (8 * 1.1920929e-7)
@@ -301,7 +301,7 @@ def _masked(dy, x, mean, scale, beta, RELU: tl.constexpr):
 @_jit
 def forward_kernel(x, y, statistics, prior, prior_shift, prior_scale, gain, noise, weight, bias, running_mean,
                    running_var, batches, nonfinite, momentum, channels, pixels, rows, groups, prior_size, GAIN_SLOPE:
-                   tl.constexpr, GAIN_OFFSET: tl.constexpr, NOISE_SCALE: tl.constexpr, SPREAD: tl.constexpr, EPS:
+                   tl.constexpr, gain_offset, NOISE_SCALE: tl.constexpr, SPREAD: tl.constexpr, EPS:
                    tl.constexpr, RELU: tl.constexpr, A: tl.constexpr, K: tl.constexpr, B: tl.constexpr, LAST:
                    tl.constexpr, ALIGN: tl.constexpr):  # fmt: skip
     """All of the forward pass, where a group's channel is one tile. A program a group and channel block."""
@@ -314,7 +314,7 @@ def forward_kernel(x, y, statistics, prior, prior_shift, prior_scale, gain, nois
     given = prior, prior_shift, prior_scale, gain, noise, prior_size
     running = running_mean, running_var, batches, nonfinite, momentum
     m, v = _fuse(
-        mean, var, n, (at, channel, here, size), statistics, given, weight, bias, running, GAIN_SLOPE, GAIN_OFFSET,
+        mean, var, n, (at, channel, here, size), statistics, given, weight, bias, running, GAIN_SLOPE, gain_offset,
         NOISE_SCALE, SPREAD, EPS,
     )  # fmt: skip
     scale = _spread_out(_or(weight, channel, here, 1.0) * (1.0 / tl.sqrt(v + EPS)))
@@ -352,7 +352,7 @@ def moments_kernel(x, parts, channels, pixels, rows, groups, tiles, chunk, A: tl
 @_jit
 def fuse_kernel(parts, statistics, prior, prior_shift, prior_scale, gain, noise, weight, bias, running_mean,
                 running_var, batches, nonfinite, momentum, channels, groups, chunks, prior_size, GAIN_SLOPE:
-                tl.constexpr, GAIN_OFFSET: tl.constexpr, NOISE_SCALE: tl.constexpr, SPREAD: tl.constexpr, EPS:
+                tl.constexpr, gain_offset, NOISE_SCALE: tl.constexpr, SPREAD: tl.constexpr, EPS:
                 tl.constexpr, P: tl.constexpr, C: tl.constexpr):  # fmt: skip
     """Merge chunks, and fuse with the prior. A program for each ``C`` of ``groups * channels``."""
     size = groups * channels
@@ -382,7 +382,7 @@ def fuse_kernel(parts, statistics, prior, prior_shift, prior_scale, gain, noise,
     running = running_mean, running_var, batches, nonfinite, momentum
     _fuse(
         mean, squares / n, n, (at, at % channels, here, size), statistics, given, weight, bias, running, GAIN_SLOPE,
-        GAIN_OFFSET, NOISE_SCALE, SPREAD, EPS,
+        gain_offset, NOISE_SCALE, SPREAD, EPS,
     )  # fmt: skip
 
 
@@ -404,12 +404,12 @@ def apply_kernel(x, y, statistics, weight, bias, channels, pixels, rows, groups,
 
 @_jit
 def running_kernel(statistics, gain, running_mean, running_var, batches, nonfinite, momentum, count, channels, groups,
-                   GAIN_SLOPE: tl.constexpr, GAIN_OFFSET: tl.constexpr, C: tl.constexpr):  # fmt: skip
+                   GAIN_SLOPE: tl.constexpr, gain_offset, C: tl.constexpr):  # fmt: skip
     """Running statistics from the averages over groups. ``count`` elements a channel in a group; ``C`` channels."""
     channel = tl.program_id(0) * C + tl.arange(0, C)
     here = channel < channels
     size = groups * channels
-    unbiased = _gain(gain, GAIN_SLOPE, GAIN_OFFSET) / tl.maximum(count - 1, 1).to(tl.float32)
+    unbiased = _gain(gain, GAIN_SLOPE, gain_offset) / tl.maximum(count - 1, 1).to(tl.float32)
     mean = tl.zeros((C,), tl.float32)
     var = tl.zeros((C,), tl.float32)
     for group in range(groups):
@@ -426,7 +426,7 @@ def running_kernel(statistics, gain, running_mean, running_var, batches, nonfini
 @_jit
 def backward_kernel(dy, x, dx, statistics, terms, d_belief, prior, prior_shift, prior_scale, gain,
                     noise, weight, bias, channels, pixels, rows, groups, prior_size, POSTERIOR: tl.constexpr,
-                    GAIN_SLOPE: tl.constexpr, GAIN_OFFSET: tl.constexpr, NOISE_SCALE: tl.constexpr, SPREAD:
+                    GAIN_SLOPE: tl.constexpr, gain_offset, NOISE_SCALE: tl.constexpr, SPREAD:
                     tl.constexpr, EPS: tl.constexpr, RELU: tl.constexpr, A: tl.constexpr, K: tl.constexpr, B:
                     tl.constexpr, LAST: tl.constexpr, ALIGN: tl.constexpr):  # fmt: skip
     """All of the backward pass, where a group's channel is one tile. A program a group and channel block."""
@@ -439,7 +439,7 @@ def backward_kernel(dy, x, dx, statistics, terms, d_belief, prior, prior_shift, 
     given = prior, prior_shift, prior_scale, gain, noise, prior_size
     centre, slope, level = _gradients(
         _sum(gradient), _sum(gradient * (value - mean) * inverse), n, (at, channel, here, size), statistics, given,
-        weight, d_belief, terms, POSTERIOR, GAIN_SLOPE, GAIN_OFFSET, NOISE_SCALE, SPREAD, EPS,
+        weight, d_belief, terms, POSTERIOR, GAIN_SLOPE, gain_offset, NOISE_SCALE, SPREAD, EPS,
     )  # fmt: skip
     value = scale * gradient + (value - _spread_out(centre)) * _spread_out(slope) + _spread_out(level)
     _store(dx, start, offset, inside, value)
@@ -470,7 +470,7 @@ def sums_kernel(dy, x, parts, statistics, weight, bias, channels, pixels, rows, 
 @_jit
 def gradients_kernel(parts, line, statistics, terms, d_belief, prior, prior_shift, prior_scale, gain, noise, weight,
                      count, channels, groups, chunks, prior_size, POSTERIOR: tl.constexpr, GAIN_SLOPE: tl.constexpr,
-                     GAIN_OFFSET: tl.constexpr, NOISE_SCALE: tl.constexpr, SPREAD: tl.constexpr, EPS: tl.constexpr, P:
+                     gain_offset, NOISE_SCALE: tl.constexpr, SPREAD: tl.constexpr, EPS: tl.constexpr, P:
                      tl.constexpr, C: tl.constexpr):  # fmt: skip
     """Merge chunks; all gradients but that of ``x``, whose ``line`` is ``(2, groups, channels)``, slope and offset.
 
@@ -490,7 +490,7 @@ def gradients_kernel(parts, line, statistics, terms, d_belief, prior, prior_shif
     given = prior, prior_shift, prior_scale, gain, noise, prior_size
     _, slope, level = _gradients(
         sum_dy, sum_dyx, count.to(tl.float32), (at, at % channels, here, size), statistics, given, weight, d_belief,
-        terms, POSTERIOR, GAIN_SLOPE, GAIN_OFFSET, NOISE_SCALE, SPREAD, EPS,
+        terms, POSTERIOR, GAIN_SLOPE, gain_offset, NOISE_SCALE, SPREAD, EPS,
     )  # fmt: skip
     tl.store(line + at, slope, mask=here)
     tl.store(line + size + at, level, mask=here)

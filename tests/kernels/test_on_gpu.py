@@ -145,6 +145,20 @@ def test_layer_compiles(case, expected, compiled):
             assert "ld.global.v4" in assembly[name], f"{name} loads fewer than 16 bytes at once"
 
 
+@pytest.mark.parametrize("shape", [(2, 8, 14, 14), (8, 8, 64, 64)], ids=["held", "tiled"])
+def test_the_kernels_are_the_same_for_a_gain_of_any_batch_size(shape, compiled):
+    """The heads of a detector get another number of regions at nearly each step."""
+    c, count = torch.empty(8), torch.tensor(0)
+    x, given = torch.empty(shape), Given(torch.empty(2, 1, 8), gain=c[:1], weight=c, bias=c)
+    found = []
+    for offset in (0.3, 0.7):
+        options = Options(gain_slope=-1.0, gain_offset=offset)
+        _, statistics = on_gpu.layer_forward(x, given, Running(c, c, count, count, 0.1), options)
+        on_gpu.layer_backward(x, x, given, statistics, None, False, options)
+        found.append(dict(compiled["triton_layer"].assembly))
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize(
     ("dtype", "last", "relu"),
     [(torch.float32, False, True), (torch.bfloat16, True, True), (torch.float32, True, False)],
