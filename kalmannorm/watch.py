@@ -143,9 +143,9 @@ class Watch:
         self._warned = True
         channels = given.mean.numel()
         warnings.warn(
-            f"input_stats given to kalmannorm.convert describe {channels} channels, but {type(module).__name__} got no "
-            f"tensor of shape (N, {channels}, ...) that could be found, in lists, mappings and dataclasses too: the "
-            "first layer has no prior",
+            f"input_stats describe {channels} channels, but {type(module).__name__} got no tensor of shape "
+            f"(N, {channels}, ...) that could be found, in lists, mappings and dataclasses too: the first layer has no "
+            "prior",
             stacklevel=2,
         )
 
@@ -213,8 +213,8 @@ def _is_unknown_input(tensor: Tensor) -> bool:
 def _misfit(given: Gaussian, tensor: Tensor, which: str, module: nn.Module) -> ValueError:
     channels = len(given.mean)
     return ValueError(
-        f"input_stats given to kalmannorm.convert describe {channels} channels, but {type(module).__name__} got "
-        f"{which} of shape {tuple(tensor.shape)}, expected (N, {channels}, ...), or one number for all channels"
+        f"input_stats describe {channels} channels, but {type(module).__name__} got {which} of shape "
+        f"{tuple(tensor.shape)}, expected (N, {channels}, ...), or one number for all channels"
     )
 
 

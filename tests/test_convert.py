@@ -543,7 +543,7 @@ def test_a_layer_alone_takes_input_stats():
     "stats", [(0.485, 0.456, 0.406), 3, ([0.0] * 3,), ("a", "b"), (None, None), {"input": (0.0,)}, ([0.0, [1.0]], 1.0)]
 )
 def test_input_stats_that_are_no_mean_and_deviation(stats):
-    with pytest.raises(ValueError, match=r"kalmannorm.convert got input_stats.*=.*, expected \(mean, std\)"):
+    with pytest.raises(ValueError, match=r"kalmannorm got input_stats.*=.*, expected \(mean, std\)"):
         kn.convert(small(), input_stats=stats)
 
 
