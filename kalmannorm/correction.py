@@ -134,10 +134,12 @@ class CorrectedPrior(nn.Module):
 
     def _correction(self, prior: Gaussian) -> tuple[Tensor, Tensor] | tuple[()]:
         """Shift and scale, ``(C,)`` each, if there are any; the first call finds them."""
+        if not (self.is_corrected or _is_batched(self.prior_scale)):
+            return ()
         shift, scale = self.prior_shift, self.prior_scale
         compiling, is_batched = torch.compiler.is_compiling(), _is_batched(scale)
         if not (self.awaits_correction or is_batched):
-            return (shift, scale) if self.is_corrected else ()
+            return shift, scale
         if self.dropped_statistics is None and getattr(self, "running_mean", None) is None:
             return (shift, scale) if is_batched else self._without_target()
         given = prior.detach().per_channel(1)

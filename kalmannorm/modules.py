@@ -176,7 +176,7 @@ class KalmanLayer(CorrectedPrior):
     @property
     def ignores_prior(self) -> bool:
         """Whether the gain is fixed at 1: the layer is then the stock layer."""
-        return not isinstance(self.gain, Tensor) and self.gain == 1.0
+        return not isinstance(gain := self.gain, Tensor) and gain == 1.0
 
     def kalman_gain(self, samples: int | Tensor) -> Tensor | float:
         """The gain ``q`` in (0, 1] that fuses an observation of ``samples`` feature maps.
@@ -188,9 +188,10 @@ class KalmanLayer(CorrectedPrior):
 
     def _gain_line(self, samples: Any) -> tuple[Tensor | None, Any, float, float]:
         """The gain as kernels take it: the arguments of :func:`~kalmannorm.kernels.formulas.gain_by`."""
-        if not isinstance(self.gain, Tensor):
-            return None, 1, 0.0, self.gain
-        parameter = at_least_float32(self.gain)
+        gain = self.gain
+        if not isinstance(gain, Tensor):
+            return None, 1, 0.0, gain
+        parameter = at_least_float32(gain)
         if self.gain_rule == "learned":
             return parameter, 1, 1.0, _INITIAL_LOGIT
         return parameter, samples, -1.0, -math.log(_INITIAL_STRENGTH)

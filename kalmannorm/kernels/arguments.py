@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 from torch import Tensor
@@ -34,6 +35,7 @@ class Options(NamedTuple):
     eps: float = 1e-5
     relu: bool = False
 
+    @lru_cache(maxsize=4096)  # noqa: B019 - of tuples of numbers
     def for_kernels(self) -> Options:
         """With ``n`` in the offset. Before that a compiler may vary it with the batch."""
         return self._replace(gain_samples=1, gain_offset=self.gain_offset + math.log(self.gain_samples))

@@ -20,7 +20,7 @@ from kalmannorm.kernels.standardize import standardize
 
 def at_least_float32(x: Tensor) -> Tensor:
     """The tensor in the type that statistics have: float32, or float64."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype is torch.float32 else x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def by_sample(x: Tensor, groups: int) -> Tensor:

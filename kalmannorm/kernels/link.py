@@ -21,7 +21,7 @@ from torch import Tensor
 from kalmannorm.kernels import on_torch, operators
 from kalmannorm.kernels.autograd import differentiable_gradients, is_transformed
 from kalmannorm.kernels.backends import backend_for
-from kalmannorm.kernels.memory_format import as_dense
+from kalmannorm.kernels.memory_format import as_dense, in_type
 
 
 class _Link(torch.autograd.Function):
@@ -58,8 +58,8 @@ def link(moments: Tensor, weight: Tensor, bias: Tensor | None = None,
             f"got moments of shape {tuple(moments.shape)}, expected (2, S, {weight.shape[1]}, ...): a mean and a "
             f"variance of as many channels as the weight of shape {tuple(weight.shape)} has"
         )
-    weight = weight.to(moments.dtype)
-    bias = None if bias is None else bias.to(moments.dtype)
+    weight = in_type(weight, moments.dtype)
+    bias = None if bias is None else in_type(bias, moments.dtype)
     if torch.compiler.is_compiling():
         out, after = operators.link(moments, weight, bias, relu)
         return out, after if relu else None

@@ -1,4 +1,4 @@
-"""How an activation lies in memory."""
+"""How an activation lies in memory, and in which type."""
 
 from __future__ import annotations
 
@@ -15,6 +15,11 @@ def is_channels_last(t: Tensor) -> bool:
     if torch._C._are_functorch_transforms_active():  # vmap cannot tell, in a compiled call neither
         return False
     return t.is_contiguous(memory_format=_CHANNELS_LAST[t.ndim])
+
+
+def in_type(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in a type; itself, where it has that already, which torch takes longer to find."""
+    return t if t.dtype is dtype else t.to(dtype)
 
 
 def as_dense(t: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kalmannorm.kernels.arguments import Given, Options, Running
 from kalmannorm.kernels.autograd import constant_to_compilers
-from kalmannorm.kernels.memory_format import dense, is_channels_last
+from kalmannorm.kernels.memory_format import dense, in_type, is_channels_last
 from kalmannorm.kernels.native import library
 
 # The structures of native.c, members in their order: q is a pointer or an int64, f a float, i an int32.
@@ -53,7 +53,7 @@ def _layer(x: Tensor, given: Given, options: Options) -> tuple[Any, ...]:
 
 def layer_forward(x: Tensor, given: Given, running: Running | None, options: Options) -> tuple[Tensor, Tensor]:
     """See :func:`kalmannorm.kernels.formulas.layer_forward`."""
-    dtype, x = x.dtype, x.float()
+    dtype, x = x.dtype, in_type(x, torch.float32)
     y = torch.empty_like(x)
     statistics = x.new_empty(6, options.groups, x.shape[1])
     moved = (0, 0, 0, 0, 0.0) if running is None else (
@@ -64,13 +64,13 @@ def layer_forward(x: Tensor, given: Given, running: Running | None, options: Opt
         *_layer(x, given, options), x.data_ptr(), y.data_ptr(),
         statistics.data_ptr(), *moved,
     ))  # fmt: skip
-    return y.to(dtype), statistics
+    return in_type(y, dtype), statistics
 
 
 def layer_backward(dy: Tensor, x: Tensor, given: Given, statistics: Tensor, d_belief: Tensor | None,
                    posterior: bool, options: Options) -> tuple[Tensor | None, ...]:  # fmt: skip
     """See :func:`kalmannorm.kernels.on_torch.layer_backward`."""
-    dtype, dy, x = x.dtype, dense(dy, x).float(), x.float()
+    dtype, dy, x = x.dtype, in_type(dense(dy, x), torch.float32), in_type(x, torch.float32)
     dx = torch.empty_like(x)
     results = [None if t is None else torch.empty_like(t) for t in (given.prior, *given[3:])]
     d_prior, *others = results
@@ -80,7 +80,7 @@ def layer_backward(dy: Tensor, x: Tensor, given: Given, statistics: Tensor, d_be
         *((*sent, 0, 0) if posterior else (0, 0, *sent)), *_both_at(d_prior), *map(_at, others),
         dy.data_ptr(), x.data_ptr(), statistics.data_ptr(), dx.data_ptr(),
     ))  # fmt: skip
-    return (dx.to(dtype), *results)
+    return (in_type(dx, dtype), *results)
 
 
 def _link(moments: Tensor, weight: Tensor, bias: Tensor | None, after: Tensor | None, relu: bool) -> tuple[Any, ...]:
