@@ -10,6 +10,7 @@ A layer that comes with trained running statistics gets the correction that lead
 from __future__ import annotations
 
 import weakref
+from itertools import chain
 from typing import Any
 
 import torch
@@ -191,6 +192,7 @@ class CorrectedPrior(nn.Module):
 
     def _prepare_correction(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Without a correction in a checkpoint, drop the layer's, and await one if it has BatchNorm's statistics."""
+        self._leave_out_own_tensors(state_dict, prefix)
         found = {name for name in ("prior_scale", "weight", "running_mean", "gain", "process_noise")
                  if prefix + name in state_dict}  # fmt: skip
         if not found or "prior_scale" in found:
@@ -206,6 +208,14 @@ class CorrectedPrior(nn.Module):
             dtype = torch.promote_types(mean.dtype, torch.float32)
             self.dropped_statistics = Gaussian(mean[None], var[None]).map(lambda t: t.to(like.device, dtype, copy=True))
         self.await_correction()
+
+    def _leave_out_own_tensors(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Where a checkpoint lacks a key, torch.distributed's ``set_model_state_dict`` adds the layer's own tensor."""
+        own = [name for name, t in chain(self._parameters.items(), self._buffers.items())
+               if t is not None and state_dict.get(prefix + name) is t]  # fmt: skip
+        if own and not {"weight", "running_mean"} & set(own):
+            for name in own:
+                del state_dict[prefix + name]
 
     def _check_loaded_correction(self) -> bool:
         """Whether a loaded correction can be used or found; if not, it is dropped."""

@@ -67,7 +67,7 @@ class Watch:
                 self.mode.passes[threading.get_ident()] = []
                 self._warn_of_replaced_layers(module)
             self.mode.__enter__()  # type: ignore[no-untyped-call]
-        elif mode is not None and self.given and any(map(_is_unknown_input, found_in((args, kwargs), Tensor))):
+        elif mode is not None and self.given and any(map(_is_unknown, found_in((args, kwargs), Tensor))):
             self._start_beliefs(module, args, kwargs, mode)  # `input_stats` were given to this part alone
         elif mode is not None and mode.waiting and (waiting := mode.await_input(None)) is not None:
             mode.await_input(started_on_first(waiting, (*args, *kwargs.values()), mode.learned))
@@ -198,16 +198,17 @@ def _start_belief(tensor: Tensor, given: Gaussian | None, place: str) -> bool:
     """Attach ``given`` to an input, or :class:`Unknown`. Returns False if ``given`` does not fit the input."""
     can = given is None or fits(given, tensor)
     step = step_of(tensor)
-    if step is not None and step.source != "input":
+    if step is not None and step.source != "input" and (given is None or not _is_unknown(tensor)):
         return True  # the output of another part of the network
     known = None if given is None or not can else laid_out(given, tensor)
     attach(tensor, known or Unknown(f"the network's input {place!r}"), "input")
     return can
 
 
-def _is_unknown_input(tensor: Tensor) -> bool:
+def _is_unknown(tensor: Tensor) -> bool:
+    """Whether nothing is believed of an input, or of what the network has made of one."""
     step = step_of(tensor)
-    return step is not None and step.source == "input" and isinstance(step.belief, Unknown)
+    return step is not None and isinstance(step.belief, Unknown)
 
 
 def _misfit(given: Gaussian, tensor: Tensor, which: str, module: nn.Module) -> ValueError:

@@ -11,6 +11,7 @@ import torch.distributed.checkpoint as dcp
 from network import in_two_processes
 from networks import made_of, through_a_file
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 from torchvision.ops.misc import FrozenBatchNorm2d
@@ -442,6 +443,18 @@ def test_a_distributed_checkpoint_fills_a_fresh_network(trained, tmp_path):
     x = images(2)
     torch.testing.assert_close(fresh(x), model(x), rtol=0, atol=0)
     assert_same_corrections(fresh, model)
+
+
+def test_a_whole_state_dict_of_batchnorm_corrects_priors(trained):
+    """torch.distributed adds what a checkpoint lacks, from the network itself: the correction, or all of a layer."""
+    model, fresh = converted(trained), converted(network())
+    x, whole = images(2), {"full_state_dict": True}
+    set_model_state_dict(fresh, trained.state_dict(), options=StateDictOptions(**whole))
+    torch.testing.assert_close(fresh(x), model(x), rtol=0, atol=0)
+    assert_same_corrections(fresh, model)
+    set_model_state_dict(fresh, {"6.bias": torch.ones(4)}, options=StateDictOptions(**whole, strict=False))
+    assert_same_corrections(fresh, model)
+    assert torch.equal(fresh[6].bias, torch.ones(4))
 
 
 def test_a_fresh_networks_checkpoint_drops_a_correction(trained):

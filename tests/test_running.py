@@ -439,6 +439,18 @@ def test_grad_of_a_functional_call_is_what_backward_gives():
     assert expected["4.gain"].any()
 
 
+@pytest.mark.parametrize("options", [{}, {"track_running_stats": False}, {"guard": 3.0}], ids=str)
+def test_many_gradients_at_once(options):
+    """As torch's own vectorized Jacobians have them: a kernel finds no memory in such gradients."""
+    x = images().requires_grad_()
+    y = net(**options)(x).flatten()
+    rows = torch.eye(y.numel())
+    (at_once,) = torch.autograd.grad(y, x, rows, is_grads_batched=True, retain_graph=True)
+    one_by_one = [torch.autograd.grad(y, x, row, retain_graph=True)[0] for row in rows]
+    equal(at_once, torch.stack(one_by_one), 1e-6)
+    assert not at_once.requires_grad
+
+
 # Where running statistics are not updated, BatchNorm works under every transform.
 WITHOUT_UPDATES = [{"training": False}, {"track_running_stats": False}]
 

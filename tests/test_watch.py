@@ -782,6 +782,16 @@ def test_input_stats_of_a_part_hold_in_the_whole():
     assert kn.describe(kn.connect(nn.Sequential(unnamed)), torch.randn(2, 3, 4, 4)).with_prior == 1
 
 
+@pytest.mark.parametrize("input_stats", [([0.0] * 3, [1.0] * 3), {"x": ([0.0] * 3, [1.0] * 3)}], ids=type)
+def test_input_stats_of_a_part_hold_where_the_whole_normalizes(input_stats):
+    part = made_of(lambda self, x: self.norm(self.conv(x)), conv=nn.Conv2d(3, 4, 1), norm=nn.BatchNorm2d(4))
+    part = kn.convert(part, input_stats=input_stats)
+    model = kn.connect(made_of(lambda self, x: self.part((x - 0.5) / 0.25), part=part))
+    images = torch.rand(2, 3, 4, 4)
+    torch.testing.assert_close(model(images), part((images - 0.5) / 0.25), rtol=0, atol=0)
+    assert kn.describe(model, images).with_prior == 1
+
+
 def test_named_input_stats_reach_the_batch_of_a_detector():
     model = made_of(
         lambda self, images: self.body(torch.stack(images)), body=nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))

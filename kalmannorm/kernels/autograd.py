@@ -96,17 +96,29 @@ def _outside_of_inference(grad: bool) -> Iterator[None]:
         yield
 
 
+def needs_torchs_functions(*upstream: Tensor | None) -> bool:
+    """Whether a backward pass is differentiated itself, or gets many gradients at once (``is_grads_batched``), in which
+    a kernel finds no memory.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return torch.is_grad_enabled()
+    return any(d is not None and torch._C._functorch.is_legacy_batchedtensor(d) for d in upstream)
+
+
 def differentiable_gradients(plain: Callable[..., Any], inputs: Sequence[Any],
                              upstream: Sequence[Tensor | None]) -> Iterator[Tensor | None]:  # fmt: skip
-    """Gradients that can be differentiated again, one for each input of ``plain``, None for what is no tensor.
+    """Gradients by torch's functions, one for each input of ``plain``, None for what is no tensor. They can be
+    differentiated again where the backward pass is.
 
     ``plain`` returns a tuple that begins with an output for each gradient ``upstream``, which may be None.
     """
-    # Of views, as one input may have been computed from another one.
-    inputs = [t.view_as(t) if isinstance(t, Tensor) and t.requires_grad else t for t in inputs]
-    sent = [(o, d) for o, d in zip(plain(*inputs), upstream, strict=False) if d is not None and o.requires_grad]
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Of views, as one input may have been computed from another one.
+        inputs = [t.view_as(t) if isinstance(t, Tensor) and t.requires_grad else t for t in inputs]
+        sent = [(o, d) for o, d in zip(plain(*inputs), upstream, strict=False) if d is not None and o.requires_grad]
     wanted = [t for t in inputs if isinstance(t, Tensor) and t.requires_grad]
     outputs, incoming = zip(*sent, strict=True) if sent else ((), ())
-    gradients = iter(torch.autograd.grad(outputs, wanted, incoming, create_graph=True, materialize_grads=True))
+    gradients = iter(torch.autograd.grad(outputs, wanted, incoming, create_graph=again, materialize_grads=True))
     for t in inputs:
         yield next(gradients) if isinstance(t, Tensor) and t.requires_grad else None

@@ -43,7 +43,13 @@ from torch import Tensor
 from kalmannorm.gaussian import Gaussian
 from kalmannorm.kernels import on_cpu, on_torch, operators
 from kalmannorm.kernels.arguments import Given, Options, Running
-from kalmannorm.kernels.autograd import alias, differentiable_gradients, is_exporting, is_transformed
+from kalmannorm.kernels.autograd import (
+    alias,
+    differentiable_gradients,
+    is_exporting,
+    is_transformed,
+    needs_torchs_functions,
+)
 from kalmannorm.kernels.backends import backend_for
 from kalmannorm.kernels.formulas import at_least_float32, carried, gain_of, move_running, to_groups
 from kalmannorm.kernels.memory_format import as_dense
@@ -95,7 +101,7 @@ class _Layer(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, d_belief: Tensor | None, _: Any) -> Any:  # type: ignore[override]
         x, *vectors, statistics = ctx.saved_tensors  # once: a checkpoint allows no more
         backend, posterior, options, _ = ctx.call
-        if torch.is_grad_enabled():
+        if needs_torchs_functions(dy, d_belief):
 
             def plain(x: Tensor, *vectors: Tensor | None) -> Any:
                 return _plain(x, Given(*vectors), posterior, options, None)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kalmannorm.kernels import on_torch, operators
-from kalmannorm.kernels.autograd import differentiable_gradients, is_transformed
+from kalmannorm.kernels.autograd import differentiable_gradients, is_transformed, needs_torchs_functions
 from kalmannorm.kernels.backends import backend_for
 from kalmannorm.kernels.memory_format import as_dense, in_type
 
@@ -37,7 +37,7 @@ class _Link(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_out: Tensor | None, d_after: Tensor | None) -> Any:  # type: ignore[override]
         moments, weight, bias, after = ctx.saved_tensors  # once: a checkpoint allows no more
-        if torch.is_grad_enabled():
+        if needs_torchs_functions(d_out, d_after):
             inputs = (moments, weight, bias, ctx.relu)
             return (*differentiable_gradients(on_torch.link_forward, inputs, (d_out, d_after)), None)
         if d_out is None:

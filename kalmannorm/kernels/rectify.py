@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kalmannorm.kernels.autograd import differentiable_gradients, is_transformed
+from kalmannorm.kernels.autograd import differentiable_gradients, is_transformed, needs_torchs_functions
 
 
 class _Terms(NamedTuple):
@@ -95,7 +95,7 @@ class _Rectify(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_mean: Tensor, d_var: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         mean, var, *slopes = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if needs_torchs_functions(d_mean, d_var):
             again = partial(rectified, slope=ctx.slope)
             return *differentiable_gradients(again, (mean, var), (d_mean, d_var)), None
         return *_through(slopes, d_mean, d_var), None

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kalmannorm.kernels.autograd import differentiable_gradients, is_transformed
+from kalmannorm.kernels.autograd import differentiable_gradients, is_transformed, needs_torchs_functions
 
 
 def _plain(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -34,7 +34,7 @@ class _Standardize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, mean, var, weight, _ = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a backward pass that is itself differentiated
+        if needs_torchs_functions(dy):
             inputs = (*ctx.saved_tensors, ctx.eps)
             return tuple(differentiable_gradients(lambda *given: (_plain(*given),), inputs, (dy,)))
         dx, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
