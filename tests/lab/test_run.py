@@ -668,6 +668,34 @@ def test_what_is_computed_needs_no_data_and_speaks_of_no_seeds(here, capsys):
     assert "Nothing is trained." in capsys.readouterr().out
 
 
+def test_a_rehearsal_makes_way_for_the_run(here, written):
+    """Though its table is computed, or its runs are in another experiment's folder."""
+    assert here.run("table2", "--only", "resnet50-bn", "--scale", "tiny") == 0
+    assert here.run("table2", "--only", "resnet50-bn") == 0
+    assert {row["scale"] for row in here.rows(experiment="table2")} == {"1"}
+    here.train = lambda job, tell: [job.folder.mkdir(parents=True), result(job)][-1]
+    options = ["--only", "*-bn-bs2", "--seeds", "1"]
+    assert here.run("table7", "--scale", "tiny", *options) == 0
+    assert here.run("table7", "--scale", "0.001", *options) == 0
+    assert {row["scale"] for row in here.rows(experiment="table7")} == {"0.001"}
+    for folder in (here.output / "table8" / "runs").iterdir():
+        folder.rename(here.output / folder.name)
+    here.refuses("has runs of scale 0.001, whose own folders are gone", "table7", "--scale", "0.002", *options)
+
+
+def test_an_unfinished_run_of_another_experiment_is_not_recorded(here, written, tmp_path):
+    written()
+    (tmp_path / "first.yaml").write_text(yaml.safe_dump(start_of()))
+    (tmp_path / "ours.yaml").write_text(yaml.safe_dump(start_of(arms={"bn": {"run": "first/bn"}})))
+    here.train = lambda job, tell: [job.folder.mkdir(parents=True), result(job).write(job.folder), result(job)][-1]
+    assert here.run(tmp_path / "ours.yaml") == 0
+    for job in here.jobs:
+        (job.folder / "config.yaml").write_text(yaml.safe_dump(Run(job.config).complete()))
+    (here.jobs[1].folder / "result.json").unlink()
+    assert here.run(tmp_path / "ours.yaml", "--collect") == 0
+    assert [row["seed"] for row in here.rows()] == ["0"]
+
+
 def test_devices_have_folders_of_their_own_and_weights_are_found_in_all(here, written, tmp_path, monkeypatch):
     folders = []
     written()
