@@ -25,6 +25,8 @@ FORMS: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "default": ("kn", {}, "-default", ", our default"),
     "standardized": ("kn", {"weight_standardization": True}, "-standardized", ", ours with standardized filters"),
 }
+# The forms that are run by default.
+DEFAULT_FORMS = "paper,default,standardized"
 # Settings that a scale multiplies.
 _LENGTHS = (("trainer", "max_steps"), ("trainer", "val_check_interval"), (None, "checkpoint_every"))
 _NEEDED = ("title", "arms")

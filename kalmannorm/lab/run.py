@@ -7,14 +7,14 @@ from pathlib import Path
 from rich.console import Console
 
 from kalmannorm.lab import experiments
-from kalmannorm.lab.experiments import FORMS, Arm, Experiment, Scale
+from kalmannorm.lab.experiments import DEFAULT_FORMS, FORMS, Arm, Experiment, Scale
 
 
 def run(
     name: str,
     *,
     only: str = "*",
-    kalman: str = "paper,default,standardized",
+    kalman: str = DEFAULT_FORMS,
     scale: str = "1",
     data: Path | None = None,
     weights: Path | None = None,

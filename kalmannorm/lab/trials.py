@@ -282,7 +282,8 @@ def _collect(plan: Plan, recorded: Mapping[Key, RecordedRun]) -> list[Trial]:
 
     trials = _search_then_finals(plan.experiment, read)
     if not trials:
-        raise ValueError(f"--output: no run of {plan.experiment.name} has finished in {plan.runs(plan.experiment.name)}")
+        name = plan.experiment.name
+        raise ValueError(f"--output: no run of {name} has finished in {plan.runs(name)}")
     return trials
 
 

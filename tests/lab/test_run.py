@@ -1,8 +1,10 @@
 """Running experiments: an equal search, a winner by validation alone, tables from files, the paper's too."""
 
+import html
 import itertools
 import math
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -179,9 +181,9 @@ def test_the_verdict_is_shown_and_says_what_does_not_count(here, written, capsys
     assert here.run(written(search={}, verdict=known), "--only", "kn-2") == 0
     assert "Left out, as they failed or diverged: 1 of 2 runs of KN." in capsys.readouterr().out
     # An arm is known by its column too.
-    assert here.run(written(search={}, verdict=known)) == 0
+    assert here.run(written(search={}, verdict=known, scored="validation")) == 0
     said = next(line for line in capsys.readouterr().out.splitlines() if "has the highest accuracy" in line)
-    assert all(name in said for name in ("BN, 2", "KN, 2", "KN, 4"))
+    assert all(name in said for name in ("BN, 2", "KN, 2", "KN, 4", "of 100 validation images"))
 
 
 def test_a_file_that_was_changed_after_a_run_is_refused_and_loses_nothing(here, written):
@@ -641,6 +643,11 @@ def test_forms_of_kalman_normalization_are_chosen(here):
     options = ["--scale", "tiny", "--only", "*-kn*", "--seeds", "1", "--kalman", "released,default"]
     assert here.run("variants", *options) == 0
     assert [job.config["model"]["init_args"]["normalization"] for job in here.jobs] == ["kn-released", "kn"]
+    shown = html.unescape((here.output / "variants" / "report.html").read_text(encoding="utf-8"))
+    command = re.search(r"kalmannorm (run .* --only 'resnet32-kn-released')", shown)
+    here.jobs.clear()
+    assert main(shlex.split(command[1])) == 0
+    assert [job.config["model"]["init_args"]["normalization"] for job in here.jobs] == ["kn-released"]
 
 
 def test_without_any_data_it_is_one_line(here, monkeypatch):
