@@ -138,18 +138,17 @@ def compare(
     _check_pictures(data)
     config = _config(network, data, statistics_batch, start, steps)
     question = _question(network, start, weights, images, statistics_batch, size, steps, flat(more))
-    known = {"normalization_options": {"input_stats": _INPUT_STATS}}
-    own = {key: {"normalization": key, **(known if key.startswith("kn") else {})} for key in keys}
     content: dict[str, Any] = {
         "title": f"Which normalization for {Path(folder).name}?",
         "question": question,
         "search": {"model.init_args.rate": searched},
         "seeds": seeds,
         "verdict": {"guessing": _largest_share(data), "images": len(data.test_set)},
+        "input_stats": _INPUT_STATS,
         "config": merge(config, more),
-        "arms": {key: {"label": METHODS[key].label, "model": model} for key, model in own.items()},
+        "arms": {key: {"label": METHODS[key].label, "model": {"normalization": key}} for key in keys},
     }
-    Run(merge(content["config"], {"model": {"init_args": own[keys[0]]}}))  # raises if a setting is wrong
+    Run(merge(content["config"], {"model": {"init_args": {"normalization": keys[0]}}}))  # raises if a setting is wrong
     with locked(output / "compare"):
         return run(str(_write_experiment(output, content)), seeds=seeds, workers=workers, output=output)
 

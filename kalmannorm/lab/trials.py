@@ -337,8 +337,7 @@ def _job(plan: Plan, trial: Trial) -> Job:
         config = merge(config, {"trainer": {"devices": plan.devices, "strategy": "ddp"}})
     experiment, name = arm.run
     folder = _run_folder(plan.runs(experiment), name, trial.settings, trial.split, trial.seed)
-    title = f"{plan.experiment.name}/{' '.join([arm.name, *settings])}"
-    return Job(title, trial.seed, config, folder, trial.split, keep=trial.kind == "final")
+    return Job(" ".join([arm.name, *settings]), trial.seed, config, folder, trial.split, keep=trial.kind == "final")
 
 
 def _run_folder(runs: Path, arm: str, settings: Mapping[str, Any], split: str, seed: int | str) -> Path:

@@ -524,7 +524,7 @@ def test_what_is_started_from_is_trained_first_once(here, written, tmp_path, cap
     assert (str(first), first.keep, first.split) == ("bn, seed 0", True, "test")
     assert len(others) == 15
     weights = [job.config["model"]["init_args"].get("weights") for job in others]
-    kn4 = [job.name.startswith("ours/kn-4") for job in others]
+    kn4 = [job.name.startswith("kn-4") for job in others]
     assert sum(kn4) == 5
     assert weights == [None if none else str(first.folder / "last.ckpt") for none in kn4]
     assert first.folder.is_relative_to(here.output / "before" / "runs" / "1")
