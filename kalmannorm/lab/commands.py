@@ -115,7 +115,7 @@ def export(run: Path, file: Path, *, stock: bool = False) -> None:
     # Arguments that are classes, such as `norm_layer`, have their defaults.
     arguments = {key: value for key, value in arguments.items() if not isinstance(value, dict)}
     lines = ["import torch", f"from {module_name} import {name}", f"network = {name}(**{arguments!r})"]
-    if not stock and given["normalization"] != "bn":
+    if not stock and (given["normalization"] != "bn" or options):
         options = {"statistics_batch": given.get("statistics_batch"), **options}
         lines.insert(1, "from kalmannorm.lab.methods import normalize")
         inputs = ""

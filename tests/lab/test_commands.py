@@ -119,6 +119,18 @@ def test_a_detector_with_standardized_filters_is_exported(shallow, untrained, tm
         torch.testing.assert_close(names["network"](images), load(folder).network(images))
 
 
+@pytest.mark.parametrize("stock", [False, True])
+def test_standardized_filters_below_batchnorm_are_exported(untrained, short, tmp_path, capsys, stock):
+    short["model"]["init_args"] |= {"normalization": "bn", "normalization_options": {"weight_standardization": True}}
+    folder = untrained(short)
+    assert main(["export", str(folder), str(tmp_path / "model.pt"), *["--stock"] * stock]) == 0
+    names: dict = {}
+    exec(capsys.readouterr().out, names)
+    images = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(names["network"](images), load(folder).network(images))
+
+
 def test_a_proxy_is_exported_but_not_as_stock_layers(untrained, short, tmp_path, capsys, refused):
     short["model"]["init_args"]["normalization_options"] = {"proxy": True}
     folder, file = untrained(short), tmp_path / "model.pt"
