@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from kalmannorm.lab.experiments import load, merge, nested
 from kalmannorm.lab.methods import METHODS, normalize
 from kalmannorm.lab.results import locked, write_atomically
-from kalmannorm.lab.run import run
+from kalmannorm.lab.run import check_counts, run
 from kalmannorm.lab.workers import available_cpus
 
 if TYPE_CHECKING:
@@ -116,10 +116,7 @@ def compare(
     Returns:
         The exit code: 1 if a run failed. A run that diverged is a result.
     """
-    counts = {"statistics_batch": statistics_batch, "size": size, "steps": steps, "seeds": seeds, "workers": workers}
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise ValueError(f"--{name}: expected at least 1; got {value}")
+    check_counts(statistics_batch=statistics_batch, size=size, steps=steps, seeds=seeds, workers=workers)
     images = statistics_batch if gradient_batch is None else gradient_batch
     if images % statistics_batch or images < 1:
         raise ValueError(f"--gradient_batch: expected a multiple of statistics_batch={statistics_batch}; got {images}")
