@@ -21,7 +21,6 @@ from torch.nn import functional as F
 
 import kalmannorm as kn
 from kalmannorm.lab.data.digits import cluttered_digits
-from kalmannorm.lab.figures import COLOURS
 from kalmannorm.lab.formatting import as_markdown, format_value
 from kalmannorm.lab.models.small import SmallConvNet
 
@@ -41,6 +40,8 @@ STYLE = {
     "legend.frameon": False,
     "lines.linewidth": 1.8,
 }
+# The estimates' colours.
+COLOURS = {"prior": "#dd8452", "observation": "#8c8c8c", "posterior": "#4c72b0"}
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 ALIKE = "#c44e52"
 # Rooms of the library on a belief's way, and the functions that say most of it.

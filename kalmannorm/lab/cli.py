@@ -23,7 +23,7 @@ COMMANDS = {
     "fit": ("kalmannorm.lab.commands:fit", "Train one network and score it."),
     "validate": ("kalmannorm.lab.commands:on_validation", "Score a run's last checkpoint on validation images."),
     "test": ("kalmannorm.lab.commands:on_test", "Score a run's last checkpoint on test images."),
-    "export": ("kalmannorm.lab.commands:export", "Write the weights of a run, for a script without the laboratory."),
+    "export": ("kalmannorm.lab.commands:export", "Write the weights of a run, and print the code that loads them."),
     "layers": ("kalmannorm.lab.layers:layers", "Show how accurate priors and posteriors are in a trained network."),
 }
 # Other names of a subcommand, with the words that replace them on the command line.

@@ -96,10 +96,14 @@ def export(run: Path, file: Path, *, stock: bool = False) -> None:
         stock: Replace Kalman layers by torch's BatchNorm, which gives the same outputs in eval().
     """
     from kalmannorm.lab import fitting  # noqa: PLC0415
+    from kalmannorm.lab.detection import Detector  # noqa: PLC0415
 
     module: Any = fitting.load(run)
     network, given = module.network, experiments.load(run / "config.yaml")["model"]["init_args"]
+    options = given.get("normalization_options") or {}
     if stock:
+        if options.get("proxy"):
+            raise ValueError(f"--stock: {run} trained with proxy, which torch's BatchNorm does not have")
         if given["normalization"] != "bn" and next(kalman_layers(network), None) is None:
             raise ValueError(f"--stock: {run} trained {given['normalization']}, expected Kalman layers")
         network = kalmannorm.to_batchnorm(network)
@@ -111,10 +115,14 @@ def export(run: Path, file: Path, *, stock: bool = False) -> None:
     # Arguments that are classes, such as `norm_layer`, have their defaults.
     arguments = {key: value for key, value in arguments.items() if not isinstance(value, dict)}
     lines = ["import torch", f"from {module_name} import {name}", f"network = {name}(**{arguments!r})"]
-    if not stock and given["normalization"] != "bn":
-        options = {"statistics_batch": given.get("statistics_batch"), **(given.get("normalization_options") or {})}
+    if not stock and (given["normalization"] != "bn" or options):
+        options = {"statistics_batch": given.get("statistics_batch"), **options}
         lines.insert(1, "from kalmannorm.lab.methods import normalize")
-        lines.append(f"network = normalize(network, {given['normalization']!r}, **{options!r})")
+        inputs = ""
+        if isinstance(module, Detector):
+            lines.insert(1, "from kalmannorm.lab.detection import example")
+            inputs = ", inputs=example()"
+        lines.append(f"network = normalize(network, {given['normalization']!r}{inputs}, **{options!r})")
     lines.append(f"network.load_state_dict(torch.load({str(file)!r}, weights_only=True))")
     print("\n".join([*lines, "network.eval()"]))
 
@@ -127,11 +135,12 @@ def show() -> None:
     rows = [["experiment", "arms", "runs", "steps", ""]]
     for name in experiments.names():
         found = experiments.read(name)
-        arms = [arm for arm in found.arms if arm.form != "released" and arm.analysis not in ("parameters", "speed")]
-        runs = [(len(arm.points()), int(arm.config["trainer"]["max_steps"])) for arm in arms]
+        arms = [arm for arm in found.arms if arm.form in ("", *experiments.DEFAULT_FORMS.split(","))]
+        trained = [arm for arm in arms if arm.analysis not in ("parameters", "speed")]
+        runs = [(len(arm.points()), int(arm.config["trainer"]["max_steps"])) for arm in trained]
         steps = sum(length * (points * found.search_scale + found.seeds) for points, length in runs)
         count = sum(points + found.seeds for points, _ in runs)
-        rows.append([name, str(len(found.arms)), str(count), f"{steps:,.0f}", found.title])
+        rows.append([name, str(len(arms)), str(count), f"{steps:,.0f}", found.title])
     methods = [["normalization", ""], *([name, method.label] for name, method in METHODS.items())]
     sets = [*SOURCES, "imagenet", "coco", "pennfudan"]
     print(as_markdown(rows), as_markdown(methods), f"Data sets: {', '.join(sets)}; and folders of images.", sep="\n")

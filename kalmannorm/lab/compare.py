@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from kalmannorm.lab.experiments import load, merge, nested
 from kalmannorm.lab.methods import METHODS, normalize
 from kalmannorm.lab.results import locked, write_atomically
-from kalmannorm.lab.run import run
+from kalmannorm.lab.run import check_counts, run
 from kalmannorm.lab.workers import available_cpus
 
 if TYPE_CHECKING:
@@ -116,10 +116,7 @@ def compare(
     Returns:
         The exit code: 1 if a run failed. A run that diverged is a result.
     """
-    counts = {"statistics_batch": statistics_batch, "size": size, "steps": steps, "seeds": seeds, "workers": workers}
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise ValueError(f"--{name}: expected at least 1; got {value}")
+    check_counts(statistics_batch=statistics_batch, size=size, steps=steps, seeds=seeds, workers=workers)
     images = statistics_batch if gradient_batch is None else gradient_batch
     if images % statistics_batch or images < 1:
         raise ValueError(f"--gradient_batch: expected a multiple of statistics_batch={statistics_batch}; got {images}")
@@ -138,18 +135,17 @@ def compare(
     _check_pictures(data)
     config = _config(network, data, statistics_batch, start, steps)
     question = _question(network, start, weights, images, statistics_batch, size, steps, flat(more))
-    known = {"normalization_options": {"input_stats": _INPUT_STATS}}
-    own = {key: {"normalization": key, **(known if key.startswith("kn") else {})} for key in keys}
     content: dict[str, Any] = {
         "title": f"Which normalization for {Path(folder).name}?",
         "question": question,
         "search": {"model.init_args.rate": searched},
         "seeds": seeds,
         "verdict": {"guessing": _largest_share(data), "images": len(data.test_set)},
+        "input_stats": _INPUT_STATS,
         "config": merge(config, more),
-        "arms": {key: {"label": METHODS[key].label, "model": model} for key, model in own.items()},
+        "arms": {key: {"label": METHODS[key].label, "model": {"normalization": key}} for key in keys},
     }
-    Run(merge(content["config"], {"model": {"init_args": own[keys[0]]}}))  # raises if a setting is wrong
+    Run(merge(content["config"], {"model": {"init_args": {"normalization": keys[0]}}}))  # raises if a setting is wrong
     with locked(output / "compare"):
         return run(str(_write_experiment(output, content)), seeds=seeds, workers=workers, output=output)
 

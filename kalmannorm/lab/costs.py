@@ -40,8 +40,8 @@ def device() -> torch.device:
 def image_size(config: Mapping[str, Any]) -> int | None:
     """Side of the square images that a configuration trains on; None if the images differ in size."""
     kind = config["data"]["class_path"].rpartition(".")[2]
-    sizes = {"ClassificationData": 32, "FolderData": config["data"]["init_args"].get("size", 224)}
-    return sizes.get(kind)
+    default = {"ClassificationData": 32, "FolderData": 224}.get(kind)
+    return default and (config["data"]["init_args"].get("size") or default)
 
 
 def random_batch(count: int, size: int, classes: int) -> Batch:

@@ -26,7 +26,7 @@ Batch = tuple[list[Tensor], list[Target]]
 SCORES = {"box_ap": "bbox_map", "mask_ap": "segm_map", "box_ap50": "bbox_map_50", "mask_ap50": "segm_map_50"}
 
 
-def _example() -> Batch:
+def example() -> Batch:
     """An image with one object; tracing it through a detector finds the filters below its norms."""
     box, mask = torch.tensor([[16.0, 16.0, 48.0, 48.0]]), torch.zeros(1, 64, 64, dtype=torch.uint8)
     mask[0, 16:48, 16:48] = 1
@@ -90,7 +90,7 @@ class Detector(lightning.LightningModule):
             )
         if recalibrate is not None and recalibrate < 1:
             raise ValueError(f"recalibrate must be None or at least 1; got {recalibrate}")
-        options = {"steps": steps, "inputs": _example(), **(normalization_options or {})}
+        options = {"steps": steps, "inputs": example(), **(normalization_options or {})}
         normalized = partial(normalize, method=normalization, **options)
         self.network = started(network, weights, normalized, resnet)
         if recalibrate is not None and not tracking_layers(self.network):

@@ -25,14 +25,18 @@ FORMS: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "default": ("kn", {}, "-default", ", our default"),
     "standardized": ("kn", {"weight_standardization": True}, "-standardized", ", ours with standardized filters"),
 }
+# The forms that are run by default.
+DEFAULT_FORMS = "paper,default,standardized"
 # Settings that a scale multiplies.
 _LENGTHS = (("trainer", "max_steps"), ("trainer", "val_check_interval"), (None, "checkpoint_every"))
+# Their values at the tiny scale, if `tiny` does not say others.
+_TINY = {"trainer": {"max_steps": 6, "val_check_interval": 3}, "checkpoint_every": 3}
 _NEEDED = ("title", "arms")
 # libyaml's loader is ten times as fast.
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _KEYS = (
     *_NEEDED, "question", "of", "only", "base", "config", "scored", "metric", "search", "search_seed", "search_scale",
-    "seeds", "start", "tiny", "rows", "label", "column", "input_stats", "verdict",
+    "seeds", "start", "tiny", "rows", "label", "column", "columns", "model", "input_stats", "verdict",
 )  # fmt: skip
 _KEYS_OF_ARM = (
     "label", "column", "config", "model", "search", "start", "note", "tiny", "base", "reported", "baseline", "run",
@@ -206,7 +210,7 @@ def read(name: str | Path) -> Experiment:
 
 
 def _parsed(path: Path) -> Experiment:
-    content = _mapping(path, "", _content(path), _KEYS)
+    content = _content(path)
     for key in _NEEDED:
         if not content.get(key):
             raise ValueError(f"{path}: an experiment needs {', '.join(_NEEDED)}; got no {key}")
@@ -275,8 +279,12 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def _content(path: Path) -> dict[str, Any]:
-    """A file's content, merged over that of the file in its ``of``."""
-    content = load(path)
+    """A file's content, merged over that of the file in its ``of``; each ``model`` is merged into its ``config``."""
+    content = _with_config(path, "", load(path))
+    for part in ("arms", "columns"):
+        if part in content:
+            given = _mapping(path, part, content[part])
+            content[part] = {str(key): _with_config(path, f"{part}.{key}", keys) for key, keys in given.items()}
     if "of" in content:
         whole = _file(path, f"{content['of']}.yaml")
         if not whole.is_file():
@@ -288,6 +296,16 @@ def _content(path: Path) -> dict[str, Any]:
             raise ValueError(f"{path}: only must be a list of arms, of {', '.join(arms)}; got {only!r}")
         content["arms"] = {name: arms[name] for name in only}
     return content
+
+
+def _with_config(path: Path, place: str, given: Any) -> dict[str, Any]:
+    """The keys of a file, a column or an arm, with the settings of ``model`` in ``config``."""
+    keys = dict(_mapping(path, place, given, _KEYS_OF_ARM if place else _KEYS))
+    if "model" in keys:
+        prefix = f"{place}." if place else ""
+        config, model = (_mapping(path, prefix + key, keys.pop(key, None)) for key in ("config", "model"))
+        keys["config"] = merge(config, {"model": {"init_args": model}})
+    return keys
 
 
 def _file(path: Path, name: str) -> Path:
@@ -323,12 +341,11 @@ def _arms(path: Path, content: Mapping[str, Any], metric: str) -> Iterator[Arm]:
         name, place = str(key), f"arms.{key}"
         if not re.fullmatch(r"\w[\w.+-]*", name):
             raise ValueError(f"{path}: an arm's name must be of letters, digits and '_.+-'; got {name!r}")
-        raw = {part: content[part] for part in ("label", "column", "start", "search") if part in content}
-        raw |= _mapping(path, place, given, _KEYS_OF_ARM)
+        raw = _with_shared(content, given)
         baseline = name if raw.get("baseline") else baseline
         based = merge(merge(whole, _based(path, raw.get("base", []))), own)
         for form in FORMS if raw.get("kalman") else ("",):
-            formed = _of_form(name, raw, form, based.get("input_stats"))
+            formed = _of_form(name, raw, form)
             arm = _arm(path, place, formed, based, metric, baseline)
             for _, row, column in arm.places(""):
                 if (other := taken.setdefault((row, column), arm.name)) != arm.name:
@@ -337,16 +354,22 @@ def _arms(path: Path, content: Mapping[str, Any], metric: str) -> Iterator[Arm]:
             yield arm
 
 
-def _of_form(name: str, raw: Mapping[str, Any], form: str, input_stats: Any) -> dict[str, Any]:
+def _with_shared(content: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """An arm's keys, with those of its column in ``columns`` and of the file for what it does not say."""
+    shared = {part: content[part] for part in ("label", "column", "start", "search") if part in content}
+    column = str(given.get("column", content.get("column")))
+    return shared | merge(content.get("columns", {}).get(column, {}), given)
+
+
+def _of_form(name: str, raw: Mapping[str, Any], form: str) -> dict[str, Any]:
     """An arm's keys in the file, with its name, and with a form of Kalman Normalization if it has one."""
     given = {**raw, "name": name, "form": form}
     if not form:
         return given
     method, options, ending, suffix = FORMS[form]
-    if input_stats is not None:
-        options = {"input_stats": input_stats, **options}
     given["name"] += ending
-    given["model"] = merge({"normalization": method, "normalization_options": options}, raw.get("model") or {})
+    normalization = {"normalization": method, "normalization_options": options}
+    given["config"] = merge({"model": {"init_args": normalization}}, raw.get("config") or {})
     for key in ("run", "start"):  # the other arm has the same form
         if raw.get(key):
             given[key] += ending
@@ -360,11 +383,10 @@ def _of_form(name: str, raw: Mapping[str, Any], form: str, input_stats: Any) -> 
 
 
 def _arm(path: Path, place: str, raw: Mapping[str, Any], whole: Mapping[str, Any], metric: str, baseline: str) -> Arm:
-    own = _mapping(path, f"{place}.config", raw.get("config"))
-    model = {"model": {"init_args": _mapping(path, f"{place}.model", raw.get("model"))}} if raw.get("model") else {}
     bare = {key: value for key, value in whole.items() if key not in (*_KEYS_OF_BASE, "config")}
-    config = merge(merge(merge(bare, whole["config"]), own), model)
-    tiny = merge(whole.get("tiny", {}), _mapping(path, f"{place}.tiny", raw.get("tiny")))
+    own = _mapping(path, f"{place}.config", raw.get("config"))
+    config = _with_input_stats(merge(merge(bare, whole["config"]), own), whole.get("input_stats"))
+    tiny = merge(merge(_TINY, whole.get("tiny", {})), _mapping(path, f"{place}.tiny", raw.get("tiny")))
     run, notes = (path.stem, raw["name"]), dict(whole.get("note", {}))
     if "run" in raw:
         other, _, arm_name = raw["run"].partition("/")
@@ -390,6 +412,14 @@ def _arm(path: Path, place: str, raw: Mapping[str, Any], whole: Mapping[str, Any
         _start(path, place, raw.get("start")), "" if isinstance(note, Mapping) else " ".join(str(note).split()),
         tuple(notes.values()), dict(reported), baseline, run, raw.get("analysis", ""), raw["form"],
     )  # fmt: skip
+
+
+def _with_input_stats(config: dict[str, Any], input_stats: Any) -> dict[str, Any]:
+    """The configuration; Kalman Normalization gets the input's statistics, if its options do not say others."""
+    given = config.get("model", {}).get("init_args", {})
+    if input_stats is None or not str(given.get("normalization", "")).startswith("kn"):
+        return config
+    return merge({"model": {"init_args": {"normalization_options": {"input_stats": input_stats}}}}, config)
 
 
 def _text(given: Any) -> Place:

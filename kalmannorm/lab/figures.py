@@ -12,9 +12,6 @@ from torch import Tensor
 
 from kalmannorm.lab.formatting import mean_and_deviation
 
-# The estimates' colours, the same in all figures of the documentation.
-COLOURS = {"prior": "#dd8452", "observation": "#8c8c8c", "posterior": "#4c72b0"}
-
 
 def empty(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")

@@ -3,6 +3,7 @@
 import math
 import statistics
 from collections.abc import Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,16 @@ def format_value(metric: str, values: Sequence[float]) -> str:
     """As `with_spread`, with the metric's decimal places; a dash without values."""
     digits = next((digits for name, digits in DIGITS.items() if metric.startswith(name)), 2)
     return with_spread(values, digits) if values else "-"
+
+
+def two_digits(value: float) -> str:
+    """A number with two significant digits, without an exponent.
+
+    Example:
+        >>> two_digits(123.4), two_digits(0.000056)
+        ('120', '0.000056')
+    """
+    return f"{Decimal(f'{value:.2g}'):,f}"
 
 
 def as_markdown(rows: Sequence[Sequence[str]]) -> str:

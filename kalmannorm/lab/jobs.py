@@ -23,7 +23,7 @@ from kalmannorm.lab.workers import OnProgress, available_cpus, in_turn, run_all
 
 @dataclass(frozen=True)
 class Job:
-    """A training, such as ``"table8/resnet32-kn-bs2"``, with its configuration, seed and folder.
+    """A training of an arm, such as ``"resnet32-kn-bs2"``, with its configuration, seed and folder.
 
     ``keep`` keeps the last checkpoint after the run has finished.
     """
@@ -37,7 +37,7 @@ class Job:
 
     def __str__(self) -> str:
         """Its label in a progress bar."""
-        return f"{self.name.partition('/')[2]}, seed {self.seed}"
+        return f"{self.name}, seed {self.seed}"
 
 
 def run_jobs(jobs: Sequence[Job], workers: int | None, console: Console) -> list[Result | Exception]:

@@ -12,6 +12,7 @@ import kalmannorm
 from kalmannorm.convert import with_stock_norms
 from kalmannorm.lab.formatting import as_markdown
 from kalmannorm.lab.results import csv_text, write_atomically
+from kalmannorm.lab.run import check_counts
 from kalmannorm.lab.scoring import online_logits
 from kalmannorm.lab.seen import calls_of, statistics_batches
 
@@ -40,8 +41,7 @@ def layers(
             corrected by its running statistics, and print its accuracy.
         output: A CSV file to write as well.
     """
-    if batches < 1:
-        raise ValueError(f"--batches: expected at least 1; got {batches}")
+    check_counts(batches=batches, statistics_batch=statistics_batch)
     from kalmannorm.lab.analysis import errors_of  # noqa: PLC0415 - slow, not needed for --help
     from kalmannorm.lab.fitting import load_with_data  # noqa: PLC0415
 

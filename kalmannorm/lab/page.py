@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kalmannorm.lab import figures
-from kalmannorm.lab.experiments import Experiment, Scale
+from kalmannorm.lab.experiments import DEFAULT_FORMS, Experiment, Scale
 from kalmannorm.lab.formatting import filled
 from kalmannorm.lab.methods import METHODS
 from kalmannorm.lab.results import ENVIRONMENT
@@ -157,6 +157,8 @@ def _commands(experiment: Experiment, runs: Runs, output: Path) -> dict[str, Any
     seeds = max(len(arm.final) for arm in runs.arms)
     words = ["kalmannorm", "run", experiment.source, *(["--scale", scale] if scale != "1" else [])]
     words += ["--seeds", str(seeds)] if seeds not in (0, experiment.seeds) else []
+    forms = dict.fromkeys(own.arm.form for own in runs.arms if own.arm.form)
+    words += [] if set(forms) <= set(DEFAULT_FORMS.split(",")) else ["--kalman", ",".join(forms)]
     command = shlex.join([*words, *(["--output", str(output)] if output != Path("runs") else [])])
 
     def arms() -> Iterator[dict[str, Any]]:

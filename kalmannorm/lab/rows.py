@@ -1,6 +1,6 @@
 """An experiment's ``runs.csv``, with a row for each run, and ``curves.csv``, with the runs' curves."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,21 +75,23 @@ def read(folder: Path) -> Records:
     return Records(found, settings)
 
 
-def read_of_scale(folder: Path, scale: str) -> Records:
-    """As `read`, but empty if the runs are of another scale.
+def read_of_scale(folder: Path, scale: str, trained_in: Collection[str]) -> Records:
+    """As `read`, but empty if the runs are of another scale; they were trained in the folders of these experiments.
 
     Raises:
         ValueError: The folders of runs of another scale are gone, so overwriting the files would lose these runs.
     """
     records = read(folder)
-    others = sorted({row["scale"] for row in records.rows} - {scale})
-    for other in others:
-        if not any(folder.glob(f"runs/{other}")) and not any(folder.glob(f"runs/{other}-*-devices")):
+    # Rows without steps and error were computed, without a training.
+    trained = [row for row, _ in records.completed.values() if row["steps"] or row["error"]]
+    for other in sorted({row["scale"] for row in trained} - {scale}):
+        patterns = [f"{name}/runs/{ending}" for name in trained_in for ending in (other, f"{other}-*-devices")]
+        if not any(any(folder.parent.glob(pattern)) for pattern in patterns):
             raise ValueError(
                 f"--output: {folder / RUNS} has runs of scale {other}, whose own folders are gone; got "
                 f"--scale {scale}, which would write over it: give another folder"
             )
-    return Records({}, []) if others else records
+    return Records({}, []) if any(row["scale"] != scale for row in records.rows) else records
 
 
 def write(folder: Path, records: Records, arms: Sequence[str]) -> None:

@@ -7,14 +7,14 @@ from pathlib import Path
 from rich.console import Console
 
 from kalmannorm.lab import experiments
-from kalmannorm.lab.experiments import FORMS, Arm, Experiment, Scale
+from kalmannorm.lab.experiments import DEFAULT_FORMS, FORMS, Arm, Experiment, Scale
 
 
 def run(
     name: str,
     *,
     only: str = "*",
-    kalman: str = "paper,default,standardized",
+    kalman: str = DEFAULT_FORMS,
     scale: str = "1",
     data: Path | None = None,
     weights: Path | None = None,
@@ -73,11 +73,16 @@ def run(
         return run_experiment(whole, plan)
 
 
-def _checked(scale: str, devices: int, **others: int | None) -> Scale:
-    """Check the command line's numbers, and return its scale."""
-    for name, value in {"devices": devices, **others}.items():
+def check_counts(**counts: int | None) -> None:
+    """Raise a ValueError that names the first of these options that is below 1."""
+    for name, value in counts.items():
         if value is not None and value < 1:
             raise ValueError(f"--{name}: expected at least 1; got {value}")
+
+
+def _checked(scale: str, devices: int, **others: int | None) -> Scale:
+    """Check the command line's numbers, and return its scale."""
+    check_counts(devices=devices, **others)
     if devices > 1 and (others.get("workers") or 1) > 1:
         raise ValueError("--workers: trainings on several devices run one after another; got both")
     if scale == "tiny":

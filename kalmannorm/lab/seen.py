@@ -42,15 +42,11 @@ def watched(network: nn.Module) -> Iterator[list[Seen]]:
         A list that gets an entry for every call of a layer.
     """
     seen: list[Seen] = []
-    watchers = [_Watcher(name, layer, seen) for name, layer in network.named_modules() if is_watched(layer)]
+    layers = [(name, layer) for name, layer in network.named_modules() if isinstance(layer, _BatchNorm)]
+    watchers = [_Watcher(name, layer, seen) for name, layer in layers if not is_frozen(layer)]
     kalman = [(each.layer, each.observe) for each in watchers if isinstance(each.layer, KalmanNorm)]
     with random_state_kept(network), collecting(network, watchers), inputs_seen(kalman):
         yield seen
-
-
-def is_watched(layer: nn.Module) -> bool:
-    """Whether a layer normalizes by statistics of the batch."""
-    return isinstance(layer, _BatchNorm) and not is_frozen(layer)
 
 
 class _Watcher:

@@ -12,7 +12,7 @@ import pandas as pd
 
 from kalmannorm.lab import figures
 from kalmannorm.lab.experiments import Arm, Experiment
-from kalmannorm.lab.formatting import as_markdown, format_value, is_share
+from kalmannorm.lab.formatting import as_markdown, format_value, is_share, two_digits
 from kalmannorm.lab.rows import DIVERGED, RUNS, Row, read
 from kalmannorm.lab.verdict import joined, verdict
 
@@ -201,7 +201,7 @@ def verdict_of(experiment: Experiment, runs: Runs) -> str:
     times = {label: [float(row["seconds_per_step"]) for row in rows] for label, rows in groups.items()}
     seconds = {label: statistics.median(values) for label, values in times.items()}
     known = experiment.verdict
-    return verdict(accuracies, seconds, known["guessing"], int(known["images"])) + without
+    return verdict(accuracies, seconds, known["guessing"], int(known["images"]), _split(experiment, runs)) + without
 
 
 def conditions(experiment: Experiment, runs: Runs) -> str:
@@ -209,7 +209,6 @@ def conditions(experiment: Experiment, runs: Runs) -> str:
     trained = [arm for arm in runs.arms if any(row["split"] and row["steps"] for row in arm.final)]
     counts = {len(arm.final) for arm in (trained if experiment.is_table else runs.arms) if arm.final} or {0}
     seeds = max(counts)
-    split = next((row["split"] for row in runs.rows if row["kind"] == "final"), experiment.scored)
     several = f"{seeds}" if len(counts) == 1 else f"{min(counts)} to {seeds}"
     over = {0: "no final run", 1: "one seed"}.get(seeds, f"mean ± standard deviation over {several} seeds")
     scales = sorted({row["scale"] for row in runs.rows} - {"1"})
@@ -220,7 +219,12 @@ def conditions(experiment: Experiment, runs: Runs) -> str:
             note = [f"{how} numbers of training steps; {over}.", *note]
         return " ".join(note)
     small = f"Scaled down ({', '.join(scales)}): these numbers only show that the study runs.\n\n" if scales else ""
-    return f"{small}In per cent, on {split} images; {over}."
+    return f"{small}In per cent, on {_split(experiment, runs)} images; {over}."
+
+
+def _split(experiment: Experiment, runs: Runs) -> str:
+    """The split that the final runs were scored on."""
+    return next((row["split"] for row in runs.rows if row["kind"] == "final"), experiment.scored)
 
 
 def grids(experiment: Experiment, runs: Runs) -> list[tuple[str, list[list[str]]]]:
@@ -317,7 +321,8 @@ def notes(experiment: Experiment, runs: Runs) -> list[str]:
     parts += [f"{searched} of them of the search"] if searched else []
     parts += [f"{earlier} with settings that were chosen earlier, left out"] if earlier else []
     if any(row["seconds"] for row in runs.rows) or not experiment.is_table:
-        found.append(f"{', '.join(parts)}, {hours:.2g} hours in all.{' ' * bool(environment)}{'; '.join(environment)}")
+        place = f" {'; '.join(environment)}" if environment else ""
+        found.append(f"{', '.join(parts)}, {two_digits(hours)} hours in all.{place}")
     return found
 
 

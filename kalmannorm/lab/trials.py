@@ -94,10 +94,10 @@ class Plan:
     def scale(self) -> str:
         return "tiny" if self.amount == "tiny" else f"{self.amount:g}"
 
-    def runs(self, name: str = "") -> Path:
-        """The folder of all runs of this scale, of this experiment or of the one called ``name``."""
+    def runs(self, name: str) -> Path:
+        """The folder of all runs of this scale of the experiment called ``name``."""
         ending = "" if self.devices == 1 else f"-{self.devices}-devices"
-        return self.output / (name or self.experiment.name) / "runs" / f"{self.scale}{ending}"
+        return self.output / name / "runs" / f"{self.scale}{ending}"
 
     def length(self, kind: str) -> Scale:
         """A run's length, as a share of the experiment's steps."""
@@ -123,7 +123,7 @@ def run_experiment(whole: Experiment, plan: Plan) -> int:
 
 def _record_trials(whole: Experiment, plan: Plan, missing: Mapping[str, str]) -> list[Trial]:
     """Collect or train the runs, and write them to the files."""
-    before = rows.read_of_scale(plan.folder, plan.scale)
+    before = rows.read_of_scale(plan.folder, plan.scale, {whole.name, *(arm.run[0] for arm in whole.arms)})
     trusts_records = plan.grow or plan.collect
     recorded = before.completed if trusts_records else {}
     if plan.collect:
@@ -135,7 +135,7 @@ def _record_trials(whole: Experiment, plan: Plan, missing: Mapping[str, str]) ->
     runs = {key: run for key, run in before.runs.items() if run[0]["arm"] not in names}
     runs |= {trial.key: (trial.row, trial.curve) for trial in trials if trial.row is not None}
     if trusts_records:
-        runs |= _records_without_folder(before, trials, plan.runs())
+        runs |= _records_without_folder(before, trials, plan)
     settings = dict.fromkeys([*(setting for trial in trials for setting in trial.settings), *before.settings])
     rows.write(plan.folder, Records(runs, list(settings)), [arm.name for arm in whole.arms])
     return trials
@@ -282,11 +282,12 @@ def _collect(plan: Plan, recorded: Mapping[Key, RecordedRun]) -> list[Trial]:
 
     trials = _search_then_finals(plan.experiment, read)
     if not trials:
-        raise ValueError(f"--output: no run of {plan.experiment.name} has finished in {plan.runs()}")
+        name = plan.experiment.name
+        raise ValueError(f"--output: no run of {name} has finished in {plan.runs(name)}")
     return trials
 
 
-def _records_without_folder(before: Records, trials: Sequence[Trial], runs: Path) -> dict[Key, RecordedRun]:
+def _records_without_folder(before: Records, trials: Sequence[Trial], plan: Plan) -> dict[Key, RecordedRun]:
     """Recorded runs of these trials' arms, other than these trials, whose folders are gone."""
     arms, here = {trial.arm.name: trial.arm for trial in trials}, {trial.key for trial in trials}
     kept = {}
@@ -296,7 +297,8 @@ def _records_without_folder(before: Records, trials: Sequence[Trial], runs: Path
             continue
         # The folder's name has the settings in the order of the search.
         given = {name: row[name] for name in dict.fromkeys([*arm.search, *before.settings]) if row.get(name)}
-        if not _run_folder(runs, arm.name, given, row["split"], row["seed"]).exists():
+        experiment, name = arm.run
+        if not _run_folder(plan.runs(experiment), name, given, row["split"], row["seed"]).exists():
             kept[key] = (row | _labels(arm) | {"chosen": ""}, curve)
     return kept
 
@@ -335,8 +337,7 @@ def _job(plan: Plan, trial: Trial) -> Job:
         config = merge(config, {"trainer": {"devices": plan.devices, "strategy": "ddp"}})
     experiment, name = arm.run
     folder = _run_folder(plan.runs(experiment), name, trial.settings, trial.split, trial.seed)
-    title = f"{plan.experiment.name}/{' '.join([arm.name, *settings])}"
-    return Job(title, trial.seed, config, folder, trial.split, keep=trial.kind == "final")
+    return Job(" ".join([arm.name, *settings]), trial.seed, config, folder, trial.split, keep=trial.kind == "final")
 
 
 def _run_folder(runs: Path, arm: str, settings: Mapping[str, Any], split: str, seed: int | str) -> Path:

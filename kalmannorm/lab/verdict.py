@@ -3,24 +3,28 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from kalmannorm.lab.formatting import mean_and_deviation, with_spread
+from kalmannorm.lab.formatting import mean_and_deviation, two_digits, with_spread
 
 # Means differ if their difference is more than this many standard deviations between seeds.
 BEYOND = 2.0
 
 
 def verdict(
-    accuracies: Mapping[str, Sequence[float]], seconds: Mapping[str, float], guessing: float, images: int
+    accuracies: Mapping[str, Sequence[float]],
+    seconds: Mapping[str, float],
+    guessing: float,
+    images: int,
+    split: str = "test",
 ) -> str:
     """The best method in words, given each method's accuracies over seeds, 0 to 1, and seconds a step.
 
-    ``guessing`` is the share of the largest class among the scored images.
+    ``guessing`` is the share of the largest class among the scored images, which are ``images`` of the split.
     """
     found = {label: mean_and_deviation(values) for label, values in accuracies.items()}
     means, deviations = ({label: pair[place] for label, pair in found.items()} for place in (0, 1))
     best, *others = sorted(means, key=lambda label: -means[label])
     per_cent = with_spread([100 * value for value in accuracies[best]], 1)
-    accuracy = f"{best} has the highest accuracy, {per_cent} % of {images} test images"
+    accuracy = f"{best} has the highest accuracy, {per_cent} % of {images} {split} images"
     # The standard error of the mean over seeds.
     error = deviations[best] / math.sqrt(len(accuracies[best]))
     if means[best] <= guessing + max(BEYOND * error, 1 / images):
@@ -34,7 +38,7 @@ def verdict(
         points = 100 * (means[best] - means[other])
         spread = 100 * math.sqrt((deviations[best] ** 2 + deviations[other] ** 2) / 2)
         if points > max(BEYOND * spread, 100 / images):
-            times = f"{points / spread:.2g} times the deviation between seeds" if spread else "all seeds alike"
+            times = f"{two_digits(points / spread)} times the deviation between seeds" if spread else "all seeds alike"
             beaten.append(f"{other} by {points:.1f} points ({times})")
         else:
             even.append(f"{other} ({points:.1f} points, where seeds deviate by {spread:.1f})")

@@ -1,5 +1,7 @@
 """fit, validate and test from the command line."""
 
+import re
+
 import pytest
 import torch
 import yaml
@@ -92,6 +94,52 @@ def test_exported_weights_are_loaded_by_the_lines_that_are_shown(images, recipe,
     refused(["export", tmp_path / "run", gone], f"kalmannorm: {gone}: No such file or directory\n")
 
 
+@pytest.fixture
+def untrained(tmp_path):
+    """Makes the folder of a run that has not begun to train."""
+
+    def make(config):
+        run, folder = Run(config), tmp_path / "run"
+        folder.mkdir()
+        (folder / "config.yaml").write_text(yaml.safe_dump(run.complete()))
+        torch.save({"state_dict": run.build()[1].state_dict()}, folder / "last.ckpt")
+        return folder
+
+    return make
+
+
+def test_a_detector_with_standardized_filters_is_exported(shallow, untrained, tmp_path, capsys):
+    (arm,) = [arm for arm in experiments.read("pennfudan").arms if arm.name == "cpu-c4-kn-standardized"]
+    folder = untrained(arm.scaled("tiny"))
+    assert main(["export", str(folder), str(tmp_path / "model.pt")]) == 0
+    names: dict = {}
+    exec(capsys.readouterr().out, names)
+    images = [torch.rand(3, 64, 64)]
+    with torch.no_grad():
+        torch.testing.assert_close(names["network"](images), load(folder).network(images))
+
+
+@pytest.mark.parametrize("stock", [False, True])
+def test_standardized_filters_below_batchnorm_are_exported(untrained, short, tmp_path, capsys, stock):
+    short["model"]["init_args"] |= {"normalization": "bn", "normalization_options": {"weight_standardization": True}}
+    folder = untrained(short)
+    assert main(["export", str(folder), str(tmp_path / "model.pt"), *["--stock"] * stock]) == 0
+    names: dict = {}
+    exec(capsys.readouterr().out, names)
+    images = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(names["network"](images), load(folder).network(images))
+
+
+def test_a_proxy_is_exported_but_not_as_stock_layers(untrained, short, tmp_path, capsys, refused):
+    short["model"]["init_args"]["normalization_options"] = {"proxy": True}
+    folder, file = untrained(short), tmp_path / "model.pt"
+    refused(["export", folder, file, "--stock"], f"--stock: {folder} trained with proxy, which torch's BatchNorm does")
+    assert not file.exists()
+    assert main(["export", str(folder), str(file)]) == 0
+    exec(capsys.readouterr().out, {})
+
+
 def test_only_kalman_layers_become_stock_layers(images, recipe, tmp_path, refused):
     line = ["fit", "--config", recipe, "--output", str(tmp_path / "run"), "--model.init_args.normalization", "gn"]
     assert main(line) == 0
@@ -109,3 +157,5 @@ def test_the_list_tells_what_there_is(capsys):
     out = capsys.readouterr().out
     for name in (*experiments.names(), *METHODS, "cifar100", "coco"):
         assert name in out
+    # Without the released form, which is run if asked for.
+    assert re.search(r"\| variants +\| 4 +\| 12 +\|", out)

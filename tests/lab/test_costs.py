@@ -38,6 +38,12 @@ def test_images_of_many_sizes_are_not_timed(config):
     assert costs.seconds_per_step(config) is None
 
 
+def test_images_that_are_resized_are_timed_at_their_size(config):
+    assert costs.image_size(tiny("fine-tuning-imagenet-cpu/kn-1")) == 40
+    assert costs.image_size(tiny("table8/resnet32-kn-bs2")) == 32
+    assert costs.image_size(tiny("table1/resnet50-bn")) == 64
+
+
 def test_speed_is_of_both_in_turn_and_their_ratio():
     found = speed(tiny("table3/inception-v2-default"), rounds=1)
     assert found["ratio"] == pytest.approx(found["images_per_second_bn"] / found["images_per_second_kn"])

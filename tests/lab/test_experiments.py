@@ -225,6 +225,40 @@ def test_an_experiment_may_be_another_one_at_another_size(written, tmp_path):
     assert few[0].config == found.arms[1].config
 
 
+def test_an_arm_has_the_settings_of_its_column_and_of_the_file_below_its_own(written, tmp_path):
+    columns = {
+        2: {"model": {"rate": 0.2, "statistics_batch": 4}, "search": {}, "tiny": {"trainer": {"max_steps": 2}}},
+        8: {"model": {"statistics_batch": 8}},
+    }
+    own = {"config": {"model": {"init_args": {"rate": 0.4}}}, "model": {"normalization": "kn"}}
+    path = written(model={"rate": 0.1, "momentum": 0.5}, columns=columns, column=2,
+                   arms={"bn-2": {"column": 8}, "kn-2": own})  # fmt: skip
+
+    def settings(path):
+        names = ("normalization", "rate", "statistics_batch", "momentum")
+        return [tuple(init_args(arm.config)[name] for name in names) for arm in read(path).arms]
+
+    assert settings(path) == [("bn", 0.1, 8, 0.5), ("kn", 0.4, 4, 0.5)]
+    assert [bool(arm.search) for arm in read(path).arms] == [True, False]
+    assert [arm.scaled("tiny")["trainer"]["max_steps"] for arm in read(path).arms] == [6, 2]
+    other = {"title": "Other", "of": "ours", "columns": {8: {"config": {"model": {"init_args": {"rate": 0.3}}}}}}
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(other))
+    assert settings(tmp_path / "other.yaml") == [("bn", 0.3, 8, 0.5), ("kn", 0.4, 4, 0.5)]
+
+
+def test_kalman_normalization_gets_the_statistics_of_the_input(written):
+    other, stats = [[1.0], [2.0]], [[0.0], [1.0]]
+
+    def saying(stats):
+        return {"model": {"normalization": "kn", "normalization_options": {"input_stats": stats}}}
+
+    arms = {"kn-paper": of("kn-paper"), "own": saying(other), "none": saying(None), "gn": of("gn")}
+    found = {arm.name: init_args(arm.config) for arm in read(written(input_stats=stats, arms=arms)).arms}
+    given = {name: options["normalization_options"]["input_stats"] for name, options in found.items()
+             if "normalization_options" in options}  # fmt: skip
+    assert given == {"kn-2": stats, "kn-paper": stats, "own": other, "none": None}
+
+
 def test_without_a_search_its_seed_is_none(written):
     assert read(written(search="absent", search_seed=1)).search_seed == 1
 
@@ -256,6 +290,9 @@ def test_an_unknown_arm_lists_the_known_ones(name, words):
         ({"arms": {"bn-2": {"lable": "x"}}}, "arms.bn-2: unknown key 'lable'; known are label"),
         ({"title": "absent"}, "got no title"),
         ({"arms": "absent"}, "got no arms"),
+        ({"columns": {2: {"lable": "x"}}}, "columns.2: unknown key 'lable'; known are label"),
+        ({"columns": 2}, "columns must hold keys and values; got 2"),
+        ({"model": 2}, "model must hold keys and values; got 2"),
         ({"arms": {"bn-2": 3}}, "arms.bn-2 must hold keys and values; got 3"),
         ({"arms": {"a/b": of("bn")}}, "an arm's name must be of letters, digits and '_.+-'; got 'a/b'"),
         ({"arms": {"bn-2": {"label": "KN"}}}, "arms.kn-2 has the place of arms.bn-2 in the table"),

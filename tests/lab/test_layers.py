@@ -41,3 +41,4 @@ def test_a_run_without_a_statistics_batch_is_refused(run, refused):
     path.write_text(yaml.safe_dump(config))
     refused(["layers", "--run", run], "statistics_batch=None")
     refused(["layers", "--run", run, "--batches", "0"], "--batches: expected at least 1; got 0")
+    refused(["layers", "--run", run, "--statistics_batch", "-1"], "--statistics_batch: expected at least 1; got -1")

@@ -1,8 +1,10 @@
 """Running experiments: an equal search, a winner by validation alone, tables from files, the paper's too."""
 
+import html
 import itertools
 import math
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -179,9 +181,9 @@ def test_the_verdict_is_shown_and_says_what_does_not_count(here, written, capsys
     assert here.run(written(search={}, verdict=known), "--only", "kn-2") == 0
     assert "Left out, as they failed or diverged: 1 of 2 runs of KN." in capsys.readouterr().out
     # An arm is known by its column too.
-    assert here.run(written(search={}, verdict=known)) == 0
+    assert here.run(written(search={}, verdict=known, scored="validation")) == 0
     said = next(line for line in capsys.readouterr().out.splitlines() if "has the highest accuracy" in line)
-    assert all(name in said for name in ("BN, 2", "KN, 2", "KN, 4"))
+    assert all(name in said for name in ("BN, 2", "KN, 2", "KN, 4", "of 100 validation images"))
 
 
 def test_a_file_that_was_changed_after_a_run_is_refused_and_loses_nothing(here, written):
@@ -522,7 +524,7 @@ def test_what_is_started_from_is_trained_first_once(here, written, tmp_path, cap
     assert (str(first), first.keep, first.split) == ("bn, seed 0", True, "test")
     assert len(others) == 15
     weights = [job.config["model"]["init_args"].get("weights") for job in others]
-    kn4 = [job.name.startswith("ours/kn-4") for job in others]
+    kn4 = [job.name.startswith("kn-4") for job in others]
     assert sum(kn4) == 5
     assert weights == [None if none else str(first.folder / "last.ckpt") for none in kn4]
     assert first.folder.is_relative_to(here.output / "before" / "runs" / "1")
@@ -641,6 +643,11 @@ def test_forms_of_kalman_normalization_are_chosen(here):
     options = ["--scale", "tiny", "--only", "*-kn*", "--seeds", "1", "--kalman", "released,default"]
     assert here.run("variants", *options) == 0
     assert [job.config["model"]["init_args"]["normalization"] for job in here.jobs] == ["kn-released", "kn"]
+    shown = html.unescape((here.output / "variants" / "report.html").read_text(encoding="utf-8"))
+    command = re.search(r"kalmannorm (run .* --only 'resnet32-kn-released')", shown)
+    here.jobs.clear()
+    assert main(shlex.split(command[1])) == 0
+    assert [job.config["model"]["init_args"]["normalization"] for job in here.jobs] == ["kn-released"]
 
 
 def test_without_any_data_it_is_one_line(here, monkeypatch):
@@ -666,6 +673,34 @@ def test_what_is_computed_needs_no_data_and_speaks_of_no_seeds(here, capsys):
     assert "steps" not in out
     assert here.run("table2", "--list") == 0
     assert "Nothing is trained." in capsys.readouterr().out
+
+
+def test_a_rehearsal_makes_way_for_the_run(here, written):
+    """Though its table is computed, or its runs are in another experiment's folder."""
+    assert here.run("table2", "--only", "resnet50-bn", "--scale", "tiny") == 0
+    assert here.run("table2", "--only", "resnet50-bn") == 0
+    assert {row["scale"] for row in here.rows(experiment="table2")} == {"1"}
+    here.train = lambda job, tell: [job.folder.mkdir(parents=True), result(job)][-1]
+    options = ["--only", "*-bn-bs2", "--seeds", "1"]
+    assert here.run("table7", "--scale", "tiny", *options) == 0
+    assert here.run("table7", "--scale", "0.001", *options) == 0
+    assert {row["scale"] for row in here.rows(experiment="table7")} == {"0.001"}
+    for folder in (here.output / "table8" / "runs").iterdir():
+        folder.rename(here.output / folder.name)
+    here.refuses("has runs of scale 0.001, whose own folders are gone", "table7", "--scale", "0.002", *options)
+
+
+def test_an_unfinished_run_of_another_experiment_is_not_recorded(here, written, tmp_path):
+    written()
+    (tmp_path / "first.yaml").write_text(yaml.safe_dump(start_of()))
+    (tmp_path / "ours.yaml").write_text(yaml.safe_dump(start_of(arms={"bn": {"run": "first/bn"}})))
+    here.train = lambda job, tell: [job.folder.mkdir(parents=True), result(job).write(job.folder), result(job)][-1]
+    assert here.run(tmp_path / "ours.yaml") == 0
+    for job in here.jobs:
+        (job.folder / "config.yaml").write_text(yaml.safe_dump(Run(job.config).complete()))
+    (here.jobs[1].folder / "result.json").unlink()
+    assert here.run(tmp_path / "ours.yaml", "--collect") == 0
+    assert [row["seed"] for row in here.rows()] == ["0"]
 
 
 def test_devices_have_folders_of_their_own_and_weights_are_found_in_all(here, written, tmp_path, monkeypatch):

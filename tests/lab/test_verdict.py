@@ -46,3 +46,4 @@ def test_networks_that_guess_have_no_winner():
 def test_a_method_alone_gets_its_number():
     said = verdict({"KN": [0.9, 0.9]}, SECONDS, 0.1, 100)
     assert said == "KN has the highest accuracy, 90.0 ± 0.0 % of 100 test images."
+    assert verdict({"KN": [0.9, 0.9]}, SECONDS, 0.1, 100, "validation").endswith("% of 100 validation images.")

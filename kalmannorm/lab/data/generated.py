@@ -1,8 +1,8 @@
 """Small sets of generated images, on disk in the layouts of the real ones, for trying a training without its data.
 
 Each class is a picture of a few coloured patches; an image is that picture with random brightness and noise. A network
-learns to classify them in tens of steps. Images for detection have up to three separate shapes on grey noise: odd
-categories are red rectangles, even ones blue ellipses.
+learns to classify them in tens of steps. Images for detection have up to three separate rectangles on grey noise:
+those of odd categories are red, those of even ones blue.
 """
 
 import json
@@ -21,7 +21,7 @@ from kalmannorm.lab.results import write_atomically
 
 PATCHES = 4
 COLOURS = ((220, 40, 40), (40, 60, 220))
-CATEGORIES = {"coco": {1: "rectangle", 2: "ellipse"}, "pennfudan": {1: "person"}}
+CATEGORIES = {"coco": {1: "red", 2: "blue"}, "pennfudan": {1: "person"}}
 
 
 def generate_for(data: Mapping[str, Any], root: Path) -> Path:
@@ -105,7 +105,7 @@ def _write_split(folder: Path, files: Files, numbers: range, side: int, categori
         pixels = draw.normal(128, 12, (side, side, 3))
         for quarter in draw.permutation(4)[: draw.integers(1, 4)]:
             category = int(draw.choice(list(categories)))
-            mask = _shape(draw, side, int(quarter), ellipse=category % 2 == 0)
+            mask = _rectangle(draw, side, int(quarter))
             pixels[mask] = np.array(COLOURS[category % 2 - 1]) + draw.normal(0, 8, 3)
             annotations.append(
                 {"id": len(annotations) + 1, "image_id": number, "category_id": category, **_entry(mask)}
@@ -119,17 +119,15 @@ def _write_split(folder: Path, files: Files, numbers: range, side: int, categori
     write_atomically(folder / files.annotations, json.dumps(content))
 
 
-def _shape(draw: np.random.Generator, side: int, quarter: int, ellipse: bool) -> np.ndarray:
-    """The mask ``(side, side)``, bool, of a shape at a random place in a quarter of the image."""
+def _rectangle(draw: np.random.Generator, side: int, quarter: int) -> np.ndarray:
+    """The mask ``(side, side)``, bool, of a rectangle at a random place in a quarter of the image."""
     half = side // 2
     height, width = draw.integers(half // 2, half - 2, 2)
-    top, left = draw.integers(0, half - height), draw.integers(0, half - width)
-    row, column = np.mgrid[:side, :side] - np.array([half * (quarter // 2), half * (quarter % 2)])[:, None, None]
-    down, right = (row - top + 0.5) / height, (column - left + 0.5) / width
-    if ellipse:
-        inside: np.ndarray = (down - 0.5) ** 2 + (right - 0.5) ** 2 <= 0.25
-        return inside
-    return (down > 0) & (down < 1) & (right > 0) & (right < 1)  # type: ignore[no-any-return]
+    top = half * (quarter // 2) + draw.integers(0, half - height)
+    left = half * (quarter % 2) + draw.integers(0, half - width)
+    mask = np.zeros((side, side), dtype=bool)
+    mask[top : top + height, left : left + width] = True
+    return mask
 
 
 def _entry(mask: np.ndarray) -> dict[str, Any]:
