@@ -274,7 +274,7 @@ def test_one_at_a_time_in_int8():
     quantized = pt2e.convert_pt2e(prepared)
     assert sum(t.dtype == torch.int8 for t in quantized.state_dict().values()) == 5
     with torch.no_grad():
-        assert 0 < relative_error(quantized(x), y) < 0.1
+        assert 0 < relative_error(quantized(x), y) < 0.2
 
 
 def test_one_at_a_time_in_onnx(tmp_path):
