@@ -178,7 +178,7 @@ def small(config):
     return config
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("shallow")
 def test_an_arm_trains_and_scores(tiny, tmp_path):
     result = fitting.fit(tiny("table6/c4-frozen"), tmp_path / "run")
     assert set(result.scores) == set(NAMES)
