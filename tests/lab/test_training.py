@@ -12,7 +12,6 @@ from torch import nn
 
 import kalmannorm
 from kalmannorm.freezing import unfrozen_layers
-from kalmannorm.integrations.lightning import annealing
 from kalmannorm.lab.curve import Curve
 from kalmannorm.lab.methods import normalize
 from kalmannorm.lab.models.small import SmallConvNet
@@ -111,14 +110,6 @@ def test_layers_are_frozen_for_the_last_steps(normalization):
     quiet_trainer(4, Watch()).fit(classifier, loader(*_data(), 2, 0))
     assert [bool((a == b).all()) for a, b in pairwise(variances)] == [False, False, True]
     assert unfrozen_layers(classifier.network) == {}
-
-
-@pytest.mark.parametrize(("steps", "start"), [(8, 0.0), (8, 0.5), (8, 0.99), (7, 0.3), (1, 0.9)])
-def test_shares_of_annealing_make_the_factor(steps, start):
-    shares = [annealing(step, steps, 10.0, start) for step in range(steps)]
-    assert math.prod(shares) == pytest.approx(10.0)
-    assert shares == sorted(shares)
-    assert sum(share == 1 for share in shares) == min(math.ceil(start * steps), steps - 1)
 
 
 @pytest.mark.parametrize(
