@@ -47,7 +47,7 @@ def test_detections_after_a_step_are_those_of_its_state_dict(make):
 @pytest.mark.slow
 @pytest.mark.usefixtures("shallow")
 def test_it_learns():
-    values = train(kalmannorm.convert(build(mask_rcnn_fpn)), 12)
+    values = train(kalmannorm.convert(build(mask_rcnn_fpn)), 8)
     assert sum(values[-3:]) / 3 < values[0] / 2, values
 
 
