@@ -337,8 +337,6 @@ def test_what_has_ended_is_told_without_training_more(here, written):
 
 
 def test_several_patterns_choose_arms(here, written):
-    words = "no arm of ours is called 'xn-*'; there are bn-2, kn-2, kn-4"
-    here.refuses(words, written(search={}), "--only", "bn-2, xn-*")
     assert here.run(written(search={}), "--only", "bn-*, kn-4") == 0
     assert list(dict.fromkeys(row["arm"] for row in here.rows())) == ["bn-2", "kn-4"]
 
