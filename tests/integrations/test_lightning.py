@@ -354,7 +354,14 @@ def test_a_training_may_go_on_behind_a_loss_that_is_not_finite():
 def test_arguments_of_annealing():
     with pytest.raises(ValueError, match="anneal must be above 0; got inf"):
         KalmanNormCallback(anneal=math.inf)
-    assert [annealing(step, 3, 8.0, 0.5) for step in range(3)] == [1.0, 1.0, 8.0]
+
+
+@pytest.mark.parametrize(("steps", "start"), [(8, 0.0), (8, 0.5), (8, 0.99), (7, 0.3), (1, 0.9)])
+def test_shares_of_annealing_make_the_factor(steps, start):
+    shares = [annealing(step, steps, 10.0, start) for step in range(steps)]
+    assert math.prod(shares) == pytest.approx(10.0)
+    assert shares == sorted(shares)
+    assert sum(share == 1 for share in shares) == min(math.ceil(start * steps), steps - 1)
 
 
 def test_several_parts_are_one_network():

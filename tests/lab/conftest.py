@@ -14,6 +14,7 @@ from kalmannorm.lab import jobs
 from kalmannorm.lab.cli import main
 from kalmannorm.lab.data.generated import generate_images
 from kalmannorm.lab.experiments import merge
+from kalmannorm.lab.fitting import fit
 
 CONFIG = {
     "seed_everything": 0,
@@ -146,6 +147,15 @@ def asked_of_the_hub(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", without_network)
     return asked
+
+
+@pytest.fixture(scope="session")
+def unbroken(generated, tmp_path_factory):
+    """The result of the configuration as it is, in one go."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("KALMANNORM_DATA", str(generated))
+        patched.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
+        return fit(copy.deepcopy(CONFIG), tmp_path_factory.mktemp("unbroken"))
 
 
 @pytest.fixture

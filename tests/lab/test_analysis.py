@@ -1,35 +1,24 @@
-"""The analyses against numbers computed by hand in float64."""
+"""The analyses against numbers computed by hand in float64, of what is seen."""
 
 import pytest
 import torch
-from test_seen import fused, inputs, network
+from test_seen import inputs, network
 from torch import nn
 
 import kalmannorm as kn
 from kalmannorm.lab.analysis import PriorError, prior_errors, variance_gaps
-from kalmannorm.lab.seen import watched
+from kalmannorm.lab.seen import calls_of, watched
 
 
-def test_batchnorms_gaps_are_of_each_batchs_own_variance():
-    model, batches = network(), [inputs(2), inputs(3)]
+@pytest.mark.parametrize("options", [{}, {"gain": 0.25, "stats_batch_size": 2}], ids=["BatchNorm", "Kalman"])
+def test_gaps_are_between_what_normalized_each_batch_and_the_running_variance(options):
+    model, batches = network(**options), [inputs(2), inputs(4)]
     model[0].running_var.copy_(torch.tensor([1.0, 9.0, 20.0]))
     gaps = variance_gaps(model, [(batch, "label") for batch in batches])
     assert list(gaps) == ["0", "2"]
-    expected = torch.stack([batch.var((0, 2, 3), correction=0) for batch in batches]) - model[0].running_var
-    torch.testing.assert_close(gaps["0"], expected.abs())
-    # The second layer sees 2 (weight z + bias) + 1, where z is normalized.
-    var = torch.stack([batch.var((0, 2, 3), correction=0) for batch in batches])
-    scaled = 4 * model[0].weight.detach() ** 2 * var / (var + 1e-5)
-    torch.testing.assert_close(gaps["2"], (scaled - model[2].running_var).abs())
-
-
-def test_kalman_gaps_are_of_the_fused_variance():
-    model, x = network(gain=0.25, stats_batch_size=2), inputs(6)
-    gaps = variance_gaps(model, [x])["0"]
-    groups = x.view(3, 2, 3, 5, 5)
-    mean, var = groups.mean((1, 3, 4)), groups.var((1, 3, 4), correction=0)
-    torch.testing.assert_close(gaps, (fused(mean, var)[1][1] - 1).abs())
-    assert gaps.shape == (3, 3)
+    for name, calls in calls_of(model, batches).items():
+        var = torch.cat([call.posterior.var for call in calls])
+        torch.testing.assert_close(gaps[name], (var - model.get_submodule(name).running_var).abs())
 
 
 def test_layers_without_a_moving_variance_have_no_gap():
@@ -53,19 +42,13 @@ def test_prior_errors_by_hand():
     # All images together are the population: two of a third of the weight, four of two thirds.
     images = torch.cat(batches)
     of_mean, of_var = images.mean((0, 2, 3)), images.var((0, 2, 3), correction=0)
-    mean = torch.stack([batch.mean((0, 2, 3)) for batch in batches])
-    var = torch.stack([batch.var((0, 2, 3), correction=0) for batch in batches])
-    prior, posterior = fused(mean, var)
-    for row, expected in zip(
-        own,
-        [
-            errors_by_hand(*prior, of_mean, of_var),
-            errors_by_hand(*posterior, of_mean, of_var),
-            errors_by_hand(*prior, mean, var),
-            errors_by_hand(mean, var, of_mean, of_var),
-        ],
-        strict=True,
-    ):
+    calls = calls_of(model, batches)["0"]
+    moments = {"population": (of_mean, of_var)}
+    for name in ("prior", "observation", "posterior"):
+        of_calls = [getattr(call, name) for call in calls]
+        moments[name] = torch.cat([each.mean for each in of_calls]), torch.cat([each.var for each in of_calls])
+    for row in own:
+        expected = errors_by_hand(*moments[row.estimate], *moments[row.reference])
         assert (row.mean, row.log_ratio, row.log_ratio_rms) == pytest.approx(expected, rel=1e-5), row
 
 

@@ -29,11 +29,11 @@ def data(root):
 class Oracle(nn.Module):
     """Finds what there is: ``shift`` columns to the right, and on every ``each``-th image alone."""
 
-    def __init__(self, data, shift=0, each=1, extra=()):
+    def __init__(self, data, shift=0, each=1):
         super().__init__()
         data.setup()
         self.known = [data.validation_set[index] for index in range(len(data.validation_set))]
-        self.shift, self.each, self.extra = shift, each, extra
+        self.shift, self.each = shift, each
 
     def forward(self, images):
         return [self.find(image) for image in images]
@@ -52,6 +52,7 @@ class Oracle(nn.Module):
         }
 
 
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize("method", ["kn", "gn"])
 def test_standardized_filters_below_every_norm(method):
     """By a call, as torch.fx cannot trace a detector."""
@@ -60,17 +61,13 @@ def test_standardized_filters_below_every_norm(method):
     detector = Detector(mask_rcnn_fpn(2, **small), method, normalization_options=options)
     filters = [m for m in detector.network.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     norms = sum(isinstance(m, nn.BatchNorm2d | nn.GroupNorm) for m in detector.network.modules())
-    assert sum(type(m).__name__.startswith("Standardized") for m in filters) == norms == 69
+    assert sum(type(m).__name__.startswith("Standardized") for m in filters) == norms == 33
 
 
 def scores(data, network, **options):
     (found,) = quiet_trainer(1, **options).validate(Detector(network), datamodule=data, verbose=False)
     assert set(found) == set(NAMES)
     return found
-
-
-def test_what_is_found_exactly_scores_one(data):
-    assert scores(data, Oracle(data)) == pytest.approx(dict.fromkeys(NAMES, 1))
 
 
 class OfWideImages(Oracle):
@@ -99,18 +96,6 @@ def test_online_each_image_normalizes_itself(data, normalization, options, runni
     assert found == pytest.approx(expected)
 
 
-def test_shifted_finds_score_at_low_overlap_alone(data):
-    found = scores(data, Oracle(data, shift=2))
-    assert found["box_ap50"] == found["mask_ap50"] == 1
-    assert 0.4 < found["box_ap"] < 0.95
-    assert 0.4 < found["mask_ap"] < 0.95
-
-
-def test_objects_not_found_count(data):
-    found = scores(data, Oracle(data, each=2))
-    assert 0.3 < found["box_ap"] == found["mask_ap"] < 0.9
-
-
 def test_what_is_found_in_a_crowd_does_not_count_against(data, root):
     """All objects of the first image become crowds: to find them is neither right nor wrong."""
     oracle = Oracle(data)
@@ -128,6 +113,8 @@ def test_two_processes_score_as_one(data):
     """Of five images the first process has three, and the second two."""
     network = Oracle(data, shift=2, each=2)
     alone = scores(data, network)
+    assert 0 < alone["box_ap"] < alone["box_ap50"] < 1
+    assert 0 < alone["mask_ap"] < alone["mask_ap50"] < 1
     assert scores(data, network, devices=2, strategy="ddp_fork") == pytest.approx(alone)
 
 
@@ -192,7 +179,7 @@ def small(config):
     return config
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("shallow")
 def test_an_arm_trains_and_scores(tiny, tmp_path):
     result = fitting.fit(tiny("table6/c4-frozen"), tmp_path / "run")
     assert set(result.scores) == set(NAMES)

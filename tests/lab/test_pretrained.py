@@ -13,8 +13,16 @@ from kalmannorm.lab.models.detection import mask_rcnn_c4, mask_rcnn_fpn
 from kalmannorm.lab.pretrained import resnet, trained_weights
 from kalmannorm.lab.training import Classifier
 
-both = pytest.mark.parametrize("make", [mask_rcnn_c4, mask_rcnn_fpn])
 pytestmark = pytest.mark.usefixtures("shallow")
+
+
+def small(num_classes=5, depth=8):
+    return CifarResNet(depth, num_classes, width=4)
+
+
+def trained(make, replace=lambda network: network):
+    """A network to start one of `make` from: of other classes, and with BatchNorm or what replaced it."""
+    return changed(replace(small(3) if make is small else detection.resnet50(num_classes=7)))
 
 
 def changed(network):
@@ -25,10 +33,6 @@ def changed(network):
     return network
 
 
-def trained(normalize=lambda network: network):
-    return changed(normalize(detection.resnet50(num_classes=5)))
-
-
 def write(network, path, checkpoint=False):
     state = network.state_dict()
     if checkpoint:
@@ -37,41 +41,46 @@ def write(network, path, checkpoint=False):
     return str(path)
 
 
-def assert_taken_over(detector, network):
-    own = resnet(detector.network)[0].state_dict()
-    theirs = {name: tensor for name, tensor in network.state_dict().items() if not name.startswith("fc.")}
-    assert {"conv1.weight", "layer4.0.bn3.weight"} <= set(own) <= set(theirs)
-    assert all(torch.equal(own[name], theirs[name]) for name in own)
-    return set(theirs) - set(own)
+# What BatchNorm's state dict does not share with a method's.
+OF_ONE_ALONE = {
+    "gn": {"running_mean", "running_var", "num_batches_tracked"},
+    "kn": {"gain", "process_noise", "prior_scale", "prior_shift"},
+}
 
 
-@both
-@pytest.mark.parametrize("checkpoint", [False, True])
-def test_batchnorm_weights_go_into_frozen_layers(make, checkpoint, tmp_path):
-    network = trained()
-    detector = Detector(make(3), "frozen", weights=write(network, tmp_path / "r.pt", checkpoint))
-    assert not assert_taken_over(detector, network)
+@pytest.mark.parametrize(
+    ("method", "replace", "checkpoint"),
+    [
+        ("bn", None, True), ("frozen", None, False), ("frozen", None, True), ("kn", None, False), ("gn", None, True),
+        ("kn", kalmannorm.convert, True), ("gn", to_groupnorm, False),
+    ],
+    ids=["bn", "frozen", "frozen from a run", "kn", "gn", "kn from kn", "gn from gn"],
+)  # fmt: skip
+@pytest.mark.parametrize("make", [mask_rcnn_c4, mask_rcnn_fpn, small])
+def test_all_but_the_head_starts_from_weights_of_batchnorm_or_of_the_method_itself(
+    make, method, replace, checkpoint, tmp_path
+):
+    before = trained(make, replace) if replace else trained(make)
+    network, weights = make(5), write(before, tmp_path / "r.pt", checkpoint)
+    if make is small:
+        head = network.classifier.weight.clone()
+        part = Classifier(network, method, weights=weights, num_classes=5, statistics_batch=2).network
+        assert torch.equal(part.classifier.weight, head)
+    else:
+        part = resnet(Detector(network, method, weights=weights).network)[0]
+    own, theirs = (
+        {name: value for name, value in each.state_dict().items() if not name.startswith(("fc.", "classifier."))}
+        for each in (part, before)
+    )
+    assert {"conv.weight" if make is small else "layer4.0.bn3.weight"} <= own.keys() & theirs.keys()
+    assert all(torch.equal(own[name], theirs[name]) for name in own.keys() & theirs.keys())
+    differ = {name.rpartition(".")[2] for name in own.keys() ^ theirs.keys()}
+    assert differ == (set() if replace else OF_ONE_ALONE.get(method, set()))
 
 
-@both
-def test_batchnorm_weights_keep_their_scales_under_other_methods(make, tmp_path):
-    network = trained()
-    detector = Detector(make(3), "gn", weights=write(network, tmp_path / "r.pt"))
-    assert all("running" in name or "tracked" in name for name in assert_taken_over(detector, network))
-
-
-@both
-@pytest.mark.parametrize("method", ["kn", "gn"])
-def test_weights_of_the_method_itself_are_loaded_after_the_conversion(make, method, tmp_path):
-    replace = {"kn": kalmannorm.convert, "gn": to_groupnorm}
-    network = trained(replace[method])
-    detector = Detector(make(3), method, weights=write(network, tmp_path / "r.pt"))
-    assert not assert_taken_over(detector, network)
-
-
-@both
+@pytest.mark.parametrize("make", [mask_rcnn_c4, mask_rcnn_fpn])
 def test_weights_that_differ_are_named(make, tmp_path):
-    file = write(trained(kalmannorm.convert), tmp_path / "r.pt")
+    file = write(trained(make, kalmannorm.convert), tmp_path / "r.pt")
     with pytest.raises(ValueError, match=r"weights: bn1\.\w+ is .* there; expected absent"):
         Detector(make(3), "frozen", weights=file)
     state = detection.resnet50().state_dict()
@@ -92,27 +101,6 @@ def test_files_that_are_none_are_named(tmp_path):
         trained_weights(tmp_path / "list")
 
 
-def small(num_classes=5, depth=8):
-    return CifarResNet(depth, num_classes, width=4)
-
-
-def trunk(network):
-    return {name: value for name, value in network.state_dict().items() if not name.startswith("classifier.")}
-
-
-@pytest.mark.parametrize("checkpoint", [False, True])
-@pytest.mark.parametrize("method", ["bn", "frozen", "kn"])
-def test_a_classifier_starts_from_batchnorm_s_weights_with_a_new_head(tmp_path, checkpoint, method):
-    before, network = changed(small(3)), small()
-    head = network.classifier.weight.clone()
-    weights = write(before, tmp_path / "r.pt", checkpoint)
-    started = Classifier(network, method, weights=weights, num_classes=5, statistics_batch=2).network
-    own, theirs = trunk(started), trunk(before)
-    assert {"conv.weight", "norm.running_var", "last_norm.weight"} <= set(own) & set(theirs)
-    assert all(torch.equal(own[name], theirs[name]) for name in set(own) & set(theirs))
-    assert torch.equal(started.classifier.weight, head)
-
-
 def test_the_network_has_its_weights_before_the_method_comes(tmp_path, monkeypatch):
     weights = write(changed(small()), tmp_path / "r.pt")
     seen = []
@@ -124,15 +112,6 @@ def test_the_network_has_its_weights_before_the_method_comes(tmp_path, monkeypat
     monkeypatch.setattr("kalmannorm.lab.training.normalize", normalized)
     Classifier(small(), "kn", weights=weights, num_classes=5)
     assert seen == [("kn", 30, [2.0] * 4)]
-
-
-def test_a_classifier_starts_from_weights_of_the_method_itself(tmp_path):
-    trained_network = changed(to_groupnorm(small(3), 4))
-    weights = write(trained_network, tmp_path / "r.pt")
-    started = Classifier(small(), "gn", weights=weights, normalization_options={"groups": 4}, num_classes=5).network
-    own, theirs = trunk(started), trunk(trained_network)
-    assert set(own) == set(theirs)
-    assert all(torch.equal(own[name], theirs[name]) for name in own)
 
 
 def test_weights_that_are_not_a_classifier_s_are_named(tmp_path):

@@ -12,11 +12,10 @@ from torch import nn
 
 import kalmannorm
 from kalmannorm.freezing import unfrozen_layers
-from kalmannorm.integrations.lightning import annealing
 from kalmannorm.lab.curve import Curve
 from kalmannorm.lab.methods import normalize
 from kalmannorm.lab.models.small import SmallConvNet
-from kalmannorm.lab.optimization import parameter_groups, share_of_rate
+from kalmannorm.lab.optimization import parameter_groups
 from kalmannorm.lab.training import Classifier
 
 
@@ -53,17 +52,27 @@ def test_the_scales_of_weight_normalization_are_not_decayed():
     assert undecayed == {"original0", "bias"}
 
 
-def test_training_moves_the_rate_along_its_schedule():
-    rates = {}
-    for schedule in ("cosine", "warmup"):
-        trainer = quiet_trainer(8)
-        trainer.fit(_classifier(SmallConvNet(), schedule=schedule), loader(*_data(), 2, 0))
-        assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-9)
-        rates[schedule] = [share_of_rate(step, 8, schedule) for step in range(8)]
-    assert rates["cosine"] == sorted(rates["cosine"], reverse=True)
-    assert rates["cosine"][0] == 1
-    assert rates["warmup"][0] == 1 / 8
-    assert rates["warmup"][1:] == rates["cosine"][1:]
+COSINE = [(1 + math.cos(math.pi * step / 8)) / 2 for step in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "milestones", "expected"),
+    [
+        ("cosine", None, COSINE),
+        ("warmup", None, [1 / 8, *COSINE[1:]]),
+        ("milestones", {0.5: 0.1, 0.75: 0.01}, [1, 1, 1, 1, 0.1, 0.1, 0.01, 0.01]),
+    ],
+)
+def test_training_moves_the_rate_along_its_schedule(schedule, milestones, expected):
+    rates = []
+
+    class Watch(lightning.Callback):
+        def on_train_batch_start(self, trainer, *args):
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    classifier = _classifier(SmallConvNet(((8, 2),)), schedule=schedule, milestones=milestones, rate=0.02)
+    quiet_trainer(8, Watch()).fit(classifier, loader(*_data(), 2, 0))
+    assert rates == pytest.approx([0.02 * share for share in expected])
 
 
 @pytest.mark.parametrize(("schedule", "milestones"), [("cosine", None), ("milestones", {0.5: 0.1})])
@@ -73,17 +82,6 @@ def test_the_rate_rises_with_every_schedule_where_a_method_asks_for_it(schedule,
         classifier = _classifier(SmallConvNet(((8, 2),)), normalization=method, **options)
         scheduler = classifier.configure_optimizers()["lr_scheduler"]["scheduler"]
         assert scheduler.get_last_lr()[0] == pytest.approx(0.1 * share), method
-
-
-def test_milestones_hold_from_their_share_of_the_training_on():
-    milestones = {0.5: 0.1, 0.75: 0.01}
-    rates = [share_of_rate(step, 8, "milestones", milestones) for step in range(8)]
-    assert rates == [1, 1, 1, 1, 0.1, 0.1, 0.01, 0.01]
-    trainer = quiet_trainer(5)
-    trainer.fit(
-        _classifier(SmallConvNet(), schedule="milestones", milestones=milestones, rate=0.02), loader(*_data(), 2, 0)
-    )
-    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.002)
 
 
 def test_annealing_may_begin_late():
@@ -111,14 +109,6 @@ def test_layers_are_frozen_for_the_last_steps(normalization):
     quiet_trainer(4, Watch()).fit(classifier, loader(*_data(), 2, 0))
     assert [bool((a == b).all()) for a, b in pairwise(variances)] == [False, False, True]
     assert unfrozen_layers(classifier.network) == {}
-
-
-@pytest.mark.parametrize(("steps", "start"), [(8, 0.0), (8, 0.5), (8, 0.99), (7, 0.3), (1, 0.9)])
-def test_shares_of_annealing_make_the_factor(steps, start):
-    shares = [annealing(step, steps, 10.0, start) for step in range(steps)]
-    assert math.prod(shares) == pytest.approx(10.0)
-    assert shares == sorted(shares)
-    assert sum(share == 1 for share in shares) == min(math.ceil(start * steps), steps - 1)
 
 
 @pytest.mark.parametrize(

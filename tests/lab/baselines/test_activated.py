@@ -5,6 +5,7 @@ import copy
 import pytest
 import timm
 import torch
+from networks import made_of
 from torch import nn
 from torch.nn import functional as F
 from torchvision.ops import StochasticDepth
@@ -60,41 +61,38 @@ def flags(model):
     return [layer.activation is not None for layer in model.modules() if isinstance(layer, Activated)]
 
 
-def test_a_relu_called_as_a_function():
-    model, images = SmallConvNet(), torch.randn(2, 1, 32, 32)
-    expected = copy.deepcopy(model)(images)
-    names = set(model.state_dict())
-    replaced = replace_batchnorm_relu(model, Activated)
-    assert flags(replaced) == [True] * 6
-    assert torch.allclose(replaced(images), expected)
-    assert {name.replace(".norm.", ".") for name in replaced.state_dict()} == names
+def before(activate):
+    return made_of(lambda self, x: self.activate(self.norm(x)), norm=nn.BatchNorm2d(3), activate=activate)
+
+
+def norm_acts():
+    return nn.Sequential(
+        timm.layers.BatchNormAct2d(3), nn.Conv2d(3, 3, 1), timm.layers.BatchNormAct2d(3, apply_act=False)
+    )
 
 
 @pytest.mark.parametrize(
-    "activate", [lambda x: F.leaky_relu(x, 0.3), lambda x: F.gelu(input=x, approximate="tanh"), torch.relu, nn.ELU(0.5)]
+    ("make", "channels", "expected"),
+    [
+        (SmallConvNet, 1, [True] * 6),
+        (lambda: before(lambda x: F.leaky_relu(x, 0.3)), 3, [True]),
+        (lambda: before(lambda x: F.gelu(input=x, approximate="tanh")), 3, [True]),
+        (lambda: before(torch.relu), 3, [True]),
+        (lambda: before(nn.ELU(0.5)), 3, [True]),
+        (Residual, 3, [True, False, True]),
+        (norm_acts, 3, [True, False]),
+        (lambda: timm.create_model("resnet10t", num_classes=3), 3, [True] * 4 + [False] + [True, False, False] * 3),
+    ],
+    ids=["a function", "a slope", "a keyword", "torch", "a module", "one behind an addition", "inside", "timm"],
 )
-def test_an_activation_keeps_its_settings(activate):
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.norm, self.activate = nn.BatchNorm2d(3), activate
-
-        def forward(self, x):
-            return self.activate(self.norm(x))
-
-    model, x = Net(), torch.randn(2, 3, 4, 4)
-    expected = copy.deepcopy(model)(x)
+def test_the_activations_directly_behind_go_and_nothing_else_changes(make, channels, expected):
+    model, images = make(), torch.randn(2, channels, 32, 32)
+    output, names = copy.deepcopy(model)(images), set(model.state_dict())
     replaced = replace_batchnorm_relu(model, Activated)
-    assert flags(replaced) == [True]
-    assert torch.allclose(copy.deepcopy(replaced)(x), expected)
-
-
-def test_a_relu_behind_an_addition_stays():
-    model, x = Residual(), torch.randn(2, 3, 4, 4)
-    expected = copy.deepcopy(model)(x)
-    replaced = replace_batchnorm_relu(model, Activated)
-    assert flags(replaced) == [True, False, True]
-    assert torch.allclose(replaced(x), expected)
+    assert flags(replaced) == expected
+    assert torch.allclose(copy.deepcopy(replaced)(images), output, atol=1e-5)
+    if make is not norm_acts:
+        assert {name.replace(".norm.", ".") for name in replaced.state_dict()} == names
 
 
 @pytest.mark.parametrize("drop", [lambda p: StochasticDepth(p, "row"), timm.layers.DropPath, nn.Dropout])
@@ -105,18 +103,6 @@ def test_what_draws_in_training_does_not_in_eval(drop):
     assert torch.equal(replaced.eval()(x), model.eval()(x))
     assert not torch.equal(replaced.train()(x), replaced(x))
     assert torch.equal(replaced.eval()(x), replaced(x))
-
-
-def test_timm_resnet_and_norm_act():
-    model, x = timm.create_model("resnet18", num_classes=3), torch.randn(2, 3, 32, 32)
-    expected = copy.deepcopy(model)(x)
-    replaced = replace_batchnorm_relu(model, Activated)
-    assert flags(replaced).count(True) == 9
-    assert torch.allclose(replaced(x), expected, atol=1e-5)
-    norm_act = nn.Sequential(
-        timm.layers.BatchNormAct2d(3), nn.Conv2d(3, 3, 1), timm.layers.BatchNormAct2d(3, apply_act=False)
-    )
-    assert flags(replace_batchnorm_relu(norm_act, Activated)) == [True, False]
 
 
 def test_a_batchnorm_by_itself():

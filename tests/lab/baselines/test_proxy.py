@@ -79,16 +79,6 @@ def network(method, **options):
     return normalize(SmallConvNet(((8, 2), (16, 2))), method, proxy=True, statistics_batch=2, **options)
 
 
-@pytest.mark.parametrize(("method", "kind"), [("gn", nn.GroupNorm), ("bn", kalmannorm.KalmanNorm2d),
-                                              ("kn", kalmannorm.KalmanNorm2d)])  # fmt: skip
-def test_the_layer_is_whatever_replaces_batchnorm(method, kind):
-    model = network(method)
-    layers = [layer for layer in model.modules() if isinstance(layer, ProxyNormalized)]
-    assert [type(layer.norm) for layer in layers] == [kind] * 2
-    model(torch.randn(4, 1, 16, 16)).sum().backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())
-
-
 def test_a_prior_behind_it_is_moved_by_the_same_numbers():
     torch.manual_seed(0)
     model = network("kn", input_stats=([0.0], [1.0]))

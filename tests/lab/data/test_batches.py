@@ -157,10 +157,6 @@ def test_gradient_batches_that_cannot_be_are_refused(batches, images, trainer, m
         batches(images, trainer)
 
 
-def test_workers_change_nothing():
-    assert values(on_disk(num_workers=2)) == values(on_disk())
-
-
 def test_without_a_seed_images_come_in_order_as_they_are_and_the_last_ones_too():
     loader = in_memory(seed=None, drop_last=False)
     found = list(loader)

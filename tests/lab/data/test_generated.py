@@ -82,8 +82,3 @@ def test_objects_that_are_there_stay_and_the_same_numbers_give_the_same_images(r
     generate_objects(root, "pennfudan", 5, 5)
     assert (first / "images" / "0001.jpg").read_text() == "mine"
     assert len(list((first / "images").iterdir())) == 3
-
-
-def test_an_unknown_set_of_objects_is_named(root):
-    with pytest.raises(ValueError, match="'pets'"):
-        generate_objects(root, "pets")

@@ -7,7 +7,6 @@ from PIL import Image
 
 from kalmannorm.lab.data.folders import REPOSITORY, FolderData
 from kalmannorm.lab.data.hub import HubImages
-from kalmannorm.lab.data.roots import MissingDataError
 
 CLASSES = ["bee", "cat", "dog"]
 
@@ -66,13 +65,3 @@ def test_from_the_hub_if_it_is_nowhere(root, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert (len(ready().train_set), len(ready().test_set)) == (7, 4)
     assert set(asked) == {(REPOSITORY, "train"), (REPOSITORY, "validation")}
-
-
-def test_without_a_hub_it_says_where_to_get_it(root, asked_of_the_hub):
-    words = rf"(?s)'imagenet' was not found.*image-net.org.*log in at the Hugging Face hub.*{root}/imagenet/train/\*/\*"
-    with pytest.raises(MissingDataError, match=words):
-        ready()
-    assert asked_of_the_hub == [REPOSITORY]
-    with pytest.raises(MissingDataError, match="'photos' was not found"):
-        FolderData("photos", 2).setup()
-    assert asked_of_the_hub == [REPOSITORY]

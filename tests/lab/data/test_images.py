@@ -6,7 +6,7 @@ import torch
 from image_files import numbered_images, write_parquet
 
 from kalmannorm.lab.data.images import load_images
-from kalmannorm.lab.data.roots import SOURCES, MissingDataError
+from kalmannorm.lab.data.roots import MissingDataError
 
 
 def numbers(images):
@@ -63,22 +63,6 @@ def test_some_classes_are_kept_and_numbered_anew_and_then_counted(root):
     assert [numbers(images) for images, _ in few] == [train[:3], validation[:3], test[:3]]
 
 
-@pytest.mark.parametrize("classes", [[], [1, 1], [3, 10], [-1]])
-def test_classes_that_there_are_not_are_refused(root, classes):
-    write_parquet(root, "cifar10", {"train": 50, "test": 20})
-    with pytest.raises(ValueError, match=r"classes must be different labels of cifar10, 0 to 9; got \["):
-        load_images("cifar10", validation=5, classes=classes)
-
-
-@pytest.mark.parametrize("name", SOURCES)
-def test_an_absent_set_is_asked_of_the_hub_once_and_then_of_the_user(root, asked_of_the_hub, name):
-    with pytest.raises(MissingDataError) as raised:
-        load_images(name)
-    assert asked_of_the_hub == [SOURCES[name].repository]
-    for told in (SOURCES[name].repository, f"{root}/{SOURCES[name].folder}/train-*.parquet"):
-        assert told in str(raised.value)
-
-
 def test_a_part_of_a_set_is_not_mended_by_a_download(root, asked_of_the_hub):
     write_parquet(root, "cifar10", {"train": 3})
     with pytest.raises(MissingDataError, match="cifar10"):
@@ -91,13 +75,3 @@ def test_files_with_other_columns_are_named(root):
     (root / "svhn").rename(root / "cifar10")
     with pytest.raises(ValueError, match="img and label; got image, label"):
         load_images("cifar10", validation=0)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [({"name": "mnist"}, "mnist"), ({"validation": 5}, "0 to 4.*got 5"), ({"limit": 0}, "at least 1; got 0")],
-)
-def test_bad_requests_say_what_was_wrong(root, arguments, message):
-    write_parquet(root, "cifar10", {"train": 5, "test": 5})
-    with pytest.raises(ValueError, match=message):
-        load_images(**({"name": "cifar10", "validation": 0} | arguments))

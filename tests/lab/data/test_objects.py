@@ -9,7 +9,6 @@ from PIL import Image
 from pycocotools import mask as run_lengths
 
 from kalmannorm.lab.data.objects import SOURCES, DetectionData, DetectionSet
-from kalmannorm.lab.data.roots import MissingDataError
 
 HEIGHT, WIDTH = 20, 30
 
@@ -126,14 +125,3 @@ def test_nothing_is_printed(root, capsys):
     write_set(root, files)
     DetectionSet(root, files, train=False)
     assert capsys.readouterr().out == ""
-
-
-@pytest.mark.parametrize("name", SOURCES)
-def test_an_absent_set_is_asked_for(root, name):
-    with pytest.raises(MissingDataError, match=f"{root}/{name}/annotations/instances_train"):
-        DetectionData(name).setup()
-
-
-def test_an_unknown_set_is_named():
-    with pytest.raises(ValueError, match="'pets'"):
-        DetectionData("pets")

@@ -54,16 +54,3 @@ def test_a_smaller_validation_split_leaves_the_test_as_it_is():
 
 def test_rows_are_those_of_the_set():
     assert load_set("breast_cancer")[0][3].tolist() == pytest.approx(load_breast_cancer().data[3].tolist())
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"name": "iris"}, "one of digits, breast_cancer; got 'iris'"),
-        ({"validation": 0}, "validation=0 and test=449"),
-        ({"validation": 1700, "test": 97}, "1797 inputs .* validation=1700 and test=97"),
-    ],
-)
-def test_bad_requests_say_what_was_wrong(options, message):
-    with pytest.raises(ValueError, match=message):
-        SignalData(**{"name": "digits"} | options)

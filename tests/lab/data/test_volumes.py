@@ -55,16 +55,3 @@ def test_standardized_volumes_have_a_mean_and_a_deviation_of_their_own():
 def test_the_seed_of_the_order_does_not_change_the_volumes():
     first, second = (VolumeData(train=3, validation=1, test=1, size=16, seed=seed).load() for seed in (0, 1))
     assert torch.equal(first.train[0], second.train[0])
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        (("exam", 1), "one of train, validation, test; got 'exam'"),
-        (("train", 0), "got count=0, size=24"),
-        (("train", 1, 6), "got count=1, size=6"),
-    ],
-)
-def test_bad_requests_say_what_was_wrong(given, message):
-    with pytest.raises(ValueError, match=message):
-        generate_volumes(*given)

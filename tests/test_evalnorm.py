@@ -1,5 +1,6 @@
 """EvalNorm, and its trial: networks of the study, every share on both splits, the share chosen on validation images."""
 
+import datasets
 import pandas as pd
 import pytest
 import torch
@@ -7,6 +8,7 @@ import torch
 from benchmarks import evalnorm
 from benchmarks.evalnorm import evalnorm as blended
 from kalmannorm.lab import fitting
+from kalmannorm.lab.data.generated import generate_images
 from kalmannorm.lab.methods import normalize
 from kalmannorm.lab.models.small import SmallConvNet
 
@@ -54,8 +56,10 @@ def test_evalnorm_says_what_it_wants():
             pass
 
 
-@pytest.mark.usefixtures("images")
 def test_a_trial_scores_every_share_on_both_splits(monkeypatch, tmp_path):
+    monkeypatch.setenv("KALMANNORM_DATA", str(tmp_path))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    generate_images(tmp_path, "cifar10", train=64, test=32)
     fit = fitting.fit
     tiny = ["--trainer.max_steps=2", "--trainer.val_check_interval=2", "--data.init_args.limit=null",
             "--data.init_args.validation=16", "--data.init_args.gradient_batch=8"]  # fmt: skip

@@ -1,0 +1,75 @@
+"""The parts of networks."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from kalmannorm.lab.models.branches import Branches
+from kalmannorm.lab.models.cifar_inception import CifarInception
+from kalmannorm.lab.models.cifar_resnet import PreActivationBlock, _shortcut
+from kalmannorm.lab.models.small import SmallConvNet
+from kalmannorm.lab.models.unet3d import UNet3d
+
+
+def test_branches_are_joined_in_order():
+    x = torch.randn(2, 3, 4, 4)
+    out = Branches(nn.Identity(), nn.ReLU(), nn.MaxPool2d(3, 1, 1))(x)
+    assert out.shape == (2, 9, 4, 4)
+    assert torch.equal(out[:, :3], x)
+    assert torch.equal(out[:, 3:6], x.relu())
+
+
+def test_branches_of_the_papers_small_inception_have_the_filters_of_its_table():
+    """Section 4.3.2."""
+    model = CifarInception()
+    found = [
+        [[conv.out_channels for conv in branch.modules() if isinstance(conv, nn.Conv2d)] for branch in module.branches]
+        for module in model.inceptions
+    ]
+    assert found == [
+        [[64], [96, 128], [16, 32], [32]],
+        [[128], [128, 192], [32, 96], [64]],
+        [[192], [96, 208], [16, 48], [64]],
+    ]
+    kernels = [conv.kernel_size[0] for conv in model.modules() if isinstance(conv, nn.Conv2d)]
+    assert kernels == [3] + 3 * [1, 1, 3, 1, 5, 1]
+
+
+@pytest.mark.parametrize("window", [1, 2])
+def test_shortcut_has_zeros_on_both_sides(window):
+    x = torch.randn(2, 4, 6, 6)
+    out = _shortcut(x, 4, 2, window)
+    assert out.shape == (2, 8, 3, 3)
+    assert out[:, :2].abs().sum() == out[:, 6:].abs().sum() == 0
+    expected = x[:, :, ::2, ::2] if window == 1 else F.avg_pool2d(x, 2)
+    assert torch.equal(out[:, 2:6], expected)
+    assert _shortcut(x, 0, 1, window) is x
+
+
+def test_preactivation_leaves_the_sum_alone():
+    """With its last convolution at zero a pre-activation block is its shortcut; the other form still rectifies."""
+    x = torch.randn(2, 16, 8, 8)
+    block = PreActivationBlock(16, 16, 1, nn.BatchNorm2d)
+    nn.init.zeros_(block.conv2.weight)
+    assert torch.equal(block(x), x)
+
+
+def test_every_convolution_of_the_demos_network_is_normalized():
+    """Only so does the scale of a convolution's weights not matter: each layer's norm takes it out again."""
+    torch.manual_seed(0)
+    model, images = SmallConvNet().double(), torch.randn(4, 1, 32, 32, dtype=torch.float64)
+    before = model(images)
+    with torch.no_grad():
+        for conv in model.convs:
+            conv.weight.mul_(10)
+    assert torch.allclose(model(images), before, atol=1e-3)
+
+
+def test_what_the_way_down_of_a_unet_found_goes_beside_the_way_up():
+    model = UNet3d(2, 2).eval()
+    x = torch.randn(1, 1, 8, 8, 8)
+    whole = model(x)
+    with torch.no_grad():
+        model.merge[0][0].weight[:, :2] = 0
+    assert not torch.allclose(model(x), whole)
