@@ -81,8 +81,8 @@ def input_beliefs(model: nn.Module, input_stats: InputStats | None) -> dict[str 
         return {}
     if getattr(model.forward, "__func__", None) is nn.Module.forward:  # a plain ModuleList, say
         raise ValueError(
-            f"kalmannorm got input_stats for {type(model).__name__}, whose parts are called and not itself, "
-            "expected a module with a forward"
+            f"input_stats got {type(model).__name__}, whose parts are called and not itself, expected a module with a "
+            "forward"
         )
     if not isinstance(input_stats, Mapping):
         return {None: _belief(input_stats, "input_stats")}
@@ -91,8 +91,8 @@ def input_beliefs(model: nn.Module, input_stats: InputStats | None) -> dict[str 
         first = re.split(r"[.\[]", str(name))[0]  # of a place inside of an argument, as "batch['image']"
         if first not in arguments and not any(p.kind is p.VAR_KEYWORD for p in arguments.values()):
             raise ValueError(
-                f"kalmannorm got input_stats of {name!r}, expected names of what {type(model).__name__}'s "
-                f"forward takes: {list(arguments)}"
+                f"input_stats got {name!r}, expected names of what {type(model).__name__}'s forward takes: "
+                f"{list(arguments)}"
             )
     return {name: _belief(stats, f"input_stats[{name!r}]") for name, stats in input_stats.items()}
 
@@ -105,7 +105,7 @@ def _belief(stats: tuple[Any, Any], what: str) -> Gaussian:
     mean, std = (t.flatten() if t.ndim else t for t in (mean, std))
     if mean.shape != std.shape or not bool((std > 0).all()) or not bool(mean.isfinite().all()):
         raise ValueError(
-            f"kalmannorm got {what}={stats!r}, expected (mean, std), one number a channel each, std above 0"
+            f"{what} got {stats!r}, expected (mean, std), one number a channel each, std above 0"
         )
     return Gaussian(mean, std.square())
 

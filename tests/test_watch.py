@@ -745,7 +745,7 @@ def test_input_stats_of_a_place_inside_of_an_argument():
 
 
 def test_a_container_whose_parts_are_called_takes_no_input_stats():
-    with pytest.raises(ValueError, match="got input_stats for ModuleDict, whose parts are called and not itself"):
+    with pytest.raises(ValueError, match="input_stats got ModuleDict, whose parts are called and not itself"):
         kn.convert(nn.ModuleDict({"body": nn.BatchNorm2d(3)}), input_stats=([0.0] * 3, [1.0] * 3))
 
 
@@ -760,11 +760,11 @@ def test_a_container_that_is_called_itself_takes_input_stats():
 
 
 def test_input_stats_by_name_that_do_not_fit():
-    with pytest.raises(ValueError, match=r"input_stats of 'y', expected names of what Graph's forward takes: \['x'"):
+    with pytest.raises(ValueError, match=r"input_stats got 'y', expected names of what Graph's forward takes: \['x'"):
         kn.convert(Graph(), input_stats={"y": (0.0, 1.0)})
-    with pytest.raises(ValueError, match=r"input_stats of 0, expected names of what Graph's forward takes"):
+    with pytest.raises(ValueError, match=r"input_stats got 0, expected names of what Graph's forward takes"):
         kn.convert(Graph(), input_stats={0: (0.0, 1.0)})
-    with pytest.raises(ValueError, match=r"got input_stats\['adj'\]=\(0.0, 0.0\), expected"):
+    with pytest.raises(ValueError, match=r"input_stats\['adj'\] got \(0.0, 0.0\), expected"):
         kn.convert(Graph(), input_stats={"adj": (0.0, 0.0)})
     model = kn.convert(Graph(), input_stats={"x": ([0.0] * 2, [1.0] * 2)})
     with pytest.raises(ValueError, match=r"describe 2 channels, but Graph got an input 'x' of shape \(5, 3\)"):
