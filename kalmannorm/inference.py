@@ -137,8 +137,8 @@ def layers_to_recalibrate(model: nn.Module) -> dict[str, _BatchNorm]:
     layers = tracking_layers(model)
     if not layers:
         raise ValueError(
-            f"{type(model).__name__} has nothing to recalibrate: expected a KalmanNorm or BatchNorm layer "
-            "with running statistics that is not frozen"
+            f"{type(model).__name__} has no layer with running statistics that is not frozen, expected a KalmanNorm or "
+            "BatchNorm layer"
         )
     return layers
 

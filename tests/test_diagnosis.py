@@ -183,7 +183,7 @@ def test_a_layer_that_no_batch_came_through_and_one_that_is_frozen():
 def test_bad_input():
     with pytest.raises(ValueError, match=r"kalmannorm\.diagnose got an empty loader for Sequential"):
         kn.diagnose(network(), [], progress=False)
-    with pytest.raises(ValueError, match="Linear has nothing to recalibrate"):
+    with pytest.raises(ValueError, match="Linear has no layer with running statistics"):
         kn.diagnose(nn.Linear(2, 2), [torch.randn(2, 2)])
 
 
