@@ -24,10 +24,12 @@ _NESTED = 2
 _LONGEST = 8
 
 
-def as_one_function(step: Step) -> Gaussian | None:
+def as_one_function(step: Step, kept: Callable[[Step], Any]) -> Gaussian | None:
     """The belief about a step that is a function of one activation by way of other such functions; None of another.
 
-    The beliefs about the step's ancestors are known.
+    Args:
+        step: its parents' beliefs are kept.
+        kept: returns a step's belief.
     """
     if not any([parent.function in ELEMENTWISE or parent.function in JOINT for parent in step.parents]):
         return None  # mostly
@@ -35,7 +37,7 @@ def as_one_function(step: Step) -> Gaussian | None:
     for n in range(len(chain) - 1, 0, -1):  # the furthest source that a known tensor in between allows
         if len({*step.parents}) == 1 and (_is_line(step) or all([_is_line(each) for each in chain[1:n]])):
             return None  # lines leave their input Gaussian
-        belief = chain[n].belief
+        belief = kept(chain[n])
         if isinstance(belief, Gaussian) and (values_of := _function(step, chain[n], belief)) is not None:
             return quadrature(belief, values_of)
     return None

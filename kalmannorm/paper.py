@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kalmannorm.gaussian import Gaussian, Unknown
-from kalmannorm.kernels.autograd import in_grad_mode, in_region
+from kalmannorm.kernels.autograd import in_grad_mode, saved_tensor_hooks
 from kalmannorm.propagation import (
     FAILURES,
     NO_INPUT,
@@ -24,7 +24,7 @@ from kalmannorm.propagation import (
 from kalmannorm.rules import RULES, Belief
 from kalmannorm.rules.shape import reshape
 from kalmannorm.rules.table import PLACES
-from kalmannorm.steps import Step, replace, step_of
+from kalmannorm.steps import Step, computed_in, may_use, replace, step_of
 
 # How many values a channel give a variance.
 _FEWEST = 16
@@ -84,14 +84,18 @@ def maps_for(shape: Sequence[int], groups: int) -> int:
 
 def drawn(step: Step, maps: int) -> Tensor | Unknown:
     """Draw feature maps and put them through the same functions as the activation, ``(maps, C, *)``."""
+    now = saved_tensor_hooks()
 
     def kept(step: Step) -> Tensor | Unknown | None:
-        return step.draws if isinstance(step.draws, Unknown) or step.maps_drawn == maps else None
+        draws = step.draws
+        if draws is None or not may_use(step.draws_in, step, now):
+            return None
+        return draws if isinstance(draws, Unknown) or step.maps_drawn == maps else None
 
     def draw(step: Step) -> Tensor | Unknown:
-        with in_region(step.hooks):
-            draws = _draw(step, maps) if step.function is None else _by_call(step, kept)
-        step.draws, step.maps_drawn, step.depth = draws, maps, 0
+        draws = _draw(step, maps) if step.function is None else _by_call(step, kept)
+        step.draws, step.draws_in, step.depth = draws, computed_in(step.draws, now), 0
+        step.maps_drawn = maps
         return draws
 
     return evaluate(step, kept, draw)

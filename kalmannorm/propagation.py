@@ -17,12 +17,12 @@ from torch.overrides import resolve_name
 
 from kalmannorm.composed import as_one_function
 from kalmannorm.gaussian import Gaussian, Unknown
-from kalmannorm.kernels.autograd import in_grad_mode, in_region, is_transformed, saved_tensor_hooks
+from kalmannorm.kernels.autograd import in_grad_mode, is_transformed, saved_tensor_hooks
 from kalmannorm.rules import RULES, Belief, Rule
 from kalmannorm.rules.arithmetic import ELEMENTWISE, JOINT
 from kalmannorm.rules.rectified import Rectified
 from kalmannorm.rules.table import BELIEF_ALONE, BELIEF_FIRST, LIKE, as_rule_is_called
-from kalmannorm.steps import Step, found_in, replace, step_of
+from kalmannorm.steps import Step, computed_in, found_in, may_use, replace, step_of
 
 _T = TypeVar("_T")
 NO_INPUT = Unknown("its input does not depend on a floating-point input, or went through torch.jit, vmap or DTensor")
@@ -60,30 +60,31 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 def exact(step: Step) -> Belief:
     """Evaluate a step by the rules."""
-    return evaluate(step, _kept_belief, _apply_rule)
+    now = saved_tensor_hooks()
 
+    def kept(step: Step) -> Belief | None:
+        belief = step.belief
+        return belief if belief is not None and may_use(step.belief_in, step, now) else None
 
-def _kept_belief(step: Step) -> Belief | None:
-    return step.belief
+    def apply_rule(step: Step) -> Belief:
+        with in_grad_mode(step.grad):  # the step's own mode, as the value is kept for later calls
+            belief = _by_rule(step, kept)
+        if isinstance(belief, Gaussian):
+            belief = belief.of(step.shape)
+            if not step.grad:
+                belief = belief.detach()
+        step.belief, step.belief_in, step.depth = belief, computed_in(step.belief, now), 0
+        return belief
 
-
-def _apply_rule(step: Step) -> Belief:
-    with in_region(step.hooks), in_grad_mode(step.grad):  # the step's own, as the value is kept for later calls
-        belief = _by_rule(step)
-    if isinstance(belief, Gaussian):
-        belief = belief.of(step.shape)
-        if not step.grad:
-            belief = belief.detach()
-    step.belief, step.depth = belief, 0
-    return belief
+    return evaluate(step, kept, apply_rule)
 
 
 def settle(step: Step) -> None:
     """Evaluate a step of an earlier pass, and drop its parents: a state that a network passes to itself would keep all
     earlier passes. Autocast must be off.
     """
-    if step.function is None or not (saved_tensor_hooks() is step.hooks is None):  # a checkpointed region runs again
-        return
+    if step.function is None or not (saved_tensor_hooks() is step.hooks is step.belief_in is None):
+        return  # a checkpointed region runs again
     belief = exact(step)
     step.belief = belief.evaluate().of(step.shape) if isinstance(belief, Rectified) else belief
     step.function, step.args, step.kwargs, step.parents, step.source = None, (), {}, (), "an earlier pass"
@@ -172,13 +173,13 @@ def _is_freed(value: Tensor | Gaussian) -> bool:
     return bool(tensor.numel() > 0 and tensor.untyped_storage().size() == 0)
 
 
-def _by_rule(step: Step) -> Belief:
-    called = operands(step, _kept_belief)
+def _by_rule(step: Step, kept: Callable[[Step], Any]) -> Belief:
+    called = operands(step, kept)
     if isinstance(called, Unknown):
         return called
     whole: Belief | None = None
     if step.function in ELEMENTWISE or step.function in JOINT:
-        whole = _call_rule(as_one_function, step, (step,), {})
+        whole = _call_rule(as_one_function, step, (step, kept), {})
     return _by_its_own_rule(step, *called) if whole is None else whole
 
 

@@ -344,6 +344,8 @@ def attach(tensor: Tensor, belief: Belief, source: str) -> None:
     if step.hooks is not None and (mode := current()) is not None:
         # A checkpointed region runs again with an open mode, too: it may be a function, which opens none itself.
         enter_again(step.hooks, lambda: Recorder(mode.layers))
+        if (mark := mode.this_pass()) is not None:
+            mark.clear()  # the second run computes beliefs from the steps before it as the first one did
 
 
 def started_on_first(given: Gaussian, values: Any, learned: Any = None) -> Gaussian | None:

@@ -28,6 +28,9 @@ _OWNER = "_kalmannorm_owner"
 # Arguments that hold no tensor.
 SCALARS = frozenset((int, float, bool, str, type(None)))
 
+# Marks a value that was computed again, in another checkpoint region.
+_AGAIN = "again"
+
 
 @dataclass(slots=True, weakref_slot=True, eq=False, repr=False)
 class Step:
@@ -47,11 +50,13 @@ class Step:
     is_used: bool = field(default=False, init=False)  # by a function that was called with its tensor
     depth: int = field(default=0, init=False)  # of the longest chain below it that was not evaluated yet
     grad: bool = field(init=False)
-    hooks: Any = field(init=False)  # of the checkpointed region that it was recorded in
+    hooks: Any = field(init=False)
+    belief_in: Any = field(init=False)
+    draws_in: Any = field(init=False)
 
     def __post_init__(self) -> None:
         self.grad = torch.is_grad_enabled()
-        self.hooks = saved_tensor_hooks()
+        self.hooks = self.belief_in = self.draws_in = saved_tensor_hooks()
         if self.parents is None:
             self.parents = list(found_in((*self.args, *self.kwargs.values()), Step))
         for parent in self.parents:
@@ -78,6 +83,20 @@ def ancestors(step: Step, source: Step | None = None) -> list[Step]:
             found[current] = None
             waiting.pop()
     return list(found)
+
+
+def may_use(where: Any, step: Step, now: Any) -> bool:
+    """Whether a step's value, kept beside ``where`` by :func:`computed_in`, may be used in the region ``now``.
+
+    A checkpoint region runs again in the backward pass and must then compute the same values again. So it uses a value
+    from outside only if that was there before any region asked for it.
+    """
+    return bool(where == now or where == step.hooks or where == (_AGAIN, now))
+
+
+def computed_in(kept: Any, now: Any) -> Any:
+    """Where a value was computed, to be kept beside it; marked if it replaces an older value."""
+    return now if kept is None else (_AGAIN, now)
 
 
 def replace(value: Any, kind: type | UnionType, by: Callable[[Any], Any]) -> Any:

@@ -53,7 +53,7 @@ def traced_with_its_caller(function: _F) -> _F:
 
 
 def saved_tensor_hooks() -> Any:
-    """The innermost checkpointed region that is running, by its hooks for saved tensors, or None."""
+    """The checkpointed region that is running, or None. See :func:`kalmannorm.steps.may_use`."""
     if torch.compiler.is_dynamo_compiling():
         return None
     return torch._C._autograd._top_saved_tensors_default_hooks(False)
@@ -65,29 +65,6 @@ def in_grad_mode(grad: bool) -> AbstractContextManager[Any]:
         return _NOTHING
     inference = not torch.compiler.is_dynamo_compiling() and torch.is_inference_mode_enabled()
     return _outside_of_inference(grad) if inference else torch.set_grad_enabled(grad)
-
-
-def in_region(hooks: Any) -> AbstractContextManager[Any]:
-    """A context of the checkpointed region that ``hooks`` identify, without regions that began in it or later.
-
-    A region runs again in the backward pass, and must then save the same tensors. What is computed in it for a call
-    before it is kept, and not computed again; so its tensors are saved as outside of the region.
-    """
-    now = saved_tensor_hooks()
-    return _NOTHING if now is None or now == hooks else _left_until(hooks)
-
-
-@contextmanager
-def _left_until(hooks: Any) -> Iterator[None]:
-    left: list[Any] = []
-    while (now := saved_tensor_hooks()) is not None and now != hooks:
-        left.append(now)
-        torch._C._autograd._pop_saved_tensors_default_hooks()
-    try:
-        yield
-    finally:
-        for pack_and_unpack in reversed(left):
-            torch._C._autograd._push_saved_tensors_default_hooks(*pack_and_unpack)
 
 
 @contextmanager

@@ -27,7 +27,7 @@ def _through_filter(x: Gaussian, weight: Tensor, bias: Tensor | None) -> Gaussia
     """Through a matrix or an ungrouped filter, in one step with a ReLU before it."""
     if not x.is_per_channel(weight.shape[1]):
         x = in_one_shape(x.full([1]).pool(range(2, x.ndim)))
-    rectified = x if isinstance(x, Rectified) else None
+    rectified = x if isinstance(x, Rectified) and not x.is_known else None
     below = x if rectified is None else rectified.below
     moments, after = link(below.packed().moments, weight, bias, relu=rectified is not None)
     if rectified is not None and after is not None:

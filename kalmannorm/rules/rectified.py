@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kalmannorm.gaussian import Gaussian, Packed
-from kalmannorm.kernels.autograd import in_grad_mode, in_region, saved_tensor_hooks
+from kalmannorm.kernels.autograd import in_grad_mode, saved_tensor_hooks
 from kalmannorm.kernels.rectify import rectify
 
 __all__ = ["Rectified"]
@@ -23,25 +23,31 @@ class Rectified(Gaussian):
         below: the belief before the ReLU.
     """
 
-    __slots__ = ("_grad", "_hooks", "_known", "below")
+    __slots__ = ("_grad", "_known", "_where", "below")
 
     def __init__(self, below: Gaussian) -> None:
         self.below = below
         self.shape = below.shape
         self._known: Gaussian | None = None
-        # Here, and not where the moments are first read.
-        self._grad, self._hooks = torch.is_grad_enabled(), saved_tensor_hooks()
+        self._where: object = None
+        self._grad = torch.is_grad_enabled()  # here, not where the moments are first read
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the moments have been computed, in the current checkpointed region if there is one."""
+        return self._known is not None and self._where == saved_tensor_hooks()
 
     def keep(self, known: Gaussian) -> None:
-        """Store computed moments, unless some are, these lack gradients, or a checkpoint will compute them again."""
-        if self._known is None and torch.is_grad_enabled() >= self._grad and saved_tensor_hooks() == self._hooks:
-            self._known = known
+        """Store computed moments, unless they lack gradients that this belief must have."""
+        if torch.is_grad_enabled() or not self._grad:
+            self._known, self._where = known, saved_tensor_hooks()
 
     def evaluate(self) -> Gaussian:
         """The same belief with known moments."""
-        if self._known is None:
-            with in_region(self._hooks), in_grad_mode(self._grad):
-                self._known = Gaussian(*rectify(self.below.mean, self.below.var))
+        if not self.is_known:
+            with in_grad_mode(self._grad):
+                self.keep(Gaussian(*rectify(self.below.mean, self.below.var)))
+        assert self._known is not None
         return self._known
 
     # As in Gaussian. Reading the moments computes them; everything else comes from the belief below.
