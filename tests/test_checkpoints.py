@@ -1,11 +1,13 @@
 """Regions of the forward pass that run again in the backward pass."""
 
 
+from functools import partial
+
 import pytest
 import torch
 from networks import Checkpointed, Residual, made_of
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import kalmannorm as kn
 from kalmannorm.checkpoints import _FIRST
@@ -166,3 +168,35 @@ def test_a_corrected_layer_without_a_prior_takes_the_statistics_of_the_first_run
     for saving, plain in zip(gradients(True), gradients(False), strict=True):
         torch.testing.assert_close(saving, plain, rtol=0, atol=0)
     assert not _FIRST  # it goes with the graph
+
+
+def gradients_through(region, context, options):
+    """Of a layer outside whose belief a region asks for, which has two layers and dropout, run by ``region``."""
+
+    def forward(self, x):
+        x = self.conv(self.first(x).relu())
+        return region(lambda x: self.third(self.act(self.drop(self.second(x)))), x, **context)
+
+    torch.manual_seed(0)
+    norms = {name: nn.BatchNorm2d(4) for name in ("first", "second", "third")}
+    parts = {"conv": nn.Conv2d(4, 4, 3), "drop": nn.Dropout(), "act": nn.SiLU(), **norms}
+    model = kn.convert(made_of(forward, **parts), input_stats=([0.0] * 4, [1.0] * 4), **options)
+    x = torch.randn(4, 4, 8, 8)
+    model(x).mul(torch.arange(36.0).view(6, 6)).sum().backward()
+    return [parameter.grad for parameter in model.parameters()]
+
+
+def saves(name, context, operator, *args, **kwargs):
+    return CheckpointPolicy.MUST_SAVE if name in str(operator) else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@pytest.mark.parametrize("saved", [None, "mul", "sigmoid", "add"])
+@pytest.mark.parametrize("options", [{}, kn.preset("paper")], ids=["default", "paper"])
+def test_a_region_with_dropout_and_any_policy_changes_no_bit(saved, options):
+    """Its second run draws and computes what the first one did, in the same order."""
+    context = {"use_reentrant": False}
+    if saved is not None:
+        context["context_fn"] = partial(create_selective_checkpoint_contexts, partial(saves, saved))
+    saving = gradients_through(checkpoint, context, options)
+    plain = gradients_through(lambda function, x: function(x), {}, options)
+    torch.testing.assert_close(saving, plain, rtol=0, atol=0)
