@@ -213,7 +213,8 @@ class CorrectedPrior(nn.Module):
         """Where a checkpoint lacks a key, torch.distributed's ``set_model_state_dict`` adds the layer's own tensor."""
         own = [name for name, t in chain(self._parameters.items(), self._buffers.items())
                if t is not None and state_dict.get(prefix + name) is t]  # fmt: skip
-        if own and not {"weight", "running_mean"} & set(own):
+        stock = {name for name in ("weight", "running_mean") if prefix + name in state_dict}
+        if stock and not stock & set(own):
             for name in own:
                 del state_dict[prefix + name]
 

@@ -283,19 +283,31 @@ def _content(path: Path) -> dict[str, Any]:
     content = _with_config(path, "", load(path))
     for part in ("arms", "columns"):
         if part in content:
-            given = _mapping(path, part, content[part])
-            content[part] = {str(key): _with_config(path, f"{part}.{key}", keys) for key, keys in given.items()}
+            content[part] = _named(path, part, content[part])
+    columns = set(content.get("columns", ()))
     if "of" in content:
         whole = _file(path, f"{content['of']}.yaml")
         if not whole.is_file():
             raise ValueError(f"{path}: there is no file {whole} that it could be of")
         content = merge(_content(whole), content)
+    if columns:
+        of_arms = {str(arm.get("column", content.get("column"))) for arm in content.get("arms", {}).values()}
+        if unknown := columns - of_arms:
+            raise ValueError(f"{path}: columns has {', '.join(sorted(unknown))}, which is the column of no arm")
     if "only" in content:
         arms, only = _mapping(path, "arms", content.get("arms")), content.pop("only")
         if not isinstance(only, list) or not set(only) <= set(arms):
             raise ValueError(f"{path}: only must be a list of arms, of {', '.join(arms)}; got {only!r}")
         content["arms"] = {name: arms[name] for name in only}
     return content
+
+
+def _named(path: Path, part: str, given: Any) -> dict[str, dict[str, Any]]:
+    """The arms or columns of a file, by name; YAML reads some names as numbers."""
+    named = {str(key): _with_config(path, f"{part}.{key}", keys) for key, keys in _mapping(path, part, given).items()}
+    if len(named) < len(given or ()):
+        raise ValueError(f"{path}: {part} has one name twice, as a number and as a text; got {list(given)}")
+    return named
 
 
 def _with_config(path: Path, place: str, given: Any) -> dict[str, Any]:
@@ -358,7 +370,8 @@ def _with_shared(content: Mapping[str, Any], given: Mapping[str, Any]) -> dict[s
     """An arm's keys, with those of its column in ``columns`` and of the file for what it does not say."""
     shared = {part: content[part] for part in ("label", "column", "start", "search") if part in content}
     column = str(given.get("column", content.get("column")))
-    return shared | merge(content.get("columns", {}).get(column, {}), given)
+    own = {"search": given["search"]} if "search" in given else {}  # whole: `{}` is none
+    return shared | merge(content.get("columns", {}).get(column, {}), given) | own
 
 
 def _of_form(name: str, raw: Mapping[str, Any], form: str) -> dict[str, Any]:

@@ -42,6 +42,8 @@ def test_images_that_are_resized_are_timed_at_their_size(config):
     assert costs.image_size(tiny("fine-tuning-imagenet-cpu/kn-1")) == 40
     assert costs.image_size(tiny("table8/resnet32-kn-bs2")) == 32
     assert costs.image_size(tiny("table1/resnet50-bn")) == 64
+    as_they_are = merge(tiny("fine-tuning-imagenet-cpu/kn-1"), {"data": {"init_args": {"size": None}}})
+    assert costs.image_size(as_they_are) == 32
 
 
 def test_speed_is_of_both_in_turn_and_their_ratio():

@@ -247,6 +247,21 @@ def test_an_arm_has_the_settings_of_its_column_and_of_the_file_below_its_own(wri
     assert settings(tmp_path / "other.yaml") == [("bn", 0.3, 8, 0.5), ("kn", 0.4, 4, 0.5)]
 
 
+def test_an_arms_search_stands_in_place_of_its_columns(written):
+    rates, own = {"model.init_args.rate": [0.1, 0.2]}, {"model.init_args.momentum": [0.5, 0.9]}
+    arms = {"bn-2": {}, "none": {"label": "none", "search": {}}, "own": {"label": "own", "search": own}}
+    found = read(written(columns={2: {"search": rates}}, column=2, arms=arms)).arms
+    assert {arm.name: arm.search for arm in found if arm.name in arms} == {"bn-2": rates, "none": {}, "own": own}
+
+
+def test_names_in_columns_and_arms_are_those_of_arms_and_once_there(written, tmp_path):
+    with pytest.raises(ValueError, match="columns has 3, which is the column of no arm"):
+        read(written(columns={3: {"model": {"rate": 0.2}}}))
+    (tmp_path / "twice.yaml").write_text("title: Twice\narms: {1: {label: a}, '1': {label: b}}\n")
+    with pytest.raises(ValueError, match=r"arms has one name twice, as a number and as a text; got \[1, '1'\]"):
+        read(tmp_path / "twice.yaml")
+
+
 def test_kalman_normalization_gets_the_statistics_of_the_input(written):
     other, stats = [[1.0], [2.0]], [[0.0], [1.0]]
 
