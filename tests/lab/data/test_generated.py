@@ -57,19 +57,22 @@ def test_a_set_of_objects_is_read_as_the_real_one(root, name):
     data = DetectionData(name, workers=0)
     data.setup()
     assert (len(data.train_set), len(data.validation_set)) == (7, 3)
-    labels = set()
+    labels, colours = set(), set()
     for image, target in [*data.train_set, *data.validation_set]:
         assert image.shape == (3, 64, 64)
-        assert 1 <= len(target["labels"]) <= 3
-        labels |= set(target["labels"].tolist())
-        for box, mask in zip(target["boxes"].int().tolist(), target["masks"].bool(), strict=True):
+        its = target["labels"].tolist()
+        assert 1 <= len(its) <= 3
+        labels |= set(its)
+        for label, box, mask in zip(its, target["boxes"].int().tolist(), target["masks"].bool(), strict=True):
             rows, columns = mask.nonzero(as_tuple=True)
             assert box == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
             # Red or blue, where the rest is grey.
             red, _, blue = image[:, mask].mean(1)
             assert abs(red - blue) > 0.4
+            colours.add((label, bool(red > blue)))
         assert target["masks"].sum(0).max() == 1
     assert labels == ({1, 2} if name == "coco" else {1})
+    assert len(colours) == len({is_red for _, is_red in colours}) == len(labels)  # one for each
     numbers = [{target["image_id"] for _, target in part} for part in (data.train_set, data.validation_set)]
     assert not numbers[0] & numbers[1]
 
