@@ -32,7 +32,7 @@ test: $(READY)
 # The interpreter of Triton that comes with this torch fails with numpy 2.4.
 test-oldest:
 	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/python -m pip install -q --disable-pip-version-check \
+	.venv-oldest/bin/python -m pip install -q --disable-pip-version-check --no-compile \
 		-e . "torch==2.11.*" torchvision "numpy<2.4" pytest pytest-xdist "hypothesis>=6.100" expecttest
 	.venv-oldest/bin/python -m pytest -n auto tests \
 		--ignore tests/lab --ignore tests/integrations --ignore tests/test_benchmarks.py --ignore tests/test_evalnorm.py \

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kalmannorm.gaussian import Gaussian
 from kalmannorm.kernels.arguments import Given, Options, Running
-from kalmannorm.kernels.memory_format import dense
+from kalmannorm.kernels.memory_format import dense, in_type
 from kalmannorm.kernels.moments import moments
 from kalmannorm.kernels.rectify import rectified
 from kalmannorm.kernels.standardize import standardize
@@ -20,7 +20,7 @@ from kalmannorm.kernels.standardize import standardize
 
 def at_least_float32(x: Tensor) -> Tensor:
     """The tensor in the type that statistics have: float32, or float64."""
-    return x if x.dtype is torch.float32 else x.to(torch.promote_types(x.dtype, torch.float32))
+    return in_type(x, torch.promote_types(x.dtype, torch.float32))
 
 
 def by_sample(x: Tensor, groups: int) -> Tensor:

@@ -158,7 +158,7 @@ def layer(x: Tensor, given: Given, options: Options, *, running: Running | None 
     are checked: a compiled kernel would read and write beyond a tensor's end.
     """
     _check_sizes(x, given, running, options.groups)
-    dtype = torch.float32 if x.dtype is torch.float32 else torch.promote_types(x.dtype, torch.float32)
+    dtype = torch.promote_types(x.dtype, torch.float32)
     if any([t is not None and t.dtype is not dtype for t in given]):
         given = Given(*[None if t is None else t.to(dtype) for t in given])
     if is_transformed():

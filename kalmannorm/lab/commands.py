@@ -135,7 +135,7 @@ def show() -> None:
     rows = [["experiment", "arms", "runs", "steps", ""]]
     for name in experiments.names():
         found = experiments.read(name)
-        arms = [arm for arm in found.arms if arm.form in ("", *experiments.DEFAULT_FORMS.split(","))]
+        arms = [arm for arm in found.arms if arm.form in ("", *experiments.DEFAULT_FORMS)]
         trained = [arm for arm in arms if arm.analysis not in ("parameters", "speed")]
         runs = [(len(arm.points()), int(arm.config["trainer"]["max_steps"])) for arm in trained]
         steps = sum(length * (points * found.search_scale + found.seeds) for points, length in runs)

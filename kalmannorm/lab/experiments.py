@@ -26,7 +26,7 @@ FORMS: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "standardized": ("kn", {"weight_standardization": True}, "-standardized", ", ours with standardized filters"),
 }
 # The forms that are run by default.
-DEFAULT_FORMS = "paper,default,standardized"
+DEFAULT_FORMS = ("paper", "default", "standardized")
 # Settings that a scale multiplies.
 _LENGTHS = (("trainer", "max_steps"), ("trainer", "val_check_interval"), (None, "checkpoint_every"))
 # Their values at the tiny scale, if `tiny` does not say others.

@@ -158,7 +158,7 @@ def _commands(experiment: Experiment, runs: Runs, output: Path) -> dict[str, Any
     words = ["kalmannorm", "run", experiment.source, *(["--scale", scale] if scale != "1" else [])]
     words += ["--seeds", str(seeds)] if seeds not in (0, experiment.seeds) else []
     forms = dict.fromkeys(own.arm.form for own in runs.arms if own.arm.form)
-    words += [] if set(forms) <= set(DEFAULT_FORMS.split(",")) else ["--kalman", ",".join(forms)]
+    words += [] if set(forms) <= set(DEFAULT_FORMS) else ["--kalman", ",".join(forms)]
     command = shlex.join([*words, *(["--output", str(output)] if output != Path("runs") else [])])
 
     def arms() -> Iterator[dict[str, Any]]:

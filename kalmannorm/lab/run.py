@@ -14,7 +14,7 @@ def run(
     name: str,
     *,
     only: str = "*",
-    kalman: str = DEFAULT_FORMS,
+    kalman: str = ",".join(DEFAULT_FORMS),
     scale: str = "1",
     data: Path | None = None,
     weights: Path | None = None,
