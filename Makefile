@@ -43,8 +43,9 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# --fresh-env: a notebook runs again when the package changed, and not only when its own text did.
 docs: $(READY)
-	$(BIN)/python -m sphinx -W --keep-going -q -j auto -d docs/_build/doctrees docs docs/_build/html
+	$(BIN)/python -m sphinx --fresh-env -W --keep-going -q -j auto -d docs/_build/doctrees docs docs/_build/html
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks --device cpu --anew --output docs/results/speed/cpu.csv

@@ -86,6 +86,26 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(path, tmp_path, capsys):
             exec(compile("\n" * line + text, str(path), "exec"), names)
 
 
+NOTEBOOKS = [path for path in PAGES if path.parent.name == "notebooks"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=named)
+def test_a_notebook_takes_names_that_the_package_has(path):
+    """The build of the site runs notebooks. This is the part of it that a change of the package breaks."""
+    code = ast.parse("\n".join(text for language, text, _ in blocks(path) if language.startswith("{code-cell}")))
+    known = {}
+    for node in ast.walk(code):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            place = [node.module] if isinstance(node, ast.ImportFrom) else []
+            for alias in node.names:
+                if (where := ".".join([*place, alias.name])).startswith("kalmannorm"):
+                    known[alias.asname or alias.name] = resolve_name(where)
+    assert known
+    for node in ast.walk(code):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in known:
+            assert hasattr(known[node.value.id], node.attr), ast.unparse(node)
+
+
 def commands(path):
     """The lines of a page that call a program: in its blocks without a language of their own, and in backticks."""
     page = path.read_text(encoding="utf-8")
