@@ -64,7 +64,7 @@ def exact(step: Step) -> Belief:
 
     def kept(step: Step) -> Belief | None:
         belief = step.belief
-        return belief if belief is not None and may_use(step.belief_in, step, now) else None
+        return belief if belief is None or step.belief_in is now or may_use(step.belief_in, step, now) else None
 
     def apply_rule(step: Step) -> Belief:
         with in_grad_mode(step.grad):  # the step's own mode, as the value is kept for later calls
@@ -151,13 +151,15 @@ def evaluate(step: Step, kept: Callable[[Step], _T | None], compute: Callable[[S
 
 def operands(step: Step, value_of: Callable[[Step], Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | Unknown:
     """The function's arguments, each step among them replaced by its value; `Unknown` where one cannot be used."""
+    values = {}
     for parent in step.parents:
-        if isinstance(value := value_of(parent), Unknown):
+        values[parent] = value = value_of(parent)
+        if isinstance(value, Unknown):
             return value
-    args, kwargs = tuple([value_of(a) if type(a) is Step else a for a in step.args]), step.kwargs
+    args, kwargs = tuple([values[a] if type(a) is Step else a for a in step.args]), step.kwargs
     if sum([type(a) is Step for a in step.args]) != len(step.parents):  # some are in lists or keywords
-        args, kwargs = replace((args, kwargs), Step, value_of)
-    by_fsdp = "torch.distributed.fsdp" in sys.modules and not is_transformed() and torch.distributed.is_initialized()
+        args, kwargs = replace((args, kwargs), Step, values.__getitem__)
+    by_fsdp = "torch.distributed.fsdp" in sys.modules and torch.distributed.is_initialized() and not is_transformed()
     if by_fsdp and any(map(_is_freed, found_in((*args, *kwargs.values()), Tensor | Gaussian))):
         return Unknown("it depends on parameters that FSDP has freed")
     return args, kwargs

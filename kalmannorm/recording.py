@@ -125,7 +125,8 @@ class Recorder(TorchFunctionMode):
         learns = bool(self.waiting) and self._meet_input(func, args, kwargs)
         # Before the call, as a function that works in place would hide an earlier change that was not recorded.
         of_tensor = args and isinstance(args[0], Tensor) and type(args[0]) not in _LAZY
-        first, before = (step_of(args[0]), state_of(args[0])) if of_tensor else (None, None)
+        before = state_of(args[0]) if of_tensor else None
+        first = step_of(args[0], now=before) if of_tensor else None
         if first is not None and func in _IN_PLACE_RELUS and _is_rectified_by_its_layer(func, args, kwargs, first):
             output = args[0]
         else:
@@ -236,14 +237,14 @@ def _why_unknown(func: Any, args: Any, recorded: Any, output: Tensor, parents: S
     for parent in parents:
         if type(parent.belief) is Unknown and parent.function is None and not isinstance(parent.draws, Tensor):
             return parent.belief
+        if parent.depth >= _LONGEST and true_depth(parent) >= _LONGEST:
+            return Unknown(f"more than {_LONGEST} calls since the last normalization layer")
     if args and output is args[0] and not isinstance(recorded[0], Step) and func not in OVERWRITING:
         # The tensor now depends on the batch in a way that no rule describes.
         return Unknown("a known tensor was changed in place by an activation")
     if torch.compiler.is_dynamo_compiling() and getattr(func, "__module__", "") == "_operator":
         # A strict export cannot write such a function down, should the step leave the graph with its tensor.
         return Unknown(f"no rule for operator.{func.__name__}")
-    if any([parent.depth >= _LONGEST and true_depth(parent) >= _LONGEST for parent in parents]):
-        return Unknown(f"more than {_LONGEST} calls since the last normalization layer")
     return None
 
 

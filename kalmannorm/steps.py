@@ -60,7 +60,8 @@ class Step:
         if self.parents is None:
             self.parents = list(found_in((*self.args, *self.kwargs.values()), Step))
         for parent in self.parents:
-            self.depth = max(self.depth, parent.depth + 1)
+            if parent.depth >= self.depth:
+                self.depth = parent.depth + 1
 
     # A belief is about this run alone, and is not saved or copied with its tensor.
     def __reduce__(self) -> tuple[Any, ...]:
@@ -111,8 +112,8 @@ def replace(value: Any, kind: type | UnionType, by: Callable[[Any], Any]) -> Any
     return value
 
 
-def step_of(tensor: Tensor, as_it_was: bool = False) -> Step | None:
-    """The step recorded on a tensor, or on the tensor of which it is an alias.
+def step_of(tensor: Tensor, as_it_was: bool = False, now: tuple[int, bool] | None = None) -> Step | None:
+    """The step recorded on a tensor, whose state is ``now`` if given, or on the tensor of which it is an alias.
 
     After an unrecorded change in place it is Unknown, after `detach_` a constant; ``as_it_was`` skips this check.
     """
@@ -125,12 +126,12 @@ def step_of(tensor: Tensor, as_it_was: bool = False) -> Step | None:
     if step is None and not torch.compiler.is_compiling() and (base := tensor._base) is not None:
         # Outside of the mode, FSDP and DDP pass a tensor through an autograd function that returns it.
         step = getattr(base, _STEP, None) if _place(tensor) == _place(base) else None
-        tensor = base
+        tensor, now = base, None
     if not isinstance(step, Step):
         return None
     if as_it_was:
         return step
-    noted, now = getattr(tensor, _STATE, None), state_of(tensor)
+    noted, now = getattr(tensor, _STATE, None), now or state_of(tensor)
     if noted is None or now is None or noted == now:
         return step
     if noted[0] != now[0]:

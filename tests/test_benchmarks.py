@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tarfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -302,6 +303,30 @@ def test_the_overhead_of_a_step_by_part(tmp_path):
     assert float(theirs["network_ms"]) == pytest.approx(float(theirs["ms"]), rel=0.01)
     assert float(ours["layer_and_link_ms"]) > 0
     assert page.read_text().count("| KN |") == 1
+
+
+def test_a_layer_takes_no_more_calls_than_it_did():
+    """Half of the cost of a layer is Python's, and hardly a change of the code shows in a timing."""
+
+    def calls(depth):
+        case = cases.Case("chain", "chain", 2, 4, cases.PAIR, channels=4, depth=depth)
+        step, _ = step_of(case, "kalman_norm", "cpu")
+        step(lambda part: None)
+        seen = []
+
+        def see(frame, event, _):
+            if event == "call" and frame.f_code.co_filename.startswith(overhead.HOME):
+                seen.append(frame.f_code.co_qualname)
+
+        sys.setprofile(see)
+        try:
+            step(lambda part: None)
+        finally:
+            sys.setprofile(None)
+        return Counter(seen)
+
+    each = calls(4) - calls(3)
+    assert 0 < sum(each.values()) <= 216, each.most_common()
 
 
 def test_where_a_frame_is_counted():

@@ -40,6 +40,11 @@ class Options(NamedTuple):
         """With ``n`` in the offset. Before that a compiler may vary it with the batch."""
         return self._replace(gain_samples=1, gain_offset=self.gain_offset + math.log(self.gain_samples))
 
+    @lru_cache(maxsize=4096)  # noqa: B019
+    def with_relu(self) -> Options:
+        """The same, and rectify."""
+        return self._replace(relu=True)
+
 
 class Running(NamedTuple):
     """Running statistics, updated in place."""

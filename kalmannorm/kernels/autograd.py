@@ -79,7 +79,7 @@ def needs_torchs_functions(*upstream: Tensor | None) -> bool:
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return torch.is_grad_enabled()
-    return any(d is not None and torch._C._functorch.is_legacy_batchedtensor(d) for d in upstream)
+    return any([d is not None and torch._C._functorch.is_legacy_batchedtensor(d) for d in upstream])
 
 
 def differentiable_gradients(plain: Callable[..., Any], inputs: Sequence[Any],

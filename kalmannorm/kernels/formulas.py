@@ -168,9 +168,10 @@ def carried(statistics: Tensor, x: Tensor, posterior: bool) -> Tensor:
     by the factor ``v / (v + eps)`` alone; so functions between two layers are evaluated once, not once a group.
     """
     rows = statistics[:2] if posterior else statistics[2:4]
-    if rows.shape[1] > 1 and not posterior:
-        rows = rows.mean(1, keepdim=True)
-    return rows.view(*rows.shape, *[1] * (x.ndim - 2))
+    _, groups, channels = rows.shape
+    if groups > 1 and not posterior:
+        rows, groups = rows.mean(1, keepdim=True), 1
+    return rows.view(2, groups, channels, *[1] * (x.ndim - 2))
 
 
 def to_groups(d_belief: Tensor, groups: int, posterior: bool) -> Tensor:

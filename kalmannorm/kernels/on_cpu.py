@@ -31,8 +31,8 @@ def is_available() -> bool:
     return library() is not None
 
 
-def _at(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
+def _at(*tensors: Tensor | None) -> list[int]:
+    return [0 if t is None else t.data_ptr() for t in tensors]
 
 
 def _both_at(t: Tensor | None) -> tuple[int, int]:
@@ -45,7 +45,7 @@ def _layer(x: Tensor, given: Given, options: Options) -> tuple[Any, ...]:
     samples, channels, *_ = shape = x.shape
     prior = given.prior
     return (
-        *_both_at(prior), *map(_at, given[1:]),
+        *_both_at(prior), *_at(*given[1:]),
         1 if prior is None else prior.shape[1], slope, offset, noise_scale, eps, spread, relu, samples, channels,
         shape.numel() // (samples * channels), groups, is_channels_last(x), torch.get_num_threads(),
     )  # fmt: skip
@@ -56,14 +56,8 @@ def layer_forward(x: Tensor, given: Given, running: Running | None, options: Opt
     dtype, x = x.dtype, in_type(x, torch.float32)
     y = torch.empty_like(x)
     statistics = x.new_empty(6, options.groups, x.shape[1])
-    moved = (0, 0, 0, 0, 0.0) if running is None else (
-        running.mean.data_ptr(), running.var.data_ptr(), running.batches.data_ptr(), running.nonfinite.data_ptr(),
-        running.momentum,
-    )  # fmt: skip
-    library().layer_forward(_FORWARD.pack(
-        *_layer(x, given, options), x.data_ptr(), y.data_ptr(),
-        statistics.data_ptr(), *moved,
-    ))  # fmt: skip
+    moved = (0, 0, 0, 0, 0.0) if running is None else (*_at(*running[:4]), running.momentum)
+    library().layer_forward(_FORWARD.pack(*_layer(x, given, options), *_at(x, y, statistics), *moved))
     return in_type(y, dtype), statistics
 
 
@@ -77,8 +71,8 @@ def layer_backward(dy: Tensor, x: Tensor, given: Given, statistics: Tensor, d_be
     sent = _both_at(None if d_belief is None else (d_belief := d_belief.contiguous()))
     library().layer_backward(_BACKWARD.pack(
         *_layer(x, given, options),
-        *((*sent, 0, 0) if posterior else (0, 0, *sent)), *_both_at(d_prior), *map(_at, others),
-        dy.data_ptr(), x.data_ptr(), statistics.data_ptr(), dx.data_ptr(),
+        *((*sent, 0, 0) if posterior else (0, 0, *sent)), *_both_at(d_prior),
+        *_at(*others, dy, x, statistics, dx),
     ))  # fmt: skip
     return (in_type(dx, dtype), *results)
 
@@ -93,7 +87,7 @@ def _link(moments: Tensor, weight: Tensor, bias: Tensor | None, after: Tensor | 
             "next normalization layer was called"
         )
     return (
-        *_both_at(moments), address, _at(bias), _at(after), groups, channels, out,
+        *_both_at(moments), address, *_at(bias, after), groups, channels, out,
         weight.numel() // (out * channels), weight.is_contiguous(), relu, torch.get_num_threads(), 0,
     )  # fmt: skip
 
@@ -114,7 +108,7 @@ def link_backward(moments: Tensor, weight: Tensor, after: Tensor | None, d_out: 
     d_out = d_out.contiguous()
     d_after = None if d_after is None else d_after.contiguous()
     library().link_backward(_LINK_BACKWARD.pack(
-        *_link(moments, weight, None, after, relu), *_both_at(d_out), *_both_at(d_after), below.data_ptr(),
-        d_weight.data_ptr(),
+        *_link(moments, weight, None, after, relu), *_both_at(d_out), *_both_at(d_after),
+        *_at(below, d_weight),
     ))  # fmt: skip
     return below, d_weight

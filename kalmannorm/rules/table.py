@@ -121,7 +121,7 @@ def as_rule_is_called(rule: Rule, args: tuple[Any, ...],
     Returns positional and keyword arguments for the rule, or None if it does not take them.
     """
     names, positions = _TAKES.get(rule, (None, None))
-    if not kwargs:  # nearly always
+    if not kwargs or (names is not None and all([name in names for name in kwargs])):  # nearly always
         return (args, kwargs) if positions is None or len(args) <= positions else None
     for place, of_torch in enumerate(_TORCHS_NAMES):
         for name in of_torch:
