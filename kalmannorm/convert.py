@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -16,9 +16,9 @@ from kalmannorm.freezing import remove_freezing_hook
 from kalmannorm.modules import KalmanLayer, KalmanNorm
 from kalmannorm.stand_ins import (
     KINDS,
+    become,
     device_and_dtype,
     kalman_layer,
-    move_hooks,
     stand_in,
     stock_ancestor,
     stock_layer,
@@ -38,10 +38,11 @@ _OF_BATCHES = ("stats_batch_size", "process_group")
 def convert(model: _M, *, layers: Sequence[str] = ("batch",), input_stats: InputStats | None = None,
             calibrate: bool | None = None, weight_standardization: bool = False, track_running_stats: bool = True,
             **options: Any) -> _M:  # fmt: skip
-    """Replace a network's normalization layers by Kalman layers, in place, and connect them.
+    """Turn a network's normalization layers into Kalman layers, in place, and connect them.
 
-    The new layers hold the same parameter and buffer objects, so an existing optimizer keeps working;
-    add the new gains and process noises to it. Device, dtype, training flags and ``requires_grad``
+    Layers, parameters and buffers stay the same objects, so hooks, an existing optimizer and whatever
+    else holds them keep working; add the new gains and process noises to the optimizer. A layer that
+    another network shares is converted there too. Device, dtype, training flags and ``requires_grad``
     stay. The output in ``eval()`` is bit-equal (up to rounding for FrozenBatchNorm2d, whose formula
     differs). Layers without running statistics fuse in ``eval()`` too. On a converted model, only
     ``input_stats`` change anything.
@@ -69,7 +70,7 @@ def convert(model: _M, *, layers: Sequence[str] = ("batch",), input_stats: Input
             ``track_running_stats`` is False.
 
     Returns:
-        The model, or the replacement of a model that is itself a layer.
+        The model.
 
     Raises:
         ValueError: for unknown kinds or options; without a layer to convert; for options of a converted model; with
@@ -114,9 +115,9 @@ def convert(model: _M, *, layers: Sequence[str] = ("batch",), input_stats: Input
     if waiting := [new for new in replaced.values() if new.awaits_correction]:
         _warn_of_random_depth(model)
         _warn_of_few_batches(waiting)
-    model = _replace_modules(model, replaced)
-    for new in replaced.values():
-        remove_freezing_hook(new)
+    for layer, new in replaced.items():
+        become(layer, new)
+        remove_freezing_hook(layer)
     use_standardized(filters)
     return connect(model, input_stats=input_stats)
 
@@ -189,25 +190,12 @@ def _warn_of_few_batches(layers: Iterable[KalmanLayer]) -> None:
             return
 
 
-def _replace_modules(model: _M, replaced: Mapping[nn.Module, nn.Module]) -> _M:
-    """Put new modules, which get the hooks of old ones, in the places of these, under second names too."""
-    for old, new in replaced.items():
-        move_hooks(new, old)
-    if model in replaced:
-        return replaced[model]  # type: ignore[return-value]
-    for parent in list(model.modules()):
-        for name, module in parent._modules.items():  # `named_children` shows a module once
-            if module is not None and module in replaced:
-                parent._modules[name] = replaced[module]
-    return model
-
-
 def to_batchnorm(model: _M) -> _M:
-    """Replace Kalman layers by stock layers with the same output in ``eval()``, in place.
+    """Turn Kalman layers into stock layers with the same output in ``eval()``, in place.
 
     You need it to deploy a model, or to load its checkpoint where this library is not installed.
 
-    Parameters and buffers are the same objects; gain and process noise are dropped. Training flags and
+    Layers, parameters and buffers are the same objects; gain and process noise are dropped. Training flags and
     ``requires_grad`` stay; a frozen layer is in ``eval()`` until ``model.train()``. Standardized
     filters are written into the parameters of stock convolutions and linear layers.
 
@@ -215,7 +203,7 @@ def to_batchnorm(model: _M) -> _M:
         model: a network with :class:`KalmanNorm` layers or standardized filters.
 
     Returns:
-        The model, or the replacement of a model that is itself a layer. Its layers are those of torch.nn, or of the
+        The model. Its layers are those of torch.nn, or of the
         library whose layers :func:`convert` had replaced.
 
     Raises:
@@ -228,14 +216,13 @@ def to_batchnorm(model: _M) -> _M:
         >>> type(kn.to_batchnorm(model)[1]).__name__
         'BatchNorm2d'
     """
-    model = with_stock_norms(model)
-    bake(model)
+    bake(with_stock_norms(model))
     return model
 
 
 def with_stock_norms(model: _M) -> _M:
-    """Replace Kalman layers as :func:`to_batchnorm` does, and leave standardized filters to be trained further."""
-    replaced: dict[nn.Module, nn.Module] = {}
+    """Turn Kalman layers into stock layers as :func:`to_batchnorm` does; standardized filters stay, to be trained."""
+    stock = {}
     for name, layer in kalman_layers(model):
         if getattr(layer, "running_mean", None) is None and not layer.ignores_prior:
             raise ValueError(
@@ -247,8 +234,9 @@ def with_stock_norms(model: _M) -> _M:
                 f"{type(layer).__name__} {name!r} computes its weight or bias from other tensors, expected parameters: "
                 "end that first, by torch.nn.utils.prune.remove or parametrize.remove_parametrizations"
             )
-        replaced[layer] = stock_layer(layer)
-    model = _replace_modules(model, replaced)
+        stock[layer] = stock_layer(layer)
+    for layer, its in stock.items():
+        become(layer, its)
     for module in model.modules():
         disconnect(module)
     return model

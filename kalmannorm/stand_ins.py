@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import weakref
 from collections.abc import Iterable
 from typing import Any
 
@@ -52,11 +51,8 @@ _TENSORS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracke
 # The buffers of torchvision's FrozenBatchNorm2d. transformers has a copy of it a detector, some without `eps`.
 _FROZEN = {"weight", "bias", "running_mean", "running_var"}
 _RANKS = {nn.InstanceNorm1d: (3,), nn.InstanceNorm2d: (4,), nn.InstanceNorm3d: (5,)}
-_HOOKS = (
-    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks",
-    "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
-)  # fmt: skip
+# The attributes of a module that hold its hooks.
+_HOOKS = frozenset(name for name in vars(nn.Module()) if "hook" in name)
 
 
 def stand_in(layer: nn.Module) -> tuple[str, type[KalmanLayer] | None]:
@@ -90,7 +86,7 @@ def device_and_dtype(tensors: Iterable[Tensor]) -> dict[str, Any]:
 
 
 def kalman_layer(layer: nn.Module, name: str, kalman: type[KalmanLayer], options: dict[str, Any]) -> KalmanLayer:
-    """A Kalman layer with the tensors, submodules and training flag of a stock layer, which keeps its hooks."""
+    """A Kalman layer with the tensors, submodules and training flag of a stock layer, without its hooks."""
     _refuse(layer, name, kalman)
     options = options | device_and_dtype((*layer.parameters(recurse=False), *layer.buffers(recurse=False)))
     synchronizes = isinstance(layer, nn.SyncBatchNorm) and torch.distributed.is_initialized()
@@ -183,24 +179,18 @@ def _share_tensors(new: nn.Module, old: nn.Module) -> None:
 
 
 def _without_tensors(layer: nn.Module) -> nn.Module:
-    """A copy of a layer without its tensors, submodules and hooks, which its stand-in holds."""
+    """A copy of a layer without its tensors and submodules, which its stand-in holds."""
     shell: Any = copy.copy(layer)
     for name in ("_parameters", "_buffers", "_modules"):
         setattr(shell, name, dict.fromkeys(getattr(layer, name)))
     if hasattr(shell, "process_group"):
         shell.process_group = None
-    for name in _HOOKS:
-        setattr(shell, name, type(getattr(layer, name))())
     return shell  # type: ignore[no-any-return]
 
 
-def move_hooks(new: nn.Module, old: nn.Module) -> None:
-    """Move the hooks that users have registered. The dicts themselves move, so that handles still remove."""
-    for name in _HOOKS:
-        hooks = getattr(old, name)
-        for hook in hooks.values() if name.startswith("_load") else ():
-            if getattr(hook, "with_module", False):  # torch's own wrapper
-                hook.module = weakref.ref(new)
-        setattr(new, name, hooks)
-        setattr(old, name, type(hooks)())
-    new._is_full_backward_hook, old._is_full_backward_hook = old._is_full_backward_hook, None
+def become(layer: nn.Module, other: nn.Module) -> None:
+    """Turn a layer into another one, in place: whoever holds it goes on with that. Its hooks stay."""
+    hooks = {name: value for name, value in vars(layer).items() if name in _HOOKS}
+    layer.__class__ = type(other)
+    vars(layer).clear()
+    vars(layer).update(vars(other) | hooks)
