@@ -1,5 +1,6 @@
 """A network's costs: its parameters, its speed, and its time for a training step on this machine."""
 
+import copy
 import statistics
 import time
 import warnings
@@ -106,12 +107,10 @@ def parameters(config: Mapping[str, Any]) -> dict[str, float]:
 
 def without_memory(config: Mapping[str, Any]) -> Any:
     """The module of a configuration on the meta device, without ``input_stats``, which need values."""
-    given = config["model"]["init_args"]
-    options = dict(given.get("normalization_options") or {})
-    options.pop("input_stats", None)
-    model = {**config["model"], "init_args": {**given, "normalization_options": options}}
+    config = copy.deepcopy(dict(config))
+    (config["model"]["init_args"].get("normalization_options") or {}).pop("input_stats", None)
     with torch.device("meta"):
-        return build({**config, "model": model}, "model")
+        return build(config, "model")
 
 
 def speed(config: Mapping[str, Any], rounds: int = 20) -> dict[str, float]:

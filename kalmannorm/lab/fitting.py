@@ -169,26 +169,26 @@ def steps(config: Mapping[str, Any], overrides: Sequence[str] = ()) -> int:
 
 def load(folder: Path) -> LightningModule:
     """A run's trained module, on the CPU and in ``eval()``, from its configuration and last checkpoint."""
-    module: LightningModule = _load_parts(_stored_run(folder), folder)[1]
+    module: LightningModule = _load_parts(folder)[1]
     return module.eval()
 
 
 def load_with_data(folder: Path) -> tuple[LightningModule, Any]:
     """As `load`, with the run's data, set up."""
-    _, module, data = _load_parts(_stored_run(folder), folder)
+    _, module, data = _load_parts(folder)
     data.setup()
     return module.eval(), data
 
 
 def score(folder: Path, split: Split, overrides: Sequence[str] = ()) -> dict[str, float]:
     """Score a run's last checkpoint, optionally with other settings; its folder does not change."""
-    trainer, module, data = _load_parts(_stored_run(folder, overrides), folder)
+    trainer, module, data = _load_parts(folder, overrides)
     _check_split(data, split)
     return _scores(trainer, module, data, split)
 
 
-def _load_parts(run: Run, folder: Path) -> tuple[Trainer, Any, Any]:
-    trainer, module, data = run.build()
+def _load_parts(folder: Path, overrides: Sequence[str] = ()) -> tuple[Trainer, Any, Any]:
+    trainer, module, data = _stored_run(folder, overrides).build()
     _load_weights(module, Path(folder) / "last.ckpt")
     return trainer, module, data
 

@@ -255,14 +255,12 @@ def _search_then_finals(asked: Experiment, run: Callable[[list[Trial]], list[Tri
     )
     finals = []
     for arm in asked.arms:
-        own = [place for place, trial in enumerate(searched) if trial.arm is arm]
-        ranks = {place: rank for place in own if (rank := searched[place].rank(asked.metric)) is not None}
-        settings: dict[str, Any] = {}
-        if ranks:
-            best = max(ranks, key=ranks.__getitem__)
-            winner = searched[best]
-            searched[best], settings = replace(winner, row={**(winner.row or {}), "chosen": "yes"}), winner.settings
-        if ranks or not arm.search:
+        own = [trial for trial in searched if trial.arm is arm and trial.rank(asked.metric)]
+        best = max(own, key=lambda trial: trial.rank(asked.metric) or (), default=None)
+        if best is not None and best.row is not None:
+            best.row["chosen"] = "yes"
+        if best is not None or not arm.search:
+            settings = best.settings if best is not None else {}
             finals += [Trial(arm, "final", settings, seed, asked.scored) for seed in range(asked.seeds)]
     return [*searched, *run(finals)]
 

@@ -77,17 +77,27 @@ def test_a_folder_without_a_run(tmp_path, refused):
         refused([command, "--output", tmp_path], "holds no run: expected a config.yaml")
 
 
+@pytest.fixture
+def exported(tmp_path, capsys):
+    """Exports a run; returns the network that the lines shown make, which computes what the run's own does."""
+
+    def export(folder, images, *options):
+        capsys.readouterr()
+        assert main(["export", str(folder), str(tmp_path / "model.pt"), *options]) == 0
+        names: dict = {}
+        exec(capsys.readouterr().out, names)
+        with torch.no_grad():
+            torch.testing.assert_close(names["network"](images), load(folder).network(images))
+        return names["network"]
+
+    return export
+
+
 @pytest.mark.parametrize("stock", [False, True], ids=["as trained", "stock"])
-def test_exported_weights_are_loaded_by_the_lines_that_are_shown(images, recipe, tmp_path, capsys, refused, stock):
+def test_exported_weights_are_loaded_by_the_lines_that_are_shown(images, recipe, tmp_path, exported, refused, stock):
     assert main(["fit", "--config", recipe, "--output", str(tmp_path / "run")]) == 0
-    capsys.readouterr()
-    assert main(["export", str(tmp_path / "run"), str(tmp_path / "model.pt"), *["--stock"] * stock]) == 0
-    names: dict = {}
-    exec(capsys.readouterr().out, names)
-    exported, images = names["network"], torch.randn(4, 3, 32, 32)
-    with torch.no_grad():
-        torch.testing.assert_close(exported(images), load(tmp_path / "run").network(images))
-    kinds = {type(layer).__name__ for layer in exported.modules()}
+    network = exported(tmp_path / "run", torch.randn(4, 3, 32, 32), *["--stock"] * stock)
+    kinds = {type(layer).__name__ for layer in network.modules()}
     assert ("KalmanNorm2d" in kinds, "BatchNorm2d" in kinds) == (not stock, stock)
     gone = tmp_path / "gone" / "model.pt"
     refused(["export", tmp_path / "run", gone], f"kalmannorm: {gone}: No such file or directory\n")
@@ -107,43 +117,28 @@ def untrained(tmp_path):
     return make
 
 
-def test_a_detector_with_standardized_filters_is_exported(shallow, untrained, tmp_path, capsys):
+def test_a_detector_with_standardized_filters_is_exported(shallow, untrained, exported):
     (arm,) = [arm for arm in experiments.read("pennfudan").arms if arm.name == "cpu-c4-kn-standardized"]
-    folder = untrained(arm.scaled("tiny"))
-    assert main(["export", str(folder), str(tmp_path / "model.pt")]) == 0
-    names: dict = {}
-    exec(capsys.readouterr().out, names)
-    images = [torch.rand(3, 64, 64)]
-    with torch.no_grad():
-        torch.testing.assert_close(names["network"](images), load(folder).network(images))
+    exported(untrained(arm.scaled("tiny")), [torch.rand(3, 64, 64)])
 
 
-@pytest.mark.parametrize("stock", [False, True])
-def test_standardized_filters_below_batchnorm_are_exported(untrained, short, tmp_path, capsys, stock):
-    short["model"]["init_args"] |= {"normalization": "bn", "normalization_options": {"weight_standardization": True}}
-    folder = untrained(short)
-    assert main(["export", str(folder), str(tmp_path / "model.pt"), *["--stock"] * stock]) == 0
-    names: dict = {}
-    exec(capsys.readouterr().out, names)
-    images = torch.randn(4, 3, 32, 32)
-    with torch.no_grad():
-        torch.testing.assert_close(names["network"](images), load(folder).network(images))
-
-
-def test_a_proxy_is_exported_but_not_as_stock_layers(untrained, short, tmp_path, capsys, refused):
-    short["model"]["init_args"]["normalization_options"] = {"proxy": True}
-    folder, file = untrained(short), tmp_path / "model.pt"
-    refused(["export", folder, file, "--stock"], f"--stock: {folder} trained with proxy, which torch's BatchNorm does")
-    assert not file.exists()
-    assert main(["export", str(folder), str(file)]) == 0
-    exec(capsys.readouterr().out, {})
-
-
-def test_only_kalman_layers_become_stock_layers(images, recipe, tmp_path, refused):
-    line = ["fit", "--config", recipe, "--output", str(tmp_path / "run"), "--model.init_args.normalization", "gn"]
-    assert main(line) == 0
-    line = ["export", tmp_path / "run", tmp_path / "model.pt", "--stock"]
-    refused(line, "--stock: ", "trained gn, expected Kalman layers")
+@pytest.mark.parametrize(
+    ("method", "options", "refusal"),
+    [
+        ("bn", {"weight_standardization": True}, None),
+        ("kn", {"proxy": True}, "trained with proxy, which torch's BatchNorm does"),
+        ("gn", {}, "trained gn, expected Kalman layers"),
+    ],
+)
+def test_what_is_exported_as_stock_layers(untrained, short, tmp_path, exported, refused, method, options, refusal):
+    short["model"]["init_args"] |= {"normalization": method, "normalization_options": options}
+    folder, images = untrained(short), torch.randn(4, 3, 32, 32)
+    if refusal is None:
+        exported(folder, images, "--stock")
+    else:
+        refused(["export", folder, tmp_path / "model.pt", "--stock"], f"--stock: {folder} {refusal}")
+        assert not (tmp_path / "model.pt").exists()
+    exported(folder, images)
 
 
 def test_an_arm_that_starts_from_weights_wants_them(tmp_path, refused):

@@ -254,14 +254,6 @@ def test_an_arms_search_stands_in_place_of_its_columns(written):
     assert {arm.name: arm.search for arm in found if arm.name in arms} == {"bn-2": rates, "none": {}, "own": own}
 
 
-def test_names_in_columns_and_arms_are_those_of_arms_and_once_there(written, tmp_path):
-    with pytest.raises(ValueError, match="columns has 3, which is the column of no arm"):
-        read(written(columns={3: {"model": {"rate": 0.2}}}))
-    (tmp_path / "twice.yaml").write_text("title: Twice\narms: {1: {label: a}, '1': {label: b}}\n")
-    with pytest.raises(ValueError, match=r"arms has one name twice, as a number and as a text; got \[1, '1'\]"):
-        read(tmp_path / "twice.yaml")
-
-
 def test_kalman_normalization_gets_the_statistics_of_the_input(written):
     other, stats = [[1.0], [2.0]], [[0.0], [1.0]]
 
@@ -307,6 +299,7 @@ def test_an_unknown_arm_lists_the_known_ones(name, words):
         ({"title": "absent"}, "got no title"),
         ({"arms": "absent"}, "got no arms"),
         ({"columns": {2: {"lable": "x"}}}, "columns.2: unknown key 'lable'; known are label"),
+        ({"columns": {3: {}}}, "columns has 3, which is the column of no arm"),
         ({"columns": 2}, "columns must hold keys and values; got 2"),
         ({"model": 2}, "model must hold keys and values; got 2"),
         ({"arms": {"bn-2": 3}}, "arms.bn-2 must hold keys and values; got 3"),
@@ -351,7 +344,13 @@ def test_a_file_that_is_of_itself_is_refused(written, refused):
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [("- a", "keys and values; got list"), ("a: [", "not YAML")], ids=["list", "broken"]
+    ("text", "words"),
+    [
+        ("- a", "keys and values; got list"),
+        ("a: [", "not YAML"),
+        ("title: Twice\narms: {1: {}, '1': {}}", "one name twice, as a number and as a text; got [1, '1']"),
+    ],
+    ids=["list", "broken", "twice"],
 )
 def test_a_file_that_is_none_is_named_in_one_line(tmp_path, text, words):
     (tmp_path / "mine.yaml").write_text(text)

@@ -338,11 +338,6 @@ def test_what_has_ended_is_told_without_training_more(here, written):
     here.refuses("another configuration: trainer.max_steps is 4 there; got 6", path, "--collect")
 
 
-def test_several_patterns_choose_arms(here, written):
-    assert here.run(written(search={}), "--only", "bn-*, kn-4") == 0
-    assert list(dict.fromkeys(row["arm"] for row in here.rows())) == ["bn-2", "kn-4"]
-
-
 def test_arms_that_are_not_asked_for_keep_their_rows(here, written):
     path = written()
     assert here.run(path) == 0
@@ -576,11 +571,12 @@ def test_trainings_start_from_what_was_trained_at_the_same_scale(here, written, 
     assert [row["error"] for row in here.rows()] == ["", ""]
 
 
-def test_the_list_counts_runs_and_steps_and_trains_nothing(here, written, capsys):
-    assert here.run(written(), "--list", "--seeds", "5", "--scale", "2") == 0
+def test_the_list_counts_the_chosen_arms_runs_and_steps_and_trains_nothing(here, written, capsys):
+    assert here.run(written(), "--list", "--seeds", "5", "--scale", "2", "--only", "bn-*, kn-4") == 0
     out = capsys.readouterr().out
     assert "| kn-4 | 3           | 5          | 8           | 64    |" in out
-    assert "24 runs, 9 of them of the search; 192 steps; " in out
+    assert "16 runs, 6 of them of the search; 128 steps; " in out
+    assert "kn-2" not in out
     assert "An estimate" in out
     assert not here.jobs
     assert not here.output.exists()
@@ -598,9 +594,10 @@ def test_the_tables_that_are_kept_are_of_the_runs_that_are_kept(name, tmp_path):
 
 def paper(job, tell):
     """A training of a table that takes no time: better with each seed, with validations at two steps; BRN's fails."""
-    if job.config["model"]["init_args"]["normalization"] == "brn":
+    method = job.config["model"]["init_args"]["normalization"]
+    if method == "brn":
         raise RuntimeError("it broke")
-    if (job.config["model"]["init_args"]["normalization"], job.seed) == ("kn-paper", 1):
+    if method == "kn-released" or (method, job.seed) == ("kn-paper", 1):
         raise FloatingPointError("the loss at step 3 is nan")
     validations = [{"step": step, "accuracy_running": step / 10} for step in (3, 6)]
     scores = {"accuracy_running": 0.5 + job.seed / 100, "accuracy_online": 0.25}
@@ -610,11 +607,12 @@ def paper(job, tell):
 def test_a_table_of_the_paper_with_its_numbers_failures_and_page(here, capsys):
     here.train = paper
     options = ["--scale", "tiny", "--only", "inception-cifar10-*", "--seeds", "2"]
-    assert here.run("table8", *options) == 1
+    assert here.run("table8", *options, "--kalman", "paper,released,default") == 1
     out = capsys.readouterr().out
     assert re.search(r"BN \(bs = 2\) +\| 50.50 ± 0.71 \(89.4\)", out)
     assert re.search(r"KN \(bs = 2\) +\| 50.00 \(1 of 2 runs\) \(90.9\)", out)
     assert re.search(r"KN \(bs = 2\), our default +\| 50.50 ± 0.71 +\|", out)
+    assert re.search(r"KN \(bs = 2\), released code +\| diverged \(90.9\)", out)
     assert re.search(r"BRN \(bs = 2\) +\| - \(90.38\)", out)
     assert "inception-cifar10-brn-bs2, run of seed 1: RuntimeError: it broke\n" in out
     assert "run of seed 1: FloatingPointError: the loss at step 3 is nan\n" in out
@@ -627,22 +625,14 @@ def test_a_table_of_the_paper_with_its_numbers_failures_and_page(here, capsys):
     ]  # fmt: skip
     page = (here.output / "table8" / "report.html").read_text(encoding="utf-8")
     assert "50.50 ± 0.71 (89.4)" in page
-    command = f"kalmannorm run table8 --scale tiny --seeds 2 --output {here.output} --only"
+    forms = "--kalman paper,released,default"
+    command = f"kalmannorm run table8 --scale tiny --seeds 2 {forms} --output {here.output} --only"
     assert f"{command} &#39;inception-cifar10-kn-bs2&#39;" in page
     assert page.count("a figure") == 1
     # Another table that shows the same trainings.
     here.jobs.clear()
     assert here.run("table7", "--scale", "tiny", "--only", "*-bn-bs2", "--seeds", "1") == 0
     assert here.jobs[0].folder.is_relative_to(here.output / "table8")
-
-
-def test_where_the_papers_rule_diverged_the_table_says_so(here, capsys):
-    def train(job, tell):
-        raise FloatingPointError("the loss at step 3 is nan")
-
-    here.train = train
-    assert here.run("table8", "--scale", "tiny", "--only", "resnet32-kn-bs2", "--seeds", "1") == 0
-    assert re.search(r"KN \(bs = 2\) +\| diverged \(92.7\)", capsys.readouterr().out)
 
 
 def test_forms_of_kalman_normalization_are_chosen(here):

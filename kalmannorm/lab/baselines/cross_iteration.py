@@ -14,20 +14,16 @@ from kalmannorm.lab.baselines.replacing import AnyBatchNorm, replace_batchnorm
 
 @dataclass(frozen=True)
 class _Iteration:
-    """A past batch: mean and second moment ``(C,)``, their derivatives, filters ``(C, K)``."""
+    """A past batch: mean and second moment ``(2, C)``, their derivatives ``(2, C, K)``, filters ``(C, K)``."""
 
-    mean: Tensor
-    square: Tensor
-    mean_slope: Tensor
-    square_slope: Tensor
+    moments: Tensor
+    slopes: Tensor
     filters: Tensor
     pixels: int
 
     def under(self, filters: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance for other filters, to first order; the variance is at least 0."""
-        change = filters - self.filters
-        mean = self.mean + (self.mean_slope * change).sum(1)
-        square = self.square + (self.square_slope * change).sum(1)
+        mean, square = self.moments + (self.slopes * (filters - self.filters)).sum(2)
         return mean, (square - mean.square()).clamp_min(0)
 
 
@@ -119,28 +115,22 @@ def _describe(x: Tensor, below: Any, mean: Tensor, var: Tensor) -> _Iteration:
     """A batch's statistics and their derivatives by each channel's own filter."""
     pixels = x.numel() // x.shape[1]
     weight: Tensor = below.weight
-    # A filter affects its own channel only, so the gradient of the sum over channels has each channel's derivative.
-    with torch.no_grad():
-        of_mean = torch.full_like(x, 1 / pixels)
-        of_square = x * (2 / pixels)
+    slopes = torch.zeros(2, *weight.shape).to(weight)
     if weight.requires_grad:
-        (mean_slope,) = torch.autograd.grad(x, weight, of_mean, retain_graph=True)
-        (square_slope,) = torch.autograd.grad(x, weight, of_square, retain_graph=True)
-    else:
-        mean_slope = square_slope = torch.zeros_like(weight)
-    return _Iteration(
-        mean, var + mean.square(), mean_slope.flatten(1), square_slope.flatten(1), weight.detach().flatten(1).clone(),
-        pixels,
-    )  # fmt: skip
+        # A filter affects its own channel only, so the gradient of the sum over channels has each channel's derivative.
+        of_mean, of_square = torch.full_like(x, 1 / pixels), x.detach() * (2 / pixels)
+        for slope, by_pixel in zip(slopes, (of_mean, of_square), strict=True):
+            slope += torch.autograd.grad(x, weight, by_pixel, retain_graph=True)[0]
+    moments = torch.stack([mean, var + mean.square()])
+    return _Iteration(moments, slopes.flatten(2), weight.detach().flatten(1).clone(), pixels)
 
 
 def _over_iterations(
     mean: Tensor, var: Tensor, newest: _Iteration, past: Sequence[_Iteration]
 ) -> tuple[Tensor, Tensor, int]:
     """Mean and variance over iterations, and their number of pixels."""
-    carried = [iteration.under(newest.filters) for iteration in past]
-    means = torch.stack([mean, *(each for each, _ in carried)])
-    variances = torch.stack([var, *(each for _, each in carried)])
+    pairs = [(mean, var), *(iteration.under(newest.filters) for iteration in past)]
+    means, variances = (torch.stack(each) for each in zip(*pairs, strict=True))
     pixels = newest.pixels + sum(iteration.pixels for iteration in past)
     # ``average of nu - (average of mu)^2``, in a form that rounding cannot make negative.
     return means.mean(0), variances.mean(0) + means.var(0, correction=0), pixels

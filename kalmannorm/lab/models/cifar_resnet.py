@@ -25,47 +25,35 @@ def _shortcut(x: Tensor, missing: int, stride: int, window: int) -> Tensor:
     return F.pad(x, (0, 0, 0, 0, missing // 2, missing - missing // 2)) if missing else x
 
 
-class PostActivationBlock(nn.Module):
-    """Convolution, norm, ReLU, convolution, norm; the sum with the shortcut; ReLU (arXiv:1512.03385, Fig. 2).
+class Block(nn.Module):
+    """A residual block: two convolutions with norms and ReLUs, and the sum with the shortcut.
 
-    With a stride, its shortcut takes every other pixel.
+    With ``preactivation`` (arXiv:1603.05027, Fig. 1b): norm, ReLU, convolution, norm, ReLU, convolution; the sum. With
+    a stride, the shortcut averages 2x2 pixels, as in the KN authors' released code. The network's ``first`` block has
+    no first norm (``norm0`` is None), since the stem ends in one.
+
+    Otherwise (arXiv:1512.03385, Fig. 2): convolution, norm, ReLU, convolution, norm; the sum; ReLU. With a stride, the
+    shortcut takes every other pixel.
     """
 
-    def __init__(self, in_channels: int, channels: int, stride: int, norm_layer: Norm) -> None:
+    def __init__(
+        self, in_channels: int, channels: int, stride: int, norm_layer: Norm, preactivation: bool, first: bool = False
+    ) -> None:
         super().__init__()
         self.missing, self.stride = channels - in_channels, stride
+        self.norm0 = norm_layer(in_channels) if preactivation and not first else None
         self.conv1 = _conv3x3(in_channels, channels, stride)
         self.norm1 = norm_layer(channels)
         self.conv2 = _conv3x3(channels, channels)
-        self.norm2 = norm_layer(channels)
+        self.norm2 = None if preactivation else norm_layer(channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, in_channels, H, W)`` to ``(N, channels, H / stride, W / stride)``."""
-        residual = F.relu(self.norm1(self.conv1(x)))
-        residual = self.norm2(self.conv2(residual))
-        return F.relu(residual + _shortcut(x, self.missing, self.stride, window=1))
-
-
-class PreActivationBlock(nn.Module):
-    """Norm, ReLU, convolution, norm, ReLU, convolution; the sum with the shortcut (arXiv:1603.05027, Fig. 1b).
-
-    With a stride, its shortcut averages 2x2 pixels, as in the KN authors' released code. The network's first block
-    has no first norm (``norm0`` is None), since the stem ends in one.
-    """
-
-    def __init__(self, in_channels: int, channels: int, stride: int, norm_layer: Norm, first: bool = False) -> None:
-        super().__init__()
-        self.missing, self.stride = channels - in_channels, stride
-        self.norm0 = None if first else norm_layer(in_channels)
-        self.conv1 = _conv3x3(in_channels, channels, stride)
-        self.norm1 = norm_layer(channels)
-        self.conv2 = _conv3x3(channels, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        residual = x if self.norm0 is None else F.relu(self.norm0(x))
-        residual = F.relu(self.norm1(self.conv1(residual)))
-        out: Tensor = self.conv2(residual) + _shortcut(x, self.missing, self.stride, window=self.stride)
-        return out
+        y = x if self.norm0 is None else F.relu(self.norm0(x))
+        residual: Tensor = self.conv2(F.relu(self.norm1(self.conv1(y))))
+        if self.norm2 is None:
+            return residual + _shortcut(x, self.missing, self.stride, window=self.stride)
+        return F.relu(self.norm2(residual) + _shortcut(x, self.missing, self.stride, window=1))
 
 
 class CifarResNet(nn.Module):
@@ -75,8 +63,9 @@ class CifarResNet(nn.Module):
     Both have the same number of parameters: ResNet-32 (``n = 5``) has 464,154 and ResNet-110
     (``n = 18``) 1,727,962, with 10 classes.
 
-    ``depth`` is ``6n + 2``. The first stage has ``width`` channels, the second twice, the third four
-    times as many. ``norm_layer`` takes the number of channels.
+    ``depth`` is ``6n + 2``. The first of the three stages has ``width`` channels, the second twice, the
+    third four times as many, on half the pixels a side each. ``norm_layer`` takes the number of
+    channels.
     """
 
     def __init__(
@@ -94,7 +83,15 @@ class CifarResNet(nn.Module):
             raise ValueError(f"CifarResNet got depth {depth}, expected 6n + 2 for n >= 1: 8, 14, 20, 26, 32, ...")
         self.conv = _conv3x3(in_channels, width)
         self.norm = norm_layer(width)
-        self.stages = nn.Sequential(*_stages(n, width, preactivation, norm_layer))
+        self.stages = nn.Sequential()
+        before = width
+        for stage in range(3):
+            channels, blocks = width * 2**stage, nn.Sequential()
+            for block in range(n):
+                stride = 2 if stage > 0 and block == 0 else 1
+                blocks.append(Block(before, channels, stride, norm_layer, preactivation, first=stage == block == 0))
+                before = channels
+            self.stages.append(blocks)
         self.last_norm = norm_layer(4 * width) if preactivation else None
         self.classifier = nn.Linear(4 * width, num_classes)
         for module in self.modules():
@@ -108,21 +105,3 @@ class CifarResNet(nn.Module):
             x = F.relu(self.last_norm(x))
         logits: Tensor = self.classifier(x.mean((2, 3)))
         return logits
-
-
-def _stages(n: int, width: int, preactivation: bool, norm_layer: Norm) -> list[nn.Sequential]:
-    """Three stages of n blocks; the second and the third halve the image and double the channels."""
-    stages = []
-    before = width
-    for stage in range(3):
-        blocks: list[nn.Module] = []
-        channels = width * 2**stage
-        for block in range(n):
-            stride = 2 if stage > 0 and block == 0 else 1
-            if preactivation:
-                blocks.append(PreActivationBlock(before, channels, stride, norm_layer, first=stage == block == 0))
-            else:
-                blocks.append(PostActivationBlock(before, channels, stride, norm_layer))
-            before = channels
-        stages.append(nn.Sequential(*blocks))
-    return stages

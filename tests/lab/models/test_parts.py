@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from kalmannorm.lab.models.branches import Branches
 from kalmannorm.lab.models.cifar_inception import CifarInception
-from kalmannorm.lab.models.cifar_resnet import PreActivationBlock, _shortcut
+from kalmannorm.lab.models.cifar_resnet import Block, _shortcut
 from kalmannorm.lab.models.small import SmallConvNet
 from kalmannorm.lab.models.unet3d import UNet3d
 
@@ -50,7 +50,7 @@ def test_shortcut_has_zeros_on_both_sides(window):
 def test_preactivation_leaves_the_sum_alone():
     """With its last convolution at zero a pre-activation block is its shortcut; the other form still rectifies."""
     x = torch.randn(2, 16, 8, 8)
-    block = PreActivationBlock(16, 16, 1, nn.BatchNorm2d)
+    block = Block(16, 16, 1, nn.BatchNorm2d, preactivation=True)
     nn.init.zeros_(block.conv2.weight)
     assert torch.equal(block(x), x)
 
