@@ -87,21 +87,20 @@ for line in (*([name, "--help"] for name in cli.COMMANDS), ["list"], ["run", "no
     assert "no experiment or file 'nothing'" in done.stderr
 
 
-def _help(capsys, command):
+@pytest.mark.parametrize(
+    ("command", "texts"),
+    [
+        ("study", ["Trust the rows of the output folder's runs.csv whose run folders are gone",
+                   "Their configuration cannot be checked. (default: False) --list Only list"]),
+        ("fit", ["Override any setting of the configuration, such as --trainer.max_steps 10."]),
+        ("test", ["such as --trainer.accelerator cpu"]),
+    ],
+)  # fmt: skip
+def test_help_tells_all_of_an_option_and_of_the_settings(capsys, command, texts):
     with pytest.raises(SystemExit):
         main([command, "--help"])
-    return " ".join(capsys.readouterr().out.split())
-
-
-def test_help_tells_all_of_an_option(capsys):
-    text = _help(capsys, "study")
-    assert "Trust the rows of the output folder's runs.csv whose run folders are gone" in text
-    assert "Their configuration cannot be checked. (default: False) --list Only list" in text
-
-
-def test_help_tells_of_the_settings_of_the_configuration(capsys):
-    assert "Override any setting of the configuration, such as --trainer.max_steps 10." in _help(capsys, "fit")
-    assert "such as --trainer.accelerator cpu" in _help(capsys, "test")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert [text for text in texts if text not in shown] == []
 
 
 def test_a_wrong_setting_is_named_as_it_was_given(tmp_path, refused):

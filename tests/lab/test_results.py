@@ -2,6 +2,7 @@
 
 import math
 import subprocess
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -26,19 +27,15 @@ def stored(folder, result):
     return folder
 
 
-def test_it_reads_back_exactly(tmp_path):
+@pytest.mark.parametrize("result", [RESULT, replace(RESULT, validations=[])])
+def test_it_reads_back_exactly(tmp_path, result):
     assert not finished(tmp_path)
-    assert Result.read(stored(tmp_path, RESULT)) == RESULT
+    assert Result.read(stored(tmp_path, result)) == result
     assert finished(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "config.yaml", "curve.csv", "result.json", "validations.csv",
     ]  # fmt: skip
     assert (tmp_path / "curve.csv").read_text().splitlines()[:2] == ["step,loss", "1,0.3333333333333333"]
-
-
-def test_without_validations(tmp_path):
-    result = Result({}, {}, 1.0, 1.0, [1.0], [], {})
-    assert Result.read(stored(tmp_path, result)).validations == []
 
 
 def test_a_folder_without_a_result_is_refused(tmp_path):

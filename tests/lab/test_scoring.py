@@ -26,6 +26,8 @@ def test_each_group_by_itself_and_a_last_one_that_overlaps(method, in_training):
     before = copy.deepcopy(network.state_dict())
     with torch.no_grad():
         logits = online_logits(network, images, 3)
+        kalman = [layer for layer in network.modules() if isinstance(layer, kalmannorm.KalmanNorm)]
+        assert all((layer.stats_batch_size, layer.online) == (in_training, False) for layer in kalman)
         alone = normalize(network, "bn") if method == "bn" else network
         for layer in alone.modules():
             if isinstance(layer, kalmannorm.KalmanNorm):
@@ -50,13 +52,6 @@ def test_a_last_image_alone_is_no_batch_for_stock_batchnorm():
     """Its last maps are of one pixel: torch refuses to normalize a single value."""
     network = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 8), torch.nn.BatchNorm2d(4), torch.nn.Flatten())
     assert online_logits(network.eval(), torch.randn(5, 1, 8, 8), 2).shape == (5, 4)
-
-
-def test_layers_get_their_groups_back():
-    network = trained("kn", statistics_batch=4)
-    online_logits(network, torch.randn(8, 1, 16, 16), 2)
-    assert {layer.stats_batch_size for layer in network.norms} == {4}
-    assert not any(layer.online for layer in network.norms)
 
 
 @pytest.mark.parametrize("method", ["gn", "gkn", "frozen", "wn"])

@@ -92,12 +92,6 @@ def test_one_volume_can_be_learned_by_heart():
     assert recorder.losses[-1] < 0.6 * recorder.losses[0]
 
 
-def test_batchnorm_of_one_volume_is_torchs_own():
-    module = segmenter("bn")
-    quiet_trainer(1).fit(module, data())
-    assert any(type(layer) is nn.BatchNorm3d for layer in module.network.modules())
-
-
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_planes_are_segmented_too(channels_last):
     network = nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.BatchNorm2d(3))

@@ -4,9 +4,9 @@ import math
 from itertools import pairwise
 
 import fake_cuda
-import lightning
 import pytest
 import torch
+from lightning.pytorch.callbacks import LambdaCallback
 from short_trainings import loader, quiet_trainer
 from torch import nn
 
@@ -31,6 +31,10 @@ def _kalman_layers(network):
 
 def _classifier(model, **options):
     return Classifier(model, num_classes=10, **({"rate": 0.01, "steps": 8, "statistics_batch": 2} | options))
+
+
+def rate_of(trainer):
+    return trainer.optimizers[0].param_groups[0]["lr"]
 
 
 def test_only_weights_of_convolutions_and_linear_layers_are_decayed():
@@ -65,13 +69,9 @@ COSINE = [(1 + math.cos(math.pi * step / 8)) / 2 for step in range(8)]
 )
 def test_training_moves_the_rate_along_its_schedule(schedule, milestones, expected):
     rates = []
-
-    class Watch(lightning.Callback):
-        def on_train_batch_start(self, trainer, *args):
-            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
-
+    watch = LambdaCallback(on_train_batch_start=lambda trainer, *_: rates.append(rate_of(trainer)))
     classifier = _classifier(SmallConvNet(((8, 2),)), schedule=schedule, milestones=milestones, rate=0.02)
-    quiet_trainer(8, Watch()).fit(classifier, loader(*_data(), 2, 0))
+    quiet_trainer(8, watch).fit(classifier, loader(*_data(), 2, 0))
     assert rates == pytest.approx([0.02 * share for share in expected])
 
 
@@ -86,13 +86,11 @@ def test_the_rate_rises_with_every_schedule_where_a_method_asks_for_it(schedule,
 
 def test_annealing_may_begin_late():
     gains = []
-
-    class Watch(lightning.Callback):
-        def on_train_batch_end(self, trainer, pl_module, *args):
-            gains.append(_kalman_layers(pl_module.network)[1].gain.item())
-
+    watch = LambdaCallback(
+        on_train_batch_end=lambda trainer, module, *_: gains.append(_kalman_layers(module.network)[1].gain.item())
+    )
     classifier = _classifier(SmallConvNet(), normalization="kn", rate=1e-9, anneal=16.0, anneal_from=0.5)
-    quiet_trainer(8, Watch()).fit(classifier, loader(*_data(), 2, 0))
+    quiet_trainer(8, watch).fit(classifier, loader(*_data(), 2, 0))
     expected = [0, 0, 0, 0, *(math.log(16) * done / 4 for done in (1, 2, 3, 4))]
     assert gains == pytest.approx(expected, abs=1e-5)
 
@@ -100,13 +98,11 @@ def test_annealing_may_begin_late():
 @pytest.mark.parametrize("normalization", ["kn", "bn"])
 def test_layers_are_frozen_for_the_last_steps(normalization):
     variances = []
-
-    class Watch(lightning.Callback):
-        def on_train_batch_end(self, trainer, pl_module, *args):
-            variances.append(next(b.clone() for n, b in pl_module.network.named_buffers() if n.endswith("running_var")))
-
     classifier = _classifier(SmallConvNet(), normalization=normalization, steps=4, freeze_from=0.7)
-    quiet_trainer(4, Watch()).fit(classifier, loader(*_data(), 2, 0))
+    watch = LambdaCallback(
+        on_train_batch_end=lambda *_: variances.append(classifier.network.norms[0].running_var.clone())
+    )
+    quiet_trainer(4, watch).fit(classifier, loader(*_data(), 2, 0))
     assert [bool((a == b).all()) for a, b in pairwise(variances)] == [False, False, True]
     assert unfrozen_layers(classifier.network) == {}
 
@@ -178,13 +174,8 @@ def test_cross_iteration_waits_for_steps_and_not_for_passes():
     assert begun == [False] * 8 + [True] * 4
 
 
-def test_batchnorm_over_all_images_is_torchs_own():
-    whole, groups = (_a_step("bn", size, *_data(8))[2].network.norms[0] for size in (8, 4))
-    assert type(whole) is nn.BatchNorm2d
-    assert isinstance(groups, kalmannorm.KalmanNorm)
-
-
-def test_torchs_own_batchnorm_leaves_standardized_filters_to_be_trained():
+def test_batchnorm_over_all_images_is_torchs_own_and_leaves_standardized_filters_to_be_trained():
+    assert isinstance(_a_step("bn", 4, *_data(8))[2].network.norms[0], kalmannorm.KalmanNorm)
     network = kalmannorm.standardize_weights(SmallConvNet(((8, 2),)))
     raw = network.convs[0].weight.detach().clone()
     classifier = _classifier(network, normalization="bn", statistics_batch=8)
@@ -284,7 +275,7 @@ def test_a_captured_training_is_the_same(options, monkeypatch):
         curve = Curve()
         trainer = quiet_trainer(10, curve)
         trainer.fit(module, loader(*_data(), 4, 0))
-        found.append((curve.losses, module.network.state_dict(), trainer.optimizers[0].param_groups[0]["lr"]))
+        found.append((curve.losses, module.network.state_dict(), rate_of(trainer)))
     assert len(module.network.forward.graphs) == 1
     (losses, weights, rate), (again, others, same_rate) = found
     assert again == losses

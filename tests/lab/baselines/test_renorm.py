@@ -73,21 +73,15 @@ def test_the_layer_follows_its_schedule():
     assert torch.allclose(layer(x), by_averages)
 
 
-def test_state_dict_and_eval_are_batchnorms():
-    layer, stock = layer_with_averages(None), nn.BatchNorm2d(3).double()
+def test_state_dict_eval_and_online_statistics_are_batchnorms():
+    layer, stock, again = layer_with_averages(None), nn.BatchNorm2d(3).double(), BatchRenorm(3).double()
     stock.load_state_dict(layer.state_dict())
-    again = BatchRenorm(3).double()
     again.load_state_dict(stock.state_dict())
     x = torch.randn(4, 3, 5, 5).double()
     assert torch.equal(again.eval()(x), stock.eval()(x))
-
-
-def test_online_statistics_are_the_batchs():
-    model, stock = nn.Sequential(layer_with_averages(None)).eval(), nn.BatchNorm2d(3).double()
-    stock.load_state_dict(model[0].state_dict())
-    x = torch.randn(4, 3, 5, 5).double()
+    model = nn.Sequential(again)
     with kalmannorm.online_statistics(model):
-        assert torch.allclose(model(x), stock(x))
+        assert torch.allclose(model(x), stock.train()(x))
 
 
 def test_half_precision_and_plain_mean():

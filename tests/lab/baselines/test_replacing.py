@@ -36,10 +36,6 @@ def test_a_shared_layer_stays_shared():
     assert isinstance(new["first"], nn.GroupNorm)
 
 
-def test_a_batchnorm_by_itself():
-    assert isinstance(replace_batchnorm(nn.BatchNorm1d(4), group), nn.GroupNorm)
-
-
 def test_the_activation_inside_a_timm_layer_stays():
     norm_act = timm.layers.BatchNormAct2d(4)
     new = replace_batchnorm(nn.Sequential(norm_act), group)

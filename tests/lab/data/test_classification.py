@@ -21,14 +21,6 @@ def classifier():
     return Classifier(network, num_classes=10, rate=0.01, steps=100)
 
 
-def test_batches_of_each_split(cifar10):
-    data = ClassificationData("cifar10", 8, validation=10, score_batch=6)
-    data.setup()
-    assert [len(labels) for _, labels in data.train_dataloader()] == [8] * 5
-    assert [len(labels) for _, labels in data.val_dataloader()] == [6, 4]
-    assert [len(labels) for _, labels in data.test_dataloader()] == [6, 6, 2]
-
-
 @pytest.mark.parametrize("scaling", ["channel", "pixel"])
 def test_scaling_is_taken_from_the_images_trained_on(cifar10, scaling):
     data = ClassificationData("cifar10", 40, validation=10, scaling=scaling, augment="none")

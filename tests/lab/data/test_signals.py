@@ -19,11 +19,12 @@ def test_sets_are_as_they_are_said_to_be(name):
     assert sorted(set(labels.tolist())) == list(range(classes))
 
 
-def test_a_digit_is_read_row_by_row():
+def test_a_digit_is_read_row_by_row_and_a_measurement_as_it_is():
     inputs, labels = load_set("digits")
     digits = load_digits()
     assert inputs[7, 0].view(8, 8).tolist() == digits.images[7].tolist()
     assert labels[7] == digits.target[7]
+    assert load_set("breast_cancer")[0][3].tolist() == pytest.approx(load_breast_cancer().data[3].tolist())
 
 
 @every_set
@@ -50,7 +51,3 @@ def test_splits_follow_from_their_seed_and_not_from_that_of_the_order(name):
 def test_a_smaller_validation_split_leaves_the_test_as_it_is():
     splits = [SignalData("digits", validation=count).load() for count in (10, 400)]
     assert torch.equal(splits[0].test[0], splits[1].test[0])
-
-
-def test_rows_are_those_of_the_set():
-    assert load_set("breast_cancer")[0][3].tolist() == pytest.approx(load_breast_cancer().data[3].tolist())
