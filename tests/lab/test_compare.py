@@ -3,6 +3,7 @@
 import pytest
 import torch
 import yaml
+from image_files import write_classes
 from PIL import Image
 
 from kalmannorm.lab import cli, compare, jobs
@@ -147,9 +148,7 @@ def trained(monkeypatch):
 def test_to_name_the_largest_class_is_to_guess(tmp_path, trained):
     """Of 20 test images 18 are of one class: 0.9 is what a network has that learned nothing."""
     for name, count in (("common", 180), ("rare", 20), ("single", 1)):
-        (tmp_path / "images" / name).mkdir(parents=True)
-        for number in range(count):
-            Image.new("RGB", (8, 8)).save(tmp_path / "images" / name / f"{number}.png")
+        write_classes(tmp_path / "images", count, [name])
     output = tmp_path / "out"
     assert cli.main(["compare", str(tmp_path / "images"), *LINE, "--output", str(output)]) == 0
     page = (output / "compare" / "report.html").read_text(encoding="utf-8")
@@ -190,10 +189,7 @@ def test_a_comparison_grows_and_notices_other_pictures(tmp_path, refused, traine
 
 
 def test_classes_of_two_pictures_have_none_to_hold_out(tmp_path, refused, trained):
-    for name in ("one", "two"):
-        (tmp_path / "images" / name).mkdir(parents=True)
-        for number in range(2):
-            Image.new("RGB", (8, 8)).save(tmp_path / "images" / name / f"{number}.png")
+    write_classes(tmp_path / "images", 2)
     words = "no class has images enough to hold one out for validation: expected 3"
     refused(["compare", tmp_path / "images", *LINE, "--output", tmp_path / "out"], words)
 

@@ -138,26 +138,26 @@ def test_methods_on_the_same_network_and_data_have_one_rate_and_schedule_but_for
     assert {len(ways) for ways in found.values()} == {1}
 
 
+def rate_at(config, step):
+    given, steps = init_args(config), config["trainer"]["max_steps"]
+    return given["rate"] * share_of_rate(step, steps, given["schedule"], given["milestones"])
+
+
 def test_the_paper_schedule_on_cifar():
     """Rate 0.1, from epoch 82 on 0.01, from 123 on 0.001, from 300 on 0.0002, to epoch 400."""
     config = config_of("table8/resnet32-kn-bs2")
-    given, steps = init_args(config), config["trainer"]["max_steps"]
+    steps = config["trainer"]["max_steps"]
     assert steps == 400 * 50_000 / 128
     epochs = {0: 0.1, 81: 0.1, 83: 0.01, 122: 0.01, 124: 0.001, 299: 0.001, 301: 0.0002, 399: 0.0002}
     for epoch, rate in epochs.items():
-        share = share_of_rate(round(epoch / 400 * steps), steps, given["schedule"], given["milestones"])
-        assert share * given["rate"] == pytest.approx(rate)
+        assert rate_at(config, round(epoch / 400 * steps)) == pytest.approx(rate)
 
 
 @pytest.mark.parametrize("name", ["table5/inception-v2-bn", "figure3/inception-v2-bn"])
 def test_table_5_is_the_beginning_of_a_training_over_200000_steps(name):
     short, whole = config_of(name), config_of("arxiv-v1/inception-v2-1-256-bn")
     for step in (0, 19_999, 20_000, 59_999, 60_000, 99_999, 100_000, 119_999):
-        rates = []
-        for config in (short, whole):
-            given, steps = init_args(config), config["trainer"]["max_steps"]
-            rates.append(share_of_rate(step, steps, given["schedule"], given["milestones"]))
-        assert rates[0] == rates[1]
+        assert rate_at(short, step) == rate_at(whole, step)
     assert (short["trainer"]["max_steps"], whole["trainer"]["max_steps"]) == (120_000, 200_000)
 
 

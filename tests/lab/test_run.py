@@ -225,13 +225,6 @@ def test_two_processes_do_not_train_in_one_folder(here, written):
         assert here.run(path.parent / "others.yaml") == 2
 
 
-def test_a_file_of_runs_that_cannot_be_read_is_named(here, written):
-    (here.output / "ours").mkdir(parents=True)
-    (here.output / "ours" / "runs.csv").write_text("")
-    for option in ("--report", "--grow"):
-        here.refuses(f"{here.output / 'ours' / 'runs.csv'} cannot be read as a table", written(), option)
-
-
 def test_a_score_that_there_is_not_is_said(here, written):
     assert here.run(written(metric="accuracy"), "--only", "kn-2") == 1
     assert "no score is called 'accuracy'; there are accuracy_running" in here.rows()[0]["error"]
@@ -261,9 +254,15 @@ def test_the_report_is_of_the_file_of_runs_alone(here, written, capsys):
     assert capsys.readouterr().out.partition("Report:")[0] in shown
     assert len(here.jobs) == trained
     here.refuses(f"there is no {folder / 'runs.csv'}", path, "--report")
-    (kept / "runs.csv").write_text("arm,label\nbn,BN\n")
-    here.output = kept.parent
-    here.refuses("is not a study's file of runs: it has no study, column", path, "--report")
+    here.output, file = kept.parent, kept / "runs.csv"
+    wrong = {
+        "arm,label\nbn,BN\n": "is not a study's file of runs: it has no study, column",
+        "": "cannot be read as a table",
+    }
+    for content, words in wrong.items():
+        file.write_text(content)
+        for option in ("--report", "--grow"):
+            here.refuses(f"{file} {words}", path, option)
 
 
 def test_one_column_is_a_table_of_scores(here, written, capsys):

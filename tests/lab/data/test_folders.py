@@ -2,19 +2,11 @@
 
 import pytest
 import torch
+from image_files import CLASSES, write_classes
 from PIL import Image
 
 from kalmannorm.lab.data.folders import MEAN, STD, FolderData, image_transform
 from kalmannorm.lab.data.roots import MissingDataError
-
-CLASSES = ["bee", "cat", "dog"]
-
-
-def write_classes(folder, count, classes=CLASSES):
-    for name in classes:
-        (folder / name).mkdir(parents=True)
-        for number in range(count):
-            Image.new("RGB", (40, 30), (number, 0, 255)).save(folder / name / f"{number}.png")
 
 
 def ready(folder, gradient_batch=2, **options):

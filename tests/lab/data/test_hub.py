@@ -3,12 +3,11 @@
 import datasets
 import numpy as np
 import pytest
+from image_files import CLASSES
 from PIL import Image
 
 from kalmannorm.lab.data.folders import REPOSITORY, FolderData
 from kalmannorm.lab.data.hub import HubImages
-
-CLASSES = ["bee", "cat", "dog"]
 
 
 def part(count, grey=False):

@@ -32,16 +32,6 @@ def test_svhns_extra_images_are_trained_on_where_asked_for(root):
     assert numbers(load_images("svhn_extra", validation=0).train[0]) == list(range(11))
 
 
-def test_splits_share_no_image_and_depend_on_their_seed_alone(root):
-    write_parquet(root, "cifar10", {"train": 50, "test": 10})
-    first, again, other = (load_images("cifar10", validation=12, split_seed=seed) for seed in (0, 0, 1))
-    train, validation, test = (numbers(images) for images, _ in first)
-    assert len(validation) == 12
-    assert sorted(train + validation) == list(range(50))
-    assert test == list(range(50, 60))
-    assert numbers(again.validation[0]) == validation != numbers(other.validation[0])
-
-
 def test_limit_keeps_the_first_of_each_split(root):
     write_parquet(root, "cifar10", {"train": 30, "test": 10})
     whole, few = (load_images("cifar10", validation=8, limit=limit) for limit in (None, 3))

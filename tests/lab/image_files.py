@@ -1,9 +1,10 @@
-"""Small data sets of random images, written as Parquet files in the layout of the Hugging Face hub."""
+"""Small sets of pictures: as Parquet files in the layout of the Hugging Face hub, and in a folder for each class."""
 
 import datasets
 import numpy as np
 from PIL import Image
 
+CLASSES = ["bee", "cat", "dog"]
 COLUMNS = {"cifar10": ("img", "label"), "cifar100": ("img", "fine_label"), "svhn": ("image", "label")}
 
 
@@ -25,3 +26,11 @@ def write_parquet(root, name, counts):
         data = datasets.Dataset.from_dict(columns).cast_column(image, datasets.Image())
         data.to_parquet(root / name / f"{part}-00000-of-00001.parquet")
         first += count
+
+
+def write_classes(folder, count, classes=CLASSES):
+    """As many pictures of each class, in a folder of its name."""
+    for name in classes:
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            Image.new("RGB", (40, 30), (number, 0, 255)).save(folder / name / f"{number}.png")
