@@ -1,4 +1,4 @@
-"""A run's configuration: LightningCLI parses, completes and checks it, and builds the objects."""
+"""A run's configuration: jsonargparse parses, completes and checks it, and builds the objects."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -7,9 +7,8 @@ from typing import Any
 
 import lightning
 import yaml
-from jsonargparse import ArgumentError
+from jsonargparse import ArgumentError, ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from kalmannorm.lab.experiments import load
 from kalmannorm.lab.training import quiet
@@ -25,68 +24,57 @@ _TRAINER: dict[str, Any] = {
     "enable_model_summary": False,
     "use_distributed_sampler": False,
 }
+# The base class of each of the other parts.
+BASES = {"model": lightning.LightningModule, "data": lightning.LightningDataModule}
 
 
-class _Parser(LightningArgumentParser):
+class _Parser(ArgumentParser):
     """Accepts overrides if a function makes the network: jsonargparse 4.53 then passes it an unknown argument."""
 
     def add_function_arguments(self, *args: Any, linked_targets: Any = None, **kwargs: Any) -> list[str]:
-        return super().add_function_arguments(*args, **kwargs)  # type: ignore[no-any-return]
+        return super().add_function_arguments(*args, **kwargs)
 
 
-class Run(LightningCLI):
+def _parser() -> ArgumentParser:
+    """The parser of a configuration, with the settings that follow from others."""
+    parser = _Parser(exit_on_error=False)
+    parser.add_argument("--seed_everything", type=int, default=0)
+    parser.add_class_arguments(lightning.Trainer, "trainer", fail_untyped=False, instantiate=False, sub_configs=True)
+    parser.set_defaults({f"trainer.{name}": value for name, value in _TRAINER.items()})
+    for part, kind in BASES.items():
+        parser.add_subclass_arguments(kind, part, fail_untyped=False, required=True)
+    parser.add_argument("--checkpoint_every", type=int, default=1000, help="Steps between two checkpoints.")
+    parser.link_arguments("trainer.max_steps", "model.init_args.steps")
+    parser.link_arguments("seed_everything", "data.init_args.seed")
+    return parser
+
+
+class Run:
     """A complete, checked configuration; `build` makes the objects."""
 
     def __init__(self, config: Mapping[str, Any], overrides: Sequence[str] = ()) -> None:
         quiet()
-        self._given, self._overrides = dict(config), list(overrides)
+        self.parser = _parser()
         try:
-            super().__init__(
-                lightning.LightningModule,
-                lightning.LightningDataModule,
-                save_config_callback=None,
-                trainer_defaults=dict(_TRAINER),
-                seed_everything_default=0,
-                parser_kwargs={"exit_on_error": False},
-                subclass_mode_model=True,
-                subclass_mode_data=True,
-                run=False,
-                auto_configure_optimizers=False,
-            )
+            self.config = self.parser.parse_object(dict(config))
+            if overrides:
+                self.config = self.parser.parse_args(list(overrides), namespace=self.config)
         except ArgumentError as error:
             raise ValueError(reason(error)) from error
         if self.config.trainer.max_steps < 1:
             raise ValueError(f"trainer.max_steps must be at least 1; got {self.config.trainer.max_steps}")
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add ``checkpoint_every``, and link the settings that follow from others."""
-        parser.add_argument("--checkpoint_every", type=int, default=1000, help="Steps between two checkpoints.")
-        parser.link_arguments("trainer.max_steps", "model.init_args.steps")
-        parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
-
-    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """A parser without Lightning's option for files."""
-        return _Parser(**kwargs)
-
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse the configuration, then the overrides."""
-        self.config = parser.parse_object(self._given)
-        if self._overrides:
-            self.config = parser.parse_args(self._overrides, namespace=self.config)
-        self.config.pop("config", None)
-
-    def instantiate_classes(self) -> None:
-        """Do nothing; `build` does it."""
-
     def build(self, *callbacks: lightning.Callback) -> tuple[lightning.Trainer, Any, Any]:
         """The trainer, the module and the data."""
         lightning.seed_everything(self.config.seed_everything, workers=True, verbose=False)
-        self.trainer_defaults["callbacks"] = list(callbacks)
         try:
-            super().instantiate_classes()
+            made = self.parser.instantiate(self.config)
+            given = made.trainer.callbacks or []
+            own = given if isinstance(given, list) else [given]
+            trainer = lightning.Trainer(**{**made.trainer, "callbacks": [*own, *callbacks]})
         except (MisconfigurationException, ValueError) as error:
             raise ValueError(reason(error)) from error
-        return self.trainer, self.model, self.datamodule
+        return trainer, made.model, made.data
 
     def complete(self) -> dict[str, Any]:
         """All settings, as plain types."""

@@ -7,17 +7,15 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-import lightning
 import torch
 from jsonargparse import ArgumentError, ArgumentParser
 
-from kalmannorm.lab.configuration import reason
+from kalmannorm.lab.configuration import BASES, reason
 from kalmannorm.lab.experiments import merge
 
 # On a CPU a step is timed on at most this many pixels, and extrapolated in proportion.
 PIXELS = 8 * 32 * 32
 Batch = tuple[torch.Tensor, torch.Tensor]
-BASES = {"model": lightning.LightningModule, "data": lightning.LightningDataModule}
 
 
 def build(config: Mapping[str, Any], part: Literal["model", "data"]) -> Any:

@@ -34,8 +34,10 @@ class _Folder(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # Lightning validates after this call; a run that resumed from a checkpoint written here would skip that.
-        if self._is_due(trainer) and not _validates_now(trainer):
+        # If Lightning validates after this call, a run that resumed from a checkpoint written here would skip that.
+        every = trainer.val_check_batch if trainer.enable_validation else None
+        validates = every is not None and (trainer.fit_loop.total_batch_idx + 1) % every == 0
+        if self._is_due(trainer) and not validates:
             self.save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -69,11 +71,6 @@ class _Folder(Callback):
         if trainer.is_global_zero:
             torch.save({**kept, "state_dict": weights}, part)
             os.replace(part, last)
-
-
-def _validates_now(trainer: Trainer) -> bool:
-    every = trainer.val_check_batch
-    return trainer.enable_validation and every is not None and (trainer.fit_loop.total_batch_idx + 1) % every == 0
 
 
 def fit(

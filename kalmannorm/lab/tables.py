@@ -252,16 +252,12 @@ def _cells(experiment: Experiment, runs: Runs) -> dict[tuple[str, str], str]:
     """The measured numbers by row and column, the paper's in brackets."""
     texts: dict[tuple[str, str], str] = {}
     for arm in runs.arms:
+        missing = "diverged" if any(row["error"].startswith(DIVERGED) for row in arm.final) else "-"
         for metric, row, column in arm.arm.places(_metric(experiment, arm.arm)):
             reported = arm.arm.reported.get(metric)
-            measured = arm.text(metric) if arm.values(metric) else _placeholder(arm)
+            measured = arm.text(metric) if arm.values(metric) else missing
             texts[row, column] = measured if reported is None else f"{measured} ({reported:,})"
     return texts
-
-
-def _placeholder(arm: ArmRuns) -> str:
-    """The text for a missing number."""
-    return "diverged" if any(row["error"].startswith(DIVERGED) for row in arm.final) else "-"
 
 
 def summary(experiment: Experiment, runs: Runs) -> list[list[str]]:

@@ -307,20 +307,18 @@ def _run(plan: Plan, trials: Sequence[Trial]) -> list[Trial]:
     jobs = {place: job for place, job in jobs.items() if trials[place].row is None or finished(job.folder)}
     # Two arms may share one training.
     each = {job.folder: job for job in jobs.values()}
-    found: dict[Path, Result | Exception] = {folder: done for folder, job in each.items() if (done := _result_of(job))}
+    found: dict[Path, Result | Exception] = {}
+    for folder, job in each.items():
+        # Read here, because a worker takes seconds to start; the job itself will raise an error.
+        with suppress(ValueError):
+            if done := finished_result(job.config, folder, job.split):
+                found[folder] = done
     todo = [job for folder, job in each.items() if folder not in found]
     found |= zip((job.folder for job in todo), run_jobs(todo, plan.workers, plan.console), strict=True)
     return [
         _outcome(plan, trial, found[jobs[place].folder]) if place in jobs else trial
         for place, trial in enumerate(trials)
     ]
-
-
-def _result_of(job: Job) -> Result | None:
-    """A finished job's result, read in this process because a worker takes seconds to start."""
-    with suppress(ValueError):  # the job itself will raise it
-        return finished_result(job.config, job.folder, job.split)
-    return None
 
 
 def _job(plan: Plan, trial: Trial) -> Job:

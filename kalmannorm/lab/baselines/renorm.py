@@ -85,7 +85,7 @@ class BatchRenorm(AnyBatchNorm):
                  samples: int | None = None) -> None:  # fmt: skip
         super().__init__(num_features, eps, momentum, affine)
         self.samples = samples
-        self.schedule = RenormSchedule() if schedule is None else schedule
+        self.schedule: Any = RenormSchedule() if schedule is None else schedule
         if isinstance(self.schedule, tuple):
             _check_limits("BatchRenorm", *self.schedule)
 
@@ -105,7 +105,8 @@ class BatchRenorm(AnyBatchNorm):
     def _correct_and_update(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
         """``r`` and ``d``, ``(groups, C)``, by the averages before this batch updates them."""
         sigma = (self.running_var + self.eps).sqrt()
-        r_max, d_max = self._limits(self.num_batches_tracked)
+        fixed = isinstance(self.schedule, tuple)
+        r_max, d_max = self.schedule if fixed else self.schedule.limits(self.num_batches_tracked)
         r = (std / sigma).clamp(1 / r_max, r_max)
         d = ((mean - self.running_mean) / sigma).clamp(-d_max, d_max)
         newest = self._count()
@@ -113,12 +114,6 @@ class BatchRenorm(AnyBatchNorm):
         # If all pixels are equal, rounding could give a negative variance.
         self.running_var.copy_(((sigma + newest * (std.mean(0) - sigma)).square() - self.eps).clamp_min(0))
         return r, d
-
-    def _limits(self, step: Tensor) -> tuple[Tensor, Tensor]:
-        if isinstance(self.schedule, RenormSchedule):
-            return self.schedule.limits(step)
-        r_max, d_max = self.schedule
-        return step.new_full((), r_max, dtype=torch.float32), step.new_full((), d_max, dtype=torch.float32)
 
 
 def to_batch_renorm(model: nn.Module, **options: Any) -> nn.Module:

@@ -59,7 +59,8 @@ def _volume(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray
     clutter = np.zeros((size,) * 3, dtype=bool)
     classes = np.zeros((size,) * 3, dtype=np.int64)
     for _ in range(SHEETS):
-        normal = _direction(rng)
+        normal = rng.standard_normal(3)
+        normal /= np.linalg.norm(normal)
         clutter |= np.abs((place - rng.uniform(6, 18, 3)) @ normal) < HALF_THICKNESS
     for _ in range(BALLS):
         clutter |= np.square(place - rng.uniform(2, 22, 3)).sum(-1) < BALL_RADIUS**2
@@ -74,12 +75,6 @@ def _volume(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray
     low, high = np.log(CONTRAST)
     field = np.exp(rng.uniform(low, high) + BIAS * _smooth(rng, size, 3))
     return (tissue * field + BRIGHTNESS * rng.standard_normal()).astype(np.float32), classes
-
-
-def _direction(rng: np.random.Generator) -> np.ndarray:
-    """A uniformly random unit vector ``(3,)``."""
-    drawn = rng.standard_normal(3)
-    return np.asarray(drawn / np.linalg.norm(drawn))
 
 
 def _tube(rng: np.random.Generator, place: np.ndarray) -> np.ndarray:

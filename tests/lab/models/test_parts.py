@@ -47,12 +47,13 @@ def test_shortcut_has_zeros_on_both_sides(window):
     assert _shortcut(x, 0, 1, window) is x
 
 
-def test_preactivation_leaves_the_sum_alone():
-    """With its last convolution at zero a pre-activation block is its shortcut; the other form still rectifies."""
+@pytest.mark.parametrize("preactivation", [True, False])
+def test_a_block_without_a_residual_is_its_shortcut(preactivation):
+    """With a stride the mean of 2x2 pixels in a pre-activation block; in the other form every other pixel, rectified."""
     x = torch.randn(2, 16, 8, 8)
-    block = Block(16, 16, 1, nn.BatchNorm2d, preactivation=True)
+    block = Block(16, 16, 2, nn.BatchNorm2d, preactivation)
     nn.init.zeros_(block.conv2.weight)
-    assert torch.equal(block(x), x)
+    assert torch.equal(block(x), F.avg_pool2d(x, 2) if preactivation else x[:, :, ::2, ::2].relu())
 
 
 def test_every_convolution_of_the_demos_network_is_normalized():
