@@ -33,7 +33,6 @@ def write_page(experiment: Experiment, folder: Path) -> Path:
     """Write ``report.html`` to an experiment's folder, and return its path."""
     runs = read_runs(experiment, folder)
     groups = {title: arms for title, arms in _groups(runs).items() if any(len(arm.curve("loss")) for arm in arms)}
-    searched = _searched(experiment, runs)
     measured = summary(experiment, runs)
     gaps = sorted(folder.glob(f"{GAPS}*.png"))
     path = folder / "report.html"
@@ -45,7 +44,7 @@ def write_page(experiment: Experiment, folder: Path) -> Path:
         notes=notes(experiment, runs),
         gaps=[(gap.stem.removeprefix(GAPS), base64.b64encode(gap.read_bytes()).decode()) for gap in gaps],
         curves=[(title, _drawn(curves(runs, arms))) for title, arms in groups.items()],
-        search=_drawn(figures.search(*searched)) if searched else "",
+        search=_drawn(searched) if (searched := _searched(experiment, runs)) else "",
         metric=experiment.metric.replace("_", " "),
         summary=measured if len(measured) > 1 else [],
         is_table=experiment.is_table,
@@ -133,10 +132,8 @@ def _top(axes: Axes) -> float | None:
     return min(values[-1], 3 * values[len(values) // 2]) * 1.05 or None if values else None
 
 
-def _searched(
-    experiment: Experiment, runs: Runs
-) -> tuple[dict[str, list[tuple[float, float]]], dict[str, Any], str] | None:
-    """Points, colours and the setting's name; None unless one numeric setting was searched for at most 12 arms."""
+def _searched(experiment: Experiment, runs: Runs) -> Figure | None:
+    """The figure of the search; None unless one numeric setting was searched for at most 12 arms."""
     arms = [arm for arm in runs.arms if arm.search]
     if len(runs.settings) != 1 or not arms or len(arms) > 12:
         return None
@@ -147,7 +144,7 @@ def _searched(
             points[runs.title(arm)] = [(float(row[setting]), 100 * float(row[experiment.metric])) for row in rows]
         except ValueError:
             return None
-    return points, dict(zip(points, _colours(arms), strict=True)), runs.short(setting)
+    return figures.search(points, dict(zip(points, _colours(arms), strict=True)), runs.short(setting))
 
 
 def _commands(experiment: Experiment, runs: Runs, output: Path) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def test_shortcut_has_zeros_on_both_sides(window):
 
 @pytest.mark.parametrize("preactivation", [True, False])
 def test_a_block_without_a_residual_is_its_shortcut(preactivation):
-    """With a stride the mean of 2x2 pixels in a pre-activation block; in the other form every other pixel, rectified."""
+    """With a stride: the mean of 2x2 pixels before the activation; every other pixel, rectified, after it."""
     x = torch.randn(2, 16, 8, 8)
     block = Block(16, 16, 2, nn.BatchNorm2d, preactivation)
     nn.init.zeros_(block.conv2.weight)
