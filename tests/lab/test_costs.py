@@ -33,12 +33,9 @@ def test_a_part_that_cannot_be_built_is_named(config):
         costs.build(merge(config, {"data": {"class_path": "foo.Bar"}}), "data")
 
 
-def test_images_of_many_sizes_are_not_timed(config):
+def test_images_that_are_resized_are_timed_at_their_size_and_those_of_many_sizes_not(config):
     config["data"]["class_path"] = "kalmannorm.lab.data.objects.DetectionData"
     assert costs.seconds_per_step(config) is None
-
-
-def test_images_that_are_resized_are_timed_at_their_size(config):
     assert costs.image_size(tiny("fine-tuning-imagenet-cpu/kn-1")) == 40
     assert costs.image_size(tiny("table8/resnet32-kn-bs2")) == 32
     assert costs.image_size(tiny("table1/resnet50-bn")) == 64

@@ -252,6 +252,8 @@ def test_an_arms_search_stands_in_place_of_its_columns(written):
     arms = {"bn-2": {}, "none": {"label": "none", "search": {}}, "own": {"label": "own", "search": own}}
     found = read(written(columns={2: {"search": rates}}, column=2, arms=arms)).arms
     assert {arm.name: arm.search for arm in found if arm.name in arms} == {"bn-2": rates, "none": {}, "own": own}
+    # Without a search, its seed may be that of a final run.
+    assert read(written(search="absent", search_seed=1)).search_seed == 1
 
 
 def test_kalman_normalization_gets_the_statistics_of_the_input(written):
@@ -265,10 +267,6 @@ def test_kalman_normalization_gets_the_statistics_of_the_input(written):
     given = {name: options["normalization_options"]["input_stats"] for name, options in found.items()
              if "normalization_options" in options}  # fmt: skip
     assert given == {"kn-2": stats, "kn-paper": stats, "own": other, "none": None}
-
-
-def test_without_a_search_its_seed_is_none(written):
-    assert read(written(search="absent", search_seed=1)).search_seed == 1
 
 
 def test_a_file_of_settings_is_trained_as_it_is(tmp_path):

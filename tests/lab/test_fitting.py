@@ -27,6 +27,7 @@ def weights(folder):
 
 
 def test_a_run_and_what_it_leaves(images, short, tmp_path):
+    assert [steps(short), steps(short, ["--trainer.max_steps", "7"])] == [4, 7]
     told = []
     result = fit(short, tmp_path / "run", told.append)
     assert sorted(files(tmp_path / "run")) == [
@@ -59,11 +60,6 @@ def test_seeds_decide_weights_and_order(images, short, tmp_path):
     assert same.losses == again.losses
     assert same.losses != other.losses
     assert [Run(short | {"seed_everything": seed}).build()[2].seed for seed in (0, 1)] == [0, 1]
-
-
-def test_the_module_learns_how_long_the_training_is(short):
-    assert steps(short) == 4
-    assert steps(short, ["--trainer.max_steps", "7"]) == 7
 
 
 def test_another_configuration_or_checkpoint_is_refused_and_nothing_overwritten(images, short, tmp_path):
