@@ -18,9 +18,11 @@ def test_what_can_be_downloaded_is_not_downloaded_to_find_out(asked_of_the_hub):
     assert not asked_of_the_hub
 
 
-def test_a_set_in_part_is_named(root):
+def test_a_set_in_part_is_named_in_one_line(root):
     (root / "cifar10").mkdir()
-    assert "'cifar10' was not found" in missing_data(CIFAR, download=False)
+    told = missing_data(CIFAR, download=False)
+    assert "'cifar10' was not found" in told
+    assert "\n" not in told
     for part in ("train", "test"):
         (root / "cifar10" / f"{part}-0.parquet").touch()
     assert missing_data(CIFAR, download=False) == ""
