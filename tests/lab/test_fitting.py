@@ -55,11 +55,13 @@ def test_a_run_and_what_it_leaves(images, short, tmp_path):
     assert files(tmp_path / "run") == before
 
 
-def test_seeds_decide_weights_and_order(images, short, tmp_path):
+def test_seeds_decide_weights_and_order_and_the_module_knows_the_steps(images, short, tmp_path):
     same, again, other = (fit(short | {"seed_everything": seed}, tmp_path / f"{i}") for i, seed in enumerate((0, 0, 1)))
     assert same.losses == again.losses
     assert same.losses != other.losses
     assert [Run(short | {"seed_everything": seed}).build()[2].seed for seed in (0, 1)] == [0, 1]
+    schedule = Run(short).build()[1].configure_optimizers()["lr_scheduler"]["scheduler"]
+    assert schedule.lr_lambdas[0].keywords["steps"] == 4
 
 
 def test_another_configuration_or_checkpoint_is_refused_and_nothing_overwritten(images, short, tmp_path):
