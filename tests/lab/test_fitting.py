@@ -59,8 +59,10 @@ def test_seeds_decide_weights_and_order_and_the_module_knows_the_steps(images, s
     same, again, other = (fit(short | {"seed_everything": seed}, tmp_path / f"{i}") for i, seed in enumerate((0, 0, 1)))
     assert same.losses == again.losses
     assert same.losses != other.losses
-    assert [Run(short | {"seed_everything": seed}).build()[2].seed for seed in (0, 1)] == [0, 1]
-    schedule = Run(short).build()[1].configure_optimizers()["lr_scheduler"]["scheduler"]
+    (_, module, data), (_, another, shuffled) = (Run(short | {"seed_everything": seed}).build() for seed in (0, 1))
+    assert (data.seed, shuffled.seed) == (0, 1)
+    assert not torch.equal(module.network.conv.weight, another.network.conv.weight)
+    schedule = module.configure_optimizers()["lr_scheduler"]["scheduler"]
     assert schedule.lr_lambdas[0].keywords["steps"] == 4
 
 
