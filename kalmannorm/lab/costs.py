@@ -1,6 +1,5 @@
 """A network's costs: its parameters, its speed, and its time for a training step on this machine."""
 
-import copy
 import statistics
 import time
 import warnings
@@ -104,9 +103,7 @@ def parameters(config: Mapping[str, Any]) -> dict[str, float]:
 
 
 def without_memory(config: Mapping[str, Any]) -> Any:
-    """The module of a configuration on the meta device, without ``input_stats``, which need values."""
-    config = copy.deepcopy(dict(config))
-    (config["model"]["init_args"].get("normalization_options") or {}).pop("input_stats", None)
+    """The module of a configuration on the meta device."""
     with torch.device("meta"):
         return build(config, "model")
 

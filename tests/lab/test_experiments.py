@@ -94,13 +94,12 @@ def test_every_network_can_be_built_as_it_is_and_tiny(monkeypatch):
                 without_memory(config)
             else:
                 with torch.device("meta"):
-                    options = {name: value for name, value in (options or {}).items() if name != "input_stats"}
                     arguments = network.get("init_args", {}).items()
                     arguments = {
                         name: resolve_name(each) if isinstance(each, str) else each for name, each in arguments
                     }
                     plain = resolve_name(network["class_path"])(**arguments)
-                    normalize(plain, method or "bn", statistics_batch=given.get("statistics_batch"), **options)
+                    normalize(plain, method or "bn", statistics_batch=given.get("statistics_batch"), **(options or {}))
             built |= {key, whole}
         group = init_args(arm.config).get("statistics_batch") or 1
         assert init_args(arm.config, "data")["gradient_batch"] % group == 0
