@@ -73,14 +73,14 @@ def layers(
 
 def _accuracies(network: Any, loader: Any, size: int) -> Iterator[str]:
     """Lines of the accuracy in ``eval()``, and by each statistics batch's own statistics."""
-    right, images = {"eval()": 0, f"statistics batches of {size}": 0}, 0
+    right, seen = {"eval()": 0, f"statistics batches of {size}": 0}, 0
     with torch.no_grad():
         for inputs, labels in loader:
             for name, logits in zip(right, (network(inputs), online_logits(network, inputs, size)), strict=True):
                 right[name] += int((logits.argmax(1) == labels).sum())
-            images += len(labels)
+            seen += labels.numel()
     for name, number in right.items():
-        yield f"accuracy by {name}: {100 * number / images:.1f} % of {images} validation images"
+        yield f"accuracy by {name}: {100 * number / seen:.1f} % of {seen} validation labels"
 
 
 def _gap(network: Any, layer: str, estimate: str, calls: Any) -> float:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 
+from kalmannorm.lab.availability import data_at, missing_data
 from kalmannorm.lab.configuration import Run, flat
 from kalmannorm.lab.costs import parameters, without_memory
 from kalmannorm.lab.experiments import config_of, merge, names, read, tables
@@ -105,6 +106,14 @@ def test_every_network_can_be_built_as_it_is_and_tiny(monkeypatch):
         assert init_args(arm.config, "data")["gradient_batch"] % group == 0
         assert arm.scaled("tiny")["trainer"]["max_steps"] <= 10
     assert len(built) > 50
+
+
+def test_the_tiny_scales_data_are_generated_and_read(tmp_path):
+    every = [arm.scaled("tiny") for name in names() for arm in read(name).arms]
+    configs = {repr(config["data"]): config for config in every if "data" in config}
+    assert len(configs) > 20
+    with data_at(None, list(configs.values()), tmp_path, "tiny"):
+        assert not any(missing_data(config) for config in configs.values())
 
 
 @pytest.mark.parametrize("arm", read("table2").arms, ids=lambda arm: arm.name)

@@ -1,6 +1,7 @@
 """Training and scoring a segmentation: what Dice is the mean of, and that it learns."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torchmetrics.segmentation import DiceScore
 
 import kalmannorm
 from kalmannorm.lab import experiments, fitting
+from kalmannorm.lab.cli import main
 from kalmannorm.lab.costs import build
 from kalmannorm.lab.curve import Curve
 from kalmannorm.lab.data.volumes import VolumeData
@@ -114,7 +116,7 @@ def test_what_cannot_be_trained_is_refused(options, message):
 
 
 @pytest.mark.parametrize("name", ["volumes", "signals", "tabular"])
-def test_each_arm_of_the_study_trains_and_kalman_layers_know_the_input(name, tmp_path):
+def test_each_arm_of_the_study_trains_and_kalman_layers_know_the_input(name, tmp_path, capsys):
     study = experiments.read(name)
     configs = {arm.name: arm.scaled("tiny") for arm in study.arms}
     data = build(configs["kn"], "data")
@@ -131,3 +133,8 @@ def test_each_arm_of_the_study_trains_and_kalman_layers_know_the_input(name, tmp
             assert description.with_prior == len(description.rows) == len(filters), str(description)
     result = fitting.fit(configs["kn"], tmp_path / "run", split="validation")
     assert 0 <= result.scores[study.metric] <= 1
+    if name == "volumes":  # a label a voxel
+        assert main(["layers", "--run", str(tmp_path / "run"), "--batches", "1", "--convert", "corrected"]) == 0
+        shown = re.search(r"accuracy by eval\(\): (.*) % of (.*) validation labels", capsys.readouterr().out)
+        accuracy, labels = shown.groups()
+        assert (float(accuracy) <= 100, int(labels)) == (True, sum(y.numel() for _, y in data.val_dataloader()))
