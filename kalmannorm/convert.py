@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -16,9 +16,9 @@ from kalmannorm.freezing import remove_freezing_hook
 from kalmannorm.modules import KalmanLayer, KalmanNorm
 from kalmannorm.stand_ins import (
     KINDS,
-    become,
     device_and_dtype,
     kalman_layer,
+    move_hooks,
     stand_in,
     stock_ancestor,
     stock_layer,
@@ -38,11 +38,10 @@ _OF_BATCHES = ("stats_batch_size", "process_group")
 def convert(model: _M, *, layers: Sequence[str] = ("batch",), input_stats: InputStats | None = None,
             calibrate: bool | None = None, weight_standardization: bool = False, track_running_stats: bool = True,
             **options: Any) -> _M:  # fmt: skip
-    """Turn a network's normalization layers into Kalman layers, in place, and connect them.
+    """Replace a network's normalization layers by Kalman layers, in place, and connect them.
 
-    Layers, parameters and buffers stay the same objects, so hooks, an existing optimizer and whatever
-    else holds them keep working; add the new gains and process noises to the optimizer. A layer that
-    another network shares is converted there too. Device, dtype, training flags and ``requires_grad``
+    The new layers hold the same parameter and buffer objects, so an existing optimizer keeps working;
+    add the new gains and process noises to it. Device, dtype, training flags and ``requires_grad``
     stay. The output in ``eval()`` is bit-equal (up to rounding for FrozenBatchNorm2d, whose formula
     differs). Layers without running statistics fuse in ``eval()`` too. On a converted model, only
     ``input_stats`` change anything.
@@ -70,7 +69,7 @@ def convert(model: _M, *, layers: Sequence[str] = ("batch",), input_stats: Input
             ``track_running_stats`` is False.
 
     Returns:
-        The model.
+        The model, or the replacement of a model that is itself a layer.
 
     Raises:
         ValueError: for unknown kinds or options; without a layer to convert; for options of a converted model; with
@@ -115,9 +114,9 @@ def convert(model: _M, *, layers: Sequence[str] = ("batch",), input_stats: Input
     if waiting := [new for new in replaced.values() if new.awaits_correction]:
         _warn_of_random_depth(model)
         _warn_of_few_batches(waiting)
-    for layer, new in replaced.items():
-        become(layer, new)
-        remove_freezing_hook(layer)
+    model = _replace_modules(model, replaced)
+    for new in replaced.values():
+        remove_freezing_hook(new)
     use_standardized(filters)
     return connect(model, input_stats=input_stats)
 
@@ -190,12 +189,28 @@ def _warn_of_few_batches(layers: Iterable[KalmanLayer]) -> None:
             return
 
 
+def _replace_modules(model: _M, replaced: Mapping[nn.Module, nn.Module]) -> _M:
+    """Put new modules, which get the hooks of old ones, in the places of these, under second names too."""
+    for old, new in replaced.items():
+        move_hooks(new, old)
+    if model in replaced:
+        return replaced[model]  # type: ignore[return-value]
+    for parent in list(model.modules()):
+        # Not only `_modules`: some networks call a list or dict of layers, and register them by name.
+        for held in vars(parent).values():
+            places = held.items() if isinstance(held, dict) else enumerate(held) if isinstance(held, list) else ()
+            for place, module in list(places):
+                if isinstance(module, nn.Module) and module in replaced:
+                    held[place] = replaced[module]
+    return model
+
+
 def to_batchnorm(model: _M) -> _M:
-    """Turn Kalman layers into stock layers with the same output in ``eval()``, in place.
+    """Replace Kalman layers by stock layers with the same output in ``eval()``, in place.
 
     You need it to deploy a model, or to load its checkpoint where this library is not installed.
 
-    Layers, parameters and buffers are the same objects; gain and process noise are dropped. Training flags and
+    Parameters and buffers are the same objects; gain and process noise are dropped. Training flags and
     ``requires_grad`` stay; a frozen layer is in ``eval()`` until ``model.train()``. Standardized
     filters are written into the parameters of stock convolutions and linear layers.
 
@@ -203,7 +218,7 @@ def to_batchnorm(model: _M) -> _M:
         model: a network with :class:`KalmanNorm` layers or standardized filters.
 
     Returns:
-        The model. Its layers are those of torch.nn, or of the
+        The model, or the replacement of a model that is itself a layer. Its layers are those of torch.nn, or of the
         library whose layers :func:`convert` had replaced.
 
     Raises:
@@ -216,13 +231,14 @@ def to_batchnorm(model: _M) -> _M:
         >>> type(kn.to_batchnorm(model)[1]).__name__
         'BatchNorm2d'
     """
-    bake(with_stock_norms(model))
+    model = with_stock_norms(model)
+    bake(model)
     return model
 
 
 def with_stock_norms(model: _M) -> _M:
-    """Turn Kalman layers into stock layers as :func:`to_batchnorm` does; standardized filters stay, to be trained."""
-    stock = {}
+    """Replace Kalman layers as :func:`to_batchnorm` does, and leave standardized filters to be trained further."""
+    replaced: dict[nn.Module, nn.Module] = {}
     for name, layer in kalman_layers(model):
         if getattr(layer, "running_mean", None) is None and not layer.ignores_prior:
             raise ValueError(
@@ -234,9 +250,8 @@ def with_stock_norms(model: _M) -> _M:
                 f"{type(layer).__name__} {name!r} computes its weight or bias from other tensors, expected parameters: "
                 "end that first, by torch.nn.utils.prune.remove or parametrize.remove_parametrizations"
             )
-        stock[layer] = stock_layer(layer)
-    for layer, its in stock.items():
-        become(layer, its)
+        replaced[layer] = stock_layer(layer)
+    model = _replace_modules(model, replaced)
     for module in model.modules():
         disconnect(module)
     return model

@@ -557,8 +557,8 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
 
     def _running(self) -> Running | None:
         """Buffers to update; None if there are none or a checkpoint is recomputing."""
-        names = ("running_mean", "running_var", "num_batches_tracked", "nonfinite_batches")
-        mean, var, batches, nonfinite = map(self._buffers.get, names)
+        mean, var = self.running_mean, self.running_var
+        batches, nonfinite = self.num_batches_tracked, self.nonfinite_batches
         if mean is None or var is None or batches is None or nonfinite is None or is_recomputing():
             return None
         if not self.track_running_stats:  # switched off by hand: BatchNorm keeps its statistics then

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
@@ -51,8 +52,11 @@ _TENSORS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracke
 # The buffers of torchvision's FrozenBatchNorm2d. transformers has a copy of it a detector, some without `eps`.
 _FROZEN = {"weight", "bias", "running_mean", "running_var"}
 _RANKS = {nn.InstanceNorm1d: (3,), nn.InstanceNorm2d: (4,), nn.InstanceNorm3d: (5,)}
-# The attributes of a module that hold its hooks.
-_HOOKS = frozenset(name for name in vars(nn.Module()) if "hook" in name)
+_HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks",
+    "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
+)  # fmt: skip
 
 
 def stand_in(layer: nn.Module) -> tuple[str, type[KalmanLayer] | None]:
@@ -86,7 +90,7 @@ def device_and_dtype(tensors: Iterable[Tensor]) -> dict[str, Any]:
 
 
 def kalman_layer(layer: nn.Module, name: str, kalman: type[KalmanLayer], options: dict[str, Any]) -> KalmanLayer:
-    """A Kalman layer with the tensors, submodules and training flag of a stock layer, without its hooks."""
+    """A Kalman layer with the tensors, submodules and training flag of a stock layer, which keeps its hooks."""
     _refuse(layer, name, kalman)
     options = options | device_and_dtype((*layer.parameters(recurse=False), *layer.buffers(recurse=False)))
     synchronizes = isinstance(layer, nn.SyncBatchNorm) and torch.distributed.is_initialized()
@@ -149,7 +153,8 @@ def stock_layer(layer: KalmanLayer) -> nn.Module:
     else:
         pairs = [pair for kind in ("batch", "group") for pair in _STOCK[kind].items()]
         stock = next(stock for stock, kalman in pairs if isinstance(layer, kalman))(*_arguments(layer))
-        behind = [module for module in layer.children() if not isinstance(module, nn.Identity)]
+        children = layer.named_children()
+        behind = [it for name, it in children if name != "parametrizations" and not isinstance(it, nn.Identity)]
     _share_tensors(stock, layer)
     stock.training = layer.training and not layer.frozen
     if behind:
@@ -179,18 +184,24 @@ def _share_tensors(new: nn.Module, old: nn.Module) -> None:
 
 
 def _without_tensors(layer: nn.Module) -> nn.Module:
-    """A copy of a layer without its tensors and submodules, which its stand-in holds."""
+    """A copy of a layer without its tensors, submodules and hooks, which its stand-in holds."""
     shell: Any = copy.copy(layer)
     for name in ("_parameters", "_buffers", "_modules"):
         setattr(shell, name, dict.fromkeys(getattr(layer, name)))
     if hasattr(shell, "process_group"):
         shell.process_group = None
+    for name in _HOOKS:
+        setattr(shell, name, type(getattr(layer, name))())
     return shell  # type: ignore[no-any-return]
 
 
-def become(layer: nn.Module, other: nn.Module) -> None:
-    """Turn a layer into another one, in place: whoever holds it goes on with that. Its hooks stay."""
-    hooks = {name: value for name, value in vars(layer).items() if name in _HOOKS}
-    layer.__class__ = type(other)
-    vars(layer).clear()
-    vars(layer).update(vars(other) | hooks)
+def move_hooks(new: nn.Module, old: nn.Module) -> None:
+    """Move the hooks that users have registered. The dicts themselves move, so that handles still remove."""
+    for name in _HOOKS:
+        hooks = getattr(old, name)
+        for hook in hooks.values() if name.startswith("_load") else ():
+            if getattr(hook, "with_module", False):  # torch's own wrapper
+                hook.module = weakref.ref(new)
+        setattr(new, name, hooks)
+        setattr(old, name, type(hooks)())
+    new._is_full_backward_hook, old._is_full_backward_hook = old._is_full_backward_hook, None

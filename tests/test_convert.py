@@ -110,14 +110,16 @@ def test_every_batch_layer_converts_even_alone(stock, ours):
 
 
 def test_a_frozen_layer_keeps_its_own_statistics():
-    """A state dict that was taken before must not change."""
+    """A teacher that shares layers with the network, or a state dict taken before, must not change."""
     stock = nn.Sequential(nn.Conv2d(3, 4, 3), FrozenBatchNorm2d(4))
     stock[1].running_mean = stock[1].running_mean.double() + 1  # of another type than the weight
-    state = stock.state_dict()
-    mean = state["1.running_mean"].clone()
+    teacher, state = nn.Sequential(*stock).eval(), stock.state_dict()
+    x = torch.randn(8, 3, 6, 6)
+    expected, mean = teacher(x), state["1.running_mean"].clone()
     model = kn.convert(stock).train()
-    model(torch.randn(8, 3, 6, 6)).sum().backward()
+    model(x).sum().backward()
     assert not model[1].running_mean.equal(mean.float())
+    assert torch.equal(teacher(x), expected)
     assert torch.equal(state["1.running_mean"], mean)
 
 
@@ -557,37 +559,39 @@ def test_input_stats_are_of_the_inputs_type():
     assert [belief.mean.dtype for belief in seen[1:]] == [torch.float32] * 2
 
 
-class HoldsItsLayersTwice(nn.Module):
-    """As detectors that call a list, and register its layers by name."""
-
-    def __init__(self):
-        super().__init__()
-        self.norms = [nn.BatchNorm2d(4), nn.BatchNorm2d(4)]
-        for i, norm in enumerate(self.norms):
-            self.add_module(f"norm{i}", norm)
-
-    def forward(self, x):
-        for norm in self.norms:
-            x = norm(x)
-        return x
-
-
-def test_a_layer_stays_the_same_object_there_and_back():
-    model = HoldsItsLayersTwice()
-    kept, called = model.norm1, []
-    kept.register_forward_hook(lambda *args: called.append("before"))
-    kn.convert(model)
-    kept.register_forward_hook(lambda *args: called.append("after"))
-    assert kept is model.norm1 is model.norms[1]
-    assert isinstance(kept, kn.KalmanNorm2d)
+def test_a_hook_on_the_layer_that_was_replaced_is_not_one_on_the_new():
+    old = nn.BatchNorm2d(4)
+    called = []
+    old.register_forward_hook(lambda *args: called.append("before"))
+    model = kn.convert(nn.Sequential(old))
+    old.register_forward_hook(lambda *args: called.append("after"))
     model(torch.randn(2, 4, 6, 6))
-    assert called == ["before", "after"]
-    kn.to_batchnorm(model)
-    assert kept is model.norm1
-    assert type(kept) is nn.BatchNorm2d
-    assert vars(kept).keys() == vars(nn.BatchNorm2d(4)).keys()
-    model(torch.randn(2, 4, 6, 6))
-    assert called == ["before", "after"] * 2
+    assert called == ["before"]
+
+
+@pytest.mark.parametrize("holder", [list, lambda layers: dict(enumerate(layers))], ids=["list", "dict"])
+def test_layers_that_a_network_holds_in_a_container_are_replaced_there_too(holder):
+    """As detectors do that register their layers by name, and call a list of them."""
+
+    class Holder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            layers = [nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4)]
+            for i, layer in enumerate(layers):
+                self.add_module(f"layer{i}", layer)
+            self.called, self.sizes = holder(layers), [4, 5]
+
+        def forward(self, x):
+            for i in range(3):
+                x = self.called[i](x)
+            return x
+
+    model = Holder()
+    for change, kind in ((kn.convert, kn.KalmanNorm2d), (kn.to_batchnorm, nn.BatchNorm2d)):
+        assert change(model) is model
+        assert [type(model.called[i]) for i in range(3)] == [kind, nn.ReLU, kind]
+        assert all(model.called[i] is layer for i, layer in enumerate(model.children()))
+    assert model.sizes == [4, 5]
 
 
 @pytest.mark.parametrize(

@@ -433,6 +433,22 @@ def test_a_pruned_or_parametrized_layer_has_no_stock_layer_yet(change):
     assert isinstance(model[1], kn.KalmanNorm2d)
 
 
+def test_a_parametrized_process_noise_is_dropped_with_the_parameter():
+    model = kn.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    nn.utils.parametrize.register_parametrization(model[1], "process_noise", nn.Identity())
+    assert type(kn.to_batchnorm(model)[1]) is nn.BatchNorm2d
+
+
+def test_a_part_of_a_network_becomes_stock_again():
+    part = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    model = kn.convert(nn.Sequential(part, nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)))
+    kn.to_batchnorm(model[0])
+    assert [type(layer) for layer in (model[0][1], model[2])] == [nn.BatchNorm2d, kn.KalmanNorm2d]
+    with pytest.warns(UserWarning, match=r"1 of 2 Kalman layers of Sequential were replaced .* the first is '0\.1'"):
+        model(torch.randn(4, 3, 12, 12)).sum().backward()
+    assert model[2].running_mean.any()
+
+
 def test_a_trace_through_a_forward_of_its_own_is_refused():
     class Doubled(kn.KalmanNorm2d):
         def forward(self, x):

@@ -692,3 +692,15 @@ def test_vectors_of_another_length_name_the_layer():
     model[1].process_noise = nn.Parameter(torch.zeros(6))
     with pytest.raises(ValueError, match=r"KalmanNorm2d '1' got process_noise of shape \(6,\), expected \(4,\), one a"):
         model(torch.randn(2, 3, 6, 6))
+
+
+@pytest.mark.filterwarnings("ignore:.*sees no propagation")
+def test_running_statistics_may_be_parameters():
+    """As BatchNorm's may: nothing asks where they are registered."""
+    layers = nn.BatchNorm2d(3), kn.KalmanNorm2d(3)
+    x = torch.randn(4, 3, 5, 5)
+    for layer in layers:
+        layer.running_mean = nn.Parameter(layer.running_mean, requires_grad=False)
+        layer(x)
+    torch.testing.assert_close(layers[1].running_mean.data, layers[0].running_mean.data)
+    assert layers[1].num_batches_tracked == 1
