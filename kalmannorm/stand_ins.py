@@ -131,6 +131,11 @@ def _refuse(layer: nn.Module, name: str, kalman: type[KalmanLayer]) -> None:
             f"{type(layer).__name__} {name!r} is lazy and does not know its channels yet: run the model once in "
             "eval() before kalmannorm.convert"
         )
+    if any(hasattr(t, "device_mesh") for t in layer.parameters(recurse=False)):
+        raise ValueError(
+            f"{type(layer).__name__} {name!r} is sharded already, with a DTensor as a parameter, expected a "
+            "torch.Tensor: call kalmannorm.convert before fully_shard"
+        )
     if issubclass(kalman, GroupKalmanNorm) and getattr(layer, "track_running_stats", False):
         raise ValueError(
             f"{type(layer).__name__} {name!r} tracks running statistics, which GroupKalmanNorm has not: "

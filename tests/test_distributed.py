@@ -340,6 +340,13 @@ def test_a_tensor_of_many_devices_is_refused(mesh):
         model(distribute_tensor(batch(0)[0], mesh, [Replicate()]))
 
 
+def test_a_sharded_network_is_not_converted(mesh):
+    model = fully_shard(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), mesh=mesh)
+    with pytest.raises(ValueError, match=r"BatchNorm2d '1' is sharded already, .*: call kalmannorm\.convert before"):
+        kn.convert(model)
+    assert type(model[1]) is nn.BatchNorm2d
+
+
 def test_each_step_of_a_sharded_network_computes_its_beliefs_once(mesh):
     model = three_norms()
     for module in (model[0], model[3], model):
