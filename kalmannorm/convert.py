@@ -41,10 +41,10 @@ def convert(model: _M, *, layers: Sequence[str] = ("batch",), input_stats: Input
     """Replace a network's normalization layers by Kalman layers, in place, and connect them.
 
     The new layers hold the same parameter and buffer objects, so an existing optimizer keeps working;
-    add the new gains and process noises to it. Device, dtype, training flags and ``requires_grad``
-    stay. The output in ``eval()`` is bit-equal (up to rounding for FrozenBatchNorm2d, whose formula
-    differs). Layers without running statistics fuse in ``eval()`` too. On a converted model, only
-    ``input_stats`` change anything.
+    add the new gains and process noises to it. A list or dict of layers that a module holds gets the
+    new ones, too. Device, dtype, training flags and ``requires_grad`` stay. The output in ``eval()`` is
+    bit-equal (up to rounding for FrozenBatchNorm2d, whose formula differs). Layers without running
+    statistics fuse in ``eval()`` too. On a converted model, only ``input_stats`` change anything.
 
     Args:
         model: any network.

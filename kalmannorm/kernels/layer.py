@@ -126,7 +126,7 @@ def rectify_output(y: Tensor) -> bool:
     if call.backend is on_torch or call.options.relu or y._backward_hooks or y.retains_grad:
         return False
     y.detach().relu_()  # the same memory, and the same count of changes
-    node.call = _Call(call.backend, call.posterior, call.options.with_relu(), call.running)
+    node.call = call._replace(options=call.options.with_relu())
     return True
 
 
