@@ -31,6 +31,7 @@ from benchmarks import (
 )  # fmt: skip
 from benchmarks.environment import KEEPING
 from benchmarks.steps import step_of
+from kalmannorm.kernels import on_cpu
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["--tiny", "--device", "cpu", "--steps", "2", "--warm-up", "1", "--backend", "aot_eager"]
@@ -326,7 +327,8 @@ def test_a_layer_takes_no_more_calls_than_it_did():
         return Counter(seen)
 
     each = calls(4) - calls(3)
-    assert 0 < sum(each.values()) <= 216, each.most_common()
+    most = 216 if on_cpu.is_available() else 246  # without a C compiler, torch's functions compute
+    assert 0 < sum(each.values()) <= most, each.most_common()
 
 
 def test_where_a_frame_is_counted():
