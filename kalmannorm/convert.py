@@ -24,6 +24,7 @@ from kalmannorm.stand_ins import (
     stock_layer,
 )
 from kalmannorm.standardization import bake, filters_below_norms, use_standardized
+from kalmannorm.steps import replace
 from kalmannorm.traversal import kalman_layers, untraceable
 
 _M = TypeVar("_M", bound=nn.Module)
@@ -41,8 +42,8 @@ def convert(model: _M, *, layers: Sequence[str] = ("batch",), input_stats: Input
     """Replace a network's normalization layers by Kalman layers, in place, and connect them.
 
     The new layers hold the same parameter and buffer objects, so an existing optimizer keeps working;
-    add the new gains and process noises to it. A list or dict of layers that a module holds gets the
-    new ones, too. Device, dtype, training flags and ``requires_grad`` stay. The output in ``eval()`` is
+    add the new gains and process noises to it. A list, dict or tuple of layers that a module holds gets
+    the new ones, too. Device, dtype, training flags and ``requires_grad`` stay. The output in ``eval()`` is
     bit-equal (up to rounding for FrozenBatchNorm2d, whose formula differs). Layers without running
     statistics fuse in ``eval()`` too. On a converted model, only ``input_stats`` change anything.
 
@@ -196,8 +197,10 @@ def _replace_modules(model: _M, replaced: Mapping[nn.Module, nn.Module]) -> _M:
     if model in replaced:
         return replaced[model]  # type: ignore[return-value]
     for parent in list(model.modules()):
-        # Not only `_modules`: some networks call a list or dict of layers, and register them by name.
-        for held in vars(parent).values():
+        # Not only `_modules`: some networks call a list, dict or tuple of layers, and register them by name.
+        for name, held in list(vars(parent).items()):
+            if type(held) is tuple:
+                vars(parent)[name] = replace(held, nn.Module, lambda layer: replaced.get(layer, layer))
             places = held.items() if isinstance(held, dict) else enumerate(held) if isinstance(held, list) else ()
             for place, module in list(places):
                 if isinstance(module, nn.Module) and module in replaced:

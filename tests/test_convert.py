@@ -569,7 +569,8 @@ def test_a_hook_on_the_layer_that_was_replaced_is_not_one_on_the_new():
     assert called == ["before"]
 
 
-@pytest.mark.parametrize("holder", [list, lambda layers: dict(enumerate(layers))], ids=["list", "dict"])
+@pytest.mark.parametrize("holder", [list, tuple, lambda layers: dict(enumerate(layers))],
+                         ids=["list", "tuple", "dict"])  # fmt: skip
 def test_layers_that_a_network_holds_in_a_container_are_replaced_there_too(holder):
     """As detectors do that register their layers by name, and call a list of them."""
 
