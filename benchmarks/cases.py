@@ -8,10 +8,11 @@ KN, ACT, MC = "kalman_norm", "kalman_norm_act", "kalman_norm_monte_carlo"
 BN_LOOP, KN_LOOP, PLAIN, COPY = "batch_norm_loop", "kalman_norm_loop", "to_batchnorm", "copy"
 ONE, WS = "one_by_one", "kalman_norm_standardized"
 KN_CAPTURED, BN_CAPTURED = "kalman_norm_captured", "batch_norm_captured"
+FROZEN = "frozen_batch_norm"
 
 PAIR = (BN, KN)
 GRAPHS = (BN, KN, KN_CAPTURED, BN_CAPTURED)
-SIDES = (BN, KN, WS, MC, GN)
+SIDES = (BN, KN, FROZEN, WS, MC, GN)
 LAYERS = (BN, KN, ACT, MC, GN)
 GROUPS = (BN, GHOST, KN, BN_LOOP, KN_LOOP)
 DEPLOYED = (BN, PLAIN, KN, ONE, GN)
@@ -113,6 +114,7 @@ def _cpu():
         _step("resnet18", 2, 64, dtype="bfloat16", steps=20),
         _step("resnet50", 2, 64),
         _step("resnet18", 2, 96),
+        _step("maskrcnn", 1, 320, methods=(BN, KN, FROZEN), steps=12, warm_up=2),
         _step("inception_v2", 2, 128),
         _step("mobilenet_v3_large", 2, 160),
         _step("efficientnet_b0", 2, 128),
@@ -134,7 +136,7 @@ def _cuda():
         _step("resnet50", 2, 224, dtype=half, methods=(*GRAPHS, MC)),
         _step("resnet50", 32, 224, dtype=half, methods=(*GRAPHS, WS, MC, GN)),
         _step("resnet50_wide", 2, 800, dtype=half, methods=GRAPHS),
-        _step("maskrcnn", 2, 800, dtype=half, methods=GRAPHS),
+        _step("maskrcnn", 2, 800, dtype=half, methods=(*GRAPHS, FROZEN)),
         *(_step("deeplabv3", batch, 768, dtype=half, methods=GRAPHS) for batch in (2, 4)),
         _step("unet3d", 1, 128, dtype=half, methods=GRAPHS),
         _step("resnet50", 2, 224, "graph", half),

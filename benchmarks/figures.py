@@ -13,6 +13,7 @@ STYLES = {
     "batch_norm_loop": ("#8c8c8c", "<"), "kalman_norm_loop": ("#CC79A7", ">"), "to_batchnorm": ("#009E73", "D"),
     "one_by_one": ("#D55E00", "X"), "kalman_norm_standardized": ("#F0E442", "h"),
     "kalman_norm_captured": ("#0072B2", "*"), "batch_norm_captured": ("#444444", "*"),
+    "frozen_batch_norm": ("#8c8c8c", "P"),
 }  # fmt: skip
 GOAL = "#D55E00"
 TICKS = (0.1, 0.2, 0.5, 1, 1.5, 2, 3, 5, 10, 20, 50, 100)

@@ -6,8 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.nn.modules._functions import SyncBatchNorm as synchronized_batch_norm
+from torch.nn.modules.batchnorm import _BatchNorm
 
 import kalmannorm as kn
+from benchmarks import networks
 from benchmarks.networks import UnavailableError
 from kalmannorm.lab.baselines.replacing import replace_batchnorm
 from kalmannorm.lab.baselines.stock import to_ghost, to_groupnorm
@@ -75,6 +77,16 @@ def to_batchnorm(model, case):
     return kn.to_batchnorm(model)
 
 
+def frozen_batch_norm(model, case):
+    """With the statistics of a batch, so that activations are as large as in a trained network."""
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.momentum = 1.0
+    with torch.no_grad():
+        model(networks.batch(case, next(model.parameters()).device)[0])
+    return kn.freeze(model)
+
+
 def input_stats(model, case):
     """Statistics of the input for a single layer, whose prior has no layer below; None for networks.
 
@@ -103,6 +115,7 @@ def captured(model, case):
 
 SIDES = {
     "batch_norm": Side(keep),
+    "frozen_batch_norm": Side(frozen_batch_norm),
     "group_norm": Side(lambda model, case: to_groupnorm(model)),
     "sync_batch_norm": Side(sync_batch_norm),
     "ghost_batch_norm": Side(lambda model, case: to_ghost(model, case.stats_batch)),

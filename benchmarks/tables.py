@@ -8,7 +8,7 @@ NAMES = {
     "ghost_batch_norm": "BatchNorm by groups", "batch_norm_loop": "BatchNorm, a loop", "kalman_norm_loop": "KN, a loop",
     "to_batchnorm": "after to_batchnorm", "copy": "copy", "one_by_one": "KN, each sample by itself",
     "kalman_norm_standardized": "KN, standardized filters", "kalman_norm_captured": "KN, kn.capture",
-    "batch_norm_captured": "BN, kn.capture",
+    "batch_norm_captured": "BN, kn.capture", "frozen_batch_norm": "BatchNorm, frozen",
 }  # fmt: skip
 
 
@@ -96,8 +96,8 @@ def compare(ours, theirs, column):
 
 
 def steps(rows, kind):
-    others = ("kalman_norm_captured", "batch_norm_captured", "kalman_norm_standardized", "kalman_norm_monte_carlo",
-              "group_norm")  # fmt: skip
+    others = ("kalman_norm_captured", "batch_norm_captured", "frozen_batch_norm", "kalman_norm_standardized",
+              "kalman_norm_monte_carlo", "group_norm")  # fmt: skip
     lines = []
     for _, sides in measured(rows, kind):
         theirs, ours = sides.get("batch_norm"), sides.get("kalman_norm")
