@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.overrides import TorchFunctionMode
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from kalmannorm.checkpoints import enter_again
 from kalmannorm.gaussian import Gaussian, Unknown
@@ -37,6 +36,7 @@ _BASE = Tensor._base.__get__  # type: ignore[union-attr]
 _LONGEST = 2000
 # The attribute of a tensor of zeros: its state then, None where torch does not count changes.
 _BLANK_AT = "_kalmannorm_blank"
+_IS_LEARNED = "_kalmannorm_learned"  # the attribute of what parameters alone have made
 _WITHOUT_GRAPH = frozenset((*aliases("detach"), Tensor.__setitem__))
 _ASSIGNING = frozenset((Tensor.__setitem__, Tensor.index_put_))
 _LAZY = frozenset((UninitializedBuffer, UninitializedParameter))  # which have no state yet
@@ -75,7 +75,6 @@ class Recorder(TorchFunctionMode):
         know_torchvision()
         self.layers = layers
         self.waiting: dict[int, Gaussian] = {}  # of each thread, `input_stats` whose tensor has not been found yet
-        self.learned = WeakTensorKeyDictionary()  # what parameters have made in the meantime
         self.opener: Any = None  # the module that was entered
         # Of each thread, another list in each forward pass: of its steps of `detach`.
         self.passes: dict[int, list[weakref.ref[Step]]] = {}
@@ -92,9 +91,14 @@ class Recorder(TorchFunctionMode):
 
     def await_input(self, given: Gaussian | None) -> Gaussian | None:
         """Set the `input_stats` whose tensor this thread still looks for, or None; return those before."""
-        thread = 0 if torch.compiler.is_dynamo_compiling() else threading.get_ident()
-        # Behind a graph break, what a compiled part waits for is looked for here.
-        before = self.waiting.pop(thread, None) or self.waiting.pop(0, None)
+        if torch.compiler.is_dynamo_compiling():  # which knows no thread: a compiled part takes what it finds
+            thread, places = 0, list(self.waiting)
+        else:  # behind a graph break, what a compiled part waits for is looked for here
+            thread = threading.get_ident()
+            places = [thread, 0]
+        before = None
+        for place in places:
+            before = self.waiting.pop(place, None) or before
         if given is not None:
             self.waiting[thread] = given
         return before
@@ -102,7 +106,7 @@ class Recorder(TorchFunctionMode):
     def _meet_input(self, func: Any, args: Any, kwargs: Any) -> bool:
         """Give the waiting belief to the tensor that meets weights, if it fits; whether there are any weights."""
         tensors = list(found_in((*args, *kwargs.values()), Tensor))
-        others = [each for each in tensors if not isinstance(each, nn.Parameter) and not _is_made(each, self.learned)]
+        others = [each for each in tensors if not isinstance(each, nn.Parameter) and not _is_made(each)]
         if len(others) == len(tensors):
             return False
         if func in _OF_WEIGHTS and (given := self.await_input(None)) is not None:
@@ -131,8 +135,9 @@ class Recorder(TorchFunctionMode):
             output = args[0]
         else:
             output = func(*args, **kwargs)
-        if learns and self.waiting and not torch.compiler.is_dynamo_compiling():  # which cannot write to it
-            self.learned.update(dict.fromkeys(found_in((output,), Tensor), True))
+        if learns and self.waiting:
+            for each in found_in((output,), Tensor):
+                setattr(each, _IS_LEARNED, True)
         is_same = of_tensor and output is args[0] and before is not None and before == state_of(output)
         if func in FACTORIES or func == _BASE:  # `Tensor._base` computes nothing
             if func in BLANK and not torch.compiler.is_dynamo_compiling():
@@ -349,15 +354,13 @@ def attach(tensor: Tensor, belief: Belief, source: str) -> None:
             mark.clear()  # the second run computes beliefs from the steps before it as the first one did
 
 
-def started_on_first(given: Gaussian, values: Any, learned: Any = None) -> Gaussian | None:
+def started_on_first(given: Gaussian, values: Any, *, inside: bool = False) -> Gaussian | None:
     """Attach a belief about the network's input to the first tensor that fits, unless that has one; return it if none
-    fits. Single numbers go to an argument itself. What parameters have made, ``learned``, is no input.
+    fits. Single numbers go to an argument itself. ``inside`` of a network, what parameters have made is no input.
     """
     anywhere = given.mean.ndim == 0
     for tensor in values if anywhere else found_in(values, Tensor):
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            continue
-        if learned is not None and _is_made(tensor, learned):
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or (inside and _is_made(tensor)):
             continue
         if tensor.ndim < 2 or not fits(given, tensor):
             return given
@@ -368,9 +371,9 @@ def started_on_first(given: Gaussian, values: Any, learned: Any = None) -> Gauss
     return given
 
 
-def _is_made(tensor: Tensor, learned: Any) -> bool:
-    """Whether a tensor is one of those that parameters have made, or comes from a normalization layer."""
-    if tensor in learned:
+def _is_made(tensor: Tensor) -> bool:
+    """Whether a tensor was made by parameters alone, or comes from a normalization layer."""
+    if getattr(tensor, _IS_LEARNED, False):
         return True
     below = () if (step := step_of(tensor)) is None else ancestors(step)
     return any(each.function is None and each.source not in ("", "input") for each in below)

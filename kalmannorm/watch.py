@@ -70,7 +70,7 @@ class Watch:
         elif mode is not None and self.given and any(map(_is_unknown, found_in((args, kwargs), Tensor))):
             self._start_beliefs(module, args, kwargs, mode)  # `input_stats` were given to this part alone
         elif mode is not None and mode.waiting and (waiting := mode.await_input(None)) is not None:
-            mode.await_input(started_on_first(waiting, (*args, *kwargs.values()), mode.learned))
+            mode.await_input(started_on_first(waiting, (*args, *kwargs.values()), inside=True))
 
     def close(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook; runs after an error too, which leaves no output."""

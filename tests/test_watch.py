@@ -367,17 +367,36 @@ def test_two_threads_do_not_see_each_other():
     assert not is_open()
 
 
-def test_input_stats_reach_the_batch_of_a_detector():
-    """Which gets a list of images of different sizes, and gives its first part a batch."""
+def detector(**options):
+    """It gets a list of images of different sizes, and gives its first part a batch."""
+    torch.manual_seed(0)
     model = made_of(
         lambda self, images: self.backbone(torch.stack([image[:, :8, :8] for image in images])),
         backbone=nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4)),
     )  # fmt: skip
-    model = kn.convert(model, input_stats=([0.0] * 3, [1.0] * 3))
+    return kn.convert(model, **options)
+
+
+def test_input_stats_reach_the_batch_of_a_detector():
+    model = detector(input_stats=([0.0] * 3, [1.0] * 3))
     rows = kn.describe(model, [torch.randn(3, 8, 9), torch.randn(3, 9, 8)]).rows
     assert [row.prior_from for row in rows] == [("input",), ("backbone.1",)]
     model([torch.randn(3, 8, 9)])  # the mode does not keep it
     assert kn.describe(model, [torch.randn(3, 8, 9), torch.randn(3, 9, 8)]).rows[0].prior_from == ("input",)
+
+
+@pytest.mark.slow
+def test_input_stats_reach_a_compiled_part_of_a_detector():
+    images = [torch.randn(3, 8, 9), torch.randn(3, 9, 8)]
+    given = {"input_stats": ([0.0] * 3, [1.0] * 3)}
+    without, eager, compiled = detector(), detector(**given), detector(**given)
+    compiled.backbone = torch.compile(compiled.backbone, backend="aot_eager", fullgraph=True)
+    for _ in range(2):
+        expected, found = eager(images), compiled(images)
+        torch.testing.assert_close(found, expected)
+        assert not torch.allclose(without(images), expected, atol=1e-3)
+    assert not is_open()
+    assert not next(iter(compiled._forward_hooks.values())).__self__.mode.waiting
 
 
 @pytest.mark.slow
