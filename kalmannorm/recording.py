@@ -136,8 +136,7 @@ class Recorder(TorchFunctionMode):
         else:
             output = func(*args, **kwargs)
         if learns and self.waiting:
-            for each in found_in((output,), Tensor):
-                setattr(each, _IS_LEARNED, True)
+            _mark_as_learned(output)
         is_same = of_tensor and output is args[0] and before is not None and before == state_of(output)
         if func in FACTORIES or func == _BASE:  # `Tensor._base` computes nothing
             if func in BLANK and not torch.compiler.is_dynamo_compiling():
@@ -369,6 +368,11 @@ def started_on_first(given: Gaussian, values: Any, *, inside: bool = False) -> G
             attach(tensor, laid_out(given, tensor), "input")
         return None
     return given
+
+
+def _mark_as_learned(values: Any) -> None:
+    for each in found_in((values,), Tensor):
+        setattr(each, _IS_LEARNED, True)
 
 
 def _is_made(tensor: Tensor) -> bool:
