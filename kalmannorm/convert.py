@@ -12,7 +12,7 @@ from torch import nn
 from torch.fx.experimental.optimization import fuse as fuse_graph
 
 from kalmannorm.connect import InputStats, connect, disconnect, input_beliefs
-from kalmannorm.freezing import remove_freezing_hook
+from kalmannorm.freezing import freeze, remove_freezing_hook
 from kalmannorm.modules import KalmanLayer, KalmanNorm
 from kalmannorm.stand_ins import (
     KINDS,
@@ -43,7 +43,8 @@ def convert(model: _M, *, layers: Sequence[str] = ("batch",), input_stats: Input
 
     The new layers hold the same parameter and buffer objects, so an existing optimizer keeps working;
     add the new gains and process noises to it. A list, dict or tuple of layers that a module holds gets
-    the new ones, too. Device, dtype, training flags and ``requires_grad`` stay. The output in ``eval()`` is
+    the new ones, too. Device, dtype, training flags and ``requires_grad`` stay; a FrozenBatchNorm2d behind
+    a convolution that is not trained stays frozen (:func:`freeze`). The output in ``eval()`` is
     bit-equal (up to rounding for FrozenBatchNorm2d, whose formula differs). Layers without running
     statistics fuse in ``eval()`` too. On a converted model, only ``input_stats`` change anything.
 
@@ -126,7 +127,10 @@ def _stand_ins(model: nn.Module, kinds: Sequence[str], options: dict[str, Any]) 
     """The Kalman layers that are to replace layers of these kinds; warns of layers that none can replace."""
     replaced = {}
     of_model = device_and_dtype((*model.parameters(), *model.buffers()))  # for layers without tensors of their own
+    is_fixed = False  # whether the last layer with parameters is
     for name, layer in model.named_modules():
+        if own := list(layer.parameters(recurse=False)):
+            is_fixed = not any(parameter.requires_grad for parameter in own)
         kind, kalman = stand_in(layer)
         if kind not in kinds:
             continue
@@ -140,6 +144,8 @@ def _stand_ins(model: nn.Module, kinds: Sequence[str], options: dict[str, Any]) 
         left_out = _OF_BATCHES if kind != "batch" and "batch" in kinds else ()
         given = {option: value for option, value in options.items() if option not in left_out}
         replaced[layer] = kalman_layer(layer, name, kalman, of_model | given)
+        if is_fixed and "weight" in layer._buffers:  # a FrozenBatchNorm2d, which has no `requires_grad` of its own
+            freeze(replaced[layer])
     return replaced
 
 

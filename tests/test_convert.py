@@ -559,6 +559,17 @@ def test_input_stats_are_of_the_inputs_type():
     assert [belief.mean.dtype for belief in seen[1:]] == [torch.float32] * 2
 
 
+def test_frozen_batch_norm_stays_frozen_where_the_convolution_before_it_is():
+    """As in the first stages of a detector's pretrained backbone."""
+    model = nn.Sequential(*(nn.Sequential(nn.Conv2d(4, 4, 3), FrozenBatchNorm2d(4), nn.ReLU()) for _ in range(2)))
+    model[0].requires_grad_(False)
+    model = kn.convert(model).train()
+    model(torch.randn(2, 4, 8, 8)).sum().backward()
+    assert [stage[1].frozen for stage in model] == [True, False]
+    assert {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad} == {"1"}
+    assert [bool(stage[1].running_mean.any()) for stage in model] == [False, True]
+
+
 def test_a_hook_on_the_layer_that_was_replaced_is_not_one_on_the_new():
     old = nn.BatchNorm2d(4)
     called = []
