@@ -82,7 +82,8 @@ def ratio(row, quartiles=False):
 
 
 def milliseconds(row):
-    return row and f"{row['median_ms']:.3g} ms"
+    time = row and row["median_ms"]
+    return row and (f"{time:,.0f} ms" if time >= 1000 else f"{time:.3g} ms")
 
 
 def described(row):

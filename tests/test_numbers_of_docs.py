@@ -172,7 +172,9 @@ def facts():
     eager, two, graph = (f"step/resnet50/{rest}/bfloat16" for rest in ("b32/224/eager", "b2/224/eager", "b2/224/graph"))
     mobile = "step/efficientnet_b0/b2/128/eager/float32"
     step, compiled = (f"step/resnet50/b2/128/{mode}/float32" for mode in ("eager", "compiled"))
-    steps = [ratio(cpu, step), ratio(cpu, mobile), ratio(cuda, eager), ratio(cuda, graph)]
+    detector = "step/maskrcnn/b1/320/eager/float32"
+    steps = [*(ratio(cpu, case) for case in (step, mobile, detector)), ratio(cpu, detector, "frozen_batch_norm"),
+             ratio(cuda, eager), ratio(cuda, graph)]  # fmt: skip
     extra = [(ms(cuda, case) - ms(cuda, case, "batch_norm")) / 53 for case in (two, eager)]
     act = [ratio(cpu, f"layer/{case}/eager/float32", "kalman_norm_act") for case in (
         "n2-c64-56x56", "n2-c256-28x28", "n1-c64-112x112", "n8-c64-28x28", "n32-c64-32x32")]  # fmt: skip
@@ -201,9 +203,10 @@ def facts():
             observed[0], observed[-1], corrected[0], corrected[-1], uncorrected[0], uncorrected[-1],
             difference("detection-cpu", "gn-ws", "kn", "box_ap"), *volumes,
             difference("detection-cpu", "kn", "bn-recalibrated", "box_ap_online"),
-            *(difference("detection-pretrained-cpu", "kn", "frozen", of) for of in ("box_ap", "mask_ap")),
-            *(difference(tuned, *pair) for pair in (("kn-2-clipped", "kn-2"), ("kn-2-clipped", "last-2-clipped"),
-                                                    ("kn-1", "kn-1-clipped"))),
+            *(difference("detection-pretrained-cpu", f"kn{clipped}", f"frozen{clipped}", of)
+              for clipped in ("", "-clipped") for of in ("box_ap", "mask_ap")),
+            *(difference(tuned, *pair) for pair in (("kn-2-clipped", "kn-2"), ("kn-2-clipped", "last-2"),
+                                                    ("kn-1", "kn-1-clipped"), ("kn-1", "last-1"))),
             *(score(small, arm, first=3) - score(small, arm) for arm in ("kn-2-ws", "kn-1-ws-fixed")), fixed_gain,
             *frozen_late[1:], late_batchnorm, score(small, "kn-2-ws", first=3) - score(small, "bn-2-ws-frozen"),
             difference(small, "bn-128-ws", "kn-1-ws-frozen"),
