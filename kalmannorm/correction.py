@@ -170,6 +170,12 @@ class CorrectedPrior(nn.Module):
             self.drop_correction()
         return ()
 
+    def keep_correction_target(self) -> None:
+        """Let an awaited correction lead to the running statistics as they are, whatever becomes of them."""
+        self._note_if_corrected()
+        if self.awaits_correction:
+            self.dropped_statistics = self.correction_target().map(Tensor.clone)
+
     def correction_target(self) -> Gaussian:
         """The statistics that a correction leads to, ``(1, C)``."""
         return self._running_belief() if self.dropped_statistics is None else self.dropped_statistics

@@ -119,6 +119,9 @@ def recalibrate(model: _M, loader: Iterable[Any], *, forward: Callable[[nn.Modul
             )  # fmt: skip
         merge_over_processes(populations.values(), process_group)
     new = _finite_statistics(populations)
+    for layer in layers.values():
+        if isinstance(layer, KalmanNorm):
+            layer.keep_correction_target()
     with torch.no_grad():
         for buffer, value in new:
             buffer.copy_(value)

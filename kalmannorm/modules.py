@@ -421,9 +421,7 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
 
     def drop_running_stats(self) -> None:
         """Keep no running statistics any more: fuse in ``eval()`` too."""
-        self._note_if_corrected()
-        if self.awaits_correction:
-            self.dropped_statistics = self.correction_target()
+        self.keep_correction_target()
         self.track_running_stats = False
         for name in ("running_mean", "running_var", "num_batches_tracked", "nonfinite_batches"):
             setattr(self, name, None)
@@ -433,9 +431,7 @@ class KalmanNorm(KalmanLayer, _BatchNorm):
         if self.frozen:
             return
         if "prior_scale" in self._buffers:  # not in torch's constructor
-            self._note_if_corrected()
-            if self.awaits_correction:
-                self.dropped_statistics = self.correction_target().map(Tensor.clone)
+            self.keep_correction_target()
         super().reset_running_stats()
         if (nonfinite := self._buffers.get("nonfinite_batches")) is not None:
             nonfinite.zero_()
