@@ -91,13 +91,12 @@ class Recorder(TorchFunctionMode):
 
     def await_input(self, given: Gaussian | None) -> Gaussian | None:
         """Set the `input_stats` whose tensor this thread still looks for, or None; return those before."""
-        if torch.compiler.is_dynamo_compiling():  # which knows no thread: a compiled part takes what it finds
-            thread, places = 0, list(self.waiting)
-        else:  # behind a graph break, what a compiled part waits for is looked for here
-            thread = threading.get_ident()
-            places = [thread, 0]
+        compiling = torch.compiler.is_dynamo_compiling()
+        thread = 0 if compiling else threading.get_ident()
         before = None
-        for place in places:
+        # A compiler knows no thread: a compiled part takes what it finds. Behind a graph break, what it waits for is
+        # looked for here.
+        for place in list(self.waiting) if compiling else (thread, 0):
             before = self.waiting.pop(place, None) or before
         if given is not None:
             self.waiting[thread] = given

@@ -385,6 +385,17 @@ def test_input_stats_reach_the_batch_of_a_detector():
     assert kn.describe(model, [torch.randn(3, 8, 9), torch.randn(3, 9, 8)]).rows[0].prior_from == ("input",)
 
 
+def test_what_another_network_made_needs_no_input_stats():
+    """Its belief says more than those."""
+    given = {"input_stats": ([0.0] * 4, [1.0] * 4)}
+    below = kn.convert(nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)), **given)
+    above = kn.convert(nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)), **given)
+    hidden = below(torch.randn(2, 4, 9, 9))
+    above(hidden)
+    assert step_of(hidden).source == "1"
+    assert not is_open()
+
+
 @pytest.mark.slow
 def test_input_stats_reach_a_compiled_part_of_a_detector():
     images = [torch.randn(3, 8, 9), torch.randn(3, 9, 8)]
