@@ -1,4 +1,5 @@
-/* The layer and the link on a CPU, float32. on_cpu.py loads and calls them; the mathematics is in layer.py and link.py.
+/* The layer, the link and activations on a CPU, float32. on_cpu.py loads and calls them; the mathematics is in layer.py,
+   link.py and rules/pointwise.py.
 
    An activation is (N, C, P) in memory, or (N, P, C) where channels are last. A channel of a statistic group mostly fits
    into the cache, so that its three visits (mean, variance, normalization) read main memory once. Sums are of short runs in
@@ -708,4 +709,148 @@ void link_backward(const LinkBackward *a) {
     free(each);
     free(rows);
     free(below);
+}
+
+/* ---- the moments behind an activation ---- */
+
+#define MOST_BREAKS 3
+#define LANES 8
+#define NODES 65
+#define REACH 7.0f
+
+enum { PIECES, SILU, SIGMOID, GELU };
+
+typedef struct {
+    const float *mean, *var;       /* (n,) */
+    float *after_mean, *after_var; /* (n,) */
+    float *slopes;                 /* (4, n): of the mean by mean and variance, then of the variance by both */
+    int64_t n;
+    int32_t function, breaks; /* for PIECES, which are polynomials between breaks */
+    double at[MOST_BREAKS], pieces[MOST_BREAKS + 1][3];
+} Activation;
+
+static double std_of(double var) { return sqrt(var < 1.0842022e-19 ? 1.0842022e-19 : var); }
+
+/* The integrals of z^k phi(z) from one edge to another, for k up to 6. */
+static void powers_between(double from, double to, double *found) {
+    double low = fabs(from) < 40 ? from : 0, high = fabs(to) < 40 ? to : 0;
+    double start = fabs(from) < 40 ? 0.3989422804014327 * exp(-0.5 * low * low) : 0;
+    double end = fabs(to) < 40 ? 0.3989422804014327 * exp(-0.5 * high * high) : 0;
+    /* A difference of two upper or of two lower tail probabilities, whichever is the smaller. */
+    double side = from > 0 ? 0.7071067811865476 : -0.7071067811865476;
+    found[0] = 0.5 * fabs(erfc(side * from) - erfc(side * to));
+    for (int k = 1; k < 7; k++) {
+        found[k] = start - end + (k > 1 ? (k - 1) * found[k - 2] : 0);
+        start *= low;
+        end *= high;
+    }
+}
+
+static double polynomial(const double *c, double m) { return c[0] + (c[1] ? c[1] * m : 0) + (c[2] ? c[2] * m * m : 0); }
+
+/* By Stein's lemma, with h = f(m + s z) - f(m), in which no large numbers cancel. */
+static void by_pieces(const Activation *a, int64_t i) {
+    double m = a->mean[i], s = std_of(a->var[i]), from = -INFINITY, first[3] = {0}, second[3] = {0}, z[7];
+    int own = 0;
+    while (own < a->breaks && m > a->at[own]) own++;
+    double centre = polynomial(a->pieces[own], m);
+    for (int k = 0; k <= a->breaks; k++) {
+        const double *c = a->pieces[k];
+        double to = k < a->breaks ? (a->at[k] - m) / s : INFINITY;
+        double h[] = {polynomial(c, m) - centre, (c[1] + (c[2] ? 2 * c[2] * m : 0)) * s, c[2] * s * s};
+        double square[] = {h[0] * h[0], 2 * h[0] * h[1], h[1] * h[1] + 2 * h[0] * h[2], 2 * h[1] * h[2], h[2] * h[2]};
+        powers_between(from, to, z);
+        for (int j = 0; j < 3; j++) {
+            for (int l = 0; l < 3; l++) first[j] += h[l] * z[j + l];
+            for (int l = 0; l < 5; l++) second[j] += square[l] * z[j + l];
+        }
+        from = to;
+    }
+    double by_mean = first[1] / s, by_var = (first[2] - first[0]) / (2 * s * s);
+    a->after_mean[i] = centre + first[0];
+    a->after_var[i] = a->var[i] == 0 ? 0 : not_negative(second[0] - first[0] * first[0]);
+    a->slopes[i] = by_mean;
+    a->slopes[a->n + i] = by_var;
+    a->slopes[2 * a->n + i] = second[1] / s - 2 * first[0] * by_mean;
+    a->slopes[3 * a->n + i] = (second[2] - second[0]) / (2 * s * s) - 2 * first[0] * by_var;
+}
+
+/* e^x, by a polynomial, so that a compiler computes many at once: expf itself is a call. */
+INLINE float exponential(float x) {
+    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+    float whole = rintf(x * 1.44269504f), r = x - whole * 0.693145752f - whole * 1.42860677e-6f;
+    float p = 0.5f + r * (0.16666665f + r * (0.041665796f + r * (0.0083334519f + r * (0.0013982f + r * 0.00019875692f))));
+    union {
+        int32_t bits;
+        float power;
+    } two = {.bits = ((int32_t)whole + 127) << 23};
+    return (1 + r + r * r * p) * two.power;
+}
+
+/* A function's value and slope. */
+INLINE void evaluate(int function, float t, float *value, float *slope) {
+    if (function == GELU) { /* erfc to 1.5e-7: Abramowitz and Stegun, 7.1.26 */
+        float e = exponential(-0.5f * t * t), p = 1 / (1 + 0.23164189f * fabsf(t));
+        float tail = p * (0.12741480f + p * (-0.14224837f + p * (0.71070687f + p * (-0.72657601f + p * 0.53070271f)))) * e;
+        float above = t < 0 ? tail : 1 - tail;
+        *value = t * above;
+        *slope = above + t * 0.39894228f * e;
+        return;
+    }
+    float e = exponential(-t), g = 1 / (1 + e), down = g * e; /* down: 1 - g */
+    *value = function == SILU ? t * g : g;
+    *slope = function == SILU ? g + t * g * down : g * down;
+}
+
+/* By the trapezoid rule, as in rules/pointwise.py: h, the function less its value at the mean, and d, its slope less that
+   at the mean, have no large numbers that cancel. */
+INLINE void by_quadrature(const Activation *a, int function) {
+    float weights[NODES];
+    for (int k = 0; k < NODES; k++) {
+        float z = REACH * (2.0f * k / (NODES - 1) - 1);
+        weights[k] = 0.39894228f * (2 * REACH / (NODES - 1)) * expf(-0.5f * z * z);
+    }
+    for (int64_t start = 0; start < a->n; start += LANES) {
+        float m[LANES], s[LANES], value[LANES], slope[LANES];
+        float h[LANES] = {0}, hh[LANES] = {0}, hz[LANES] = {0}, d[LANES] = {0}, dz[LANES] = {0}, dh[LANES] = {0};
+        float dhz[LANES] = {0};
+        for (int j = 0; j < LANES; j++) {
+            int64_t i = least(start + j, a->n - 1);
+            m[j] = a->mean[i];
+            s[j] = (float)std_of(a->var[i]);
+            evaluate(function, m[j], value + j, slope + j);
+        }
+        for (int k = 0; k < NODES; k++) {
+            float z = REACH * (2.0f * k / (NODES - 1) - 1), w = weights[k];
+#pragma omp simd
+            for (int j = 0; j < LANES; j++) {
+                float y, by;
+                evaluate(function, m[j] + s[j] * z, &y, &by);
+                float rise = y - value[j], wh = w * rise, wd = w * (by - slope[j]);
+                h[j] += wh;
+                hh[j] += wh * rise;
+                hz[j] += wh * z;
+                d[j] += wd;
+                dz[j] += wd * z;
+                dh[j] += wd * rise;
+                dhz[j] += wd * rise * z;
+            }
+        }
+        for (int j = 0; j < LANES && start + j < a->n; j++) {
+            int64_t i = start + j;
+            a->after_mean[i] = value[j] + h[j];
+            a->after_var[i] = (float)not_negative(hh[j] - h[j] * h[j]);
+            a->slopes[i] = slope[j] + d[j];
+            a->slopes[a->n + i] = dz[j] / (2 * s[j]);
+            a->slopes[2 * a->n + i] = 2 * (dh[j] - h[j] * d[j]);
+            a->slopes[3 * a->n + i] = (slope[j] * hz[j] + dhz[j] - h[j] * dz[j]) / s[j];
+        }
+    }
+}
+
+void activation(const Activation *a) {
+    if (a->function == SILU) by_quadrature(a, SILU);
+    if (a->function == SIGMOID) by_quadrature(a, SIGMOID);
+    if (a->function == GELU) by_quadrature(a, GELU);
+    for (int64_t i = 0; a->function == PIECES && i < a->n; i++) by_pieces(a, i);
 }

@@ -67,6 +67,7 @@ def library() -> Any:
         native = ctypes.CDLL(str(_built(compiler)))
     except (OSError, subprocess.SubprocessError):
         return None
-    for function in (native.layer_forward, native.layer_backward, native.link_forward, native.link_backward):
+    for name in ("layer_forward", "layer_backward", "link_forward", "link_backward", "activation"):
+        function = getattr(native, name)
         function.argtypes, function.restype = [ctypes.c_char_p], None
     return native

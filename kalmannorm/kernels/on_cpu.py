@@ -1,4 +1,4 @@
-"""The layer and the link on a CPU, in float32, by ``native.c``. The signatures are those of `on_torch`.
+"""The layer, the link and activations on a CPU, in float32, by ``native.c``. The signatures are those of `on_torch`.
 
 A layer's input and output may be of half precision: they are converted before and after.
 """
@@ -6,6 +6,7 @@ A layer's input and output may be of half precision: they are converted before a
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from kalmannorm.kernels.arguments import Given, Options, Running
 from kalmannorm.kernels.autograd import constant_to_compilers
 from kalmannorm.kernels.memory_format import dense, in_type, is_channels_last
 from kalmannorm.kernels.native import library
+from kalmannorm.kernels.rectify import Moments, Slopes
 
 # The structures of native.c, members in their order: q is a pointer or an int64, f a float, i an int32.
 _LAYER = "9q4f2i4q2i"  # Inputs, Shape
@@ -23,6 +25,9 @@ _BACKWARD = struct.Struct(f"@{_LAYER}10q4q")
 _LINK = "9q4i"
 _LINK_FORWARD = struct.Struct(f"@{_LINK}q")
 _LINK_BACKWARD = struct.Struct(f"@{_LINK}6q")
+MOST_BREAKS = 3
+_ACTIVATION = struct.Struct(f"@6q2i{4 * MOST_BREAKS + 3}d")
+_FUNCTIONS = ("pieces", "silu", "sigmoid", "gelu")  # as in native.c
 
 
 @constant_to_compilers
@@ -112,3 +117,19 @@ def link_backward(moments: Tensor, weight: Tensor, after: Tensor | None, d_out: 
         *_at(below, d_weight),
     ))  # fmt: skip
     return below, d_weight
+
+
+def activation(mean: Tensor, var: Tensor, compiled: Sequence[Any]) -> tuple[Moments, Slopes]:
+    """The moments behind an activation, and their slopes.
+
+    ``compiled`` is the name of the activation, one of ``_FUNCTIONS``; after ``"pieces"`` come the breaks, up to
+    ``MOST_BREAKS``, and the pieces, see :func:`kalmannorm.rules.pointwise.piecewise`.
+    """
+    name, breaks, pieces = compiled if len(compiled) > 1 else (*compiled, [], [])
+    numbers = [*breaks, *[0.0] * (MOST_BREAKS - len(breaks)), *[c for piece in pieces for c in piece]]
+    numbers += [0.0] * (4 * MOST_BREAKS + 3 - len(numbers))
+    after, slopes = (torch.empty_like(mean), torch.empty_like(var)), mean.new_empty(4, *mean.shape)
+    library().activation(_ACTIVATION.pack(
+        *_at(mean, var, *after, slopes), mean.numel(), _FUNCTIONS.index(name), len(breaks), *numbers
+    ))  # fmt: skip
+    return after, slopes.unbind()

@@ -1,4 +1,4 @@
-"""ReLU of a Gaussian, leaky or not, with a backward pass in closed form.
+"""ReLU of a Gaussian, leaky or not: its moments and their slopes in closed form.
 
 With ``a = m / s``, ``g = a Phi(a) + phi(a)`` and ``h = phi(a) - a Phi(-a)`` (the expected positive and
 negative parts in units of ``s``), ``E = s g`` and ``var = v (Phi(a) - g h)``, without the cancellation of
@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kalmannorm.kernels.autograd import differentiable_gradients, is_transformed, needs_torchs_functions
+Moments = tuple[Tensor, Tensor]
+Slopes = Sequence[Tensor]
+"""Of the mean by the mean and by the variance, then of the variance by both."""
 
 
 class _Terms(NamedTuple):
@@ -43,7 +44,7 @@ def _terms(mean: Tensor, var: Tensor) -> _Terms:
     return _Terms(std, a, above, below, density, torch.addcmul(density, a, above))
 
 
-def _moments(mean: Tensor, var: Tensor, terms: _Terms, slope: float) -> tuple[Tensor, Tensor]:
+def _moments(mean: Tensor, var: Tensor, terms: _Terms, slope: float) -> Moments:
     std, a, above, below, density, positive = terms
     negative = torch.addcmul(density, a, below, value=-1)
     # Where the input is surely positive, the mean itself carries no rounding of the quotient.
@@ -55,8 +56,7 @@ def _moments(mean: Tensor, var: Tensor, terms: _Terms, slope: float) -> tuple[Te
     return after, var * share
 
 
-def _slopes(terms: _Terms, slope: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of the mean by the mean and by the variance, then of the variance by both."""
+def _slopes(terms: _Terms, slope: float) -> Slopes:
     std, a, above, below, density, positive = terms
     mean_by_mean, mean_by_var = above, density / (2 * std)
     var_by_mean, var_by_var = 2 * std * positive * below, torch.addcmul(above, positive, density, value=-1)
@@ -68,43 +68,24 @@ def _slopes(terms: _Terms, slope: float) -> tuple[Tensor, Tensor, Tensor, Tensor
     return mean_by_mean, mean_by_var, var_by_mean, var_by_var
 
 
-def rectified(mean: Tensor, var: Tensor, *, slope: float = 0.0) -> tuple[Tensor, Tensor]:
+def rectified(mean: Tensor, var: Tensor, *, slope: float = 0.0) -> Moments:
     """Mean and variance of ``max(x, 0)``, or of ``slope x`` below zero, in functions that torch can differentiate."""
     return _moments(mean, var, _terms(mean, var), slope)
 
 
-def rectified_gradients(mean: Tensor, var: Tensor, d_mean: Tensor, d_var: Tensor) -> tuple[Tensor, Tensor]:
+def rectified_with_slopes(mean: Tensor, var: Tensor, *, slope: float = 0.0) -> tuple[Moments, Slopes]:
+    """As :func:`rectified`, and the slopes."""
+    terms = _terms(mean, var)
+    return _moments(mean, var, terms, slope), _slopes(terms, slope)
+
+
+def rectified_gradients(mean: Tensor, var: Tensor, d_mean: Tensor, d_var: Tensor) -> Moments:
     """The gradients of ``mean`` and ``var``, from those of the moments behind a ReLU."""
-    return _through(_slopes(_terms(mean, var), 0.0), d_mean, d_var)
+    return through(_slopes(_terms(mean, var), 0.0), d_mean, d_var)
 
 
-def _through(slopes: Sequence[Tensor], d_mean: Tensor, d_var: Tensor) -> tuple[Tensor, Tensor]:
+def through(slopes: Slopes, d_mean: Tensor, d_var: Tensor) -> Moments:
+    """The gradients of the mean and the variance before an activation, from those behind it."""
     mean_by_mean, mean_by_var, var_by_mean, var_by_var = slopes
     by_mean = torch.addcmul(d_mean * mean_by_mean, d_var, var_by_mean)
     return by_mean, torch.addcmul(d_mean * mean_by_var, d_var, var_by_var)
-
-
-class _Rectify(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, mean: Tensor, var: Tensor, slope: float) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        terms = _terms(mean, var)
-        ctx.save_for_backward(mean, var, *_slopes(terms, slope))
-        ctx.slope = slope
-        return _moments(mean, var, terms, slope)
-
-    @staticmethod
-    def backward(ctx: Any, d_mean: Tensor, d_var: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        mean, var, *slopes = ctx.saved_tensors
-        if needs_torchs_functions(d_mean, d_var):
-            again = partial(rectified, slope=ctx.slope)
-            return *differentiable_gradients(again, (mean, var), (d_mean, d_var)), None
-        return *_through(slopes, d_mean, d_var), None
-
-
-def rectify(mean: Tensor, var: Tensor, *, slope: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Mean and variance of ``max(x, 0)``, or of ``slope x`` below zero, for a Gaussian ``x`` whose mean and variance
-    have one shape.
-    """
-    if is_transformed() or not torch.is_grad_enabled():
-        return rectified(mean, var, slope=slope)
-    return _Rectify.apply(mean, var, slope)  # type: ignore[no-untyped-call, no-any-return]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -15,8 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kalmannorm.gaussian import Gaussian, Unknown
-from kalmannorm.kernels.autograd import differentiable_gradients, is_transformed
-from kalmannorm.kernels.rectify import rectify
+from kalmannorm.kernels import on_cpu
+from kalmannorm.kernels.activation import activation, rectify
+from kalmannorm.kernels.autograd import is_transformed
+from kalmannorm.kernels.rectify import Moments, Slopes
 from kalmannorm.rules.rectified import Rectified
 from kalmannorm.rules.table import Belief, aliases, belief_rule, belief_rules
 
@@ -60,6 +63,17 @@ def quadrature(x: Gaussian, function: Callable[[Tensor], Tensor], nodes: int = _
     return Gaussian(mean, var)
 
 
+def _smooth(x: Gaussian, function: Callable[[Tensor], Tensor], name: str) -> Gaussian:
+    """:func:`quadrature` of an activation that is compiled for a CPU."""
+
+    def plain(mean: Tensor, var: Tensor) -> Moments:
+        y = quadrature(Gaussian(mean, var), function)
+        return y.mean, y.var
+
+    mean, var = torch.broadcast_tensors(x.mean, x.var)
+    return Gaussian(*activation(mean, var, plain, compiled=(name,)))
+
+
 def piecewise(x: Gaussian, breaks: Sequence[float], pieces: Sequence[Sequence[float]]) -> Gaussian:
     """A function that is a quadratic polynomial between breakpoints, in closed form.
 
@@ -78,10 +92,11 @@ def piecewise(x: Gaussian, breaks: Sequence[float], pieces: Sequence[Sequence[fl
         >>> print(f"{found.mean.item():.4f}")  # 1 / sqrt(2 pi)
         0.3989
     """
+    compiled = ("pieces", breaks, pieces) if len(breaks) <= on_cpu.MOST_BREAKS else ()
     mean, var = torch.broadcast_tensors(x.mean, x.var)
-    if is_transformed() or not torch.is_grad_enabled():
-        return Gaussian(*_of_pieces(mean, var, breaks, pieces))
-    return Gaussian(*_Piecewise.apply(mean, var, breaks, pieces))  # type: ignore[no-untyped-call]
+    plain = partial(_of_pieces, breaks=breaks, pieces=pieces)
+    sloped = partial(_of_pieces_with_slopes, breaks=breaks, pieces=pieces)
+    return Gaussian(*activation(mean, var, plain, sloped, compiled))
 
 
 def _of_pieces(mean: Tensor, var: Tensor, breaks: Sequence[float],
@@ -143,31 +158,19 @@ def _powers_between(edges: Tensor, count: int) -> Tensor:
     return torch.stack(found)
 
 
-class _Piecewise(torch.autograd.Function):
-    """By Stein's lemma, ``E g(m + s z)`` has the slopes ``E[g z] / s`` by ``m`` and ``E[g (z^2 - 1)] / (2 v)`` by
-    ``v``.
+def _of_pieces_with_slopes(mean: Tensor, var: Tensor, breaks: Sequence[float],
+                           pieces: Sequence[Sequence[float]]) -> tuple[Moments, Slopes]:  # fmt: skip
+    """The moments and, by Stein's lemma, their slopes.
+
+    ``E g(m + s z)`` has the slopes ``E[g z] / s`` by ``m`` and ``E[g (z^2 - 1)] / (2 v)`` by ``v``.
     """
-
-    @staticmethod
-    def forward(ctx: Any, mean: Tensor, var: Tensor, breaks: Sequence[float],  # type: ignore[override]
-                pieces: Sequence[Sequence[float]]) -> tuple[Tensor, Tensor]:  # fmt: skip
-        s = Gaussian(mean, var).std
-        centre, first, second = _integrals(mean, s, breaks, pieces, 2)
-        by_mean, by_var = first[1] / s, (first[2] - first[0]) / (2 * s.square())
-        square_by_mean, square_by_var = second[1] / s, (second[2] - second[0]) / (2 * s.square())
-        twice = 2 * first[0]
-        slopes = by_mean, by_var, square_by_mean - twice * by_mean, square_by_var - twice * by_var
-        ctx.save_for_backward(mean, var, *slopes)
-        ctx.pieces = breaks, pieces
-        return centre + first[0], (second[0] - first[0].square()).clamp_min(0)
-
-    @staticmethod
-    def backward(ctx: Any, d_mean: Tensor, d_var: Tensor) -> Any:  # type: ignore[override]
-        mean, var, by_mean, by_var, var_by_mean, var_by_var = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            inputs = (mean, var, *ctx.pieces)
-            return tuple(differentiable_gradients(_of_pieces, inputs, (d_mean, d_var)))
-        return d_mean * by_mean + d_var * var_by_mean, d_mean * by_var + d_var * var_by_var, None, None
+    s = Gaussian(mean, var).std
+    centre, first, second = _integrals(mean, s, breaks, pieces, 2)
+    by_mean, by_var = first[1] / s, (first[2] - first[0]) / (2 * s.square())
+    square_by_mean, square_by_var = second[1] / s, (second[2] - second[0]) / (2 * s.square())
+    twice = 2 * first[0]
+    slopes = by_mean, by_var, square_by_mean - twice * by_mean, square_by_var - twice * by_var
+    return (centre + first[0], (second[0] - first[0].square()).clamp_min(0)), slopes
 
 
 # -- the ReLU family -------------------------------------------------------------------------------
@@ -364,6 +367,12 @@ def power(x: Gaussian, exponent: Any) -> Belief:
     return quadrature(x, lambda t: torch.where(whole, t, torch.maximum(t, least)) ** n)
 
 
+def _gelu(x: Gaussian, approximate: str = "none") -> Gaussian:
+    if approximate == "none":
+        return _smooth(x, F.gelu, "gelu")
+    return quadrature(x, partial(F.gelu, approximate=approximate))
+
+
 belief_rules("by quadrature", {
     # Steps of a rounding are mostly smaller than a deviation.
     "ceil ceil_": lambda x: quadrature(x, torch.ceil),
@@ -375,12 +384,12 @@ belief_rules("by quadrature", {
     "celu celu_": lambda x, alpha=1.0, inplace=False: quadrature(x, lambda t: F.celu(t, alpha)),
     "elu elu_": lambda x, alpha=1.0, inplace=False: quadrature(x, lambda t: F.elu(t, alpha)),
     "erf erf_": lambda x: quadrature(x, torch.erf),
-    "gelu": lambda x, approximate="none": quadrature(x, lambda t: F.gelu(t, approximate=approximate)),
+    "gelu": _gelu,
     "logsigmoid": lambda x: quadrature(x, F.logsigmoid),
     "mish": lambda x, inplace=False: quadrature(x, F.mish),
     "selu selu_": lambda x, inplace=False: quadrature(x, F.selu),
-    "sigmoid sigmoid_": lambda x: quadrature(x, torch.sigmoid),
-    "silu": lambda x, inplace=False: quadrature(x, F.silu),
+    "sigmoid sigmoid_": lambda x: _smooth(x, torch.sigmoid, "sigmoid"),
+    "silu": lambda x, inplace=False: _smooth(x, F.silu, "silu"),
     "softplus": lambda x, beta=1.0, threshold=20.0: quadrature(x, lambda t: F.softplus(t, beta, threshold)),
     "softsign": lambda x: quadrature(x, F.softsign),
     "sqrt sqrt_": lambda x: quadrature(x, lambda t: t.clamp_min(_ABOVE_ZERO).sqrt()),

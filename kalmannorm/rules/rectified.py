@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from kalmannorm.gaussian import Gaussian, Packed
+from kalmannorm.kernels.activation import rectify
 from kalmannorm.kernels.autograd import in_grad_mode, saved_tensor_hooks
-from kalmannorm.kernels.rectify import rectify
 
 __all__ = ["Rectified"]
 

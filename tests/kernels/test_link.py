@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
+from kalmannorm.kernels.activation import rectify
 from kalmannorm.kernels.link import link
-from kalmannorm.kernels.rectify import rectify
 
 
 def plain(moments, weight, bias, relu):

@@ -9,7 +9,7 @@ from drawing import values
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kalmannorm.kernels.rectify import rectify
+from kalmannorm.kernels.activation import rectify
 
 
 def plain(mean, var):
