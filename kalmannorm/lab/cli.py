@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Callable, Collection, Sequence
 from pkgutil import resolve_name
+from typing import Any
 
 # Import names of the packages in the extra `lab`.
 NEEDED = (
@@ -21,11 +22,13 @@ COMMANDS = {
     "list": ("kalmannorm.lab.commands:show", "List experiments, normalizations and data sets."),
     "compare": ("kalmannorm.lab.compare:compare", "Find out which normalization to use on your images."),
     "fit": ("kalmannorm.lab.commands:fit", "Train one network and score it."),
-    "validate": ("kalmannorm.lab.commands:on_validation", "Score a run's last checkpoint on validation images."),
-    "test": ("kalmannorm.lab.commands:on_test", "Score a run's last checkpoint on test images."),
+    "validate": ("kalmannorm.lab.commands:score", "Score a run's last checkpoint on validation images."),
+    "test": ("kalmannorm.lab.commands:score", "Score a run's last checkpoint on test images."),
     "export": ("kalmannorm.lab.commands:export", "Write the weights of a run, and print the code that loads them."),
     "layers": ("kalmannorm.lab.layers:layers", "Show how accurate priors and posteriors are in a trained network."),
 }
+# Arguments that follow from the subcommand, and are no options.
+FIXED = {"validate": {"split": "validation"}, "test": {"split": "test"}}
 # Other names of a subcommand, with the words that replace them on the command line.
 ALIASES = {"study": ["run"], "reproduce": ["run"], "demo": ["run", "demo"]}
 USAGE = "usage: kalmannorm COMMAND ...; kalmannorm COMMAND --help for details"
@@ -57,16 +60,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from jsonargparse import ArgumentError, ArgumentParser  # noqa: PLC0415
 
     function = resolve_name(COMMANDS[name][0])
-    options = inspect.signature(function).parameters
+    fixed: dict[str, Any] = FIXED.get(name, {})
+    options = {key: each for key, each in inspect.signature(function).parameters.items() if key not in fixed}
     parser = ArgumentParser(f"kalmannorm {name}", exit_on_error=False, epilog=_help(function, "settings"))
     flags = {option for option, parameter in options.items() if parameter.default is False}
     positional = any(p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty for p in options.values())
-    parser.add_function_arguments(function, as_group=False, as_positional=positional, skip={*flags, "settings"})
+    parser.add_function_arguments(function, as_group=False, as_positional=positional, skip={*flags, *fixed, "settings"})
     for flag in sorted(flags):  # by default jsonargparse wants "--validation true"
         parser.add_argument(f"--{flag}", action="store_true", help=_help(function, flag))
     try:
         known, settings = _split_settings(options, given)
-        return function(**parser.parse_args(known).as_dict(), **settings) or 0
+        return function(**parser.parse_args(known).as_dict(), **fixed, **settings) or 0
     except (OSError, ArgumentError, ValueError, FloatingPointError) as error:
         text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
         print(f"kalmannorm: {_one_line(text)}", file=sys.stderr)

@@ -54,30 +54,17 @@ def fit(
         print(f"{1000 * result.seconds_per_step:.1f} ms a step; {output}")
 
 
-def on_validation(*, output: Path, settings: Sequence[str] = ()) -> None:
-    """Score a run's last checkpoint on validation images.
+def score(*, output: Path, split: Literal["validation", "test"], settings: Sequence[str] = ()) -> None:
+    """Score a run's last checkpoint on images of one split.
 
     Args:
         output: The run's folder.
+        split: The images to score.
         settings: Override any setting of its configuration, such as --trainer.accelerator cpu.
     """
-    _score(output, "validation", settings)
-
-
-def on_test(*, output: Path, settings: Sequence[str] = ()) -> None:
-    """Score a run's last checkpoint on test images.
-
-    Args:
-        output: The run's folder.
-        settings: Override any setting of its configuration, such as --trainer.accelerator cpu.
-    """
-    _score(output, "test", settings)
-
-
-def _score(run: Path, split: Literal["validation", "test"], settings: Sequence[str]) -> None:
     from kalmannorm.lab import fitting  # noqa: PLC0415
 
-    scores = fitting.score(run, split, settings)
+    scores = fitting.score(output, split, settings)
     if fitting.is_first_process():
         _show(scores)
 
