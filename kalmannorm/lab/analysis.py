@@ -70,6 +70,8 @@ class PriorError(NamedTuple):
     """Mean of ``log(variance / reference's)``: below 0 where the estimate is too narrow."""
     log_ratio_rms: float
     """Root of the mean of its square."""
+    variance_gap: float | None
+    """Against the population: mean distance of the variance from the running variance, over the latter's mean."""
 
 
 def prior_errors(network: nn.Module, batches: Iterable[Any]) -> list[PriorError]:
@@ -89,28 +91,34 @@ def errors_of(network: nn.Module, layers: dict[str, list[Seen]]) -> list[PriorEr
     """`prior_errors` from recorded calls."""
     rows = []
     for name, calls in layers.items():
-        eps = float(network.get_submodule(name).eps)  # type: ignore[arg-type]
-        population = _population(calls)
+        layer: Any = network.get_submodule(name)
         informed = [call for call in calls if call.prior is not None]
-        observation = _stacked([call.observation for call in informed or calls])
+        moments = {"population": _population(calls), "observation": _stacked(informed or calls, "observation")}
+        pairs = [("observation", "population")]
         if informed:
-            prior = _stacked([call.prior for call in informed if call.prior is not None])
-            posterior = _stacked([call.posterior for call in informed])
-            rows.append(PriorError(name, "prior", "population", *_errors(prior, population, eps)))
-            rows.append(PriorError(name, "posterior", "population", *_errors(posterior, population, eps)))
-            rows.append(PriorError(name, "prior", "observation", *_errors(prior, observation, eps)))
-        rows.append(PriorError(name, "observation", "population", *_errors(observation, population, eps)))
+            moments |= {estimate: _stacked(informed, estimate) for estimate in ("prior", "posterior")}
+            pairs = [("prior", "population"), ("posterior", "population"), ("prior", "observation"), *pairs]
+        for estimate, reference in pairs:
+            known = reference == "population" and layer.running_var is not None
+            gap = _gap(layer.running_var, calls, estimate) if known else None
+            errors = _errors(moments[estimate], moments[reference], layer.eps)
+            rows.append(PriorError(name, estimate, reference, *errors, gap))
     return rows
 
 
-def _stacked(moments: Iterable[Gaussian]) -> Gaussian:
-    moments = list(moments)
+def _gap(running: Tensor, calls: list[Seen], estimate: str) -> float:
+    moments = [getattr(call, estimate) for call in calls if getattr(call, estimate) is not None]
+    return sum(float((each.var - running).abs().mean()) for each in moments) / len(moments) / float(running.mean())
+
+
+def _stacked(calls: Iterable[Seen], estimate: str) -> Gaussian:
+    moments = [getattr(call, estimate) for call in calls]
     return Gaussian(torch.cat([m.mean for m in moments]), torch.cat([m.var for m in moments])).map(Tensor.double)
 
 
 def _population(calls: list[Seen]) -> Gaussian:
     """Moments ``(1, C)`` of all observations together."""
-    observed = _stacked([call.observation for call in calls])
+    observed = _stacked(calls, "observation")
     samples = torch.cat([torch.full((len(c.observation.mean), 1), float(c.samples)) for c in calls])
     share = (samples / samples.sum()).to(observed.mean)
     mean = (share * observed.mean).sum(0, keepdim=True)

@@ -128,7 +128,7 @@ def fit(
     checkpoints.finish(trainer)
     result = Result(
         config=whole,
-        scores=_scores(trainer, module, data, chosen, may_be_none=split is None),
+        scores=scores_of(trainer, module, data, chosen, may_be_none=split is None),
         seconds=curve.elapsed,
         seconds_per_step=statistics.median(curve.seconds),
         losses=curve.losses,
@@ -164,30 +164,40 @@ def steps(config: Mapping[str, Any], overrides: Sequence[str] = ()) -> int:
     return int(Run(config, overrides).config.trainer.max_steps)
 
 
+def load_parts(folder: Path, overrides: Sequence[str] = ()) -> tuple[Trainer, Any, Any]:
+    """A run's trainer, trained module and data, optionally with other settings."""
+    trainer, module, data = _stored_run(folder, overrides).build()
+    _load_weights(module, Path(folder) / "last.ckpt")
+    return trainer, module, data
+
+
 def load(folder: Path) -> LightningModule:
     """A run's trained module, on the CPU and in ``eval()``, from its configuration and last checkpoint."""
-    module: LightningModule = _load_parts(folder)[1]
+    module: LightningModule = load_parts(folder)[1]
     return module.eval()
 
 
 def load_with_data(folder: Path) -> tuple[LightningModule, Any]:
     """As `load`, with the run's data, set up."""
-    _, module, data = _load_parts(folder)
+    _, module, data = load_parts(folder)
     data.setup()
     return module.eval(), data
 
 
 def score(folder: Path, split: Split, overrides: Sequence[str] = ()) -> dict[str, float]:
     """Score a run's last checkpoint, optionally with other settings; its folder does not change."""
-    trainer, module, data = _load_parts(folder, overrides)
+    trainer, module, data = load_parts(folder, overrides)
     _check_split(data, split)
-    return _scores(trainer, module, data, split)
+    return scores_of(trainer, module, data, split)
 
 
-def _load_parts(folder: Path, overrides: Sequence[str] = ()) -> tuple[Trainer, Any, Any]:
-    trainer, module, data = _stored_run(folder, overrides).build()
-    _load_weights(module, Path(folder) / "last.ckpt")
-    return trainer, module, data
+def scores_of(trainer: Trainer, module: Any, data: Any, split: str, *, may_be_none: bool = False) -> dict[str, float]:
+    """Score a module on the data's split."""
+    found = (trainer.test if split == "test" else trainer.validate)(module, datamodule=data, verbose=False)
+    scores = {name: float(value) for each in found for name, value in each.items()}
+    if not scores and not may_be_none:
+        raise ValueError(f"{type(data).__name__} is configured without {split} images")
+    return scores
 
 
 def _read_result(folder: Path, split: Split | None) -> Result:
@@ -202,14 +212,6 @@ def _stored_run(folder: Path, overrides: Sequence[str] = ()) -> Run:
     if not path.is_file():
         raise ValueError(f"{folder} holds no run: expected a config.yaml")
     return Run(read(path), overrides)
-
-
-def _scores(trainer: Trainer, module: Any, data: Any, split: str, *, may_be_none: bool = False) -> dict[str, float]:
-    found = (trainer.test if split == "test" else trainer.validate)(module, datamodule=data, verbose=False)
-    scores = {name: float(value) for each in found for name, value in each.items()}
-    if not scores and not may_be_none:
-        raise ValueError(f"{type(data).__name__} is configured without {split} images")
-    return scores
 
 
 def _has_loader(data: Any, loader: str) -> bool:

@@ -58,7 +58,7 @@ def test_groups_are_batches_of_their_own():
     apart = prior_errors(network(gain=0.25), list(x.split(2)))
     for one, other in zip(grouped, apart, strict=True):
         assert one[:3] == other[:3]
-        assert one[3:] == pytest.approx(other[3:])
+        assert one[3:6] == pytest.approx(other[3:6])
 
 
 def test_batchnorm_has_observations_only_and_a_dead_channel_is_no_error():
@@ -74,7 +74,7 @@ def test_a_perfect_prior_has_no_error():
     model = network(gain=1e-6, process_noise=False, carry="output")
     model[0].gain = 1.0
     errors = {row.estimate: row for row in prior_errors(model, [inputs()]) if row.layer == "2"}
-    assert errors["prior"][3:] == pytest.approx((0, 0, 0), abs=1e-6)
+    assert errors["prior"][3:6] == pytest.approx((0, 0, 0), abs=1e-6)
     assert isinstance(errors["prior"], PriorError)
 
 

@@ -3,7 +3,6 @@
 import re
 
 import pytest
-import torch
 import yaml
 
 from kalmannorm.lab import fitting
@@ -39,14 +38,11 @@ def test_the_table_is_of_the_networks_layers(run, tmp_path, capsys):
 
 @pytest.mark.parametrize("kind", ["corrected", "uncorrected"])
 def test_a_converted_network_scores_in_eval_as_it_did(run, capsys, kind):
-    module, data = fitting.load_with_data(run)
-    images, labels = map(torch.cat, zip(*data.val_dataloader(), strict=True))
-    with torch.no_grad():
-        right = (module.network(images).argmax(1) == labels).double().mean()
+    scores = fitting.score(run, "validation")
     assert main(["layers", "--run", str(run), "--batches", "1", "--convert", kind]) == 0
-    found = re.findall(r"accuracy by (.*): (.*) % of (.*) validation labels", capsys.readouterr().out)
-    assert found[0] == ("eval()", f"{100 * right:.1f}", str(len(labels)))
-    assert found[1][0] == "statistics batches of 2"
+    found = dict(re.findall(r"^(accuracy_\w+) (\S+)$", capsys.readouterr().out, re.MULTILINE))
+    assert found.keys() == scores.keys()
+    assert found["accuracy_running"] == f"{scores['accuracy_running']:.4f}"
 
 
 def test_a_run_without_a_statistics_batch_is_refused(run, refused):
