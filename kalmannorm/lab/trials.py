@@ -3,7 +3,7 @@
 import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -127,7 +127,9 @@ def _record_trials(whole: Experiment, plan: Plan, missing: Mapping[str, str]) ->
     trusts_records = plan.grow or plan.collect
     recorded = before.completed if trusts_records else {}
     if plan.collect:
-        trials = _collect(plan, recorded)
+        trials = _search_then_finals(plan.experiment, lambda trials: _run(plan, trials, recorded))
+        if not trials:
+            raise ValueError(f"--output: no run of {plan.experiment.name} has finished in {plan.runs(whole.name)}")
     else:
         _train_starts(plan)
         trials = _train(plan, recorded, missing)
@@ -226,7 +228,7 @@ def _train(plan: Plan, recorded: Mapping[Key, RecordedRun], missing: Mapping[str
     if len(absent) == len(asked.arms):
         raise MissingDataError(absent[asked.arms[0].name])
     here = replace(asked, arms=tuple(arm for arm in asked.arms if arm.name in missing and arm.name not in absent))
-    trials = _search_then_finals(here, lambda trials: _run(plan, [trial.with_record(recorded) for trial in trials]))
+    trials = _search_then_finals(here, lambda trials: _run(plan, trials, recorded))
     for arm in asked.arms:
         trial = Trial(arm, "final", {}, 0, asked.scored)
         if arm.name in absent:
@@ -265,26 +267,6 @@ def _search_then_finals(asked: Experiment, run: Callable[[list[Trial]], list[Tri
     return [*searched, *run(finals)]
 
 
-def _collect(plan: Plan, recorded: Mapping[Key, RecordedRun]) -> list[Trial]:
-    """The finished runs, and the recorded ones; with ``grow`` also recorded runs whose folders hold unfinished ones."""
-
-    def read(trials: list[Trial]) -> list[Trial]:
-        known = []
-        for trial in trials:
-            job = _job(plan, trial)
-            if (result := finished_result(job.config, job.folder, job.split)) is not None:
-                known.append(_outcome(plan, trial, result))
-            elif plan.grow or not job.folder.exists():
-                known.append(trial.with_record(recorded))
-        return [trial for trial in known if trial.row is not None]
-
-    trials = _search_then_finals(plan.experiment, read)
-    if not trials:
-        name = plan.experiment.name
-        raise ValueError(f"--output: no run of {name} has finished in {plan.runs(name)}")
-    return trials
-
-
 def _records_without_folder(before: Records, trials: Sequence[Trial], plan: Plan) -> dict[Key, RecordedRun]:
     """Recorded runs of these trials' arms, other than these trials, whose folders are gone."""
     arms, here = {trial.arm.name: trial.arm for trial in trials}, {trial.key for trial in trials}
@@ -301,24 +283,27 @@ def _records_without_folder(before: Records, trials: Sequence[Trial], plan: Plan
     return kept
 
 
-def _run(plan: Plan, trials: Sequence[Trial]) -> list[Trial]:
-    """Train the trials that have no row, and return all with their outcomes."""
-    jobs = {place: _job(plan, trial) for place, trial in enumerate(trials)}
-    jobs = {place: job for place, job in jobs.items() if trials[place].row is None or finished(job.folder)}
-    # Two arms may share one training.
-    each = {job.folder: job for job in jobs.values()}
+def _run(plan: Plan, trials: Sequence[Trial], recorded: Mapping[Key, RecordedRun]) -> list[Trial]:
+    """Read the trials that have finished, train the others unless only to collect, and return those with a row."""
+    jobs = [_job(plan, trial) for trial in trials]
+    # By folder, because two arms may share one training.
     found: dict[Path, Result | Exception] = {}
-    for folder, job in each.items():
-        # Read here, because a worker takes seconds to start; the job itself will raise an error.
-        with suppress(ValueError):
-            if done := finished_result(job.config, folder, job.split):
-                found[folder] = done
-    todo = [job for folder, job in each.items() if folder not in found]
-    found |= zip((job.folder for job in todo), run_jobs(todo, plan.workers, plan.console), strict=True)
-    return [
-        _outcome(plan, trial, found[jobs[place].folder]) if place in jobs else trial
-        for place, trial in enumerate(trials)
+    for job in jobs:
+        try:
+            if done := finished_result(job.config, job.folder, job.split):
+                found[job.folder] = done
+        except ValueError as error:
+            found[job.folder] = error
+    # A record is of a run whose folder is gone; with ``grow`` also of one whose folder holds an unfinished run.
+    pairs = [
+        (trial.with_record(recorded) if plan.grow or not job.folder.exists() else trial, job)
+        for trial, job in zip(trials, jobs, strict=True)
     ]
+    todo = {job.folder: job for trial, job in pairs if trial.row is None and job.folder not in found}
+    if not plan.collect:
+        found |= zip(todo, run_jobs([*todo.values()], plan.workers, plan.console), strict=True)
+    ended = [_outcome(plan, trial, found[job.folder]) if job.folder in found else trial for trial, job in pairs]
+    return [trial for trial in ended if trial.row is not None]
 
 
 def _job(plan: Plan, trial: Trial) -> Job:
