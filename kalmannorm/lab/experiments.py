@@ -125,7 +125,7 @@ class Arm:
                 if key in place and scale != 1:
                     place[key] = max(1, round(place[key] * scale))
         else:
-            raise ValueError(f"scale must be 'tiny' or a number above 0; got {scale}")
+            raise ValueError(f"--scale: expected tiny, or a number above 0; got {scale:g}")
         for setting, value in (settings or {}).items():
             config = merge(config, nested(setting, value))
         return merge(config, {"seed_everything": seed})

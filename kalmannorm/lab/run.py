@@ -15,7 +15,7 @@ def run(
     *,
     only: str = "*",
     kalman: str = ",".join(DEFAULT_FORMS),
-    scale: str = "1",
+    scale: Scale = 1.0,
     data: Path | None = None,
     weights: Path | None = None,
     seeds: int | None = None,
@@ -56,17 +56,19 @@ def run(
     Returns:
         The exit code: 1 if a run failed. A run that diverged is a result.
     """
-    amount = _checked(scale, devices, workers=workers, seeds=seeds)
+    check_counts(devices=devices, workers=workers, seeds=seeds)
+    if devices > 1 and (workers or 1) > 1:
+        raise ValueError("--workers: trainings on several devices run one after another; got both")
     if weights is not None and not weights.exists():
         raise ValueError(f"--weights: expected an output folder, or a file of weights; got {weights}")
     whole = experiments.read(name)
-    asked = replace(whole, arms=_chosen(whole, only, kalman, amount), seeds=seeds or whole.seeds)
+    asked = replace(whole, arms=_chosen(whole, only, kalman, scale), seeds=seeds or whole.seeds)
     experiments.check_search_seed("--seeds", asked)
     from kalmannorm.lab.availability import data_at  # noqa: PLC0415 - slow, not needed for --help
     from kalmannorm.lab.trials import Plan, listed, run_experiment  # noqa: PLC0415
 
-    plan = Plan(asked, amount, output, devices, workers, weights, report, collect, grow, Console())
-    with data_at(data, [arm.scaled(amount) for arm in asked.arms], output, amount):
+    plan = Plan(asked, scale, output, devices, workers, weights, report, collect, grow, Console())
+    with data_at(data, [arm.scaled(scale) for arm in asked.arms], output, scale):
         if list:
             print(listed(plan))
             return 0
@@ -80,23 +82,7 @@ def check_counts(**counts: int | None) -> None:
             raise ValueError(f"--{name}: expected at least 1; got {value}")
 
 
-def _checked(scale: str, devices: int, **others: int | None) -> Scale:
-    """Check the command line's numbers, and return its scale."""
-    check_counts(devices=devices, **others)
-    if devices > 1 and (others.get("workers") or 1) > 1:
-        raise ValueError("--workers: trainings on several devices run one after another; got both")
-    if scale == "tiny":
-        return "tiny"
-    try:
-        share = float(scale)
-    except ValueError:
-        share = 0.0
-    if not 0 < share < float("inf"):
-        raise ValueError(f"--scale: expected tiny, or a number above 0; got {scale}")
-    return share
-
-
-def _chosen(asked: Experiment, only: str, kalman: str, amount: Scale) -> tuple[Arm, ...]:
+def _chosen(asked: Experiment, only: str, kalman: str, scale: Scale) -> tuple[Arm, ...]:
     """The arms that ``--only`` and ``--kalman`` select."""
     forms = [form.strip() for form in kalman.split(",")]
     for form in forms:
@@ -109,7 +95,7 @@ def _chosen(asked: Experiment, only: str, kalman: str, amount: Scale) -> tuple[A
             arms = ", ".join(arm.name for arm in available)
             raise ValueError(f"--only: no arm of {asked.name} is called {pattern!r}; there are {arms}")
     chosen = [arm for arm in available if any(fnmatch(arm.name, pattern) for pattern in patterns)]
-    if amount == "tiny":  # an arm that sets its weights at the tiny scale does not start from another arm's
+    if scale == "tiny":  # an arm that sets its weights at the tiny scale does not start from another arm's
         sets_weights = ["weights" in arm.tiny.get("model", {}).get("init_args", {}) for arm in chosen]
         chosen = [replace(arm, start=None) if sets else arm for arm, sets in zip(chosen, sets_weights, strict=True)]
     return tuple(chosen)
