@@ -1,6 +1,7 @@
 """Training and scoring: who is decayed, in what order data come, and that both scores are what they say."""
 
 import math
+import re
 from itertools import pairwise
 
 import fake_cuda
@@ -37,23 +38,23 @@ def rate_of(trainer):
     return trainer.optimizers[0].param_groups[0]["lr"]
 
 
-def test_only_weights_of_convolutions_and_linear_layers_are_decayed():
-    model = kalmannorm.convert(SmallConvNet())
+FILTERS = r"(convs\.\d|classifier)\.weight"
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "names"),
+    [("kn", {}, FILTERS), ("wn", {}, r".*\.original1"), ("gn", {"proxy": True}, rf"{FILTERS}|.*\.proxy")],
+)
+def test_only_filters_and_proxies_are_decayed(method, options, names):
+    """But not the scales of weight normalization."""
+    model = normalize(SmallConvNet(), method, **options)
     decayed, others = parameter_groups(model, 0.1)
-    expected = {id(m.weight) for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)}
-    assert {id(p) for p in decayed["params"]} == expected
-    names = {name.rpartition(".")[2] for name, p in model.named_parameters() if id(p) not in expected}
-    assert {"gain", "process_noise"} <= names
+    ids = {id(p) for p in decayed["params"]}
+    assert {name for name, p in model.named_parameters() if id(p) in ids} == {
+        name for name, _ in model.named_parameters() if re.fullmatch(names, name)
+    }
     assert len(decayed["params"]) + len(others["params"]) == len(list(model.parameters()))
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
-
-
-def test_the_scales_of_weight_normalization_are_not_decayed():
-    model = normalize(SmallConvNet(), "wn")
-    _, others = parameter_groups(model, 0.1)
-    ids = {id(p) for p in others["params"]}
-    undecayed = {name.rpartition(".")[2] for name, p in model.named_parameters() if id(p) in ids}
-    assert undecayed == {"original0", "bias"}
 
 
 COSINE = [(1 + math.cos(math.pi * step / 8)) / 2 for step in range(8)]

@@ -12,7 +12,6 @@ import kalmannorm
 from kalmannorm.lab.baselines.proxy import ProxyNormalized, to_proxy
 from kalmannorm.lab.methods import normalize
 from kalmannorm.lab.models.small import SmallConvNet
-from kalmannorm.lab.optimization import parameter_groups
 
 
 def random_layer(activation, learned=True, norm=None):
@@ -66,13 +65,6 @@ def test_in_place_and_in_other_ranks_and_types():
         model(torch.randn(4, 1, 16, 16)).sum().backward()
     assert ProxyNormalized(nn.GroupNorm(2, 4), F.relu)(torch.randn(2, 4, 3, 3)).dtype == torch.float32
     assert layer.bfloat16()(torch.randn(6, 4).bfloat16()).dtype == torch.bfloat16
-
-
-def test_its_parameters_are_decayed_as_weights():
-    model = to_proxy(nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()))
-    decayed, others = parameter_groups(model, 0.1)
-    assert [id(p) for p in decayed["params"]] == [id(model.get_parameter("0.proxy"))]
-    assert len(others["params"]) == 2
 
 
 def network(method, **options):
