@@ -86,7 +86,7 @@ def to_frozen(model: nn.Module, last_layer: bool = False) -> nn.Module:
     Example:
         >>> to_frozen(nn.Sequential(nn.BatchNorm2d(8)))[0].weight.requires_grad
         False
-        >>> network = to_frozen(nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Linear(8, 2)), last_layer=True)
+        >>> network = to_frozen(nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)), last_layer=True)
         >>> [name for name, parameter in network.named_parameters() if parameter.requires_grad]
         ['2.weight', '2.bias']
     """
