@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from kalmannorm.lab.models.branches import Branches
 from kalmannorm.lab.models.cifar_inception import CifarInception
 from kalmannorm.lab.models.cifar_resnet import Block, _shortcut
+from kalmannorm.lab.models.inception_v2 import InceptionV2
 from kalmannorm.lab.models.small import SmallConvNet
 from kalmannorm.lab.models.unet3d import UNet3d
 
@@ -74,3 +75,24 @@ def test_what_the_way_down_of_a_unet_found_goes_beside_the_way_up():
     with torch.no_grad():
         model.merge[0][0].weight[:, :2] = 0
     assert not torch.allclose(model(x), whole)
+
+
+def test_pooling_of_inception_v2_is_that_of_figure_5():
+    pools = [
+        (name, type(module).__name__, module.stride)
+        for name, inception in InceptionV2().inceptions.named_children()
+        for module in inception.modules()
+        if isinstance(module, (nn.AvgPool2d, nn.MaxPool2d))
+    ]
+    assert len(pools) == 10
+    assert [pool for pool in pools if pool[1] == "MaxPool2d"] == [
+        ("3c", "MaxPool2d", 2), ("4e", "MaxPool2d", 2), ("5b", "MaxPool2d", 1),
+    ]  # fmt: skip
+    assert all(stride == 1 for _, kind, stride in pools if kind == "AvgPool2d")
+
+
+def test_the_input_passes_through_where_a_module_of_inception_v2_strides():
+    """The last channels of 3c are the maxima of its input."""
+    x = torch.randn(2, 320, 8, 8)
+    out = InceptionV2().eval().get_submodule("inceptions.3c")(x)
+    assert torch.equal(out[:, 160 + 96 :], F.max_pool2d(x, 3, 2, 1))
