@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -105,13 +106,19 @@ def writes(tmp_path, config):
 
 
 @pytest.fixture
-def _in_this_process(monkeypatch):
-    """Trainings run one after another here: a process of its own would take ten seconds to import Lightning."""
+def here(monkeypatch):
+    """Trainings run one after another here, as a process of its own would take ten seconds to import Lightning.
+
+    `jobs` collects them, and `train` may be replaced.
+    """
+    found = SimpleNamespace(jobs=[], train=jobs._fit)
 
     def run_all(todo, work, steps, workers, console):
-        return jobs.in_turn(todo, lambda job: work(job, lambda step: None), steps, console)
+        found.jobs += todo
+        return jobs.in_turn(todo, lambda job: found.train(job, lambda step: None), steps, console)
 
     monkeypatch.setattr(jobs, "run_all", run_all)
+    return found
 
 
 @pytest.fixture

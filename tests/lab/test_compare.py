@@ -6,7 +6,7 @@ import yaml
 from image_files import write_classes
 from PIL import Image
 
-from kalmannorm.lab import cli, compare, jobs
+from kalmannorm.lab import cli, compare
 from kalmannorm.lab.compare import classifier
 from kalmannorm.lab.data.generated import generate_folders
 from kalmannorm.lab.methods import METHODS
@@ -27,7 +27,7 @@ def rows_of(output):
     return read_table(output / "compare" / "runs.csv").to_dict("records")
 
 
-@pytest.mark.usefixtures("_in_this_process")
+@pytest.mark.usefixtures("here")
 def test_a_comparison_from_beginning_to_end(folder, tmp_path, capsys, refused):
     """From weights of its own, with a setting of the trainer's."""
     output = tmp_path / "out"
@@ -132,17 +132,11 @@ def test_classifiers_give_logits_alone():
 
 
 @pytest.fixture
-def trained(monkeypatch):
+def trained(here):
     """Trainings that take no time, and learn nothing."""
-    todo = []
-
-    def run_all(some, work, steps, workers, console):
-        todo.extend(some)
-        scores = dict.fromkeys(("accuracy_running", "accuracy_online"), 0.9)
-        return [Result(job.config, scores, 1.0, 0.1, [1.0, 1.0], [], {"torch": "2"}) for job in some]
-
-    monkeypatch.setattr(jobs, "run_all", run_all)
-    return todo
+    scores = dict.fromkeys(("accuracy_running", "accuracy_online"), 0.9)
+    here.train = lambda job, tell: Result(job.config, scores, 1.0, 0.1, [1.0, 1.0], [], {"torch": "2"})
+    return here.jobs
 
 
 def test_to_name_the_largest_class_is_to_guess(tmp_path, trained):

@@ -1,4 +1,4 @@
-"""The demo, by the real command: what it prints and writes, that it repeats itself, and that Ctrl-C ends it."""
+"""The demo: it repeats itself, and by the real command, Ctrl-C ends it."""
 
 import multiprocessing
 import os
@@ -11,7 +11,6 @@ import pytest
 from kalmannorm.lab.cli import main
 from kalmannorm.lab.experiments import read
 from kalmannorm.lab.fitting import fit
-from kalmannorm.lab.rows import read_table
 
 SMALL = {"train": 40, "scored": 20}
 
@@ -23,26 +22,6 @@ def arms():
     for config in found.values():
         config["data"]["init_args"] |= SMALL
     return found
-
-
-@pytest.mark.usefixtures("_in_this_process")
-def test_it_prints_a_verdict_and_writes_a_page(tmp_path, capsys):
-    line = ["demo", "--only", "bn,kn", "--scale", "tiny", "--seeds", "2", "--workers", "1"]
-    assert main([*line, "--output", str(tmp_path)]) == 0
-    out = capsys.readouterr().out
-    assert out.splitlines()[-1] == f"Report: {tmp_path / 'demo' / 'report.html'}"
-    assert "Scaled down (tiny)" in out
-    assert "BatchNorm" in out
-    assert "KalmanNorm (default)" in out
-    assert "GroupNorm" not in out.partition("- ")[0].replace("GroupNorm has neither", "")
-    rows = read_table(tmp_path / "demo" / "runs.csv").to_dict("records")
-    assert [(row["arm"], row["seed"], row["split"]) for row in rows] == [
-        ("bn", "0", "test"), ("bn", "1", "test"), ("kn", "0", "test"), ("kn", "1", "test"),
-    ]  # fmt: skip
-    page = (tmp_path / "demo" / "report.html").read_text(encoding="utf-8")
-    assert "guessing gives 10.0 %" in page
-    assert "kalmannorm run demo --scale tiny --seeds 2" in page
-    assert str(tmp_path) not in page.replace(f"--output {tmp_path}", "")
 
 
 def test_the_same_configuration_gives_the_same_numbers_and_methods_start_alike(arms, tmp_path):

@@ -76,33 +76,15 @@ def kept(job, tell):
 
 
 @pytest.fixture
-def here(monkeypatch, tmp_path, images, refused):
-    """Runs in this process: `jobs` collects them, and `train` may be replaced."""
-
-    class Here:
-        def __init__(self):
-            self.output = tmp_path / "out"
-            self.jobs = []
-            self.train = lambda job, tell: result(job)
-
-        def run(self, path, *options):
-            return main(["run", str(path), "--output", str(self.output), *options])
-
-        def refuses(self, words, path, *options):
-            return refused(["run", path, "--output", self.output, *options], words)
-
-        def rows(self, name="runs.csv", experiment="ours"):
-            return read_table(self.output / experiment / name).to_dict("records")
-
-    def run_all(todo, work, steps, workers, console):
-        found.jobs += todo
-        return jobs.in_turn(todo, lambda job: found.train(job, lambda step: None), steps, console)
-
-    found = Here()
-    monkeypatch.setattr(jobs, "run_all", run_all)
+def here(here, monkeypatch, tmp_path, images, refused):
+    """Runs that take no time, if `train` is not replaced."""
+    here.output, here.train = tmp_path / "out", lambda job, tell: result(job)
+    here.run = lambda path, *options: main(["run", str(path), "--output", str(here.output), *options])
+    here.refuses = lambda words, path, *options: refused(["run", path, "--output", here.output, *options], words)
+    here.rows = lambda name="runs.csv", of="ours": read_table(here.output / of / name).to_dict("records")
     # To draw takes longer than all else.
     monkeypatch.setattr(page, "_drawn", lambda drawing: "a figure")
-    return found
+    return here
 
 
 def test_arms_get_the_same_search_and_the_best_in_validation_counts(here, written, capsys):
@@ -470,6 +452,7 @@ def test_a_search_may_be_shorter(here, written, capsys):
     here.output = here.output.with_name("half")
     assert here.run(path, "--scale", "0.5") == 0
     assert {(job.split, job.config["trainer"]["max_steps"]) for job in here.jobs} == {("validation", 2), ("test", 4)}
+    assert "Scaled down (0.5): these numbers only show that the study runs." in capsys.readouterr().out
 
 
 def test_what_was_interrupted_goes_on_and_the_others_do_not_wait(here, written, monkeypatch):
@@ -618,7 +601,7 @@ def test_a_table_of_the_paper_with_its_numbers_failures_and_page(here, capsys):
     assert "not comparable with the paper" in out
     assert re.search(r"inception-cifar10-ln-bs2 .*\| 6 ± 0 ", out)  # steps to the baseline's
     assert out.strip().splitlines()[-1].endswith(f"Report: {here.output}/table8/report.html")
-    found = [row for row in here.rows(experiment="table8") if row["arm"] == "inception-cifar10-ln-bs2"]
+    found = [row for row in here.rows(of="table8") if row["arm"] == "inception-cifar10-ln-bs2"]
     assert [(row["seed"], row["accuracy_running"], row["scale"]) for row in found] == [
         ("0", "0.5", "tiny"), ("1", "0.51", "tiny"),
     ]  # fmt: skip
@@ -655,7 +638,7 @@ def test_without_any_data_it_is_one_line(here, monkeypatch):
 def test_only_what_is_there_is_trained(here, capsys):
     here.train = paper
     assert here.run("table8", "--only", "inception-*-ln-bs2", "--seeds", "1", "--scale", "0.001") == 0
-    found = {row["arm"]: row for row in here.rows(experiment="table8")}
+    found = {row["arm"]: row for row in here.rows(of="table8")}
     assert found["inception-cifar10-ln-bs2"]["error"] == ""
     assert "'svhn' was not found" in found["inception-svhn-ln-bs2"]["error"]
     assert "inception-svhn-ln-bs2, not run: " in capsys.readouterr().out
@@ -675,12 +658,12 @@ def test_a_rehearsal_makes_way_for_the_run(here, written):
     """Though its table is computed, or its runs are in another experiment's folder."""
     assert here.run("table2", "--only", "resnet50-bn", "--scale", "tiny") == 0
     assert here.run("table2", "--only", "resnet50-bn") == 0
-    assert {row["scale"] for row in here.rows(experiment="table2")} == {"1"}
+    assert {row["scale"] for row in here.rows(of="table2")} == {"1"}
     here.train = lambda job, tell: [job.folder.mkdir(parents=True), result(job)][-1]
     options = ["--only", "*-bn-bs2", "--seeds", "1"]
     assert here.run("table7", "--scale", "tiny", *options) == 0
     assert here.run("table7", "--scale", "0.001", *options) == 0
-    assert {row["scale"] for row in here.rows(experiment="table7")} == {"0.001"}
+    assert {row["scale"] for row in here.rows(of="table7")} == {"0.001"}
     for folder in (here.output / "table8" / "runs").iterdir():
         folder.rename(here.output / folder.name)
     here.refuses("has runs of scale 0.001, whose own folders are gone", "table7", "--scale", "0.002", *options)
