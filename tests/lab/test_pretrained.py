@@ -12,6 +12,7 @@ from kalmannorm.lab.models.cifar_resnet import CifarResNet
 from kalmannorm.lab.models.detection import mask_rcnn_c4, mask_rcnn_fpn
 from kalmannorm.lab.pretrained import resnet
 from kalmannorm.lab.training import Classifier
+from kalmannorm.traversal import kalman_layers
 
 pytestmark = pytest.mark.usefixtures("shallow")
 
@@ -74,6 +75,8 @@ def test_all_but_the_head_starts_from_weights_of_batchnorm_or_of_the_method_itse
     )
     assert {"conv.weight" if make is small else "layer4.0.bn3.weight"} <= own.keys() & theirs.keys()
     assert all(torch.equal(own[name], theirs[name]) for name in own.keys() & theirs.keys())
+    # What is converted has the weights already: the priors are corrected by their statistics.
+    assert all(layer.awaits_correction != bool(replace) for _, layer in kalman_layers(part) if make is small)
     differ = {name.rpartition(".")[2] for name in own.keys() ^ theirs.keys()}
     assert differ == (set() if replace else OF_ONE_ALONE.get(method, set()))
 
@@ -100,19 +103,6 @@ def test_files_that_are_none_are_named(tmp_path):
     ):
         with pytest.raises(ValueError, match=words):
             Classifier(small(), weights=str(tmp_path / name), num_classes=5)
-
-
-def test_the_network_has_its_weights_before_the_method_comes(tmp_path, monkeypatch):
-    weights = write(changed(small()), tmp_path / "r.pt")
-    seen = []
-
-    def normalized(network, method, **options):
-        seen.append((method, network.norm.num_batches_tracked.item(), network.norm.running_var.tolist()))
-        return network
-
-    monkeypatch.setattr("kalmannorm.lab.training.normalize", normalized)
-    Classifier(small(), "kn", weights=weights, num_classes=5)
-    assert seen == [("kn", 30, [2.0] * 4)]
 
 
 def test_weights_that_are_not_a_classifier_s_are_named(tmp_path):

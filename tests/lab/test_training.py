@@ -228,15 +228,6 @@ def test_scores_are_plain_eval_and_batches_of_two_that_normalize_themselves():
     assert all(torch.equal(state[name], buffer) for name, buffer in buffers.items())
 
 
-def test_nothing_is_printed(capfd, recwarn):
-    trainer = quiet_trainer(2)
-    classifier = _classifier(SmallConvNet())
-    trainer.fit(classifier, loader(*_data(), 2, 0))
-    trainer.test(classifier, loader(*_data(), 8), verbose=False)
-    out, err = capfd.readouterr()
-    assert out + err == ""
-
-
 @pytest.mark.parametrize("method", ["bn", "kn"])
 def test_in_channels_last_memory_it_is_the_same_training(method):
     def trained(**options):
