@@ -19,6 +19,7 @@ from kalmannorm.lab.cli import COMMANDS, main
         (["demo", "--scale", "nan"], ["--scale", "got nan"]),
         (["demo", "--speed", "9"], ["speed"]),
         (["fit", "--config", "table8/resnet32-kn-bs2"], ["output"]),
+        *(([command, "--output", "."], [". holds no run: expected a config.yaml"]) for command in ("validate", "test")),
         (["run", "nothing"], ["no experiment or file 'nothing'", *experiments.names()]),
         (["run", "table8", "--scale", "0"], ["--scale", "got 0"]),
         (["run", "table8", "--devices", "2", "--workers", "2"], ["--workers"]),
@@ -101,9 +102,3 @@ def test_help_tells_all_of_an_option_and_of_the_settings(capsys, command, texts)
         main([command, "--help"])
     shown = " ".join(capsys.readouterr().out.split())
     assert [text for text in texts if text not in shown] == []
-
-
-def test_a_wrong_setting_is_named_as_it_was_given(tmp_path, refused):
-    given = ["--config", "table8/resnet32-kn-bs2", "--output", tmp_path, "--trainer.max_steps", "abc"]
-    refused(["fit", *given], "kalmannorm: --trainer.max_steps: expected int; got abc\n")
-    refused(["fit", "--split", "all"], "kalmannorm: --split: expected one of 'validation', 'test'; got all\n")

@@ -48,9 +48,13 @@ def test_train_then_score(images, recipe, tmp_path, capsys):
         (["--trainer.devices", "0"], ["devices", "0"]),
         (["--checkpoint_every", "0"], ["checkpoint_every", "got 0"]),
         (["--trainr.max_steps", "1"], ["trainr"]),
+        (["--trainer.max_steps", "abc"], ["kalmannorm: --trainer.max_steps: expected int; got abc\n"]),
+        (["--split", "all"], ["kalmannorm: --split: expected one of 'validation', 'test'; got all\n"]),
         (["--config", "no-such-arm"], ["no-such-arm"]),
+        (["--config", "fine-tuning-cpu/kn-2"],
+         ["fine-tuning-cpu/kn-2 starts from the weights of fine-tuning-source-cpu/bn: give --model.init_args.weights"]),
     ],
-)
+)  # fmt: skip
 def test_bad_input_is_one_line_and_leaves_nothing(images, recipe, tmp_path, refused, settings, words):
     assert refused(["fit", "--config", recipe, "--output", tmp_path / "run", *settings], *words) == ""
     assert not (tmp_path / "run").exists()
@@ -70,11 +74,6 @@ def test_a_network_named_again_keeps_its_settings():
     complete = Run(arm, ["--model.init_args.network", network["class_path"]]).complete()
     found = complete["model"]["init_args"]["network"]["init_args"]
     assert {name: found[name] for name in ("depth", "width")} == {"depth": 14, "width": 8}
-
-
-def test_a_folder_without_a_run(tmp_path, refused):
-    for command in ("validate", "test"):
-        refused([command, "--output", tmp_path], "holds no run: expected a config.yaml")
 
 
 @pytest.fixture
@@ -139,11 +138,6 @@ def test_what_is_exported_as_stock_layers(untrained, short, tmp_path, exported, 
         refused(["export", folder, tmp_path / "model.pt", "--stock"], f"--stock: {folder} {refusal}")
         assert not (tmp_path / "model.pt").exists()
     exported(folder, images)
-
-
-def test_an_arm_that_starts_from_weights_wants_them(tmp_path, refused):
-    words = "fine-tuning-cpu/kn-2 starts from the weights of fine-tuning-source-cpu/bn: give --model.init_args.weights"
-    refused(["fit", "--config", "fine-tuning-cpu/kn-2", "--output", tmp_path / "run"], words)
 
 
 def test_the_list_tells_what_there_is(capsys):
