@@ -156,15 +156,6 @@ def asked_of_the_hub(monkeypatch):
     return asked
 
 
-@pytest.fixture(scope="session")
-def unbroken(generated, tmp_path_factory):
-    """The result of the configuration as it is, in one go."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("KALMANNORM_DATA", str(generated))
-        patched.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
-        return fit(copy.deepcopy(CONFIG), tmp_path_factory.mktemp("unbroken"))
-
-
 @pytest.fixture
 def images(generated, monkeypatch, tmp_path_factory):
     """The environment in which it is found, by this process and by others that it starts."""
@@ -174,3 +165,9 @@ def images(generated, monkeypatch, tmp_path_factory):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
     return generated
+
+
+@pytest.fixture
+def unbroken(images, config, tmp_path_factory):
+    """The result of the configuration as it is, in one go; once trained, it is read."""
+    return fit(config, tmp_path_factory.getbasetemp() / "unbroken")

