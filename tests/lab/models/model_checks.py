@@ -27,15 +27,6 @@ def shapes(model, stages, *shape):
     return found
 
 
-def image_and_target(size=64):
-    """A bright rectangle on noise, with its box, class and mask."""
-    image = torch.rand(3, size, size, generator=torch.Generator().manual_seed(0)) / 2
-    image[:, 12:44, 20:52] += 0.5
-    mask = torch.zeros(1, size, size, dtype=torch.uint8)
-    mask[0, 12:44, 20:52] = 1
-    return image, {"boxes": torch.tensor([[20.0, 12, 52, 44]]), "labels": torch.tensor([1]), "masks": mask}
-
-
 def batch(shape, images=8, classes=4):
     generator = torch.Generator().manual_seed(1)
     return torch.randn(images, *shape, generator=generator), torch.arange(images) % classes

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from model_checks import group_norm, image_and_target, parameters
+from model_checks import group_norm, parameters
 from short_trainings import descent
 from torch import nn
 from torchvision.models.detection import maskrcnn_resnet50_fpn_v2
 
 import kalmannorm
+from kalmannorm.lab.detection import example
 from kalmannorm.lab.models.detection import mask_rcnn_c4, mask_rcnn_fpn
 
 SIZE = 64
@@ -25,11 +26,11 @@ def build(make):
 @pytest.mark.slow
 @pytest.mark.usefixtures("shallow")
 def test_it_learns_and_finds():
-    model, (image, target) = kalmannorm.convert(build(mask_rcnn_fpn)), image_and_target()
-    values = descent(model, lambda: sum(model([image], [target]).values()), 8, 0.005)
+    model, (images, targets) = kalmannorm.convert(build(mask_rcnn_fpn)), example()
+    values = descent(model, lambda: sum(model(images, targets).values()), 8, 0.005)
     assert sum(values[-3:]) / 3 < values[0] / 2, values
     with torch.no_grad():
-        (found,) = model.eval()([image])
+        (found,) = model.eval()(images)
     assert found["boxes"].shape == (len(found["scores"]), 4)
     assert found["masks"].shape == (len(found["scores"]), 1, SIZE, SIZE)
 
@@ -39,8 +40,7 @@ def test_it_learns_and_finds():
 )
 def test_every_layer_but_that_on_images_has_a_prior(make, without):
     """Those on regions, too, which are cut from the features."""
-    image, target = image_and_target()
-    description = kalmannorm.describe(kalmannorm.convert(build(make)), [image], [target])
+    description = kalmannorm.describe(kalmannorm.convert(build(make)), *example())
     assert [row.name for row in description.rows if row.reason] == without
 
 

@@ -5,10 +5,10 @@ import sys
 
 import pytest
 import torch
-from model_checks import image_and_target
 from torch import nn
 
 from kalmannorm import KalmanNorm, convert
+from kalmannorm.lab.detection import example
 from kalmannorm.lab.models.efficientnet_lite import efficientnet_lite0, mask_rcnn_lite0
 
 
@@ -39,8 +39,7 @@ def test_a_detector_on_it_is_trained_and_corrected():
         (128, 8, 8), (128, 4, 4), (128, 2, 2), (128, 1, 1),
     ]  # fmt: skip
     network = convert(network.train(), input_stats=(torch.zeros(3), torch.ones(3)))
-    image, target = image_and_target(80)
-    loss = sum(network([image], [target]).values())
+    loss = sum(network(*example()).values())
     loss.backward()
     layers = [layer for layer in network.modules() if isinstance(layer, KalmanNorm)]
     assert len(layers) == 48

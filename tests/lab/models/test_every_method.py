@@ -5,13 +5,14 @@ import functools
 
 import pytest
 import torch
-from model_checks import batch, group_norm, image_and_target
+from model_checks import batch, group_norm
 from short_trainings import descent
 from torch import nn
 from torch.nn import functional
 from torchvision.models.resnet import Bottleneck, ResNet
 
 import kalmannorm
+from kalmannorm.lab.detection import example
 from kalmannorm.lab.methods import METHODS, normalize
 from kalmannorm.lab.models.cifar_inception import CifarInception
 from kalmannorm.lab.models.cifar_resnet import CifarResNet
@@ -148,8 +149,7 @@ def test_a_detector_takes_a_step(make, method):
     model = normalize(make(3, **options), method, statistics_batch=1, steps=30, **OPTIONS.get(method, {}))
     if method == "bn":
         assert not any(type(layer) is nn.BatchNorm2d for layer in model.modules())
-    image, target = image_and_target()
-    parts = model.train()([image], [target])
+    parts = model.train()(*example())
     assert len(parts) == 5
     sum(parts.values()).backward()
     gradients = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
