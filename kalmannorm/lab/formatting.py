@@ -46,8 +46,8 @@ def two_digits(value: float) -> str:
     """A number with two significant digits, without an exponent.
 
     Example:
-        >>> two_digits(123.4), two_digits(0.000056)
-        ('120', '0.000056')
+        >>> two_digits(12345.0), two_digits(99.6), two_digits(0.000056)
+        ('12,000', '100', '0.000056')
     """
     return f"{Decimal(f'{value:.2g}'):,f}"
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from kalmannorm.lab.formatting import as_markdown, format_value, mean_and_deviation, two_digits, with_spread
+from kalmannorm.lab.formatting import as_markdown, format_value, mean_and_deviation, with_spread
 
 
 def test_numbers_have_their_unit():
@@ -23,11 +23,6 @@ def test_numbers_that_are_not_finite_are_shown_and_end_nothing(wrong):
     assert mean_and_deviation([1.0, 2.0, 6.0]) == (3.0, pytest.approx(math.sqrt(7)))
     assert mean_and_deviation([2.0]) == (2.0, 0.0)
     assert format_value("ratio", [wrong, 1.0]) == with_spread([wrong, 1.0], 3) == f"{wrong} ± nan"
-
-
-def test_two_digits_have_no_exponent():
-    numbers = (123.4, 99.6, 12.3, 1.0, 0.0156, 0.000056, 12345.0)
-    assert [*map(two_digits, numbers)] == ["120", "100", "12", "1", "0.016", "0.000056", "12,000"]
 
 
 def test_markdown_is_aligned():

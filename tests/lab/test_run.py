@@ -11,9 +11,11 @@ from pathlib import Path
 
 import browser
 import pytest
+import test_experiments
 import torch
 import yaml
 from filelock import FileLock
+from test_experiments import RATE, of
 
 from kalmannorm.lab import experiments, jobs, page
 from kalmannorm.lab.cli import main
@@ -27,27 +29,10 @@ from kalmannorm.lab.rows import read_table
 from kalmannorm.lab.tables import write_table
 from kalmannorm.lab.training import Classifier
 
-RATE = "model.init_args.rate"
 ENVIRONMENT = {"commit": "0123456789abcdef", "machine": "none", "date": "2026-01-01"}
-
-
-def of(normalization, **others):
-    return {"config": {"model": {"init_args": {"normalization": normalization}}}, **others}
-
-
-STUDY = {
-    "title": "Small batches",
-    "question": "Which one?",
-    "base": "base.yaml",
-    "config": {"trainer": {"max_steps": 4, "val_check_interval": 2}, "checkpoint_every": 2},
-    "search": {RATE: [0.01, 0.02, 0.03]},
-    "seeds": 2,
-    "arms": {
-        "bn-2": of("bn", label="BN", column=2),
-        "kn-2": of("kn", label="KN", column=2, note="The filter."),
-        "kn-4": of("kn", label="KN", column=4),
-    },
-}
+SHORT = {"trainer": {"max_steps": 4, "val_check_interval": 2}, "checkpoint_every": 2}
+ARMS = {"kn-2": {"note": "The filter."}, "kn-4": of("kn", label="KN", column=4)}
+STUDY = merge(test_experiments.STUDY, {"config": SHORT, "arms": ARMS})
 
 
 @pytest.fixture
