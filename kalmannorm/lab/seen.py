@@ -57,23 +57,18 @@ class _Watcher:
 
     def observe(self, x: Tensor) -> None:
         """Record prior and observation before a call; `add` replaces the posterior afterwards."""
-        layer = self.layer
-        shared = layer.process_group if isinstance(layer, KalmanNorm) else None
+        layer = self.layer if isinstance(self.layer, KalmanNorm) else None
+        shared = layer.process_group if layer else None
         if not x.numel() and shared is None:
             return  # nothing to normalize; with a process group, an empty part still observes the others' samples
-        if not isinstance(layer, KalmanNorm):
-            self._add(None, observe(x), len(x))
-            return
-        groups = layer.statistic_groups(len(x))
+        groups = layer.statistic_groups(len(x)) if layer else 1
         # The beliefs and draws evaluated here are cached, so the layer gets the same ones.
-        prior = layer.prior(x, groups)
+        prior = layer.prior(x, groups) if layer else None
         if shared is None:
-            self._add(prior, observe(x, groups), len(x) // groups)
+            observation, samples = observe(x, groups), len(x) // groups
         else:
-            together = synchronize(x, shared)
-            self._add(prior, together.observation, int(together.samples))
-
-    def _add(self, prior: Gaussian | None, observation: Gaussian, samples: int) -> None:
+            observation, number, _ = synchronize(x, shared)
+            samples = int(number)
         self.seen.append(Seen(self.name, prior, observation, observation, samples))
 
     def add(self, posterior: Gaussian, samples: int | Tensor) -> None:
