@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from short_trainings import quiet_trainer
+from short_trainings import assert_same, quiet_trainer
 from torch import nn
 
 import kalmannorm as kn
@@ -209,7 +209,7 @@ def test_recalibrated_statistics_are_kept_with_the_run(tiny, tmp_path, monkeypat
     assert len(result.losses) == 4
     assert set(result.scores) == {*NAMES, *(f"{name}_online" for name in NAMES)}
     kept = fitting.load(tmp_path / "run").network.state_dict()
-    assert all(torch.equal(kept[name], value) for name, value in done[1].state_dict().items())
+    assert_same(kept, done[1].state_dict())
     assert not torch.equal(kept["backbone.1.running_mean"], averages)
 
 
@@ -239,7 +239,5 @@ def test_a_training_ended_in_mid_epoch_or_at_its_end_goes_on_bit_for_bit(tiny, t
     kept = torch.load(tmp_path / "stopped" / "last.ckpt")
     assert kept["global_step"] == 2
     again = fitting.fit(config, tmp_path / "stopped")
-    assert again.losses == whole.losses
-    assert again.scores == whole.scores
-    first, second = (torch.load(tmp_path / name / "last.ckpt")["state_dict"] for name in ("whole", "stopped"))
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert (again.losses, again.scores) == (whole.losses, whole.scores)
+    assert_same(*(torch.load(tmp_path / name / "last.ckpt")["state_dict"] for name in ("whole", "stopped")))

