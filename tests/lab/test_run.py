@@ -596,6 +596,7 @@ def test_a_table_of_the_paper_with_its_numbers_failures_and_page(here, capsys):
     command = f"kalmannorm run table8 --scale tiny --seeds 2 {forms} --output {here.output} --only"
     assert f"{command} &#39;inception-cifar10-kn-bs2&#39;" in page
     assert page.count("a figure") == 1
+    assert str(here.output) not in page.replace(f"--output {here.output}", "")
     # Another table that shows the same trainings.
     here.jobs.clear()
     assert here.run("table7", "--scale", "tiny", "--only", "*-bn-bs2", "--seeds", "1") == 0
