@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kalmannorm.gaussian import Gaussian
-from kalmannorm.rules.arithmetic import ELEMENTWISE, JOINT, LINES, MIXING, PRELU
+from kalmannorm.rules.arithmetic import ELEMENTWISE, JOINT, LINES, PRELU
 from kalmannorm.rules.pointwise import GUARDED, quadrature
 from kalmannorm.rules.scatter import is_as_infinite
 from kalmannorm.steps import Step, ancestors, replace
@@ -31,7 +31,7 @@ def as_one_function(step: Step, kept: Callable[[Step], Any]) -> Gaussian | None:
         step: its parents' beliefs are kept.
         kept: returns a step's belief.
     """
-    if not any([parent.function in ELEMENTWISE or parent.function in JOINT for parent in step.parents]):
+    if not any([parent.function in JOINT for parent in step.parents]):
         return None  # mostly
     chain = _chain(step, _NESTED)
     for n in range(len(chain) - 1, 0, -1):  # the furthest source that a known tensor in between allows
@@ -55,7 +55,7 @@ def _below(step: Step, nested: int) -> Step | None:
     """The activation of which alone a step is a function, element by element; None if there is none."""
     if "out" in step.kwargs or not all([_is_plain(each) for each in (*step.args, *step.kwargs.values())]):
         return None
-    if (step.function in ELEMENTWISE or step.function in MIXING) and len({*step.parents}) == 1:
+    if step.function in ELEMENTWISE and len({*step.parents}) == 1:
         return step.parents[0]
     if step.function not in JOINT or len(step.parents) < 2 or nested == 0:
         return None

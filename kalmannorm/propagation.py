@@ -19,7 +19,7 @@ from kalmannorm.composed import as_one_function
 from kalmannorm.gaussian import Gaussian, Unknown
 from kalmannorm.kernels.autograd import in_grad_mode, is_transformed, saved_tensor_hooks
 from kalmannorm.rules import RULES, Belief, Rule
-from kalmannorm.rules.arithmetic import ELEMENTWISE, JOINT
+from kalmannorm.rules.arithmetic import JOINT
 from kalmannorm.rules.rectified import Rectified
 from kalmannorm.rules.table import BELIEF_ALONE, BELIEF_FIRST, LIKE, as_rule_is_called
 from kalmannorm.steps import Step, computed_in, found_in, may_use, replace, step_of
@@ -180,7 +180,7 @@ def _by_rule(step: Step, kept: Callable[[Step], Any]) -> Belief:
     if isinstance(called, Unknown):
         return called
     whole: Belief | None = None
-    if step.function in ELEMENTWISE or step.function in JOINT:
+    if step.function in JOINT:
         whole = _call_rule(as_one_function, step, (step, kept), {})
     return _by_its_own_rule(step, *called) if whole is None else whole
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from kalmannorm.gaussian import Gaussian, Packed, Unknown
-from kalmannorm.rules.pointwise import CASTS, CASTS_TO, inverse, prelu, quadrature
+from kalmannorm.rules.pointwise import CASTS, CASTS_TO, inverse, prelu, quadrature, rrelu
 from kalmannorm.rules.rectified import Rectified
 from kalmannorm.rules.shape import align, of_rank, summarize
-from kalmannorm.rules.table import RULES, Belief, aliases, belief_rule, rule
+from kalmannorm.rules.table import RULES, Belief, aliases, belief_rule, belief_rules, rule
 
 _Operand = Gaussian | Tensor | float
 
@@ -55,18 +55,6 @@ def add(x: _Operand, y: _Operand, *, alpha: float = 1, out: object = None) -> Ga
     if alpha == 1:
         return Gaussian(first.mean + second.mean, first.var + second.var)
     return Gaussian(first.mean + alpha * second.mean, first.var + alpha**2 * second.var)
-
-
-@rule(*aliases("sub", "sub_", "subtract", "subtract_", "__sub__", "__isub__"))
-def sub(x: _Operand, y: _Operand, *, alpha: float = 1, out: object = None) -> Gaussian:
-    """``m1 - m2`` and ``v1 + v2``."""
-    return add(x, y, alpha=-alpha)
-
-
-@rule(*aliases("rsub", "__rsub__"))
-def rsub(x: _Operand, y: _Operand, *, alpha: float = 1) -> Gaussian:
-    """``m2 - m1`` and ``v1 + v2``."""
-    return add(y, x, alpha=-alpha)
 
 
 @belief_rule("neg", "neg_", "negative", "__neg__")
@@ -108,12 +96,6 @@ def _divisor(y: _Operand) -> _Operand:
     return Gaussian(scale, torch.zeros_like(scale), y.shape)
 
 
-@belief_rule("__rtruediv__")
-def rdiv(x: Gaussian, y: float) -> Gaussian:
-    """A number over an activation."""
-    return mul(inverse(x), y)
-
-
 @rule(*aliases("addcmul", "addcmul_"))
 def addcmul(x: _Operand, first: _Operand, second: _Operand, *, value: float = 1, out: object = None) -> Gaussian:
     """``x + value first second``, independent unless they are one and the same."""
@@ -124,12 +106,6 @@ def addcmul(x: _Operand, first: _Operand, second: _Operand, *, value: float = 1,
         return mul(x, add(mul(other, value), 1.0) if isinstance(other, Gaussian) else 1 + value * other)
     product: Any = mul(first, second) if isinstance(first, Gaussian) or isinstance(second, Gaussian) else first * second
     return add(x, product, alpha=value)
-
-
-@rule(*aliases("addcdiv", "addcdiv_"))
-def addcdiv(x: _Operand, first: _Operand, second: _Operand, *, value: float = 1, out: object = None) -> Gaussian:
-    """``x + value first / second``, see :func:`addcmul` and :func:`div`."""
-    return addcmul(x, first, _divisor(second), value=value)
 
 
 @rule(*aliases("lerp", "lerp_"))
@@ -172,7 +148,7 @@ def minimum(x: _Operand, y: _Operand, *, out: object = None) -> Gaussian:
     return neg(maximum(first, second))
 
 
-@rule(*aliases("gt", "ge", "greater", "greater_equal"), Tensor.__gt__, Tensor.__ge__)
+@rule(*aliases("gt", "ge", "greater", "greater_equal", "__gt__", "__ge__"))
 def greater(x: _Operand, y: _Operand) -> Gaussian:
     """Whether ``x > y``, with ``p = Phi((m1 - m2) / sqrt(v1 + v2))``: mean ``p`` and variance ``p (1 - p)``."""
     first, second = pair(x, y)
@@ -181,13 +157,7 @@ def greater(x: _Operand, y: _Operand) -> Gaussian:
     return Gaussian(torch.special.ndtr(a), torch.special.ndtr(a) * torch.special.ndtr(-a))
 
 
-@rule(*aliases("lt", "le", "less", "less_equal"), Tensor.__lt__, Tensor.__le__)
-def less(x: _Operand, y: _Operand) -> Gaussian:
-    """Whether ``x < y``."""
-    return greater(y, x)
-
-
-@rule(*aliases("eq"), Tensor.__eq__)
+@rule(*aliases("eq", "__eq__"))
 def equal(x: _Operand, y: _Operand) -> Belief:
     """Never, of an activation, which has a density, and a known tensor."""
     if isinstance(x, Gaussian) and isinstance(y, Gaussian):
@@ -195,7 +165,7 @@ def equal(x: _Operand, y: _Operand) -> Belief:
     return mul(greater(x, y), 0.0)
 
 
-@rule(*aliases("ne", "not_equal"), Tensor.__ne__)
+@rule(*aliases("ne", "not_equal", "__ne__"))
 def unequal(x: _Operand, y: _Operand) -> Belief:
     """Always, see :func:`equal`."""
     found = equal(x, y)
@@ -208,23 +178,11 @@ def negation(x: Gaussian) -> Gaussian:
     return Gaussian(1 - x.mean, x.var, x.shape)
 
 
-@rule(*aliases("logical_and", "logical_and_", "bitwise_and", "bitwise_and_", "__and__", "__iand__"))
-def conjunction(x: _Operand, y: _Operand) -> Gaussian:
-    """Both of two independent masks: their product."""
-    return mul(x, y)
-
-
 @rule(*aliases("logical_or", "logical_or_", "bitwise_or", "bitwise_or_", "__or__", "__ior__"))
 def disjunction(x: _Operand, y: _Operand) -> Gaussian:
     """One of two independent masks, or both: not both are false."""
     first, second = (negation(each) for each in pair(x, y))
     return negation(mul(first, second))
-
-
-@belief_rule("heaviside")
-def heaviside(x: Gaussian, values: Tensor) -> Gaussian:
-    """Whether ``x > 0``."""
-    return greater(x, 0.0)
 
 
 @belief_rule("dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d", "feature_dropout")
@@ -237,22 +195,29 @@ def dropout(x: Gaussian, p: float = 0.5, training: bool = True, inplace: bool = 
     return Gaussian(x.mean, (x.var + p * x.mean.square()) / (1 - p))
 
 
-_OF_MASKS = (greater, less, equal, unequal, conjunction, disjunction)
-_OF_TWO = frozenset(
-    f for f, its in RULES.items()
-    if its in (add, sub, rsub, mul, div, addcmul, addcdiv, lerp, maximum, minimum, *_OF_MASKS)
-)
+belief_rules("by another rule", {
+    "heaviside": lambda x, values: greater(x, 0.0),
+    "__rtruediv__": lambda x, y: mul(inverse(x), y),
+})  # fmt: skip
+belief_rules("by another rule", {
+    "sub sub_ subtract subtract_ __sub__ __isub__": lambda x, y, *, alpha=1, out=None: add(x, y, alpha=-alpha),
+    "rsub __rsub__": lambda x, y, *, alpha=1: add(y, x, alpha=-alpha),
+    "addcdiv addcdiv_": lambda x, first, second, *, value=1, out=None: addcmul(x, first, _divisor(second), value=value),
+    "lt le less less_equal __lt__ __le__": lambda x, y: greater(y, x),
+    # Of two independent masks.
+    "logical_and logical_and_ bitwise_and bitwise_and_ __and__ __iand__": lambda x, y: mul(x, y),  # noqa: PLW0108
+}, alone=False)  # fmt: skip
+
 PRELU = frozenset(function for function, its in RULES.items() if its is prelu)
 _THE_SAME = frozenset(aliases("clone", "contiguous", "detach", *CASTS, *CASTS_TO))
 # Functions that are lines, if they have one argument that is an activation.
-LINES = _THE_SAME | frozenset(f for f, its in RULES.items() if its in (add, sub, rsub, neg, mul, div))
-# Functions that choose by a mask.
-MIXING = frozenset(aliases("where", "masked_fill", "masked_fill_"))
-# Functions of several activations, which may be functions of one.
-JOINT = _OF_TWO | MIXING | frozenset(aliases("max", "min", *CASTS_TO))
-# Functions of one activation that are applied element by element and are no lines; but for random ones.
-_CURVED = frozenset(
-    f for f, its in RULES.items() if its in (rdiv, negation, heaviside) or its.__module__ == quadrature.__module__
-) - frozenset(aliases("rrelu", "rrelu_"))
-# Functions each of whose outputs depends on one element of an activation, whatever their arguments.
-ELEMENTWISE = _CURVED | _OF_TWO | LINES
+LINES = _THE_SAME | frozenset(
+    f for f, its in RULES.items() if its.__name__ in ("add", "sub", "rsub", "neg", "mul", "div")
+)  # fmt: skip
+# Functions each of whose outputs depends on one element of each activation among their arguments; but for random ones.
+ELEMENTWISE = _THE_SAME | frozenset(aliases("where", "masked_fill", "masked_fill_")) | frozenset(
+    f for f, its in RULES.items()
+    if its.__module__ in (__name__, quadrature.__module__) and its not in (dropout, rrelu)
+)  # fmt: skip
+# As these, if they have several arguments that are activations.
+JOINT = ELEMENTWISE | frozenset(aliases("max", "min"))

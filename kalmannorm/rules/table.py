@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Sequence
+from types import MethodWrapperType
 from typing import Any, TypeVar
 
 import torch
@@ -91,12 +92,15 @@ def belief_rule(*functions: str | Callable[..., Any]) -> Callable[[_R], _R]:
     return register
 
 
-def belief_rules(how: str, rules: dict[str, Rule]) -> None:
-    """As :func:`belief_rule`, for rules of one expression, by the names of their functions with spaces in between."""
+def belief_rules(how: str, rules: dict[str, Rule], alone: bool = True) -> None:
+    """As :func:`belief_rule`, for rules of one expression, by the names of their functions with spaces in between.
+
+    If not ``alone``, any argument may be a belief, as with :func:`rule`.
+    """
     for names, each in rules.items():
         each.__name__, *_ = names.split()
         each.__doc__ = f"``{each.__name__}``, {how}."
-        belief_rule(*names.split())(each)
+        (belief_rule(*names.split()) if alone else rule(*aliases(*names.split())))(each)
 
 
 def _show_to_compilers(functions: Sequence[Callable[..., Any]]) -> None:
@@ -141,7 +145,8 @@ def aliases(*names: str) -> list[Callable[..., Any]]:
     Looked up in ``torch``, ``torch.Tensor``, ``torch.nn.functional`` and ``torch.special``.
     """
     found = [getattr(home, name, None) for name in names for home in _HOMES]
-    return list(dict.fromkeys(function for function in found if callable(function)))
+    # A module too is compared by `__eq__` and the like.
+    return list(dict.fromkeys(f for f in found if callable(f) and not isinstance(f, MethodWrapperType)))
 
 
 # Their output has an activation's shape, type or device, but does not depend on its values: masks of dropped paths,
