@@ -603,33 +603,24 @@ void link_forward(const LinkForward *a) {
     free(folded);
 }
 
-/* S = 1, of one row. below: (2, in * taps), this thread's own. */
-static void backward_row(const float *RESTRICT w, float *RESTRICT dw, const float *RESTRICT m, const float *RESTRICT v,
-                         float dm, float dv, int64_t n, float *RESTRICT below_mean, float *RESTRICT below_var) {
-    for (int64_t j = 0; j < n; j++) {
-        float x = w[j];
-        below_mean[j] += dm * x;
-        below_var[j] += dv * x * x;
-        dw[j] = dm * m[j] + 2 * dv * x * v[j];
-    }
-}
-
-/* The same of four rows, which meet the moments in the processor's registers. */
-static void backward_rows(const float *RESTRICT w, float *RESTRICT dw, const float *RESTRICT m, const float *RESTRICT v,
-                          const float *dm, const float *dv, int64_t n, float *RESTRICT below_mean,
-                          float *RESTRICT below_var) {
-    const float *RESTRICT w1 = w + n, *RESTRICT w2 = w + 2 * n, *RESTRICT w3 = w + 3 * n;
-    float *RESTRICT dw1 = dw + n, *RESTRICT dw2 = dw + 2 * n, *RESTRICT dw3 = dw + 3 * n;
-    float a = dm[0], a1 = dm[1], a2 = dm[2], a3 = dm[3], b = dv[0], b1 = dv[1], b2 = dv[2], b3 = dv[3];
+/* S = 1, of one row, or of four, which meet the moments in the processor's registers. below: (2, in * taps), this
+   thread's own. */
+INLINE void backward_rows(const float *RESTRICT w, float *RESTRICT dw, const int rows, const float *RESTRICT m,
+                          const float *RESTRICT v, const float *dm, const float *dv, int64_t n, float *RESTRICT below) {
+    float *RESTRICT below_mean = below, *RESTRICT below_var = below + n, a[4], b[4];
+    memcpy(a, dm, rows * sizeof(float));
+    memcpy(b, dv, rows * sizeof(float));
 #pragma omp simd
     for (int64_t j = 0; j < n; j++) {
-        float x = w[j], x1 = w1[j], x2 = w2[j], x3 = w3[j], mean = m[j], twice = 2 * v[j];
-        below_mean[j] += a * x + a1 * x1 + a2 * x2 + a3 * x3;
-        below_var[j] += b * x * x + b1 * x1 * x1 + b2 * x2 * x2 + b3 * x3 * x3;
-        dw[j] = a * mean + b * x * twice;
-        dw1[j] = a1 * mean + b1 * x1 * twice;
-        dw2[j] = a2 * mean + b2 * x2 * twice;
-        dw3[j] = a3 * mean + b3 * x3 * twice;
+        float by_mean = 0, by_var = 0, mean = m[j], twice = 2 * v[j];
+        for (int k = 0; k < rows; k++) {
+            float x = w[k * n + j];
+            by_mean += a[k] * x;
+            by_var += b[k] * x * x;
+            dw[k * n + j] = a[k] * mean + b[k] * x * twice;
+        }
+        below_mean[j] += by_mean;
+        below_var[j] += by_var;
     }
 }
 
@@ -679,13 +670,14 @@ void link_backward(const LinkBackward *a) {
         float *own = below + t * wide;
         for (int64_t i = l->out * t / l->threads; i < l->out * (t + 1) / l->threads; i++) {
             const float *w = weight + i * columns;
-            if (S == 1 && i + 4 <= l->out * (t + 1) / l->threads) {
-                backward_rows(w, d_weight + i * columns, m, v, d_mean + i, d_var + i, columns, own, own + columns);
-                i += 3;
-            } else if (S == 1)
-                backward_row(w, d_weight + i * columns, m, v, d_mean[i], d_var[i], columns, own, own + columns);
-            else
+            if (S > 1) {
                 backward_row_of_groups(w, d_weight + i * columns, m, v, d_mean + i, d_var + i, l, own, rows + t * 4 * in);
+            } else if (i + 4 <= l->out * (t + 1) / l->threads) {
+                backward_rows(w, d_weight + i * columns, 4, m, v, d_mean + i, d_var + i, columns, own);
+                i += 3;
+            } else {
+                backward_rows(w, d_weight + i * columns, 1, m, v, d_mean + i, d_var + i, columns, own);
+            }
         }
     }
     for (int t = 1; t < l->threads; t++)
