@@ -95,10 +95,8 @@ class Gaussian:
         have = self.mean.shape[0]
         if have == groups == self.var.shape[0]:
             return self
-        if have in (1, groups):
-            return self.map(lambda t: t.expand(groups, *t.shape[1:]))
         if groups % have == 0:
-            return self.map(lambda t: t.repeat_interleave(groups // have, 0))
+            return self.map(lambda t: lengthen(t, 0, groups))
         if have % groups == 0:
             blocks = self.map(lambda t: t.unflatten(0, (groups, have // groups)))
             return blocks.pool([1]).map(lambda t: t.squeeze(1))

@@ -125,18 +125,15 @@ def as_rule_is_called(rule: Rule, args: tuple[Any, ...],
     Returns positional and keyword arguments for the rule, or None if it does not take them.
     """
     names, positions = _TAKES.get(rule, (None, None))
-    if not kwargs or (names is not None and all([name in names for name in kwargs])):  # nearly always
-        return (args, kwargs) if positions is None or len(args) <= positions else None
-    for place, of_torch in enumerate(_TORCHS_NAMES):
-        for name in of_torch:
-            if len(args) == place and name in kwargs and (names is None or name not in names):
-                kwargs = dict(kwargs)
-                args = (*args, kwargs.pop(name))
-    if positions is not None and len(args) > positions:
-        return None
-    if names is not None and not all(name in names for name in kwargs):
-        return None
-    return args, kwargs
+    if kwargs and (names is None or not all([name in names for name in kwargs])):  # seldom
+        for place, of_torch in enumerate(_TORCHS_NAMES):
+            for name in of_torch:
+                if len(args) == place and name in kwargs and (names is None or name not in names):
+                    kwargs = dict(kwargs)
+                    args = (*args, kwargs.pop(name))
+        if names is not None and not all([name in names for name in kwargs]):
+            return None
+    return (args, kwargs) if positions is None or len(args) <= positions else None
 
 
 def aliases(*names: str) -> list[Callable[..., Any]]:
