@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -103,9 +104,10 @@ def _belief(stats: tuple[Any, Any], what: str) -> Gaussian:
     except (TypeError, ValueError, RuntimeError):  # not two of numbers
         mean, std = torch.zeros(1), torch.zeros(1)
     mean, std = (t.flatten() if t.ndim else t for t in (mean, std))
-    if mean.shape != std.shape or not bool((std > 0).all()) or not bool(mean.isfinite().all()):
+    good = (std > 0) & (std < math.inf) & mean.isfinite() if mean.shape == std.shape else torch.zeros(0)
+    if not good.numel() or not bool(good.all()):
         raise ValueError(
-            f"{what} got {stats!r}, expected (mean, std), one number a channel each, std above 0"
+            f"{what} got {stats!r}, expected (mean, std), one finite number a channel each, std above 0"
         )
     return Gaussian(mean, std.square())
 

@@ -45,8 +45,9 @@ def convert(model: _M, *, layers: Sequence[str] = ("batch",), input_stats: Input
     add the new gains and process noises to it. A list, dict or tuple of layers that a module holds gets
     the new ones, too. Device, dtype, training flags and ``requires_grad`` stay; a FrozenBatchNorm2d behind
     a convolution that is not trained stays frozen (:func:`freeze`). The output in ``eval()`` is
-    bit-equal (up to rounding for FrozenBatchNorm2d, whose formula differs). Layers without running
-    statistics fuse in ``eval()`` too. On a converted model, only ``input_stats`` change anything.
+    bit-equal (up to rounding for FrozenBatchNorm2d, whose formula differs), but for layers without running
+    statistics, which fuse in ``eval()`` too: correct their priors from data (:func:`kalmannorm.calibrate`). On a
+    converted model, only ``input_stats`` change anything.
 
     Args:
         model: any network.
@@ -74,6 +75,7 @@ def convert(model: _M, *, layers: Sequence[str] = ("batch",), input_stats: Input
         The model, or the replacement of a model that is itself a layer.
 
     Raises:
+        TypeError: for what is no module.
         ValueError: for unknown kinds or options; without a layer to convert; for options of a converted model; with
             ``calibrate=True``, for a layer without trained running statistics; and as :func:`standardize_weights`.
             The model is then unchanged.
@@ -87,6 +89,8 @@ def convert(model: _M, *, layers: Sequence[str] = ("batch",), input_stats: Input
         >>> model(torch.randn(1, 3, 8, 8)).shape
         torch.Size([1, 8, 4, 4])
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"kalmannorm.convert got {type(model).__name__}, expected a torch.nn.Module")
     kinds = (layers,) if isinstance(layers, str) else tuple(layers)
     if not track_running_stats and "batch" in kinds:
         options.setdefault("stats_batch_size", 1)

@@ -34,10 +34,14 @@ def is_trained(mean: Tensor | None, var: Tensor | None) -> bool:
 
 
 class _Reading:
-    """A tensor that was read, and torch's count of its changes then. A layer's copy has read nothing."""
+    """A tensor that was read, torch's count of its changes then, and the mode. A layer's copy has read nothing.
 
-    def __init__(self, t: Tensor) -> None:
+    torch counts no write through ``.data``, such as of Lightning's averages of weights, which validation alone sees.
+    """
+
+    def __init__(self, t: Tensor, training: bool) -> None:
         self.tensor, self.version = weakref.ref(t), t._version  # no `id`, which a later tensor may have again
+        self.training = training
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()
@@ -54,6 +58,12 @@ def _is_batched(t: Tensor) -> bool:
             return True
         t = torch._C._functorch.get_unwrapped(t)
     return False
+
+
+def _is_one_tensor(a: Any, b: Tensor) -> bool:
+    """Whether both are one tensor, or have the same memory, as a detached one has."""
+    plain = (Tensor, nn.Parameter)
+    return a is b or (type(a) in plain and type(b) in plain and not b.is_meta and a.data_ptr() == b.data_ptr())
 
 
 class CorrectedPrior(nn.Module):
@@ -103,7 +113,7 @@ class CorrectedPrior(nn.Module):
             return
         self.awaits_correction = bool(waits.any())
         self.is_corrected = bool((shift != 0).any()) or bool((scale != 1).any())
-        self._settled = _Reading(scale) if _counts_changes(scale) else None
+        self._settled = _Reading(scale, self.training) if _counts_changes(scale) else None
 
     def _note_if_corrected(self) -> None:
         """Read the correction again if the buffers may have changed: a state may be restored, DistributedDataParallel
@@ -113,12 +123,12 @@ class CorrectedPrior(nn.Module):
         if not _counts_changes(scale):
             return
         last = self._settled if self._settled is not None and self._settled.tensor() is scale else None
-        is_same = last is not None and last.version == scale._version
+        is_same = last is not None and last.version == scale._version and last.training == self.training
         if is_same or _is_batched(scale) or "_is_replica" in self.__dict__:
             return
         # DistributedDataParallel writes its buffers at each call, the same numbers; to look makes a device wait.
         is_written = scale.device.type != "cpu" and dist.is_available() and dist.is_initialized()
-        if last is None or not is_written:
+        if last is None or last.training != self.training or not is_written:
             self._read_correction()
 
     @torch.no_grad()
@@ -157,7 +167,7 @@ class CorrectedPrior(nn.Module):
             scale.copy_(found[1].detach())  # from the process noise: an exported graph forgets `no_grad`
         self.dropped_statistics = None
         self.awaits_correction = False
-        self._settled = _Reading(scale) if _counts_changes(scale) else None
+        self._settled = _Reading(scale, self.training) if _counts_changes(scale) else None
         return shift, scale
 
     def _without_target(self) -> tuple[()]:
@@ -216,9 +226,11 @@ class CorrectedPrior(nn.Module):
         self.await_correction()
 
     def _leave_out_own_tensors(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """Where a checkpoint lacks a key, torch.distributed's ``set_model_state_dict`` adds the layer's own tensor."""
+        """Where a checkpoint lacks a key, torch.distributed's ``set_model_state_dict`` adds the layer's own tensor. So
+        does ``own = model.state_dict(); own.update(checkpoint)``.
+        """
         own = [name for name, t in chain(self._parameters.items(), self._buffers.items())
-               if t is not None and state_dict.get(prefix + name) is t]  # fmt: skip
+               if t is not None and _is_one_tensor(state_dict.get(prefix + name), t)]  # fmt: skip
         stock = {name for name in ("weight", "running_mean") if prefix + name in state_dict}
         if stock and not stock & set(own):
             for name in own:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping
 from contextlib import closing
 from itertools import islice
@@ -45,6 +46,13 @@ def run_batches(model: nn.Module, loader: Iterable[Any], see: Callable[[Any], ob
 def call_with(model: nn.Module, batch: Any) -> object:
     """Call a model with a batch: a tensor, a sequence that begins with the input, or keyword arguments."""
     if isinstance(batch, Mapping):
+        try:
+            inspect.signature(model.forward).bind(**batch)
+        except TypeError as error:
+            raise TypeError(
+                f"the loader gave a batch with the keys {list(batch)}, expected arguments of {type(model).__name__}'s "
+                f"forward ({error}); or forward=, which makes the call"
+            ) from error
         return model(**batch)
     first = batch[0] if isinstance(batch, tuple | list) and batch else batch
     if isinstance(first, Tensor) or (isinstance(first, tuple | list) and first and isinstance(first[0], Tensor)):

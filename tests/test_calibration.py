@@ -457,6 +457,39 @@ def test_a_whole_state_dict_of_batchnorm_corrects_priors(trained):
     assert torch.equal(fresh[6].bias, torch.ones(4))
 
 
+def test_batchnorms_state_merged_into_the_networks_own_corrects_priors(trained):
+    model, fresh = converted(trained), converted(network())
+    x, merged = images(2), fresh.state_dict()
+    merged.update(trained.state_dict())
+    fresh.load_state_dict(merged)
+    torch.testing.assert_close(fresh(x), model(x), rtol=0, atol=0)
+    assert_same_corrections(fresh, model)
+    merged = fresh.state_dict()  # and its own state, of which a part is other, keeps them
+    merged["6.bias"] = torch.ones(4)
+    fresh.load_state_dict(merged)
+    assert_same_corrections(fresh, model)
+
+
+def swap(model, other):
+    """As Lightning's averages of weights do: torch does not count a write through ``.data``."""
+    for one, two in zip([*model.parameters(), *model.buffers()], [*other.parameters(), *other.buffers()], strict=True):
+        kept = one.data.clone()
+        one.data.copy_(two.data)
+        two.data.copy_(kept)
+
+
+def test_weights_that_are_swapped_for_a_validation_leave_the_correction_to_training(trained):
+    model, expected = converted(trained), converted(trained)
+    average, x = copy.deepcopy(model), images(2)
+    model.eval()
+    swap(model, average)
+    with torch.no_grad(), kn.online_statistics(model):
+        model(images(4))
+    swap(model, average)
+    torch.testing.assert_close(model.train()(x), expected(x), rtol=0, atol=0)
+    assert_same_corrections(model, expected)
+
+
 def test_a_fresh_networks_checkpoint_drops_a_correction(trained):
     model, fresh = converted(trained), converted(network())
     model.load_state_dict(fresh.state_dict())

@@ -212,6 +212,8 @@ def test_a_layer_used_twice_stays_one():
 
 
 def test_nothing_to_convert():
+    with pytest.raises(TypeError, match="got OrderedDict, expected"):
+        kn.convert(small().state_dict())
     with pytest.raises(ValueError, match=r"Linear has nothing to convert: no layer of the kinds \['batch'\]"):
         kn.convert(nn.Linear(3, 3))
     with pytest.raises(ValueError, match="nothing to convert"):
@@ -259,12 +261,13 @@ def test_input_stats_give_the_first_layer_a_prior():
     assert row.prior_from == ("input",)
     with pytest.raises(ValueError, match=r"describe 3 channels, but Sequential got an input of shape \(2, 4, 8, 8\)"):
         model(torch.randn(2, 4, 8, 8))
-    with pytest.raises(ValueError, match="one number a channel each, std above 0"):
+    with pytest.raises(ValueError, match="one finite number a channel each, std above 0"):
         kn.convert(small(), input_stats=([0.0], [0.0]))
-    with pytest.raises(ValueError, match="one number a channel each, std above 0"):
+    with pytest.raises(ValueError, match="one finite number a channel each, std above 0"):
         kn.convert(small(), input_stats=([float("nan")] * 3, [1.0] * 3))
-    with pytest.raises(ValueError, match="one number a channel each"):
-        kn.convert(small(), input_stats=([0.0, 0.0], [1.0]))
+    for stats in (([0.0, 0.0], [1.0]), ([], []), (0.0, float("inf"))):
+        with pytest.raises(ValueError, match="one finite number a channel each, std above 0"):
+            kn.convert(small(), input_stats=stats)
 
 
 def test_connecting_twice_is_connecting_once():

@@ -317,6 +317,7 @@ def test_batches_of_all_kinds(batch, options):
         (("label", torch.zeros(1)), r"gave a batch of type tuple \(of str, Tensor\)"),
         ((["label"], torch.zeros(1)), r"gave a batch of type tuple \(of list, Tensor\)"),
         ([], r"gave a batch of type list \(of nothing\).*; or forward="),
+        ({"image": torch.zeros(1)}, r"a batch with the keys \['image'\], expected arguments of Sequential's forward"),
     ],
     ids=repr,
 )

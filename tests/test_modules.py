@@ -524,7 +524,7 @@ def test_whole_models_in_half_precision(dtype):
 def test_autocast_keeps_statistics_in_float32():
     model = three_layers().float()
     seen = {}
-    model[4].register_forward_pre_hook(lambda layer, args: seen.update(prior=prior_of(args[0], 1)))
+    model[4].register_forward_pre_hook(lambda layer, args: seen.update(prior=layer.prior(args[0], 1)))
     with torch.autocast("cpu", torch.bfloat16):
         y = model(torch.randn(2, 2, 8, 8))
     assert y.dtype == torch.bfloat16

@@ -13,15 +13,18 @@ import lightning
 import torch
 import torch.distributed as dist
 from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
+from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kalmannorm import anneal, convert, first_nonfinite, freeze, online_statistics, recalibrate
 from kalmannorm.modules import KalmanNorm, is_stock_batchnorm
+from kalmannorm.passes import call_with
 from kalmannorm.stand_ins import stand_in
-from kalmannorm.traversal import kalman_layers
+from kalmannorm.traversal import in_eval, kalman_layers, random_state_kept
 
-# Callbacks that copy the module in `setup`. By name, as the first is not in each release of Lightning.
+Forward = Callable[[nn.Module, Any], object]
+# Callbacks that copy the module in `setup`.
 _AVERAGING = {"WeightAveraging", "StochasticWeightAveraging"}
 
 
@@ -51,8 +54,10 @@ class KalmanNormCallback(lightning.Callback):
     Args:
         online: Validate, test and predict by the statistics of each batch, see `kalmannorm.online_statistics`.
         recalibrate: Replace running statistics by those of so many training batches at the end of training, see
-            `kalmannorm.recalibrate`. The network must take a batch, or its first element. Earlier checkpoints keep
-            running averages; `trainer.save_checkpoint` saves the new statistics.
+            `kalmannorm.recalibrate`. Earlier checkpoints keep running averages; `trainer.save_checkpoint` saves the new
+            statistics.
+        forward: ``forward(network, batch)`` calls the network to recalibrate it; by default it is called with the
+            batch, or with its first element. The first training batch tries it.
         anneal: The factor of `kalmannorm.anneal` over the whole training; each optimizer step takes its share. 1
             leaves gains to the optimizer. With manual optimization, each optimizer must make one step a batch.
         anneal_from: The share of the steps before annealing starts: until the learning rate is low.
@@ -64,10 +69,12 @@ class KalmanNormCallback(lightning.Callback):
             normalization layers, or of the module itself if several attributes have them.
 
     Raises:
-        ValueError: In `setup`, from `kalmannorm.convert`, for example without a layer to convert, and for a callback
-            before it that averages weights. For an ``anneal`` not above 0, an ``anneal_from`` outside [0, 1), a
-            ``freeze_from`` outside (0, 1], or one below 1 with ``recalibrate``. In training, if the number of steps is
-            unknown, and with ``freeze_from`` for a DDP strategy that expects a gradient for each parameter.
+        ValueError: In `setup`, from `kalmannorm.convert`, for example without a layer to convert; for a callback before
+            it that averages weights; for `StochasticWeightAveraging` with ``freeze_from``, and `WeightAveraging` with
+            ``recalibrate``. For an ``anneal`` not above 0, an ``anneal_from`` outside [0, 1), a ``freeze_from`` outside
+            (0, 1], or one below 1 with ``recalibrate``. In training, if the number of steps is unknown; if the network
+            cannot be called with a batch, to recalibrate; and with ``freeze_from`` for a DDP strategy that expects a
+            gradient for each parameter.
         FloatingPointError: In training, for a loss that is not finite; it names the layer where it began.
 
     Example:
@@ -75,8 +82,8 @@ class KalmanNormCallback(lightning.Callback):
         >>> trainer = lightning.Trainer(max_epochs=10, callbacks=[callback])  # doctest: +SKIP
     """
 
-    def __init__(self, *, online: bool = False, recalibrate: int | None = None, anneal: float = 1.0,
-                 anneal_from: float = 0.0, freeze_from: float = 1.0, log_gains: bool = False,
+    def __init__(self, *, online: bool = False, recalibrate: int | None = None, forward: Forward | None = None,
+                 anneal: float = 1.0, anneal_from: float = 0.0, freeze_from: float = 1.0, log_gains: bool = False,
                  stop_at_nonfinite: bool = True, **convert_options: Any) -> None:  # fmt: skip
         check_shares("KalmanNormCallback: ", anneal, anneal_from, freeze_from)
         if recalibrate is not None and freeze_from < 1:
@@ -84,7 +91,7 @@ class KalmanNormCallback(lightning.Callback):
                 f"KalmanNormCallback got recalibrate={recalibrate} and freeze_from={freeze_from}, expected one of "
                 "them: frozen layers keep their statistics"
             )
-        self.online, self.recalibrate = online, recalibrate
+        self.online, self.recalibrate, self.forward = online, recalibrate, forward
         self.anneal, self.anneal_from, self.freeze_from = anneal, anneal_from, freeze_from
         self.log_gains, self.stop_at_nonfinite = log_gains, stop_at_nonfinite
         self.convert_options = convert_options
@@ -96,6 +103,7 @@ class KalmanNormCallback(lightning.Callback):
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Convert; share statistics between processes if the trainer synchronizes BatchNorm."""
+        self._check_averaging(trainer)
         if next(kalman_layers(pl_module), None) is None:
             self._check_order(trainer, stage)
             layers = self.convert_options.get("layers", ("batch",))
@@ -122,9 +130,21 @@ class KalmanNormCallback(lightning.Callback):
             for layer in self._synchronized:
                 layer.process_group = dist.group.WORLD
 
+    def _check_averaging(self, trainer: lightning.Trainer) -> None:
+        if self.freeze_from < 1 and any(_is_a("StochasticWeightAveraging", each) for each in _callbacks(trainer)):
+            raise ValueError(
+                f"KalmanNormCallback got freeze_from={self.freeze_from} with StochasticWeightAveraging, which resets "
+                "the statistics that frozen layers keep, expected one of them, or WeightAveraging"
+            )
+        if self.recalibrate is not None and any(_is_a("WeightAveraging", each) for each in _callbacks(trainer)):
+            raise ValueError(
+                f"KalmanNormCallback got recalibrate={self.recalibrate} with WeightAveraging, which sets the weights "
+                "after it, expected one of them: call kalmannorm.recalibrate(network, loader) after fit"
+            )
+
     def _check_order(self, trainer: lightning.Trainer, stage: str) -> None:
-        for callback in takewhile(lambda each: each is not self, trainer.callbacks):  # type: ignore[attr-defined]
-            if stage == "fit" and any(kind.__name__ in _AVERAGING for kind in type(callback).__mro__):
+        for callback in takewhile(lambda each: each is not self, _callbacks(trainer)):
+            if stage == "fit" and any(_is_a(name, callback) for name in _AVERAGING):
                 raise ValueError(
                     f"KalmanNormCallback got {type(callback).__name__} before it in Trainer(callbacks=[...]), which "
                     "has copied the network already, expected KalmanNormCallback first"
@@ -168,6 +188,8 @@ class KalmanNormCallback(lightning.Callback):
         """Anneal gains by a step's share, and freeze. The trainer counts the steps of all optimizers; those of a batch
         are one.
         """
+        if self.recalibrate is not None and trainer.global_step == 0 and batch_idx == 0:
+            self._try_to_recalibrate(trainer, pl_module, batch)
         if not self._counts_steps or trainer.global_step == self._annealed_at:
             return
         if not self._froze and self._annealed >= self.freeze_from * self._steps:
@@ -201,11 +223,24 @@ class KalmanNormCallback(lightning.Callback):
             gains = [float(torch.as_tensor(layer.kalman_gain(1)).detach()) for _, layer in kalman_layers(pl_module)]
             pl_module.log("kalman_gain", sum(gains) / len(gains))
 
+    def _try_to_recalibrate(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any) -> None:
+        """Call the network as after the training, where an error would come too late."""
+        network = network_of(pl_module, lambda layer: isinstance(layer, KalmanNorm))
+        with trainer.precision_plugin.forward_context(), random_state_kept(network), in_eval(network):
+            try:
+                (self.forward or call_with)(network, batch)
+            except Exception as error:  # the network's own code may raise anything
+                raise ValueError(
+                    f"KalmanNormCallback got recalibrate={self.recalibrate}, but {type(network).__name__} cannot be "
+                    f"called with a training batch ({type(error).__name__}: {error}), expected forward=, which makes "
+                    "the call"
+                ) from error
+
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Recalibrate."""
         if self.recalibrate is not None:
             network = network_of(pl_module, lambda layer: isinstance(layer, KalmanNorm))
-            recalibrate_by_training_batches(network, trainer, self.recalibrate)
+            recalibrate_by_training_batches(network, trainer, self.recalibrate, self.forward)
 
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Switch to online statistics."""
@@ -221,12 +256,23 @@ class KalmanNormCallback(lightning.Callback):
     on_exception = teardown  # type: ignore[assignment]
 
 
-def recalibrate_by_training_batches(network: torch.nn.Module, trainer: lightning.Trainer, max_batches: int) -> None:
+def recalibrate_by_training_batches(network: nn.Module, trainer: lightning.Trainer, max_batches: int,
+                                    forward: Forward | None = None) -> None:  # fmt: skip
     """As `kalmannorm.recalibrate`, by training batches of all processes of a trainer."""
-    loader: Any = trainer.train_dataloader
-    batches = map(trainer.strategy.batch_to_device, loader)
+    together = CombinedLoader(trainer.train_dataloader, "max_size_cycle")  # as in training
+    batches = (trainer.strategy.batch_to_device(batch) for batch, *_ in together)
     with trainer.precision_plugin.forward_context():
-        recalibrate(network, batches, max_batches=max_batches, progress=False, process_group=dist.group.WORLD)
+        recalibrate(network, batches, forward=forward, max_batches=max_batches, progress=False,
+                    process_group=dist.group.WORLD)  # fmt: skip
+
+
+def _callbacks(trainer: lightning.Trainer) -> list[lightning.Callback]:
+    return trainer.callbacks  # type: ignore[attr-defined, no-any-return]
+
+
+def _is_a(name: str, callback: lightning.Callback) -> bool:
+    """Whether a callback is of a class, by name, as not each release of Lightning has it."""
+    return any(kind.__name__ == name for kind in type(callback).__mro__)
 
 
 def _cause(pl_module: lightning.LightningModule) -> str:

@@ -90,6 +90,35 @@ def test_averages_of_weights_come_later(kind):
     fit(averaging_first=False)
 
 
+class Pretrained(Nested):
+    """Its network has seen some batches."""
+
+    def __init__(self):
+        super().__init__()
+        for _ in range(50):
+            self.net(3 + torch.randn(8, 1, 8, 8))
+
+
+@pytest.mark.parametrize("kind", ["WeightAveraging", "EMAWeightAveraging"])
+def test_averages_of_a_pretrained_network_are_scored_by_batches(kind):
+    if not hasattr(lightning.pytorch.callbacks, kind):
+        pytest.skip("not in this release of Lightning")
+    average, module = getattr(lightning.pytorch.callbacks, kind), Pretrained()
+    callback = KalmanNormCallback(online=True, input_stats=([3.0], [1.0]))
+    trainer = trainer_of(callback, 4, average(), num_sanity_val_steps=1)
+    trainer.fit(module, pairs(), pairs())
+    assert math.isfinite(float(trainer.callback_metrics["loss"]))
+    assert all(buffer.isfinite().all() for buffer in module.buffers())
+    with pytest.raises(ValueError, match="got recalibrate=3 with WeightAveraging, which sets the weights after it"):
+        trainer_of(KalmanNormCallback(recalibrate=3), 4, average()).fit(Nested(), pairs())
+
+
+def test_layers_that_are_frozen_have_no_statistics_to_be_averaged_anew():
+    average = lightning.pytorch.callbacks.StochasticWeightAveraging(swa_lrs=0.01)
+    with pytest.raises(ValueError, match=r"got freeze_from=0\.5 with StochasticWeightAveraging"):
+        trainer_of(KalmanNormCallback(freeze_from=0.5), 2, average).fit(Nested(), pairs())
+
+
 def test_nothing_to_convert_is_an_error():
     module = Nested()
     module.net = nn.Conv2d(1, 2, 3)
@@ -160,6 +189,31 @@ def test_recalibrated_statistics_are_those_of_the_training_batches(kind):
     assert any(not torch.equal(buffer, buffers[name]) for name, buffer in plain.named_buffers())
     kn.recalibrate(plain.net if kind is Nested else plain, pairs(), max_batches=3, progress=False)
     assert_same(recalibrated.state_dict(), plain.state_dict())
+
+
+class OfTwoLoaders(Nested):
+    """Trained on the batches of two loaders, by names."""
+
+    def training_step(self, batch, batch_idx):
+        return sum(super(OfTwoLoaders, self).training_step(batch[name], batch_idx) for name in ("one", "two"))
+
+
+def test_a_batch_that_the_network_does_not_take_is_told_before_a_step_is_done():
+    module, loaders = OfTwoLoaders(), {"one": pairs(), "two": pairs(4)}
+    before = module.net[0].weight.clone()
+    with pytest.raises(ValueError, match=r"got recalibrate=3, but Sequential cannot be called .* expected forward="):
+        trainer_of(KalmanNormCallback(recalibrate=3), 4).fit(module, loaders)
+    assert torch.equal(module.net[0].weight, before)
+    trainer_of(KalmanNormCallback(recalibrate=3, forward=by_names), 4).fit(module, loaders)
+    buffers = {name: buffer.clone() for name, buffer in module.net.named_buffers()}
+    ones, twos = list(pairs()), list(pairs(4))
+    together = [{"one": ones[i], "two": twos[i % 2]} for i in range(3)]
+    kn.recalibrate(module.net, together, forward=by_names, progress=False)
+    assert_same(dict(module.net.named_buffers()), buffers)
+
+
+def by_names(network, batch):
+    return [network(batch[name][0]) for name in ("one", "two")]
 
 
 def test_the_mean_gain_is_logged():
