@@ -217,8 +217,6 @@ def facts():
             *steps, ratio(cpu, step, "group_norm"), ratio(cpu, compiled), min(act), max(act),
             ratio(cpu, "step/resnet18/b32/64/eager/float32"), ratio(cpu, "step/resnet18/b2/64/eager/bfloat16"),
             ratio(cpu, "step/mobilenet_v3_large/b2/160/eager/float32"),
-            float(cpu[mobile, "kalman_norm"]["peak_bytes"]) / float(cpu[mobile, "batch_norm"]["peak_bytes"]),
-            (float(cpu[mobile, "kalman_norm"]["saved_bytes"]) - float(cpu[mobile, "batch_norm"]["saved_bytes"])) / 1e6,
             ratio(cpu, "layer/n2-c512-7x7/eager/float32", "kalman_norm_act"), *extra, ms(cuda, two), ms(cuda, eager),
             ms(cuda, graph), 100 * (ratio(cuda, graph) - 1), ratio(cuda, wide), ratio(cuda, wide, "kalman_norm_act"),
             ratio(cuda, deep_map), ms(cuda, wide), peak["kalman_norm"] / peak["batch_norm"],
