@@ -103,7 +103,8 @@ class KalmanNormCallback(lightning.Callback):
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Convert; share statistics between processes if the trainer synchronizes BatchNorm."""
-        self._check_averaging(trainer)
+        if stage == "fit":
+            self._check_averaging(trainer)
         if next(kalman_layers(pl_module), None) is None:
             self._check_order(trainer, stage)
             layers = self.convert_options.get("layers", ("batch",))
