@@ -55,7 +55,6 @@ def activation(mean: Tensor, var: Tensor, plain: Callable[[Tensor, Tensor], Mome
     return _Activation.apply(mean, var, plain, sloped)  # type: ignore[no-untyped-call, no-any-return]
 
 
-
 def rectify(mean: Tensor, var: Tensor, *, slope: float = 0.0) -> Moments:
     """Mean and variance of ``max(x, 0)``, or of ``slope x`` below zero, for a Gaussian ``x`` whose mean and variance
     have one shape.
