@@ -117,6 +117,7 @@ def convert(model: _M, *, layers: Sequence[str] = ("batch",), input_stats: Input
             new.await_correction()
         if not track_running_stats and isinstance(new, KalmanNorm):
             new.drop_running_stats()
+    _warn_of_trained_weights(replaced.values())
     if waiting := [new for new in replaced.values() if new.awaits_correction]:
         _warn_of_random_depth(model)
         _warn_of_few_batches(waiting)
@@ -180,6 +181,21 @@ def _warn_of_random_depth(model: nn.Module) -> None:
             warnings.warn(
                 f"{type(module).__name__} {name!r} drops its input at random in training: before the first step call "
                 "kalmannorm.calibrate(model, inputs), which corrects priors in eval(), or convert with calibrate=False",
+                stacklevel=3,
+            )
+            return
+
+
+def _warn_of_trained_weights(layers: Iterable[KalmanLayer]) -> None:
+    """Nothing tells what a trained layer without running statistics was used to."""
+    for layer in layers:
+        weight = layer.weight
+        unknown = getattr(layer, "running_mean", None) is None and layer.dropped_statistics is None
+        if layer.calibrates is not False and unknown and weight is not None and not weight.is_meta and bool((weight != weight[0]).any()):
+            warnings.warn(
+                f"{type(layer).__name__} {layer.layer_name!r} takes the place of a trained layer without running "
+                "statistics, and fuses in eval() too, so the network's output changes: call "
+                "kalmannorm.calibrate(model, loader), which corrects priors from data, and train on",
                 stacklevel=3,
             )
             return

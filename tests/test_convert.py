@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -209,6 +210,20 @@ def test_a_layer_used_twice_stays_one():
     model = kn.convert(made_of(lambda self, x: self.b(self.a(x)), a=norm, b=norm))
     assert model.a is model.b
     assert isinstance(model.b, kn.KalmanNorm2d)
+
+
+@pytest.mark.parametrize("norm", [nn.InstanceNorm2d(8, affine=True), nn.GroupNorm(2, 8)], ids=repr)
+def test_a_trained_layer_without_running_statistics_is_warned_of(norm):
+    kinds = ("instance", "group")
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.ReLU())
+    nn.init.zeros_(norm.weight)  # a way to begin
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kn.convert(copy.deepcopy(model), layers=kinds)
+        nn.init.uniform_(norm.weight)
+        kn.convert(copy.deepcopy(model), layers=kinds, calibrate=False)
+    with pytest.warns(UserWarning, match="'1' takes the place of a trained layer without running statistics"):
+        kn.convert(model, layers=kinds)
 
 
 def test_nothing_to_convert():
