@@ -191,7 +191,8 @@ def _warn_of_trained_weights(layers: Iterable[KalmanLayer]) -> None:
     for layer in layers:
         weight = layer.weight
         unknown = getattr(layer, "running_mean", None) is None and layer.dropped_statistics is None
-        if layer.calibrates is not False and unknown and weight is not None and not weight.is_meta and bool((weight != weight[0]).any()):
+        asks = unknown and layer.calibrates is not False and weight is not None and not weight.is_meta
+        if asks and bool((weight != weight[0]).any()):
             warnings.warn(
                 f"{type(layer).__name__} {layer.layer_name!r} takes the place of a trained layer without running "
                 "statistics, and fuses in eval() too, so the network's output changes: call "
