@@ -77,8 +77,9 @@ def calibrate(model: nn.Module, inputs_or_loader: Any = None, *, source: Literal
     Args:
         model: a converted network, changed in place.
         inputs_or_loader: an input (a tensor, or a mapping that is called as ``model(**inputs)``), or batches as
-            :func:`kalmannorm.recalibrate` takes them. The network runs in ``eval()``. None: nothing runs, and
-            each layer with running statistics corrects its prior at the next call that computes one.
+            :func:`kalmannorm.recalibrate` takes them: a tuple of two tensors is two batches. The network runs in
+            ``eval()``. None: nothing runs, and each layer with running statistics corrects its prior at the next call
+            that computes one.
         source: ``"running"``: by running statistics, or by the data in layers without trained ones.
             ``"data"``: by the data in all layers, as after training with this library, whose running statistics
             are posteriors. Each batch is normalized by its own statistics then: take batches of 32 and more.
