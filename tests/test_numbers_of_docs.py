@@ -151,7 +151,8 @@ def facts():
     """What the pages derive from the files, by page: the numbers as they are."""
     small, deep, tuned = "batch-sizes-cpu", "deeper-cpu", "fine-tuning-imagenet-cpu"
     gpu = {arm: difference("batch-sizes-gpu", "bn-128", arm) for arm in ("bn-2", "gn-2", "kn-2")}
-    deeper = [difference(deep, "bn-128", "kn-2"), difference(deep, "bn-128-ws", "kn-2-ws")]
+    deeper = [difference(deep, f"bn-128{arm}", f"kn-2{arm}")
+              for arm in ("", "-ws", "-ws-proxy", "-long", "-ws-long", "-ws-proxy-long")]  # fmt: skip
     frozen_late = [score(small, "kn-1-ws-frozen", first=3) - score(small, "kn-1-ws"),
                    score(small, "kn-1-ws-frozen") - score(small, "kn-1-ws-fixed"),
                    score(small, "kn-1-ws-proxy-frozen") - score(small, "kn-1-ws-proxy", first=3)]  # fmt: skip
