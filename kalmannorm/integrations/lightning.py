@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from itertools import takewhile
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kalmannorm import anneal, convert, first_nonfinite, freeze, online_statistics, recalibrate
+from kalmannorm.inference import tracking_layers
 from kalmannorm.modules import KalmanNorm, is_stock_batchnorm
 from kalmannorm.passes import call_with
 from kalmannorm.stand_ins import stand_in
@@ -53,16 +55,18 @@ class KalmanNormCallback(lightning.Callback):
 
     Args:
         online: Validate, test and predict by the statistics of each batch, see `kalmannorm.online_statistics`.
-        recalibrate: Replace running statistics by those of so many training batches at the end of training, see
-            `kalmannorm.recalibrate`. Earlier checkpoints keep running averages; `trainer.save_checkpoint` saves the new
-            statistics.
+        recalibrate: Replace running statistics by those of so many training batches, see `kalmannorm.recalibrate`: at
+            the end of training, where earlier checkpoints keep running averages and `trainer.save_checkpoint` saves the
+            new statistics; or before layers are frozen, by the last batches up to then, which are kept in memory. A
+            training that is resumed among these batches uses those since.
         forward: ``forward(network, batch)`` calls the network to recalibrate it; by default it is called with the
             batch, or with its first element. The first training batch tries it.
         anneal: The factor of `kalmannorm.anneal` over the whole training; each optimizer step takes its share. 1
             leaves gains to the optimizer. With manual optimization, each optimizer must make one step a batch.
         anneal_from: The share of the steps before annealing starts: until the learning rate is low.
         freeze_from: The share of the steps after which all normalization layers are frozen, see `kalmannorm.freeze`:
-            the network then trains as `eval()` uses it. They stay frozen after training. 1 never freezes.
+            the network then trains as `eval()` uses it. They stay frozen after training. 1 never freezes. With
+            ``recalibrate`` the loss leaps less at this step.
         log_gains: Log the layers' mean gain for a single feature map after each epoch, as `kalman_gain`.
         stop_at_nonfinite: End training at a loss that is not finite; checked as often as the trainer logs.
         convert_options: Options of `kalmannorm.convert`. `input_stats` describe the input of the one attribute with
@@ -71,10 +75,10 @@ class KalmanNormCallback(lightning.Callback):
     Raises:
         ValueError: In `setup`, from `kalmannorm.convert`, for example without a layer to convert; for a callback before
             it that averages weights; for `StochasticWeightAveraging` with ``freeze_from``, and `WeightAveraging` with
-            ``recalibrate``. For an ``anneal`` not above 0, an ``anneal_from`` outside [0, 1), a ``freeze_from`` outside
-            (0, 1], or one below 1 with ``recalibrate``. In training, if the number of steps is unknown; if the network
-            cannot be called with a batch, to recalibrate; and with ``freeze_from`` for a DDP strategy that expects a
-            gradient for each parameter.
+            ``recalibrate`` at the end. For an ``anneal`` not above 0, an ``anneal_from`` outside [0, 1), a
+            ``freeze_from`` outside (0, 1], or a ``recalibrate`` below 1. In training, if the number of steps is
+            unknown; if the network cannot be called with a batch, to recalibrate; and with ``freeze_from`` for a DDP
+            strategy that expects a gradient for each parameter.
         FloatingPointError: In training, for a loss that is not finite; it names the layer where it began.
 
     Example:
@@ -86,16 +90,14 @@ class KalmanNormCallback(lightning.Callback):
                  anneal: float = 1.0, anneal_from: float = 0.0, freeze_from: float = 1.0, log_gains: bool = False,
                  stop_at_nonfinite: bool = True, **convert_options: Any) -> None:  # fmt: skip
         check_shares("KalmanNormCallback: ", anneal, anneal_from, freeze_from)
-        if recalibrate is not None and freeze_from < 1:
-            raise ValueError(
-                f"KalmanNormCallback got recalibrate={recalibrate} and freeze_from={freeze_from}, expected one of "
-                "them: frozen layers keep their statistics"
-            )
+        if recalibrate is not None and recalibrate < 1:
+            raise ValueError(f"KalmanNormCallback got recalibrate={recalibrate}, expected None or a number above 0")
         self.online, self.recalibrate, self.forward = online, recalibrate, forward
         self.anneal, self.anneal_from, self.freeze_from = anneal, anneal_from, freeze_from
         self.log_gains, self.stop_at_nonfinite = log_gains, stop_at_nonfinite
         self.convert_options = convert_options
         self._counts_steps, self._froze = anneal != 1 or freeze_from < 1, False
+        self._latest: deque[Any] = deque(maxlen=recalibrate)  # batches before the layers are frozen
         self._annealed = 0
         self._annealed_at: int | None = None  # the trainer's step
         self._switched = ExitStack()
@@ -137,7 +139,8 @@ class KalmanNormCallback(lightning.Callback):
                 f"KalmanNormCallback got freeze_from={self.freeze_from} with StochasticWeightAveraging, which resets "
                 "the statistics that frozen layers keep, expected one of them, or WeightAveraging"
             )
-        if self.recalibrate is not None and any(_is_a("WeightAveraging", each) for each in _callbacks(trainer)):
+        at_end = self.recalibrate is not None and self.freeze_from == 1
+        if at_end and any(_is_a("WeightAveraging", each) for each in _callbacks(trainer)):
             raise ValueError(
                 f"KalmanNormCallback got recalibrate={self.recalibrate} with WeightAveraging, which sets the weights "
                 "after it, expected one of them: call kalmannorm.recalibrate(network, loader) after fit"
@@ -179,6 +182,8 @@ class KalmanNormCallback(lightning.Callback):
         # `max_steps` counts those of all optimizers.
         each = 1 if steps != trainer.max_steps else len(trainer.optimizers)
         self._steps = math.ceil(steps / each)
+        self._freeze_at = math.ceil(self.freeze_from * self._steps) if self.freeze_from < 1 else math.inf
+        self._latest.clear()
         if trainer.global_step == 0:  # another training than the last one
             self._annealed, self._annealed_at = 0, None
         elif self._annealed_at is None:  # a checkpoint without a state of this callback
@@ -191,11 +196,18 @@ class KalmanNormCallback(lightning.Callback):
         """
         if self.recalibrate is not None and trainer.global_step == 0 and batch_idx == 0:
             self._try_to_recalibrate(trainer, pl_module, batch)
-        if not self._counts_steps or trainer.global_step == self._annealed_at:
+        if not self._counts_steps:
             return
-        if not self._froze and self._annealed >= self.freeze_from * self._steps:
+        if self.recalibrate is not None and 0 <= self._freeze_at - self._annealed < self.recalibrate:
+            self._latest.append(batch)
+        if trainer.global_step == self._annealed_at:
+            return
+        if not self._froze and self._annealed >= self._freeze_at:
+            if self._annealed == self._freeze_at:  # not when a training goes on
+                self._recalibrate(trainer, pl_module, self._latest)
             freeze(pl_module)
             self._froze = True
+            self._latest.clear()
         share = annealing(self._annealed, self._steps, self.anneal, self.anneal_from)
         if share != 1:
             anneal(pl_module, share)
@@ -238,10 +250,15 @@ class KalmanNormCallback(lightning.Callback):
                 ) from error
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Recalibrate."""
-        if self.recalibrate is not None:
-            network = network_of(pl_module, lambda layer: isinstance(layer, KalmanNorm))
-            recalibrate_by_training_batches(network, trainer, self.recalibrate, self.forward)
+        """Recalibrate layers that are not frozen."""
+        self._latest.clear()
+        self._recalibrate(trainer, pl_module)
+
+    def _recalibrate(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule,
+                     batches: Iterable[Any] | None = None) -> None:  # fmt: skip
+        network = network_of(pl_module, lambda layer: isinstance(layer, KalmanNorm))
+        if self.recalibrate is not None and tracking_layers(network):
+            recalibrate_by_training_batches(network, trainer, self.recalibrate, self.forward, batches)
 
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Switch to online statistics."""
@@ -257,11 +274,14 @@ class KalmanNormCallback(lightning.Callback):
     on_exception = teardown  # type: ignore[assignment]
 
 
-def recalibrate_by_training_batches(network: nn.Module, trainer: lightning.Trainer, max_batches: int,
-                                    forward: Forward | None = None) -> None:  # fmt: skip
-    """As `kalmannorm.recalibrate`, by training batches of all processes of a trainer."""
-    together = CombinedLoader(trainer.train_dataloader, "max_size_cycle")  # as in training
-    batches = (trainer.strategy.batch_to_device(batch) for batch, *_ in together)
+def recalibrate_by_training_batches(
+    network: nn.Module, trainer: lightning.Trainer, max_batches: int, forward: Forward | None = None,
+    batches: Iterable[Any] | None = None,
+) -> None:  # fmt: skip
+    """As `kalmannorm.recalibrate`, by training batches of all processes of a trainer: those given, or new ones."""
+    if batches is None:
+        together = CombinedLoader(trainer.train_dataloader, "max_size_cycle")  # as in training
+        batches = (trainer.strategy.batch_to_device(batch) for batch, *_ in together)
     with trainer.precision_plugin.forward_context():
         recalibrate(network, batches, forward=forward, max_batches=max_batches, progress=False,
                     process_group=dist.group.WORLD)  # fmt: skip

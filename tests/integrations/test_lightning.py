@@ -1,5 +1,6 @@
 """The callback: who is converted and when, checkpoints, statistics in scoring, and what stops a training."""
 
+import copy
 import functools
 import math
 import os
@@ -111,6 +112,7 @@ def test_averages_of_a_pretrained_network_are_scored_by_batches(kind):
     assert all(buffer.isfinite().all() for buffer in module.buffers())
     with pytest.raises(ValueError, match="got recalibrate=3 with WeightAveraging, which sets the weights after it"):
         trainer_of(KalmanNormCallback(recalibrate=3), 4, average()).fit(Nested(), pairs())
+    trainer_of(KalmanNormCallback(recalibrate=3, freeze_from=0.5), 4, average()).fit(Nested(), pairs())
 
 
 def test_layers_that_are_frozen_have_no_statistics_to_be_averaged_anew():
@@ -456,8 +458,47 @@ def test_layers_are_frozen_for_the_last_steps_also_from_a_checkpoint(accumulated
 def test_arguments_of_freezing():
     with pytest.raises(ValueError, match=r"KalmanNormCallback: freeze_from must be a share of the training, .* got 0"):
         KalmanNormCallback(freeze_from=0.0)
-    with pytest.raises(ValueError, match=r"got recalibrate=2 and freeze_from=0\.5, expected one of them"):
-        KalmanNormCallback(freeze_from=0.5, recalibrate=2)
+    with pytest.raises(ValueError, match="got recalibrate=0, expected None or a number above 0"):
+        KalmanNormCallback(recalibrate=0)
+
+
+@pytest.mark.parametrize(("accumulated", "wanted", "of"), [(1, 3, slice(4, 7)), (1, 50, slice(0, 7)), (2, 3, slice(4, 7))])
+def test_before_layers_are_frozen_they_get_the_statistics_of_the_latest_batches(accumulated, wanted, of, tmp_path):
+    """That of the step included; from a checkpoint they keep them."""
+    before = {}
+
+    class Copying(lightning.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step == 6 // accumulated and not before:
+                before["module"] = copy.deepcopy(pl_module)
+
+    module, options = Nested(), {"max_epochs": 2, "accumulate_grad_batches": accumulated}
+    callback = KalmanNormCallback(freeze_from=0.75, recalibrate=wanted)
+    trainer = quiet_trainer(-1, Copying(), callback, log_every_n_steps=1, **options)
+    trainer.fit(module, pairs())
+    expected = before["module"].net
+    kn.recalibrate(expected, (list(pairs()) * 2)[of], progress=False)
+    buffers = dict(module.net.named_buffers())
+    assert_same({name: buffers[name] for name, _ in expected.named_buffers()}, dict(expected.named_buffers()))
+    assert not torch.equal(module.net[1].running_mean, torch.zeros(4))
+    trainer.save_checkpoint(tmp_path / "frozen.ckpt")
+    again, options["max_epochs"] = Nested(), 3
+    trainer_of(KalmanNormCallback(freeze_from=0.5, recalibrate=wanted), -1, **options).fit(
+        again, pairs(), ckpt_path=tmp_path / "frozen.ckpt"
+    )
+    assert_same(dict(again.net.named_buffers()), buffers)
+
+
+def test_a_training_that_ends_before_layers_are_frozen_recalibrates_at_its_end():
+    class Stop(lightning.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            trainer.should_stop = True
+
+    module = Nested()
+    trainer_of(KalmanNormCallback(freeze_from=0.75, recalibrate=3), 40, Stop()).fit(module, pairs())
+    statistics = module.net[1].running_mean.clone()
+    kn.recalibrate(module.net, pairs(), max_batches=3, progress=False)
+    assert torch.equal(module.net[1].running_mean, statistics)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "ddp_find_unused_parameters_true"])
