@@ -19,8 +19,8 @@ def freeze(model: _M, frozen: bool = True) -> _M:
     parameters get no gradient. A layer without running statistics, such as :class:`GroupKalmanNorm`, still fuses. The
     belief about a frozen Kalman layer's output comes from its running statistics.
 
-    Called after 70 % of the steps, it closes a gap between training and ``eval()``, which single samples leave: the
-    network then trains as ``eval()`` uses it.
+    Called after 70 % of the steps, and after :func:`kalmannorm.recalibrate`, it closes a gap between training and
+    ``eval()``, which single samples leave: the network then trains as ``eval()`` uses it.
 
     Layers stay frozen through ``model.train()``, copying and pickling; the ``state_dict`` does not say so.
     ``reset_running_stats()``, and so ``torch.optim.swa_utils.update_bn``, leaves a frozen Kalman layer as it is, and

@@ -156,6 +156,10 @@ def facts():
     frozen_late = [score(small, "kn-1-ws-frozen", first=3) - score(small, "kn-1-ws"),
                    score(small, "kn-1-ws-frozen") - score(small, "kn-1-ws-fixed"),
                    score(small, "kn-1-ws-proxy-frozen") - score(small, "kn-1-ws-proxy", first=3)]  # fmt: skip
+    leapt, recalibrated = ([seed for late in ("", "-proxy") for seed in
+                            study("longer-cpu")[f"kn-1-ws{late}-{how}"].values("accuracy_running")]
+                           for how in ("frozen", "late"))  # fmt: skip
+    apart = sorted(abs(one - other) for one, other in zip(leapt, recalibrated, strict=True))
     late_batchnorm = difference(small, "bn-2-ws-frozen", "bn-2-ws")
     fixed_gain = score(small, "kn-1-ws-fixed", first=3) - score(small, "kn-1-ws")
     layernorm = study("tabular")["ln"].values("accuracy_running")
@@ -213,6 +217,7 @@ def facts():
             difference(small, "bn-128-ws", "kn-1-ws-frozen"),
             difference(small, "kn-1-ws-frozen", "gn-2-ws"),
             *(score(small, arm, first=3) for arm in ("kn-1", "kn-1-ws-frozen", "kn-2-ws")),
+            leapt[-1], recalibrated[-1], apart[-2],
         ],
         "speed.md": [
             *steps, ratio(cpu, step, "group_norm"), ratio(cpu, compiled), min(act), max(act),
@@ -230,7 +235,7 @@ def facts():
         "volumes.md": volumes,
         "options.md": [ratios["prior"][0], ratios["prior"][-1]],
         "troubleshooting.md": [*steps, *extra],
-        "fine-tuning.md": [*frozen, frozen_late[0], late_batchnorm],
+        "fine-tuning.md": [*frozen, frozen_late[0], late_batchnorm, leapt[-1], recalibrated[-1]],
         "compared.md": [float(len([row for row in covered if row["library"] in ("torchvision", "timm")]))],
     }  # fmt: skip
 
