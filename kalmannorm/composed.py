@@ -90,7 +90,8 @@ def _function(step: Step, source: Step, belief: Gaussian) -> Callable[[Tensor], 
         def of(value: Step | Tensor) -> Tensor:
             if isinstance(value, Step):
                 return values[value].clone()  # which the function may change in place
-            value = value.to(t.dtype).masked_fill(value.isneginf(), 0.0)  # as `summarize` does
+            if value.is_floating_point():  # and no mask
+                value = value.to(t.dtype).masked_fill(value.isneginf(), 0.0)  # as `summarize` does
             return value if value.ndim == 0 else value.unsqueeze(-1)
 
         for each in upwards:

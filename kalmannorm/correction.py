@@ -231,9 +231,11 @@ class CorrectedPrior(nn.Module):
         """
         own = [name for name, t in chain(self._parameters.items(), self._buffers.items())
                if t is not None and _is_one_tensor(state_dict.get(prefix + name), t)]  # fmt: skip
-        stock = {name for name in ("weight", "running_mean") if prefix + name in state_dict}
+        is_sharded = hasattr(self.weight, "placements")  # torch may have broadcast the checkpoint's into it
+        told = ("running_mean",) if is_sharded else ("weight", "running_mean")
+        stock = {name for name in told if prefix + name in state_dict}
         if stock and not stock & set(own):
-            for name in own:
+            for name in {*own} - {"weight", "bias"}:
                 del state_dict[prefix + name]
 
     def _check_loaded_correction(self) -> bool:

@@ -105,7 +105,7 @@ class Recorder(TorchFunctionMode):
     def _meet_input(self, func: Any, args: Any, kwargs: Any) -> bool:
         """Give the waiting belief to the tensor that meets weights, if it fits; whether there are any weights."""
         tensors = list(found_in((*args, *kwargs.values()), Tensor))
-        others = [each for each in tensors if not isinstance(each, nn.Parameter) and not _is_made(each)]
+        others = [each for each in tensors if not isinstance(each, nn.Parameter) and not is_made(each)]
         if len(others) == len(tensors):
             return False
         if func in _OF_WEIGHTS and (given := self.await_input(None)) is not None:
@@ -358,7 +358,7 @@ def started_on_first(given: Gaussian, values: Any, *, inside: bool = False) -> G
     """
     anywhere = given.mean.ndim == 0
     for tensor in values if anywhere else found_in(values, Tensor):
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or (inside and _is_made(tensor)):
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or (inside and is_made(tensor)):
             continue
         if tensor.ndim < 2 or not fits(given, tensor):
             return given
@@ -374,7 +374,7 @@ def _mark_as_learned(values: Any) -> None:
         setattr(each, _IS_LEARNED, True)
 
 
-def _is_made(tensor: Tensor) -> bool:
+def is_made(tensor: Tensor) -> bool:
     """Whether a tensor was made by parameters alone, or comes from a normalization layer."""
     if getattr(tensor, _IS_LEARNED, False):
         return True

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from kalmannorm.gaussian import Gaussian, Unknown
 from kalmannorm.kernels.autograd import is_transformed
 from kalmannorm.priors import may_be_kept
-from kalmannorm.recording import Recorder, attach, current, fits, is_resting, laid_out, started_on_first
+from kalmannorm.recording import Recorder, attach, current, fits, is_made, is_resting, laid_out, started_on_first
 from kalmannorm.shards import watch_shards
 from kalmannorm.steps import found_in, placed_in, step_of
 
@@ -67,7 +67,7 @@ class Watch:
                 self.mode.passes[threading.get_ident()] = []
                 self._warn_of_replaced_layers(module)
             self.mode.__enter__()  # type: ignore[no-untyped-call]
-        elif mode is not None and self.given and any(map(_is_unknown, found_in((args, kwargs), Tensor))):
+        elif mode is not None and self.given and self._knows_more(args, kwargs):
             self._start_beliefs(module, args, kwargs, mode)  # `input_stats` were given to this part alone
         elif mode is not None and mode.waiting and (waiting := mode.await_input(None)) is not None:
             mode.await_input(started_on_first(waiting, (*args, *kwargs.values()), inside=True))
@@ -174,6 +174,16 @@ class Watch:
                 raise _misfit(waiting, direct[0], "an input", module)
             # A detector gets its images in a list, and its first part gets them as a batch.
             mode.await_input(waiting)
+
+    def _knows_more(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a part was told of an input of which the network around it knows nothing, as of noise made there."""
+        tensors = [t for t in found_in((args, kwargs), Tensor) if t.is_floating_point()]
+        if any(map(_is_unknown, tensors)):
+            return True
+        values = (*zip(self.arguments, args, strict=False), *kwargs.items())
+        named = found_in([value for name, value in values if name in self.known], Tensor)
+        told = tensors[:1] if None in self.known else named
+        return any(step_of(t) is None and not is_made(t) and type(t) is not nn.Parameter for t in told)
 
     def _move_beliefs(self, values: Any) -> None:
         """Keep the given beliefs on the inputs' device: a copy at each call would wait, and a CUDA graph allows none. A

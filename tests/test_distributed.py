@@ -4,6 +4,7 @@ What two processes do is in ``torchrun/``; each does several things, as a start 
 """
 
 import copy
+import dataclasses
 import importlib
 import os
 import subprocess
@@ -107,7 +108,9 @@ def with_weights_of_the_first(rank):
     by_dict = kn.convert(build())
     whole = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(by_dict, sent, options=whole)
-    return {"DDP": output, "set_model_state_dict": by_dict(images).detach()}
+    sharded, stock = fully_shard(kn.convert(build())), pretrained().state_dict() if rank == 0 else {}
+    set_model_state_dict(sharded, stock, options=dataclasses.replace(whole, strict=False))
+    return {"DDP": output, "set_model_state_dict": by_dict(images).detach(), "FSDP": sharded(images).detach()}
 
 
 @pytest.fixture(scope="module")

@@ -822,6 +822,22 @@ def test_input_stats_of_a_part_hold_where_the_whole_normalizes(input_stats):
     assert kn.describe(model, images).with_prior == 1
 
 
+@pytest.mark.parametrize("input_stats", [([0.0] * 3, [1.0] * 3), {"z": ([0.0] * 3, [1.0] * 3)}], ids=type)
+@pytest.mark.parametrize("noise", [lambda x: torch.ones(2, 3), torch.randn_like], ids=["constant", "noise"])
+def test_input_stats_of_a_part_hold_for_what_the_whole_makes(input_stats, noise):
+    """As a generator's, whose noise is drawn in the network around it."""
+    part = made_of(lambda self, c, z: self.norm(self.conv(z)), conv=nn.Linear(3, 4), norm=nn.BatchNorm1d(4))
+    if isinstance(input_stats, tuple):
+        part = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    part = kn.convert(part, input_stats=input_stats)
+    call = part if isinstance(input_stats, tuple) else lambda z: part(torch.ones(2), z)
+    seen = []
+    model = kn.connect(made_of(lambda self, x: call(seen.append(noise(x)) or seen[-1]), part=part))
+    output = model(torch.randn(2, 3))
+    torch.testing.assert_close(output, call(seen[-1]), rtol=0, atol=0)
+    assert kn.describe(model, torch.randn(2, 3)).with_prior == 1
+
+
 def test_named_input_stats_reach_the_batch_of_a_detector():
     model = made_of(
         lambda self, images: self.body(torch.stack(images)), body=nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
