@@ -66,7 +66,7 @@ class KalmanNormCallback(lightning.Callback):
         anneal_from: The share of the steps before annealing starts: until the learning rate is low.
         freeze_from: The share of the steps after which all normalization layers are frozen, see `kalmannorm.freeze`:
             the network then trains as `eval()` uses it. They stay frozen after training. 1 never freezes. With
-            ``recalibrate`` the loss leaps less at this step.
+            ``recalibrate`` they are frozen at the statistics of their inputs in `eval()`.
         log_gains: Log the layers' mean gain for a single feature map after each epoch, as `kalman_gain`.
         stop_at_nonfinite: End training at a loss that is not finite; checked as often as the trainer logs.
         convert_options: Options of `kalmannorm.convert`. `input_stats` describe the input of the one attribute with
